@@ -1,0 +1,143 @@
+"""Plain data that travels between layers. Nothing here imports more than the standard library and numpy.
+
+Shape legend: `N` response tokens of a pair, `S` sequences, `P` prompts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+DTYPES: tuple[Dtype, ...] = ("bfloat16", "float16", "float32")
+TrainerMode = Literal["cast", "autocast"]
+TrainerLayout = Literal["single", "padded", "packed"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as the user wrote it: plain `text`, or chat `messages`, never both.
+
+    Attributes:
+        prompt_id: Unique within a run, e.g. `"math-017"` or `"line-3"`.
+        text: Plain text, encoded as it stands.
+        messages: Chat messages (`{"role": …, "content": …}`), rendered by the model's chat template.
+        category: Free label, e.g. `"mathematics"`.
+        answer: Reference answer where one can be checked.
+    """
+
+    prompt_id: str
+    text: str | None = None
+    messages: tuple[dict[str, str], ...] | None = None
+    category: str = ""
+    answer: str | None = None
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt encoded once; from here on engines see ids only."""
+
+    prompt_id: str
+    token_ids: list[int]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the rollout engine samples. No truncation or penalty exists here on purpose: exp(b) is the sampling law."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class RolloutRequest:
+    """One response to sample. `seed` is this request's own, so ids do not depend on the batch's order."""
+
+    sequence_id: int
+    prompt_token_ids: list[int]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A sampled response with the engine's own log-probs, `response_token_ids` and `logprobs` of equal length."""
+
+    sequence_id: int
+    response_token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: str
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """A sequence whose response tokens are to be scored."""
+
+    sequence_id: int
+    prompt_token_ids: list[int]
+    response_token_ids: list[int]
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt_token_ids) + len(self.response_token_ids)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Log-probs of a sequence's response tokens, in nats, one per token."""
+
+    sequence_id: int
+    logprobs: list[float]
+
+
+@dataclass(frozen=True)
+class MetricValue:
+    """A metric with its 95 % interval.
+
+    Attributes:
+        value: The estimate, or None when the metric does not apply (then `why` says so).
+        ci_low: Lower limit, None for maxima and for what has no interval.
+        ci_high: Upper limit.
+        why: Why there is no value, or what limits it; empty when nothing does.
+    """
+
+    value: float | None
+    ci_low: float | None = None
+    ci_high: float | None = None
+    why: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        row: dict[str, Any] = {"value": self.value, "ci_low": self.ci_low, "ci_high": self.ci_high}
+        if self.why:
+            row["why"] = self.why
+        return row
+
+
+@dataclass(frozen=True)
+class PairArrays:
+    """Paired log-probs of the same tokens under rollout policy μ and trainer policy π.
+
+    Attributes:
+        rollout_logprob: `[N]` float64, b_t = log μ(y_t), nats.
+        trainer_logprob: `[N]` float64, a_t = log π(y_t), nats.
+        sequence: `[N]` int64, index of the token's sequence, 0 … S−1, non-decreasing.
+        position: `[N]` int64, index of the token in its response, from 0.
+        prompt: `[S]` int64, index of the sequence's prompt, 0 … P−1: the unit of every interval.
+        prompt_ids: `[P]` names of the prompts, so that two pairs can be matched prompt by prompt.
+        on_policy: True when exp(b) is the law that these tokens were sampled from.
+        off_policy_why: The reason when `on_policy` is False.
+    """
+
+    rollout_logprob: NDArray[np.float64]
+    trainer_logprob: NDArray[np.float64]
+    sequence: NDArray[np.int64]
+    position: NDArray[np.int64]
+    prompt: NDArray[np.int64]
+    prompt_ids: tuple[str, ...] = field(default=())
+    on_policy: bool = True
+    off_policy_why: str = ""
