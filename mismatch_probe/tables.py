@@ -1,0 +1,331 @@
+"""The run directory: its tables, its manifest, and how both reach the disk without ever being half-written.
+
+A finished pass lies in `passes/` as its own files until every pass is there; `merge` then writes `sequences.parquet` and
+`tokens.parquet` (row groups by pass). So a run stops and resumes pass by pass. Every file appears by atomic rename.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mismatch_probe.errors import DiskFull, TableError, UsageError
+from mismatch_probe.types import Rollout, RolloutRequest, Score
+
+SCHEMA_VERSION = 1
+_TEXT = pa.dictionary(pa.int32(), pa.string())
+
+SEQUENCES_SCHEMA = pa.schema(
+    [
+        ("sequence_id", pa.int64()),
+        ("prompt_id", _TEXT),
+        ("sample_id", pa.int32()),
+        ("rollout_pass", _TEXT),
+        ("prompt_token_ids", pa.list_(pa.int32())),
+        ("response_token_ids", pa.list_(pa.int32())),
+        ("finish_reason", _TEXT),
+        ("text", pa.string()),
+    ]
+)
+TOKENS_SCHEMA = pa.schema(
+    [
+        ("sequence_id", pa.int64()),
+        ("position", pa.int32()),
+        ("token_id", pa.int32()),
+        ("pass_id", _TEXT),
+        ("logprob", pa.float32()),
+        ("token_text", _TEXT),
+    ]
+)
+
+
+def _dictionary(values: Sequence[str | None]) -> pa.Array:
+    return pa.array(values, pa.string()).dictionary_encode().cast(_TEXT)
+
+
+def sequences_table(
+    rollout_pass: str,
+    requests: Sequence[RolloutRequest],
+    rollouts: Sequence[Rollout],
+    prompt_ids: Sequence[str],
+    sample_ids: Sequence[int],
+) -> pa.Table:
+    """One row per sequence; the five sequences run in parallel and have one length."""
+    return pa.table(
+        {
+            "sequence_id": pa.array([r.sequence_id for r in requests], pa.int64()),
+            "prompt_id": _dictionary(prompt_ids),
+            "sample_id": pa.array(sample_ids, pa.int32()),
+            "rollout_pass": _dictionary([rollout_pass] * len(requests)),
+            "prompt_token_ids": pa.array([r.prompt_token_ids for r in requests], pa.list_(pa.int32())),
+            "response_token_ids": pa.array([r.response_token_ids for r in rollouts], pa.list_(pa.int32())),
+            "finish_reason": _dictionary([r.finish_reason for r in rollouts]),
+            "text": pa.array([r.text for r in rollouts], pa.string()),
+        },
+        schema=SEQUENCES_SCHEMA,
+    )
+
+
+def tokens_table(
+    pass_id: str,
+    items: Iterable[Rollout | Score],
+    token_ids: Callable[[Any], Sequence[int]],
+    token_text: Callable[[int], str | None] = lambda _: None,
+) -> pa.Table:
+    """One row per response token, sorted by sequence and position.
+
+    Args:
+        pass_id: What was run, e.g. `"vllm-bfloat16-decode"`.
+        items: Sequences with `sequence_id` and `logprobs` (nats, one per token).
+        token_ids: The response ids of an item, as long as its `logprobs`.
+        token_text: The text of a token id, where known.
+    """
+    ordered = sorted(items, key=lambda item: item.sequence_id)
+    ids = [list(token_ids(item)) for item in ordered]
+    for item, tokens in zip(ordered, ids, strict=True):
+        if len(tokens) != len(item.logprobs):
+            raise TableError(
+                f"Pass {pass_id} returned {len(item.logprobs)} log-probs for the {len(tokens)} tokens of "
+                f"sequence {item.sequence_id}.",
+                "This is a fault of the engine or its adapter; please report it.",
+            )
+    lengths = np.array([len(tokens) for tokens in ids], dtype=np.int64)
+    flat = [token for tokens in ids for token in tokens]
+    texts = {token: token_text(token) for token in set(flat)}
+    return pa.table(
+        {
+            "sequence_id": np.repeat(np.array([item.sequence_id for item in ordered], dtype=np.int64), lengths),
+            "position": np.concatenate([np.arange(n, dtype=np.int32) for n in lengths] or [np.empty(0, np.int32)]),
+            "token_id": pa.array(flat, pa.int32()),
+            "pass_id": _dictionary([pass_id] * len(flat)),
+            "logprob": np.array([value for item in ordered for value in item.logprobs], dtype=np.float32),
+            "token_text": _dictionary([texts[token] for token in flat]),
+        },
+        schema=TOKENS_SCHEMA,
+    )
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`, which replaces it on success and vanishes on failure.
+
+    Raises:
+        DiskFull: No space is left on the device.
+        TableError: Another I/O failure.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with temporary.open("rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(
+                f"The disk is full: {path.name} could not be written.",
+                "Free some space and continue with --resume; finished passes are kept.",
+            ) from error
+        raise TableError(
+            f"{path} could not be written: {error.strerror or error}.", "Check the folder's permissions."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Writes strict JSON (no NaN, no infinity) atomically."""
+    write_text(path, json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file of a run directory.
+
+    Raises:
+        TableError: The file is missing, is not JSON, or has an unknown schema version.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise TableError(f"{path} does not exist.", "Give the folder that `mismatch-probe compare` wrote.") from None
+    except (OSError, ValueError) as error:
+        raise TableError(
+            f"{path} cannot be read as JSON ({error}).", "Restore the file or run the comparison again."
+        ) from None
+    version = document.get("schema_version") if isinstance(document, dict) else None
+    if version != SCHEMA_VERSION:
+        raise TableError(
+            f"{path} has schema version {version!r}; this release reads version {SCHEMA_VERSION}.",
+            "Use the release of mismatch-probe that wrote it, or a newer one.",
+        )
+    return document
+
+
+def _write_parquet(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> None:
+    with atomic_path(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+        for table in tables:
+            writer.write_table(table)
+
+
+def _read_parquet(path: Path, schema: pa.Schema, **options: Any) -> pa.Table:
+    try:
+        table = pq.read_table(path, **options)
+    except FileNotFoundError:
+        raise TableError(
+            f"{path} does not exist.", "Finish the run with --resume, or run the comparison again."
+        ) from None
+    except (OSError, pa.ArrowException) as error:
+        detail = str(error).splitlines()[0]
+        raise TableError(
+            f"{path} is corrupt or truncated ({detail}).", "Delete this file and run the comparison again."
+        ) from None
+    missing = [name for name in schema.names if name not in table.column_names]
+    if missing:
+        raise TableError(f"{path} lacks the column {missing[0]}.", "Delete this file and run the comparison again.")
+    return table.select(schema.names).cast(schema)
+
+
+class RunDirectory:
+    """A run's folder, opened by one process at a time.
+
+    `manifest` is the document behind `manifest.json`; change it, then call `save`.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._lock: int | None = None
+
+    @classmethod
+    def create(cls, path: Path, manifest: dict[str, Any]) -> RunDirectory:
+        """Makes a new run folder.
+
+        Raises:
+            UsageError: The folder exists and is not empty.
+        """
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UsageError(f"{path} exists and is not empty.", "Choose another --out, or continue it with --resume.")
+        run = cls(path, {"schema_version": SCHEMA_VERSION, "status": "running", **manifest, "passes": {}})
+        run.save()
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> RunDirectory:
+        """Opens an existing run folder.
+
+        Raises:
+            TableError: It is no run folder, or its manifest cannot be read.
+        """
+        manifest = read_json(path / "manifest.json")
+        if not isinstance(manifest.get("passes"), dict):
+            raise TableError(
+                f"{path / 'manifest.json'} lists no passes.", "Restore the file or run the comparison again."
+            )
+        return cls(path, manifest)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the folder against other processes; the lock dies with the process.
+
+        Raises:
+            UsageError: Another process holds it.
+        """
+        handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(handle)
+            raise UsageError(
+                f"Another process is working on {self.path}.", "Wait until it ends, then try again."
+            ) from None
+        try:
+            yield
+        finally:
+            (self.path / ".lock").unlink(missing_ok=True)
+            os.close(handle)
+
+    def save(self) -> None:
+        write_json(self.path / "manifest.json", self.manifest)
+
+    def _part(self, pass_id: str, kind: str) -> Path:
+        return self.path / "passes" / f"{pass_id}.{kind}.parquet"
+
+    def finish_pass(
+        self, pass_id: str, tokens: pa.Table, record: dict[str, Any], sequences: pa.Table | None = None
+    ) -> None:
+        """Stores a finished pass; after this call a resumed run will not compute it again."""
+        if sequences is not None:
+            _write_parquet(self._part(pass_id, "sequences"), [sequences], SEQUENCES_SCHEMA)
+        _write_parquet(self._part(pass_id, "tokens"), [tokens], TOKENS_SCHEMA)
+        self.manifest["passes"][pass_id] = {**record, "status": "finished", "rows": tokens.num_rows}
+        self.save()
+
+    def finished(self, pass_id: str) -> bool:
+        record: dict[str, Any] = self.manifest["passes"].get(pass_id, {})
+        return record.get("status") == "finished"
+
+    def finished_passes(self) -> list[str]:
+        return [pass_id for pass_id in self.manifest["passes"] if self.finished(pass_id)]
+
+    def sequences(self, pass_id: str | None = None) -> pa.Table:
+        """Sequences of one rollout pass, or of all finished ones."""
+        wanted = self.finished_passes() if pass_id is None else [pass_id]
+        tables = list(self._stream(wanted, "sequences"))
+        return pa.concat_tables(tables) if tables else SEQUENCES_SCHEMA.empty_table()
+
+    def tokens(self, pass_id: str) -> pa.Table:
+        """Token rows of one pass, sorted by sequence and position.
+
+        Raises:
+            TableError: The pass's rows are missing, corrupt, or not as many as the manifest says.
+        """
+        tables = list(self._stream([pass_id], "tokens"))
+        found, expected = sum(table.num_rows for table in tables), self.manifest["passes"].get(pass_id, {}).get("rows")
+        if found != expected:
+            raise TableError(
+                f"Pass {pass_id} has {found} rows on disk where the manifest says {expected}.",
+                "Restore the files or run the comparison again.",
+            )
+        return tables[0]
+
+    def merge(self) -> None:
+        """Writes `sequences.parquet` and `tokens.parquet` from the finished passes and drops the parts.
+
+        A run that was merged while some pass was still missing is merged again from table and parts.
+        """
+        passes = self.finished_passes()
+        parts = [p for name in passes for kind in ("sequences", "tokens") if (p := self._part(name, kind)).exists()]
+        if not parts:
+            return
+        for kind, schema in (("sequences", SEQUENCES_SCHEMA), ("tokens", TOKENS_SCHEMA)):
+            _write_parquet(self.path / f"{kind}.parquet", self._stream(passes, kind), schema)
+        for part in parts:
+            part.unlink()
+        (self.path / "passes").rmdir()
+
+    def _stream(self, passes: Sequence[str], kind: str) -> Iterator[pa.Table]:
+        """The passes' tables of one kind: a pass's own file where it is still there, else its rows of the merged file."""
+        schema, column = (TOKENS_SCHEMA, "pass_id") if kind == "tokens" else (SEQUENCES_SCHEMA, "rollout_pass")
+        merged = self.path / f"{kind}.parquet"
+        for name in passes:
+            part = self._part(name, kind)
+            if part.exists():
+                yield _read_parquet(part, schema)
+            elif merged.exists():
+                yield _read_parquet(merged, schema, filters=[(column, "=", name)])
