@@ -1,0 +1,179 @@
+"""What a comparison is asked to do. Nothing here imports an engine, so a configuration is validated at once."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from mismatch_probe.errors import UsageError
+from mismatch_probe.types import DTYPES, Dtype, TrainerLayout, TrainerMode
+
+# These run code of the caller's choosing in the engine, or carry a secret into a manifest that is meant to be shared.
+FORBIDDEN_ENGINE_ARGS = frozenset(
+    {"trust_remote_code", "worker_cls", "worker_extension_cls", "logits_processors", "hf_token"}
+)
+# These are decided by the comparison itself; a second value would contradict its manifest.
+OWNED_ENGINE_ARGS = {
+    "model": "--model",
+    "tokenizer": "--model",
+    "revision": "--revision",
+    "dtype": "--rollout-dtypes",
+    "seed": "--seed",
+    "enforce_eager": "--eager",
+    "max_num_seqs": "--rollout-batch",
+    "logprobs_mode": "--temperature",
+}
+
+
+@dataclass(frozen=True)
+class Limit:
+    """One `--fail-on`: `metric>value` or `metric<value`, with an optional `@rollout/trainer` (one dtype means both)."""
+
+    text: str
+    metric: str
+    above: bool
+    bound: float
+    rollout_dtype: str | None
+    trainer_dtype: str | None
+
+    _PATTERN = re.compile(r"^\s*(\w+)\s*([<>])\s*([^@\s]+)\s*(?:@\s*(\w+)(?:/(\w+))?)?\s*$")
+
+    @classmethod
+    def parse(cls, text: str, known_metrics: Sequence[str]) -> Limit:
+        """Reads one limit.
+
+        Raises:
+            UsageError: It has another form, or names an unknown metric or dtype.
+        """
+        match = cls._PATTERN.match(text)
+        example = "Write for example --fail-on 'kl_k3>0.001@bfloat16/bfloat16'."
+        if match is None:
+            raise UsageError(f"--fail-on {text!r} is not of the form metric>value[@rollout/trainer].", example)
+        metric, sign, number, rollout, trainer = match.groups()
+        if metric not in known_metrics:
+            raise UsageError(
+                f"--fail-on names the unknown metric {metric!r}.", f"Known are: {', '.join(known_metrics)}."
+            )
+        for dtype in (rollout, trainer):
+            if dtype is not None and dtype not in DTYPES:
+                raise UsageError(f"--fail-on names the unknown dtype {dtype!r}.", f"Known are: {', '.join(DTYPES)}.")
+        try:
+            bound = float(number)
+        except ValueError:
+            bound = math.nan
+        if not math.isfinite(bound):
+            raise UsageError(f"--fail-on {text!r} has no number to compare with.", example)
+        return cls(text.strip(), metric, sign == ">", bound, rollout, trainer or rollout)
+
+    def applies_to(self, rollout_dtype: str, trainer_dtype: str) -> bool:
+        return self.rollout_dtype in (None, rollout_dtype) and self.trainer_dtype in (None, trainer_dtype)
+
+    def exceeded_by(self, value: float) -> bool:
+        return value > self.bound if self.above else value < self.bound
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """One comparison. Sizes left at None take the device's default (`engines.devices.default_sizes`).
+
+    Attributes:
+        model: Built-in name, local folder, or hub id.
+        revision: Hub revision.
+        trust_remote_code: Lets the checkpoint bring Python code of its own.
+        prompts: Prompt file (.jsonl, .txt), or None for the built-in set.
+        chat: Renders plain prompts as one user message through the model's chat template.
+        num_prompts, samples_per_prompt, max_tokens: How much is sampled.
+        temperature: Sampling temperature, applied on both sides.
+        seed: Seeds every request.
+        rollout_dtypes, trainer_dtypes: Rows and columns of the matrix.
+        trainer_modes: `cast`, `autocast`, or both; FP32 has only `cast`.
+        trainer_layout: How sequences are laid out in a trainer batch.
+        trainer_attn: Attention implementation of transformers.
+        device: `auto`, `cpu`, or `cuda`.
+        eager: Switches CUDA graphs and compilation of the rollout engine off.
+        rollout_batch: Requests that are in the engine at once.
+        null_tokens: Leading tokens of the first rollout batch that are produced twice; 0 switches the nulls off.
+        memory_budget_gib: Memory that a trainer pass may use above its weights.
+        engine_args: Passed to vLLM as they are.
+    """
+
+    model: str = "smollm2-135m"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    prompts: str | None = None
+    chat: bool = False
+    num_prompts: int | None = None
+    samples_per_prompt: int | None = None
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    seed: int = 0
+    rollout_dtypes: tuple[Dtype, ...] = DTYPES
+    trainer_dtypes: tuple[Dtype, ...] = DTYPES
+    trainer_modes: tuple[TrainerMode, ...] = ("cast",)
+    trainer_layout: TrainerLayout = "padded"
+    trainer_attn: str = "sdpa"
+    device: str = "auto"
+    eager: bool = False
+    rollout_batch: int | None = None
+    null_tokens: int | None = None
+    memory_budget_gib: float | None = None
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("num_prompts", "samples_per_prompt", "max_tokens", "rollout_batch", "memory_budget_gib"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UsageError(f"{_flag(name)} must be positive, not {value}.", "Leave it out for the default.")
+        if self.null_tokens is not None and self.null_tokens < 0:
+            raise UsageError(
+                f"--null-tokens must not be negative, and is {self.null_tokens}.", "0 switches the nulls off."
+            )
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise UsageError(
+                f"--temperature must be above 0, not {self.temperature}.",
+                "Greedy decoding has no sampling law to compare; use --temperature 1.",
+            )
+        for name in ("rollout_dtypes", "trainer_dtypes", "trainer_modes"):
+            if not getattr(self, name) or len(set(getattr(self, name))) != len(getattr(self, name)):
+                raise UsageError(f"{_flag(name)} is empty or names a value twice.", "Name each value once.")
+        if self.trainer_modes == ("autocast",) and self.trainer_dtypes == ("float32",):
+            raise UsageError(
+                "Autocast to float32 is no mode.", "Add a 16-bit --trainer-dtypes, or use --trainer-mode cast."
+            )
+        for name in self.engine_args:
+            if name in FORBIDDEN_ENGINE_ARGS:
+                raise UsageError(
+                    f"--engine-arg {name} is refused: it would run code in the engine or put a secret into the manifest.",
+                    "Use --trust-remote-code where that is meant; a hub token belongs into the environment.",
+                )
+            if name in OWNED_ENGINE_ARGS:
+                raise UsageError(
+                    f"--engine-arg {name} would contradict the comparison's own setting.",
+                    f"Use {OWNED_ENGINE_ARGS[name]}.",
+                )
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> CompareConfig:
+        """Rebuilds a configuration from a manifest; keys of later releases are an error, not silently dropped."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(document) - known)
+        if unknown:
+            raise UsageError(
+                f"The run was configured with the unknown option {unknown[0]!r}.",
+                "Resume it with the release that began it.",
+            )
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in document.items()
+        }
+        return cls(**values)
+
+
+def _flag(name: str) -> str:
+    short = {"trainer_modes": "trainer-mode", "memory_budget_gib": "memory-budget"}
+    return "--" + short.get(name, name.replace("_", "-"))
