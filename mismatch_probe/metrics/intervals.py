@@ -1,0 +1,219 @@
+"""Prompt-clustered 95 % intervals.
+
+Tokens of one prompt are not independent, so the prompt is the unit that is resampled. Every mean- or ratio-like
+metric is written as a smooth function of pooled means, which needs only per-prompt sums: the tokens are read once,
+and a replicate costs one row of a matrix product.
+
+Smooth metrics get a studentised bootstrap over prompts (Efron and Tibshirani 1993, section 12.5) on a working scale
+where the estimate is closer to normal, usually its logarithm. Shares get a Clopper–Pearson interval at the effective
+sample size (Korn and Graubard 1998), quantiles the inversion of the interval of a share (Woodruff 1952), counts of
+rare tokens a Poisson interval (Garwood 1936).
+
+Shape legend: `P` prompts, `K` means, `R` replicates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import special
+
+from mismatch_probe.types import MetricValue
+
+Floats = NDArray[np.float64]
+Working = Callable[[NDArray[Any]], NDArray[Any]]
+Interval = tuple[float, float]
+
+UPPER_TAIL = 0.975
+CALIBRATED_PROMPTS = 32
+UNCALIBRATED = f"uncalibrated: fewer than {CALIBRATED_PROMPTS} prompts"
+NO_INTERVAL = "no interval: fewer than 2 prompts"
+
+# Below this, too many replicates consist of one or two prompts, whose spread says little: a cluster-t interval serves.
+_BOOTSTRAP_PROMPTS = 6
+_USABLE_SHARE = 0.99
+_CHUNK_ELEMENTS = 2_000_000
+_COMPLEX_STEP = 1e-80
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A metric as a smooth function of pooled means: `metric(working(means))`, `means = Σ_p sums / Σ_p counts`.
+
+    Attributes:
+        sums: `[P, K]` per-prompt sums of the sufficient statistics.
+        counts: `[P, K]` per-prompt counts (or weights) that the sums are divided by; 0 where a prompt has no rows.
+        working: Means `[..., K]` to the working scale `[...]`. It must accept complex input: the delta method
+            differentiates it by a complex step, which loses no digits.
+        metric: Monotone map from the working scale to the metric.
+        why: What limits the value, if anything.
+    """
+
+    sums: Floats
+    counts: Floats
+    working: Working
+    metric: Callable[[float], float]
+    why: str = ""
+
+    @property
+    def live(self) -> NDArray[np.bool_]:
+        """`[P]` prompts that have rows."""
+        return np.asarray((self.counts > 0).all(axis=1))
+
+
+def evaluate(estimates: Mapping[str, Estimate], *, seed: int, replicates: int) -> dict[str, MetricValue]:
+    """Value and interval of each estimate; all estimates over equally many prompts share their replicates.
+
+    Returns:
+        A `MetricValue` per key. Its value is None when it overflows float64; below 2 prompts it has no interval.
+    """
+    live = {key: _live(estimate) for key, estimate in estimates.items()}
+    draws: dict[str, list[tuple[Floats, Floats]]] = {key: [] for key in live}
+    for n_prompts in sorted({len(estimate.sums) for estimate in live.values()}):
+        if n_prompts < _BOOTSTRAP_PROMPTS:
+            continue
+        group = [key for key, estimate in live.items() if len(estimate.sums) == n_prompts]
+        for weights in _prompt_weights(n_prompts, seed, replicates):
+            for key in group:
+                draws[key].append(_working_and_se(live[key], weights))
+    return {key: _finish(estimate, draws[key]) for key, estimate in live.items()}
+
+
+def _live(estimate: Estimate) -> Estimate:
+    return replace(estimate, sums=estimate.sums[estimate.live], counts=estimate.counts[estimate.live])
+
+
+def _prompt_weights(n_prompts: int, seed: int, replicates: int) -> Iterator[Floats]:
+    """Multinomial weights `[R', P]` in chunks of bounded memory; the stream does not depend on the chunking."""
+    rng = np.random.default_rng(seed)
+    rows = max(1, _CHUNK_ELEMENTS // n_prompts)
+    share = np.full(n_prompts, 1.0 / n_prompts)
+    for start in range(0, replicates, rows):
+        size = min(rows, replicates - start)
+        yield rng.multinomial(n_prompts, share, size=size).astype(np.float64)
+
+
+def _working_and_se(estimate: Estimate, weights: Floats) -> tuple[Floats, Floats]:
+    """Working value `[R]` and its linearised cluster standard error `[R]` under prompt weights `[R, P]`."""
+    n_prompts = len(estimate.sums)
+    totals = weights @ estimate.counts
+    means = (weights @ estimate.sums) / totals
+    with np.errstate(all="ignore"):
+        working = estimate.working(means)
+        slopes = _gradient(estimate.working, means) / totals
+        influence = slopes @ estimate.sums.T - (slopes * means) @ estimate.counts.T
+        variance = np.einsum("rp,rp->r", weights, influence**2) * n_prompts / (n_prompts - 1)
+        return working, np.sqrt(variance)
+
+
+def _gradient(working: Working, means: Floats) -> Floats:
+    gradient = np.empty_like(means)
+    for k in range(means.shape[-1]):
+        shifted = means.astype(np.complex128)
+        shifted[..., k] += 1j * _COMPLEX_STEP
+        gradient[..., k] = working(shifted).imag / _COMPLEX_STEP
+    return gradient
+
+
+def _finish(estimate: Estimate, draws: list[tuple[Floats, Floats]]) -> MetricValue:
+    n_prompts = len(estimate.sums)
+    with np.errstate(all="ignore"):
+        centre = float(estimate.working(estimate.sums.sum(axis=0) / estimate.counts.sum(axis=0)))
+        value = float(estimate.metric(centre)) + 0.0  # no negative zero
+    if not np.isfinite(value):
+        return MetricValue(None, why=join_why(estimate.why, "overflows float64"))
+    if n_prompts < 2:
+        return MetricValue(value, why=join_why(estimate.why, NO_INTERVAL))
+    low, high = _limits(estimate, centre, draws)
+    with np.errstate(all="ignore"):
+        ends = (value, float(estimate.metric(low)), float(estimate.metric(high)))
+    if not np.isfinite(ends).all():
+        return MetricValue(value, why=join_why(estimate.why, "no interval: its upper limit overflows float64"))
+    return with_interval(value, (min(ends) + 0.0, max(ends) + 0.0), n_prompts, estimate.why)
+
+
+def _limits(estimate: Estimate, centre: float, draws: list[tuple[Floats, Floats]]) -> Interval:
+    """Limits on the working scale; cluster-t where the bootstrap has too few prompts or usable replicates."""
+    se = float(_working_and_se(estimate, np.ones((1, len(estimate.sums))))[1][0])
+    if not np.isfinite(centre) or se == 0.0:  # an exact zero everywhere, e.g. a policy compared with itself
+        return centre, centre
+    if draws:
+        working = np.concatenate([chunk[0] for chunk in draws])
+        spread = np.concatenate([chunk[1] for chunk in draws])
+        usable = np.isfinite(working) & np.isfinite(spread) & (spread > 0)
+        if usable.mean() >= _USABLE_SHARE:
+            t = (working[usable] - centre) / spread[usable]
+            t_low, t_high = np.quantile(t, (1 - UPPER_TAIL, UPPER_TAIL))
+            return centre - float(t_high) * se, centre - float(t_low) * se
+    half = _student(len(estimate.sums) - 1) * se
+    return centre - half, centre + half
+
+
+def _student(degrees: float) -> float:
+    return float(special.stdtrit(degrees, UPPER_TAIL))
+
+
+def with_interval(value: float, interval: Interval, n_prompts: int, why: str = "") -> MetricValue:
+    """A `MetricValue` whose interval is marked uncalibrated below 32 prompts."""
+    note = UNCALIBRATED if n_prompts < CALIBRATED_PROMPTS else ""
+    return MetricValue(value, interval[0], interval[1], join_why(why, note))
+
+
+def join_why(*reasons: str) -> str:
+    return "; ".join(reason for reason in reasons if reason)
+
+
+def share_interval(hits: Floats, counts: Floats) -> Interval | None:
+    """Interval of a share, Clopper–Pearson at the effective sample size (Korn and Graubard 1998).
+
+    Args:
+        hits: `[P]` rows per prompt that have the property.
+        counts: `[P]` rows per prompt.
+
+    Returns:
+        Limits in [0, 1], None below 2 prompts. Without any hit the design effect is unknown and taken as 1.
+    """
+    hits, counts = hits[counts > 0], counts[counts > 0]
+    n_prompts, n = len(counts), counts.sum()
+    if n_prompts < 2:
+        return None
+    share = hits.sum() / n
+    variance = ((hits - share * counts) ** 2).sum() * n_prompts / (n_prompts - 1) / n**2
+    effective = n
+    if variance > 0 and n > 1:
+        ratio = _student(float(n) - 1) / _student(n_prompts - 1)
+        effective = min(n, share * (1 - share) / variance * ratio**2)
+    k = share * effective
+    low = special.betaincinv(k, effective - k + 1, 1 - UPPER_TAIL) if share > 0 else 0.0
+    high = special.betaincinv(k + 1, effective - k, UPPER_TAIL) if share < 1 else 1.0
+    return float(low), float(high)
+
+
+def quantile_interval(values: Floats, prompt: NDArray[np.int64], level: float) -> tuple[float, Interval | None]:
+    """A quantile and its prompt-clustered interval (Woodruff 1952).
+
+    Args:
+        values: `[N]` the values.
+        prompt: `[N]` prompt of each value.
+        level: The quantile's level, e.g. 0.99.
+
+    Returns:
+        The quantile and its limits, None below 2 prompts. No limit can lie beyond the largest value seen.
+    """
+    value = float(np.quantile(values, level))
+    above = np.bincount(prompt, weights=values > value).astype(np.float64, copy=False)
+    interval = share_interval(above, np.bincount(prompt).astype(np.float64))
+    if interval is None:
+        return value, None
+    low, high = np.quantile(values, (1 - interval[1], 1 - interval[0]))
+    return value, (min(value, float(low)), max(value, float(high)))
+
+
+def poisson_interval(count: int) -> Interval:
+    """Two-sided 95 % interval of a Poisson mean (Garwood 1936); (0, 3.69) for a count of 0."""
+    low = special.gammaincinv(count, 1 - UPPER_TAIL) if count else 0.0
+    return float(low), float(special.gammaincinv(count + 1, UPPER_TAIL))

@@ -1,0 +1,100 @@
+"""Ratios of two pairs, paired by prompt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mismatch_probe.errors import UsageError
+from mismatch_probe.metrics import compute_metrics, paired_ratio
+from mismatch_probe.metrics.catalog import CATALOG
+from mismatch_probe.metrics.intervals import UNCALIBRATED
+from mismatch_probe.metrics.paired import PAIRED_KEYS
+from mismatch_probe.types import PairArrays
+
+
+@pytest.fixture
+def pairs(make_pair: Any) -> tuple[PairArrays, PairArrays]:
+    rng = np.random.default_rng(0)
+    scale = np.repeat(np.exp(rng.normal(0, 1, 64)), 30)
+    wide, narrow = (scale * rng.normal(0, s, 64 * 30) for s in (8e-3, 1e-3))
+    b = -rng.exponential(1, 64 * 30)
+    return make_pair(b, wide, [30] * 64), make_pair(b, narrow, [30] * 64)
+
+
+@pytest.mark.parametrize("key", PAIRED_KEYS)
+def test_value_is_the_ratio_of_the_metrics(pairs: tuple[PairArrays, PairArrays], key: str) -> None:
+    above, below = (compute_metrics(pair, replicates=20)[key].value for pair in pairs)
+    got = paired_ratio(pairs[0], pairs[1], key, replicates=100)
+    assert above is not None
+    assert below is not None
+    assert got.value == pytest.approx(above / below, rel=1e-10)
+    assert got.ci_low is not None
+    assert got.ci_high is not None
+    assert got.ci_low < above / below < got.ci_high
+    assert got.why == ""
+    assert CATALOG[key].positive
+
+
+def test_pairing_narrows_the_interval(pairs: tuple[PairArrays, PairArrays]) -> None:
+    """Both pairs share the prompts' scale, which cancels: the ratio is known better than either metric."""
+    ratio = paired_ratio(pairs[0], pairs[1], "mean_abs_logprob_diff")
+    alone = compute_metrics(pairs[0])["mean_abs_logprob_diff"]
+    assert None not in (ratio.ci_low, ratio.ci_high, alone.ci_low, alone.ci_high)
+    assert np.log(ratio.ci_high / ratio.ci_low) < 0.5 * np.log(alone.ci_high / alone.ci_low)  # type: ignore[operator]
+
+
+def test_a_pair_over_itself_is_one(pairs: tuple[PairArrays, PairArrays]) -> None:
+    got = paired_ratio(pairs[0], pairs[0], "kl_k3", replicates=50)
+    assert (got.value, got.ci_low, got.ci_high) == pytest.approx((1.0, 1.0, 1.0))
+
+
+def test_inverse(pairs: tuple[PairArrays, PairArrays]) -> None:
+    there, back = paired_ratio(pairs[0], pairs[1], "kl_k3"), paired_ratio(pairs[1], pairs[0], "kl_k3")
+    assert there.value is not None
+    assert there.ci_low is not None
+    assert (back.value, back.ci_high) == pytest.approx((1 / there.value, 1 / there.ci_low), rel=1e-9)
+
+
+def test_prompts_are_matched_by_name_not_by_place(make_pair: Any) -> None:
+    d = np.random.default_rng(1).normal(0, 0.1, 40)
+    names = [f"q{i}" for i in range(40)]
+    forward = make_pair(-1.0, d, prompt_ids=names)
+    backward = make_pair(-1.0, 0.5 * d[::-1], prompt_ids=names[::-1])
+    got = paired_ratio(forward, backward, "mean_abs_logprob_diff", replicates=50)
+    assert (got.value, got.ci_low, got.ci_high) == pytest.approx((2.0, 2.0, 2.0))
+
+
+def test_prompts_of_one_pair_only_are_dropped(make_pair: Any) -> None:
+    first = make_pair(-1.0, [0.2] * 40 + [9.0], prompt_ids=[f"q{i}" for i in range(41)])
+    second = make_pair(-1.0, [0.1] * 40, prompt_ids=[f"q{i}" for i in range(40)])
+    got = paired_ratio(first, second, "mean_abs_logprob_diff", replicates=50)
+    assert got.value == pytest.approx(2.0)
+    assert got.why == "over the 40 prompts that both pairs have"
+
+
+def test_nonfinite_tokens_are_named(make_pair: Any) -> None:
+    d = np.full(40, 0.1)
+    spoiled = d.copy()
+    spoiled[3] = np.nan
+    got = paired_ratio(make_pair(-1.0, spoiled), make_pair(-1.0, d), "kl_k2", replicates=50)
+    assert got.value == pytest.approx(1.0)
+    assert "without 1 tokens that are not finite" in got.why
+
+
+def test_what_cannot_be_compared_says_why(make_pair: Any) -> None:
+    some, zero = make_pair(-1.0, [0.1, 0.2]), make_pair(-1.0, [0.0, 0.0])
+    other = make_pair(-1.0, [0.1], prompt_ids=["elsewhere"])
+    empty = make_pair(-1.0, [np.nan, np.nan])
+    assert paired_ratio(some, zero, "kl_k3").why == "kl_k3 of the denominator is 0"
+    assert paired_ratio(zero, some, "kl_k3").value == 0.0
+    assert paired_ratio(some, other, "kl_k3").why == "the pairs share no prompt"
+    assert paired_ratio(empty, some, "kl_k3").why == "numerator: no finite tokens"
+    assert paired_ratio(some, empty, "seq_log_ratio_std").why == "denominator: no finite sequences"
+    assert UNCALIBRATED in paired_ratio(some, some, "kl_k3").why
+    with pytest.raises(UsageError, match="kl_k1"):
+        paired_ratio(some, some, "kl_k1")
+    with pytest.raises(UsageError, match="prompt_ids"):
+        paired_ratio(make_pair(-1.0, [0.1], prompt_ids=[]), some, "kl_k3")
