@@ -1,0 +1,112 @@
+"""What an engine is: a few methods, and the jobs that a worker process hands to it.
+
+An engine sees token ids only. It is built from a job, does its work, says what it is, and is closed with its process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from mismatch_probe.types import (
+    Dtype,
+    Prompt,
+    Rollout,
+    RolloutRequest,
+    Sampling,
+    Score,
+    ScoreRequest,
+    TrainerLayout,
+    TrainerMode,
+)
+
+
+@dataclass(frozen=True)
+class EncodeJob:
+    """Encode prompts once, with the model's own tokenizer and chat template."""
+
+    model_path: str
+    prompts: Sequence[Prompt]
+    chat: bool
+    trust_remote_code: bool
+
+
+@dataclass(frozen=True)
+class RolloutJob:
+    """Sample every request, `batch` of them at a time; then the first `null_tokens` tokens of the first batch again."""
+
+    engine: str
+    model_path: str
+    dtype: Dtype
+    device: str
+    sampling: Sampling
+    requests: Sequence[RolloutRequest]
+    batch: int
+    null_tokens: int
+    max_model_len: int
+    in_process: bool = True
+    trust_remote_code: bool = False
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrainerJob:
+    """Score every request; then the first batches, `null_sequences` sequences or more, again."""
+
+    engine: str
+    model_path: str
+    dtype: Dtype
+    mode: TrainerMode
+    layout: TrainerLayout
+    attention: str
+    device: str
+    temperature: float
+    requests: Sequence[ScoreRequest]
+    null_sequences: int
+    memory_budget: int
+    trust_remote_code: bool = False
+    flags: Mapping[str, Any] = field(default_factory=dict)
+
+
+class RolloutEngine(Protocol):
+    """The sampling side, μ."""
+
+    def generate(
+        self, requests: Sequence[RolloutRequest], sampling: Sampling, on_tokens: Callable[[int], None]
+    ) -> list[Rollout]:
+        """Samples one response per request, all of them in the engine at once, from an empty prefix cache.
+
+        Args:
+            requests: What to sample.
+            sampling: Law and length.
+            on_tokens: Called with the number of tokens that each step made.
+
+        Returns:
+            Responses in the order of the requests; log-probs are those of the law that was sampled from.
+        """
+
+    def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        """The text of each token on its own."""
+
+    def identity(self) -> dict[str, Any]:
+        """Versions, dtype, flags and backends, for the manifest."""
+
+    def close(self) -> None:
+        """Frees the device; the engine is not used again."""
+
+
+class TrainerEngine(Protocol):
+    """The training side, π."""
+
+    def plan(self, requests: Sequence[ScoreRequest]) -> list[list[ScoreRequest]]:
+        """Splits the requests into batches that fit the memory budget."""
+
+    def score(self, batch: Sequence[ScoreRequest], temperature: float) -> list[Score]:
+        """Log-probs of the response tokens of one planned batch."""
+
+    def identity(self) -> dict[str, Any]:
+        """Versions, dtype, flags and backends, for the manifest."""
+
+    def close(self) -> None:
+        """Frees the device; the engine is not used again."""

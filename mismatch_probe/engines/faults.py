@@ -1,0 +1,85 @@
+"""From what an engine raises to what its user can do: one sentence each."""
+
+from __future__ import annotations
+
+import re
+
+from mismatch_probe.engines.base import EncodeJob, RolloutJob, TrainerJob
+from mismatch_probe.errors import DiskFull, DtypeRefused, EngineError, EngineMissing, ModelError, ProbeError
+
+Job = EncodeJob | RolloutJob | TrainerJob
+
+_DTYPE = re.compile(r"model type '(?P<model>[^']+)' does not support (?P<dtype>b?float\d+)\. Reason: (?P<why>[^\n\[]+)")
+_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|cannot allocate memory|No available memory for the cache|"
+    r"larger than the available KV cache memory|less than desired GPU memory utilization",
+    re.IGNORECASE,
+)
+_CODE = re.compile(r"trust_remote_code", re.IGNORECASE)
+_TOKENIZER = re.compile(r"tokenizer", re.IGNORECASE)
+
+
+def memory_error(job: Job) -> EngineError:
+    """Out of memory, with the knob that helps this kind of pass."""
+    if isinstance(job, TrainerJob):
+        fix = "Lower --memory-budget, or use --trainer-layout single, then continue with --resume."
+    elif isinstance(job, RolloutJob) and job.device == "cuda":
+        fix = "Lower --rollout-batch or --max-tokens, or set --engine-arg gpu_memory_utilization=0.7."
+    else:
+        fix = "Lower --rollout-batch, --max-tokens or --num-prompts, or use a machine with more memory."
+    return EngineError(f"{describe(job)} ran out of memory.", fix)
+
+
+def describe(job: Job) -> str:
+    """A pass as the subject of a sentence."""
+    if isinstance(job, EncodeJob):
+        return "The tokenizer"
+    if isinstance(job, RolloutJob):
+        return f"The {job.engine} rollout in {job.dtype}"
+    return f"The {job.engine} trainer in {job.dtype} ({job.mode})"
+
+
+def classify(error: BaseException, job: Job) -> ProbeError | None:
+    """The error as the user's, or None when it is an unexpected one."""
+    if isinstance(error, ProbeError):
+        return error
+    text = str(error)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _MEMORY.search(text):
+        return memory_error(job)
+    if isinstance(error, OSError) and error.errno == 28:
+        return DiskFull(
+            f"The disk is full: {describe(job)} could not go on.", "Free some space and continue with --resume."
+        )
+    refused = _DTYPE.search(text)
+    if refused:
+        return DtypeRefused(
+            f"vLLM refuses {refused['dtype']} for model type {refused['model']}: {refused['why'].strip().rstrip('.')}.",
+            "Leave this dtype out, or see whether a newer vLLM takes it.",
+        )
+    if isinstance(error, ImportError):
+        return EngineMissing(
+            f"{describe(job)} cannot be imported: {text.splitlines()[0]}.",
+            "Run `mismatch-probe env` to see what is missing.",
+        )
+    if _CODE.search(text):
+        return ModelError(
+            f"The checkpoint {job.model_path} wants to run Python code of its own.",
+            "Read that code, then add --trust-remote-code.",
+        )
+    if isinstance(job, EncodeJob) and (_TOKENIZER.search(text) or isinstance(error, OSError)):
+        return ModelError(
+            f"The tokenizer of {job.model_path} cannot be loaded: {first_line(error)}",
+            "Put the tokenizer's files beside the weights.",
+        )
+    return None
+
+
+def first_line(error: BaseException) -> str:
+    """The error in one line, with its class."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+def unexpected(error: str, job: Job, log: str) -> EngineError:
+    """An engine failure of no known kind: its last words, and where the whole story is."""
+    return EngineError(f"{describe(job)} failed: {error}", f"The engine's own log is {log}.")

@@ -1,0 +1,203 @@
+"""The trainer engine: the Hugging Face forward pass as RL trainers run it.
+
+Shape legend: `B` sequences of a batch, `T` tokens of its longest, `R` response tokens of the batch, `H` hidden size,
+`V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import accumulate, chain, islice
+from typing import Any
+
+import torch
+
+from mismatch_probe.engines.base import TrainerJob
+from mismatch_probe.engines.batching import Footprint, plan_batches, rows_per_chunk
+from mismatch_probe.errors import EngineError
+from mismatch_probe.types import Score, ScoreRequest
+
+_TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class HfTrainer:
+    """A causal language model of transformers behind the `TrainerEngine` protocol.
+
+    The decoder runs once per batch. The head then runs on the rows that predict response tokens only, some at a time, so
+    that logits of `V` columns never exist for a whole batch.
+    """
+
+    def __init__(self, job: TrainerJob) -> None:
+        from transformers import AutoModelForCausalLM
+
+        _apply_flags(job.flags)
+        self._job = job
+        self._device = torch.device(job.device)
+        self._dtype = _TORCH[job.dtype]
+        weights = self._dtype if job.mode == "cast" else torch.float32
+        self._model = AutoModelForCausalLM.from_pretrained(
+            job.model_path,
+            dtype=weights,
+            attn_implementation=job.attention,
+            trust_remote_code=job.trust_remote_code,
+            local_files_only=True,
+        )
+        self._model.requires_grad_(False).eval().to(self._device)
+        self._decoder = self._model.get_decoder()
+        config = self._model.config.get_text_config()
+        self._vocabulary = int(config.vocab_size)
+        self._footprint = Footprint.of_model(
+            hidden=config.hidden_size,
+            intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+            itemsize=weights.itemsize,
+            masked=job.attention in ("sdpa", "eager"),
+        )
+        self._check_head()
+        if job.layout == "packed":
+            self._check_packing()
+
+    def plan(self, requests: Sequence[ScoreRequest]) -> list[list[ScoreRequest]]:
+        return plan_batches(requests, self._job.layout, self._footprint, self._job.memory_budget, self._device.type)
+
+    @torch.inference_mode()
+    def score(self, batch: Sequence[ScoreRequest], temperature: float) -> list[Score]:
+        inputs, rows, targets = _layout(batch, self._job.layout, self._device)
+        with self._autocast():
+            output = self._decoder(**inputs, use_cache=False)
+            hidden = output.last_hidden_state.flatten(0, 1)[rows]
+            step = rows_per_chunk(self._vocabulary, self._job.memory_budget, self._device.type)
+            with self._head_only(type(output)) as head:
+                values = torch.cat(
+                    [
+                        _gathered_log_softmax(head(part), target, temperature)
+                        for part, target in zip(torch.split(hidden, step), torch.split(targets, step), strict=True)
+                    ]
+                )
+        logprobs = iter(values.tolist())
+        return [Score(r.sequence_id, list(islice(logprobs, len(r.response_token_ids)))) for r in batch]
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "engine": "hf",
+            "dtype": self._job.dtype,
+            "mode": self._job.mode,
+            "weights_dtype": str(self._model.dtype).removeprefix("torch."),
+            "layout": self._job.layout,
+            "attention": self._model.config._attn_implementation,
+            "architecture": type(self._model).__name__,
+            "threads": torch.get_num_threads(),
+            "flags": dict(self._job.flags),
+            "cuda_device": torch.cuda.get_device_name() if self._device.type == "cuda" else None,
+            "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        }
+
+    def close(self) -> None:
+        del self._model, self._decoder
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self._job.mode == "autocast":
+            return torch.autocast(self._device.type, self._dtype)
+        return nullcontext()
+
+    @contextmanager
+    def _head_only(self, output_type: type) -> Iterator[Any]:
+        """Yields a function from hidden states `[R, H]` to logits `[R, V]`: the model's own forward without its decoder.
+
+        The decoder answers with the given states for the while, so whatever the architecture does behind it (bias, scaling,
+        soft-capping) is done by its own code.
+        """
+        current: list[torch.Tensor] = []
+
+        def answer(*_: Any, **__: Any) -> Any:
+            return output_type(last_hidden_state=current[0])
+
+        def head(states: torch.Tensor) -> torch.Tensor:
+            current[:] = [states[None]]
+            logits: torch.Tensor = self._model(inputs_embeds=states[None], use_cache=False).logits[0]
+            return logits
+
+        self._decoder.forward = answer
+        try:
+            yield head
+        finally:
+            del self._decoder.forward
+
+    @torch.inference_mode()
+    def _check_head(self) -> None:
+        """Compares the split forward with the plain one on a few tokens, since it relies on how transformers is built."""
+        ids = torch.arange(8, device=self._device)[None] % self._vocabulary
+        with self._autocast():
+            plain = self._model(input_ids=ids, use_cache=False).logits[0].float()
+            output = self._decoder(input_ids=ids, use_cache=False)
+            with self._head_only(type(output)) as head:
+                split = head(output.last_hidden_state[0]).float()
+        tolerance = 8 * torch.finfo(self._dtype).eps * plain.abs().max().clamp(min=1)
+        if not torch.isnan(plain).any() and (plain - split).abs().max() > tolerance:
+            raise EngineError(
+                f"{type(self._model).__name__} changes its hidden states between decoder and head, so it cannot be scored in chunks.",
+                "Please report this architecture.",
+            )
+
+    def _check_packing(self) -> None:
+        """Scores one sequence behind two different ones of equal length: any difference is a leak across the pack."""
+        size = min(self._vocabulary, 64)
+        tail = ScoreRequest(1, [5 % size, 6 % size], [7 % size, 8 % size, 9 % size])
+        heads = [ScoreRequest(0, [k % size, (k + 1) % size], [(k + 2) % size]) for k in (1, 20)]
+        first, second = (self.score([head, tail], 1.0)[1].logprobs for head in heads)
+        if first != second:
+            raise EngineError(
+                f"{type(self._model).__name__} with attention {self._job.attention!r} lets packed sequences see each other.",
+                "Use --trainer-layout padded.",
+            )
+
+
+def _apply_flags(flags: Any) -> None:
+    """Sets what `devices.trainer_settings` chose."""
+    if "float32_matmul_precision" in flags:
+        torch.set_float32_matmul_precision(flags["float32_matmul_precision"])
+    if "cudnn_allow_tf32" in flags:
+        torch.backends.cudnn.allow_tf32 = flags["cudnn_allow_tf32"]
+    for name in ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction"):
+        if name in flags:
+            setattr(torch.backends.cuda.matmul, name, flags[name])
+
+
+def _gathered_log_softmax(logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
+    """log softmax(logits / temperature) at the targets, in FP32. `logits [R, V]`, `targets [R]` → `[R]`."""
+    logits = logits.float()
+    if temperature != 1:
+        logits = logits / temperature
+    return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
+
+
+def _layout(
+    batch: Sequence[ScoreRequest], layout: str, device: torch.device
+) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
+    """Model inputs of a batch, the flat rows that predict response tokens `[R]`, and those tokens `[R]`.
+
+    Padded batches are padded on the right, where causal attention makes padding harmless, and carry a mask unless all
+    lengths agree. Packed ones are one row whose position ids start again at each sequence.
+    """
+    sequences = [list(r.prompt_token_ids) + list(r.response_token_ids) for r in batch]
+    targets = torch.tensor([token for r in batch for token in r.response_token_ids], device=device)
+    if layout == "packed":
+        starts = list(accumulate(map(len, sequences), initial=0))[:-1]
+        inputs = {
+            "input_ids": torch.tensor([list(chain.from_iterable(sequences))], device=device),
+            "position_ids": torch.cat([torch.arange(len(s)) for s in sequences])[None].to(device),
+        }
+    else:
+        longest = max(map(len, sequences))
+        starts = [i * longest for i in range(len(sequences))]
+        padded = [s + [0] * (longest - len(s)) for s in sequences]
+        inputs = {"input_ids": torch.tensor(padded, device=device)}
+        if any(len(s) < longest for s in sequences):
+            mask = [[1] * len(s) + [0] * (longest - len(s)) for s in sequences]
+            inputs["attention_mask"] = torch.tensor(mask, device=device)
+    rows = [
+        start + len(r.prompt_token_ids) - 1 + t
+        for start, r in zip(starts, batch, strict=True)
+        for t in range(len(r.response_token_ids))
+    ]
+    return inputs, torch.tensor(rows, device=device), targets

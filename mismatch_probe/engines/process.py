@@ -1,0 +1,102 @@
+"""The parent's side of an engine process.
+
+Each engine lives in a process of its own, in a session of its own: it ends before the next one starts, a Ctrl-C in the
+terminal reaches the parent alone, and killing the session leaves nothing of the engine behind.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Literal
+
+from mismatch_probe.engines import faults
+from mismatch_probe.errors import EngineError, ProbeError
+
+Kind = Literal["vllm", "hf", "encode", "scripted"]
+_GRACE_SECONDS = 20
+
+
+class UnexpectedEngineError(EngineError):
+    """The engine failed in a way that is not known to be the user's to mend."""
+
+
+class EngineProcess:
+    """One worker process, good for one job. It starts to import at once and waits for its job."""
+
+    def __init__(self, kind: Kind, environment: Mapping[str, str], log: Path) -> None:
+        self._log = log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        ours, theirs = socket.socketpair()
+        self._connection = Connection(ours.detach())
+        command = [sys.executable, "-m", "mismatch_probe.engines.worker", str(theirs.fileno()), kind]
+        with theirs, log.open("ab") as output:
+            self._process = subprocess.Popen(
+                command,
+                pass_fds=[theirs.fileno()],
+                env={**os.environ, **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def run(self, job: faults.Job, on_event: Callable[[str, Any], None]) -> None:
+        """Gives the process its job and hands on its events until it is done; the process has ended on return.
+
+        Raises:
+            ProbeError: What went wrong, as the user's error.
+            UnexpectedEngineError: The engine failed in an unknown way.
+        """
+        try:
+            self._connection.send(job)
+            while True:
+                name, payload = self._connection.recv()
+                if name == "done":
+                    break
+                if name == "error":
+                    raise payload if isinstance(payload, ProbeError) else self._unexpected(payload, job)
+                on_event(name, payload)
+            self._process.wait(_GRACE_SECONDS)
+        except (EOFError, OSError) as error:
+            raise self._death(job) from error
+        except subprocess.TimeoutExpired:
+            pass  # its work is done; `close` ends what hangs in its tear-down
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Ends the process and all its children."""
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            pass
+        self._process.wait()
+        self._connection.close()
+
+    def _unexpected(self, message: str, job: faults.Job) -> UnexpectedEngineError:
+        error = faults.unexpected(message, job, str(self._log))
+        return UnexpectedEngineError(error.what, error.fix)
+
+    def _death(self, job: faults.Job) -> EngineError:
+        try:
+            code = self._process.wait(_GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            code = 0
+        if code == -signal.SIGKILL:
+            return EngineError(
+                f"{faults.describe(job)} was killed (signal 9), most often by the kernel for want of memory.",
+                "Free memory or ask for less at once, then continue with --resume.",
+            )
+        cause = f"signal {-code}" if code < 0 else f"exit status {code}"
+        return self._unexpected(f"its process ended with {cause}.", job)

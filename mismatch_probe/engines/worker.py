@@ -1,0 +1,166 @@
+"""The child's side of an engine process: `python -m mismatch_probe.engines.worker FD KIND`.
+
+It imports what its kind needs, receives one job, sends events, and ends. Events are pairs of a name and a payload:
+`ready`, `identity`, `total`, `progress`, `encoded`, `rollouts`, `null_rollouts`, `texts`, `scores`, `null_scores`,
+`phase`, `done`, `error`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from typing import Any
+
+from mismatch_probe.engines import faults
+from mismatch_probe.engines.base import EncodeJob, RolloutEngine, RolloutJob, TrainerEngine, TrainerJob
+from mismatch_probe.types import EncodedPrompt
+
+
+class _Channel:
+    """Sends events and times phases."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._since = time.perf_counter()
+
+    def send(self, name: str, payload: Any = None) -> None:
+        self._connection.send((name, payload))
+
+    def phase(self, name: str) -> None:
+        """Ends a phase: everything since the last one took this long."""
+        now = time.perf_counter()
+        self.send("phase", (name, now - self._since))
+        self._since = now
+
+
+def run_encode(job: EncodeJob, channel: _Channel) -> None:
+    """Encodes the prompts with the model's tokenizer."""
+    if _is_scripted(job.model_path):
+        channel.send(
+            "encoded", [EncodedPrompt(p.prompt_id, [ord(c) for c in p.text or str(p.messages)]) for p in job.prompts]
+        )
+        return
+    from mismatch_probe.engines.encoding import encode_prompts
+
+    channel.send("encoded", encode_prompts(job))
+
+
+def run_rollout(job: RolloutJob, channel: _Channel) -> None:
+    """Samples in batches of `job.batch`, then the first batch's leading tokens again."""
+    engine: RolloutEngine
+    if job.engine == "scripted":
+        from mismatch_probe.engines.scripted import ScriptedRollout
+
+        engine = ScriptedRollout(job)
+    else:
+        from mismatch_probe.engines.vllm import VllmRollout
+
+        engine = VllmRollout(job)
+    channel.phase("load")
+    channel.send("identity", engine.identity())
+    batches = [job.requests[i : i + job.batch] for i in range(0, len(job.requests), job.batch)]
+    null = replace(job.sampling, max_tokens=min(job.null_tokens, job.sampling.max_tokens))
+    null_total = len(batches[0]) * null.max_tokens
+    channel.send("total", len(job.requests) * job.sampling.max_tokens + null_total)
+    seen: set[int] = set()
+    for batch in batches:
+        rollouts = engine.generate(batch, job.sampling, lambda n: channel.send("progress", n))
+        seen.update(token for rollout in rollouts for token in rollout.response_token_ids)
+        channel.send("rollouts", rollouts)
+        short = len(batch) * job.sampling.max_tokens - sum(len(r.response_token_ids) for r in rollouts)
+        channel.send("progress", short)
+    channel.send("texts", dict(zip(sorted(seen), engine.token_texts(sorted(seen)), strict=True)))
+    channel.phase("generate")
+    if null.max_tokens:
+        channel.send("null_rollouts", engine.generate(batches[0], null, lambda n: channel.send("progress", n)))
+        channel.phase("null")
+    engine.close()
+
+
+def run_trainer(job: TrainerJob, channel: _Channel) -> None:
+    """Scores in planned batches, then the first batches again."""
+    engine: TrainerEngine
+    if job.engine == "scripted":
+        from mismatch_probe.engines.scripted import ScriptedTrainer
+
+        engine = ScriptedTrainer(job)
+    else:
+        from mismatch_probe.engines.hf import HfTrainer
+
+        engine = HfTrainer(job)
+    channel.phase("load")
+    channel.send("identity", engine.identity())
+    batches = engine.plan(job.requests)
+    again = 0
+    while again < len(batches) and sum(map(len, batches[:again])) < job.null_sequences:
+        again += 1
+    channel.send("total", sum(r.length for batch in [*batches, *batches[:again]] for r in batch))
+    for event, repeated, phase in (("scores", batches, "score"), ("null_scores", batches[:again], "null")):
+        for batch in repeated:
+            channel.send(event, engine.score(batch, job.temperature))
+            channel.send("progress", sum(r.length for r in batch))
+        channel.phase(phase)
+    engine.close()
+
+
+def _is_scripted(model_path: str) -> bool:
+    from mismatch_probe.engines.models import read_config
+
+    return read_config(model_path).get("model_type") == "scripted"
+
+
+def _import(kind: str) -> None:
+    """Imports ahead of the job, while another engine may still be at work."""
+    if kind == "vllm":
+        import vllm  # noqa: F401
+    elif kind == "hf":
+        from transformers import AutoModelForCausalLM  # noqa: F401
+
+        import mismatch_probe.engines.hf  # noqa: F401
+
+
+def _run(job: Any, channel: _Channel) -> None:
+    if isinstance(job, EncodeJob):
+        run_encode(job, channel)
+    elif isinstance(job, RolloutJob):
+        run_rollout(job, channel)
+    else:
+        run_trainer(job, channel)
+
+
+def main(arguments: list[str]) -> None:
+    connection = Connection(int(arguments[0]))
+    channel = _Channel(connection)
+    job: Any = None
+    try:
+        # An import that fails is reported as the job's failure, in the job's terms.
+        failure: ImportError | None = None
+        try:
+            _import(arguments[1])
+        except ImportError as error:
+            failure = error
+        channel.phase("import")
+        job = connection.recv()
+        channel.phase("wait")
+        if failure is not None:
+            raise failure
+        _run(job, channel)
+        channel.send("done")
+    except (BrokenPipeError, EOFError, ConnectionResetError):
+        os._exit(1)  # the parent is gone, and with it the reason to go on
+    except BaseException as error:
+        traceback.print_exc()
+        known = faults.classify(error, job) if job is not None else None
+        channel.send("error", known or faults.first_line(error))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Skips the interpreter's tear-down, in which vLLM spends seconds; all that mattered has been sent and closed.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
