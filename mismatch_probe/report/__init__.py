@@ -1,0 +1,1 @@
+"""Tables turned into figures, HTML, Markdown and terminal output; nothing is measured here."""

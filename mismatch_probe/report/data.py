@@ -1,0 +1,74 @@
+"""What a report is made from: the run's summary and manifest, and curves computed beforehand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mismatch_probe.metrics.curves import BinnedDiff, Ccdf, LengthCurve, PolicyDensity
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Curves of the diagonal pairs (rollout and trainer in the same dtype), each by dtype name, e.g. `"bfloat16"`.
+
+    Attributes:
+        density: μ(token) against π(token), counts on a grid.
+        length: Sequence log ratio against response length, with its fit.
+        ccdf: Share of tokens with |d| of at least so much.
+        by_probability: Mean |d| by rollout probability μ(token).
+        by_position: Mean |d| by position in the response.
+    """
+
+    density: dict[str, PolicyDensity] = field(default_factory=dict)
+    length: dict[str, LengthCurve] = field(default_factory=dict)
+    ccdf: dict[str, Ccdf] = field(default_factory=dict)
+    by_probability: dict[str, BinnedDiff] = field(default_factory=dict)
+    by_position: dict[str, BinnedDiff] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class WorstToken:
+    """One of the tokens with the largest |d| of a pair. Its text is raw model output; each renderer escapes it.
+
+    Attributes:
+        pair: What was compared, e.g. `"bfloat16"` or `"bfloat16 → float16"`.
+        sequence_id: Sequence of the run's tables.
+        prompt_id: Prompt that it answers.
+        position: Index in the response, from 0.
+        token_id: The token's id.
+        token_text: The token, decoded by itself.
+        context: Decoded text before the token, without the token.
+        rollout_logprob: b, nats.
+        trainer_logprob: a, nats.
+        log_ratio: d = a − b, nats.
+    """
+
+    pair: str
+    sequence_id: int
+    prompt_id: str
+    position: int
+    token_id: int
+    token_text: str
+    context: str
+    rollout_logprob: float
+    trainer_logprob: float
+    log_ratio: float
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """Everything that a report shows.
+
+    Attributes:
+        summary: Content of `summary.json`.
+        manifest: Content of `manifest.json`; any field may be absent.
+        curves: Curves of the diagonal pairs.
+        worst_tokens: Worst first within each pair.
+    """
+
+    summary: dict[str, Any]
+    manifest: dict[str, Any]
+    curves: Curves
+    worst_tokens: list[WorstToken]

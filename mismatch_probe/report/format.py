@@ -1,0 +1,71 @@
+"""How numbers and foreign text are written, the same in every report."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+
+NONE = "–"
+_NAMED = {"\n": "↵", "\t": "⇥"}
+_UNSAFE = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """`value` with `digits` significant digits: `0.983`, `12.4`, `4.18e-2`, `–` for None.
+
+    Plain from 0.1 to below 1000 and scientific outside, decided after rounding.
+    """
+    if value is None:
+        return NONE
+    if math.isnan(value):
+        return "NaN"
+    if math.isinf(value):
+        return "inf" if value > 0 else "-inf"
+    if value == 0:
+        return "0"
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    power = int(exponent)
+    if -1 <= power <= 2:
+        return f"{value:.{max(digits - 1 - power, 0)}f}"
+    return f"{mantissa}e{power}"
+
+
+def interval(low: float | None, high: float | None, digits: int = 3) -> str:
+    """`[low, high]`, or nothing when a limit is absent."""
+    if low is None or high is None:
+        return ""
+    return f"[{number(low, digits)}, {number(high, digits)}]"
+
+
+def estimate(value: float | None, low: float | None, high: float | None, digits: int = 3) -> str:
+    """`value [low, high]`, without brackets when there is no interval."""
+    return f"{number(value, digits)} {interval(low, high, digits)}".rstrip()
+
+
+def count(value: int | None) -> str:
+    """A count with thousands separated, `–` for None."""
+    return NONE if value is None else f"{value:,}"
+
+
+def visible(text: object) -> str:
+    """`text` on one line with nothing in it that acts.
+
+    Controls, bidi overrides, other format characters, surrogates and unassigned code points are spelled out: a newline
+    becomes `↵`, a tab `⇥`, anything else `⟨U+001B⟩`. Idempotent.
+    """
+    return "".join(_visible_character(character) for character in str(text))
+
+
+def _visible_character(character: str) -> str:
+    if character in _NAMED:
+        return _NAMED[character]
+    if unicodedata.category(character) in _UNSAFE:
+        return f"⟨U+{ord(character):04X}⟩"
+    return character
+
+
+def clipped(text: str, limit: int, *, keep_end: bool = False) -> str:
+    """At most `limit` characters of `text`, with `…` where something was cut, keeping its start or its end."""
+    if len(text) <= limit:
+        return text
+    return "…" + text[len(text) - limit + 1 :] if keep_end else text[: limit - 1] + "…"

@@ -1,0 +1,96 @@
+"""The rollout × trainer matrix as a heat map."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+import numpy as np
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from mismatch_probe.report.format import clipped, interval, number, visible
+from mismatch_probe.report.matrix import DEFAULT_METRIC, Cell, metric_matrix
+from mismatch_probe.report.names import metric_title
+from mismatch_probe.report.style import empty_figure, plot_settings
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from matplotlib.axes import Axes
+
+_COLORS = "OrRd"
+_WHY_CHARACTERS, _WHY_WIDTH = 72, 20
+
+
+def matrix_figure(summary: Mapping[str, Any], metric: str = DEFAULT_METRIC) -> Figure:
+    """A cell per pair: value, 95 % interval and null, on a logarithmic colour scale; hatched where missing."""
+    matrix = metric_matrix(summary, metric)
+    with plot_settings():
+        if not matrix.rows:
+            return empty_figure(Figure(figsize=(6.0, 2.0)), "No pair was compared.")
+        size = (1.95 * len(matrix.columns) + 2.2, 1.05 * len(matrix.rows) + 1.35)
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.add_subplot()
+        values = np.array(
+            [[_shown(matrix.cell(row, column).value) for column in matrix.columns] for row in matrix.rows]
+        )
+        image = axes.imshow(values, cmap=_COLORS, norm=_norm(values), aspect="auto")
+        for i, row in enumerate(matrix.rows):
+            for j, column in enumerate(matrix.columns):
+                _draw_cell(axes, j, i, matrix.cell(row, column), dark=_is_dark(values[i, j], image.norm))
+        axes.set_xticks(range(len(matrix.columns)), [visible(name).replace(" (", "\n(") for name in matrix.columns])
+        axes.set_yticks(range(len(matrix.rows)), [visible(name) for name in matrix.rows])
+        axes.set(xlabel="trainer π", ylabel="rollout μ")
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        axes.set_xticks(np.arange(1, len(matrix.columns)) - 0.5, minor=True)
+        axes.set_yticks(np.arange(1, len(matrix.rows)) - 0.5, minor=True)
+        axes.grid(which="minor", color="white", linewidth=2)
+        axes.tick_params(which="minor", length=0)
+        figure.colorbar(image, ax=axes, label=metric_title(metric), pad=0.02)
+    return figure
+
+
+def _shown(value: float | None) -> float:
+    return float("nan") if value is None else float(value)
+
+
+def _norm(values: np.ndarray[Any, np.dtype[np.float64]]) -> LogNorm:
+    """Whole decades around the positive values: a scale with ticks even for one value; zero gets the lightest."""
+    positive = values[np.isfinite(values) & (values > 0)]
+    if positive.size == 0:
+        return LogNorm(1e-8, 1.0, clip=True)
+    low, high = float(positive.min()), float(positive.max())
+    return LogNorm(10.0 ** np.floor(np.log10(low)), 10.0 ** np.ceil(np.log10(high) + 1e-9), clip=True)
+
+
+def _is_dark(value: float, norm: Any) -> bool:
+    if not np.isfinite(value):
+        return False
+    red, green, blue, _ = matplotlib.colormaps[_COLORS](float(norm(value)))
+    return 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
+
+
+def _draw_cell(axes: Axes, x: int, y: int, cell: Cell, *, dark: bool) -> None:
+    if cell.value is None or not np.isfinite(cell.value):
+        axes.add_patch(
+            Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor="#f2f2f2", edgecolor="#bbbbbb", hatch="///", linewidth=0)
+        )
+        why = clipped(visible(cell.why or "no value"), _WHY_CHARACTERS)
+        text = why if cell.value is None else f"{number(cell.value)}\n{why}"
+        text = "\n".join(textwrap.fill(line, _WHY_WIDTH) for line in text.split("\n"))
+        label = axes.text(x, y, text, ha="center", va="center", fontsize=7, parse_math=False)
+        label.set_bbox({"facecolor": "#f2f2f2", "edgecolor": "none", "pad": 1.5})
+        return
+    color = "white" if dark else "black"
+    below = [interval(cell.ci_low, cell.ci_high), "" if cell.null is None else f"null {number(cell.null, 2)}"]
+    _annotate(axes, (x, y), number(cell.value), above=8, va="center", color=color, fontsize=12, weight="bold")
+    _annotate(axes, (x, y), "\n".join(line for line in below if line), above=-3, va="top", color=color, fontsize=8)
+
+
+def _annotate(axes: Axes, at: tuple[int, int], text: str, *, above: float, **style: Any) -> None:
+    """Write `text` at a cell, moved up by `above` points: lines keep their distance in cells of any height."""
+    axes.annotate(text, at, (0, above), textcoords="offset points", ha="center", **style)

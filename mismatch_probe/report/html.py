@@ -1,0 +1,77 @@
+"""The report as one HTML file: no script, no request, figures inside, and a policy that forbids everything else."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from dataclasses import dataclass
+from importlib import resources
+from typing import TYPE_CHECKING
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from mismatch_probe.report import view
+from mismatch_probe.report.names import FIGURE_GUIDES
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from mismatch_probe.report.data import ReportData
+
+
+@dataclass(frozen=True)
+class _EmbeddedFigure:
+    title: str
+    guide: str
+    source: str
+
+
+def render_html(data: ReportData, figures: Mapping[str, Path]) -> str:
+    """A self-contained page.
+
+    Args:
+        data: What to show; model text in it may be hostile.
+        figures: Figure name (as in `FIGURES`) to its PNG file; figures that are absent are left out.
+
+    Raises:
+        OSError: a figure cannot be read.
+    """
+    # Own file without "<", so that it needs no escaping; its hash is the only style that the policy lets through.
+    style = resources.files(__package__).joinpath("templates/report.css").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    state, sentence = view.verdict(data.summary)
+    environment = Environment(
+        loader=PackageLoader("mismatch_probe.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.j2").render(
+        style=Markup(style),
+        policy=f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'",
+        model=view.model_name(data),
+        findings=view.findings(data),
+        notes=view.notes(data),
+        missing=view.missing_lines(data.summary),
+        state=state.replace(" ", "-"),
+        verdict=sentence,
+        limits=view.limit_lines(data.summary),
+        matrix=view.matrix_table(data.summary),
+        figures=[
+            _EmbeddedFigure(title, guide, _data_uri(figures[name]))
+            for name, (title, guide) in FIGURE_GUIDES.items()
+            if name in figures
+        ],
+        metrics=view.metrics_table(data.summary),
+        worst=view.worst_rows(data.worst_tokens),
+        passes=view.passes_table(data.manifest),
+        nulls=view.nulls_table(data.summary),
+        provenance=view.provenance_table(data.manifest),
+    )
+
+
+def _data_uri(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()

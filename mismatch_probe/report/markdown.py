@@ -1,0 +1,94 @@
+"""The report as Markdown (GitHub's flavour), with figures beside it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import PurePath
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+from mismatch_probe.report import view
+from mismatch_probe.report.names import FIGURE_GUIDES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from mismatch_probe.report.data import ReportData
+    from mismatch_probe.report.view import Table, WorstRow
+
+_HTML = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
+_ACTIVE = re.compile(r"[\\`*_{}\[\]#|~$@!]|:(?=//)|(?<=www)\.", re.IGNORECASE)
+
+
+def render_markdown(data: ReportData, figures: Mapping[str, str | PurePath]) -> str:
+    """A Markdown document.
+
+    Args:
+        data: What to show; model text in it may be hostile.
+        figures: Figure name (as in `FIGURES`) to its path relative to the document; absent ones are left out.
+    """
+    blocks = [f"# Rollout–trainer mismatch of {escape(view.model_name(data))}"]
+    blocks += [f"**{escape(text)}**" for text in view.findings(data)]
+    blocks.append(escape(view.verdict(data.summary)[1]))
+    blocks.append(_bullets(f"{line.state}: {escape(line.text)}" for line in view.limit_lines(data.summary)))
+    blocks.append(_bullets(f"note: {escape(note)}" for note in view.notes(data)))
+    blocks += [
+        "## Mean |Δlogp| of every pair",
+        "Nats, with 95 % intervals over prompts; the null is the same engine against itself.",
+    ]
+    blocks.append(_table(view.matrix_table(data.summary), "No pair was compared."))
+    blocks.append(
+        _bullets(f"{escape(pair)} is missing: {escape(why)}" for pair, why in view.missing_lines(data.summary))
+    )
+    for name, (title, guide) in FIGURE_GUIDES.items():
+        if name in figures:
+            blocks += [f"## {title}", f"![{title}]({quote(PurePath(figures[name]).as_posix())})", escape(guide)]
+    blocks += ["## All metrics", _table(view.metrics_table(data.summary), "No pair of equal dtypes was compared.")]
+    blocks += ["## Worst tokens", _worst(view.worst_rows(data.worst_tokens))]
+    blocks += [
+        "## What each pass produced, dropped and truncated",
+        _table(view.passes_table(data.manifest), "No pass is recorded."),
+    ]
+    blocks += ["## Nulls: each engine against itself", _table(view.nulls_table(data.summary), "No null was measured.")]
+    blocks += ["## Provenance", _table(view.provenance_table(data.manifest), "No manifest was given.")]
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def escape(text: str) -> str:
+    """`text` so that Markdown shows it as it stands: no HTML, emphasis, code, link, mention, maths, table border."""
+    return _ACTIVE.sub(r"\\\g<0>", text.translate(_HTML))
+
+
+def _bullets(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return "<br>".join(escape(line) for line in text.split("\n"))
+
+
+def _table(table: Table, empty: str) -> str:
+    if not table.rows:
+        return empty
+    lines = ["| " + " | ".join(_cell(name) for name in table.header) + " |", "|" + " --- |" * len(table.header)]
+    lines += ["| " + " | ".join(_cell(cell) for cell in row) + " |" for row in table.rows]
+    return "\n".join(lines)
+
+
+def _worst(rows: list[WorstRow]) -> str:
+    if not rows:
+        return "None recorded."
+    lines = ["| pair | d | log μ | log π | where | context | token |", "|" + " --- |" * 7]
+    for row in rows:
+        where = f"{row.prompt}, sequence {row.sequence}, position {row.position}, id {row.token_id}"
+        cells = (
+            row.pair,
+            row.log_ratio,
+            row.rollout_logprob,
+            row.trainer_logprob,
+            where,
+            row.context,
+            f"“{row.token}”",
+        )
+        lines.append("| " + " | ".join(escape(cell) for cell in cells) + " |")
+    return "\n".join(lines)
