@@ -1,0 +1,125 @@
+"""Measure the training-inference mismatch: how far a rollout engine and a trainer disagree about the same tokens.
+
+Every command has a twin here. Importing this package imports no engine and no numeric library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mismatch_probe.config import CompareConfig
+from mismatch_probe.errors import ProbeError
+
+if TYPE_CHECKING:
+    from mismatch_probe.engines.models import ModelRef
+    from mismatch_probe.probes.planning import Plan
+    from mismatch_probe.probes.progress import Progress
+    from mismatch_probe.probes.session import RunResult
+
+__all__ = [
+    "CompareConfig",
+    "ProbeError",
+    "RunResult",
+    "compare",
+    "env",
+    "models",
+    "plan",
+    "plot",
+    "pull_model",
+    "report",
+    "resume",
+]
+
+
+def plan(config: CompareConfig, *, progress: Progress | None = None) -> Plan:
+    """What `compare` would run, with every default filled in; fetches the model where it is not here yet.
+
+    Raises:
+        ProbeError: The model, the prompts or the device cannot be had.
+    """
+    from mismatch_probe.probes.planning import make_plan
+
+    return make_plan(config, progress)
+
+
+def compare(
+    config: CompareConfig,
+    *,
+    out: str | Path | None = None,
+    fail_on: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> RunResult:
+    """Samples, scores and compares.
+
+    Args:
+        config: What to compare.
+        out: A new folder for the run; by default one under `runs/` that is named after model and time.
+        fail_on: Limits such as `"kl_k3>0.001@bfloat16"`.
+        progress: Told about every pass.
+
+    Raises:
+        ProbeError: See `mismatch_probe.errors`; finished passes stay in the run directory.
+    """
+    from mismatch_probe.probes.session import new_run
+
+    return new_run(config, out, fail_on, progress)
+
+
+def resume(path: str | Path, *, fail_on: Sequence[str] = (), progress: Progress | None = None) -> RunResult:
+    """Continues a run: finished passes are kept, the others are run.
+
+    Raises:
+        ProbeError: The folder holds no run, or its model or prompts have changed.
+    """
+    from mismatch_probe.probes.session import resume_run
+
+    return resume_run(Path(path), fail_on, progress)
+
+
+def report(path: str | Path, *, fail_on: Sequence[str] = ()) -> RunResult:
+    """Computes summary, figures and reports of a run again, from its tables.
+
+    Raises:
+        TableError: A table is missing or corrupt.
+    """
+    from mismatch_probe.probes.session import report_run
+
+    return report_run(Path(path), fail_on)
+
+
+def plot(path: str | Path) -> dict[str, Path]:
+    """Draws the figures of a run again, from its tables.
+
+    Raises:
+        TableError: A table is missing or corrupt.
+    """
+    from mismatch_probe.probes.session import plot_run
+
+    return plot_run(Path(path))
+
+
+def models() -> dict[str, Path | None]:
+    """Built-in models, with the folder of each one that has been fetched."""
+    from mismatch_probe.engines.models import BUILTINS, builtin_path
+
+    return {name: path if (path := builtin_path(entry)).is_dir() else None for name, entry in BUILTINS.items()}
+
+
+def pull_model(name: str) -> ModelRef:
+    """Fetches a built-in model or a hub id, or finds a local folder.
+
+    Raises:
+        ModelError: There is no such model, or it cannot be fetched.
+    """
+    from mismatch_probe.engines.models import resolve
+
+    return resolve(name)
+
+
+def env() -> dict[str, Any]:
+    """What is installed, and which engines and dtypes are usable here."""
+    from mismatch_probe.engines.environment import inspect
+
+    return inspect()

@@ -1,0 +1,57 @@
+"""The sentences that a comparison ends in: what was found, with its interval, and what follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mismatch_probe.metrics.paired import paired_ratio
+from mismatch_probe.metrics.summary import compute_metrics
+from mismatch_probe.types import MetricValue, PairArrays
+
+METRIC = "mean_abs_logprob_diff"
+SHORT = {"bfloat16": "BF16", "float16": "FP16", "float32": "FP32"}
+# Rounding alone leaves 1e-7 to 1e-5 nats in FP32 (METRICS.md and FACTS.md of this project's measurements); an FP32 pair
+# that is further apart computes something else.
+FP32_FLOOR = 1e-4
+
+
+def findings(diagonal: Mapping[str, PairArrays], seed: int) -> list[dict[str, Any]]:
+    """What the diagonal pairs (same dtype on both sides) say, as rows of `summary.json`."""
+    rows = []
+    if "bfloat16" in diagonal and "float16" in diagonal:
+        ratio = paired_ratio(diagonal["bfloat16"], diagonal["float16"], METRIC, seed=seed)
+        rows.append({"name": "bf16_over_fp16", "text": _ratio_text(ratio, diagonal["bfloat16"]), **ratio.as_dict()})
+    if "float32" in diagonal:
+        floor = compute_metrics(diagonal["float32"], seed=seed)[METRIC]
+        rows.append({"name": "fp32_floor", "text": _floor_text(floor), **floor.as_dict()})
+    return rows
+
+
+def _ratio_text(ratio: MetricValue, pair: PairArrays) -> str:
+    if ratio.value is None:
+        return f"BF16 and FP16 cannot be compared: {ratio.why}."
+    if ratio.ci_low is None or ratio.ci_high is None:
+        return f"BF16 is {ratio.value:.1f}× as far apart as FP16 (mean |Δlogp|), without an interval: {ratio.why}."
+    interval = f"[{ratio.ci_low:.1f}, {ratio.ci_high:.1f}]"
+    basis = f"mean |Δlogp|, paired over {len(pair.prompt_ids)} prompts, 95 % interval"
+    basis += f", {ratio.why}" if ratio.why else ""
+    if ratio.ci_low > 1:
+        return f"BF16 is {ratio.value:.1f}× {interval} further apart than FP16 ({basis})."
+    if ratio.ci_high < 1:
+        return f"FP16 is further apart than BF16: the ratio is {ratio.value:.2f} {interval} ({basis}). That is not rounding."
+    return (
+        f"BF16 and FP16 do not differ measurably: the ratio is {ratio.value:.2f} {interval} ({basis}); "
+        f"a ratio beyond {ratio.ci_high / ratio.value:.2f} would have shown."
+    )
+
+
+def _floor_text(floor: MetricValue) -> str:
+    if floor.value is None:
+        return f"The FP32 floor is not known: {floor.why}."
+    if floor.value < FP32_FLOOR:
+        return f"In FP32 both engines agree to {floor.value:.1e} nats, so what is left in 16 bits is rounding."
+    return (
+        f"In FP32 the engines still differ by {floor.value:.1e} nats, more than rounding leaves: "
+        "they do not compute the same thing, and no precision will mend that."
+    )

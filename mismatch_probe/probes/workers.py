@@ -1,0 +1,91 @@
+"""Worker processes as a comparison uses them: one at work, the next one importing, events added up."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from mismatch_probe.engines.process import EngineProcess, Kind
+from mismatch_probe.probes.progress import Progress
+from mismatch_probe.types import EncodedPrompt, Rollout, Score
+
+
+@dataclass
+class Collected:
+    """What a worker's events add up to."""
+
+    encoded: list[EncodedPrompt] = field(default_factory=list)
+    rollouts: list[Rollout] = field(default_factory=list)
+    null_rollouts: list[Rollout] = field(default_factory=list)
+    texts: dict[int, str] = field(default_factory=dict)
+    scores: list[Score] = field(default_factory=list)
+    null_scores: list[Score] = field(default_factory=list)
+    identity: dict[str, Any] = field(default_factory=dict)
+    timings: dict[str, float] = field(default_factory=dict)
+
+
+class Workers:
+    """Starts worker processes, one ahead: the next one imports its packages while the present one works.
+
+    Importing is all that it does before it gets its job, so engines still follow one another.
+    """
+
+    def __init__(self, logs: Path) -> None:
+        self._logs = logs
+        self._ahead: tuple[Kind, Mapping[str, str], EngineProcess] | None = None
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._drop()
+
+    def prepare(self, kind: Kind, environment: Mapping[str, str]) -> None:
+        if self._ahead is None:
+            self._ahead = (kind, environment, EngineProcess(kind, environment, self._logs / f"{kind}.log"))
+
+    def take(self, kind: Kind, environment: Mapping[str, str]) -> EngineProcess:
+        if self._ahead is not None and self._ahead[:2] == (kind, environment):
+            process = self._ahead[2]
+            self._ahead = None
+            return process
+        self._drop()
+        return EngineProcess(kind, environment, self._logs / f"{kind}.log")
+
+    def _drop(self) -> None:
+        if self._ahead is not None:
+            self._ahead[2].close()
+            self._ahead = None
+
+
+def drive(process: EngineProcess, pass_id: str, job: Any, progress: Progress) -> Collected:
+    """Runs one job to its end and returns what it produced.
+
+    Raises:
+        ProbeError: What `EngineProcess.run` raises.
+    """
+    collected = Collected()
+    progress.begin(pass_id, pass_id)
+    started = time.perf_counter()
+
+    def on_event(name: str, payload: Any) -> None:
+        if name == "progress":
+            progress.advance(pass_id, payload)
+        elif name == "total":
+            progress.total(pass_id, payload)
+        elif name == "phase":
+            collected.timings[payload[0]] = round(payload[1], 3)
+        elif isinstance(getattr(collected, name), list):
+            getattr(collected, name).extend(payload)
+        else:
+            getattr(collected, name).update(payload)
+
+    process.run(job, on_event)
+    progress.end(pass_id, f"done in {time.perf_counter() - started:.0f} s")
+    return collected
