@@ -1,0 +1,207 @@
+"""`mismatch-probe compare`."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import mismatch_probe
+from mismatch_probe.cli.output import print_json
+from mismatch_probe.config import CompareConfig
+from mismatch_probe.errors import EXIT_ERROR, EXIT_LIMIT, EXIT_OK, UsageError
+from mismatch_probe.types import DTYPES
+
+if TYPE_CHECKING:
+    from mismatch_probe.probes.planning import Plan
+    from mismatch_probe.probes.session import RunResult
+
+fail_on_option = click.option(
+    "--fail-on",
+    multiple=True,
+    metavar="LIMIT",
+    help="Exit 3 when metric>value (or metric<value), with an optional @rollout/trainer; repeatable.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout; all else on stderr.")
+
+
+class _Names(click.ParamType[tuple[str, ...]]):
+    """A comma-separated list out of a fixed set."""
+
+    name = "list"
+
+    def __init__(self, known: tuple[str, ...]) -> None:
+        self._known = known
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        short = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
+        names = tuple(short.get(part.strip(), part.strip()) for part in value.split(","))
+        for name in names:
+            if name not in self._known:
+                self.fail(f"{name!r} is not one of {', '.join(self._known)}.", param, ctx)
+        return names
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return "LIST"
+
+
+@click.command(
+    epilog="Exit codes: 0 done and within limits, 1 error or a pass failed, 2 usage, 3 limit exceeded, 130 interrupted."
+)
+@click.option("--model", help="Built-in name, checkpoint folder, or hub id.  [default: smollm2-135m]")
+@click.option("--revision", help="Branch, tag or commit of a hub id.")
+@click.option("--trust-remote-code", is_flag=True, default=None, help="Let the checkpoint run its own Python code.")
+@click.option("--prompts", type=click.Path(), help="Prompt file, .jsonl or .txt.  [default: built-in set]")
+@click.option("--chat", is_flag=True, default=None, help="Render plain prompts through the model's chat template.")
+@click.option("--num-prompts", type=int, help="How many prompts.  [default: 64, or the whole file]")
+@click.option("--samples-per-prompt", type=int, help="Responses per prompt.  [default: by device]")
+@click.option("--max-tokens", type=int, help="Longest response.  [default: by device]")
+@click.option("--temperature", type=float, help="Sampling temperature, applied on both sides.  [default: 1]")
+@click.option("--seed", type=int, help="Seeds every request.  [default: 0]")
+@click.option("--rollout-dtypes", type=_Names(DTYPES), help="Rows of the matrix.  [default: all three]")
+@click.option("--trainer-dtypes", type=_Names(DTYPES), help="Columns of the matrix.  [default: all three]")
+@click.option(
+    "--trainer-mode",
+    "trainer_modes",
+    type=_Names(("cast", "autocast")),
+    help="cast, autocast or both.  [default: cast]",
+)
+@click.option("--trainer-layout", type=click.Choice(["single", "padded", "packed"]), help="[default: padded]")
+@click.option("--trainer-attn", help="Attention of transformers: sdpa, eager, flash_attention_2, …  [default: sdpa]")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="[default: auto]")
+@click.option("--eager", is_flag=True, default=None, help="No CUDA graphs and no compilation in the rollout engine.")
+@click.option("--rollout-batch", type=int, help="Requests in the rollout engine at once.  [default: by device]")
+@click.option(
+    "--null-tokens",
+    type=int,
+    help="Tokens produced twice to show the engines' own noise; 0: none.  [default: by device]",
+)
+@click.option(
+    "--memory-budget",
+    "memory_budget_gib",
+    type=float,
+    metavar="GIB",
+    help="Trainer memory above the weights.  [default: by device]",
+)
+@click.option(
+    "--engine-arg", "engine_args", multiple=True, metavar="K=V", help="Passed to vLLM and recorded; repeatable."
+)
+@click.option("--out", type=click.Path(), help="New folder for the run.  [default: runs/MODEL-TIME]")
+@click.option("--resume", type=click.Path(), metavar="RUN", help="Continue this run; finished passes are kept.")
+@click.option("--plan", "plan_only", is_flag=True, help="Print passes, tokens, memory, disk and time, and run nothing.")
+@fail_on_option
+@json_option
+def command(
+    out: str | None,
+    resume: str | None,
+    plan_only: bool,
+    fail_on: tuple[str, ...],
+    as_json: bool,
+    engine_args: tuple[str, ...],
+    **options: Any,
+) -> int:
+    """How large is the mismatch, per dtype pair?
+
+    Samples from the prompts with vLLM in every rollout dtype, scores all the responses with the Hugging Face forward in
+    every trainer dtype, and compares the log-probs of the very same tokens.
+
+    \b
+    Examples:
+      mismatch-probe compare
+      mismatch-probe compare --model ./my-checkpoint --rollout-dtypes bf16,fp16 --fail-on 'kl_k3>0.001@bf16'
+      mismatch-probe compare --resume runs/smollm2-135m-20260101-120000
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if resume is not None:
+        named = sorted([*given, *(["engine_args"] if engine_args else []), *(["out"] if out else [])])
+        if named or plan_only:
+            flag = "--plan" if plan_only else "--" + named[0].replace("_", "-")
+            raise UsageError(
+                f"{flag} cannot be combined with --resume: a run continues as it was configured.", "Leave it out."
+            )
+    else:
+        config = CompareConfig(**given, engine_args=dict(_engine_arg(text) for text in engine_args))
+    limits = tuple(_long_names(text) for text in fail_on)
+    if plan_only:
+        _show_plan(mismatch_probe.plan(config), as_json)
+        return EXIT_OK
+    from mismatch_probe.cli.progress import shown_progress
+
+    with shown_progress() as progress:
+        if resume is not None:
+            result = mismatch_probe.resume(resume, fail_on=limits, progress=progress)
+        else:
+            result = mismatch_probe.compare(config, out=out, fail_on=limits, progress=progress)
+    return show_result(result, as_json)
+
+
+def _long_names(limit: str) -> str:
+    head, at, pair = limit.partition("@")
+    for short, long in (("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32")):
+        pair = pair.replace(short, long)
+    return head + at + pair
+
+
+def _engine_arg(text: str) -> tuple[str, Any]:
+    """`k=v`; the value is read as JSON where it is JSON, else as text."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise UsageError(
+            f"--engine-arg {text!r} is not of the form name=value.", "Write for example --engine-arg block_size=32."
+        )
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, {"True": True, "False": False, "None": None}.get(value, value)
+
+
+def show_result(result: RunResult, as_json: bool) -> int:
+    """Prints a result, says where its files are, and returns the exit code."""
+    from rich.console import Console
+
+    from mismatch_probe.report.terminal import print_summary
+
+    if as_json:
+        print_json(result.summary)
+    else:
+        print_summary(result.data, Console())
+    click.echo(f"Report: {result.path / 'report.html'}", err=True)
+    if not result.complete:
+        click.echo(
+            f"Some passes did not finish; try them again with: mismatch-probe compare --resume {result.path}", err=True
+        )
+        return EXIT_ERROR
+    return EXIT_LIMIT if result.exceeded else EXIT_OK
+
+
+def _show_plan(plan: Plan, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from mismatch_probe.probes.planning import disk_gib, estimate
+
+    rows = estimate(plan)
+    total = sum(row.seconds for row in rows)
+    if as_json:
+        document = {"device": plan.device, "sizes": asdict(plan.sizes), "passes": [asdict(row) for row in rows]}
+        print_json({**document, "seconds": total, "disk_gib": disk_gib(rows)})
+        return
+    sizes = plan.sizes
+    click.echo(
+        f"{plan.config.model} on {plan.device}: {sizes.num_prompts} prompts × {sizes.samples_per_prompt} responses of at most "
+        f"{sizes.max_tokens} tokens per rollout dtype"
+    )
+    click.echo(f"{'pass':<28}{'tokens':>12}{'memory':>18}{'time, roughly':>16}")
+    for row in rows:
+        memory = "85 % of the card" if row.memory_gib is None else f"{row.memory_gib:.1f} GiB"
+        click.echo(f"{row.pass_id:<28}{row.tokens:>12,}{memory:>18}{_duration(row.seconds):>16}")
+    click.echo(f"{'all':<28}{'':>12}{f'{disk_gib(rows):.3f} GiB on disk':>18}{_duration(total):>16}")
+    click.echo(
+        "Lengths are guessed from characters and speed from the device: expect a factor of two or three either way."
+    )
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

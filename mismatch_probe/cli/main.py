@@ -1,0 +1,84 @@
+"""`mismatch-probe`: the commands, each imported only when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import signal
+import sys
+from types import FrameType
+from typing import Any
+
+import click
+
+from mismatch_probe.errors import EXIT_INTERRUPTED, ProbeError
+
+_COMMANDS = {
+    "compare": "How large is the mismatch, per dtype pair?",
+    "report": "Write summary and report of a finished run again, without engines.",
+    "plot": "Draw the figures of a finished run again, without engines.",
+    "models": "Built-in models: list, fetch, locate.",
+    "env": "What is installed, and which engines and dtypes are usable here.",
+}
+
+
+class _LazyGroup(click.Group):
+    """Knows the commands by name; loads a command's module when it is asked for (help stays fast that way)."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"mismatch_probe.cli.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+
+@click.group(
+    cls=_LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Exit codes: 0 done and within limits, 1 error, 2 usage, 3 limit exceeded, 130 interrupted.",
+)
+@click.version_option(package_name="mismatch-probe")
+def cli() -> None:
+    """Measure how far a rollout engine (vLLM) and a trainer (Hugging Face) disagree about the same tokens.
+
+    \b
+    Example:
+      mismatch-probe compare --model smollm2-135m
+    """
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs a command and ends the process with its exit code. Users' errors are sentences, bugs are tracebacks."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        code = cli.main(args=arguments, prog_name="mismatch-probe", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("Stopped.", err=True)
+        sys.exit(EXIT_INTERRUPTED)
+    except ProbeError as error:
+        click.echo(f"Error: {printable(error.what)}", err=True)
+        if error.fix:
+            click.echo(f"  {printable(error.fix)}", err=True)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        sys.exit(1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def printable(text: str) -> str:
+    """The text without control characters: an engine's message can quote a model."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> Any:
+    """A polite kill ends a run as Ctrl-C does: passes kept, processes ended."""
+    raise KeyboardInterrupt
