@@ -1,0 +1,49 @@
+# One command from a fresh checkout to a result: `make compare`. Every target makes the environment that it needs, once.
+
+VENV ?= .venv
+PYTHON ?= python3
+ARGS ?=
+
+BIN := $(VENV)/bin
+# The first line is for Pythons that cannot even parse the second.
+define SETUP
+@test -e '$(VENV)' || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 7) and "Python 3.11 to 3.13 is needed: PYTHON=…")'
+@$(PYTHON) mismatch_probe/bootstrap.py --venv '$(VENV)'
+endef
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-dev compare test lint notebook bench clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo 'Variables: ARGS="…" goes to the command, VENV=folder (.venv), PYTHON=interpreter (python3).'
+
+setup: ## Make the environment and fetch the built-in model
+	$(SETUP)
+
+setup-dev: ## The same with the development tools
+	$(SETUP) --extra dev
+
+compare: setup ## Measure the mismatch, e.g. make compare ARGS="--num-prompts 16"
+	@'$(BIN)/mismatch-probe' compare $(ARGS)
+
+test: setup-dev ## Run the tests, e.g. make test ARGS="-k prompts"
+	@'$(BIN)/python' -m pytest $(ARGS)
+
+lint: setup-dev ## Check style, types and the direction of imports
+	@'$(BIN)/python' -m ruff check .
+	@'$(BIN)/python' -m ruff format --check .
+	@'$(BIN)/python' -m mypy
+	@'$(BIN)/lint-imports'
+
+notebook: setup-dev ## Run the notebooks from start to end
+	@'$(BIN)/python' -m pytest --nbmake --nbmake-timeout=1800 notebooks $(ARGS)
+
+bench: ## Measure the tool's own speed against a bare script and against TRL
+	$(SETUP) --extra oracles
+	@'$(BIN)/python' benchmarks/score_vs_trl.py
+	@'$(BIN)/python' benchmarks/compare_vs_bare.py
+
+clean: ## Remove caches and build products; the environment stays (rm -r .venv)
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache
+	find mismatch_probe tests -name __pycache__ -type d -prune -exec rm -rf {} +
