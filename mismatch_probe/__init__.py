@@ -21,15 +21,14 @@ if TYPE_CHECKING:
 __all__ = [
     "CompareConfig",
     "ProbeError",
-    "RunResult",
     "compare",
     "env",
     "models",
     "plan",
     "plot",
     "pull_model",
-    "report",
     "resume",
+    "write_report",
 ]
 
 
@@ -78,8 +77,8 @@ def resume(path: str | Path, *, fail_on: Sequence[str] = (), progress: Progress 
     return resume_run(Path(path), fail_on, progress)
 
 
-def report(path: str | Path, *, fail_on: Sequence[str] = ()) -> RunResult:
-    """Computes summary, figures and reports of a run again, from its tables.
+def write_report(path: str | Path, *, fail_on: Sequence[str] = ()) -> RunResult:
+    """Computes summary, figures and reports of a run again, from its tables: the command `report`.
 
     Raises:
         TableError: A table is missing or corrupt.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, get_args
 
 from mismatch_probe.errors import UsageError
 from mismatch_probe.types import DTYPES, Dtype, TrainerLayout, TrainerMode
@@ -26,6 +27,9 @@ OWNED_ENGINE_ARGS = {
     "max_num_seqs": "--rollout-batch",
     "logprobs_mode": "--temperature",
 }
+SHORT_DTYPES: dict[str, Dtype] = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
+_LISTS = {"rollout_dtypes": DTYPES, "trainer_dtypes": DTYPES, "trainer_modes": get_args(TrainerMode)}
+_CHOICES = {"trainer_layout": get_args(TrainerLayout), "device": ("auto", "cpu", "cuda")}
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,8 @@ class Limit:
         example = "Write for example --fail-on 'kl_k3>0.001@bfloat16/bfloat16'."
         if match is None:
             raise UsageError(f"--fail-on {text!r} is not of the form metric>value[@rollout/trainer].", example)
-        metric, sign, number, rollout, trainer = match.groups()
+        metric, sign, number = match.groups()[:3]
+        rollout, trainer = (SHORT_DTYPES.get(name, name) for name in match.groups()[3:])
         if metric not in known_metrics:
             raise UsageError(
                 f"--fail-on names the unknown metric {metric!r}.", f"Known are: {', '.join(known_metrics)}."
@@ -125,8 +130,8 @@ class CompareConfig:
     def __post_init__(self) -> None:
         for name in ("num_prompts", "samples_per_prompt", "max_tokens", "rollout_batch", "memory_budget_gib"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UsageError(f"{_flag(name)} must be positive, not {value}.", "Leave it out for the default.")
+            if value is not None and not 0 < value < math.inf:
+                raise UsageError(f"{flag(name)} must be positive, not {value}.", "Leave it out for the default.")
         if self.null_tokens is not None and self.null_tokens < 0:
             raise UsageError(
                 f"--null-tokens must not be negative, and is {self.null_tokens}.", "0 switches the nulls off."
@@ -136,17 +141,31 @@ class CompareConfig:
                 f"--temperature must be above 0, not {self.temperature}.",
                 "Greedy decoding has no sampling law to compare; use --temperature 1.",
             )
-        for name in ("rollout_dtypes", "trainer_dtypes", "trainer_modes"):
-            if not getattr(self, name) or len(set(getattr(self, name))) != len(getattr(self, name)):
-                raise UsageError(f"{_flag(name)} is empty or names a value twice.", "Name each value once.")
+        if not 0 <= self.seed < 1 << 32:
+            raise UsageError(f"--seed must be between 0 and 2³² − 1, not {self.seed}.", "Choose another one.")
+        self._check_choices()
         if self.trainer_modes == ("autocast",) and self.trainer_dtypes == ("float32",):
             raise UsageError(
                 "Autocast to float32 is no mode.", "Add a 16-bit --trainer-dtypes, or use --trainer-mode cast."
             )
+        self._check_engine_args()
+
+    def _check_choices(self) -> None:
+        for name in _LISTS:
+            values = getattr(self, name)
+            if not values or len(set(values)) != len(values):
+                raise UsageError(f"{flag(name)} is empty or names a value twice.", "Name each value once.")
+        for name, known in (_LISTS | _CHOICES).items():
+            values = getattr(self, name) if name in _LISTS else (getattr(self, name),)
+            for value in values:
+                if value not in known:
+                    raise UsageError(f"{flag(name)} knows no {value!r}.", f"Known are: {', '.join(known)}.")
+
+    def _check_engine_args(self) -> None:
         for name in self.engine_args:
             if name in FORBIDDEN_ENGINE_ARGS:
                 raise UsageError(
-                    f"--engine-arg {name} is refused: it would run code in the engine or put a secret into the manifest.",
+                    f"--engine-arg {name} is refused: it would run code in the engine or record a secret.",
                     "Use --trust-remote-code where that is meant; a hub token belongs into the environment.",
                 )
             if name in OWNED_ENGINE_ARGS:
@@ -154,6 +173,13 @@ class CompareConfig:
                     f"--engine-arg {name} would contradict the comparison's own setting.",
                     f"Use {OWNED_ENGINE_ARGS[name]}.",
                 )
+            try:
+                json.dumps(self.engine_args[name], allow_nan=False)
+            except (TypeError, ValueError):
+                raise UsageError(
+                    f"--engine-arg {name} has a value that the manifest cannot hold.",
+                    "Give a finite number, text, a list, or an object.",
+                ) from None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -174,6 +200,7 @@ class CompareConfig:
         return cls(**values)
 
 
-def _flag(name: str) -> str:
-    short = {"trainer_modes": "trainer-mode", "memory_budget_gib": "memory-budget"}
+def flag(name: str) -> str:
+    """The command-line option of a field."""
+    short = {"trainer_modes": "trainer-mode", "memory_budget_gib": "memory-budget", "engine_args": "engine-arg"}
     return "--" + short.get(name, name.replace("_", "-"))

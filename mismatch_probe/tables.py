@@ -1,6 +1,6 @@
 """The run directory: its tables, its manifest, and how both reach the disk without ever being half-written.
 
-A finished pass lies in `passes/` as its own files until every pass is there; `merge` then writes `sequences.parquet` and
+A finished pass lies in `passes/` as its own files until the run ends; `merge` then writes `sequences.parquet` and
 `tokens.parquet` (row groups by pass). So a run stops and resumes pass by pass. Every file appears by atomic rename.
 """
 
@@ -10,8 +10,9 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from mismatch_probe.errors import DiskFull, TableError, UsageError
 from mismatch_probe.types import Rollout, RolloutRequest, Score
 
 SCHEMA_VERSION = 1
+_MANIFEST_KEYS = ("status", "config", "sizes", "device", "model", "prompts", "passes")
 _TEXT = pa.dictionary(pa.int32(), pa.string())
 
 SEQUENCES_SCHEMA = pa.schema(
@@ -47,6 +49,10 @@ TOKENS_SCHEMA = pa.schema(
         ("token_text", _TEXT),
     ]
 )
+
+
+# Schema of each kind of table, and the column that names the pass of a row.
+_KINDS = {"sequences": (SEQUENCES_SCHEMA, "rollout_pass"), "tokens": (TOKENS_SCHEMA, "pass_id")}
 
 
 def _dictionary(values: Sequence[str | None]) -> pa.Array:
@@ -140,7 +146,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
             f"{path} could not be written: {error.strerror or error}.", "Check the folder's permissions."
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # it was never made where its folder could not be
+            temporary.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -164,7 +171,7 @@ def read_json(path: Path) -> Any:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise TableError(f"{path} does not exist.", "Give the folder that `mismatch-probe compare` wrote.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TableError(
             f"{path} cannot be read as JSON ({error}).", "Restore the file or run the comparison again."
         ) from None
@@ -186,6 +193,10 @@ def _write_parquet(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) ->
 def _read_parquet(path: Path, schema: pa.Schema, **options: Any) -> pa.Table:
     try:
         table = pq.read_table(path, **options)
+        missing = [name for name in schema.names if name not in table.column_names]
+        if missing:
+            raise TableError(f"{path} lacks the column {missing[0]}.", "Delete this file and run the comparison again.")
+        return table.select(schema.names).cast(schema)
     except FileNotFoundError:
         raise TableError(
             f"{path} does not exist.", "Finish the run with --resume, or run the comparison again."
@@ -195,10 +206,6 @@ def _read_parquet(path: Path, schema: pa.Schema, **options: Any) -> pa.Table:
         raise TableError(
             f"{path} is corrupt or truncated ({detail}).", "Delete this file and run the comparison again."
         ) from None
-    missing = [name for name in schema.names if name not in table.column_names]
-    if missing:
-        raise TableError(f"{path} lacks the column {missing[0]}.", "Delete this file and run the comparison again.")
-    return table.select(schema.names).cast(schema)
 
 
 class RunDirectory:
@@ -217,9 +224,15 @@ class RunDirectory:
         """Makes a new run folder.
 
         Raises:
-            UsageError: The folder exists and is not empty.
+            UsageError: The folder exists and is not empty, or is no folder.
         """
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        try:
+            occupied = any(path.iterdir())
+        except FileNotFoundError:
+            occupied = False
+        except OSError as error:
+            raise UsageError(f"{path} is no folder for a run ({error.strerror}).", "Choose another --out.") from None
+        if occupied:
             raise UsageError(f"{path} exists and is not empty.", "Choose another --out, or continue it with --resume.")
         run = cls(path, {"schema_version": SCHEMA_VERSION, "status": "running", **manifest, "passes": {}})
         run.save()
@@ -233,9 +246,10 @@ class RunDirectory:
             TableError: It is no run folder, or its manifest cannot be read.
         """
         manifest = read_json(path / "manifest.json")
-        if not isinstance(manifest.get("passes"), dict):
+        missing = [key for key in _MANIFEST_KEYS if key not in manifest]
+        if missing:
             raise TableError(
-                f"{path / 'manifest.json'} lists no passes.", "Restore the file or run the comparison again."
+                f"{path / 'manifest.json'} has no {missing[0]!r}.", "Restore the file or run the comparison again."
             )
         return cls(path, manifest)
 
@@ -249,7 +263,7 @@ class RunDirectory:
         handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             os.close(handle)
             raise UsageError(
                 f"Another process is working on {self.path}.", "Wait until it ends, then try again."
@@ -257,8 +271,7 @@ class RunDirectory:
         try:
             yield
         finally:
-            (self.path / ".lock").unlink(missing_ok=True)
-            os.close(handle)
+            os.close(handle)  # the file stays: were it removed, two processes could hold locks on two files of its name
 
     def save(self) -> None:
         write_json(self.path / "manifest.json", self.manifest)
@@ -273,7 +286,8 @@ class RunDirectory:
         if sequences is not None:
             _write_parquet(self._part(pass_id, "sequences"), [sequences], SEQUENCES_SCHEMA)
         _write_parquet(self._part(pass_id, "tokens"), [tokens], TOKENS_SCHEMA)
-        self.manifest["passes"][pass_id] = {**record, "status": "finished", "rows": tokens.num_rows}
+        rows = {"tokens": tokens.num_rows} | ({} if sequences is None else {"sequences": sequences.num_rows})
+        self.manifest["passes"][pass_id] = {**record, "status": "finished", "rows": rows}
         self.save()
 
     def finished(self, pass_id: str) -> bool:
@@ -283,26 +297,21 @@ class RunDirectory:
     def finished_passes(self) -> list[str]:
         return [pass_id for pass_id in self.manifest["passes"] if self.finished(pass_id)]
 
-    def sequences(self, pass_id: str | None = None) -> pa.Table:
-        """Sequences of one rollout pass, or of all finished ones."""
-        wanted = self.finished_passes() if pass_id is None else [pass_id]
-        tables = list(self._stream(wanted, "sequences"))
-        return pa.concat_tables(tables) if tables else SEQUENCES_SCHEMA.empty_table()
+    def sequences(self, pass_id: str) -> pa.Table:
+        """Sequences of one rollout pass.
+
+        Raises:
+            TableError: They are missing, corrupt, or not as many as the manifest says.
+        """
+        return self._rows(pass_id, "sequences")
 
     def tokens(self, pass_id: str) -> pa.Table:
         """Token rows of one pass, sorted by sequence and position.
 
         Raises:
-            TableError: The pass's rows are missing, corrupt, or not as many as the manifest says.
+            TableError: They are missing, corrupt, or not as many as the manifest says.
         """
-        tables = list(self._stream([pass_id], "tokens"))
-        found, expected = sum(table.num_rows for table in tables), self.manifest["passes"].get(pass_id, {}).get("rows")
-        if found != expected:
-            raise TableError(
-                f"Pass {pass_id} has {found} rows on disk where the manifest says {expected}.",
-                "Restore the files or run the comparison again.",
-            )
-        return tables[0]
+        return self._rows(pass_id, "tokens")
 
     def merge(self) -> None:
         """Writes `sequences.parquet` and `tokens.parquet` from the finished passes and drops the parts.
@@ -310,22 +319,25 @@ class RunDirectory:
         A run that was merged while some pass was still missing is merged again from table and parts.
         """
         passes = self.finished_passes()
-        parts = [p for name in passes for kind in ("sequences", "tokens") if (p := self._part(name, kind)).exists()]
-        if not parts:
+        if not any(self._part(name, kind).exists() for name in passes for kind in _KINDS):
             return
-        for kind, schema in (("sequences", SEQUENCES_SCHEMA), ("tokens", TOKENS_SCHEMA)):
-            _write_parquet(self.path / f"{kind}.parquet", self._stream(passes, kind), schema)
-        for part in parts:
-            part.unlink()
-        (self.path / "passes").rmdir()
+        for kind, (schema, _) in _KINDS.items():
+            tables = (self._rows(name, kind) for name in passes if kind in self.manifest["passes"][name]["rows"])
+            _write_parquet(self.path / f"{kind}.parquet", tables, schema)
+        shutil.rmtree(self.path / "passes")  # with whatever a killed process left there unfinished
 
-    def _stream(self, passes: Sequence[str], kind: str) -> Iterator[pa.Table]:
-        """The passes' tables of one kind: a pass's own file where it is still there, else its rows of the merged file."""
-        schema, column = (TOKENS_SCHEMA, "pass_id") if kind == "tokens" else (SEQUENCES_SCHEMA, "rollout_pass")
-        merged = self.path / f"{kind}.parquet"
-        for name in passes:
-            part = self._part(name, kind)
-            if part.exists():
-                yield _read_parquet(part, schema)
-            elif merged.exists():
-                yield _read_parquet(merged, schema, filters=[(column, "=", name)])
+    def _rows(self, pass_id: str, kind: str) -> pa.Table:
+        """A pass's rows of one kind: its own file where that is still there, else its part of the merged file."""
+        schema, column = _KINDS[kind]
+        part = self._part(pass_id, kind)
+        if part.exists():
+            table = _read_parquet(part, schema)
+        else:
+            table = _read_parquet(self.path / f"{kind}.parquet", schema, filters=[(column, "=", pass_id)])
+        expected = self.manifest["passes"].get(pass_id, {}).get("rows", {}).get(kind)
+        if table.num_rows != expected:
+            raise TableError(
+                f"Pass {pass_id} has {table.num_rows} {kind} on disk where the manifest says {expected}.",
+                "Restore the files or run the comparison again.",
+            )
+        return table

@@ -9,7 +9,7 @@ import click
 
 import mismatch_probe
 from mismatch_probe.cli.output import print_json
-from mismatch_probe.config import CompareConfig
+from mismatch_probe.config import SHORT_DTYPES, CompareConfig, flag
 from mismatch_probe.errors import EXIT_ERROR, EXIT_LIMIT, EXIT_OK, UsageError
 from mismatch_probe.types import DTYPES
 
@@ -37,8 +37,7 @@ class _Names(click.ParamType[tuple[str, ...]]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
         if isinstance(value, tuple):
             return value
-        short = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
-        names = tuple(short.get(part.strip(), part.strip()) for part in value.split(","))
+        names = tuple(SHORT_DTYPES.get(part.strip(), part.strip()) for part in value.split(","))
         for name in names:
             if name not in self._known:
                 self.fail(f"{name!r} is not one of {', '.join(self._known)}.", param, ctx)
@@ -118,13 +117,12 @@ def command(
     if resume is not None:
         named = sorted([*given, *(["engine_args"] if engine_args else []), *(["out"] if out else [])])
         if named or plan_only:
-            flag = "--plan" if plan_only else "--" + named[0].replace("_", "-")
+            option = "--plan" if plan_only else flag(named[0])
             raise UsageError(
-                f"{flag} cannot be combined with --resume: a run continues as it was configured.", "Leave it out."
+                f"{option} cannot be combined with --resume: a run continues as it was configured.", "Leave it out."
             )
     else:
         config = CompareConfig(**given, engine_args=dict(_engine_arg(text) for text in engine_args))
-    limits = tuple(_long_names(text) for text in fail_on)
     if plan_only:
         _show_plan(mismatch_probe.plan(config), as_json)
         return EXIT_OK
@@ -132,17 +130,10 @@ def command(
 
     with shown_progress() as progress:
         if resume is not None:
-            result = mismatch_probe.resume(resume, fail_on=limits, progress=progress)
+            result = mismatch_probe.resume(resume, fail_on=fail_on, progress=progress)
         else:
-            result = mismatch_probe.compare(config, out=out, fail_on=limits, progress=progress)
+            result = mismatch_probe.compare(config, out=out, fail_on=fail_on, progress=progress)
     return show_result(result, as_json)
-
-
-def _long_names(limit: str) -> str:
-    head, at, pair = limit.partition("@")
-    for short, long in (("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32")):
-        pair = pair.replace(short, long)
-    return head + at + pair
 
 
 def _engine_arg(text: str) -> tuple[str, Any]:
@@ -190,8 +181,8 @@ def _show_plan(plan: Plan, as_json: bool) -> None:
         return
     sizes = plan.sizes
     click.echo(
-        f"{plan.config.model} on {plan.device}: {sizes.num_prompts} prompts × {sizes.samples_per_prompt} responses of at most "
-        f"{sizes.max_tokens} tokens per rollout dtype"
+        f"{plan.config.model} on {plan.device}: {sizes.num_prompts} prompts × {sizes.samples_per_prompt} responses "
+        f"of at most {sizes.max_tokens} tokens per rollout dtype"
     )
     click.echo(f"{'pass':<28}{'tokens':>12}{'memory':>18}{'time, roughly':>16}")
     for row in rows:

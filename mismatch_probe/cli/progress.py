@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
+from mismatch_probe.cli.output import printable
 from mismatch_probe.probes.progress import Progress
 
 
@@ -21,7 +22,7 @@ class _Shown(Progress):
         self._tasks: dict[str, TaskID] = {}
 
     def message(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False)
+        self._console.print(printable(text), markup=False, highlight=False)
 
     def begin(self, pass_id: str, text: str) -> None:
         if self._console.is_terminal:

@@ -19,4 +19,4 @@ def command(run: str, fail_on: tuple[str, ...], as_json: bool) -> int:
     Example:
       mismatch-probe report runs/smollm2-135m-20260101-120000 --fail-on 'kl_k3>0.001@bfloat16'
     """
-    return show_result(mismatch_probe.report(run, fail_on=fail_on), as_json)
+    return show_result(mismatch_probe.write_report(run, fail_on=fail_on), as_json)

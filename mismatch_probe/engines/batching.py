@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from mismatch_probe.types import ScoreRequest, TrainerLayout
 
 # A CPU gains nothing from more tokens at once, and smaller batches stay in cache and waste less on padding.
-_MOST_TOKENS = {"cpu": 1024, "cuda": 32768}
+_MOST_TOKENS = {"cpu": 512, "cuda": 32768}
 _MOST_ROWS = {"cpu": 128, "cuda": 4096}
 
 
@@ -29,7 +29,7 @@ class Footprint:
 
     @classmethod
     def of_model(cls, *, hidden: int, intermediate: int, itemsize: int, masked: bool) -> Footprint:
-        """Counts what is alive at once in a decoder layer: residual, norm, q, k, v, attention output, and the MLP's three."""
+        """Counts what lives at once in a decoder layer: residual, norm, q, k, v, attention output, the MLP's three."""
         live = 6 * hidden + 3 * intermediate
         # FP32 copies inside norms and softmax double it; a mask is kept as booleans and once more in the compute dtype.
         return cls(per_token=2 * live * itemsize, per_mask_entry=1 + itemsize if masked else 0)

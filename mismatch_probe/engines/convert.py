@@ -10,8 +10,8 @@ from pathlib import Path
 def convert(gguf: Path, target: Path) -> None:
     """Reads weights, tokenizer and chat template from `gguf` and writes a checkpoint folder to `target`.
 
-    transformers refuses to save a model that it loaded quantised, so its dequantised weights go into a plain model of the
-    same configuration.
+    transformers refuses to save a model that it loaded quantised, so its dequantised weights go into a plain model of
+    the same configuration.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch

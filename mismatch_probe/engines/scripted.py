@@ -1,7 +1,8 @@
 """A fake engine: log-probs by formula, faults by script, no packages. Everything above the engines is tested with it.
 
 A folder whose `config.json` says `"model_type": "scripted"` is its model. The rest of that file is the script:
-`vocab_size`, `max_position_embeddings`, `noise` (per dtype, nats), `response_length`, and `faults` (pass → fault).
+`vocab_size`, `max_position_embeddings`, `noise` (per dtype, nats), `response_length`. A JSON file `faults` beside it
+maps passes to faults (`{"trainer-float16": "die-score"}`); being no file of the model, it may change before a resume.
 """
 
 from __future__ import annotations
@@ -30,10 +31,13 @@ def _uniform(*key: object) -> float:
 
 class _Script:
     def __init__(self, job: RolloutJob | TrainerJob, side: str) -> None:
-        self.config: dict[str, Any] = json.loads((Path(job.model_path) / "config.json").read_text(encoding="utf-8"))
+        folder = Path(job.model_path)
+        self.config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         self.side = side
         self.dtype = job.dtype
-        self.fault = self.config.get("faults", {}).get(f"{side}-{job.dtype}")
+        script = folder / "faults"
+        faults = json.loads(script.read_text(encoding="utf-8")) if script.exists() else {}
+        self.fault = faults.get(f"{side}-{job.dtype}")
         self.act("start")
 
     def act(self, moment: str) -> None:
@@ -63,6 +67,9 @@ class ScriptedRollout(_Script):
 
     def __init__(self, job: RolloutJob) -> None:
         super().__init__(job, "rollout")
+        self._in_process = job.in_process
+        if self.fault == "crash-in-process" and job.in_process:
+            raise RuntimeError("a scripted crash that an engine process of its own avoids")
 
     def generate(
         self, requests: Sequence[RolloutRequest], sampling: Sampling, on_tokens: Callable[[int], None]
@@ -86,7 +93,7 @@ class ScriptedRollout(_Script):
         return [chr(token) for token in token_ids]
 
     def identity(self) -> dict[str, Any]:
-        return {"engine": "scripted", "dtype": self.dtype, "in_process": True}
+        return {"engine": "scripted", "dtype": self.dtype, "in_process": self._in_process}
 
     def close(self) -> None:
         """Nothing is held."""

@@ -45,7 +45,7 @@ class VllmRollout:
         self._runs += 1
         self._llm.reset_prefix_cache()
         if not self._in_process:
-            # Requests travel to a running core one at a time; pausing its scheduler admits them together, as in-process.
+            # Requests reach a running core one at a time; pausing its scheduler admits them together, as in-process.
             self._llm.sleep(level=0)
         inputs = self._llm.renderer.render_cmpl([{"prompt_token_ids": list(r.prompt_token_ids)} for r in requests])
         for index, (request, prompt) in enumerate(zip(requests, inputs, strict=True)):

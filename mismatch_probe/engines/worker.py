@@ -15,7 +15,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
-from mismatch_probe.engines import faults
+from mismatch_probe.engines import devices, faults
 from mismatch_probe.engines.base import EncodeJob, RolloutEngine, RolloutJob, TrainerEngine, TrainerJob
 from mismatch_probe.types import EncodedPrompt
 
@@ -61,7 +61,7 @@ def run_rollout(job: RolloutJob, channel: _Channel) -> None:
 
         engine = VllmRollout(job)
     channel.phase("load")
-    channel.send("identity", engine.identity())
+    channel.send("identity", engine.identity() | {"environment": devices.recorded_environment()})
     batches = [job.requests[i : i + job.batch] for i in range(0, len(job.requests), job.batch)]
     null = replace(job.sampling, max_tokens=min(job.null_tokens, job.sampling.max_tokens))
     null_total = len(batches[0]) * null.max_tokens
@@ -93,7 +93,7 @@ def run_trainer(job: TrainerJob, channel: _Channel) -> None:
 
         engine = HfTrainer(job)
     channel.phase("load")
-    channel.send("identity", engine.identity())
+    channel.send("identity", engine.identity() | {"environment": devices.recorded_environment()})
     batches = engine.plan(job.requests)
     again = 0
     while again < len(batches) and sum(map(len, batches[:again])) < job.null_sequences:
@@ -137,17 +137,17 @@ def main(arguments: list[str]) -> None:
     channel = _Channel(connection)
     job: Any = None
     try:
-        # An import that fails is reported as the job's failure, in the job's terms.
-        failure: ImportError | None = None
+        # An import that fails, in whatever way, is reported as the job's failure, in the job's terms.
+        failure: Exception | None = None
         try:
             _import(arguments[1])
-        except ImportError as error:
+        except Exception as error:
             failure = error
         channel.phase("import")
         job = connection.recv()
         channel.phase("wait")
         if failure is not None:
-            raise failure
+            raise ImportError(faults.first_line(failure)) from failure
         _run(job, channel)
         channel.send("done")
     except (BrokenPipeError, EOFError, ConnectionResetError):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from mismatch_probe.config import CompareConfig, Limit
 from mismatch_probe.errors import TableError
@@ -52,6 +51,11 @@ def analyse(run: RunDirectory, limits: Sequence[Limit] = ()) -> ReportData:
             pair = pair_arrays(run, cell["rollout_pass"], cell["trainer_pass"])
             arrays[cell["rollout_pass"], cell["trainer_pass"]] = pair
             pairs.append(_pair_row(cell, pair, config.seed, nulls))
+    if not pairs:
+        reasons = "; ".join(sorted({row["why"].rstrip(".") for row in missing}))
+        raise TableError(
+            f"Nothing can be compared: {reasons}.", "See the reasons, mend them, and continue with --resume."
+        )
     diagonal: dict[str, PairArrays] = {
         dtype: arrays[key]
         for dtype in config.rollout_dtypes
@@ -169,18 +173,16 @@ def _worst_tokens(run: RunDirectory, dtype: str, pair: PairArrays) -> list[Worst
     ]
 
 
-def summary_csv(summary: dict[str, Any]) -> str:
-    """The pairs' metrics flat: a row per pair and metric."""
-    head = ["rollout_pass", "trainer_pass", "rollout_dtype", "trainer_dtype", "trainer_mode", "on_policy"]
-    counts = ["n_tokens", "n_sequences", "n_nonfinite"]
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([*head, *counts, "metric", "value", "ci_low", "ci_high", "why"])
-    for pair in summary["pairs"]:
-        for key, metric in pair["metrics"].items():
-            values = [metric["value"], metric["ci_low"], metric["ci_high"], metric.get("why", "")]
-            writer.writerow([*(pair[name] for name in (*head, *counts)), key, *values])
-    return out.getvalue()
+def summary_frame(summary: dict[str, Any]) -> pd.DataFrame:
+    """The pairs' metrics flat, a row per pair and metric: what `summary.csv` holds."""
+    about = ["rollout_pass", "trainer_pass", "rollout_dtype", "trainer_dtype", "trainer_mode", "on_policy"]
+    about += ["n_tokens", "n_sequences", "n_nonfinite"]
+    rows = [
+        {**{name: pair[name] for name in about}, "metric": key, **metric}
+        for pair in summary["pairs"]
+        for key, metric in pair["metrics"].items()
+    ]
+    return pd.DataFrame(rows, columns=[*about, "metric", "value", "ci_low", "ci_high", "why"])
 
 
 def write_outputs(run: RunDirectory, data: ReportData) -> dict[str, Path]:
@@ -188,13 +190,8 @@ def write_outputs(run: RunDirectory, data: ReportData) -> dict[str, Path]:
     from mismatch_probe.report.html import render_html
     from mismatch_probe.report.markdown import render_markdown
 
-    if not data.summary["pairs"]:
-        reasons = "; ".join(sorted({row["why"] for row in data.summary["missing"]}))
-        raise TableError(
-            f"Nothing can be compared: {reasons}.", "See the reasons, mend them, and continue with --resume."
-        )
     write_json(run.path / "summary.json", data.summary)
-    write_text(run.path / "summary.csv", summary_csv(data.summary))
+    write_text(run.path / "summary.csv", summary_frame(data.summary).to_csv(index=False, lineterminator="\n"))
     figures = draw_figures(run, data)
     write_text(run.path / "report.html", render_html(data, figures))
     relative = {name: path.relative_to(run.path) for name, path in figures.items()}

@@ -1,4 +1,4 @@
-"""How large is the mismatch, per dtype pair? Runs the engine passes of a comparison, one process at a time, resumably."""
+"""How large is the mismatch, per dtype pair? Runs a comparison's engine passes, one process at a time, resumably."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from mismatch_probe.engines import devices
 from mismatch_probe.engines.base import EncodeJob, RolloutJob, TrainerJob
-from mismatch_probe.engines.process import EngineProcess, Kind, UnexpectedEngineError
+from mismatch_probe.engines.process import Kind, UnexpectedEngineError
 from mismatch_probe.errors import DiskFull, DtypeRefused, EngineError, Interrupted, PromptError, TableError
 from mismatch_probe.probes.planning import Plan, TrainerPass, kv_cache_gib, null_pass_id, rollout_pass_id
 from mismatch_probe.probes.progress import Progress
@@ -29,7 +29,7 @@ class Comparison:
         self._plan = plan
         self._run = run
         self._progress = progress
-        self._in_process = True
+        self._in_process = devices.in_process_wanted()
         self._fallback = ""
 
     def execute(self) -> None:
@@ -37,8 +37,7 @@ class Comparison:
 
         Raises:
             Interrupted: The user stopped it; finished passes stay.
-            EngineError: No pass could be finished.
-            ProbeError: Nothing could be started at all (prompts, tokenizer, disk).
+            ProbeError: No other pass could run either (prompts, tokenizer, packages, disk).
         """
         resume = f"Continue with: mismatch-probe compare --resume {self._run.path}"
         self._run.manifest["status"] = "running"
@@ -70,11 +69,8 @@ class Comparison:
         plan = self._plan
         job = EncodeJob(str(plan.model.path), plan.prompts.prompts, plan.config.chat, plan.config.trust_remote_code)
         self._progress.message("encoding prompts")
-        process = EngineProcess(
-            "encode",
-            devices.trainer_settings(plan.device, "float32").environment,
-            self._run.path / "logs" / "encode.log",
-        )
+        environment = devices.trainer_settings(plan.device, "float32").environment
+        process = workers.take("encode", environment)
         self._prepare_next(workers, None)
         collected = drive(process, "encode", job, self._progress)
         digest = hashlib.sha256(json.dumps([p.token_ids for p in collected.encoded]).encode()).hexdigest()
@@ -92,13 +88,13 @@ class Comparison:
         longest = max(encoded, key=lambda p: len(p.token_ids))
         if context is not None and len(longest.token_ids) >= context:
             raise PromptError(
-                f"Prompt {longest.prompt_id} has {len(longest.token_ids)} tokens, and the model's context is {context}.",
+                f"Prompt {longest.prompt_id} has {len(longest.token_ids)} tokens; the model's context is {context}.",
                 "Shorten it or take it out of the prompt file.",
             )
 
     def _rollout(self, workers: Workers, dtype: Dtype, encoded: list[EncodedPrompt]) -> None:
         pass_id = rollout_pass_id(dtype)
-        if self._run.finished(pass_id):
+        if self._settled(pass_id):
             return
         plan, sizes = self._plan, self._plan.sizes
         longest = max(len(p.token_ids) for p in encoded) + sizes.max_tokens
@@ -128,7 +124,7 @@ class Comparison:
             try:
                 return attempt()
             except UnexpectedEngineError as error:
-                if plan.engine != "vllm" or not self._in_process:
+                if not self._in_process:
                     raise
                 # Some architectures run only in vLLM's own engine process; the rest of this run goes there at once.
                 self._in_process, self._fallback = False, error.what
@@ -176,9 +172,10 @@ class Comparison:
     def _train(self, workers: Workers, trainer: TrainerPass) -> None:
         pass_id, run = trainer.pass_id, self._run
         rollouts = [p for p in map(rollout_pass_id, self._plan.config.rollout_dtypes) if run.finished(p)]
-        covered = run.manifest["passes"].get(pass_id, {}).get("covers", []) if run.finished(pass_id) else []
+        record = run.manifest["passes"].get(pass_id, {})
+        covered = record.get("covers", [])
         missing = [name for name in rollouts if name not in covered]
-        if not missing:
+        if not missing or record.get("status") == "refused":
             return
         requests = _score_requests(pa.concat_tables([run.sequences(name) for name in missing]))
         distinct = _distinct(requests)
@@ -244,6 +241,10 @@ class Comparison:
         }
         self._run.finish_pass(pass_id, tokens, record)
 
+    def _settled(self, pass_id: str) -> bool:
+        """Whether a pass is finished or refused; one that failed is taken off the manifest before it is tried again."""
+        return pass_id in self._run.manifest["passes"]
+
     def _guarded(self, pass_id: str, run: Callable[[], Collected]) -> Collected | None:
         """Runs a pass; a failure of this engine is recorded, and leaves the other passes to go on."""
         try:
@@ -283,7 +284,7 @@ class Comparison:
         ]
         names = [name for name, _ in order]
         for name, (kind, settings) in order[names.index(current) + 1 if current else 0 :]:
-            if not self._run.finished(name):
+            if not self._settled(name):
                 workers.prepare(kind, settings.environment)
                 return
 

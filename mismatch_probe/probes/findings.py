@@ -39,7 +39,8 @@ def _ratio_text(ratio: MetricValue, pair: PairArrays) -> str:
     if ratio.ci_low > 1:
         return f"BF16 is {ratio.value:.1f}× {interval} further apart than FP16 ({basis})."
     if ratio.ci_high < 1:
-        return f"FP16 is further apart than BF16: the ratio is {ratio.value:.2f} {interval} ({basis}). That is not rounding."
+        text = f"FP16 is further apart than BF16: the ratio is {ratio.value:.2f} {interval} ({basis})."
+        return f"{text} That is not rounding."
     return (
         f"BF16 and FP16 do not differ measurably: the ratio is {ratio.value:.2f} {interval} ({basis}); "
         f"a ratio beyond {ratio.ci_high / ratio.value:.2f} would have shown."

@@ -13,7 +13,7 @@ from mismatch_probe.prompts import PromptSet, load_prompts
 from mismatch_probe.types import DTYPES, Dtype, EncodedPrompt, RolloutRequest, TrainerMode
 
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-# Sustained FLOP/s of matrix products: measured on 2-core machines with and without BF16 instructions for a CPU (per core),
+# Sustained FLOP/s of matrix products: per CPU core as measured on 2-core machines without and with BF16 instructions,
 # assumed for a GPU. Good to a factor of two or three, which is what an estimate beforehand needs.
 _CPU_RATE = {"bfloat16": (5e9, 100e9), "float16": (6e9, 14e9), "float32": (30e9, 56e9)}
 _GPU_RATE = {"bfloat16": 1e14, "float16": 1e14, "float32": 1.5e13}
@@ -70,7 +70,7 @@ class Plan:
         return "scripted" if self.model.scripted else "vllm"
 
     def requests(self, dtype: Dtype, encoded: list[EncodedPrompt]) -> list[RolloutRequest]:
-        """Every response that one rollout pass samples. Ids are unique in the run; seeds are the same for every dtype."""
+        """Every response that one rollout pass samples. Ids are unique in the run; seeds are equal for every dtype."""
         samples = self.sizes.samples_per_prompt
         first = DTYPES.index(dtype) * len(encoded) * samples
         return [
@@ -92,8 +92,9 @@ def request_seed(seed: int, prompt_id: str, sample: int) -> int:
 
 @dataclass(frozen=True)
 class PassEstimate:
-    """One line of `--plan`: tokens of prompts and responses, and what the pass takes. On a GPU vLLM takes its share of the
-    card whatever the model, so `memory_gib` is None there.
+    """One line of `--plan`: tokens of prompts and responses, and what the pass takes.
+
+    On a GPU vLLM takes its share of the card whatever the model, so `memory_gib` is None there.
     """
 
     pass_id: str

@@ -6,16 +6,18 @@ import re
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from mismatch_probe.config import CompareConfig, Limit
 from mismatch_probe.engines import devices
 from mismatch_probe.errors import TableError, UsageError
 from mismatch_probe.metrics.catalog import CATALOG
-from mismatch_probe.probes.analysis import analyse, draw_figures, write_outputs
+from mismatch_probe.probes.analysis import analyse, draw_figures, summary_frame, write_outputs
 from mismatch_probe.probes.compare import Comparison
 from mismatch_probe.probes.planning import Plan, make_plan, trainer_passes
 from mismatch_probe.probes.progress import Progress
@@ -40,6 +42,10 @@ class RunResult:
     @property
     def summary(self) -> dict[str, Any]:
         return self.data.summary
+
+    def frame(self) -> pd.DataFrame:
+        """A row per pair and metric, as in `summary.csv`."""
+        return summary_frame(self.summary)
 
     @property
     def exceeded(self) -> bool:
@@ -82,7 +88,8 @@ def resume_run(path: Path, fail_on: Sequence[str], progress: Progress | None) ->
     config = CompareConfig.from_dict(run.manifest["config"])
     limits = parse_limits(fail_on, config)
     progress = progress or Progress()
-    plan = make_plan(config, progress)
+    # Sizes that were left to the machine's default stay what they were, on whatever machine the run continues.
+    plan = make_plan(replace(config, **run.manifest["sizes"]), progress)
     known = run.manifest["prompts"]["sha256"]
     if plan.prompts.sha256 != known:
         raise TableError(
@@ -118,13 +125,16 @@ def default_folder(model: str) -> Path:
 
 def _finish(plan: Plan, run: RunDirectory, limits: list[Limit], progress: Progress) -> RunResult:
     with run.locked():
-        hashes = _Hashes(plan)
-        Comparison(plan, run, progress).execute()
-        progress.message("computing metrics and figures")
-        files = hashes.result()
-        if run.manifest["model"].setdefault("files", files) != files:
+        hashes, model = _Hashes(plan), run.manifest["model"]
+        if "files" in model and model["files"] != hashes.result():
             raise TableError("The model's files have changed since this run began.", "Start a new run.")
-        run.save()
+        try:
+            Comparison(plan, run, progress).execute()
+        finally:
+            if run.finished_passes():  # no pass of another model may ever join these
+                model["files"] = hashes.result()
+                run.save()
+        progress.message("computing metrics and figures")
         data = analyse(run, limits)
         return RunResult(run.path, data, write_outputs(run, data))
 

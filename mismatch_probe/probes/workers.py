@@ -37,6 +37,7 @@ class Workers:
     def __init__(self, logs: Path) -> None:
         self._logs = logs
         self._ahead: tuple[Kind, Mapping[str, str], EngineProcess] | None = None
+        self._at_work: EngineProcess | None = None
 
     def __enter__(self) -> Workers:
         return self
@@ -44,24 +45,28 @@ class Workers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._drop()
+        if self._ahead is not None:
+            self._ahead[2].close()
+        if self._at_work is not None:
+            self._at_work.close()
 
     def prepare(self, kind: Kind, environment: Mapping[str, str]) -> None:
         if self._ahead is None:
-            self._ahead = (kind, environment, EngineProcess(kind, environment, self._logs / f"{kind}.log"))
+            self._ahead = (kind, environment, self._start(kind, environment))
 
     def take(self, kind: Kind, environment: Mapping[str, str]) -> EngineProcess:
-        if self._ahead is not None and self._ahead[:2] == (kind, environment):
-            process = self._ahead[2]
-            self._ahead = None
-            return process
-        self._drop()
-        return EngineProcess(kind, environment, self._logs / f"{kind}.log")
+        """The process for the next job: the one that was started ahead where it is of the right kind."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[:2] == (kind, environment):
+            self._at_work = ahead[2]
+        else:
+            if ahead is not None:
+                ahead[2].close()
+            self._at_work = self._start(kind, environment)
+        return self._at_work
 
-    def _drop(self) -> None:
-        if self._ahead is not None:
-            self._ahead[2].close()
-            self._ahead = None
+    def _start(self, kind: Kind, environment: Mapping[str, str]) -> EngineProcess:
+        return EngineProcess(kind, environment, self._logs / f"{kind}.log")
 
 
 def drive(process: EngineProcess, pass_id: str, job: Any, progress: Progress) -> Collected:
