@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mismatch_probe.metrics import compute_metrics
 from mismatch_probe.metrics.curves import (
     abs_diff_by_position,
     abs_diff_by_probability,
@@ -15,6 +14,7 @@ from mismatch_probe.metrics.curves import (
     length_curve,
     policy_density,
 )
+from mismatch_probe.metrics.summary import compute_metrics
 
 
 def test_policy_density_counts_both_axes(make_pair: Any) -> None:

@@ -99,7 +99,7 @@ def test_chunks_do_not_change_the_replicates(make_pair: Any, monkeypatch: pytest
 
 
 def test_one_prompt_that_differs_falls_back_to_cluster_t(make_pair: Any) -> None:
-    """A third of the replicates miss that prompt and have no logarithm. Here the relative standard error is exactly 1."""
+    """A third of the replicates miss that prompt and have no logarithm. The relative standard error is exactly 1."""
     d = np.zeros(64)
     d[10] = 0.5
     cell = evaluate({"m": estimate("mean_abs_logprob_diff", make_pair(0.0, d))}, seed=0, replicates=200)["m"]

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mismatch_probe.metrics import CATALOG, compute_metrics
+from mismatch_probe.metrics.catalog import CATALOG
+from mismatch_probe.metrics.summary import compute_metrics
 from mismatch_probe.types import MetricValue, PairArrays
 
 Spec = tuple[list[int], list[float], list[float], list[int]]

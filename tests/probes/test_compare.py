@@ -1,0 +1,339 @@
+"""Runs of the scripted engine: what they leave on disk, how they fail, and how they go on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mismatch_probe
+from mismatch_probe.config import CompareConfig
+from mismatch_probe.engines import devices
+from mismatch_probe.errors import DiskFull, Interrupted, PromptError, TableError, UsageError
+from mismatch_probe.probes.session import RunResult, default_folder
+from mismatch_probe.tables import RunDirectory
+from mismatch_probe.types import DTYPES
+from tests.conftest import SMALL, MakeModel, Recorder
+
+BF16, FP16, FP32 = (f"vllm-{dtype}-decode" for dtype in DTYPES)
+TRAINER = "hf-bfloat16-cast"
+TWO_BY_ONE: dict[str, Any] = {**SMALL, "rollout_dtypes": ("bfloat16", "float16")}
+Compare = Callable[..., RunResult]
+
+
+@pytest.fixture
+def compare(tmp_path: Path, no_figures: None) -> Compare:
+    def run(model: Path, out: str = "run", recorder: Recorder | None = None, **options: Any) -> RunResult:
+        config = CompareConfig(model=str(model), **{**SMALL, **options})
+        return mismatch_probe.compare(config, out=tmp_path / out, progress=recorder)
+
+    return run
+
+
+def manifest(path: Path) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((path / "manifest.json").read_text())
+    return document
+
+
+def pass_status(path: Path) -> dict[str, str]:
+    return {name: record["status"] for name, record in manifest(path)["passes"].items()}
+
+
+class TestFinishedRun:
+    def test_all_nine_pairs_with_their_nulls(self, finished: RunResult) -> None:
+        pairs = finished.summary["pairs"]
+        assert {(p["rollout_dtype"], p["trainer_dtype"]) for p in pairs} == {(r, t) for r in DTYPES for t in DTYPES}
+        assert finished.summary["missing"] == []
+        for pair in pairs:
+            assert (pair["n_sequences"], pair["n_tokens"], pair["n_nonfinite"]) == (40, 240, 0)
+            assert pair["on_policy"] is True
+            for side in ("rollout", "trainer"):
+                assert pair["null"][side]["mean_abs_logprob_diff"] == 0
+                assert pair["null"][side]["n_tokens"] > 0
+
+    def test_metrics_find_the_noise_that_was_scripted(self, finished: RunResult) -> None:
+        found = {
+            (p["rollout_dtype"], p["trainer_dtype"]): p["metrics"]["mean_abs_logprob_diff"]["value"]
+            for p in finished.summary["pairs"]
+        }
+        assert found["bfloat16", "bfloat16"] > 3 * found["float16", "float16"] > 0
+        assert found["float32", "float32"] < 1e-4
+
+    def test_files(self, finished: RunResult) -> None:
+        names = {path.name for path in finished.path.iterdir() if not path.name.startswith(".")}
+        assert names == {
+            "manifest.json",
+            "sequences.parquet",
+            "tokens.parquet",
+            "summary.json",
+            "summary.csv",
+            "figures",
+            "report.html",
+            "report.md",
+            "logs",
+        }
+        assert all(path.stat().st_size > 0 for path in finished.figures.values())
+
+    def test_the_manifest_says_what_was_run(self, finished: RunResult) -> None:
+        found = manifest(finished.path)
+        assert found["status"] == "complete"
+        assert found["model"]["files"].keys() == {"config.json"}
+        assert found["prompts"]["n"] == 40
+        assert {"versions", "machine", "variables"} <= found["environment"].keys()
+        record = found["passes"][BF16]
+        assert record["counts"] == {
+            "n_sequences": 40,
+            "n_tokens": 240,
+            "n_nonfinite": 0,
+            "n_truncated": 40,
+            "n_empty": 0,
+        }
+        assert record["engine"]["dtype"] == "bfloat16"
+        assert record["timings"].keys() >= {"import", "load", "generate"}
+        assert CompareConfig.from_dict(found["config"]).num_prompts == 40
+
+    def test_each_distinct_sequence_is_scored_once(self, finished: RunResult) -> None:
+        """The scripted engine samples the same ids in every dtype."""
+        counts = manifest(finished.path)["passes"][TRAINER]["counts"]
+        assert (counts["n_sequences"], counts["n_distinct_sequences"]) == (120, 40)
+
+    def test_resuming_it_runs_nothing(self, run_copy: Path, no_figures: None) -> None:
+        recorder = Recorder()
+        before = (run_copy / "summary.json").read_bytes()
+        assert mismatch_probe.resume(run_copy, progress=recorder).complete
+        assert recorder.begun == ["encode"]
+        assert (run_copy / "summary.json").read_bytes() == before
+
+
+class TestRepeatability:
+    def test_the_same_seed_gives_the_same_bytes(self, scripted_model: MakeModel, compare: Compare) -> None:
+        model = scripted_model()
+        first, second = (compare(model, out) for out in ("first", "second"))
+        other = compare(model, "other", seed=1)
+        for name in ("summary.json", "summary.csv", "tokens.parquet", "sequences.parquet"):
+            assert (first.path / name).read_bytes() == (second.path / name).read_bytes()
+        assert (first.path / "summary.json").read_bytes() != (other.path / "summary.json").read_bytes()
+
+
+class TestFailedPasses:
+    def test_a_refused_dtype_leaves_the_other_cells(self, scripted_model: MakeModel, compare: Compare) -> None:
+        model = scripted_model(faults={"rollout-float16": "refuse", "trainer-float32": "refuse"})
+        result = compare(model, **{**TWO_BY_ONE, "trainer_dtypes": ("bfloat16", "float32")})
+        assert result.complete
+        assert pass_status(result.path)[FP16] == pass_status(result.path)["hf-float32-cast"] == "refused"
+        assert [(p["rollout_dtype"], p["trainer_dtype"]) for p in result.summary["pairs"]] == [("bfloat16", "bfloat16")]
+        reasons = {(m["rollout_dtype"], m["trainer_dtype"]): m["why"] for m in result.summary["missing"]}
+        assert reasons["float16", "bfloat16"] == "The scripted model does not run in float16."
+        assert reasons["bfloat16", "float32"] == "The scripted model does not run in float32."
+
+    def test_a_refused_dtype_is_not_asked_again(self, scripted_model: MakeModel, compare: Compare) -> None:
+        faults = {"rollout-float16": "refuse", "trainer-float32": "refuse"}
+        result = compare(scripted_model(faults=faults), **{**TWO_BY_ONE, "trainer_dtypes": ("bfloat16", "float32")})
+        recorder = Recorder()
+        mismatch_probe.resume(result.path, progress=recorder)
+        assert recorder.begun == ["encode"]
+
+    def test_a_killed_engine_and_its_resume(self, scripted_model: MakeModel, compare: Compare) -> None:
+        result = compare(scripted_model(faults={"rollout-float16": "die-generate"}), **TWO_BY_ONE)
+        assert not result.complete
+        assert manifest(result.path)["status"] == "incomplete"
+        assert "was killed (signal 9)" in result.summary["missing"][0]["why"]
+        before = {name: RunDirectory.open(result.path).tokens(name) for name in (BF16, TRAINER)}
+        timings = manifest(result.path)["passes"][BF16]["timings"]
+
+        scripted_model()
+        recorder = Recorder()
+        again = mismatch_probe.resume(result.path, progress=recorder)
+        assert again.complete
+        assert recorder.begun == ["encode", FP16, TRAINER]
+        assert len(again.summary["pairs"]) == 2
+        run = RunDirectory.open(result.path)
+        assert run.manifest["passes"][BF16]["timings"] == timings
+        assert run.tokens(BF16).equals(before[BF16])
+        trainer = run.tokens(TRAINER)
+        assert trainer.num_rows == 2 * before[TRAINER].num_rows
+        assert trainer.slice(0, before[TRAINER].num_rows).to_pylist() == before[TRAINER].to_pylist()
+        assert not (run.path / "passes").exists()
+
+    def test_it_ends_as_if_nothing_had_failed(
+        self, scripted_model: MakeModel, compare: Compare, tmp_path: Path
+    ) -> None:
+        model = scripted_model(faults={"rollout-float16": "die-start", "trainer-bfloat16": "die-score"})
+        with pytest.raises(TableError, match="Nothing can be compared"):
+            compare(model, "failed", **TWO_BY_ONE)
+        scripted_model()
+        recorder = Recorder()
+        path = mismatch_probe.resume(tmp_path / "failed", progress=recorder).path
+        assert recorder.begun == ["encode", FP16, TRAINER]
+        whole = compare(model, "whole", **TWO_BY_ONE)
+        assert (path / "summary.json").read_bytes() == (whole.path / "summary.json").read_bytes()
+        assert (path / "tokens.parquet").read_bytes() == (whole.path / "tokens.parquet").read_bytes()
+
+    @pytest.mark.parametrize(
+        ("faults", "failed", "sentence"),
+        [
+            ({"rollout-float16": "memory-generate"}, FP16, "ran out of memory. Lower --rollout-batch"),
+            ({"rollout-float16": "crash-start"}, FP16, "a scripted crash The engine's own log is"),
+            ({"rollout-float16": "empty"}, FP16, "The engine generated no tokens. Check the prompts"),
+            ({"trainer-bfloat16": "die-score"}, TRAINER, "was killed (signal 9)"),
+            ({"trainer-bfloat16": "memory-start"}, TRAINER, "ran out of memory. Lower --memory-budget"),
+        ],
+    )
+    def test_what_failed_is_said(
+        self, scripted_model: MakeModel, compare: Compare, faults: dict[str, str], failed: str, sentence: str
+    ) -> None:
+        recorder = Recorder()
+        options = {**TWO_BY_ONE, "trainer_dtypes": ("bfloat16", "float16")}
+        result = compare(scripted_model(faults=faults), recorder=recorder, **options)
+        assert not result.complete
+        assert sentence in recorder.ends[failed]
+        record = manifest(result.path)["passes"][failed]
+        assert f"{record['why']} {record['fix']}" == recorder.ends[failed]
+        assert {row["why"] for row in result.summary["missing"]} == {record["why"]}
+        assert len(result.summary["pairs"]) == len(result.summary["missing"]) == 2
+
+    @pytest.mark.parametrize("side", ["rollout", "trainer"])
+    def test_nan_is_counted_and_left_out(self, scripted_model: MakeModel, compare: Compare, side: str) -> None:
+        result = compare(scripted_model(faults={f"{side}-bfloat16": "nan"}))
+        (pair,) = result.summary["pairs"]
+        assert 0 < pair["n_nonfinite"] < pair["n_tokens"]
+        counted = manifest(result.path)["passes"][BF16 if side == "rollout" else TRAINER]["counts"]["n_nonfinite"]
+        assert counted == pair["n_nonfinite"]
+        assert pair["metrics"]["mean_abs_logprob_diff"]["value"] > 0
+        assert result.complete
+
+    def test_nothing_to_compare(self, scripted_model: MakeModel, compare: Compare, tmp_path: Path) -> None:
+        model = scripted_model(faults={"rollout-bfloat16": "refuse"})
+        with pytest.raises(TableError, match=r"Nothing can be compared: The scripted model does not run in bfloat16\."):
+            compare(model)
+        assert manifest(tmp_path / "run")["status"] == "complete"
+
+
+class TestStopped:
+    def test_ctrl_c_keeps_what_is_finished(self, scripted_model: MakeModel, compare: Compare, tmp_path: Path) -> None:
+        class Impatient(Recorder):
+            def advance(self, pass_id: str, tokens: int) -> None:
+                if pass_id == FP16:
+                    raise KeyboardInterrupt
+
+        with pytest.raises(Interrupted, match=r"finished passes are kept.*compare --resume .*/run"):
+            compare(scripted_model(), recorder=Impatient(), **TWO_BY_ONE)
+        found = manifest(tmp_path / "run")
+        assert found["status"] == "interrupted"
+        assert found["model"]["files"]
+        recorder = Recorder()
+        assert mismatch_probe.resume(tmp_path / "run", progress=recorder).complete
+        assert recorder.begun == ["encode", FP16, TRAINER]
+
+    def test_a_full_disk_keeps_what_is_finished(
+        self, scripted_model: MakeModel, compare: Compare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        real = RunDirectory.finish_pass
+
+        def full(self: RunDirectory, pass_id: str, *rest: Any) -> None:
+            if pass_id == TRAINER:
+                raise DiskFull("The disk is full.", "Free some space.")
+            real(self, pass_id, *rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(RunDirectory, "finish_pass", full)
+            with pytest.raises(DiskFull):
+                compare(scripted_model())
+        assert manifest(tmp_path / "run")["status"] == "running"
+        recorder = Recorder()
+        assert mismatch_probe.resume(tmp_path / "run", progress=recorder).complete
+        assert recorder.begun == ["encode", TRAINER]
+
+
+class TestWhatMayNotChange:
+    @pytest.fixture
+    def interrupted(self, scripted_model: MakeModel, compare: Compare) -> RunResult:
+        prompts = scripted_model(faults={"rollout-float16": "die-start"}).parent / "prompts.txt"
+        prompts.write_text("one\ntwo\nthree\nfour\n")
+        return compare(prompts.parent / "model", prompts=str(prompts), **{**TWO_BY_ONE, "num_prompts": None})
+
+    def test_the_model(self, interrupted: RunResult, scripted_model: MakeModel) -> None:
+        scripted_model(vocab_size=999)
+        recorder = Recorder()
+        with pytest.raises(TableError, match="The model's files have changed since this run began"):
+            mismatch_probe.resume(interrupted.path, progress=recorder)
+        assert recorder.begun == []
+
+    @pytest.mark.parametrize("text", ["one\ntwo\nthree\nfive\n", "one\ntwo\nthree\nfour\nfive\n"])
+    def test_the_prompts(self, interrupted: RunResult, text: str) -> None:
+        (interrupted.path.parent / "prompts.txt").write_text(text)
+        with pytest.raises(TableError, match="The prompts have changed since this run began"):
+            mismatch_probe.resume(interrupted.path)
+
+    def test_how_they_are_encoded(self, interrupted: RunResult) -> None:
+        run = RunDirectory.open(interrupted.path)
+        run.manifest["prompts"]["token_ids_sha256"] = "0" * 64
+        run.save()
+        with pytest.raises(TableError, match="encoded to other ids than when this run began"):
+            mismatch_probe.resume(interrupted.path)
+
+    def test_the_device(self, interrupted: RunResult) -> None:
+        run = RunDirectory.open(interrupted.path)
+        run.manifest["device"] = "cuda"
+        run.save()
+        with pytest.raises(UsageError, match="began on cuda, and this machine offers cpu"):
+            mismatch_probe.resume(interrupted.path)
+
+    def test_sizes_stay_when_the_machines_defaults_differ(
+        self, scripted_model: MakeModel, compare: Compare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = scripted_model(faults={"rollout-float16": "die-start"})
+        compare(model, **{**TWO_BY_ONE, "max_tokens": None})
+        before = manifest(tmp_path / "run")["sizes"]["max_tokens"]
+        real = devices.default_sizes
+        monkeypatch.setattr(devices, "default_sizes", lambda device: replace(real(device), max_tokens=before + 3))
+        scripted_model()
+        result = mismatch_probe.resume(tmp_path / "run")
+        assert [pair["n_tokens"] for pair in result.summary["pairs"]] == [4 * before] * 2
+
+
+class TestRefusals:
+    def test_another_process_is_at_work(self, run_copy: Path) -> None:
+        with RunDirectory.open(run_copy).locked(), pytest.raises(UsageError, match="Another process is working"):
+            mismatch_probe.resume(run_copy)
+
+    def test_a_prompt_longer_than_the_context(
+        self, scripted_model: MakeModel, compare: Compare, tmp_path: Path
+    ) -> None:
+        with pytest.raises(PromptError, match=r"has \d+ tokens; the model's context is 8"):
+            compare(scripted_model(max_position_embeddings=8))
+        assert manifest(tmp_path / "run")["status"] == "failed"
+
+    def test_a_limit_that_applies_to_no_pair(self, scripted_model: MakeModel, tmp_path: Path) -> None:
+        config = CompareConfig(model=str(scripted_model()), **SMALL)
+        with pytest.raises(UsageError, match="applies to no pair of this comparison"):
+            mismatch_probe.compare(config, out=tmp_path / "run", fail_on=["kl_k3>1@float32"])
+        assert not (tmp_path / "run").exists()
+
+    def test_a_folder_that_is_in_use(self, run_copy: Path, scripted_model: MakeModel) -> None:
+        with pytest.raises(UsageError, match=r"exists and is not empty.*--resume"):
+            mismatch_probe.compare(CompareConfig(model=str(scripted_model())), out=run_copy)
+
+    def test_a_folder_that_is_no_run(self, tmp_path: Path) -> None:
+        with pytest.raises(TableError, match=r"manifest\.json does not exist"):
+            mismatch_probe.resume(tmp_path)
+
+
+def test_a_new_run_is_named_after_its_model() -> None:
+    assert default_folder("org/a model\x1b[31m").name.startswith("a-model-31m-")
+    assert default_folder("/").name.startswith("model-")
+
+
+def test_parts_move_to_another_folder_with_their_run(
+    scripted_model: MakeModel, compare: Compare, tmp_path: Path
+) -> None:
+    """A run directory holds no absolute path of its own, so a half-finished one can be moved and resumed."""
+    result = compare(scripted_model(faults={"rollout-float16": "die-start"}), **TWO_BY_ONE)
+    moved = shutil.move(result.path, tmp_path / "moved")
+    scripted_model()
+    assert mismatch_probe.resume(moved).complete

@@ -1,0 +1,178 @@
+"""A configuration is refused at once or can be run; and it survives its manifest."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mismatch_probe.config import FORBIDDEN_ENGINE_ARGS, OWNED_ENGINE_ARGS, CompareConfig, Limit, flag
+from mismatch_probe.errors import UsageError
+
+METRICS = ["kl_k3", "ess_seq"]
+
+
+class TestCompareConfig:
+    @pytest.mark.parametrize(
+        ("options", "sentence"),
+        [
+            ({"num_prompts": 0}, "--num-prompts must be positive, not 0"),
+            ({"samples_per_prompt": -1}, "--samples-per-prompt must be positive"),
+            ({"max_tokens": 0}, "--max-tokens must be positive"),
+            ({"rollout_batch": 0}, "--rollout-batch must be positive"),
+            ({"memory_budget_gib": 0.0}, "--memory-budget must be positive"),
+            ({"memory_budget_gib": math.nan}, "--memory-budget must be positive, not nan"),
+            ({"memory_budget_gib": math.inf}, "--memory-budget must be positive, not inf"),
+            ({"null_tokens": -1}, "--null-tokens must not be negative"),
+            ({"temperature": 0.0}, "--temperature must be above 0.*--temperature 1"),
+            ({"temperature": math.inf}, "--temperature must be above 0"),
+            ({"temperature": math.nan}, "--temperature must be above 0"),
+            ({"seed": -1}, "--seed must be between"),
+            ({"seed": 1 << 32}, "--seed must be between"),
+            ({"rollout_dtypes": ()}, "--rollout-dtypes is empty"),
+            ({"trainer_dtypes": ("float16", "float16")}, "--trainer-dtypes is empty or names a value twice"),
+            ({"trainer_modes": ()}, "--trainer-mode is empty"),
+            ({"rollout_dtypes": ("bfloat16", "bf16")}, "--rollout-dtypes knows no 'bf16'.*bfloat16, float16, float32"),
+            ({"trainer_modes": ("amp",)}, "--trainer-mode knows no 'amp'"),
+            ({"trainer_layout": "ragged"}, "--trainer-layout knows no 'ragged'"),
+            ({"device": "tpu"}, "--device knows no 'tpu'"),
+            ({"trainer_modes": ("autocast",), "trainer_dtypes": ("float32",)}, "Autocast to float32 is no mode"),
+            ({"engine_args": {"x": math.nan}}, "--engine-arg x has a value that the manifest cannot hold"),
+            ({"engine_args": {"x": [math.inf]}}, "--engine-arg x has a value"),
+            ({"engine_args": {"x": object()}}, "--engine-arg x has a value"),
+        ],
+    )
+    def test_what_cannot_be_is_refused(self, options: dict[str, Any], sentence: str) -> None:
+        with pytest.raises(UsageError, match=sentence) as caught:
+            CompareConfig(**options)
+        assert caught.value.exit_code == 2
+        assert caught.value.fix
+
+    @pytest.mark.parametrize("name", sorted(FORBIDDEN_ENGINE_ARGS))
+    def test_engine_arguments_that_run_code_or_carry_secrets(self, name: str) -> None:
+        with pytest.raises(UsageError, match=f"--engine-arg {name} is refused") as caught:
+            CompareConfig(engine_args={name: "s3cret"})
+        assert "s3cret" not in str(caught.value)
+
+    def test_the_forbidden_ones_are_at_least_those_of_the_design(self) -> None:
+        named = {"trust_remote_code", "worker_cls", "worker_extension_cls", "logits_processors", "hf_token"}
+        assert named <= FORBIDDEN_ENGINE_ARGS
+
+    @pytest.mark.parametrize("name", sorted(OWNED_ENGINE_ARGS))
+    def test_engine_arguments_that_would_contradict_an_option(self, name: str) -> None:
+        with pytest.raises(UsageError, match=f"Use {OWNED_ENGINE_ARGS[name]}"):
+            CompareConfig(engine_args={name: 1})
+
+    def test_zero_null_tokens_and_fp32_beside_autocast_are_fine(self) -> None:
+        CompareConfig(null_tokens=0, trainer_modes=("autocast",), trainer_dtypes=("float16", "float32"))
+
+    def test_names_of_options(self) -> None:
+        assert [flag(n) for n in ("num_prompts", "trainer_modes", "memory_budget_gib", "engine_args")] == [
+            "--num-prompts",
+            "--trainer-mode",
+            "--memory-budget",
+            "--engine-arg",
+        ]
+
+
+class TestManifestRoundTrip:
+    @settings(max_examples=40, deadline=None)
+    @given(
+        st.builds(
+            CompareConfig,
+            model=st.text('ab/é \u2028\x1b"', max_size=6),
+            num_prompts=st.none() | st.integers(1, 1000),
+            temperature=st.floats(0.01, 10),
+            seed=st.integers(0, (1 << 32) - 1),
+            rollout_dtypes=st.permutations(("bfloat16", "float16", "float32")).map(tuple),
+            trainer_dtypes=st.just(("float16",)),
+            trainer_modes=st.sampled_from([("cast",), ("autocast",), ("cast", "autocast")]),
+            memory_budget_gib=st.none() | st.floats(0.1, 100),
+            engine_args=st.dictionaries(
+                st.sampled_from(["block_size", "hf_overrides", "x"]),
+                st.recursive(
+                    st.none() | st.booleans() | st.integers() | st.text("aé\n", max_size=4),
+                    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text("ab", max_size=2), inner),
+                    max_leaves=4,
+                ),
+            ),
+        )
+    )
+    def test_a_configuration_comes_back_equal(self, config: CompareConfig) -> None:
+        assert CompareConfig.from_dict(json.loads(json.dumps(config.as_dict(), allow_nan=False))) == config
+
+    def test_an_option_of_a_later_release_is_not_dropped(self) -> None:
+        with pytest.raises(UsageError, match=r"unknown option 'speculative'.*release that began it"):
+            CompareConfig.from_dict({**CompareConfig().as_dict(), "speculative": True})
+
+    def test_a_manifest_with_an_impossible_value(self) -> None:
+        with pytest.raises(UsageError, match="--temperature"):
+            CompareConfig.from_dict({"temperature": -1})
+
+
+class TestLimit:
+    @pytest.mark.parametrize(
+        ("text", "metric", "above", "bound", "rollout", "trainer"),
+        [
+            ("kl_k3>0.001", "kl_k3", True, 0.001, None, None),
+            (" ess_seq < 1e-1 ", "ess_seq", False, 0.1, None, None),
+            ("kl_k3>-2", "kl_k3", True, -2.0, None, None),
+            ("kl_k3>0.5@bfloat16", "kl_k3", True, 0.5, "bfloat16", "bfloat16"),
+            ("kl_k3>0.5@bfloat16/float32", "kl_k3", True, 0.5, "bfloat16", "float32"),
+            ("kl_k3>0.5@bf16/fp32", "kl_k3", True, 0.5, "bfloat16", "float32"),
+            ("kl_k3 > 0.5 @ bfloat16/float32", "kl_k3", True, 0.5, "bfloat16", "float32"),
+        ],
+    )
+    def test_good_ones(
+        self, text: str, metric: str, above: bool, bound: float, rollout: str | None, trainer: str | None
+    ) -> None:
+        assert Limit.parse(text, METRICS) == Limit(text.strip(), metric, above, bound, rollout, trainer)
+
+    @pytest.mark.parametrize(
+        ("text", "sentence"),
+        [
+            ("", "not of the form"),
+            ("kl_k3", "not of the form"),
+            ("kl_k3>=1", "no number to compare with"),
+            ("kl_k3=1", "not of the form"),
+            (">1", "not of the form"),
+            ("kl_k3>1>2", "no number"),
+            ("kl_k3>", "not of the form"),
+            ("kl_k3>1@", "not of the form"),
+            ("kl_k3>1@bfloat16/", "not of the form"),
+            ("kl_k3>1@bfloat16/float16/float32", "not of the form"),
+            ("kl_k3>much", "no number"),
+            ("kl_k3>nan", "no number"),
+            ("kl_k3>inf", "no number"),
+            ("kl_k9>1", "unknown metric 'kl_k9'.*kl_k3, ess_seq"),
+            ("kl_k3>1@int8", "unknown dtype 'int8'"),
+            ("kl_k3>1@bfloat16/int8", "unknown dtype 'int8'"),
+        ],
+    )
+    def test_bad_ones(self, text: str, sentence: str) -> None:
+        with pytest.raises(UsageError, match=sentence) as caught:
+            Limit.parse(text, METRICS)
+        assert caught.value.fix
+
+    def test_which_pairs_it_applies_to(self) -> None:
+        every, both, one = (Limit.parse(f"kl_k3>1{where}", METRICS) for where in ("", "@bfloat16", "@bfloat16/float32"))
+        assert every.applies_to("float16", "float32")
+        assert both.applies_to("bfloat16", "bfloat16")
+        assert not both.applies_to("bfloat16", "float32")
+        assert one.applies_to("bfloat16", "float32")
+        assert not one.applies_to("float32", "bfloat16")
+
+    def test_the_bound_itself_is_within(self) -> None:
+        above, below = Limit.parse("kl_k3>1", METRICS), Limit.parse("kl_k3<1", METRICS)
+        assert [limit.exceeded_by(value) for limit in (above, below) for value in (0.5, 1.0, 1.5)] == [
+            False,
+            False,
+            True,
+            True,
+            False,
+            False,
+        ]
