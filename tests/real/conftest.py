@@ -1,0 +1,34 @@
+"""Real engines on small models. Without the engines installed (neither extra) the whole folder is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+collect_ignore_glob = [] if find_spec("vllm") and find_spec("torch") else ["test_*.py"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    from mismatch_probe.engines.devices import gpu_present
+
+    for item in items:
+        if item.get_closest_marker("gpu") and not gpu_present():
+            item.add_marker(pytest.mark.skip(reason="gpu: nvidia-smi lists none"))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A tiny checkpoint by architecture, made once."""
+    from tests.real.tiny import save_tiny
+
+    made: dict[str, Path] = {}
+
+    def get(architecture: str) -> Path:
+        if architecture not in made:
+            made[architecture] = save_tiny(architecture, tmp_path_factory.mktemp("tiny") / architecture)
+        return made[architecture]
+
+    return get

@@ -1,0 +1,78 @@
+"""Tiny models of real architectures, built from a configuration and a fixed seed; a token is a character."""
+
+from __future__ import annotations
+
+import string
+from pathlib import Path
+from typing import Any
+
+VOCABULARY = 128
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    # Large enough that the next token is far from uniform, as a trained model's is.
+    "initializer_range": 0.12,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_GROUPED = {**_COMMON, "num_key_value_heads": 2, "head_dim": 32}
+_EXPERTS = {
+    **_GROUPED,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "decoder_sparse_step": 1,
+    "norm_topk_prob": True,
+    "mlp_only_layers": [],
+}
+
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3": ("Qwen3Config", {**_GROUPED, "tie_word_embeddings": True}),
+    "llama": ("LlamaConfig", {**_GROUPED, "tie_word_embeddings": False}),
+    "gpt_neox": ("GPTNeoXConfig", {**_COMMON, "rotary_pct": 0.5, "use_parallel_residual": True}),
+    "qwen3_moe": ("Qwen3MoeConfig", _EXPERTS),
+    "olmo2": ("Olmo2Config", {**_COMMON, "num_key_value_heads": 4}),
+    # Scored by the trainer only: these change logits behind the head.
+    "gemma2": ("Gemma2Config", {**_GROUPED, "final_logit_softcapping": 5.0, "sliding_window": 64}),
+    "granite": ("GraniteConfig", {**_GROUPED, "logits_scaling": 4.0}),
+    "opt": ("OPTConfig", {**_COMMON, "ffn_dim": 256, "word_embed_proj_dim": 64}),
+}
+
+
+def save_tiny(architecture: str, folder: Path) -> Path:
+    """Writes a checkpoint folder and returns it."""
+    import torch
+    import transformers
+
+    name, options = ARCHITECTURES[architecture]
+    config = getattr(transformers, name)(**options)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            # Fresh norms and biases are exactly 1 and 0: shake them, or a mistake in them would not show.
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            assert torch.isfinite(parameter).all(), parameter_name
+    model.save_pretrained(folder)
+    _tokenizer().save_pretrained(folder)
+    return folder
+
+
+def _tokenizer() -> Any:
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    characters = [c for c in string.printable if c.isprintable()]
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", *characters])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
