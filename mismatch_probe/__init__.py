@@ -33,14 +33,14 @@ __all__ = [
 
 
 def plan(config: CompareConfig, *, progress: Progress | None = None) -> Plan:
-    """What `compare` would run, with every default filled in; fetches the model where it is not here yet.
+    """What `compare` would run, with every default filled in. No weights are fetched for it.
 
     Raises:
         ProbeError: The model, the prompts or the device cannot be had.
     """
     from mismatch_probe.probes.planning import make_plan
 
-    return make_plan(config, progress)
+    return make_plan(config, progress, weights=False)
 
 
 def compare(
@@ -66,15 +66,25 @@ def compare(
     return new_run(config, out, fail_on, progress)
 
 
-def resume(path: str | Path, *, fail_on: Sequence[str] = (), progress: Progress | None = None) -> RunResult:
+def resume(
+    path: str | Path, *, fail_on: Sequence[str] = (), progress: Progress | None = None, **changes: Any
+) -> RunResult:
     """Continues a run: finished passes are kept, the others are run.
 
+    Args:
+        path: The run directory.
+        fail_on: Limits, as in `compare`.
+        progress: Told about every pass.
+        changes: Fields of `CompareConfig` that may still change: `memory_budget_gib` at any time, the trainer's layout
+            and attention until a trainer pass is finished, the rollout engine's batch, arguments and `eager` until a
+            rollout pass is.
+
     Raises:
-        ProbeError: The folder holds no run, or its model or prompts have changed.
+        ProbeError: The folder holds no run, its model or prompts have changed, or a change comes too late.
     """
     from mismatch_probe.probes.session import resume_run
 
-    return resume_run(Path(path), fail_on, progress)
+    return resume_run(Path(path), fail_on, progress, changes)
 
 
 def write_report(path: str | Path, *, fail_on: Sequence[str] = ()) -> RunResult:
@@ -101,7 +111,7 @@ def plot(path: str | Path) -> dict[str, Path]:
 
 def models() -> dict[str, Path | None]:
     """Built-in models, with the folder of each one that has been fetched."""
-    from mismatch_probe.engines.models import BUILTINS, builtin_path
+    from mismatch_probe.engines.builtin import BUILTINS, builtin_path
 
     return {name: path if (path := builtin_path(entry)).is_dir() else None for name, entry in BUILTINS.items()}
 

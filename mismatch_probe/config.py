@@ -12,15 +12,60 @@ from typing import Any, get_args
 from mismatch_probe.errors import UsageError
 from mismatch_probe.types import DTYPES, Dtype, TrainerLayout, TrainerMode
 
-# These run code of the caller's choosing in the engine, or carry a secret into a manifest that is meant to be shared.
-FORBIDDEN_ENGINE_ARGS = frozenset(
-    {"trust_remote_code", "worker_cls", "worker_extension_cls", "logits_processors", "hf_token"}
-)
+_RUNS_CODE = "it would run code of the caller's choosing in the engine"
+_SECRET = "it can carry a secret into a manifest that is meant to be shared"
+_OTHER_MODEL = "rollout and trainer would no longer be the same model"
+_ADVICE = {
+    _RUNS_CODE: "Leave it out; what a checkpoint brings of its own runs with --trust-remote-code.",
+    _SECRET: "Leave it out; a hub token belongs into the environment.",
+    _OTHER_MODEL: "Leave it out, or save the changed model as a checkpoint of its own.",
+}
+# Arguments of vLLM 0.32 (engine/arg_utils.py), and fields of those that are objects, with why they are refused.
+FORBIDDEN_ENGINE_ARGS = {
+    "trust_remote_code": _RUNS_CODE,
+    # Imported by dotted name or path, or as a plugin.
+    "worker_cls": _RUNS_CODE,
+    "worker_extension_cls": _RUNS_CODE,
+    "scheduler_cls": _RUNS_CODE,
+    "distributed_executor_backend": _RUNS_CODE,
+    "logits_processors": _RUNS_CODE,
+    "model_class_overrides": _RUNS_CODE,
+    "io_processor_plugin": _RUNS_CODE,
+    "reasoning_parser_plugin": _RUNS_CODE,
+    "structured_outputs_config.reasoning_parser_plugin": _RUNS_CODE,
+    "compilation_config.backend": _RUNS_CODE,
+    "compilation_config.inductor_passes": _RUNS_CODE,
+    "compilation_config.cache_dir": _RUNS_CODE,  # compiled code is loaded from there
+    "kv_transfer_config": _RUNS_CODE,  # kv_connector_module_path
+    "ec_transfer_config": _RUNS_CODE,  # ec_connector_module_path
+    "ec_manager_config": _RUNS_CODE,  # encoder_cache_manager_cls
+    "speculative_config": _RUNS_CODE,  # method "custom_class" imports its model; the two below are short for it
+    "spec_method": _RUNS_CODE,
+    "spec_model": _RUNS_CODE,
+    "logging_config": _RUNS_CODE,  # logging.config.dictConfig calls any factory that its file names
+    "log_config_file": _RUNS_CODE,
+    "hf_token": _SECRET,
+    "model_loader_extra_config": _SECRET,  # keys of an object store
+    "watermark_config": _SECRET,  # the watermark's key
+    "hf_overrides": _OTHER_MODEL,
+    "hf_config_path": _OTHER_MODEL,
+    "model_weights": _OTHER_MODEL,
+    "load_format": _OTHER_MODEL,
+    "weight_transfer_config": _OTHER_MODEL,
+}
+# What those arguments may be all the same: names that vLLM knows itself, and readers of the same safetensors files.
+_HARMLESS: dict[str, tuple[Any, ...]] = {
+    "distributed_executor_backend": (None, "mp", "uni", "ray"),
+    "compilation_config.backend": ("", "eager", "inductor"),
+    "load_format": ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer"),
+}
 # These are decided by the comparison itself; a second value would contradict its manifest.
 OWNED_ENGINE_ARGS = {
     "model": "--model",
     "tokenizer": "--model",
     "revision": "--revision",
+    "code_revision": "--revision",
+    "tokenizer_revision": "--revision",
     "dtype": "--rollout-dtypes",
     "seed": "--seed",
     "enforce_eager": "--eager",
@@ -96,7 +141,7 @@ class CompareConfig:
         rollout_dtypes, trainer_dtypes: Rows and columns of the matrix.
         trainer_modes: `cast`, `autocast`, or both; FP32 has only `cast`.
         trainer_layout: How sequences are laid out in a trainer batch.
-        trainer_attn: Attention implementation of transformers.
+        trainer_attn: Attention implementation of transformers, or None for the one it chooses for the model.
         device: `auto`, `cpu`, or `cuda`.
         eager: Switches CUDA graphs and compilation of the rollout engine off.
         rollout_batch: Requests that are in the engine at once.
@@ -119,7 +164,7 @@ class CompareConfig:
     trainer_dtypes: tuple[Dtype, ...] = DTYPES
     trainer_modes: tuple[TrainerMode, ...] = ("cast",)
     trainer_layout: TrainerLayout = "padded"
-    trainer_attn: str = "sdpa"
+    trainer_attn: str | None = None
     device: str = "auto"
     eager: bool = False
     rollout_batch: int | None = None
@@ -162,12 +207,11 @@ class CompareConfig:
                     raise UsageError(f"{flag(name)} knows no {value!r}.", f"Known are: {', '.join(known)}.")
 
     def _check_engine_args(self) -> None:
+        for name, value in _with_fields(self.engine_args).items():
+            reason = FORBIDDEN_ENGINE_ARGS.get(name)
+            if reason is not None and value not in _HARMLESS.get(name, ()):
+                raise UsageError(f"--engine-arg {name} is refused: {reason}.", _ADVICE[reason])
         for name in self.engine_args:
-            if name in FORBIDDEN_ENGINE_ARGS:
-                raise UsageError(
-                    f"--engine-arg {name} is refused: it would run code in the engine or record a secret.",
-                    "Use --trust-remote-code where that is meant; a hub token belongs into the environment.",
-                )
             if name in OWNED_ENGINE_ARGS:
                 raise UsageError(
                     f"--engine-arg {name} would contradict the comparison's own setting.",
@@ -198,6 +242,17 @@ class CompareConfig:
             key: tuple(value) if isinstance(value, list) else value for key, value in document.items()
         }
         return cls(**values)
+
+
+def _with_fields(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments and, under dotted names, the fields of those that are objects."""
+    fields_of = {
+        f"{name}.{key}": inner
+        for name, value in arguments.items()
+        if isinstance(value, Mapping)
+        for key, inner in value.items()
+    }
+    return {**arguments, **fields_of}
 
 
 def flag(name: str) -> str:

@@ -6,13 +6,9 @@ A finished pass lies in `passes/` as its own files until the run ends; `merge` t
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mismatch_probe.errors import DiskFull, TableError, UsageError
+from mismatch_probe.errors import TableError, UsageError
+from mismatch_probe.files import LOCK, atomic_path, write_json
 from mismatch_probe.types import Rollout, RolloutRequest, Score
 
 SCHEMA_VERSION = 1
@@ -59,6 +56,11 @@ def _dictionary(values: Sequence[str | None]) -> pa.Array:
     return pa.array(values, pa.string()).dictionary_encode().cast(_TEXT)
 
 
+def _constant(value: str, length: int) -> pa.Array:
+    """A dictionary-encoded column of one value, without a Python object per row."""
+    return pa.DictionaryArray.from_arrays(np.zeros(length, np.int32), pa.array([value], pa.string()))
+
+
 def sequences_table(
     rollout_pass: str,
     requests: Sequence[RolloutRequest],
@@ -72,9 +74,9 @@ def sequences_table(
             "sequence_id": pa.array([r.sequence_id for r in requests], pa.int64()),
             "prompt_id": _dictionary(prompt_ids),
             "sample_id": pa.array(sample_ids, pa.int32()),
-            "rollout_pass": _dictionary([rollout_pass] * len(requests)),
+            "rollout_pass": _constant(rollout_pass, len(requests)),
             "prompt_token_ids": pa.array([r.prompt_token_ids for r in requests], pa.list_(pa.int32())),
-            "response_token_ids": pa.array([r.response_token_ids for r in rollouts], pa.list_(pa.int32())),
+            "response_token_ids": pa.array([np.asarray(r.response_token_ids) for r in rollouts], pa.list_(pa.int32())),
             "finish_reason": _dictionary([r.finish_reason for r in rollouts]),
             "text": pa.array([r.text for r in rollouts], pa.string()),
         },
@@ -97,7 +99,7 @@ def tokens_table(
         token_text: The text of a token id, where known.
     """
     ordered = sorted(items, key=lambda item: item.sequence_id)
-    ids = [list(token_ids(item)) for item in ordered]
+    ids = [np.asarray(token_ids(item), dtype=np.int32) for item in ordered]
     for item, tokens in zip(ordered, ids, strict=True):
         if len(tokens) != len(item.logprobs):
             raise TableError(
@@ -106,59 +108,22 @@ def tokens_table(
                 "This is a fault of the engine or its adapter; please report it.",
             )
     lengths = np.array([len(tokens) for tokens in ids], dtype=np.int64)
-    flat = [token for tokens in ids for token in tokens]
-    texts = {token: token_text(token) for token in set(flat)}
+    flat = np.concatenate([np.empty(0, np.int32), *ids])
+    vocabulary, index = np.unique(flat, return_inverse=True)
+    texts = _dictionary([token_text(token) for token in vocabulary.tolist()])
     return pa.table(
         {
             "sequence_id": np.repeat(np.array([item.sequence_id for item in ordered], dtype=np.int64), lengths),
-            "position": np.concatenate([np.arange(n, dtype=np.int32) for n in lengths] or [np.empty(0, np.int32)]),
-            "token_id": pa.array(flat, pa.int32()),
-            "pass_id": _dictionary([pass_id] * len(flat)),
-            "logprob": np.array([value for item in ordered for value in item.logprobs], dtype=np.float32),
-            "token_text": _dictionary([texts[token] for token in flat]),
+            "position": np.concatenate([np.empty(0, np.int32), *(np.arange(n, dtype=np.int32) for n in lengths)]),
+            "token_id": flat,
+            "pass_id": _constant(pass_id, len(flat)),
+            "logprob": np.concatenate(
+                [np.empty(0, np.float32), *(np.asarray(i.logprobs, np.float32) for i in ordered)]
+            ),
+            "token_text": texts.take(pa.array(index)),
         },
         schema=TOKENS_SCHEMA,
     )
-
-
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`, which replaces it on success and vanishes on failure.
-
-    Raises:
-        DiskFull: No space is left on the device.
-        TableError: Another I/O failure.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull(
-                f"The disk is full: {path.name} could not be written.",
-                "Free some space and continue with --resume; finished passes are kept.",
-            ) from error
-        raise TableError(
-            f"{path} could not be written: {error.strerror or error}.", "Check the folder's permissions."
-        ) from error
-    finally:
-        with suppress(OSError):  # it was never made where its folder could not be
-            temporary.unlink()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file atomically."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def write_json(path: Path, document: Any) -> None:
-    """Writes strict JSON (no NaN, no infinity) atomically."""
-    write_text(path, json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -217,7 +182,6 @@ class RunDirectory:
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path = path
         self.manifest = manifest
-        self._lock: int | None = None
 
     @classmethod
     def create(cls, path: Path, manifest: dict[str, Any]) -> RunDirectory:
@@ -227,7 +191,7 @@ class RunDirectory:
             UsageError: The folder exists and is not empty, or is no folder.
         """
         try:
-            occupied = any(path.iterdir())
+            occupied = any(entry.name != LOCK for entry in path.iterdir())
         except FileNotFoundError:
             occupied = False
         except OSError as error:
@@ -253,40 +217,23 @@ class RunDirectory:
             )
         return cls(path, manifest)
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Holds the folder against other processes; the lock dies with the process.
-
-        Raises:
-            UsageError: Another process holds it.
-        """
-        handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            raise UsageError(
-                f"Another process is working on {self.path}.", "Wait until it ends, then try again."
-            ) from None
-        try:
-            yield
-        finally:
-            os.close(handle)  # the file stays: were it removed, two processes could hold locks on two files of its name
-
     def save(self) -> None:
         write_json(self.path / "manifest.json", self.manifest)
 
-    def _part(self, pass_id: str, kind: str) -> Path:
-        return self.path / "passes" / f"{pass_id}.{kind}.parquet"
+    def _part(self, pass_id: str, kind: str, rows: int) -> Path:
+        """A pass's own file. Its row count is part of its name, so that the manifest says which of two is the valid one
+        when a pass that is extended is interrupted between its table and the manifest.
+        """
+        return self.path / "passes" / f"{pass_id}.{kind}.{rows}.parquet"
 
     def finish_pass(
         self, pass_id: str, tokens: pa.Table, record: dict[str, Any], sequences: pa.Table | None = None
     ) -> None:
         """Stores a finished pass; after this call a resumed run will not compute it again."""
-        if sequences is not None:
-            _write_parquet(self._part(pass_id, "sequences"), [sequences], SEQUENCES_SCHEMA)
-        _write_parquet(self._part(pass_id, "tokens"), [tokens], TOKENS_SCHEMA)
-        rows = {"tokens": tokens.num_rows} | ({} if sequences is None else {"sequences": sequences.num_rows})
+        tables = {"tokens": tokens} | ({} if sequences is None else {"sequences": sequences})
+        rows = {kind: table.num_rows for kind, table in tables.items()}
+        for kind, table in tables.items():
+            _write_parquet(self._part(pass_id, kind, rows[kind]), [table], _KINDS[kind][0])
         self.manifest["passes"][pass_id] = {**record, "status": "finished", "rows": rows}
         self.save()
 
@@ -319,22 +266,23 @@ class RunDirectory:
         A run that was merged while some pass was still missing is merged again from table and parts.
         """
         passes = self.finished_passes()
-        if not any(self._part(name, kind).exists() for name in passes for kind in _KINDS):
+        rows = {name: self.manifest["passes"][name]["rows"] for name in passes}
+        if not any(self._part(name, kind, n).exists() for name in passes for kind, n in rows[name].items()):
             return
         for kind, (schema, _) in _KINDS.items():
-            tables = (self._rows(name, kind) for name in passes if kind in self.manifest["passes"][name]["rows"])
+            tables = (self._rows(name, kind) for name in passes if kind in rows[name])
             _write_parquet(self.path / f"{kind}.parquet", tables, schema)
         shutil.rmtree(self.path / "passes")  # with whatever a killed process left there unfinished
 
     def _rows(self, pass_id: str, kind: str) -> pa.Table:
         """A pass's rows of one kind: its own file where that is still there, else its part of the merged file."""
         schema, column = _KINDS[kind]
-        part = self._part(pass_id, kind)
+        expected = self.manifest["passes"].get(pass_id, {}).get("rows", {}).get(kind)
+        part = self._part(pass_id, kind, expected)
         if part.exists():
             table = _read_parquet(part, schema)
         else:
             table = _read_parquet(self.path / f"{kind}.parquet", schema, filters=[(column, "=", pass_id)])
-        expected = self.manifest["passes"].get(pass_id, {}).get("rows", {}).get(kind)
         if table.num_rows != expected:
             raise TableError(
                 f"Pass {pass_id} has {table.num_rows} {kind} on disk where the manifest says {expected}.",

@@ -68,8 +68,8 @@ class Rollout:
     """A sampled response with the engine's own log-probs, `response_token_ids` and `logprobs` of equal length."""
 
     sequence_id: int
-    response_token_ids: list[int]
-    logprobs: list[float]
+    response_token_ids: list[int] | NDArray[np.int32]
+    logprobs: list[float] | NDArray[np.float32]
     finish_reason: str
     text: str = ""
 
@@ -92,7 +92,7 @@ class Score:
     """Log-probs of a sequence's response tokens, in nats, one per token."""
 
     sequence_id: int
-    logprobs: list[float]
+    logprobs: list[float] | NDArray[np.float32]
 
 
 @dataclass(frozen=True)

@@ -448,5 +448,6 @@ def test_only_targets_that_need_development_tools_install_them() -> None:
 
     assert "--extra" not in commands("compare")
     assert "mismatch-probe' compare" in commands("compare")
-    for target in ("test", "lint", "notebook", "bench"):
+    assert "--extra oracles" in commands("bench")
+    for target in ("test", "lint", "notebook"):
         assert "--extra dev" in commands(target)

@@ -53,14 +53,47 @@ class TestCompareConfig:
         assert caught.value.fix
 
     @pytest.mark.parametrize("name", sorted(FORBIDDEN_ENGINE_ARGS))
-    def test_engine_arguments_that_run_code_or_carry_secrets(self, name: str) -> None:
+    def test_engine_arguments_that_are_refused(self, name: str) -> None:
+        argument, _, key = name.partition(".")
         with pytest.raises(UsageError, match=f"--engine-arg {name} is refused") as caught:
-            CompareConfig(engine_args={name: "s3cret"})
+            CompareConfig(engine_args={argument: {key: "s3cret"} if key else "s3cret"})
         assert "s3cret" not in str(caught.value)
+        assert caught.value.fix
 
-    def test_the_forbidden_ones_are_at_least_those_of_the_design(self) -> None:
-        named = {"trust_remote_code", "worker_cls", "worker_extension_cls", "logits_processors", "hf_token"}
-        assert named <= FORBIDDEN_ENGINE_ARGS
+    @pytest.mark.parametrize(
+        ("name", "reason"),
+        [
+            ("trust_remote_code", "would run code.*--trust-remote-code"),
+            ("worker_cls", "would run code"),
+            ("worker_extension_cls", "would run code"),
+            ("logits_processors", "would run code"),
+            ("kv_transfer_config", "would run code"),
+            ("hf_token", "can carry a secret.*environment"),
+            ("hf_overrides", "no longer be the same model.*checkpoint of its own"),
+        ],
+    )
+    def test_why_they_are_refused(self, name: str, reason: str) -> None:
+        with pytest.raises(UsageError, match=reason):
+            CompareConfig(engine_args={name: {"a": 1}})
+
+    @pytest.mark.parametrize(
+        ("good", "bad"),
+        [
+            ({"distributed_executor_backend": "ray"}, {"distributed_executor_backend": "pkg.mod.Executor"}),
+            ({"load_format": "safetensors"}, {"load_format": "dummy"}),
+            ({"compilation_config": {"backend": "inductor"}}, {"compilation_config": {"backend": "pkg.mod.compile"}}),
+            ({"compilation_config": 3}, {"compilation_config": {"inductor_passes": {"p": "pkg.mod.f"}}}),
+            ({"attention_config": {"backend": "FLASHINFER"}}, {"load_format": ["auto"]}),
+        ],
+    )
+    def test_some_depend_on_their_value(self, good: dict[str, Any], bad: dict[str, Any]) -> None:
+        assert CompareConfig(engine_args=good).engine_args == good
+        with pytest.raises(UsageError, match="is refused"):
+            CompareConfig(engine_args=bad)
+
+    def test_arguments_that_measure_something_are_passed_on(self) -> None:
+        arguments = {"tensor_parallel_size": 2, "quantization": "fp8", "kv_cache_dtype": "fp8", "enable_lora": True}
+        assert CompareConfig(engine_args=arguments).engine_args == arguments
 
     @pytest.mark.parametrize("name", sorted(OWNED_ENGINE_ARGS))
     def test_engine_arguments_that_would_contradict_an_option(self, name: str) -> None:
@@ -93,7 +126,7 @@ class TestManifestRoundTrip:
             trainer_modes=st.sampled_from([("cast",), ("autocast",), ("cast", "autocast")]),
             memory_budget_gib=st.none() | st.floats(0.1, 100),
             engine_args=st.dictionaries(
-                st.sampled_from(["block_size", "hf_overrides", "x"]),
+                st.sampled_from(["block_size", "attention_config", "x"]),
                 st.recursive(
                     st.none() | st.booleans() | st.integers() | st.text("aé\n", max_size=4),
                     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text("ab", max_size=2), inner),

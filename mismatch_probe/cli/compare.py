@@ -9,7 +9,7 @@ import click
 
 import mismatch_probe
 from mismatch_probe.cli.output import print_json
-from mismatch_probe.config import SHORT_DTYPES, CompareConfig, flag
+from mismatch_probe.config import SHORT_DTYPES, CompareConfig
 from mismatch_probe.errors import EXIT_ERROR, EXIT_LIMIT, EXIT_OK, UsageError
 from mismatch_probe.types import DTYPES
 
@@ -69,7 +69,10 @@ class _Names(click.ParamType[tuple[str, ...]]):
     help="cast, autocast or both.  [default: cast]",
 )
 @click.option("--trainer-layout", type=click.Choice(["single", "padded", "packed"]), help="[default: padded]")
-@click.option("--trainer-attn", help="Attention of transformers: sdpa, eager, flash_attention_2, …  [default: sdpa]")
+@click.option(
+    "--trainer-attn",
+    help="Attention of transformers: sdpa, eager, flash_attention_2, …  [default: the model's own]",
+)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="[default: auto]")
 @click.option("--eager", is_flag=True, default=None, help="No CUDA graphs and no compilation in the rollout engine.")
 @click.option("--rollout-batch", type=int, help="Requests in the rollout engine at once.  [default: by device]")
@@ -114,25 +117,20 @@ def command(
       mismatch-probe compare --resume runs/smollm2-135m-20260101-120000
     """
     given = {name: value for name, value in options.items() if value is not None}
-    if resume is not None:
-        named = sorted([*given, *(["engine_args"] if engine_args else []), *(["out"] if out else [])])
-        if named or plan_only:
-            option = "--plan" if plan_only else flag(named[0])
-            raise UsageError(
-                f"{option} cannot be combined with --resume: a run continues as it was configured.", "Leave it out."
-            )
-    else:
-        config = CompareConfig(**given, engine_args=dict(_engine_arg(text) for text in engine_args))
+    if engine_args:
+        given["engine_args"] = dict(_engine_arg(text) for text in engine_args)
+    if resume is not None and (plan_only or out is not None):
+        raise UsageError(f"{'--plan' if plan_only else '--out'} cannot be combined with --resume.", "Leave it out.")
     if plan_only:
-        _show_plan(mismatch_probe.plan(config), as_json)
+        _show_plan(mismatch_probe.plan(CompareConfig(**given)), as_json)
         return EXIT_OK
     from mismatch_probe.cli.progress import shown_progress
 
     with shown_progress() as progress:
         if resume is not None:
-            result = mismatch_probe.resume(resume, fail_on=fail_on, progress=progress)
+            result = mismatch_probe.resume(resume, fail_on=fail_on, progress=progress, **given)
         else:
-            result = mismatch_probe.compare(config, out=out, fail_on=fail_on, progress=progress)
+            result = mismatch_probe.compare(CompareConfig(**given), out=out, fail_on=fail_on, progress=progress)
     return show_result(result, as_json)
 
 
@@ -186,9 +184,9 @@ def _show_plan(plan: Plan, as_json: bool) -> None:
     )
     click.echo(f"{'pass':<28}{'tokens':>12}{'memory':>18}{'time, roughly':>16}")
     for row in rows:
-        memory = "85 % of the card" if row.memory_gib is None else f"{row.memory_gib:.1f} GiB"
+        memory = "share of the card" if row.memory_gib is None else f"{row.memory_gib:.1f} GiB"
         click.echo(f"{row.pass_id:<28}{row.tokens:>12,}{memory:>18}{_duration(row.seconds):>16}")
-    click.echo(f"{'all':<28}{'':>12}{f'{disk_gib(rows):.3f} GiB on disk':>18}{_duration(total):>16}")
+    click.echo(f"{'all':<28}{'':>12}{f'{1024 * disk_gib(rows):.1f} MiB on disk':>18}{_duration(total):>16}")
     click.echo(
         "Lengths are guessed from characters and speed from the device: expect a factor of two or three either way."
     )

@@ -11,7 +11,7 @@ from mismatch_probe.cli.output import print_json
 from mismatch_probe.errors import EXIT_LIMIT, EXIT_OK
 
 
-@click.command(epilog="Exit codes: 0 an engine pair is usable, 3 none is.")
+@click.command(epilog="Exit codes: 0 a comparison can run here, 3 it cannot.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def command(as_json: bool) -> int:
     """What is installed, and which engines and dtypes are usable on this device, or why not.
@@ -25,7 +25,7 @@ def command(as_json: bool) -> int:
         print_json(found)
     else:
         _print(found)
-    return EXIT_OK if any(engine["usable"] for engine in found["engines"].values()) else EXIT_LIMIT
+    return EXIT_OK if all(engine["usable"] for engine in found["engines"].values()) else EXIT_LIMIT
 
 
 def _print(found: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ def list_models(as_json: bool) -> None:
     Example:
       mismatch-probe models list
     """
-    from mismatch_probe.engines.models import BUILTINS
+    from mismatch_probe.engines.builtin import BUILTINS
 
     found = mismatch_probe.models()
     if as_json:

@@ -26,6 +26,8 @@ class _Shown(Progress):
 
     def begin(self, pass_id: str, text: str) -> None:
         if self._console.is_terminal:
+            if pass_id in self._tasks:  # a second attempt at the same pass
+                self._bars.remove_task(self._tasks[pass_id])
             self._tasks[pass_id] = self._bars.add_task(f"{text}: starting", total=None)
         else:
             self.message(f"{text}: starting")

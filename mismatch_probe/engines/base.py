@@ -34,7 +34,7 @@ class EncodeJob:
 
 @dataclass(frozen=True)
 class RolloutJob:
-    """Sample every request, `batch` of them at a time; then the first `null_tokens` tokens of the first batch again."""
+    """Sample every request, at most `batch` at once; then the first `null_tokens` tokens of the first batch again."""
 
     engine: str
     model_path: str
@@ -59,7 +59,7 @@ class TrainerJob:
     dtype: Dtype
     mode: TrainerMode
     layout: TrainerLayout
-    attention: str
+    attention: str | None
     device: str
     temperature: float
     requests: Sequence[ScoreRequest]

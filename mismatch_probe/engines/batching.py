@@ -22,17 +22,25 @@ class Footprint:
     Attributes:
         per_token: Live activations of one token.
         per_mask_entry: Of one entry of a `[B, 1, T, T]` attention mask; 0 where the attention takes lengths instead.
+        per_score_entry: Of one entry of `[B, T, T]` attention scores, all heads; 0 where no kernel ever holds them.
     """
 
     per_token: int
     per_mask_entry: int
+    per_score_entry: int
 
     @classmethod
-    def of_model(cls, *, hidden: int, intermediate: int, itemsize: int, masked: bool) -> Footprint:
-        """Counts what lives at once in a decoder layer: residual, norm, q, k, v, attention output, the MLP's three."""
+    def of_model(cls, *, hidden: int, intermediate: int, heads: int, itemsize: int, attention: str) -> Footprint:
+        """Counts what is alive at once in a layer: residual, norm, q, k, v, attention output, the MLP's three."""
         live = 6 * hidden + 3 * intermediate
-        # FP32 copies inside norms and softmax double it; a mask is kept as booleans and once more in the compute dtype.
-        return cls(per_token=2 * live * itemsize, per_mask_entry=1 + itemsize if masked else 0)
+        return cls(
+            # FP32 copies inside norms and softmax double it.
+            per_token=2 * live * itemsize,
+            # Kept as booleans and once more in the compute dtype.
+            per_mask_entry=1 + itemsize if attention in ("sdpa", "eager") else 0,
+            # Eager attention holds scores and probabilities in the compute dtype and once in FP32.
+            per_score_entry=heads * (2 * itemsize + 4) if attention == "eager" else 0,
+        )
 
     def of_batch(self, lengths: Sequence[int], layout: TrainerLayout) -> int:
         """Bytes of a batch. A batch of one length needs no mask: causal attention alone is right."""
@@ -43,7 +51,8 @@ class Footprint:
             tokens, rows = max(lengths) * len(lengths), len(lengths)
             masked = min(lengths) < max(lengths)
         width = tokens // rows
-        return tokens * self.per_token + (rows * width * width * self.per_mask_entry if masked else 0)
+        per_entry = self.per_score_entry + (self.per_mask_entry if masked else 0)
+        return tokens * self.per_token + rows * width * width * per_entry
 
 
 def plan_batches(

@@ -43,16 +43,25 @@ class EngineSettings:
 
 
 @cache
-def gpu_present() -> bool:
-    """Whether `nvidia-smi` lists a GPU. Asked this way because importing torch would take seconds."""
+def gpu_names() -> tuple[str, ...]:
+    """The GPUs that `nvidia-smi` lists. Asked this way because importing torch would take seconds."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
-        return False
+        return ()
     try:
         listing = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        return False
-    return listing.returncode == 0 and "GPU" in listing.stdout
+        return ()
+    lines = listing.stdout.splitlines() if listing.returncode == 0 else []
+    # "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-…)": the identifier stays out of manifests.
+    return tuple(
+        line.split(": ", 1)[1].split(" (UUID", 1)[0] for line in lines if line.startswith("GPU ") and ": " in line
+    )
+
+
+def gpu_present() -> bool:
+    """Whether `nvidia-smi` lists a GPU."""
+    return bool(gpu_names())
 
 
 @cache
@@ -140,6 +149,8 @@ def rollout_settings(
         "DO_NOT_TRACK": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if in_process else "1",
+        # envs.py defaults to fork off a CPU, and a forked core would hold this process's pipe open after its death.
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     }
     if not in_process:
         # Lets this process hand its own child a function that names the attention backends; no server is involved.
@@ -183,9 +194,14 @@ def trainer_settings(device: Device, dtype: Dtype) -> EngineSettings:
             "float32_matmul_precision": "highest",
             # torch/backends/cudnn: convolutions use TF32 by default (state-space models have them).
             "cudnn_allow_tf32": False,
-            # torch/backends/cuda: both default to True and would let split-K sums round to 16 bit.
+            # torch/backends/cuda: both default to True and let split-K sums of 16-bit products round to 16 bit. An FP32
+            # pass has no such product unless a checkpoint brings its own; then it shall not matter.
             "allow_bf16_reduced_precision_reduction": False,
             "allow_fp16_reduced_precision_reduction": False,
+            # transformers/integrations/sdpa_attention.py asks torch to broadcast grouped heads where there is no mask.
+            # Of torch's CUDA kernels only FlashAttention does that, and it takes no FP32: the math kernel would then
+            # hold heads × T × T scores. With heads repeated the memory-efficient kernel runs.
+            "sdpa_broadcasts_grouped_heads": False,
         }
     return EngineSettings(flags, environment)
 
@@ -255,4 +271,15 @@ def machine() -> dict[str, Any]:
     except OSError:
         pass
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cpu": name, "cores": cores, "bf16_instructions": cpu_has_bf16(), "platform": platform.platform()}
+    return {
+        "cpu": name,
+        "cores": cores,
+        "bf16_instructions": cpu_has_bf16(),
+        "gpus": list(gpu_names()),
+        "platform": platform.platform(),
+    }
+
+
+def running() -> dict[str, Any]:
+    """What a worker process adds to its engine's identity: a resumed run can mix machines and versions."""
+    return {"versions": package_versions(), "machine": machine(), "environment": recorded_environment()}

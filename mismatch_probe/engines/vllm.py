@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from mismatch_probe.engines.base import RolloutJob
 from mismatch_probe.types import Rollout, RolloutRequest, Sampling
 
@@ -43,7 +45,8 @@ class VllmRollout:
     ) -> list[Rollout]:
         engine = self._llm.llm_engine
         self._runs += 1
-        self._llm.reset_prefix_cache()
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM could not empty its prefix cache, so this batch would not start as the others did")
         if not self._in_process:
             # Requests reach a running core one at a time; pausing its scheduler admits them together, as in-process.
             self._llm.sleep(level=0)
@@ -68,7 +71,13 @@ class VllmRollout:
             on_tokens(made)
         tokenizer = self._llm.get_tokenizer()
         return [
-            Rollout(request.sequence_id, ids[i], logprobs[i], reasons[i], tokenizer.decode(ids[i]))
+            Rollout(
+                request.sequence_id,
+                np.array(ids[i], dtype=np.int32),
+                np.array(logprobs[i], dtype=np.float32),
+                reasons[i],
+                tokenizer.decode(ids[i]),
+            )
             for i, request in enumerate(requests)
         ]
 

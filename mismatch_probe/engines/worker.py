@@ -8,6 +8,7 @@ It imports what its kind needs, receives one job, sends events, and ends. Events
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 import traceback
@@ -20,15 +21,28 @@ from mismatch_probe.engines.base import EncodeJob, RolloutEngine, RolloutJob, Tr
 from mismatch_probe.types import EncodedPrompt
 
 
+class _ParentGone(BaseException):
+    """The parent has ended, and with it the reason to go on."""
+
+
 class _Channel:
-    """Sends events and times phases."""
+    """Talks with the parent and times phases."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._since = time.perf_counter()
 
     def send(self, name: str, payload: Any = None) -> None:
-        self._connection.send((name, payload))
+        try:
+            self._connection.send((name, payload))
+        except OSError:
+            raise _ParentGone from None
+
+    def receive(self) -> Any:
+        try:
+            return self._connection.recv()
+        except (EOFError, OSError):
+            raise _ParentGone from None
 
     def phase(self, name: str) -> None:
         """Ends a phase: everything since the last one took this long."""
@@ -50,7 +64,7 @@ def run_encode(job: EncodeJob, channel: _Channel) -> None:
 
 
 def run_rollout(job: RolloutJob, channel: _Channel) -> None:
-    """Samples in batches of `job.batch`, then the first batch's leading tokens again."""
+    """Samples, at most `job.batch` requests at once, then the first batch's leading tokens again."""
     engine: RolloutEngine
     if job.engine == "scripted":
         from mismatch_probe.engines.scripted import ScriptedRollout
@@ -61,15 +75,16 @@ def run_rollout(job: RolloutJob, channel: _Channel) -> None:
 
         engine = VllmRollout(job)
     channel.phase("load")
-    channel.send("identity", engine.identity() | {"environment": devices.recorded_environment()})
-    batches = [job.requests[i : i + job.batch] for i in range(0, len(job.requests), job.batch)]
+    channel.send("identity", engine.identity() | devices.running())
+    # The first batch runs alone, so that its repeat meets the same company; the rest is the scheduler's to arrange.
+    batches = [batch for batch in (job.requests[: job.batch], job.requests[job.batch :]) if batch]
     null = replace(job.sampling, max_tokens=min(job.null_tokens, job.sampling.max_tokens))
     null_total = len(batches[0]) * null.max_tokens
     channel.send("total", len(job.requests) * job.sampling.max_tokens + null_total)
     seen: set[int] = set()
     for batch in batches:
         rollouts = engine.generate(batch, job.sampling, lambda n: channel.send("progress", n))
-        seen.update(token for rollout in rollouts for token in rollout.response_token_ids)
+        seen.update(int(token) for rollout in rollouts for token in rollout.response_token_ids)
         channel.send("rollouts", rollouts)
         short = len(batch) * job.sampling.max_tokens - sum(len(r.response_token_ids) for r in rollouts)
         channel.send("progress", short)
@@ -93,7 +108,7 @@ def run_trainer(job: TrainerJob, channel: _Channel) -> None:
 
         engine = HfTrainer(job)
     channel.phase("load")
-    channel.send("identity", engine.identity() | {"environment": devices.recorded_environment()})
+    channel.send("identity", engine.identity() | devices.running())
     batches = engine.plan(job.requests)
     again = 0
     while again < len(batches) and sum(map(len, batches[:again])) < job.null_sequences:
@@ -132,30 +147,36 @@ def _run(job: Any, channel: _Channel) -> None:
         run_trainer(job, channel)
 
 
-def main(arguments: list[str]) -> None:
-    connection = Connection(int(arguments[0]))
-    channel = _Channel(connection)
+def _serve(channel: _Channel, kind: str) -> None:
+    """Does one job; what fails is reported to the parent."""
     job: Any = None
     try:
         # An import that fails, in whatever way, is reported as the job's failure, in the job's terms.
         failure: Exception | None = None
         try:
-            _import(arguments[1])
+            _import(kind)
         except Exception as error:
             failure = error
         channel.phase("import")
-        job = connection.recv()
+        job = channel.receive()
         channel.phase("wait")
         if failure is not None:
             raise ImportError(faults.first_line(failure)) from failure
         _run(job, channel)
         channel.send("done")
-    except (BrokenPipeError, EOFError, ConnectionResetError):
-        os._exit(1)  # the parent is gone, and with it the reason to go on
+    except _ParentGone:
+        raise
     except BaseException as error:
         traceback.print_exc()
         known = faults.classify(error, job) if job is not None else None
         channel.send("error", known or faults.first_line(error))
+
+
+def main(arguments: list[str]) -> None:
+    try:
+        _serve(_Channel(Connection(int(arguments[0]))), arguments[1])
+    except _ParentGone:
+        os.killpg(0, signal.SIGKILL)  # this process leads its session: vLLM's own processes must not outlive it
     sys.stdout.flush()
     sys.stderr.flush()
     # Skips the interpreter's tear-down, in which vLLM spends seconds; all that mattered has been sent and closed.

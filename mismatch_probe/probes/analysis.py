@@ -12,6 +12,7 @@ import pandas as pd
 
 from mismatch_probe.config import CompareConfig, Limit
 from mismatch_probe.errors import TableError
+from mismatch_probe.files import write_json, write_text
 from mismatch_probe.metrics import curves
 from mismatch_probe.metrics.frame import null_of, pair_arrays
 from mismatch_probe.metrics.sample import count_nonfinite
@@ -19,7 +20,7 @@ from mismatch_probe.metrics.summary import compute_metrics
 from mismatch_probe.probes.findings import findings
 from mismatch_probe.probes.planning import TrainerPass, null_pass_id, rollout_pass_id, trainer_passes
 from mismatch_probe.report.data import Curves, ReportData, WorstToken
-from mismatch_probe.tables import SCHEMA_VERSION, RunDirectory, write_json, write_text
+from mismatch_probe.tables import SCHEMA_VERSION, RunDirectory
 from mismatch_probe.types import PairArrays
 
 _WORST_PER_PAIR = 5
@@ -40,7 +41,7 @@ def analyse(run: RunDirectory, limits: Sequence[Limit] = ()) -> ReportData:
     nulls = {name: null for name in run.finished_passes() if (null := _null_row(run, name)) is not None}
     pairs: list[dict[str, Any]] = []
     missing: list[dict[str, Any]] = []
-    arrays: dict[tuple[str, str], PairArrays] = {}
+    diagonal: dict[str, PairArrays] = {}
     for dtype in config.rollout_dtypes:
         for trainer in trainer_passes(config):
             cell = _cell(dtype, trainer)
@@ -49,19 +50,14 @@ def analyse(run: RunDirectory, limits: Sequence[Limit] = ()) -> ReportData:
                 missing.append({**cell, "why": why})
                 continue
             pair = pair_arrays(run, cell["rollout_pass"], cell["trainer_pass"])
-            arrays[cell["rollout_pass"], cell["trainer_pass"]] = pair
+            if trainer.dtype == dtype:
+                diagonal.setdefault(dtype, pair)  # of several trainer modes the first one stands for the dtype
             pairs.append(_pair_row(cell, pair, config.seed, nulls))
     if not pairs:
         reasons = "; ".join(sorted({row["why"].rstrip(".") for row in missing}))
         raise TableError(
             f"Nothing can be compared: {reasons}.", "See the reasons, mend them, and continue with --resume."
         )
-    diagonal: dict[str, PairArrays] = {
-        dtype: arrays[key]
-        for dtype in config.rollout_dtypes
-        for trainer in reversed(trainer_passes(config))
-        if trainer.dtype == dtype and (key := (rollout_pass_id(dtype), trainer.pass_id)) in arrays
-    }
     summary = {
         "schema_version": SCHEMA_VERSION,
         "model": run.manifest["model"]["name"],
@@ -91,7 +87,8 @@ def _why_missing(run: RunDirectory, rollout_pass: str, trainer_pass: str) -> str
         if not run.finished(name):
             return str(passes.get(name, {}).get("why", "this pass has not run yet; continue the run with --resume"))
     if rollout_pass not in passes[trainer_pass].get("covers", []):
-        return "the trainer has not scored these sequences yet; continue the run with --resume"
+        not_yet = "the trainer has not scored these sequences yet; continue the run with --resume"
+        return str(passes[trainer_pass].get("extension_failure", not_yet))
     return ""
 
 

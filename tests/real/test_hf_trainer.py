@@ -12,7 +12,7 @@ import torch
 
 from mismatch_probe.engines.base import TrainerJob
 from mismatch_probe.engines.hf import HfTrainer
-from mismatch_probe.errors import EngineError
+from mismatch_probe.errors import DtypeRefused, EngineError
 from mismatch_probe.types import ScoreRequest
 from tests.real.tiny import ARCHITECTURES, VOCABULARY
 
@@ -36,7 +36,7 @@ def trainer(path: Path, **options: Any) -> HfTrainer:
         "dtype": "float32",
         "mode": "cast",
         "layout": "padded",
-        "attention": "sdpa",
+        "attention": None,
         "device": "cpu",
         "temperature": 1.0,
         "requests": (),
@@ -128,3 +128,25 @@ def test_rounding_grows_with_fewer_bits(tiny: Tiny, mode: str) -> None:
 def test_autocast_keeps_fp32_weights(tiny: Tiny) -> None:
     assert trainer(tiny("qwen3"), dtype="bfloat16", mode="autocast").identity()["weights_dtype"] == "float32"
     assert trainer(tiny("qwen3"), dtype="bfloat16", mode="cast").identity()["weights_dtype"] == "bfloat16"
+
+
+def test_a_soft_cap_of_attention_scores_is_kept_unless_the_user_names_sdpa(tiny: Tiny) -> None:
+    assert trainer(tiny("gemma2")).identity()["attention"] == "eager"
+    assert trainer(tiny("gemma2"), attention="sdpa").identity()["attention"] == "sdpa"
+    assert trainer(tiny("qwen3")).identity()["attention"] == "sdpa"
+
+
+def test_flash_attention_refuses_float32(tiny: Tiny) -> None:
+    with pytest.raises(DtypeRefused, match="does not take float32"):
+        trainer(tiny("qwen3"), attention="flash_attention_2")
+
+
+def test_repeating_grouped_heads_changes_no_score(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.integrations import sdpa_attention
+
+    monkeypatch.setattr(sdpa_attention, "use_gqa_in_sdpa", sdpa_attention.use_gqa_in_sdpa)  # put back afterwards
+    wanted = requests()
+    grouped = scores(trainer(tiny("qwen3"), layout="single"), wanted)
+    repeated = scores(trainer(tiny("qwen3"), layout="single", flags={"sdpa_broadcasts_grouped_heads": False}), wanted)
+    for request in wanted:
+        np.testing.assert_allclose(repeated[request.sequence_id], grouped[request.sequence_id], atol=1e-5)

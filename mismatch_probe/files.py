@@ -1,0 +1,79 @@
+"""Files that are never half-written, and folders that one process at a time may use."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from mismatch_probe.errors import DiskFull, TableError, UsageError
+
+LOCK = ".lock"
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`, which replaces it on success and vanishes on failure.
+
+    Raises:
+        DiskFull: No space is left on the device.
+        TableError: Another I/O failure.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with temporary.open("rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(
+                f"The disk is full: {path.name} could not be written.",
+                "Free some space and continue with --resume; finished passes are kept.",
+            ) from error
+        raise TableError(
+            f"{path} could not be written: {error.strerror or error}.", "Check the folder's permissions."
+        ) from error
+    finally:
+        with suppress(OSError):  # it was never made where its folder could not be
+            temporary.unlink()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Writes strict JSON (no NaN, no infinity) atomically."""
+    write_text(path, json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds a folder against other processes, making it where it is missing; the lock dies with the process.
+
+    Raises:
+        UsageError: Another process holds it, or the folder cannot be used.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UsageError(f"{folder} is no folder for a run ({error.strerror}).", "Choose another folder.") from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise UsageError(f"Another process is working on {folder}.", "Wait until it ends, then try again.") from None
+    try:
+        yield
+    finally:
+        os.close(handle)  # the file stays: were it removed, two processes could hold locks on two files of its name

@@ -1,0 +1,109 @@
+"""From what a worker produced to the tables of a run, and from those to what the next worker is asked."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mismatch_probe.probes.planning import null_pass_id
+from mismatch_probe.probes.workers import Collected
+from mismatch_probe.tables import RunDirectory, sequences_table, tokens_table
+from mismatch_probe.types import Rollout, RolloutRequest, Score, ScoreRequest
+
+
+def store_rollouts(
+    run: RunDirectory,
+    pass_id: str,
+    requests: Sequence[RolloutRequest],
+    samples: Sequence[tuple[str, int]],
+    collected: Collected,
+    facts: dict[str, Any],
+) -> None:
+    """Finishes a rollout pass, its null first, so that a pass that is finished has its null.
+
+    Args:
+        run: Where to.
+        pass_id: Which pass.
+        requests: What was asked, in the order of `collected.rollouts`.
+        samples: Prompt id and sample number of each request.
+        collected: What the worker produced.
+        facts: What else the manifest is to say of the pass.
+    """
+    tokens = _rollout_tokens(pass_id, collected.rollouts, collected.texts)
+    prompt_ids, sample_ids = zip(*samples, strict=True)
+    sequences = sequences_table(pass_id, requests, collected.rollouts, prompt_ids, sample_ids)
+    counts = {
+        "n_sequences": len(requests),
+        **_counts(tokens),
+        "n_truncated": sum(r.finish_reason == "length" for r in collected.rollouts),
+        "n_empty": sum(len(r.response_token_ids) == 0 for r in collected.rollouts),
+    }
+    if collected.null_rollouts:
+        null = null_pass_id(pass_id)
+        again = _rollout_tokens(null, collected.null_rollouts, collected.texts)
+        run.finish_pass(null, again, {"null_of": pass_id})
+    run.finish_pass(pass_id, tokens, _record(collected, counts, facts), sequences)
+
+
+def store_scores(
+    run: RunDirectory, pass_id: str, distinct: list[list[ScoreRequest]], collected: Collected, facts: dict[str, Any]
+) -> None:
+    """Finishes a trainer pass, or extends one by sequences that were sampled later.
+
+    Args:
+        run: Where to.
+        pass_id: Which pass.
+        distinct: Groups of sequences with the same ids; the first of each was scored for all.
+        collected: What the worker produced.
+        facts: What else the manifest is to say of the pass.
+    """
+    twins = {group[0].sequence_id: group for group in distinct}
+    ids = {request.sequence_id: request.response_token_ids for group in distinct for request in group}
+
+    def table(name: str, scores: list[Score]) -> pa.Table:
+        every = [Score(twin.sequence_id, s.logprobs) for s in scores for twin in twins[s.sequence_id]]
+        return tokens_table(name, every, lambda score: ids[score.sequence_id])
+
+    tokens, n_distinct = table(pass_id, collected.scores), len(distinct)
+    if run.finished(pass_id):
+        n_distinct += run.manifest["passes"][pass_id]["counts"]["n_distinct_sequences"]
+        order = [("sequence_id", "ascending"), ("position", "ascending")]
+        tokens = pa.concat_tables([run.tokens(pass_id), tokens]).sort_by(order)
+    counts = {
+        "n_sequences": pc.count_distinct(tokens["sequence_id"]).as_py(),
+        # Engines often sample the same response from the same seed; the forward pass sees each one once.
+        "n_distinct_sequences": n_distinct,
+        **_counts(tokens),
+    }
+    if collected.null_scores:
+        null = null_pass_id(pass_id)
+        run.finish_pass(null, table(null, collected.null_scores), {"null_of": pass_id})
+    run.finish_pass(pass_id, tokens, _record(collected, counts, facts))
+
+
+def distinct_requests(sequences: Sequence[pa.Table]) -> list[list[ScoreRequest]]:
+    """Sequences to score, in groups of the same ids, each served by one forward pass. Empty responses are left out."""
+    groups: dict[tuple[bytes, bytes], list[ScoreRequest]] = {}
+    for table in sequences:
+        columns = (table[name].to_pylist() for name in ("sequence_id", "prompt_token_ids", "response_token_ids"))
+        for request in (ScoreRequest(*row) for row in zip(*columns, strict=True) if row[2]):
+            key = (array("i", request.prompt_token_ids).tobytes(), array("i", request.response_token_ids).tobytes())
+            groups.setdefault(key, []).append(request)
+    return list(groups.values())
+
+
+def _rollout_tokens(pass_id: str, rollouts: list[Rollout], texts: dict[int, str]) -> pa.Table:
+    return tokens_table(pass_id, rollouts, lambda rollout: rollout.response_token_ids, texts.get)
+
+
+def _counts(tokens: pa.Table) -> dict[str, int]:
+    finite = pc.sum(pc.is_finite(tokens["logprob"])).as_py()
+    return {"n_tokens": tokens.num_rows, "n_nonfinite": tokens.num_rows - finite}
+
+
+def _record(collected: Collected, counts: dict[str, int], facts: dict[str, Any]) -> dict[str, Any]:
+    return {"engine": collected.identity, "timings": collected.timings, "counts": counts, **facts}
