@@ -173,6 +173,22 @@ def _read_parquet(path: Path, schema: pa.Schema, **options: Any) -> pa.Table:
         ) from None
 
 
+def refuse_occupied(path: Path) -> None:
+    """Checks that a new run may be made at `path`.
+
+    Raises:
+        UsageError: The folder exists and is not empty, or is no folder.
+    """
+    try:
+        occupied = any(entry.name != LOCK for entry in path.iterdir())
+    except FileNotFoundError:
+        occupied = False
+    except OSError as error:
+        raise UsageError(f"{path} is no folder for a run ({error.strerror}).", "Choose another --out.") from None
+    if occupied:
+        raise UsageError(f"{path} exists and is not empty.", "Choose another --out, or continue it with --resume.")
+
+
 class RunDirectory:
     """A run's folder, opened by one process at a time.
 
@@ -190,14 +206,7 @@ class RunDirectory:
         Raises:
             UsageError: The folder exists and is not empty, or is no folder.
         """
-        try:
-            occupied = any(entry.name != LOCK for entry in path.iterdir())
-        except FileNotFoundError:
-            occupied = False
-        except OSError as error:
-            raise UsageError(f"{path} is no folder for a run ({error.strerror}).", "Choose another --out.") from None
-        if occupied:
-            raise UsageError(f"{path} exists and is not empty.", "Choose another --out, or continue it with --resume.")
+        refuse_occupied(path)
         run = cls(path, {"schema_version": SCHEMA_VERSION, "status": "running", **manifest, "passes": {}})
         run.save()
         return run

@@ -24,7 +24,7 @@ from mismatch_probe.probes.compare import Comparison
 from mismatch_probe.probes.planning import Plan, make_plan, trainer_passes
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.report.data import ReportData
-from mismatch_probe.tables import RunDirectory
+from mismatch_probe.tables import RunDirectory, refuse_occupied
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ def new_run(
     progress = progress or Progress()
     plan = make_plan(config, progress)
     path = Path(out) if out is not None else default_folder(config.model)
+    refuse_occupied(path)  # before the lock, which would leave its file in a folder that is none of ours
     with locked(path):
         return _finish(plan, RunDirectory.create(path, _manifest(plan)), limits, progress)
 

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 import mismatch_probe
+from mismatch_probe.files import locked
 from mismatch_probe.probes.session import RunResult
-from mismatch_probe.tables import RunDirectory
 from tests.conftest import MakeModel, Outcome, Recorder, children, ended
 
 Command = Callable[..., Outcome]
@@ -209,14 +209,13 @@ class TestUsage:
         [
             (["--max-tokens", "9"], "--max-tokens"),
             (["--trainer-mode", "cast"], "--trainer-mode"),
-            (["--memory-budget", "2"], "--memory-budget"),
-            (["--engine-arg", "a=1"], "--engine-arg"),
-            (["--out", "other"], "--out"),
             (["--chat"], "--chat"),
-            (["--plan"], "--plan"),
+            (["--seed", "1"], "--seed"),
+            (["--null-tokens", "0"], "--null-tokens"),
+            (["--rollout-dtypes", "bf16"], "--rollout-dtypes"),
         ],
     )
-    def test_a_resumed_run_takes_no_options(
+    def test_a_resumed_run_stays_what_it_was(
         self, command: Command, finished: RunResult, arguments: list[str], named: str
     ) -> None:
         found = command("compare", "--resume", finished.path, *arguments)
@@ -225,13 +224,49 @@ class TestUsage:
             f"Error: {named} cannot be combined with --resume: a run continues as it was configured.\n  Leave it out.\n"
         )
 
+    @pytest.mark.parametrize(("arguments", "named"), [(["--out", "other"], "--out"), (["--plan"], "--plan")])
+    def test_a_resumed_run_has_its_folder_and_its_plan(
+        self, command: Command, finished: RunResult, arguments: list[str], named: str
+    ) -> None:
+        found = command("compare", "--resume", finished.path, *arguments)
+        assert (found.code, found.out) == (2, "")
+        assert found.err == f"Error: {named} cannot be combined with --resume.\n  Leave it out.\n"
+
+    @pytest.mark.parametrize(
+        ("arguments", "named", "finished_pass"),
+        [
+            (["--engine-arg", "a=1"], "--engine-arg", "vllm-bfloat16-decode"),
+            (["--rollout-batch", "2"], "--rollout-batch", "vllm-bfloat16-decode"),
+            (["--eager"], "--eager", "vllm-bfloat16-decode"),
+            (["--trainer-layout", "single"], "--trainer-layout", "hf-bfloat16-cast"),
+            (["--trainer-attn", "eager"], "--trainer-attn", "hf-bfloat16-cast"),
+        ],
+    )
+    def test_changes_that_come_too_late(
+        self, command: Command, finished: RunResult, arguments: list[str], named: str, finished_pass: str
+    ) -> None:
+        before = (finished.path / "manifest.json").read_bytes()
+        found = command("compare", "--resume", finished.path, *arguments)
+        assert (found.code, found.out) == (2, "")
+        assert found.err == (
+            f"Error: {named} cannot change any more: {finished_pass} has finished without it.\n"
+            "  Leave it out, or start a new run.\n"
+        )
+        assert (finished.path / "manifest.json").read_bytes() == before
+
+    @pytest.mark.usefixtures("no_figures")
+    def test_a_resumed_run_may_get_another_memory_budget(self, command: Command, run_copy: Path) -> None:
+        assert command("compare", "--resume", run_copy, "--memory-budget", "2.5").code == 0
+        manifest = json.loads((run_copy / "manifest.json").read_text())
+        assert manifest["config"]["memory_budget_gib"] == manifest["sizes"]["memory_budget_gib"] == 2.5
+
     def test_an_output_folder_in_use(self, command: Command, scripted_model: MakeModel, run_copy: Path) -> None:
         found = command("compare", "--model", scripted_model(), "--out", run_copy)
         assert found.code == 2
         assert "exists and is not empty" in found.err
 
     def test_two_processes_on_one_run(self, command: Command, run_copy: Path) -> None:
-        with RunDirectory.open(run_copy).locked():
+        with locked(run_copy):
             found = command("compare", "--resume", run_copy)
         assert found.code == 2
         assert "Another process is working on" in found.err
@@ -334,36 +369,39 @@ class TestModels:
 
 
 class TestEnv:
-    """What the check in a child finds; the check itself imports the engines and is tested with them."""
+    """Exit codes and output; what is found out, and how, is tested with `engines.environment`."""
 
     @pytest.fixture
-    def probe(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any]], None]:
+    def found(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any]], None]:
+        """Sets what the check in a child finds, on a machine that vLLM's build fits."""
+        monkeypatch.setattr("mismatch_probe.engines.devices.choose_device", lambda requested: "cpu")
         return lambda found: monkeypatch.setattr(
             "mismatch_probe.engines.environment._probe", lambda: {"failure": "", **found}
         )
 
-    def test_usable(self, command: Command, probe: Callable[[dict[str, Any]], None]) -> None:
-        probe({"hf": "", "vllm": "", "platform": "cpu", "dtypes": ["bfloat16", "float32"], "torch": {"devices": []}})
-        found = command("env", "--json")
-        document = json.loads(found.out)
-        assert found.code == 0
+    def test_usable(self, command: Command, found: Callable[[dict[str, Any]], None]) -> None:
+        found({"hf": "", "vllm": "", "platform": "cpu", "dtypes": ["bfloat16", "float32"], "torch": {"devices": []}})
+        shown = command("env", "--json")
+        document = json.loads(shown.out)
+        assert shown.code == 0
         assert document["engines"]["vllm"]["dtypes"]["bfloat16"] == ""
         assert "does not offer" in document["engines"]["vllm"]["dtypes"]["float16"]
         assert "float16   no: this device's build" in command("env").out
 
-    def test_nothing_usable(self, command: Command, probe: Callable[[dict[str, Any]], None]) -> None:
-        probe({"failure": "ModuleNotFoundError: No module named 'torch'"})
-        found = command("env")
-        assert found.code == 3
-        assert found.out.count("not usable: ModuleNotFoundError: No module named 'torch' Run: pip install") == 2
+    @pytest.mark.parametrize("broken", ["vllm", "hf"])
+    def test_a_comparison_needs_both_engines(
+        self, command: Command, found: Callable[[dict[str, Any]], None], broken: str
+    ) -> None:
+        found({"hf": "", "vllm": "", "platform": "cpu", "dtypes": ["bfloat16"], broken: "ImportError: broken"})
+        shown = command("env")
+        assert shown.code == 3
+        assert shown.out.count("not usable: ImportError: broken") == 1
 
-    def test_a_check_that_dies(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from mismatch_probe.engines import environment
-
-        monkeypatch.setattr(environment, "_PROBE", "import sys; sys.exit('Illegal instruction')")
-        found = environment.inspect()["engines"]
-        assert found["vllm"]["usable"] is found["hf"]["usable"] is False
-        assert "Illegal instruction" in found["hf"]["why"]
+    def test_nothing_usable(self, command: Command, found: Callable[[dict[str, Any]], None]) -> None:
+        found({"failure": "ModuleNotFoundError: No module named 'torch'"})
+        shown = command("env")
+        assert shown.code == 3
+        assert shown.out.count("not usable: ModuleNotFoundError: No module named 'torch' Run: pip install") == 2
 
 
 class TestSignals:

@@ -17,7 +17,12 @@ from mismatch_probe.errors import EngineMissing, UsageError
 from mismatch_probe.types import DTYPES, Dtype
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-VLLM_QUIET = {**OFFLINE, "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+VLLM_BASE = {
+    **OFFLINE,
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+}
 DEVICES: tuple[Device, ...] = ("cpu", "cuda")
 EVERY = list(itertools.product(DEVICES, DTYPES))
 
@@ -25,7 +30,7 @@ EVERY = list(itertools.product(DEVICES, DTYPES))
 @pytest.fixture(autouse=True)
 def fresh_caches() -> Iterator[None]:
     yield
-    for cached in (devices.gpu_present, devices.vllm_build, devices.cpu_has_bf16):
+    for cached in (devices.gpu_names, devices.vllm_build, devices.cpu_has_bf16):
         cached.cache_clear()
 
 
@@ -38,13 +43,13 @@ class TestRolloutSettings:
     def test_cpu(self, dtype: Dtype) -> None:
         found = settings("cpu", dtype)
         assert found.arguments == {"enforce_eager": True, "kv_cache_memory_bytes": 3 * GIB}
-        assert found.environment == {**VLLM_QUIET, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        assert found.environment == {**VLLM_BASE, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
     def test_cuda_in_16_bits_is_what_the_users_engine_runs(self, dtype: Dtype) -> None:
         found = settings("cuda", dtype)
         assert found.arguments == {"enforce_eager": False, "gpu_memory_utilization": 0.85}
-        assert found.environment == {**VLLM_QUIET, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        assert found.environment == {**VLLM_BASE, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
     def test_cuda_in_fp32_is_strict(self) -> None:
         strict = {
@@ -53,12 +58,25 @@ class TestRolloutSettings:
             "NVIDIA_TF32_OVERRIDE": "0",
         }
         found = settings("cuda", "float32")
-        assert found.environment == {**VLLM_QUIET, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **strict}
+        assert found.environment == {**VLLM_BASE, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **strict}
         assert found.arguments == settings("cuda", "bfloat16").arguments
 
     def test_eager_and_engine_process(self) -> None:
         assert settings("cuda", "bfloat16", eager=True).arguments["enforce_eager"] is True
-        assert settings("cuda", "bfloat16", in_process=False).environment["VLLM_ENABLE_V1_MULTIPROCESSING"] == "1"
+        assert settings("cuda", "bfloat16", in_process=False).environment == {
+            **VLLM_BASE,
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+            "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+        }
+
+    @pytest.mark.parametrize(("value", "wanted"), [(None, True), ("0", True), ("1", False)])
+    def test_the_user_may_ask_for_the_engine_process(
+        self, monkeypatch: pytest.MonkeyPatch, value: str | None, wanted: bool
+    ) -> None:
+        monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
+        if value is not None:
+            monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", value)
+        assert devices.in_process_wanted() is wanted
 
 
 class TestTrainerSettings:
@@ -72,6 +90,7 @@ class TestTrainerSettings:
                 "cudnn_allow_tf32": False,
                 "allow_bf16_reduced_precision_reduction": False,
                 "allow_fp16_reduced_precision_reduction": False,
+                "sdpa_broadcasts_grouped_heads": False,
             }
         else:
             assert found == devices.EngineSettings({}, OFFLINE)
@@ -94,7 +113,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, present: bool) -> None:
     listing = subprocess.CompletedProcess([], 0 if present else 9, "GPU 0: NVIDIA H100 (UUID: …)" if present else "")
     monkeypatch.setattr(devices.shutil, "which", lambda _: "/usr/bin/nvidia-smi")
     monkeypatch.setattr(devices.subprocess, "run", lambda *_, **__: listing)
-    devices.gpu_present.cache_clear()
+    devices.gpu_names.cache_clear()
 
 
 class TestGpuPresent:
@@ -104,9 +123,29 @@ class TestGpuPresent:
         gpu(monkeypatch, present=False)
         assert not devices.gpu_present()
 
+    def test_names_come_without_identifiers_and_are_asked_for_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked: list[list[str]] = []
+        listing = (
+            "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1f2e)\n"
+            "  MIG 1g.10gb     Device  0: (UUID: MIG-77aa)\n"
+            "GPU 1: NVIDIA GeForce RTX 4090 (UUID: GPU-3c4d)\n"
+        )
+
+        def answer(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+            asked.append(command)
+            return subprocess.CompletedProcess(command, 0, listing)
+
+        monkeypatch.setattr(devices.shutil, "which", lambda _: "/usr/bin/nvidia-smi")
+        monkeypatch.setattr(devices.subprocess, "run", answer)
+        devices.gpu_names.cache_clear()
+        names = ["NVIDIA H100 80GB HBM3", "NVIDIA GeForce RTX 4090"]
+        assert list(devices.gpu_names()) == names
+        assert devices.gpu_present()
+        assert asked == [["/usr/bin/nvidia-smi", "-L"]]
+
     def test_no_tool(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(devices.shutil, "which", lambda _: None)
-        devices.gpu_present.cache_clear()
+        devices.gpu_names.cache_clear()
         assert not devices.gpu_present()
 
     @pytest.mark.parametrize("error", [OSError("exec format"), subprocess.TimeoutExpired("nvidia-smi", 30)])
@@ -116,7 +155,7 @@ class TestGpuPresent:
 
         monkeypatch.setattr(devices.shutil, "which", lambda _: "/usr/bin/nvidia-smi")
         monkeypatch.setattr(devices.subprocess, "run", fail)
-        devices.gpu_present.cache_clear()
+        devices.gpu_names.cache_clear()
         assert not devices.gpu_present()
 
 
@@ -214,6 +253,15 @@ class TestRecordedEnvironment:
         for name, value in {**switches, **others}.items():
             monkeypatch.setenv(name, value)
         assert devices.recorded_environment() == switches
+
+    def test_a_worker_says_where_and_with_what_it_runs(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("OMP_NUM_THREADS", "3")
+        monkeypatch.setattr(devices, "gpu_names", lambda: ("NVIDIA H100", "NVIDIA H100"))
+        found = devices.running()
+        assert found.keys() == {"versions", "machine", "environment"}
+        assert "mismatch-probe" in found["versions"]
+        assert found["machine"]["gpus"] == ["NVIDIA H100"] * 2
+        assert found["environment"]["OMP_NUM_THREADS"] == "3"
 
     def test_the_machine_is_named(self) -> None:
         found = devices.machine()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -89,6 +90,13 @@ def test_known_failures(error: Exception, job: Any, kind: type[ProbeError], sent
     assert type(found) is kind
     with pytest.raises(kind, match=sentence):
         raise found
+
+
+@pytest.mark.parametrize("job", [rollout(), trainer()])
+def test_nobody_is_told_to_give_a_flag_that_was_given(job: Any) -> None:
+    error = ValueError("Please pass the argument `trust_remote_code=True` to allow custom code to be run.")
+    assert type(faults.classify(error, job)) is ModelError
+    assert faults.classify(error, replace(job, trust_remote_code=True)) is None
 
 
 def test_an_error_that_is_the_users_already_stays_as_it_is() -> None:

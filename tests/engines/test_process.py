@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ class TestEvents:
     def test_a_rollout(self, scripted_model: MakeModel, tmp_path: Path) -> None:
         process, events = run(rollout_job(scripted_model()), tmp_path, {"OMP_NUM_THREADS": "1", "HF_TOKEN": "secret"})
         batches = payloads(events, "rollouts")
-        assert [len(batch) for batch in batches] == [2, 2, 1]
+        assert [len(batch) for batch in batches] == [2, 3]  # the first alone, the others to the engine's scheduler
         first = {r.sequence_id: r for batch in batches for r in batch}
         assert sorted(first) == [0, 1, 2, 3, 4]
         (null,) = payloads(events, "null_rollouts")
@@ -62,12 +63,18 @@ class TestEvents:
         assert all(texts[token] == chr(token) for r in first.values() for token in r.response_token_ids)
         (identity,) = payloads(events, "identity")
         assert identity["environment"]["OMP_NUM_THREADS"] == "1"
+        assert {"versions", "machine"} <= identity.keys()
         assert "secret" not in str(identity)
         assert gone(process.pid)
 
     def test_short_responses_still_fill_the_bar(self, scripted_model: MakeModel, tmp_path: Path) -> None:
         _, events = run(rollout_job(scripted_model(response_length=1)), tmp_path)
         assert sum(payloads(events, "progress")) == 5 * 4 + 2
+
+    def test_one_batch_is_enough_for_few_requests(self, scripted_model: MakeModel, tmp_path: Path) -> None:
+        _, events = run(replace(rollout_job(scripted_model()), batch=8), tmp_path)
+        assert [len(batch) for batch in payloads(events, "rollouts")] == [5]
+        assert [len(batch) for batch in payloads(events, "null_rollouts")] == [5]
 
     def test_a_trainer(self, scripted_model: MakeModel, tmp_path: Path) -> None:
         _, events = run(trainer_job(scripted_model()), tmp_path)
@@ -129,6 +136,17 @@ class TestFailures:
         with pytest.raises(EngineMissing, match=r"cannot be imported: .*torchvision::nms does not exist.*probe env"):
             process.run(rollout_job(scripted_model()), lambda *_: None)
 
+    def test_an_end_of_file_in_the_engine_is_the_engines(self, scripted_model: MakeModel, tmp_path: Path) -> None:
+        """It is not the parent that has gone."""
+        (tmp_path / "vllm.py").write_text(
+            "from mismatch_probe.engines import scripted\n"
+            "def generate(*_):\n    raise EOFError('Ran out of input')\n"
+            "scripted.ScriptedRollout.generate = generate\n"
+        )
+        process = EngineProcess("vllm", {"PYTHONPATH": str(tmp_path)}, tmp_path / "engine.log")
+        with pytest.raises(UnexpectedEngineError, match="failed: EOFError: Ran out of input"):
+            process.run(rollout_job(scripted_model()), lambda *_: None)
+
     def test_an_error_of_the_listener_is_its_own(self, scripted_model: MakeModel, tmp_path: Path) -> None:
         """A closed terminal, for one, is no death of the engine."""
 
@@ -157,11 +175,19 @@ class TestLifetime:
 
     @pytest.mark.parametrize("moment", ["waits", "works"])
     def test_it_ends_when_its_parent_is_killed(self, scripted_model: MakeModel, tmp_path: Path, moment: str) -> None:
-        """The parent tells the worker's pid, and is killed before it gives it the job, or after the first rollouts."""
+        """And with it what it has started, as vLLM starts its engine core.
+
+        The parent tells the worker's pid, and is killed before it gives it the job, or after the first rollouts.
+        """
+        (tmp_path / "vllm.py").write_text(
+            "import pathlib, subprocess\nchild = subprocess.Popen(['sleep', '300'])\n"
+            "pathlib.Path(__file__).with_name('child').write_text(str(child.pid))\n"
+        )
         parent = (
             "import os, pickle, signal, sys\nfrom pathlib import Path\n"
             "from mismatch_probe.engines.process import EngineProcess\n"
-            "process = EngineProcess('scripted', {}, Path(sys.argv[1]))\n"
+            "log = Path(sys.argv[1])\n"
+            "process = EngineProcess('vllm', {'PYTHONPATH': str(log.parent)}, log)\n"
             "die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
             "print(process.pid, flush=True)\n"
             "sys.argv[2] == 'waits' and die()\n"
@@ -172,3 +198,4 @@ class TestLifetime:
         done = subprocess.run(command, input=job, capture_output=True, check=False, timeout=60)
         assert done.returncode == -signal.SIGKILL
         assert ended(int(done.stdout)), "the worker outlived its parent"
+        assert ended(int((tmp_path / "child").read_text())), "the worker's child outlived it"

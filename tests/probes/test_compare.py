@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,12 @@ import pytest
 import mismatch_probe
 from mismatch_probe.config import CompareConfig
 from mismatch_probe.engines import devices
+from mismatch_probe.engines.base import RolloutJob, TrainerJob
+from mismatch_probe.engines.models import ModelRef
 from mismatch_probe.errors import DiskFull, Interrupted, PromptError, TableError, UsageError
+from mismatch_probe.files import locked
+from mismatch_probe.probes import workers
+from mismatch_probe.probes.planning import make_plan, null_pass_id
 from mismatch_probe.probes.session import RunResult, default_folder
 from mismatch_probe.tables import RunDirectory
 from mismatch_probe.types import DTYPES
@@ -42,6 +49,35 @@ def manifest(path: Path) -> dict[str, Any]:
 
 def pass_status(path: Path) -> dict[str, str]:
     return {name: record["status"] for name, record in manifest(path)["passes"].items()}
+
+
+class Counting(Recorder):
+    """Also remembers messages, and how many tokens each pass had to do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+        self.totals: dict[str, int] = {}
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+    def total(self, pass_id: str, tokens: int) -> None:
+        self.totals[pass_id] = tokens
+
+
+@pytest.fixture
+def jobs(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The job of every pass that is run, the last one of each."""
+    found: dict[str, Any] = {}
+    real = workers.drive
+
+    def drive(process: Any, pass_id: str, job: Any, *rest: Any) -> Any:
+        found[pass_id] = job
+        return real(process, pass_id, job, *rest)
+
+    monkeypatch.setattr("mismatch_probe.probes.compare.drive", drive)
+    return found
 
 
 class TestFinishedRun:
@@ -96,6 +132,14 @@ class TestFinishedRun:
         assert record["engine"]["dtype"] == "bfloat16"
         assert record["timings"].keys() >= {"import", "load", "generate"}
         assert CompareConfig.from_dict(found["config"]).num_prompts == 40
+
+    def test_every_pass_says_where_and_with_what_it_ran(self, finished: RunResult) -> None:
+        passes = manifest(finished.path)["passes"]
+        ran = [record for record in passes.values() if "null_of" not in record]
+        assert len(ran) == 6
+        for record in ran:
+            assert {"versions", "machine", "environment"} <= record["engine"].keys()
+            assert {"cpu", "gpus"} <= record["engine"]["machine"].keys()
 
     def test_each_distinct_sequence_is_scored_once(self, finished: RunResult) -> None:
         """The scripted engine samples the same ids in every dtype."""
@@ -214,6 +258,153 @@ class TestFailedPasses:
         assert manifest(tmp_path / "run")["status"] == "complete"
 
 
+class TestExtension:
+    """A rollout that failed has finished on resume, and the trainers score its sequences, too."""
+
+    @pytest.fixture
+    def extendable(self, scripted_model: MakeModel, compare: Compare) -> RunResult:
+        """A run whose trainer has scored the only rollout that did not fail."""
+        return compare(scripted_model(faults={"rollout-float16": "die-start"}), **TWO_BY_ONE)
+
+    @pytest.mark.parametrize("fault", ["die-start", "memory-score", "crash-score", "refuse"])
+    def test_a_trainer_that_fails_keeps_what_it_has(
+        self, extendable: RunResult, scripted_model: MakeModel, fault: str
+    ) -> None:
+        before = manifest(extendable.path)["passes"][TRAINER]
+        tokens = RunDirectory.open(extendable.path).tokens(TRAINER).to_pylist()
+        scripted_model(faults={"trainer-bfloat16": fault})
+        recorder = Recorder()
+        failed = mismatch_probe.resume(extendable.path, progress=recorder)
+        assert not failed.complete
+        assert manifest(failed.path)["status"] == "incomplete"
+        record = manifest(failed.path)["passes"][TRAINER]
+        why = record.pop("extension_failure")
+        assert recorder.ends[TRAINER].startswith(why)
+        assert record == before
+        assert RunDirectory.open(failed.path).tokens(TRAINER).to_pylist() == tokens
+        (missing,) = failed.summary["missing"]
+        assert (missing["rollout_pass"], missing["trainer_pass"], missing["why"]) == (FP16, TRAINER, why)
+        assert [(p["rollout_pass"], p["trainer_pass"]) for p in failed.summary["pairs"]] == [(BF16, TRAINER)]
+
+    def test_the_next_resume_scores_only_what_is_missing(
+        self, extendable: RunResult, scripted_model: MakeModel
+    ) -> None:
+        scripted_model(faults={"trainer-bfloat16": "die-score"})
+        mismatch_probe.resume(extendable.path)
+        scripted_model(faults={"trainer-bfloat16": "nan"})
+        counting = Counting()
+        result = mismatch_probe.resume(extendable.path, progress=counting)
+        assert result.complete
+        assert counting.begun == ["encode", TRAINER]
+        run = RunDirectory.open(result.path)
+        sequences = run.sequences(FP16).to_pylist()
+        lengths = [len(row["prompt_token_ids"]) + len(row["response_token_ids"]) for row in sequences]
+        assert counting.totals[TRAINER] == sum(lengths)
+        record = run.manifest["passes"][TRAINER]
+        assert "extension_failure" not in record
+        assert record["covers"] == [BF16, FP16]
+        later = {row["sequence_id"] for row in sequences}
+        nonfinite = [row for row in run.tokens(TRAINER).to_pylist() if not math.isfinite(row["logprob"])]
+        assert {row["sequence_id"] for row in nonfinite} <= later
+        assert nonfinite
+        assert record["counts"] == {
+            "n_sequences": 8,
+            "n_distinct_sequences": 8,
+            "n_tokens": 32,
+            "n_nonfinite": len(nonfinite),
+        }
+        assert (run.tokens(TRAINER).num_rows, run.manifest["passes"][null_pass_id(TRAINER)]["rows"]) == (
+            32,
+            {"tokens": 16},
+        )
+        assert [pair["n_tokens"] for pair in result.summary["pairs"]] == [16, 16]
+
+    def test_a_kill_between_table_and_manifest(
+        self,
+        extendable: RunResult,
+        scripted_model: MakeModel,
+        compare: Compare,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        model = scripted_model()
+        tokens = RunDirectory.open(extendable.path).tokens(TRAINER).to_pylist()
+        real = RunDirectory.save
+
+        class Killed(BaseException):
+            pass
+
+        def save(self: RunDirectory) -> None:
+            if len(self.manifest["passes"].get(TRAINER, {}).get("covers", [])) == 2:
+                raise Killed
+            real(self)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(RunDirectory, "save", save)
+            with pytest.raises(Killed):
+                mismatch_probe.resume(extendable.path)
+        assert (extendable.path / "passes" / f"{TRAINER}.tokens.32.parquet").exists()
+        run = RunDirectory.open(extendable.path)
+        assert run.manifest["passes"][TRAINER]["covers"] == [BF16]
+        assert run.tokens(TRAINER).to_pylist() == tokens
+        recorder = Recorder()
+        result = mismatch_probe.resume(extendable.path, progress=recorder)
+        assert result.complete
+        assert recorder.begun == ["encode", TRAINER]
+        assert not (result.path / "passes").exists()
+        whole = compare(model, "whole", **TWO_BY_ONE)
+        assert [pair["metrics"] for pair in result.summary["pairs"]] == [
+            pair["metrics"] for pair in whole.summary["pairs"]
+        ]
+
+
+class TestInProcess:
+    """vLLM's core is tried in-process first, and in a process of its own where that fails."""
+
+    @pytest.fixture(autouse=True)
+    def no_wish(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
+
+    def test_what_fails_only_there_goes_to_the_process(self, scripted_model: MakeModel, compare: Compare) -> None:
+        counting = Counting()
+        model = scripted_model(faults={"rollout-bfloat16": "crash-in-process"})
+        result = compare(model, recorder=counting, **TWO_BY_ONE)
+        assert result.complete
+        assert counting.begun == ["encode", BF16, BF16, FP16, TRAINER]
+        assert counting.messages.count("vLLM failed in-process; trying its own engine process") == 1
+        passes = manifest(result.path)["passes"]
+        for name in (BF16, FP16):
+            assert passes[name]["engine"]["in_process"] is False
+            assert "a scripted crash that an engine process of its own avoids" in passes[name]["in_process_failure"]
+            assert passes[name]["deterministic"]["promised"] is False
+        assert passes[TRAINER]["deterministic"]["promised"] is True
+
+    def test_a_failure_in_both_says_nothing_about_the_next_dtype(
+        self, scripted_model: MakeModel, compare: Compare
+    ) -> None:
+        recorder = Recorder()
+        model = scripted_model(faults={"rollout-bfloat16": "crash-start"})
+        result = compare(model, recorder=recorder, **TWO_BY_ONE)
+        assert not result.complete
+        assert recorder.begun == ["encode", BF16, BF16, FP16, TRAINER]
+        record = manifest(result.path)["passes"][FP16]
+        assert record["engine"]["in_process"] is True
+        assert "in_process_failure" not in record
+        assert record["deterministic"]["promised"] is True
+
+    @pytest.mark.parametrize("fault", ["crash-in-process", "crash-start"])
+    def test_the_user_may_ask_for_the_process(
+        self, scripted_model: MakeModel, compare: Compare, monkeypatch: pytest.MonkeyPatch, fault: str
+    ) -> None:
+        monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+        recorder = Recorder()
+        result = compare(scripted_model(faults={"rollout-bfloat16": fault}), recorder=recorder, **TWO_BY_ONE)
+        assert recorder.begun == ["encode", BF16, FP16, TRAINER]
+        record = manifest(result.path)["passes"][FP16]
+        assert record["engine"]["in_process"] is False
+        assert "in_process_failure" not in record
+        assert result.complete is (fault == "crash-in-process")
+
+
 class TestStopped:
     def test_ctrl_c_keeps_what_is_finished(self, scripted_model: MakeModel, compare: Compare, tmp_path: Path) -> None:
         class Impatient(Recorder):
@@ -229,6 +420,48 @@ class TestStopped:
         recorder = Recorder()
         assert mismatch_probe.resume(tmp_path / "run", progress=recorder).complete
         assert recorder.begun == ["encode", FP16, TRAINER]
+
+    def test_ctrl_c_does_not_wait_for_the_models_hashes(
+        self, scripted_model: MakeModel, compare: Compare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        read = threading.Event()
+
+        def slow(_: ModelRef) -> dict[str, str]:
+            read.wait(60)
+            return {}
+
+        class Impatient(Recorder):
+            def advance(self, pass_id: str, tokens: int) -> None:
+                if pass_id == FP16:
+                    raise KeyboardInterrupt
+
+        try:
+            with monkeypatch.context() as patch:
+                patch.setattr(ModelRef, "file_hashes", slow)
+                with pytest.raises(Interrupted):
+                    compare(scripted_model(), recorder=Impatient(), **TWO_BY_ONE)
+        finally:
+            read.set()
+        found = manifest(tmp_path / "run")
+        assert found["status"] == "interrupted"
+        assert "files" not in found["model"]
+        mismatch_probe.resume(tmp_path / "run")
+        assert manifest(tmp_path / "run")["model"]["files"].keys() == {"config.json"}
+
+    def test_ctrl_c_on_a_model_that_cannot_be_hashed(
+        self, scripted_model: MakeModel, compare: Compare, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def unreadable(_: ModelRef) -> dict[str, str]:
+            raise PermissionError("model.safetensors")
+
+        class Impatient(Recorder):
+            def advance(self, pass_id: str, tokens: int) -> None:
+                if pass_id == FP16:
+                    raise KeyboardInterrupt
+
+        monkeypatch.setattr(ModelRef, "file_hashes", unreadable)
+        with pytest.raises(Interrupted):
+            compare(scripted_model(), recorder=Impatient(), **TWO_BY_ONE)
 
     def test_a_full_disk_keeps_what_is_finished(
         self, scripted_model: MakeModel, compare: Compare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -297,9 +530,93 @@ class TestWhatMayNotChange:
         assert [pair["n_tokens"] for pair in result.summary["pairs"]] == [4 * before] * 2
 
 
+class TestWhatMayChange:
+    ROLLOUT_CHANGES: Mapping[str, Any] = {"rollout_batch": 2, "engine_args": {"block_size": 32}, "eager": True}
+
+    def test_the_memory_budget_at_any_time(self, run_copy: Path, no_figures: None) -> None:
+        mismatch_probe.resume(run_copy, memory_budget_gib=2.5)
+        found = manifest(run_copy)
+        assert found["config"]["memory_budget_gib"] == found["sizes"]["memory_budget_gib"] == 2.5
+        mismatch_probe.resume(run_copy)
+        assert manifest(run_copy)["sizes"] == found["sizes"]
+
+    def test_the_trainer_until_a_trainer_pass_is_finished(
+        self, scripted_model: MakeModel, compare: Compare, tmp_path: Path, jobs: dict[str, Any]
+    ) -> None:
+        with pytest.raises(TableError, match="Nothing can be compared"):
+            compare(scripted_model(faults={"trainer-bfloat16": "memory-score"}))
+        before = manifest(tmp_path / "run")
+        scripted_model()
+        changes: dict[str, Any] = {"trainer_layout": "single", "trainer_attn": "eager", "memory_budget_gib": 0.5}
+        assert mismatch_probe.resume(tmp_path / "run", **changes).complete
+        job: TrainerJob = jobs[TRAINER]
+        assert (job.layout, job.attention, job.memory_budget) == ("single", "eager", devices.GIB // 2)
+        after = manifest(tmp_path / "run")
+        assert after["config"] == {**before["config"], **changes}
+        assert after["sizes"] == {**before["sizes"], "memory_budget_gib": 0.5}
+        late: list[dict[str, Any]] = [{"trainer_layout": "padded"}, {"trainer_attn": "sdpa"}]
+        for change in late:
+            with pytest.raises(UsageError, match=r"cannot change any more: hf-bfloat16-cast has finished without it\."):
+                mismatch_probe.resume(tmp_path / "run", **change)
+        assert manifest(tmp_path / "run") == after
+
+    def test_the_rollout_engine_until_a_rollout_is_finished(
+        self, scripted_model: MakeModel, compare: Compare, tmp_path: Path, jobs: dict[str, Any]
+    ) -> None:
+        with pytest.raises(TableError, match="Nothing can be compared"):
+            compare(scripted_model(faults={"rollout-bfloat16": "memory-generate"}))
+        before = manifest(tmp_path / "run")
+        scripted_model()
+        assert mismatch_probe.resume(tmp_path / "run", **self.ROLLOUT_CHANGES).complete
+        job: RolloutJob = jobs[BF16]
+        assert (job.batch, job.arguments) == (2, {"block_size": 32})
+        after = manifest(tmp_path / "run")
+        assert after["config"] == {**before["config"], **self.ROLLOUT_CHANGES}
+        assert after["sizes"] == {**before["sizes"], "rollout_batch": 2}
+
+    @pytest.mark.parametrize("change", ROLLOUT_CHANGES)
+    def test_a_finished_rollout_fixes_its_engine(self, run_copy: Path, change: str) -> None:
+        before = manifest(run_copy)
+        with pytest.raises(UsageError, match=f"cannot change any more: {BF16} has finished without it"):
+            mismatch_probe.resume(run_copy, **{change: self.ROLLOUT_CHANGES[change]})
+        assert manifest(run_copy) == before
+
+    @pytest.mark.parametrize(
+        ("changes", "sentence"),
+        [
+            ({"seed": 1}, "--seed cannot be combined with --resume: a run continues as it was configured"),
+            ({"model": "other"}, "--model cannot be combined with --resume"),
+            ({"memory_budget_gib": 1.0, "max_tokens": 9}, "--max-tokens cannot be combined with --resume"),
+            ({"memory_budget_gib": 0.0}, "--memory-budget must be positive"),
+            ({"engine_args": {"hf_token": "x"}}, "--engine-arg"),
+        ],
+    )
+    def test_nothing_else(self, run_copy: Path, changes: dict[str, Any], sentence: str) -> None:
+        before = manifest(run_copy)
+        with pytest.raises(UsageError, match=sentence):
+            mismatch_probe.resume(run_copy, **changes)
+        assert manifest(run_copy) == before
+
+    def test_a_hub_id_stays_at_its_commit(self, run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The branch that the user named may have moved since."""
+        run = RunDirectory.open(run_copy)
+        run.manifest["config"]["revision"], run.manifest["model"]["revision"] = "main", "c" * 40
+        run.save()
+        asked: list[str | None] = []
+
+        def plan(config: CompareConfig, *rest: Any) -> Any:
+            asked.append(config.revision)
+            return make_plan(replace(config, revision=None), *rest)  # the scripted model is no hub id
+
+        monkeypatch.setattr("mismatch_probe.probes.session.make_plan", plan)
+        mismatch_probe.resume(run_copy)
+        assert asked == ["c" * 40]
+        assert manifest(run_copy)["config"]["revision"] == "main"
+
+
 class TestRefusals:
     def test_another_process_is_at_work(self, run_copy: Path) -> None:
-        with RunDirectory.open(run_copy).locked(), pytest.raises(UsageError, match="Another process is working"):
+        with locked(run_copy), pytest.raises(UsageError, match="Another process is working"):
             mismatch_probe.resume(run_copy)
 
     def test_a_prompt_longer_than_the_context(
@@ -308,6 +625,18 @@ class TestRefusals:
         with pytest.raises(PromptError, match=r"has \d+ tokens; the model's context is 8"):
             compare(scripted_model(max_position_embeddings=8))
         assert manifest(tmp_path / "run")["status"] == "failed"
+
+    @pytest.mark.parametrize(("max_tokens", "said"), [(3, 0), (4, 1)])
+    def test_responses_that_may_meet_the_context(
+        self, scripted_model: MakeModel, compare: Compare, tmp_path: Path, max_tokens: int, said: int
+    ) -> None:
+        (tmp_path / "prompts.txt").write_text("one\nfour\nfive5\n")
+        counting = Counting()
+        model = scripted_model(max_position_embeddings=8)
+        options = {"prompts": str(tmp_path / "prompts.txt"), "num_prompts": None, "max_tokens": max_tokens}
+        compare(model, recorder=counting, **options)
+        sentence = "responses end at the model's context of 8 tokens, prompt included"
+        assert counting.messages.count(sentence) == said
 
     def test_a_limit_that_applies_to_no_pair(self, scripted_model: MakeModel, tmp_path: Path) -> None:
         config = CompareConfig(model=str(scripted_model()), **SMALL)
