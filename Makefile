@@ -42,7 +42,7 @@ notebook: setup-dev ## Run the notebooks from start to end
 bench: ## Measure the tool's own speed against a bare script and against TRL
 	$(SETUP) --extra oracles
 	@'$(BIN)/python' benchmarks/score_vs_trl.py
-	@'$(BIN)/python' benchmarks/compare_vs_bare.py
+	@'$(BIN)/python' benchmarks/compare_vs_bare.py --num-prompts 16 --max-tokens 12
 
 clean: ## Remove caches and build products; the environment stays (rm -r .venv)
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache
