@@ -55,7 +55,7 @@ class HfTrainer:
         self._footprint = Footprint.of_model(
             hidden=config.hidden_size,
             intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
-            heads=config.num_attention_heads,
+            heads=getattr(config, "num_attention_heads", 1),  # a state-space model has none
             itemsize=weights.itemsize,
             attention=self._model.config._attn_implementation,
         )

@@ -55,11 +55,13 @@ def scores(engine: HfTrainer, wanted: Sequence[ScoreRequest], temperature: float
 
 
 def plain(path: Path, request: ScoreRequest, temperature: float = 1.0) -> np.ndarray:
-    """The definition: one sequence, the model's own full forward in float64, log-softmax in float64."""
+    """The definition: one sequence, the model's own full forward in float64, nothing fused."""
     from transformers import AutoModelForCausalLM
 
     # torch's grouped matrix product takes no float64, so experts run one after the other here.
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, experts_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+    ).eval()
     ids = torch.tensor([[*request.prompt_token_ids, *request.response_token_ids]])
     with torch.inference_mode():
         logprobs = (model(ids).logits[0] / temperature).log_softmax(-1)
