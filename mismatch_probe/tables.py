@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from mismatch_probe.errors import TableError, UsageError
 from mismatch_probe.files import LOCK, atomic_path, write_json
-from mismatch_probe.types import Rollout, RolloutRequest, Score
+from mismatch_probe.types import DIVERGENCES, Rollout, RolloutRequest, Score
 
 SCHEMA_VERSION = 1
 _MANIFEST_KEYS = ("status", "config", "sizes", "device", "model", "prompts", "passes")
@@ -34,6 +35,7 @@ SEQUENCES_SCHEMA = pa.schema(
         ("response_token_ids", pa.list_(pa.int32())),
         ("finish_reason", _TEXT),
         ("text", pa.string()),
+        ("step", pa.int64()),
     ]
 )
 TOKENS_SCHEMA = pa.schema(
@@ -44,12 +46,34 @@ TOKENS_SCHEMA = pa.schema(
         ("pass_id", _TEXT),
         ("logprob", pa.float32()),
         ("token_text", _TEXT),
+        ("entropy", pa.float32()),
+        ("rank", pa.int32()),
+    ]
+)
+# Passes that serve as a reference keep all digits, in a table of their own.
+REFERENCE_SCHEMA = TOKENS_SCHEMA.set(TOKENS_SCHEMA.get_field_index("logprob"), pa.field("logprob", pa.float64()))
+EXACT_SCHEMA = pa.schema(
+    [
+        ("sequence_id", pa.int64()),
+        ("position", pa.int32()),
+        ("rollout_pass", _TEXT),
+        ("pass_id", _TEXT),
+        ("inclusion", pa.float64()),
+        *((name, pa.float64()) for name in DIVERGENCES),
     ]
 )
 
-
 # Schema of each kind of table, and the column that names the pass of a row.
-_KINDS = {"sequences": (SEQUENCES_SCHEMA, "rollout_pass"), "tokens": (TOKENS_SCHEMA, "pass_id")}
+_KINDS = {
+    "sequences": (SEQUENCES_SCHEMA, "rollout_pass"),
+    "tokens": (TOKENS_SCHEMA, "pass_id"),
+    "reference": (REFERENCE_SCHEMA, "pass_id"),
+    "exact": (EXACT_SCHEMA, "pass_id"),
+}
+# By sequence, which of its response tokens count.
+Masks = Mapping[int, NDArray[np.bool_]]
+# Columns that earlier releases did not write; where they are missing they are null.
+_OPTIONAL = ("step", "entropy", "rank")
 
 
 def _dictionary(values: Sequence[str | None]) -> pa.Array:
@@ -67,8 +91,9 @@ def sequences_table(
     rollouts: Sequence[Rollout],
     prompt_ids: Sequence[str],
     sample_ids: Sequence[int],
+    steps: Sequence[int] | None = None,
 ) -> pa.Table:
-    """One row per sequence; the five sequences run in parallel and have one length."""
+    """One row per sequence; the sequences run in parallel and have one length. `steps` are training steps."""
     return pa.table(
         {
             "sequence_id": pa.array([r.sequence_id for r in requests], pa.int64()),
@@ -79,6 +104,7 @@ def sequences_table(
             "response_token_ids": pa.array([np.asarray(r.response_token_ids) for r in rollouts], pa.list_(pa.int32())),
             "finish_reason": _dictionary([r.finish_reason for r in rollouts]),
             "text": pa.array([r.text for r in rollouts], pa.string()),
+            "step": pa.array([None] * len(rollouts) if steps is None else steps, pa.int64()),
         },
         schema=SEQUENCES_SCHEMA,
     )
@@ -89,6 +115,8 @@ def tokens_table(
     items: Iterable[Rollout | Score],
     token_ids: Callable[[Any], Sequence[int]],
     token_text: Callable[[int], str | None] = lambda _: None,
+    schema: pa.Schema = TOKENS_SCHEMA,
+    masks: Masks | None = None,
 ) -> pa.Table:
     """One row per response token, sorted by sequence and position.
 
@@ -97,6 +125,8 @@ def tokens_table(
         items: Sequences with `sequence_id` and `logprobs` (nats, one per token).
         token_ids: The response ids of an item, as long as its `logprobs`.
         token_text: The text of a token id, where known.
+        schema: `TOKENS_SCHEMA`, or `REFERENCE_SCHEMA` to keep float64 log-probs.
+        masks: Which response tokens get a row, by sequence; None for all.
     """
     ordered = sorted(items, key=lambda item: item.sequence_id)
     ids = [np.asarray(token_ids(item), dtype=np.int32) for item in ordered]
@@ -111,19 +141,65 @@ def tokens_table(
     flat = np.concatenate([np.empty(0, np.int32), *ids])
     vocabulary, index = np.unique(flat, return_inverse=True)
     texts = _dictionary([token_text(token) for token in vocabulary.tolist()])
-    return pa.table(
+    table = pa.table(
         {
             "sequence_id": np.repeat(np.array([item.sequence_id for item in ordered], dtype=np.int64), lengths),
             "position": np.concatenate([np.empty(0, np.int32), *(np.arange(n, dtype=np.int32) for n in lengths)]),
             "token_id": flat,
             "pass_id": _constant(pass_id, len(flat)),
-            "logprob": np.concatenate(
-                [np.empty(0, np.float32), *(np.asarray(i.logprobs, np.float32) for i in ordered)]
-            ),
+            "logprob": _joined([item.logprobs for item in ordered], schema.field("logprob").type),
             "token_text": texts.take(pa.array(index)),
+            "entropy": _optional_column([getattr(item, "entropy", None) for item in ordered], len(flat), pa.float32()),
+            "rank": _optional_column([getattr(item, "rank", None) for item in ordered], len(flat), pa.int32()),
         },
-        schema=TOKENS_SCHEMA,
+        schema=schema,
     )
+    if masks is None:
+        return table
+    return table.filter(np.concatenate([np.empty(0, np.bool_), *(masks[item.sequence_id] for item in ordered)]))
+
+
+def exact_table(
+    pass_id: str, sources: Sequence[str], scores: Iterable[Score], masks: Masks | None = None
+) -> pa.Table | None:
+    """What a trainer pass compared of the rows that rollout passes kept; None where it compared none.
+
+    Args:
+        pass_id: The trainer pass.
+        sources: Rollout pass of each `source` in the scores' columns.
+        scores: Of the pass.
+        masks: Which response tokens count, by sequence; None for all.
+    """
+    parts = [score.exact for score in scores if score.exact is not None]
+    if not parts:
+        return None
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    order = np.lexsort((columns["position"], columns["sequence_id"], columns["source"]))
+    if masks is not None:
+        at = zip(columns["sequence_id"][order].tolist(), columns["position"][order].tolist(), strict=True)
+        order = order[np.array([bool(masks[sequence][position]) for sequence, position in at], np.bool_)]
+    source = pa.DictionaryArray.from_arrays(columns["source"][order].astype(np.int32), pa.array(sources, pa.string()))
+    return pa.table(
+        {
+            "sequence_id": columns["sequence_id"][order],
+            "position": columns["position"][order].astype(np.int32),
+            "rollout_pass": source,
+            "pass_id": _constant(pass_id, len(order)),
+            **{name: columns[name][order].astype(np.float64) for name in ("inclusion", *DIVERGENCES)},
+        },
+        schema=EXACT_SCHEMA,
+    )
+
+
+def _joined(parts: Sequence[Any], kind: pa.DataType) -> pa.Array:
+    return pa.array(np.concatenate([np.empty(0), *(np.asarray(part, np.float64) for part in parts)])).cast(kind)
+
+
+def _optional_column(parts: Sequence[Any], length: int, kind: pa.DataType) -> pa.Array:
+    """A column that an item may lack; then it is null throughout."""
+    if not parts or any(part is None for part in parts):
+        return pa.nulls(length, kind)
+    return pa.array(np.concatenate(parts)).cast(kind)
 
 
 def read_json(path: Path) -> Any:
@@ -158,6 +234,9 @@ def _write_parquet(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) ->
 def _read_parquet(path: Path, schema: pa.Schema, **options: Any) -> pa.Table:
     try:
         table = pq.read_table(path, **options)
+        for name in _OPTIONAL:
+            if name in schema.names and name not in table.column_names:
+                table = table.append_column(name, pa.nulls(table.num_rows, schema.field(name).type))
         missing = [name for name in schema.names if name not in table.column_names]
         if missing:
             raise TableError(f"{path} lacks the column {missing[0]}.", "Delete this file and run the comparison again.")
@@ -235,11 +314,14 @@ class RunDirectory:
         """
         return self.path / "passes" / f"{pass_id}.{kind}.{rows}.parquet"
 
-    def finish_pass(
-        self, pass_id: str, tokens: pa.Table, record: dict[str, Any], sequences: pa.Table | None = None
-    ) -> None:
-        """Stores a finished pass; after this call a resumed run will not compute it again."""
-        tables = {"tokens": tokens} | ({} if sequences is None else {"sequences": sequences})
+    def finish_pass(self, pass_id: str, record: dict[str, Any], tables: Mapping[str, pa.Table]) -> None:
+        """Stores a finished pass; after this call a resumed run will not compute it again.
+
+        Args:
+            pass_id: Which pass.
+            record: What the manifest is to say of it.
+            tables: By kind: `tokens` or `reference`, and where it has them `sequences` and `exact`.
+        """
         rows = {kind: table.num_rows for kind, table in tables.items()}
         for kind, table in tables.items():
             _write_parquet(self._part(pass_id, kind, rows[kind]), [table], _KINDS[kind][0])
@@ -253,13 +335,26 @@ class RunDirectory:
     def finished_passes(self) -> list[str]:
         return [pass_id for pass_id in self.manifest["passes"] if self.finished(pass_id)]
 
+    def source_of(self, pass_id: str) -> str:
+        """The pass that sampled, or whose file recorded, the sequences of a rollout pass: most often itself."""
+        return str(self.manifest["passes"].get(pass_id, {}).get("sequences_of", pass_id))
+
     def sequences(self, pass_id: str) -> pa.Table:
-        """Sequences of one rollout pass.
+        """Sequences of one rollout pass, or of the pass that it took them from.
 
         Raises:
             TableError: They are missing, corrupt, or not as many as the manifest says.
         """
-        return self._rows(pass_id, "sequences")
+        return self._rows(self.source_of(pass_id), "sequences")
+
+    def exact(self, pass_id: str) -> pa.Table | None:
+        """Exact divergences of one trainer pass; None where it compared no rows.
+
+        Raises:
+            TableError: They are missing, corrupt, or not as many as the manifest says.
+        """
+        has = "exact" in self.manifest["passes"].get(pass_id, {}).get("rows", {})
+        return self._rows(pass_id, "exact") if has else None
 
     def tokens(self, pass_id: str) -> pa.Table:
         """Token rows of one pass, sorted by sequence and position.
@@ -267,7 +362,8 @@ class RunDirectory:
         Raises:
             TableError: They are missing, corrupt, or not as many as the manifest says.
         """
-        return self._rows(pass_id, "tokens")
+        kinds = self.manifest["passes"].get(pass_id, {}).get("rows", {})
+        return self._rows(pass_id, "reference" if "reference" in kinds else "tokens")
 
     def merge(self) -> None:
         """Writes `sequences.parquet` and `tokens.parquet` from the finished passes and drops the parts.
@@ -279,6 +375,8 @@ class RunDirectory:
         if not any(self._part(name, kind, n).exists() for name in passes for kind, n in rows[name].items()):
             return
         for kind, (schema, _) in _KINDS.items():
+            if not any(kind in rows[name] for name in passes):
+                continue
             tables = (self._rows(name, kind) for name in passes if kind in rows[name])
             _write_parquet(self.path / f"{kind}.parquet", tables, schema)
         shutil.rmtree(self.path / "passes")  # with whatever a killed process left there unfinished

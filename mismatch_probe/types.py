@@ -5,6 +5,7 @@ Shape legend: `N` response tokens of a pair, `S` sequences, `P` prompts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,8 +15,25 @@ if TYPE_CHECKING:
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 DTYPES: tuple[Dtype, ...] = ("bfloat16", "float16", "float32")
+TrainerDtype = Dtype | Literal["float64"]
 TrainerMode = Literal["cast", "autocast"]
 TrainerLayout = Literal["single", "padded", "packed"]
+SequenceSource = Literal["own", "shared"]
+ReferenceDtype = Literal["float32", "float64"]
+# What `metrics.exact.divergences` gives, and `exact.parquet` holds, of a position.
+DIVERGENCES = (
+    "kl",
+    "kl_reverse",
+    "js",
+    "tv",
+    "flip",
+    "entropy_rollout",
+    "entropy_trainer",
+    "chi2",
+    "k1_square",
+    "k2_square",
+    "k3_square",
+)
 
 
 @dataclass(frozen=True)
@@ -56,11 +74,19 @@ class Sampling:
 
 @dataclass(frozen=True)
 class RolloutRequest:
-    """One response to sample. `seed` is this request's own, so ids do not depend on the batch's order."""
+    """One response to sample, or to decode again.
+
+    Attributes:
+        sequence_id: Unique within a run.
+        prompt_token_ids: The prompt.
+        seed: This request's own, so ids do not depend on the batch's order.
+        forced_token_ids: The response to decode again, token by token; empty where one is to be sampled.
+    """
 
     sequence_id: int
     prompt_token_ids: list[int]
     seed: int
+    forced_token_ids: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -89,10 +115,22 @@ class ScoreRequest:
 
 @dataclass(frozen=True)
 class Score:
-    """Log-probs of a sequence's response tokens, in nats, one per token."""
+    """Log-probs of a sequence's response tokens.
+
+    Attributes:
+        sequence_id: The sequence.
+        logprobs: Nats, one per token; float64 from a float64 forward.
+        entropy: Of the law at each token, nats.
+        rank: How many tokens of the vocabulary are likelier, at each token.
+        exact: Columns of equal length, a row per position and rollout pass: `source`, `sequence_id`, `position`,
+            `inclusion` and what `metrics.exact.divergences` gives.
+    """
 
     sequence_id: int
-    logprobs: list[float] | NDArray[np.float32]
+    logprobs: list[float] | NDArray[np.floating[Any]]
+    entropy: NDArray[np.float32] | None = None
+    rank: NDArray[np.int32] | None = None
+    exact: Mapping[str, NDArray[Any]] | None = None
 
 
 @dataclass(frozen=True)

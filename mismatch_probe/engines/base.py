@@ -17,6 +17,7 @@ from mismatch_probe.types import (
     Sampling,
     Score,
     ScoreRequest,
+    TrainerDtype,
     TrainerLayout,
     TrainerMode,
 )
@@ -24,17 +25,35 @@ from mismatch_probe.types import (
 
 @dataclass(frozen=True)
 class EncodeJob:
-    """Encode prompts once, with the model's own tokenizer and chat template."""
+    """Encode prompts once, with the model's own tokenizer and chat template; decode ids that somebody else made."""
 
     model_path: str
     prompts: Sequence[Prompt]
     chat: bool
     trust_remote_code: bool
+    token_ids: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class Capture:
+    """Full rows of logits to keep while a rollout runs.
+
+    Attributes:
+        path: The file, see `engines.rows`; made by the engine.
+        rows: How many at most.
+        positions: Which ones, by sequence; None lets `engines.rows` choose.
+    """
+
+    path: str
+    rows: int
+    positions: Mapping[int, Sequence[int]] | None = None
 
 
 @dataclass(frozen=True)
 class RolloutJob:
-    """Sample every request, at most `batch` at once; then the first `null_tokens` tokens of the first batch again."""
+    """Sample (or decode again) every request, at most `batch` at once; then the first `null_tokens` tokens of the first
+    batch once more.
+    """
 
     engine: str
     model_path: str
@@ -45,9 +64,29 @@ class RolloutJob:
     batch: int
     null_tokens: int
     max_model_len: int
+    capture: Capture | None = None
     in_process: bool = True
     trust_remote_code: bool = False
     arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ExactPosition:
+    """A position at which the trainer's row is compared with a row that a rollout pass kept.
+
+    Attributes:
+        source: Index into `TrainerJob.exact_sources`.
+        sequence_id: The sequence as the rollout pass names it.
+        position: Index in the response.
+        slot: Where the row lies in the source.
+        inclusion: Probability that this position was to be kept.
+    """
+
+    source: int
+    sequence_id: int
+    position: int
+    slot: int
+    inclusion: float
 
 
 @dataclass(frozen=True)
@@ -56,7 +95,7 @@ class TrainerJob:
 
     engine: str
     model_path: str
-    dtype: Dtype
+    dtype: TrainerDtype
     mode: TrainerMode
     layout: TrainerLayout
     attention: str | None
@@ -65,6 +104,8 @@ class TrainerJob:
     requests: Sequence[ScoreRequest]
     null_sequences: int
     memory_budget: int
+    exact_sources: Sequence[str] = ()
+    exact: Mapping[int, Sequence[ExactPosition]] = field(default_factory=dict)
     trust_remote_code: bool = False
     flags: Mapping[str, Any] = field(default_factory=dict)
 
@@ -73,14 +114,20 @@ class RolloutEngine(Protocol):
     """The sampling side, μ."""
 
     def generate(
-        self, requests: Sequence[RolloutRequest], sampling: Sampling, on_tokens: Callable[[int], None]
+        self,
+        requests: Sequence[RolloutRequest],
+        sampling: Sampling,
+        on_tokens: Callable[[int], None],
+        capture: Capture | None = None,
     ) -> list[Rollout]:
-        """Samples one response per request, all of them in the engine at once, from an empty prefix cache.
+        """Samples one response per request, or decodes the one it brings; all of them in the engine at once, from an
+        empty prefix cache.
 
         Args:
-            requests: What to sample.
+            requests: What to sample or to decode.
             sampling: Law and length.
             on_tokens: Called with the number of tokens that each step made.
+            capture: Which rows of logits are kept; none for None.
 
         Returns:
             Responses in the order of the requests; log-probs are those of the law that was sampled from.
@@ -102,8 +149,10 @@ class TrainerEngine(Protocol):
     def plan(self, requests: Sequence[ScoreRequest]) -> list[list[ScoreRequest]]:
         """Splits the requests into batches that fit the memory budget."""
 
-    def score(self, batch: Sequence[ScoreRequest], temperature: float) -> list[Score]:
-        """Log-probs of the response tokens of one planned batch."""
+    def score(self, batch: Sequence[ScoreRequest], temperature: float, *, exact: bool = False) -> list[Score]:
+        """Log-probs of the response tokens of one planned batch; with `exact` also what the job's rows are compared
+        with.
+        """
 
     def identity(self) -> dict[str, Any]:
         """Versions, dtype, flags and backends, for the manifest."""

@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, distributions
 from typing import Any, Literal
 
 from mismatch_probe.errors import EngineMissing, UsageError
-from mismatch_probe.types import Dtype
+from mismatch_probe.types import Dtype, TrainerDtype
 
 Device = Literal["cpu", "cuda"]
 GIB = 1 << 30
@@ -180,14 +180,14 @@ def in_process_wanted() -> bool:
     return os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "1"
 
 
-def trainer_settings(device: Device, dtype: Dtype) -> EngineSettings:
+def trainer_settings(device: Device, dtype: TrainerDtype) -> EngineSettings:
     """Torch flags and environment of a trainer process.
 
-    Strict flags belong to FP32 passes only: a 16-bit pass keeps torch's defaults, as the user's trainer does.
+    Strict flags belong to FP32 and float64 passes: a 16-bit pass keeps torch's defaults, as the user's trainer does.
     """
     environment = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     flags: dict[str, Any] = {}
-    if device == "cuda" and dtype == "float32":
+    if device == "cuda" and dtype in ("float32", "float64"):
         environment["NVIDIA_TF32_OVERRIDE"] = "0"
         flags = {
             # torch/__init__.py: "highest" keeps FP32 products in FP32; "high" would allow TF32.

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from mismatch_probe.engines.base import EncodeJob
 from mismatch_probe.errors import ModelError, PromptError
 from mismatch_probe.types import EncodedPrompt, Prompt
 
 
-def encode_prompts(job: EncodeJob) -> list[EncodedPrompt]:
-    """Encodes every prompt.
+@dataclass(frozen=True)
+class Encoded:
+    """What a tokenizer has to say.
+
+    Attributes:
+        prompts: Each with its ids.
+        texts: The text of each of the job's token ids, on its own.
+        special: Ids of special tokens.
+    """
+
+    prompts: list[EncodedPrompt]
+    texts: dict[int, str]
+    special: list[int]
+
+
+def encode(job: EncodeJob) -> Encoded:
+    """Encodes every prompt and decodes every id.
 
     Raises:
         ModelError: Chat messages are given and the tokenizer has no chat template.
@@ -20,7 +37,7 @@ def encode_prompts(job: EncodeJob) -> list[EncodedPrompt]:
         job.model_path, trust_remote_code=job.trust_remote_code, local_files_only=True
     )
 
-    def encode(prompt: Prompt) -> EncodedPrompt:
+    def encoded(prompt: Prompt) -> EncodedPrompt:
         messages = prompt.messages
         if messages is None and job.chat:
             messages = ({"role": "user", "content": prompt.text or ""},)
@@ -39,4 +56,8 @@ def encode_prompts(job: EncodeJob) -> list[EncodedPrompt]:
             raise PromptError(f"Prompt {prompt.prompt_id} is encoded to no tokens.", "Take it out of the prompt file.")
         return EncodedPrompt(prompt.prompt_id, [int(i) for i in ids])
 
-    return [encode(prompt) for prompt in job.prompts]
+    return Encoded(
+        prompts=[encoded(prompt) for prompt in job.prompts],
+        texts={token: tokenizer.decode([token]) for token in job.token_ids},
+        special=sorted(tokenizer.all_special_ids),
+    )

@@ -9,17 +9,26 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import accumulate, chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from mismatch_probe.engines.base import TrainerJob
+from mismatch_probe.engines.base import ExactPosition, TrainerJob
 from mismatch_probe.engines.batching import Footprint, plan_batches, rows_per_chunk
+from mismatch_probe.engines.float64 import keep_float64
+from mismatch_probe.engines.rows import RowFile, stacked
 from mismatch_probe.errors import DtypeRefused, EngineError
+from mismatch_probe.metrics.exact import divergences
 from mismatch_probe.types import Score, ScoreRequest
 
-_TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_TORCH = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
 
 
 class HfTrainer:
@@ -48,6 +57,8 @@ class HfTrainer:
             attn_implementation=job.attention or _faithful_attention(config),
             trust_remote_code=job.trust_remote_code,
             local_files_only=True,
+            # torch's grouped matrix product takes no float64, so experts run one after the other there.
+            **({"experts_implementation": "eager"} if job.dtype == "float64" else {}),
         )
         self._model.requires_grad_(False).eval().to(self._device)
         self._decoder = self._model.get_decoder()
@@ -59,6 +70,7 @@ class HfTrainer:
             itemsize=weights.itemsize,
             attention=self._model.config._attn_implementation,
         )
+        self._sources = [RowFile(Path(path)) for path in job.exact_sources]
         self._check_head()
         if job.layout == "packed":
             self._check_packing()
@@ -67,22 +79,59 @@ class HfTrainer:
         return plan_batches(requests, self._job.layout, self._footprint, self._job.memory_budget, self._device.type)
 
     @torch.inference_mode()
-    def score(self, batch: Sequence[ScoreRequest], temperature: float) -> list[Score]:
+    def score(self, batch: Sequence[ScoreRequest], temperature: float, *, exact: bool = False) -> list[Score]:
         inputs, rows, targets = _layout(batch, self._job.layout, self._device)
-        with self._autocast():
+        ends = list(accumulate(len(request.response_token_ids) for request in batch))
+        wanted = self._wanted(batch, [0, *ends[:-1]]) if exact else {}
+        columns: list[tuple[torch.Tensor, ...]] = []
+        compared: dict[int, dict[str, Any]] = {}
+        with self._precision():
             output = self._decoder(**inputs, use_cache=False)
             hidden = output.last_hidden_state.flatten(0, 1)[rows]
             step = rows_per_chunk(self._vocabulary, self._job.memory_budget, self._device.type)
             with self._head_only(type(output)) as head:
-                values = torch.cat(
-                    [
-                        _gathered_log_softmax(head(part), target, temperature)
-                        for part, target in zip(torch.split(hidden, step), torch.split(targets, step), strict=True)
-                    ]
+                for start in range(0, len(targets), step):
+                    logits = _upcast(head(hidden[start : start + step]))
+                    columns.append(_token_columns(logits, targets[start : start + step], temperature))
+                    for row in range(start, start + len(logits)):
+                        if row in wanted:
+                            compared[row] = self._compare(wanted[row], logits[row - start], temperature)
+        logprobs, entropy, rank = (
+            np.split(torch.cat(column).cpu().numpy(), ends[:-1]) for column in zip(*columns, strict=True)
+        )
+        return [
+            Score(
+                request.sequence_id,
+                logprobs[i],
+                entropy[i].astype(np.float32),
+                rank[i].astype(np.int32),
+                stacked([compared[row] for row in range(end - len(logprobs[i]), end) if row in compared]),
+            )
+            for i, (request, end) in enumerate(zip(batch, ends, strict=True))
+        ]
+
+    def _wanted(self, batch: Sequence[ScoreRequest], starts: Sequence[int]) -> dict[int, list[ExactPosition]]:
+        """What each row of a batch is compared with, by the row's index among the batch's response rows."""
+        found: dict[int, list[ExactPosition]] = {}
+        for request, start in zip(batch, starts, strict=True):
+            for position in self._job.exact.get(request.sequence_id, ()):
+                found.setdefault(start + position.position, []).append(position)
+        return found
+
+    def _compare(self, positions: Sequence[ExactPosition], logits: torch.Tensor, temperature: float) -> dict[str, Any]:
+        """One row `[V]` of the trainer against the rows that rollout passes kept of its position, one at a time."""
+        ours = logits.cpu().numpy()[None]
+        parts = []
+        for position in positions:
+            theirs = self._sources[position.source].row(position.slot)[None]
+            if theirs.shape != ours.shape:
+                raise EngineError(
+                    f"The rollout engine gives {theirs.shape[1]} logits a token and the trainer {ours.shape[1]}.",
+                    "One side pads its vocabulary; run without --exact-kl and report this model.",
                 )
-        ends = list(accumulate(len(request.response_token_ids) for request in batch))
-        parts = np.split(values.cpu().numpy(), ends[:-1])
-        return [Score(request.sequence_id, part) for request, part in zip(batch, parts, strict=True)]
+            facts = {name: np.array([value]) for name, value in vars(position).items() if name != "slot"}
+            parts.append(facts | divergences(theirs, ours, temperature))
+        return stacked(parts) or {}
 
     def identity(self) -> dict[str, Any]:
         return {
@@ -100,9 +149,13 @@ class HfTrainer:
         }
 
     def close(self) -> None:
+        for source in self._sources:
+            source.close()
         del self._model, self._decoder
 
-    def _autocast(self) -> AbstractContextManager[Any]:
+    def _precision(self) -> AbstractContextManager[Any]:
+        if self._job.dtype == "float64":
+            return keep_float64()
         if self._job.mode == "autocast":
             return torch.autocast(self._device.type, self._dtype)
         return nullcontext()
@@ -134,11 +187,11 @@ class HfTrainer:
     def _check_head(self) -> None:
         """Compares the split forward with the plain one on a few tokens: it relies on how transformers is built."""
         ids = torch.arange(8, device=self._device)[None] % self._vocabulary
-        with self._autocast():
-            plain = self._model(input_ids=ids, use_cache=False).logits[0].float()
+        with self._precision():
+            plain = _upcast(self._model(input_ids=ids, use_cache=False).logits[0])
             output = self._decoder(input_ids=ids, use_cache=False)
             with self._head_only(type(output)) as head:
-                split = head(output.last_hidden_state[0]).float()
+                split = _upcast(head(output.last_hidden_state[0]))
         tolerance = 8 * torch.finfo(self._dtype).eps * plain.abs().max().clamp(min=1)
         if not torch.isnan(plain).any() and (plain - split).abs().max() > tolerance:
             raise EngineError(
@@ -191,12 +244,25 @@ def _faithful_attention(config: Any) -> str | None:
     return "eager" if getattr(config, "attn_logit_softcapping", None) else None
 
 
-def _gathered_log_softmax(logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
-    """log softmax(logits / temperature) at the targets, in FP32. `logits [R, V]`, `targets [R]` → `[R]`."""
-    logits = logits.float()
+def _upcast(logits: torch.Tensor) -> torch.Tensor:
+    """Logits as trainers take their softmax: in FP32, and in float64 where all is float64."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _token_columns(
+    logits: torch.Tensor, targets: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """log softmax(logits / temperature) at the targets, the entropy of that law in nats, and how many tokens are
+    likelier than the target. `logits [R, V]`, `targets [R]` → three `[R]`.
+    """
     if temperature != 1:
         logits = logits / temperature
-    return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
+    normaliser = logits.logsumexp(1)
+    chosen = logits.gather(1, targets[:, None])
+    probabilities = torch.exp(logits - normaliser[:, None])
+    # A token that cannot occur has the logit −inf and adds nothing.
+    entropy = normaliser - torch.where(probabilities > 0, probabilities * logits, 0.0).sum(1)
+    return chosen[:, 0] - normaliser, entropy, (logits > chosen).sum(1)
 
 
 def _layout(

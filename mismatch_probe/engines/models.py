@@ -40,6 +40,11 @@ class ModelRef:
     config: dict[str, Any]
     known_parameters: int | None = None
 
+    @classmethod
+    def none(cls) -> ModelRef:
+        """No checkpoint, for a run that needs no engine."""
+        return cls("", Path(), None, {})
+
     @property
     def scripted(self) -> bool:
         return self.config.get("model_type") == "scripted"
@@ -72,6 +77,8 @@ class ModelRef:
 
     def file_hashes(self) -> dict[str, str]:
         """SHA-256 of every file that can change a log-prob."""
+        if not self.config:
+            return {}
         wanted = (".json", ".safetensors", ".model", ".jinja", ".txt", ".py")
         return {f.name: sha256(f) for f in sorted(self.path.iterdir()) if f.is_file() and f.suffix in wanted}
 

@@ -16,11 +16,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mismatch_probe.engines.base import RolloutJob, TrainerJob
+import numpy as np
+
+from mismatch_probe.engines.base import Capture, RolloutJob, TrainerJob
+from mismatch_probe.engines.rows import LEAST_WEIGHT, RowFile, RowWriter, stacked, uniform
 from mismatch_probe.errors import DtypeRefused
+from mismatch_probe.metrics.exact import divergences
 from mismatch_probe.types import Rollout, RolloutRequest, Sampling, Score, ScoreRequest
 
-_NOISE = {"bfloat16": 4e-2, "float16": 5e-3, "float32": 5e-6}
+_NOISE = {"bfloat16": 4e-2, "float16": 5e-3, "float32": 5e-6, "float64": 0.0}
 
 
 def _uniform(*key: object) -> float:
@@ -61,6 +65,10 @@ class _Script:
         )
         return math.nan if self.fault == "nan" and token % 7 == 0 else value
 
+    def row(self, prefix: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """The logits after `prefix`: log-probs by the same formula, which are not normalised."""
+        return np.array([self.logprob(prefix, token) for token in range(int(self.config["vocab_size"]))], np.float32)
+
 
 class ScriptedRollout(_Script):
     """The `RolloutEngine` protocol by formula."""
@@ -68,21 +76,44 @@ class ScriptedRollout(_Script):
     def __init__(self, job: RolloutJob) -> None:
         super().__init__(job, "rollout")
         self._in_process = job.in_process
+        self._writer: RowWriter | None = None
         if self.fault == "crash-in-process" and job.in_process:
             raise RuntimeError("a scripted crash that an engine process of its own avoids")
 
     def generate(
-        self, requests: Sequence[RolloutRequest], sampling: Sampling, on_tokens: Callable[[int], None]
+        self,
+        requests: Sequence[RolloutRequest],
+        sampling: Sampling,
+        on_tokens: Callable[[int], None],
+        capture: Capture | None = None,
     ) -> list[Rollout]:
         self.act("generate")
-        return [self._respond(request, sampling, on_tokens) for request in requests]
+        if capture is not None and self._writer is None:
+            self._writer = RowWriter(Path(capture.path), capture.rows)
+        return [self._respond(request, sampling, on_tokens, capture) for request in requests]
 
-    def _respond(self, request: RolloutRequest, sampling: Sampling, on_tokens: Callable[[int], None]) -> Rollout:
+    def _keep(self, capture: Capture, request: RolloutRequest, prefix: Sequence[int], position: int) -> None:
+        """Keeps a row by the rules of the real engine's processor."""
+        chosen = capture.positions
+        if chosen is not None and position not in chosen.get(request.sequence_id, ()):
+            return
+        assert self._writer is not None
+        row, u = self.row(prefix), 0.0 if chosen is not None else uniform(request.seed, position)
+        weight = max(LEAST_WEIGHT, 1 - float(np.exp(row.max() - np.logaddexp.reduce(row))))
+        self._writer.offer(request.sequence_id, position, u, weight, row)
+
+    def _respond(
+        self, request: RolloutRequest, sampling: Sampling, on_tokens: Callable[[int], None], capture: Capture | None
+    ) -> Rollout:
         wanted = 0 if self.fault == "empty" else int(self.config.get("response_length", sampling.max_tokens))
-        length = min(sampling.max_tokens, wanted)
+        forced = request.forced_token_ids
+        length = min(sampling.max_tokens, len(forced) or wanted)
         prefix, logprobs = list(request.prompt_token_ids), []
         for position in range(length):
-            token = int(_uniform("t", request.seed, position) * int(self.config["vocab_size"]))
+            drawn = int(_uniform("t", request.seed, position) * int(self.config["vocab_size"]))
+            token = int(forced[position]) if len(forced) else drawn
+            if capture is not None:
+                self._keep(capture, request, prefix, position)
             logprobs.append(self.logprob(prefix, token))
             prefix.append(token)
         on_tokens(length)
@@ -104,18 +135,32 @@ class ScriptedTrainer(_Script):
 
     def __init__(self, job: TrainerJob) -> None:
         super().__init__(job, "trainer")
+        self._job = job
+        self._sources = [RowFile(Path(path)) for path in job.exact_sources]
 
     def plan(self, requests: Sequence[ScoreRequest]) -> list[list[ScoreRequest]]:
         return [list(requests[i : i + 4]) for i in range(0, len(requests), 4)]
 
-    def score(self, batch: Sequence[ScoreRequest], temperature: float) -> list[Score]:
+    def score(self, batch: Sequence[ScoreRequest], temperature: float, *, exact: bool = False) -> list[Score]:
         self.act("score")
-        return [Score(r.sequence_id, self._logprobs(r)) for r in batch]
+        return [self._score(request, temperature, exact) for request in batch]
 
-    def _logprobs(self, request: ScoreRequest) -> list[float]:
+    def _score(self, request: ScoreRequest, temperature: float, exact: bool) -> Score:
         ids = [*request.prompt_token_ids, *request.response_token_ids]
         start = len(request.prompt_token_ids)
-        return [self.logprob(ids[:t], ids[t]) for t in range(start, len(ids))]
+        parts = []
+        for at in self._job.exact.get(request.sequence_id, ()) if exact else ():
+            theirs, ours = self._sources[at.source].row(at.slot)[None], self.row(ids[: start + at.position])[None]
+            facts = {name: np.array([value]) for name, value in vars(at).items() if name != "slot"}
+            parts.append(facts | divergences(theirs, ours, temperature))
+        steps = range(start, len(ids))
+        return Score(
+            request.sequence_id,
+            [self.logprob(ids[:t], ids[t]) for t in steps],
+            np.array([10 * _uniform("entropy", tuple(ids[:t])) for t in steps], np.float32),
+            np.array([int(100 * _uniform("rank", tuple(ids[:t]))) for t in steps], np.int32),
+            stacked(parts),
+        )
 
     def identity(self) -> dict[str, Any]:
         return {"engine": "scripted", "dtype": self.dtype}

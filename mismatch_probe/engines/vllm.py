@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from mismatch_probe.engines.base import RolloutJob
+from mismatch_probe.engines.base import Capture, RolloutJob
+from mismatch_probe.errors import EngineError
 from mismatch_probe.types import Rollout, RolloutRequest, Sampling
 
 
@@ -36,12 +37,32 @@ class VllmRollout:
             **job.arguments,
         }
         self._in_process = job.in_process
+        self._native_replay = False
+        replays = any(len(request.forced_token_ids) for request in job.requests)
+        if replays or job.capture is not None:
+            options |= self._own_processors(options, replays)
         self._llm = LLM(**options)
         self._options = options
         self._runs = 0
 
+    def _own_processors(self, options: dict[str, Any], replays: bool) -> dict[str, Any]:
+        """The arguments that let rows be kept and tokens be forced. Which interface a processor must have depends on
+        the model runner, and that on the whole configuration (vllm/config/vllm.py, `use_v2_model_runner`).
+        """
+        from vllm import EngineArgs
+
+        modern = bool(EngineArgs(**options).create_engine_config().use_v2_model_runner)
+        self._native_replay = modern and replays
+        name = "RowsV2" if modern else "RowsV1"
+        chosen: dict[str, Any] = {"logits_processors": [f"mismatch_probe.engines.vllm_processors:{name}"]}
+        return chosen | ({"enable_trace_replay": True} if self._native_replay else {})
+
     def generate(
-        self, requests: Sequence[RolloutRequest], sampling: Sampling, on_tokens: Callable[[int], None]
+        self,
+        requests: Sequence[RolloutRequest],
+        sampling: Sampling,
+        on_tokens: Callable[[int], None],
+        capture: Capture | None = None,
     ) -> list[Rollout]:
         engine = self._llm.llm_engine
         self._runs += 1
@@ -52,7 +73,7 @@ class VllmRollout:
             self._llm.sleep(level=0)
         inputs = self._llm.renderer.render_cmpl([{"prompt_token_ids": list(r.prompt_token_ids)} for r in requests])
         for index, (request, prompt) in enumerate(zip(requests, inputs, strict=True)):
-            engine.add_request(f"{self._runs}-{index}", prompt, _params(sampling, request.seed))
+            engine.add_request(f"{self._runs}-{index}", prompt, self._params(sampling, request, capture))
         if not self._in_process:
             self._llm.wake_up(tags=["scheduling"])
         ids: list[list[int]] = [[] for _ in requests]
@@ -69,6 +90,12 @@ class VllmRollout:
                 reasons[index] = completion.finish_reason or reasons[index]
                 made += len(tokens)
             on_tokens(made)
+        for request, found in zip(requests, ids, strict=True):
+            if len(request.forced_token_ids) and found != _forced(request, sampling):
+                raise EngineError(
+                    f"vLLM decoded other tokens of sequence {request.sequence_id} than it was given.",
+                    "Replay does not work as this engine is configured; leave out what --engine-arg adds.",
+                )
         tokenizer = self._llm.get_tokenizer()
         return [
             Rollout(
@@ -103,33 +130,51 @@ class VllmRollout:
             "kv_cache_dtype": config.cache_config.cache_dtype,
             "block_size": config.cache_config.block_size,
             "tensor_parallel_size": config.parallel_config.tensor_parallel_size,
+            "model_runner": "v2" if config.use_v2_model_runner else "v1",
             "arguments": {k: v for k, v in self._options.items() if k != "model"},
         }
 
     def close(self) -> None:
         self._llm.llm_engine.engine_core.shutdown()
 
+    def _params(self, sampling: Sampling, request: RolloutRequest, capture: Capture | None) -> Any:
+        """Sampling parameters in full: whatever is left out could come from somewhere else."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
-def _params(sampling: Sampling, seed: int) -> Any:
-    """Sampling parameters in full: whatever is left out could come from somewhere else."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
+        from mismatch_probe.engines.vllm_processors import request_arguments
 
-    return SamplingParams(
-        temperature=sampling.temperature,
-        top_p=1.0,
-        top_k=0,
-        min_p=0.0,
-        presence_penalty=0.0,
-        frequency_penalty=0.0,
-        repetition_penalty=1.0,
-        seed=seed,
-        max_tokens=sampling.max_tokens,
-        logprobs=0,
-        flat_logprobs=True,
-        detokenize=False,
-        output_kind=RequestOutputKind.DELTA,
-    )
+        forced = _forced(request, sampling)
+        return SamplingParams(
+            temperature=sampling.temperature,
+            top_p=1.0,
+            top_k=0,
+            min_p=0.0,
+            presence_penalty=0.0,
+            frequency_penalty=0.0,
+            repetition_penalty=1.0,
+            seed=request.seed,
+            max_tokens=len(forced) or sampling.max_tokens,
+            # End ids come from the checkpoint's generation config even where its other settings are switched off.
+            ignore_eos=bool(forced),
+            trace_decode_token_ids=forced if forced and self._native_replay else None,
+            extra_args=request_arguments(
+                request.sequence_id,
+                len(request.prompt_token_ids),
+                request.seed,
+                capture,
+                () if self._native_replay else forced,
+            ),
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+
+
+def _forced(request: RolloutRequest, sampling: Sampling) -> list[int]:
+    """The tokens that a request is to decode again."""
+    return [int(token) for token in request.forced_token_ids[: sampling.max_tokens]]
 
 
 def _sampled_logprobs(found: Any, tokens: Sequence[int]) -> list[float]:

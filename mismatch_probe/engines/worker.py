@@ -1,7 +1,7 @@
 """The child's side of an engine process: `python -m mismatch_probe.engines.worker FD KIND`.
 
 It imports what its kind needs, receives one job, sends events, and ends. Events are pairs of a name and a payload:
-`identity`, `total`, `progress`, `encoded`, `rollouts`, `null_rollouts`, `texts`, `scores`, `null_scores`,
+`identity`, `total`, `progress`, `encoded`, `special`, `rollouts`, `null_rollouts`, `texts`, `scores`, `null_scores`,
 `phase`, `done`, `error`.
 """
 
@@ -12,13 +12,14 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
 from mismatch_probe.engines import devices, faults
 from mismatch_probe.engines.base import EncodeJob, RolloutEngine, RolloutJob, TrainerEngine, TrainerJob
-from mismatch_probe.types import EncodedPrompt
+from mismatch_probe.types import EncodedPrompt, RolloutRequest, Sampling
 
 
 class _ParentGone(BaseException):
@@ -53,14 +54,16 @@ class _Channel:
 
 def run_encode(job: EncodeJob, channel: _Channel) -> None:
     """Encodes the prompts with the model's tokenizer."""
-    if _is_scripted(job.model_path):
-        channel.send(
-            "encoded", [EncodedPrompt(p.prompt_id, [ord(c) for c in p.text or str(p.messages)]) for p in job.prompts]
-        )
-        return
-    from mismatch_probe.engines.encoding import encode_prompts
+    from mismatch_probe.engines.encoding import Encoded, encode
 
-    channel.send("encoded", encode_prompts(job))
+    if _is_scripted(job.model_path):
+        prompts = [EncodedPrompt(p.prompt_id, [ord(c) for c in p.text or str(p.messages)]) for p in job.prompts]
+        found = Encoded(prompts, {token: chr(token) for token in job.token_ids}, special=[0])
+    else:
+        found = encode(job)
+    channel.send("encoded", found.prompts)
+    channel.send("texts", found.texts)
+    channel.send("special", found.special)
 
 
 def run_rollout(job: RolloutJob, channel: _Channel) -> None:
@@ -79,21 +82,26 @@ def run_rollout(job: RolloutJob, channel: _Channel) -> None:
     # The first batch runs alone, so that its repeat meets the same company; the rest is the scheduler's to arrange.
     batches = [batch for batch in (job.requests[: job.batch], job.requests[job.batch :]) if batch]
     null = replace(job.sampling, max_tokens=min(job.null_tokens, job.sampling.max_tokens))
-    null_total = len(batches[0]) * null.max_tokens
-    channel.send("total", len(job.requests) * job.sampling.max_tokens + null_total)
+    again = batches[0] if null.max_tokens else []
+    channel.send("total", _longest(job.requests, job.sampling) + _longest(again, null))
     seen: set[int] = set()
     for batch in batches:
-        rollouts = engine.generate(batch, job.sampling, lambda n: channel.send("progress", n))
+        rollouts = engine.generate(batch, job.sampling, lambda n: channel.send("progress", n), job.capture)
         seen.update(int(token) for rollout in rollouts for token in rollout.response_token_ids)
         channel.send("rollouts", rollouts)
-        short = len(batch) * job.sampling.max_tokens - sum(len(r.response_token_ids) for r in rollouts)
+        short = _longest(batch, job.sampling) - sum(len(r.response_token_ids) for r in rollouts)
         channel.send("progress", short)
     channel.send("texts", dict(zip(sorted(seen), engine.token_texts(sorted(seen)), strict=True)))
     channel.phase("generate")
-    if null.max_tokens:
-        channel.send("null_rollouts", engine.generate(batches[0], null, lambda n: channel.send("progress", n)))
+    if again:
+        channel.send("null_rollouts", engine.generate(again, null, lambda n: channel.send("progress", n)))
         channel.phase("null")
     engine.close()
+
+
+def _longest(requests: Sequence[RolloutRequest], sampling: Sampling) -> int:
+    """Tokens of all responses if none ends early."""
+    return sum(min(len(r.forced_token_ids) or sampling.max_tokens, sampling.max_tokens) for r in requests)
 
 
 def run_trainer(job: TrainerJob, channel: _Channel) -> None:
@@ -116,7 +124,7 @@ def run_trainer(job: TrainerJob, channel: _Channel) -> None:
     channel.send("total", sum(r.length for batch in [*batches, *batches[:again]] for r in batch))
     for event, repeated, phase in (("scores", batches, "score"), ("null_scores", batches[:again], "null")):
         for batch in repeated:
-            channel.send(event, engine.score(batch, job.temperature))
+            channel.send(event, engine.score(batch, job.temperature, exact=event == "scores"))
             channel.send("progress", sum(r.length for r in batch))
         channel.phase(phase)
     engine.close()

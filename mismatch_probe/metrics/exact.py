@@ -9,27 +9,19 @@ Shape legend: `R` positions, `V` vocabulary.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import special
 
-from mismatch_probe.metrics.intervals import Floats
-
-# What `divergences` returns, which is what `exact.parquet` holds of a position.
-DIVERGENCES = (
-    "kl",
-    "kl_reverse",
-    "js",
-    "tv",
-    "flip",
-    "entropy_rollout",
-    "entropy_trainer",
-    "chi2",
-    "k1_square",
-    "k2_square",
-    "k3_square",
-)
+from mismatch_probe.metrics import scales
+from mismatch_probe.metrics.intervals import UPPER_TAIL, Estimate, Floats
+from mismatch_probe.metrics.sample import group_sums
+from mismatch_probe.types import DIVERGENCES, MetricValue
 
 
 def divergences(
@@ -43,11 +35,11 @@ def divergences(
         temperature: Of the sampling law.
 
     Returns:
-        `[R]` float64 per key of `DIVERGENCES`, in nats where they have a unit: `kl` is KL(μ‖π) and `kl_reverse` KL(π‖μ);
-        `js` Jensen–Shannon; `tv` total variation; `flip` 1 where the likeliest tokens differ; `chi2` Σ π²/μ − 1;
-        `k1_square`, `k2_square`, `k3_square` the second moments under y ~ μ of the estimators k1 = −d, k2 = ½d² and
-        k3 = expm1(d) − d, d = log π(y) − log μ(y) (their means are `kl`, ½·`k1_square` and `kl`). Rows with NaN give
-        NaN; a token that π excludes and μ does not gives an infinite `kl`.
+        `[R]` float64 per key of `DIVERGENCES`, in nats where they have a unit: `kl` is KL(μ‖π), `kl_reverse` KL(π‖μ),
+        `js` Jensen–Shannon, `tv` total variation, `flip` 1 where the likeliest tokens differ, `chi2` Σ π²/μ − 1;
+        `k1_square`, `k2_square`, `k3_square` are the second moments under y ~ μ of the estimators k1 = −d, k2 = ½d²
+        and k3 = expm1(d) − d, d = log π(y) − log μ(y) (their means are `kl`, ½·`k1_square` and `kl`). Rows with NaN
+        give NaN; a token that π excludes and μ does not gives an infinite `kl`.
 
     Raises:
         ValueError: The shapes differ.
@@ -91,3 +83,120 @@ def _log_softmax(logits: NDArray[Any], temperature: float) -> tuple[Floats, Floa
     weights = np.exp(scaled)
     total = weights.sum(axis=1)[:, None]
     return scaled - np.log(total), weights / total
+
+
+@dataclass(frozen=True)
+class ExactRows:
+    """The compared positions of a pair.
+
+    Attributes:
+        values: `[R]` per key of `DIVERGENCES`.
+        inclusion: `[R]` probability that the position was to be compared.
+        prompt: `[R]` prompt of each position, 0 … P−1.
+        tokens: `[P]` response tokens of each prompt, compared or not.
+        sequences: `[P]` sequences of each prompt.
+    """
+
+    values: Mapping[str, Floats]
+    inclusion: Floats
+    prompt: NDArray[np.int64]
+    tokens: Floats
+    sequences: Floats
+
+    def finite(self) -> NDArray[np.bool_]:
+        """`[R]` positions at which every divergence is finite."""
+        return np.asarray(np.isfinite(np.stack([self.values[key] for key in DIVERGENCES])).all(axis=0))
+
+
+@dataclass(frozen=True)
+class EstimatorCost:
+    """What a sampled estimator of KL(μ‖π) costs on this model.
+
+    Attributes:
+        key: `kl_k1`, `kl_k2`, `kl_k3`, or `kl_exact` for the full rows themselves.
+        mean: What it converges to, nats.
+        bias: That minus KL(μ‖π), nats.
+        standard_deviation: Of one token, over positions and over the token that is sampled there.
+        tokens_needed: Independent tokens for ±10 % with 95 % confidence; None where the KL is 0.
+    """
+
+    key: str
+    mean: float
+    bias: float
+    standard_deviation: float
+    tokens_needed: int | None
+
+
+# Metric keys, the column behind each, and how its mean becomes the metric.
+_MEANS = {
+    "kl_exact": "kl",
+    "kl_exact_reverse": "kl_reverse",
+    "js_exact": "js",
+    "tv_exact": "tv",
+    "top1_flip_rate": "flip",
+    "entropy_rollout": "entropy_rollout",
+    "entropy_trainer": "entropy_trainer",
+    "chi2_exact": "chi2",
+}
+_PRECISION = 0.1
+
+
+def exact_estimates(rows: ExactRows) -> dict[str, Estimate | MetricValue]:
+    """The metrics of METRICS.md, "Exact metrics", as estimates over all positions of the pair.
+
+    A position that was to be compared with probability q stands for 1/q positions (Horvitz and Thompson 1952), so sums
+    over a prompt are unbiased for all of its positions, and are divided by their known number.
+    """
+    keep = rows.finite()
+    dropped = len(keep) - int(keep.sum())
+    why = f"computed over the {int(keep.sum())} of {len(keep)} positions that are finite" if dropped else ""
+    weight = 1.0 / rows.inclusion[keep]
+    totals = {
+        column: group_sums(rows.prompt[keep], rows.values[column][keep] * weight, len(rows.tokens))[:, None]
+        for column in set(_MEANS.values())
+    }
+    found: dict[str, Estimate | MetricValue] = {}
+    for key, column in _MEANS.items():
+        if not totals[column].any():
+            found[key] = MetricValue(0.0, why=why)
+        else:
+            found[key] = Estimate(totals[column], rows.tokens[:, None], scales.log_mean, scales.exp, why)
+    if totals["kl"].any():
+        found["kl_seq_exact"] = Estimate(totals["kl"], rows.sequences[:, None], scales.log_mean, scales.exp, why)
+    else:
+        found["kl_seq_exact"] = MetricValue(0.0, why=why)
+    return found
+
+
+def estimator_costs(rows: ExactRows) -> list[EstimatorCost]:
+    """How k1, k2 and k3 would do on this pair, without sampling noise, beside the rows themselves.
+
+    Each estimator's mean and second moment under y ~ μ are known at every compared position; over positions they are
+    weighted means. The variance counts both what the sampled token adds and how positions differ; that tokens of one
+    prompt resemble each other is not in it.
+    """
+    keep = rows.finite()
+    weight = 1.0 / rows.inclusion[keep]
+
+    def mean(values: Floats) -> float:
+        return float(np.average(values, weights=weight))
+
+    column = {key: values[keep] for key, values in rows.values.items()}
+    kl = mean(column["kl"])
+    moments = {
+        "kl_k1": (kl, mean(column["k1_square"])),
+        "kl_k2": (0.5 * mean(column["k1_square"]), mean(column["k2_square"])),
+        "kl_k3": (kl, mean(column["k3_square"])),
+        "kl_exact": (kl, mean(column["kl"] ** 2)),
+    }
+    return [
+        EstimatorCost(key, first, first - kl, math.sqrt(max(0.0, second - first**2)), _needed(second - first**2, kl))
+        for key, (first, second) in moments.items()
+    ]
+
+
+def _needed(variance: float, kl: float) -> int | None:
+    if kl <= 0:
+        return None
+    z = float(special.ndtri(UPPER_TAIL))
+    return max(1, math.ceil(max(0.0, variance) * (z / (_PRECISION * kl)) ** 2))

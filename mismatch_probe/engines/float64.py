@@ -1,0 +1,46 @@
+"""A forward pass that is float64 throughout.
+
+Loading a model in float64 is not enough: transformers takes norms, softmax and rotary angles to float32 on purpose,
+which helps 16-bit models and cuts a float64 one down. Inside `keep_float64` every such step stays float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+class _KeepFloat64(TorchFunctionMode):
+    """Turns every request for float32 into one for float64."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is torch.Tensor.float:
+            return args[0].double()
+        args = tuple(_double(value) for value in args)
+        return func(*args, **{name: _double(value) for name, value in (kwargs or {}).items()})
+
+
+def _double(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
+
+
+@contextmanager
+def keep_float64() -> Iterator[None]:
+    """Float64 wherever code asks for float32, tensors that are made included."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _KeepFloat64():
+            yield
+    finally:
+        torch.set_default_dtype(before)

@@ -1,0 +1,186 @@
+"""Full rows of logits on disk: which positions of a rollout are kept, and the private file that holds them.
+
+A rollout makes far more rows than can be kept, and how many is not known before it ends. So every position draws a
+key u/w, u uniform from a seed and w its weight, and the N positions with the smallest keys stay: priority sampling
+(Duffield, Lund and Thorup 2007), a streaming sample with probability proportional to w. With τ the smallest key that
+was turned away, a kept position was included with probability min(1, w·τ), and sums over kept positions divided by
+that probability are unbiased. The weight is one minus the probability of the row's likeliest token, since positions
+at which the model is sure hold little of any divergence.
+
+The file is a header and N slots of a fixed size, written and read in place: no more than a row is ever in memory, and
+another process can read what the engine's own process wrote.
+
+Shape legend: `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mismatch_probe.errors import TableError
+
+# However sure the model is, a fault could hide there: such a position still gets a tenth of the largest weight.
+LEAST_WEIGHT = 0.1
+_HEADER = np.dtype([("magic", "S8"), ("vocabulary", "<i8"), ("slots", "<i8"), ("threshold", "<f8")])
+_SLOT = np.dtype([("sequence_id", "<i8"), ("position", "<i8"), ("key", "<f8"), ("weight", "<f8")])
+_MAGIC = b"MPROWS01"
+
+
+@dataclass(frozen=True)
+class KeptRow:
+    """A position whose row is in the file.
+
+    Attributes:
+        sequence_id: The sequence.
+        position: Index in the response.
+        slot: Where its row lies.
+        inclusion: Probability that this position was to be kept.
+    """
+
+    sequence_id: int
+    position: int
+    slot: int
+    inclusion: float
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in (0, 1) from a request's seed and a position: the same in every dtype, engine and batch."""
+    digest = hashlib.blake2b(f"{seed}/{position}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "big") + 0.5) / 2**64
+
+
+def file_bytes(rows: int, vocabulary: int) -> int:
+    """Size of a file of so many rows."""
+    return _HEADER.itemsize + rows * (_SLOT.itemsize + 4 * vocabulary)
+
+
+class RowWriter:
+    """Keeps the `capacity` positions with the smallest keys; made by the process that sees the rows."""
+
+    def __init__(self, path: Path, capacity: int) -> None:
+        """Makes the file, readable by its owner alone, or empties it: a pass that runs again starts anew."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        self._capacity = capacity
+        self._vocabulary = 0
+        self._threshold = math.inf  # smallest key that was turned away
+        self._slots: dict[tuple[int, int], int] = {}
+        self._largest: list[tuple[float, tuple[int, int]]] = []  # heap of (−key, position)
+
+    def wants(self, u: float) -> bool:
+        """Whether a position that drew `u` could be kept, whatever its weight; False spares looking at its row."""
+        return u < self._threshold
+
+    def offer(self, sequence_id: int, position: int, u: float, weight: float, row: NDArray[np.float32]) -> None:
+        """Keeps a row or turns it away.
+
+        A position that comes again (a prompt in several chunks shows rows before its last) replaces its row and keeps
+        the weight that it came in with, which is the one that decided.
+
+        Args:
+            sequence_id: The sequence.
+            position: Index in the response.
+            u: What `uniform` gives for it; 0 keeps it whatever else comes.
+            weight: In (0, 1].
+            row: `[V]` logits.
+        """
+        name, key = (sequence_id, position), u / weight
+        slot = self._slots.get(name)
+        if slot is None:
+            slot = self._free_slot(key)
+            if slot is None:
+                return
+            self._slots[name] = slot
+            heapq.heappush(self._largest, (-key, name))
+            self._begin(len(row))
+            facts = np.array((sequence_id, position, key, weight), dtype=_SLOT)
+            os.pwrite(self._file, facts.tobytes(), _slot_offset(slot, self._vocabulary))
+        os.pwrite(self._file, np.ascontiguousarray(row, dtype="<f4").tobytes(), _row_offset(slot, self._vocabulary))
+
+    def _free_slot(self, key: float) -> int | None:
+        """Where a position with this key goes, None for nowhere."""
+        if key >= self._threshold:
+            return None
+        if len(self._slots) < self._capacity:
+            return len(self._slots)
+        largest, name = -self._largest[0][0], self._largest[0][1]
+        self._threshold = max(key, largest)
+        self._write_header()
+        if key >= largest:
+            return None
+        heapq.heappop(self._largest)
+        return self._slots.pop(name)
+
+    def _begin(self, vocabulary: int) -> None:
+        """The first row says how long rows are; each new one, how many there are."""
+        if self._vocabulary not in (0, vocabulary):
+            raise ValueError(f"rows of {self._vocabulary} and of {vocabulary} logits in one file")
+        self._vocabulary = vocabulary
+        self._write_header()
+
+    def _write_header(self) -> None:
+        header = np.array((_MAGIC, self._vocabulary, len(self._slots), self._threshold), dtype=_HEADER)
+        os.pwrite(self._file, header.tobytes(), 0)
+
+
+class RowFile:
+    """Reads what a `RowWriter` kept.
+
+    Attributes:
+        vocabulary: V.
+        kept: The positions, by slot.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Opens the file.
+
+        Raises:
+            TableError: It is missing or is no such file.
+        """
+        try:
+            self._file = os.open(path, os.O_RDONLY)
+            header = np.frombuffer(os.pread(self._file, _HEADER.itemsize, 0), _HEADER)
+        except (OSError, ValueError):
+            header = np.empty(0, _HEADER)
+        if len(header) == 0 or header[0]["magic"] != _MAGIC:
+            raise TableError(f"{path} holds no captured rows.", "Run the comparison again with --exact-kl.")
+        self.vocabulary, threshold = int(header[0]["vocabulary"]), float(header[0]["threshold"])
+        self.kept: list[KeptRow] = []
+        for slot in range(int(header[0]["slots"])):
+            raw = os.pread(self._file, _SLOT.itemsize, _slot_offset(slot, self.vocabulary))
+            facts = np.frombuffer(raw, _SLOT)[0]
+            inclusion = min(1.0, float(facts["weight"]) * threshold)
+            self.kept.append(KeptRow(int(facts["sequence_id"]), int(facts["position"]), slot, inclusion))
+
+    def row(self, slot: int) -> NDArray[np.float32]:
+        """`[V]` logits."""
+        raw = os.pread(self._file, 4 * self.vocabulary, _row_offset(slot, self.vocabulary))
+        return np.frombuffer(raw, dtype="<f4")
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+def stacked(parts: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[Any]] | None:
+    """Columns of several parts one after the other; None where there are none."""
+    if not parts:
+        return None
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _slot_offset(slot: int, vocabulary: int) -> int:
+    return file_bytes(slot, vocabulary)
+
+
+def _row_offset(slot: int, vocabulary: int) -> int:
+    return file_bytes(slot, vocabulary) + _SLOT.itemsize
