@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from mismatch_probe.errors import TableError, UsageError
 from mismatch_probe.files import LOCK, atomic_path, write_json
+from mismatch_probe.rowgroups import PassRows, require_columns, table_errors
 from mismatch_probe.types import DIVERGENCES, Rollout, RolloutRequest, Score
 
 SCHEMA_VERSION = 1
@@ -232,24 +233,13 @@ def _write_parquet(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) ->
 
 
 def _read_parquet(path: Path, schema: pa.Schema, **options: Any) -> pa.Table:
-    try:
+    with table_errors(path):
         table = pq.read_table(path, **options)
         for name in _OPTIONAL:
             if name in schema.names and name not in table.column_names:
                 table = table.append_column(name, pa.nulls(table.num_rows, schema.field(name).type))
-        missing = [name for name in schema.names if name not in table.column_names]
-        if missing:
-            raise TableError(f"{path} lacks the column {missing[0]}.", "Delete this file and run the comparison again.")
+        require_columns(path, table.column_names, schema.names)
         return table.select(schema.names).cast(schema)
-    except FileNotFoundError:
-        raise TableError(
-            f"{path} does not exist.", "Finish the run with --resume, or run the comparison again."
-        ) from None
-    except (OSError, pa.ArrowException) as error:
-        detail = str(error).splitlines()[0]
-        raise TableError(
-            f"{path} is corrupt or truncated ({detail}).", "Delete this file and run the comparison again."
-        ) from None
 
 
 def refuse_occupied(path: Path) -> None:
@@ -362,8 +352,44 @@ class RunDirectory:
         Raises:
             TableError: They are missing, corrupt, or not as many as the manifest says.
         """
-        kinds = self.manifest["passes"].get(pass_id, {}).get("rows", {})
-        return self._rows(pass_id, "reference" if "reference" in kinds else "tokens")
+        return self._rows(pass_id, self._kind(pass_id))
+
+    def iter_tokens(
+        self,
+        pass_id: str,
+        columns: Sequence[str],
+        *,
+        rows: range | None = None,
+        ids: tuple[int, int] | None = None,
+    ) -> Iterator[pa.Table]:
+        """Token rows of one pass, sorted by sequence and position, a batch at a time.
+
+        Args:
+            pass_id: Which pass.
+            columns: What to read: columns of `TOKENS_SCHEMA`, or others that the file has after them.
+            rows: Only these rows of the pass, counted from 0.
+            ids: Row groups without any `sequence_id` between these two are left out; others come whole.
+
+        Raises:
+            TableError: They are missing, corrupt, or not as many as the manifest says.
+        """
+        return self._reader(pass_id, self._kind(pass_id)).batches(columns, rows=rows, ids=ids)
+
+    def _kind(self, pass_id: str) -> str:
+        """The table that holds a pass's token rows."""
+        return "reference" if "reference" in self.manifest["passes"].get(pass_id, {}).get("rows", {}) else "tokens"
+
+    def sequence_names(self, pass_id: str) -> pa.Table:
+        """`sequence_id` and `prompt_id` of the sequences of one rollout pass, without their texts.
+
+        Raises:
+            TableError: They are missing, corrupt, or not as many as the manifest says.
+        """
+        columns = ["sequence_id", "prompt_id"]
+        schema = pa.schema([SEQUENCES_SCHEMA.field(name) for name in columns])
+        return pa.concat_tables(
+            [schema.empty_table(), *self._reader(self.source_of(pass_id), "sequences").batches(columns)]
+        ).unify_dictionaries()
 
     def merge(self) -> None:
         """Writes `sequences.parquet` and `tokens.parquet` from the finished passes and drops the parts.
@@ -384,15 +410,30 @@ class RunDirectory:
     def _rows(self, pass_id: str, kind: str) -> pa.Table:
         """A pass's rows of one kind: its own file where that is still there, else its part of the merged file."""
         schema, column = _KINDS[kind]
-        expected = self.manifest["passes"].get(pass_id, {}).get("rows", {}).get(kind)
-        part = self._part(pass_id, kind, expected)
-        if part.exists():
-            table = _read_parquet(part, schema)
-        else:
-            table = _read_parquet(self.path / f"{kind}.parquet", schema, filters=[(column, "=", pass_id)])
-        if table.num_rows != expected:
+        path = self._file(pass_id, kind)
+        merged = path.parent == self.path
+        table = _read_parquet(path, schema, **({"filters": [(column, "=", pass_id)]} if merged else {}))
+        self._check_rows(pass_id, kind, table.num_rows)
+        return table
+
+    def _reader(self, pass_id: str, kind: str) -> PassRows:
+        """The same, to be read in batches."""
+        schema, column = _KINDS[kind]
+        reader = PassRows(self._file(pass_id, kind), column, pass_id, schema)
+        self._check_rows(pass_id, kind, len(reader))
+        return reader
+
+    def _expected(self, pass_id: str, kind: str) -> Any:
+        return self.manifest["passes"].get(pass_id, {}).get("rows", {}).get(kind)
+
+    def _file(self, pass_id: str, kind: str) -> Path:
+        part = self._part(pass_id, kind, self._expected(pass_id, kind))
+        return part if part.exists() else self.path / f"{kind}.parquet"
+
+    def _check_rows(self, pass_id: str, kind: str, rows: int) -> None:
+        expected = self._expected(pass_id, kind)
+        if rows != expected:
             raise TableError(
-                f"Pass {pass_id} has {table.num_rows} {kind} on disk where the manifest says {expected}.",
+                f"Pass {pass_id} has {rows} {kind} on disk where the manifest says {expected}.",
                 "Restore the files or run the comparison again.",
             )
-        return table

@@ -169,6 +169,10 @@ class PairArrays:
         prompt_ids: `[P]` names of the prompts, so that two pairs can be matched prompt by prompt.
         on_policy: True when exp(b) is the law that these tokens were sampled from.
         off_policy_why: The reason when `on_policy` is False.
+        columns: Further properties of the tokens, `[N]` each, by name, e.g. `"entropy"`.
+
+    A pair can be a chunk of a larger one: `sequence`, `prompt` and `prompt_ids` are then those of the whole, and the
+    chunk holds all tokens of the sequences that it has tokens of.
     """
 
     rollout_logprob: NDArray[np.float64]
@@ -179,3 +183,4 @@ class PairArrays:
     prompt_ids: tuple[str, ...] = field(default=())
     on_policy: bool = True
     off_policy_why: str = ""
+    columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)

@@ -9,16 +9,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mismatch_probe.metrics import scales
+from mismatch_probe.metrics.accumulate import DENSITY_BINS, as_sums
+from mismatch_probe.metrics.binned import UNIT_POSITIONS, BinnedSums
+from mismatch_probe.metrics.chunks import Ints
 from mismatch_probe.metrics.intervals import Estimate, Floats, Interval, evaluate
-from mismatch_probe.metrics.sample import Ints, Tokens, finite_sequences, finite_tokens
+from mismatch_probe.metrics.sample import Pair, finite_sequences
 from mismatch_probe.metrics.sequence import intercept, slope_per_1k
 from mismatch_probe.metrics.summary import off_policy_why
-from mismatch_probe.types import MetricValue, PairArrays
+from mismatch_probe.types import MetricValue
 
-PROBABILITY_EDGES = (0.0, 1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 1.0)
 _CCDF_POINTS = 400
 _POSITION_BINS = 12
-_FIRST_POSITIONS = 8
+_FIRST_POSITIONS = UNIT_POSITIONS // _POSITION_BINS
 _SEED = 0
 _REPLICATES = 1000
 
@@ -93,23 +96,17 @@ class BinnedDiff:
     ci_high: Floats
 
 
-def policy_density(pair: PairArrays, bins: int = 50) -> PolicyDensity:
-    """Joint histogram of exp(b) and exp(a) in `bins` equal bins per axis."""
-    tokens = finite_tokens(pair)
-
-    def index(logprob: Floats) -> Ints:
-        cell: Ints = np.minimum((np.exp(np.minimum(logprob, 0.0)) * bins).astype(np.int64), bins - 1)
-        return cell
-
-    flat = index(tokens.rollout_logprob) * bins + index(tokens.trainer_logprob)
-    counts = np.bincount(flat, minlength=bins * bins).reshape(bins, bins)
-    return PolicyDensity(edges=np.linspace(0.0, 1.0, bins + 1), counts=counts, n=len(tokens))
+def policy_density(pair: Pair) -> PolicyDensity:
+    """Joint histogram of exp(b) and exp(a) in 50 equal bins per axis."""
+    sums = as_sums(pair)
+    return PolicyDensity(edges=np.linspace(0.0, 1.0, DENSITY_BINS + 1), counts=sums.density, n=sums.n_finite)
 
 
-def length_curve(pair: PairArrays) -> LengthCurve:
+def length_curve(pair: Pair) -> LengthCurve:
     """D against length with the line of `seq_log_ratio_slope_per_1k`; no line for an off-policy pair."""
-    sequences = finite_sequences(pair)
-    slope = line = MetricValue(None, why=off_policy_why(pair, "seq_log_ratio_slope_per_1k"))
+    sums = as_sums(pair)
+    sequences = finite_sequences(sums)
+    slope = line = MetricValue(None, why=off_policy_why(sums, "seq_log_ratio_slope_per_1k"))
     if not slope.why and len(sequences) == 0:
         slope = line = MetricValue(None, why="no finite sequences")
     elif not slope.why:
@@ -128,10 +125,10 @@ def length_curve(pair: PairArrays) -> LengthCurve:
     )
 
 
-def abs_diff_ccdf(pair: PairArrays) -> Ccdf:
+def abs_diff_ccdf(pair: Pair) -> Ccdf:
     """Tail of |d| at up to 400 of its quantiles, spaced evenly in the logarithm of the share."""
-    values = finite_tokens(pair).abs_log_ratio
-    positive = np.sort(values[values > 0])
+    values = np.sort(as_sums(pair).abs_log_ratio)
+    positive = values[np.searchsorted(values, 0.0, side="right") :]
     if len(positive) == 0:
         return Ccdf(np.empty(0), np.empty(0))
     ranks = np.unique(np.geomspace(1, len(positive), _CCDF_POINTS).round().astype(np.int64))
@@ -140,32 +137,34 @@ def abs_diff_ccdf(pair: PairArrays) -> Ccdf:
     return Ccdf(points, at_least / len(values))
 
 
-def abs_diff_by_probability(pair: PairArrays) -> BinnedDiff:
+def abs_diff_by_probability(pair: Pair) -> BinnedDiff:
     """Mean |d| by the rollout probability of the token."""
-    tokens = finite_tokens(pair)
-    probability = np.exp(np.minimum(tokens.rollout_logprob, 0.0))
-    return _binned(tokens, probability, np.array(PROBABILITY_EDGES))
+    return binned_diff(as_sums(pair).binned["probability"])
 
 
-def abs_diff_by_position(pair: PairArrays) -> BinnedDiff:
-    """Mean |d| by position in the response: equal bins up to 96 tokens, geometric ones beyond."""
-    tokens = finite_tokens(pair)
-    length = int(tokens.position.max(initial=0)) + 1
-    if length <= _FIRST_POSITIONS * _POSITION_BINS:
+def abs_diff_by_position(pair: Pair) -> BinnedDiff:
+    """Mean |d| by position in the response: equal bins up to 96 tokens, near-geometric ones beyond."""
+    sums = as_sums(pair)
+    fine = sums.binned["position"]
+    length = max(sums.longest, 1)
+    if length <= UNIT_POSITIONS:
         width = -(-length // _POSITION_BINS)
         edges = np.arange(0, length + width, width, dtype=np.float64)
     else:
-        edges = np.append(0.0, np.geomspace(_FIRST_POSITIONS, length, _POSITION_BINS).round())
-    return _binned(tokens, tokens.position.astype(np.float64), edges)
+        edges = np.append(0.0, np.geomspace(_FIRST_POSITIONS, length, _POSITION_BINS))
+    first = np.unique(np.abs(fine.edges[:, None] - edges[:-1]).argmin(axis=0))
+    return binned_diff(fine.merged(first), end=float(edges[-1]))
 
 
-def _binned(tokens: Tokens, values: Floats, edges: Floats) -> BinnedDiff:
-    """Bins [edges[k], edges[k+1]), the last one closed."""
-    index = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, len(edges) - 2)
-    n = np.bincount(index, minlength=len(edges) - 1)
+def binned_diff(sums: BinnedSums, end: float | None = None) -> BinnedDiff:
+    """Mean |d| in each bin, with its interval; the last bin ends at `end` where that is given."""
+    n = sums.count.sum(axis=0).astype(np.int64)
     kept = np.flatnonzero(n)
-    estimates = {str(k): tokens.mean_where(tokens.abs_log_ratio, index == k) for k in kept}
+    estimates = {
+        str(k): Estimate(sums.abs_log_ratio[:, [k]], sums.count[:, [k]], scales.log_mean, scales.exp) for k in kept
+    }
     cells = evaluate(estimates, seed=_SEED, replicates=_REPLICATES)
     rows = [(cell.value, cell.ci_low, cell.ci_high) for cell in cells.values()]
     table = np.array(rows, dtype=np.float64).reshape(-1, 3)  # None becomes NaN
-    return BinnedDiff(edges[kept], edges[kept + 1], n[kept], table[:, 0], table[:, 1], table[:, 2])
+    right = sums.edges[1:] if end is None else np.append(sums.edges[1:-1], end)
+    return BinnedDiff(sums.edges[kept], right[kept], n[kept], table[:, 0], table[:, 1], table[:, 2])

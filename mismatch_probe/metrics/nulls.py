@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mismatch_probe.metrics.chunks import Ints
 from mismatch_probe.metrics.intervals import Floats
-from mismatch_probe.metrics.sample import Ints
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mismatch_probe.errors import UsageError
+from mismatch_probe.metrics.chunks import Ints
 from mismatch_probe.metrics.intervals import Estimate, evaluate, join_why
-from mismatch_probe.metrics.sample import Ints, count_nonfinite, finite_sequences, finite_tokens
+from mismatch_probe.metrics.sample import Pair, count_nonfinite, finite_sequences, finite_tokens
 from mismatch_probe.metrics.scales import exp
 from mismatch_probe.metrics.sequence import sequence_metrics
 from mismatch_probe.metrics.token import token_metrics
-from mismatch_probe.types import MetricValue, PairArrays
+from mismatch_probe.types import MetricValue
 
 # Positive smooth metrics, all worked out on the logarithmic scale, where a ratio is a difference.
 PAIRED_KEYS = (
@@ -29,9 +30,7 @@ PAIRED_KEYS = (
 )
 
 
-def paired_ratio(
-    numerator: PairArrays, denominator: PairArrays, key: str, *, seed: int = 0, replicates: int = 1000
-) -> MetricValue:
+def paired_ratio(numerator: Pair, denominator: Pair, key: str, *, seed: int = 0, replicates: int = 1000) -> MetricValue:
     """Metric `key` of `numerator` over that of `denominator`, over the prompts that both have.
 
     A replicate gives a prompt the same weight in both pairs, so what the prompts have in common cancels.
@@ -74,7 +73,7 @@ def paired_ratio(
     return replace(ratio, why=join_why(*notes, ratio.why))
 
 
-def _estimate(pair: PairArrays, key: str) -> Estimate | MetricValue:
+def _estimate(pair: Pair, key: str) -> Estimate | MetricValue:
     token = token_metrics().get(key)
     if token is not None:
         tokens = finite_tokens(pair)
@@ -83,7 +82,7 @@ def _estimate(pair: PairArrays, key: str) -> Estimate | MetricValue:
     return sequence_metrics()[key](sequences) if len(sequences) else MetricValue(None, why="no finite sequences")
 
 
-def _shared_prompts(numerator: PairArrays, denominator: PairArrays) -> tuple[Ints, Ints]:
+def _shared_prompts(numerator: Pair, denominator: Pair) -> tuple[Ints, Ints]:
     """Rows of the shared prompts in either pair, in the same order."""
     if not numerator.prompt_ids or not denominator.prompt_ids:
         raise UsageError("A pair does not name its prompts.", "Fill prompt_ids, so that prompts can be matched.")

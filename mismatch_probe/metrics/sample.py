@@ -1,6 +1,6 @@
-"""The finite part of a pair, as tokens and as sequences.
+"""The finite part of a pair, as sums over tokens and as sequences, and how estimates are made from either.
 
-Shape legend: `N` tokens, `S` sequences, `P` prompts, `K` columns.
+Shape legend: `n` finite tokens, `S` sequences, `P` prompts, `K` columns.
 """
 
 from __future__ import annotations
@@ -8,44 +8,88 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mismatch_probe.metrics import scales
+from mismatch_probe.metrics.accumulate import PairSums, as_sums
+from mismatch_probe.metrics.chunks import Ints, group_sums
 from mismatch_probe.metrics.intervals import Estimate, Floats, Working
+from mismatch_probe.metrics.moments import CentredSums, ShiftedSums
 from mismatch_probe.types import MetricValue, PairArrays
 
-Ints = NDArray[np.int64]
+Pair = PairArrays | PairSums
+
+_FEW = MetricValue(None, why="needs at least 2 values")
 
 
-def group_sums(group: Ints, values: Floats, n_groups: int) -> Floats:
-    """`[n_groups]` float64 sums of `values` `[n]` by `group` `[n]`."""
-    return np.bincount(group, weights=values, minlength=n_groups).astype(np.float64, copy=False)
+class Tokens:
+    """The finite tokens of a pair.
+
+    Attributes:
+        pair: The pair.
+        sums: Per-prompt sums `[P]` over its finite tokens.
+    """
+
+    def __init__(self, pair: PairSums) -> None:
+        self.pair, self.sums = pair, pair.tokens
+
+    def __len__(self) -> int:
+        return self.pair.n_finite
+
+    @property
+    def prompt(self) -> Ints:
+        """`[n]` prompt of each token, in the order of `PairSums.abs_log_ratio`."""
+        return np.repeat(self.pair.sequences.prompt, self.pair.sequences.n_finite)
+
+    def estimate(
+        self, sums: Sequence[Floats], working: Working, metric: Callable[[float], float], *, why: str = ""
+    ) -> Estimate:
+        """An estimate over the means that belong to `sums`, K arrays `[P]`."""
+        return Estimate(np.stack(sums, axis=1), np.stack([self.sums.counts] * len(sums), axis=1), working, metric, why)
+
+    def mean(self, sums: Floats) -> Estimate:
+        """The mean of non-negative values with sums `[P]`, with its interval on the log scale."""
+        return self.estimate([sums], scales.log_mean, scales.exp)
+
+    def mean_exp(self, excess: ShiftedSums, metric: Callable[[float], float], *, column: int = 0) -> Estimate:
+        """`metric` of log mean exp(x), from the sums of exp(x) − 1."""
+        return self.estimate([excess.sums[:, column]], scales.log_mean_exp(excess.shift), metric)
+
+    def ess(self, excess: CentredSums, shift: float) -> Estimate:
+        """(Σw)² / (n Σw²), a fraction of n, from the sums of w − 1 about its mean, both times exp(−shift)."""
+        working = scales.log_squared_variation(math.exp(-shift) + float(excess.centre[0]))
+        return self.estimate(excess.of((0,), (0, 0)), working, scales.ess_of_log_squared_variation)
+
+    def variance(self, x: CentredSums, power: float, metric: Callable[[float], float]) -> Estimate | MetricValue:
+        """`metric` of log(v^power), v the sample variance (n − 1)."""
+        return self.estimate(x.of((0,), (0, 0)), *_variance(len(self), power, metric)) if len(self) > 1 else _FEW
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Rows that belong to prompts.
+class Sequences:
+    """Sequences that have tokens, all of them finite.
 
     Attributes:
-        prompt: `[n]` prompt of each row.
+        prompt: `[S]` prompt of each.
         n_prompts: P of the pair, prompts without rows included, so that prompts of two pairs can be matched.
+        seq_log_ratio: `[S]` D_i = Σ_t d_t, nats.
+        length: `[S]` T_i, tokens, as float64.
+        log_mult_error: log of the largest mean of exp|d| − 1 over a sequence.
     """
 
     prompt: Ints
     n_prompts: int
+    seq_log_ratio: Floats
+    length: Floats
+    log_mult_error: float
 
     def __len__(self) -> int:
         return len(self.prompt)
 
     def per_prompt(self, values: Floats) -> Floats:
+        """`[P]` sums of `values` `[S]`."""
         return group_sums(self.prompt, values, self.n_prompts)
-
-    @cached_property
-    def rows_per_prompt(self) -> Floats:
-        return np.bincount(self.prompt, minlength=self.n_prompts).astype(np.float64)
 
     def estimate(
         self,
@@ -56,18 +100,11 @@ class _Rows:
         weight: Floats | None = None,
         why: str = "",
     ) -> Estimate:
-        """An estimate over the (weighted) means of `columns`, K arrays `[n]`."""
-        counts = self.rows_per_prompt if weight is None else self.per_prompt(weight)
+        """An estimate over the (weighted) means of `columns`, K arrays `[S]`."""
+        weights = np.ones(len(self)) if weight is None else weight
+        counts = self.per_prompt(weights)
         sums = [self.per_prompt(column if weight is None else column * weight) for column in columns]
         return Estimate(np.stack(sums, axis=1), np.stack([counts] * len(sums), axis=1), working, metric, why)
-
-    def mean(self, values: Floats) -> Estimate:
-        """The mean of non-negative values `[n]`, with its interval on the log scale."""
-        return self.estimate([values], scales.log_mean, scales.exp)
-
-    def mean_where(self, values: Floats, where: NDArray[np.bool_]) -> Estimate:
-        """The same over the rows where `where` `[n]` holds."""
-        return self.estimate([values], scales.log_mean, scales.exp, weight=where.astype(np.float64))
 
     def mean_exp(
         self, x: Floats, metric: Callable[[float], float], *, weight: Floats | None = None, why: str = ""
@@ -78,113 +115,45 @@ class _Rows:
         return self.estimate(columns, scales.log_mean_exp(shift), metric, weight=weight, why=why)
 
     def ess(self, log_weight: Floats, *, weight: Floats | None = None, why: str = "") -> Estimate:
-        """(Σw)² / (n Σw²), w = exp(log_weight), the sums weighted by `weight`: a fraction of n."""
+        """(Σw)² / (S Σw²), w = exp(log_weight), the sums weighted by `weight`: a fraction of S."""
         shift = scales.shift_of(log_weight)
         excess = scales.shifted_expm1(log_weight, shift)
         y = scales.centred(excess)
         working = scales.log_squared_variation(math.exp(-shift) + float(excess.mean()))
-        metric = scales.ess_of_log_squared_variation
-        return self.estimate([y, y**2], working, metric, weight=weight, why=why)
+        return self.estimate([y, y**2], working, scales.ess_of_log_squared_variation, weight=weight, why=why)
 
     def variance(self, x: Floats, power: float, metric: Callable[[float], float]) -> Estimate | MetricValue:
-        """`metric` of log(v^power), v the sample variance (n − 1) of `x`."""
-        n = len(self)
-        if n < 2:
-            return MetricValue(None, why="needs at least 2 values")
+        """`metric` of log(v^power), v the sample variance (S − 1) of `x`."""
         y = scales.centred(x)
-        correction = math.log(n / (n - 1))
-        return self.estimate([y, y**2], lambda means: power * (scales.log_variance(means) + correction), metric)
+        return self.estimate([y, y**2], *_variance(len(self), power, metric)) if len(self) > 1 else _FEW
 
 
-@dataclass(frozen=True)
-class Tokens(_Rows):
-    """Tokens that are finite on both sides: `rollout_logprob` and `trainer_logprob` `[N]`, nats; `position` `[N]`."""
-
-    rollout_logprob: Floats
-    trainer_logprob: Floats
-    position: Ints
-
-    @cached_property
-    def log_ratio(self) -> Floats:
-        return self.trainer_logprob - self.rollout_logprob
-
-    @cached_property
-    def abs_log_ratio(self) -> Floats:
-        return np.abs(self.log_ratio)
-
-    @cached_property
-    def prob_diff(self) -> Floats:
-        """e^a − e^b, from the larger side and expm1, so that it keeps its digits when a is close to b."""
-        larger = np.maximum(self.trainer_logprob, self.rollout_logprob)
-        return np.asarray(-np.sign(self.log_ratio) * np.exp(larger) * np.expm1(-self.abs_log_ratio))
-
-    @cached_property
-    def abs_prob_diff(self) -> Floats:
-        return np.abs(self.prob_diff)
+def _variance(n: int, power: float, metric: Callable[[float], float]) -> tuple[Working, Callable[[float], float]]:
+    """Working scale, over the means of (y, y²), and metric of a sample variance."""
+    correction = math.log(n / (n - 1))
+    return lambda means: power * (scales.log_variance(means) + correction), metric
 
 
-@dataclass(frozen=True)
-class Sequences(_Rows):
-    """Sequences that have tokens, all of them finite.
-
-    Attributes:
-        seq_log_ratio: `[S]` D_i = Σ_t d_t, nats.
-        length: `[S]` T_i, tokens, as float64.
-        token_abs_log_ratio: `[N]` |d| of their tokens.
-        token_sequence: `[N]` row of each of these tokens in this object, 0 … S−1.
-    """
-
-    seq_log_ratio: Floats
-    length: Floats
-    token_abs_log_ratio: Floats
-    token_sequence: Ints
-
-
-def _finite(pair: PairArrays) -> NDArray[np.bool_]:
-    return np.asarray(np.isfinite(pair.rollout_logprob) & np.isfinite(pair.trainer_logprob))
-
-
-def _n_prompts(pair: PairArrays) -> int:
-    return max(len(pair.prompt_ids), int(pair.prompt.max(initial=-1)) + 1)
-
-
-def count_nonfinite(pair: PairArrays) -> int:
+def count_nonfinite(pair: Pair) -> int:
     """Tokens that are NaN or ±inf on either side."""
-    return int(len(pair.sequence) - np.count_nonzero(_finite(pair)))
+    sums = as_sums(pair)
+    return sums.n_tokens - sums.n_finite
 
 
-def count_sequences(pair: PairArrays) -> int:
-    """Sequences that have at least one token."""
-    return int(np.count_nonzero(np.bincount(pair.sequence, minlength=1)))
-
-
-def finite_tokens(pair: PairArrays) -> Tokens:
+def finite_tokens(pair: Pair) -> Tokens:
     """The tokens of `pair` that are finite on both sides."""
-    keep = _finite(pair)
-    return Tokens(
-        prompt=pair.prompt[pair.sequence[keep]],
-        n_prompts=_n_prompts(pair),
-        rollout_logprob=pair.rollout_logprob[keep].astype(np.float64),
-        trainer_logprob=pair.trainer_logprob[keep].astype(np.float64),
-        position=pair.position[keep],
-    )
+    return Tokens(as_sums(pair))
 
 
-def finite_sequences(pair: PairArrays) -> Sequences:
+def finite_sequences(pair: Pair) -> Sequences:
     """The non-empty sequences of `pair` without any non-finite token."""
-    n_sequences = len(pair.prompt)
-    finite = _finite(pair)
-    length = np.bincount(pair.sequence, minlength=n_sequences)
-    whole = (length > 0) & (np.bincount(pair.sequence[finite], minlength=n_sequences) == length)
-    keep = whole[pair.sequence]
-    row = np.cumsum(whole) - 1
-    token_sequence = row[pair.sequence[keep]]
-    log_ratio = pair.trainer_logprob[keep].astype(np.float64) - pair.rollout_logprob[keep].astype(np.float64)
+    sums = as_sums(pair)
+    every = sums.sequences
+    whole = every.n_finite == every.length
     return Sequences(
-        prompt=pair.prompt[whole],
-        n_prompts=_n_prompts(pair),
-        seq_log_ratio=group_sums(token_sequence, log_ratio, int(whole.sum())),
-        length=length[whole].astype(np.float64),
-        token_abs_log_ratio=np.abs(log_ratio),
-        token_sequence=token_sequence,
+        prompt=every.prompt[whole],
+        n_prompts=sums.n_prompts,
+        seq_log_ratio=every.log_ratio[whole],
+        length=every.length[whole].astype(np.float64),
+        log_mult_error=sums.log_mult_error,
     )

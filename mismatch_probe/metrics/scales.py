@@ -138,6 +138,12 @@ def shifted_k3(d: Floats, shift: float) -> Floats:
     return np.where(d <= _UNSHIFTED, small, np.exp(d - shift) - math.exp(-shift) * (1 + d))
 
 
+def js_k3(size: Floats) -> Floats:
+    """½k3(a − m) + ½k3(b − m), m = log(½e^a + ½e^b), from `size` = |a − b|: the two arguments are x and x − size."""
+    larger = -np.log1p(0.5 * np.expm1(-size))
+    return np.asarray(0.5 * k3(larger) + 0.5 * k3(larger - size))
+
+
 def centred(x: Floats) -> Floats:
     """x − mean(x), exactly zero where x only varies by rounding."""
     if np.ptp(x) <= 4 * np.finfo(np.float64).eps * float(np.abs(x).max()):

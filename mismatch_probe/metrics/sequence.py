@@ -132,10 +132,6 @@ def _log_ppl_diff(seqs: Sequences) -> Floats:
 
 
 def _seq_mult_prob_error_max(seqs: Sequences) -> MetricValue:
-    x = seqs.token_abs_log_ratio
-    shift = scales.shift_of(x)
-    sums = np.bincount(seqs.token_sequence, weights=scales.shifted_expm1(x, shift))
-    largest = float((sums / seqs.length).max())
     with np.errstate(over="ignore"):
-        value = 1.0 + (float(np.exp(shift + math.log(largest))) if shift else largest)
+        value = 1.0 + float(np.exp(seqs.log_mult_error))
     return MetricValue(value) if math.isfinite(value) else MetricValue(None, why="overflows float64")

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
-from mismatch_probe.errors import UsageError
+from mismatch_probe.metrics.accumulate import PairSums, as_sums
 from mismatch_probe.metrics.catalog import CATALOG
 from mismatch_probe.metrics.intervals import Estimate, evaluate, join_why
-from mismatch_probe.metrics.sample import count_nonfinite, count_sequences, finite_sequences, finite_tokens
+from mismatch_probe.metrics.sample import Pair, count_nonfinite, finite_sequences, finite_tokens
 from mismatch_probe.metrics.sequence import sequence_metrics
-from mismatch_probe.metrics.token import DEFAULT_CLIP, Clip, token_metrics
-from mismatch_probe.types import MetricValue, PairArrays
+from mismatch_probe.metrics.token import token_metrics
+from mismatch_probe.types import MetricValue
 
 Rows = TypeVar("Rows")
 Result = Estimate | MetricValue
@@ -21,53 +21,40 @@ NO_TOKENS = "there are no response tokens"
 OFF_POLICY = "the rollout policy did not sample these tokens"
 
 
-def compute_metrics(
-    pair: PairArrays, *, clip: Clip = DEFAULT_CLIP, seed: int = 0, replicates: int = 1000
-) -> dict[str, MetricValue]:
+def compute_metrics(pair: Pair, *, seed: int = 0, replicates: int = 1000) -> dict[str, MetricValue]:
     """Every metric of the catalog, in its order, each with its value or the reason why it has none.
 
     Non-finite tokens are left out of token metrics, sequences with any of them out of sequence metrics, and then every
     metric says over how many rows it was computed.
 
     Args:
-        pair: The paired log-probs.
-        clip: Bounds of `frac_outside_clip` on the importance ratio.
+        pair: The paired log-probs, or their sums where they came in chunks or another clip range is wanted.
         seed: Seed of the bootstrap; the same pair and seed give the same intervals.
         replicates: Bootstrap replicates.
-
-    Raises:
-        UsageError: `clip` is not a pair 0 < low < high.
     """
-    if not 0 < clip[0] < clip[1]:
-        raise UsageError(
-            f"The clip range {clip[0]}, {clip[1]} is not a range of ratios.", "Give two bounds with 0 < low < high."
-        )
-    n_tokens, n_sequences = len(pair.sequence), count_sequences(pair)
+    sums = as_sums(pair)
+    n_tokens, n_sequences = sums.n_tokens, len(sums.sequences.length)
     if n_tokens == 0:
         return dict.fromkeys(CATALOG, MetricValue(None, why=NO_TOKENS))
-    tokens, sequences = finite_tokens(pair), finite_sequences(pair)
+    tokens, sequences = finite_tokens(sums), finite_sequences(sums)
+    no_token = f"none of the {n_tokens} tokens is finite"
+    no_sequence = f"none of the {n_sequences} sequences is finite throughout"
     results = {
-        **_build(token_metrics(clip), tokens, len(tokens), pair, f"none of the {n_tokens} tokens is finite"),
-        **_build(
-            sequence_metrics(),
-            sequences,
-            len(sequences),
-            pair,
-            f"none of the {n_sequences} sequences is finite throughout",
-        ),
+        **_build(token_metrics(), tokens, len(tokens), sums, no_token),
+        **_build(sequence_metrics(), sequences, len(sequences), sums, no_sequence),
     }
     estimates = {key: result for key, result in results.items() if isinstance(result, Estimate)}
     values = evaluate(estimates, seed=seed, replicates=replicates)
     values |= {key: result for key, result in results.items() if isinstance(result, MetricValue)}
     notes = {"token": "", "sequence": ""}
-    if count_nonfinite(pair):
+    if count_nonfinite(sums):
         notes["token"] = f"computed over the {len(tokens)} of {n_tokens} tokens that are finite"
         notes["sequence"] = f"computed over the {len(sequences)} of {n_sequences} sequences that are finite"
     return {key: _annotate(values[key], notes[info.level]) for key, info in CATALOG.items()}
 
 
 def _build(
-    metrics: Mapping[str, Callable[[Rows], Result]], rows: Rows, n_rows: int, pair: PairArrays, why_none: str
+    metrics: Mapping[str, Callable[[Rows], Result]], rows: Rows, n_rows: int, pair: PairSums, why_none: str
 ) -> dict[str, Result]:
     results: dict[str, Result] = {}
     for key, metric in metrics.items():
@@ -79,7 +66,7 @@ def _build(
     return results
 
 
-def off_policy_why(pair: PairArrays, key: str) -> str:
+def off_policy_why(pair: PairSums, key: str) -> str:
     """Why metric `key` does not apply to `pair`; empty where it does."""
     if pair.on_policy or not CATALOG[key].needs_on_policy:
         return ""

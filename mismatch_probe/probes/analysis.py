@@ -7,23 +7,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from mismatch_probe.config import CompareConfig, Limit
 from mismatch_probe.errors import TableError
 from mismatch_probe.files import write_json, write_text
 from mismatch_probe.metrics import curves
-from mismatch_probe.metrics.frame import null_of, pair_arrays
+from mismatch_probe.metrics.accumulate import PairSums, accumulate
+from mismatch_probe.metrics.frame import null_of, pair_chunks, pass_sequences
 from mismatch_probe.metrics.sample import count_nonfinite
 from mismatch_probe.metrics.summary import compute_metrics
 from mismatch_probe.probes.findings import findings
 from mismatch_probe.probes.planning import TrainerPass, null_pass_id, rollout_pass_id, trainer_passes
 from mismatch_probe.report.data import Curves, ReportData, WorstToken
 from mismatch_probe.tables import SCHEMA_VERSION, RunDirectory
-from mismatch_probe.types import MetricValue, PairArrays
+from mismatch_probe.types import MetricValue
 
-_WORST_PER_PAIR = 5
 _CONTEXT_TOKENS = 16
 
 
@@ -41,7 +40,7 @@ def analyse(run: RunDirectory, limits: Sequence[Limit] = ()) -> ReportData:
     nulls = {name: null for name in run.finished_passes() if (null := _null_row(run, name)) is not None}
     pairs: list[dict[str, Any]] = []
     missing: list[dict[str, Any]] = []
-    diagonal: dict[str, PairArrays] = {}
+    diagonal: dict[str, PairSums] = {}
     metrics_of: dict[str, dict[str, MetricValue]] = {}
     for dtype in config.rollout_dtypes:
         for trainer in trainer_passes(config):
@@ -50,7 +49,7 @@ def analyse(run: RunDirectory, limits: Sequence[Limit] = ()) -> ReportData:
             if why:
                 missing.append({**cell, "why": why})
                 continue
-            pair = pair_arrays(run, cell["rollout_pass"], cell["trainer_pass"])
+            pair = accumulate(pair_chunks(run, cell["rollout_pass"], cell["trainer_pass"]))
             metrics = compute_metrics(pair, seed=config.seed)
             if trainer.dtype == dtype and dtype not in diagonal:
                 # Of several trainer modes the first one stands for the dtype.
@@ -96,12 +95,12 @@ def _why_missing(run: RunDirectory, rollout_pass: str, trainer_pass: str) -> str
 
 
 def _pair_row(
-    cell: dict[str, Any], pair: PairArrays, metrics: dict[str, MetricValue], nulls: dict[str, dict[str, Any]]
+    cell: dict[str, Any], pair: PairSums, metrics: dict[str, MetricValue], nulls: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
     return {
         **cell,
         "on_policy": pair.on_policy,
-        "n_tokens": len(pair.rollout_logprob),
+        "n_tokens": pair.n_tokens,
         "n_sequences": len(pair.prompt),
         "n_prompts": len(pair.prompt_ids),
         "n_nonfinite": count_nonfinite(pair),
@@ -135,7 +134,7 @@ def judge(limit: Limit, pairs: Sequence[dict[str, Any]], missing: Sequence[dict[
     return rows
 
 
-def _curves(diagonal: dict[str, PairArrays]) -> Curves:
+def _curves(diagonal: dict[str, PairSums]) -> Curves:
     return Curves(
         density={dtype: curves.policy_density(pair) for dtype, pair in diagonal.items()},
         length={dtype: curves.length_curve(pair) for dtype, pair in diagonal.items()},
@@ -145,34 +144,31 @@ def _curves(diagonal: dict[str, PairArrays]) -> Curves:
     )
 
 
-def _worst_tokens(run: RunDirectory, dtype: str, pair: PairArrays) -> list[WorstToken]:
+def _worst_tokens(run: RunDirectory, dtype: str, pair: PairSums) -> list[WorstToken]:
     """The tokens of a pair that differ most, each with the text before it."""
-    tokens = run.tokens(rollout_pass_id(dtype))
-    ids = tokens["sequence_id"].to_numpy()
-    prompts = run.sequences(rollout_pass_id(dtype))
-    prompt_of = dict(zip(prompts["sequence_id"].to_pylist(), prompts["prompt_id"].to_pylist(), strict=True))
-    log_ratio = pair.trainer_logprob - pair.rollout_logprob
-    size = np.where(np.isfinite(log_ratio), np.abs(log_ratio), -1.0)
-    rows = [int(row) for row in np.argsort(-size, kind="stable")[:_WORST_PER_PAIR] if size[row] >= 0]
-
-    def text(start: int, stop: int) -> str:
-        return "".join(piece or "" for piece in tokens["token_text"].slice(start, stop - start).to_pylist())
-
-    return [
-        WorstToken(
-            pair=dtype,
-            sequence_id=int(ids[row]),
-            prompt_id=prompt_of[int(ids[row])],
-            position=int(pair.position[row]),
-            token_id=tokens["token_id"][row].as_py(),
-            token_text=text(row, row + 1),
-            context=text(row - min(int(pair.position[row]), _CONTEXT_TOKENS), row),
-            rollout_logprob=float(pair.rollout_logprob[row]),
-            trainer_logprob=float(pair.trainer_logprob[row]),
-            log_ratio=float(log_ratio[row]),
+    pass_id = rollout_pass_id(dtype)
+    sequences = pass_sequences(run, pass_id)
+    tokens = []
+    for row, sequence, position, rollout, trainer in zip(*vars(pair.largest).values(), strict=True):
+        first = int(row) - min(int(position), _CONTEXT_TOKENS)
+        batches = run.iter_tokens(pass_id, ["token_id", "token_text"], rows=range(first, int(row) + 1))
+        rows = [piece for batch in batches for piece in batch.to_pylist()]
+        *before, text = [piece["token_text"] or "" for piece in rows]
+        tokens.append(
+            WorstToken(
+                pair=dtype,
+                sequence_id=int(sequences.ids[sequence]),
+                prompt_id=sequences.prompt_ids[sequences.prompt[sequence]],
+                position=int(position),
+                token_id=rows[-1]["token_id"],
+                token_text=text,
+                context="".join(before),
+                rollout_logprob=float(rollout),
+                trainer_logprob=float(trainer),
+                log_ratio=float(trainer - rollout),
+            )
         )
-        for row in rows
-    ]
+    return tokens
 
 
 def summary_frame(summary: dict[str, Any]) -> pd.DataFrame:

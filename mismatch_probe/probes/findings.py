@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mismatch_probe.metrics.accumulate import PairSums
 from mismatch_probe.metrics.paired import paired_ratio
-from mismatch_probe.types import MetricValue, PairArrays
+from mismatch_probe.types import MetricValue
 
 METRIC = "mean_abs_logprob_diff"
 # Rounding alone leaves 1e-7 to 1e-5 nats in FP32 (METRICS.md and FACTS.md of this project's measurements); an FP32 pair
@@ -15,7 +16,7 @@ FP32_FLOOR = 1e-4
 
 
 def findings(
-    diagonal: Mapping[str, PairArrays], metrics: Mapping[str, Mapping[str, MetricValue]], seed: int
+    diagonal: Mapping[str, PairSums], metrics: Mapping[str, Mapping[str, MetricValue]], seed: int
 ) -> list[dict[str, Any]]:
     """What the diagonal pairs (same dtype on both sides) and their metrics say, as rows of `summary.json`."""
     rows = []
@@ -28,7 +29,7 @@ def findings(
     return rows
 
 
-def _ratio_text(ratio: MetricValue, pair: PairArrays) -> str:
+def _ratio_text(ratio: MetricValue, pair: PairSums) -> str:
     if ratio.value is None:
         return f"BF16 and FP16 cannot be compared: {ratio.why}."
     if ratio.ci_low is None or ratio.ci_high is None:

@@ -19,11 +19,11 @@ from mismatch_probe.metrics.summary import compute_metrics
 
 def test_policy_density_counts_both_axes(make_pair: Any) -> None:
     rollout, trainer = np.array([0.05, 0.55, 1.0, 0.55]), np.array([0.95, 0.55, 1.0, 0.12])
-    density = policy_density(make_pair(np.log(rollout), np.log(trainer) - np.log(rollout)), bins=10)
-    want = np.zeros((10, 10))
-    want[0, 9] = want[5, 5] = want[9, 9] = want[5, 1] = 1
+    density = policy_density(make_pair(np.log(rollout), np.log(trainer) - np.log(rollout)))
+    want = np.zeros((50, 50))
+    want[2, 47] = want[27, 27] = want[49, 49] = want[27, 6] = 1
     assert density.counts.tolist() == want.tolist()
-    assert density.edges == pytest.approx(np.linspace(0, 1, 11))
+    assert density.edges == pytest.approx(np.linspace(0, 1, 51))
     assert density.n == 4
 
 

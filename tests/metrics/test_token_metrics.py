@@ -11,6 +11,7 @@ import pytest
 from scipy import special
 
 from mismatch_probe.errors import UsageError
+from mismatch_probe.metrics.accumulate import accumulate
 from mismatch_probe.metrics.catalog import CATALOG
 from mismatch_probe.metrics.intervals import poisson_interval
 from mismatch_probe.metrics.scales import k3
@@ -18,7 +19,8 @@ from mismatch_probe.metrics.summary import compute_metrics
 
 
 def values(pair: Any, **options: Any) -> dict[str, float | None]:
-    return {key: metric.value for key, metric in compute_metrics(pair, replicates=20, **options).items()}
+    sums = accumulate([pair], **options)
+    return {key: metric.value for key, metric in compute_metrics(sums, replicates=20).items()}
 
 
 def test_two_point_distribution(make_pair: Any) -> None:
@@ -136,7 +138,7 @@ def test_clip_range_is_an_option_and_is_checked(make_pair: Any) -> None:
     assert values(pair)["frac_outside_clip"] == 0.25
     assert values(pair, clip=(0.9, 1.2))["frac_outside_clip"] == 0.75
     with pytest.raises(UsageError, match="0 < low < high"):
-        compute_metrics(pair, clip=(0.0, 1.2))
+        accumulate([pair], clip=(0.0, 1.2))
 
 
 def test_confident_disagreements_carry_their_poisson_interval(make_pair: Any) -> None:

@@ -1,0 +1,138 @@
+"""The finite tokens of a few whole sequences, and their sums by prompt.
+
+Shape legend: `n` finite tokens, `s` sequences that have any, `P` prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mismatch_probe.metrics.intervals import Floats
+from mismatch_probe.types import PairArrays
+
+Ints = NDArray[np.int64]
+
+
+def group_sums(group: Ints, values: NDArray[Any], n_groups: int) -> Floats:
+    """`[n_groups]` float64 sums of `values` `[n]` by `group` `[n]`."""
+    return np.bincount(group, weights=values, minlength=n_groups).astype(np.float64, copy=False)
+
+
+@dataclass(frozen=True)
+class SequenceRows:
+    """The sequences of a chunk that have tokens.
+
+    Attributes:
+        sequence: `[s]` index in the pair, increasing.
+        start: `[s]` the sequence's first row in the chunk.
+        length: `[s]` tokens, non-finite ones included.
+        n_finite: `[s]` tokens that are finite on both sides.
+    """
+
+    sequence: Ints
+    start: Ints
+    length: Ints
+    n_finite: Ints
+
+
+def sequence_rows(pair: PairArrays, finite: NDArray[np.bool_]) -> SequenceRows:
+    """The sequences of `pair`, of whose tokens `[N]` those are counted as finite that `finite` `[N]` says."""
+    start = np.flatnonzero(np.diff(pair.sequence, prepend=-1))
+    length = np.diff(start, append=len(pair.sequence))
+    whole = len(start) == 0 or bool(finite.all())
+    n_finite = length if whole else np.add.reduceat(finite, start, dtype=np.int64)
+    return SequenceRows(pair.sequence[start], start, length, n_finite)
+
+
+def finite_rows(pair: PairArrays) -> NDArray[np.bool_]:
+    """`[N]` whether a token is finite on both sides."""
+    return np.asarray(np.isfinite(pair.rollout_logprob) & np.isfinite(pair.trainer_logprob))
+
+
+@dataclass(frozen=True)
+class TokenChunk:
+    """Tokens that are finite on both sides, those of a sequence next to each other.
+
+    Attributes:
+        rollout_logprob: `[n]` b, nats.
+        trainer_logprob: `[n]` a, nats.
+        position: `[n]`
+        columns: Further properties, `[n]` each.
+        start: `[s]` first token of each sequence.
+        prompt: `[s]` prompt of each sequence.
+        n_prompts: P of the pair.
+    """
+
+    rollout_logprob: Floats
+    trainer_logprob: Floats
+    position: Ints
+    columns: Mapping[str, NDArray[Any]]
+    start: Ints
+    prompt: Ints
+    n_prompts: int
+
+    @classmethod
+    def of(cls, pair: PairArrays, rows: SequenceRows, finite: NDArray[np.bool_], n_prompts: int) -> TokenChunk:
+        keep = slice(None) if finite.all() else finite
+        some = rows.n_finite > 0
+        counts = rows.n_finite[some]
+        return cls(
+            rollout_logprob=np.asarray(pair.rollout_logprob[keep], dtype=np.float64),
+            trainer_logprob=np.asarray(pair.trainer_logprob[keep], dtype=np.float64),
+            position=pair.position[keep],
+            columns={name: values[keep] for name, values in pair.columns.items()},
+            start=np.cumsum(counts) - counts,
+            prompt=pair.prompt[rows.sequence[some]],
+            n_prompts=n_prompts,
+        )
+
+    def __len__(self) -> int:
+        return len(self.rollout_logprob)
+
+    def per_sequence(self, values: NDArray[Any]) -> Floats:
+        """`[s]` sums of `values` `[n]`."""
+        return np.add.reduceat(values, self.start, dtype=np.float64)
+
+    def per_prompt(self, values: NDArray[Any]) -> Floats:
+        """`[P]` sums of `values` `[n]`."""
+        return group_sums(self.prompt, self.per_sequence(values), self.n_prompts)
+
+    @cached_property
+    def counts(self) -> Floats:
+        """`[P]` tokens of each prompt."""
+        lengths = np.diff(self.start, append=len(self))
+        return group_sums(self.prompt, lengths, self.n_prompts)
+
+    @cached_property
+    def token_prompt(self) -> Ints:
+        """`[n]` prompt of each token."""
+        return np.repeat(self.prompt, np.diff(self.start, append=len(self)))
+
+    @cached_property
+    def log_ratio(self) -> Floats:
+        """`[n]` d = a − b."""
+        return self.trainer_logprob - self.rollout_logprob
+
+    @cached_property
+    def abs_log_ratio(self) -> Floats:
+        return np.abs(self.log_ratio)
+
+    @cached_property
+    def rollout_prob(self) -> Floats:
+        return np.exp(self.rollout_logprob)
+
+    @cached_property
+    def trainer_prob(self) -> Floats:
+        return np.exp(self.trainer_logprob)
+
+    @cached_property
+    def prob_diff(self) -> Floats:
+        """`[n]` e^a − e^b, from the larger side and expm1, so that it keeps its digits when a is close to b."""
+        larger = np.maximum(self.trainer_prob, self.rollout_prob)
+        return np.asarray(-np.sign(self.log_ratio) * larger * np.expm1(-self.abs_log_ratio))
