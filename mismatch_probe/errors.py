@@ -61,6 +61,10 @@ class TableError(ProbeError):
     """A file of a run directory is missing, corrupt, or of an unknown schema version."""
 
 
+class IngestError(ProbeError, ValueError):
+    """A recorded run cannot be read, or one of its rows is not what its format promises."""
+
+
 class DiskFull(ProbeError):
     """Writing failed for want of space; finished passes stay on disk."""
 

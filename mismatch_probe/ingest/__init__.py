@@ -1,0 +1,1 @@
+"""Runs recorded elsewhere, read into one columnar form; nothing is measured here and nothing is re-tokenised."""

@@ -1,0 +1,184 @@
+"""Chunks of rows, put together into a `RecordedRun`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mismatch_probe.ingest.base import Ragged, RecordedRun, Source
+from mismatch_probe.ingest.chunks import (
+    IDS,
+    LOGPROBS,
+    PER_TOKEN,
+    SCALARS,
+    UNIFORM,
+    Chunk,
+    check_label,
+    check_step,
+    check_values,
+)
+from mismatch_probe.ingest.refusal import Place, quoted, quoted_list
+
+# A log-softmax in low precision may round a certain token's log-prob to just above zero.
+_ROUNDING = 1e-6
+_DIGEST_LENGTH = 16
+_MOST_IGNORED = 100
+
+
+class Collector:
+    """Takes chunk after chunk and keeps columns only.
+
+    Args:
+        place: The file, for refusals.
+    """
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        self._n_rows = 0
+        self._present: dict[str, bool] = {}
+        self._first_row = 0
+        self._rows: list[NDArray[np.int64]] = []
+        self._values: dict[str, list[NDArray[Any]]] = {}
+        self._lengths: dict[str, list[NDArray[np.int64]]] = {key: [] for key in IDS}
+        self._scalars: dict[str, list[Any]] = {key: [] for key in SCALARS}
+        self._labels: dict[str, str] = {}
+
+    def add(self, chunk: Chunk) -> None:
+        """Checks a chunk and keeps those of its rows that have a response.
+
+        Raises:
+            IngestError: A row breaks a rule of the format.
+        """
+        self._n_rows += len(chunk.rows)
+        check_values(self._place, chunk)
+        chunk = chunk.keep(chunk.lists["response_token_ids"].lengths > 0)
+        if len(chunk.rows):
+            self._check_presence(chunk)
+            self._keep(chunk)
+
+    def _check_presence(self, chunk: Chunk) -> None:
+        """With holes in a column, two metrics of one file would be about different tokens."""
+        present = {key: chunk.present(key) for key in UNIFORM}
+        if not self._present:
+            self._first_row = int(chunk.rows[0])
+            self._present = {key: bool(there[0]) for key, there in present.items()}
+        first = f"{self._place.row_word.lower()} {self._first_row}"
+        for key, there in present.items():
+            odd = np.flatnonzero(there != self._present[key])
+            if len(odd):
+                what = f"lacks {key}, which {first} has" if self._present[key] else f"has {key}, which {first} lacks"
+                self._place.refuse(int(chunk.rows[odd[0]]), what, f"Write {key} in every row or in none.")
+        if not any(self._present[key] for key in LOGPROBS):
+            self._place.refuse(
+                self._first_row,
+                f"has neither {' nor '.join(LOGPROBS)}; its keys are {quoted_list(chunk.names)}",
+                "Record the log-probs of one side at least, one per response token.",
+            )
+
+    def _keep(self, chunk: Chunk) -> None:
+        self._rows.append(chunk.rows)
+        for key in IDS:
+            self._lengths[key].append(chunk.lists[key].lengths)
+            self._values.setdefault(key, []).append(chunk.lists[key].values.astype(np.int32, copy=False))
+        for key in PER_TOKEN:
+            if self._present[key]:
+                values = chunk.lists[key].values
+                values = values.astype(bool, copy=False) if key == "loss_mask" else values
+                self._values.setdefault(key, []).append(values)
+        for key in SCALARS:
+            for row, value in zip(chunk.rows, chunk.scalars.get(key, [None] * len(chunk.rows)), strict=True):
+                if key == "step":
+                    self._scalars[key].append(check_step(self._place, int(row), value))
+                else:  # one object per distinct label: a column of them is mostly repeats
+                    label = check_label(self._place, int(row), key, value) or ""
+                    self._scalars[key].append(self._labels.setdefault(label, label))
+
+    def finish(self, file_format: str, sha256: str, ignored: Iterable[str]) -> RecordedRun:
+        """Puts the run together; call it once.
+
+        Args:
+            file_format: `"jsonl"` or `"parquet"`.
+            sha256: Digest of the file.
+            ignored: Names of the columns that were not read.
+
+        Raises:
+            IngestError: There is no row, no response token, or none that counts.
+        """
+        if not self._n_rows:
+            self._place.refuse_file("holds no row", "Write one row per sequence into it.")
+        if not self._rows:
+            self._place.refuse_file("holds no response token", "Record response_token_ids as they were sampled.")
+        prompts, responses = (Ragged(self._joined(key), self._offsets(key)) for key in IDS)
+        columns = {key: Ragged(self._joined(key), responses.offsets) for key in PER_TOKEN if self._present[key]}
+        mask = columns.get("loss_mask")
+        if mask is not None and not mask.values.any():
+            self._place.refuse_file("has a loss_mask that is 0 everywhere", "Set it to 1 for the tokens to compare.")
+        names = self._scalars["prompt_id"] if self._present["prompt_id"] else [_digest(prompt) for prompt in prompts]
+        return RecordedRun(
+            prompt_token_ids=prompts,
+            response_token_ids=responses,
+            rollout_logprobs=columns.get("rollout_logprobs"),
+            trainer_logprobs=columns.get("trainer_logprobs"),
+            loss_mask=mask,
+            step=np.array(self._scalars["step"], np.int64) if self._present["step"] else None,
+            prompt_ids=tuple(names),
+            sample_ids=_running_numbers(names),
+            finish_reasons=tuple(self._scalars["finish_reason"]),
+            rows=np.concatenate(self._rows),
+            source=Source(
+                path=self._place.name,
+                format=file_format,
+                sha256=sha256,
+                n_rows=self._n_rows,
+                n_empty_responses=self._n_rows - len(responses),
+                n_sequences=len(responses),
+                n_tokens=len(responses.values),
+                n_masked_tokens=0 if mask is None else int(np.sum(~mask.values)),
+                n_masked_sequences=0 if mask is None else len(mask) - _true_lists(mask),
+                n_empty_prompts=int(np.sum(prompts.lengths == 0)),
+                n_positive={side: _n_positive(columns[key], mask) for key, side in LOGPROBS.items() if key in columns},
+                ignored_columns=_listed(ignored),
+            ),
+        )
+
+    def _offsets(self, key: str) -> NDArray[np.int64]:
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(self._lengths[key]), dtype=np.int64)])
+
+    def _joined(self, key: str) -> NDArray[Any]:
+        """A column in one piece; its chunks are let go, so that no more than one column is held twice."""
+        return np.concatenate(self._values.pop(key))
+
+
+def _digest(token_ids: NDArray[np.int32]) -> str:
+    """A name for a prompt that depends on its ids alone, not on the file nor the machine."""
+    return hashlib.sha256(token_ids.astype("<i4").tobytes()).hexdigest()[:_DIGEST_LENGTH]
+
+
+def _running_numbers(names: Sequence[str]) -> NDArray[np.int32]:
+    seen: Counter[str] = Counter()
+    numbers = np.empty(len(names), np.int32)
+    for index, name in enumerate(names):
+        numbers[index] = seen[name]
+        seen[name] += 1
+    return numbers
+
+
+def _true_lists(mask: Ragged[np.bool_]) -> int:
+    """How many lists, none of them empty, hold a True."""
+    return int(np.sum(np.logical_or.reduceat(mask.values, mask.offsets[:-1])))
+
+
+def _n_positive(logprobs: Ragged[Any], mask: Ragged[np.bool_] | None) -> int:
+    positive = (logprobs.values > _ROUNDING) & np.isfinite(logprobs.values)
+    return int(np.sum(positive if mask is None else positive & mask.values))
+
+
+def _listed(names: Iterable[str]) -> tuple[str, ...]:
+    ordered = sorted(names)
+    more = len(ordered) - _MOST_IGNORED
+    return (*(quoted(name)[1:-1] for name in ordered[:_MOST_IGNORED]), *([f"and {more} more"] if more > 0 else []))

@@ -1,0 +1,65 @@
+"""The generic format, which any program can write: a row per sequence, as JSON Lines or Parquet.
+
+    prompt_token_ids    list of int      the ids that the model saw
+    response_token_ids  list of int      the ids that were sampled, end-of-sequence included
+    rollout_logprobs    list of float    b_t, one per response token, of the law that sampled them
+    trainer_logprobs    list of float    a_t likewise; at least one of the two sides
+    loss_mask           list of 0 and 1  optional: the response tokens that count
+    step                int              optional: the training step
+    prompt_id           text             optional: what makes one cluster of an interval; else equal prompts do
+    finish_reason       text             optional
+
+Other columns are ignored, and named in the run's facts.
+"""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+from mismatch_probe.errors import IngestError
+from mismatch_probe.ingest import jsonl, parquet
+from mismatch_probe.ingest.base import RecordedRun
+
+_READERS = {".jsonl": jsonl.read, ".parquet": parquet.read}
+_PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".npz", ".npy", ".bin")
+_FIX = "Write a row per sequence into a .jsonl or .parquet file."
+
+
+def read_generic(path: str | Path) -> RecordedRun:
+    """Reads a recorded run; the format follows the suffix, and no file is opened to find out what it is.
+
+    Memory is that of the columns (4 bytes per id, 8 or, from float32 Parquet, 4 per log-prob, 1 per mask), with one of
+    them twice for a moment. Log-probs keep their precision and are never replaced: null, NaN and infinities stay.
+
+    Args:
+        path: A `.jsonl` or `.parquet` file.
+
+    Raises:
+        IngestError: The file cannot be read, is of another kind, or one of its rows breaks the format.
+    """
+    name = str(path)
+    file = Path(path).expanduser()
+    suffix = file.suffix.lower()
+    if suffix in _PICKLES:
+        raise IngestError(f"The file {name} may hold a pickle, which can run code when it is opened.", _FIX)
+    if suffix not in _READERS:
+        raise IngestError(
+            f"The file {name} has the suffix {suffix!r}, which is not one of {' and '.join(_READERS)}.", _FIX
+        )
+    try:
+        # Asked before it is opened: opening a pipe would wait for its writer.
+        is_regular = stat.S_ISREG(file.stat().st_mode)
+    except FileNotFoundError:
+        raise IngestError(f"The file {name} does not exist.", "Check its path.") from None
+    except (OSError, ValueError):  # ValueError: a NUL in its name
+        is_regular = False
+    if not is_regular:
+        raise IngestError(f"{name} is no regular file, or lies where you may not look.", "Name a file of yours.")
+    try:
+        with file.open("rb") as handle:
+            return _READERS[suffix](handle, name)
+    except OSError as error:
+        raise IngestError(
+            f"The file {name} cannot be read: {error.strerror or error}.", "Name a file that you may read."
+        ) from None

@@ -1,0 +1,99 @@
+"""How a reader says no: which row of which file, what is wrong with it, and what to write instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from mismatch_probe.errors import IngestError
+
+_LONGEST_NAME = 60
+_MOST_NAMES = 20
+TEXT_KEYS = frozenset(
+    {"prompt", "prompts", "response", "responses", "completion", "completions", "input", "output"}
+) | {
+    "messages",
+    "text",
+}
+_KINDS = {
+    str: "text",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    type(None): "null",
+    dict: "an object",
+    list: "a list",
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """The file being read, and what its rows are called.
+
+    Attributes:
+        name: The path as the user gave it.
+        row_word: `"Line"` or `"Row"`.
+    """
+
+    name: str
+    row_word: str
+
+    def refuse(self, row: int, what: str, fix: str) -> NoReturn:
+        """Ends the reading at a row, counted from 1."""
+        raise IngestError(f"{self.row_word} {row} of {self.name} {what}.", fix)
+
+    def refuse_file(self, what: str, fix: str) -> NoReturn:
+        """Ends the reading where no single row is at fault."""
+        raise IngestError(f"The file {self.name} {what}.", fix)
+
+
+def quoted(text: str) -> str:
+    """Text from a foreign file, safe to print: escaped, on one line, and not longer than a name should be."""
+    return repr(text if len(text) <= _LONGEST_NAME else text[:_LONGEST_NAME] + "…")
+
+
+def quoted_list(names: Iterable[str]) -> str:
+    """At most 20 names, then how many more there are."""
+    ordered = sorted(names)
+    more = len(ordered) - _MOST_NAMES
+    listed = ", ".join(quoted(name) for name in ordered[:_MOST_NAMES])
+    return (listed or "none") + (f" and {more} more" if more > 0 else "")
+
+
+def kind(value: Any) -> str:
+    """What a value is, in words that do not repeat its content."""
+    return _KINDS.get(type(value), type(value).__name__)
+
+
+def missing_key(key: str, found: Iterable[str], text: bool) -> tuple[str, str]:
+    """What and fix for a row or file without token ids; `text` when it holds text in their place."""
+    if text:
+        return (
+            f"holds text but no {key}",
+            "Token-level statements need the ids that were sampled, and encoding text again can give other ids: "
+            "record prompt_token_ids and response_token_ids.",
+        )
+    return f"has no {key}; its keys are {quoted_list(found)}", f"Write {key} as a list of token ids."
+
+
+def wrong_length(key: str, length: int, prompt: int, response: int) -> tuple[str, str]:
+    """What and fix for a list that does not run along the response, with a guess at the usual off-by-some."""
+    what = f"has {length} {key} for {response} response_token_ids"
+    if prompt and length == prompt + response:
+        fix = f"They seem to cover prompt and response: leave out the {prompt} that belong to the prompt."
+    elif prompt and length == prompt + response - 1:
+        fix = (
+            "They seem to cover prompt and response without the first token, which nothing predicts: "
+            f"keep the last {response}."
+        )
+    elif length == response - 1:
+        fix = (
+            "They are one short: the first response token, which the prompt predicts, and the last one, such as "
+            "end-of-sequence, have a value each."
+        )
+    elif key == "loss_mask":
+        fix = "Write one 0 or 1 per response token."
+    else:
+        fix = "Write one log-prob per response token, and null where there is none."
+    return what, fix
