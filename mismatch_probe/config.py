@@ -7,10 +7,10 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from mismatch_probe.errors import UsageError
-from mismatch_probe.types import DTYPES, Dtype, TrainerLayout, TrainerMode
+from mismatch_probe.types import DTYPES, Dtype, ReferenceDtype, SequenceSource, TrainerLayout, TrainerMode
 
 _RUNS_CODE = "it would run code of the caller's choosing in the engine"
 _SECRET = "it can carry a secret into a manifest that is meant to be shared"
@@ -73,8 +73,15 @@ OWNED_ENGINE_ARGS = {
     "logprobs_mode": "--temperature",
 }
 SHORT_DTYPES: dict[str, Dtype] = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
+# Stands where a dtype would for log-probs that a file brings.
+RECORDED = "recorded"
 _LISTS = {"rollout_dtypes": DTYPES, "trainer_dtypes": DTYPES, "trainer_modes": get_args(TrainerMode)}
-_CHOICES = {"trainer_layout": get_args(TrainerLayout), "device": ("auto", "cpu", "cuda")}
+_CHOICES = {
+    "trainer_layout": get_args(TrainerLayout),
+    "device": ("auto", "cpu", "cuda"),
+    "sequences": get_args(SequenceSource),
+    "reference": get_args(ReferenceDtype),
+}
 
 
 @dataclass(frozen=True)
@@ -108,8 +115,9 @@ class Limit:
                 f"--fail-on names the unknown metric {metric!r}.", f"Known are: {', '.join(known_metrics)}."
             )
         for dtype in (rollout, trainer):
-            if dtype is not None and dtype not in DTYPES:
-                raise UsageError(f"--fail-on names the unknown dtype {dtype!r}.", f"Known are: {', '.join(DTYPES)}.")
+            if dtype is not None and dtype not in (*DTYPES, RECORDED):
+                known = ", ".join((*DTYPES, RECORDED))
+                raise UsageError(f"--fail-on names the unknown dtype {dtype!r}.", f"Known are: {known}.")
         try:
             bound = float(number)
         except ValueError:
@@ -137,6 +145,14 @@ class CompareConfig:
         chat: Renders plain prompts as one user message through the model's chat template.
         num_prompts, samples_per_prompt, max_tokens: How much is sampled.
         temperature: Sampling temperature, applied on both sides.
+        source: A file of recorded sequences (`--from`), see `ingest.generic`; they are compared instead of samples.
+        rescore: Scores the recorded sequences with the trainer engines although the file brings trainer log-probs.
+        replay: Decodes the recorded sequences again in every rollout dtype.
+        sequences: `own` lets every rollout dtype sample for itself; `shared` lets the first one sample and every other
+            one decode the same ids again.
+        exact_kl: Positions per rollout pass at which the two full rows of logits are compared; `"all"` for every one.
+        reference: What passes have their errors against in the error budget: the trainer's float32, or a float64
+            forward pass of its own.
         seed: Seeds every request.
         rollout_dtypes, trainer_dtypes: Rows and columns of the matrix.
         trainer_modes: `cast`, `autocast`, or both; FP32 has only `cast`.
@@ -160,6 +176,12 @@ class CompareConfig:
     max_tokens: int | None = None
     temperature: float = 1.0
     seed: int = 0
+    source: str | None = None
+    rescore: bool = False
+    replay: bool = False
+    sequences: SequenceSource = "own"
+    exact_kl: int | Literal["all"] = 0
+    reference: ReferenceDtype = "float32"
     rollout_dtypes: tuple[Dtype, ...] = DTYPES
     trainer_dtypes: tuple[Dtype, ...] = DTYPES
     trainer_modes: tuple[TrainerMode, ...] = ("cast",)
@@ -188,12 +210,27 @@ class CompareConfig:
             )
         if not 0 <= self.seed < 1 << 32:
             raise UsageError(f"--seed must be between 0 and 2³² − 1, not {self.seed}.", "Choose another one.")
+        if self.exact_kl != "all" and not (isinstance(self.exact_kl, int) and self.exact_kl >= 0):
+            raise UsageError(f"--exact-kl must be a number of positions or all, not {self.exact_kl!r}.", "0 is none.")
+        self._check_source()
         self._check_choices()
         if self.trainer_modes == ("autocast",) and self.trainer_dtypes == ("float32",):
             raise UsageError(
                 "Autocast to float32 is no mode.", "Add a 16-bit --trainer-dtypes, or use --trainer-mode cast."
             )
         self._check_engine_args()
+
+    def _check_source(self) -> None:
+        for name in ("rescore", "replay"):
+            if self.source is None and getattr(self, name):
+                raise UsageError(f"{flag(name)} goes with recorded sequences.", "Name their file with --from.")
+        if self.source is None:
+            return
+        for name, default in (("prompts", None), ("chat", False), ("num_prompts", None), ("samples_per_prompt", None)):
+            if getattr(self, name) != default:
+                raise UsageError(f"{flag(name)} has no meaning with --from.", "The file brings prompts and responses.")
+        if self.sequences != "own":
+            raise UsageError("--sequences has no meaning with --from.", "Use --replay to decode the file's ids again.")
 
     def _check_choices(self) -> None:
         for name in _LISTS:
@@ -257,5 +294,10 @@ def _with_fields(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def flag(name: str) -> str:
     """The command-line option of a field."""
-    short = {"trainer_modes": "trainer-mode", "memory_budget_gib": "memory-budget", "engine_args": "engine-arg"}
+    short = {
+        "source": "from",
+        "trainer_modes": "trainer-mode",
+        "memory_budget_gib": "memory-budget",
+        "engine_args": "engine-arg",
+    }
     return "--" + short.get(name, name.replace("_", "-"))

@@ -39,6 +39,14 @@ def require_columns(path: Path, names: Sequence[str], wanted: Sequence[str]) -> 
         raise TableError(f"{path} lacks the column {missing[0]}.", "Delete this file and run the comparison again.")
 
 
+def with_nulls(table: pa.Table, schema: pa.Schema, names: Sequence[str]) -> pa.Table:
+    """The table with those columns, null throughout where it lacks them."""
+    for name in names:
+        if name not in table.column_names:
+            table = table.append_column(name, pa.nulls(table.num_rows, schema.field(name).type))
+    return table
+
+
 @dataclass(frozen=True)
 class _Group:
     """A row group that may hold rows of the pass.
@@ -62,13 +70,15 @@ class PassRows:
         column: The column that names the pass of a row.
         pass_id: Which pass.
         schema: Types that known columns are cast to; other columns keep theirs.
+        optional: Columns that are null where the file lacks them.
 
     Raises:
         TableError: The file is missing, corrupt, or lacks `column`.
     """
 
-    def __init__(self, path: Path, column: str, pass_id: str, schema: pa.Schema) -> None:
-        self._path, self._column, self._pass_id, self._schema = path, column, pass_id, schema
+    def __init__(self, path: Path, column: str, pass_id: str, schema: pa.Schema, optional: Sequence[str] = ()) -> None:
+        self._path, self._column, self._pass_id = path, column, pass_id
+        self._schema, self._optional = schema, optional
         with table_errors(path), pq.ParquetFile(path) as file:
             require_columns(path, file.schema_arrow.names, [column])
             groups = [self._group(file, index) for index in range(file.num_row_groups)]
@@ -91,7 +101,7 @@ class PassRows:
             TableError: The file is corrupt, or lacks a column.
         """
         with table_errors(self._path), pq.ParquetFile(self._path) as file:
-            require_columns(self._path, file.schema_arrow.names, columns)
+            require_columns(self._path, [*file.schema_arrow.names, *self._optional], columns)
             first = 0
             for group in self._groups:
                 inside = (
@@ -114,10 +124,12 @@ class PassRows:
 
     def _read(self, file: pq.ParquetFile, group: _Group, columns: Sequence[str]) -> Iterator[pa.Table]:
         wanted = list(columns) if group.pure else list({*columns, self._column})
+        wanted = [name for name in wanted if name in file.schema_arrow.names]
         for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group.index], columns=wanted):
             table = pa.Table.from_batches([batch])
             if not group.pure:
                 table = table.filter(pc.equal(table[self._column].cast(pa.string()), self._pass_id))
+            table = with_nulls(table, self._schema, [name for name in self._optional if name in columns])
             known = [self._schema.field(name) if name in self._schema.names else table.field(name) for name in columns]
             yield table.select(list(columns)).cast(pa.schema(known))
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from mismatch_probe.errors import TableError, UsageError
 from mismatch_probe.files import LOCK, atomic_path, write_json
-from mismatch_probe.rowgroups import PassRows, require_columns, table_errors
+from mismatch_probe.rowgroups import PassRows, require_columns, table_errors, with_nulls
 from mismatch_probe.types import DIVERGENCES, Rollout, RolloutRequest, Score
 
 SCHEMA_VERSION = 1
@@ -59,7 +59,8 @@ EXACT_SCHEMA = pa.schema(
         ("position", pa.int32()),
         ("rollout_pass", _TEXT),
         ("pass_id", _TEXT),
-        ("inclusion", pa.float64()),
+        ("weight", pa.float64()),
+        ("stands_for", pa.float64()),
         *((name, pa.float64()) for name in DIVERGENCES),
     ]
 )
@@ -186,7 +187,7 @@ def exact_table(
             "position": columns["position"][order].astype(np.int32),
             "rollout_pass": source,
             "pass_id": _constant(pass_id, len(order)),
-            **{name: columns[name][order].astype(np.float64) for name in ("inclusion", *DIVERGENCES)},
+            **{name: columns[name][order].astype(np.float64) for name in ("weight", "stands_for", *DIVERGENCES)},
         },
         schema=EXACT_SCHEMA,
     )
@@ -235,9 +236,7 @@ def _write_parquet(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) ->
 def _read_parquet(path: Path, schema: pa.Schema, **options: Any) -> pa.Table:
     with table_errors(path):
         table = pq.read_table(path, **options)
-        for name in _OPTIONAL:
-            if name in schema.names and name not in table.column_names:
-                table = table.append_column(name, pa.nulls(table.num_rows, schema.field(name).type))
+        table = with_nulls(table, schema, [name for name in _OPTIONAL if name in schema.names])
         require_columns(path, table.column_names, schema.names)
         return table.select(schema.names).cast(schema)
 
@@ -419,7 +418,7 @@ class RunDirectory:
     def _reader(self, pass_id: str, kind: str) -> PassRows:
         """The same, to be read in batches."""
         schema, column = _KINDS[kind]
-        reader = PassRows(self._file(pass_id, kind), column, pass_id, schema)
+        reader = PassRows(self._file(pass_id, kind), column, pass_id, schema, _OPTIONAL)
         self._check_rows(pass_id, kind, len(reader))
         return reader
 

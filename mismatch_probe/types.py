@@ -123,7 +123,7 @@ class Score:
         entropy: Of the law at each token, nats.
         rank: How many tokens of the vocabulary are likelier, at each token.
         exact: Columns of equal length, a row per position and rollout pass: `source`, `sequence_id`, `position`,
-            `inclusion` and what `metrics.exact.divergences` gives.
+            `weight`, `stands_for` and what `metrics.exact.divergences` gives.
     """
 
     sequence_id: int

@@ -78,7 +78,7 @@ class Recorder(Progress):
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures take most of a small run's time; few tests look at them."""
-    monkeypatch.setattr("mismatch_probe.probes.analysis.draw_figures", lambda run, data: {})
+    monkeypatch.setattr("mismatch_probe.probes.outputs.draw_figures", lambda run, data: {})
 
 
 @pytest.fixture(scope="session")

@@ -44,8 +44,8 @@ def trainer_tokens(pass_id: str = TRAINER, count: int = 3) -> pa.Table:
 def run_with_two_passes(folder: Path) -> RunDirectory:
     run = RunDirectory.create(folder / "run", MANIFEST)
     sequences, tokens = rollout_tables()
-    run.finish_pass(ROLLOUT, tokens, {"engine": {}}, sequences)
-    run.finish_pass(TRAINER, trainer_tokens(), {"covers": [ROLLOUT]})
+    run.finish_pass(ROLLOUT, {"engine": {}}, {"tokens": tokens, "sequences": sequences})
+    run.finish_pass(TRAINER, {"covers": [ROLLOUT]}, {"tokens": trainer_tokens()})
     return run
 
 
@@ -69,6 +69,7 @@ class TestSchema:
             "response_token_ids",
             "finish_reason",
             "text",
+            "step",
         ]
         for name in ("prompt_id", "rollout_pass", "finish_reason"):
             assert pa.types.is_dictionary(schema.field(name).type)
@@ -144,7 +145,7 @@ class TestTokensTable:
         table = tokens_table("p", scores, lambda s: [token for token, _ in responses[s.sequence_id]], chr_or_none)
         with tempfile.TemporaryDirectory() as folder:
             run = RunDirectory.create(Path(folder) / "run", MANIFEST)
-            run.finish_pass("p", table, {})
+            run.finish_pass("p", {}, {"tokens": table})
             part = RunDirectory.open(run.path).tokens("p")
             run.merge()
             merged = RunDirectory.open(run.path).tokens("p")
@@ -167,7 +168,7 @@ class TestAtomicity:
         run = run_with_two_passes(tmp_path)
         run.merge()
         before = (run.path / "tokens.parquet").read_bytes()
-        run.finish_pass("late", trainer_tokens("late"), {})
+        run.finish_pass("late", {}, {"tokens": trainer_tokens("late")})
         (run.path / "passes" / "late.tokens.6.parquet").write_bytes(b"broken")
         with pytest.raises(TableError, match="corrupt"):
             run.merge()
@@ -185,7 +186,7 @@ class TestAtomicity:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(pq, "ParquetWriter", Full)
             with pytest.raises(DiskFull):
-                run.finish_pass("late", trainer_tokens("late"), {})
+                run.finish_pass("late", {}, {"tokens": trainer_tokens("late")})
         again = RunDirectory.open(run.path)
         assert again.finished_passes() == finished
         assert not leftovers(run.path)
@@ -316,9 +317,9 @@ class TestRunDirectory:
         other = "vllm-float16-decode"
         sequences, tokens = rollout_tables(other, first=10)
         run = RunDirectory.open(run.path)
-        run.finish_pass(other, tokens, {}, sequences)
+        run.finish_pass(other, {}, {"tokens": tokens, "sequences": sequences})
         # The trainer's pass is stored again, with the new sequences added: its part has to win over its merged rows.
-        run.finish_pass(TRAINER, trainer_tokens(count=2), {})
+        run.finish_pass(TRAINER, {}, {"tokens": trainer_tokens(count=2)})
         run.merge()
         assert [run.tokens(name).num_rows for name in (ROLLOUT, TRAINER, other)] == [6, 3, 6]
         assert run.sequences(other).to_pylist() == sequences.to_pylist()
@@ -343,11 +344,11 @@ class TestRunDirectory:
         with monkeypatch.context() as patch:
             patch.setattr(RunDirectory, "save", kill)
             with pytest.raises(Killed):
-                run.finish_pass(TRAINER, trainer_tokens(count=4), {"covers": [ROLLOUT, "more"]})
+                run.finish_pass(TRAINER, {"covers": [ROLLOUT, "more"]}, {"tokens": trainer_tokens(count=4)})
         assert (run.path / "passes" / f"{TRAINER}.tokens.10.parquet").exists()
         again = RunDirectory.open(run.path)
         assert again.tokens(TRAINER).to_pylist() == trainer_tokens().to_pylist()
-        again.finish_pass(TRAINER, trainer_tokens(count=4), {"covers": [ROLLOUT, "more"]})
+        again.finish_pass(TRAINER, {"covers": [ROLLOUT, "more"]}, {"tokens": trainer_tokens(count=4)})
         again.merge()
         assert again.tokens(TRAINER).to_pylist() == trainer_tokens(count=4).to_pylist()
         assert not (again.path / "passes").exists()

@@ -47,6 +47,23 @@ class _Names(click.ParamType[tuple[str, ...]]):
         return "LIST"
 
 
+class _Positions(click.ParamType[int | str]):
+    """A number of positions, or `all`."""
+
+    name = "positions"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        if value == "all":
+            return "all"
+        try:
+            return int(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither a number nor all.", param, ctx)
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return "N|all"
+
+
 @click.command(
     epilog="Exit codes: 0 done and within limits, 1 error or a pass failed, 2 usage, 3 limit exceeded, 130 interrupted."
 )
@@ -60,6 +77,24 @@ class _Names(click.ParamType[tuple[str, ...]]):
 @click.option("--max-tokens", type=int, help="Longest response.  [default: by device]")
 @click.option("--temperature", type=float, help="Sampling temperature, applied on both sides.  [default: 1]")
 @click.option("--seed", type=int, help="Seeds every request.  [default: 0]")
+@click.option("--from", "source", type=click.Path(), help="Compare recorded sequences (.jsonl, .parquet) instead.")
+@click.option("--rescore", is_flag=True, default=None, help="With --from: score even where trainer log-probs are.")
+@click.option("--replay", is_flag=True, default=None, help="With --from: decode them again in every rollout dtype.")
+@click.option(
+    "--sequences",
+    type=click.Choice(["own", "shared"]),
+    help="own: every rollout dtype samples; shared: the first does, the others decode its ids.  [default: own]",
+)
+@click.option(
+    "--exact-kl",
+    type=_Positions(),
+    help="Positions per rollout pass at which full rows of logits are compared, or all.  [default: 0]",
+)
+@click.option(
+    "--reference",
+    type=click.Choice(["float32", "float64"]),
+    help="What errors are charged against: the trainer's float32, or a float64 forward.  [default: float32]",
+)
 @click.option("--rollout-dtypes", type=_Names(DTYPES), help="Rows of the matrix.  [default: all three]")
 @click.option("--trainer-dtypes", type=_Names(DTYPES), help="Columns of the matrix.  [default: all three]")
 @click.option(
@@ -114,6 +149,8 @@ def command(
     Examples:
       mismatch-probe compare
       mismatch-probe compare --model ./my-checkpoint --rollout-dtypes bf16,fp16 --fail-on 'kl_k3>0.001@bf16'
+      mismatch-probe compare --sequences shared --exact-kl 512 --reference float64
+      mismatch-probe compare --from my-rollouts.jsonl --model ./my-checkpoint
       mismatch-probe compare --resume runs/smollm2-135m-20260101-120000
     """
     given = {name: value for name, value in options.items() if value is not None}

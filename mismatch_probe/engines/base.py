@@ -79,14 +79,16 @@ class ExactPosition:
         sequence_id: The sequence as the rollout pass names it.
         position: Index in the response.
         slot: Where the row lies in the source.
-        inclusion: Probability that this position was to be kept.
+        weight: Its weight in the sample of positions, and `stands_for` how many positions it stands for, see
+            `engines.rows`.
     """
 
     source: int
     sequence_id: int
     position: int
     slot: int
-    inclusion: float
+    weight: float
+    stands_for: float
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,10 @@
 A rollout makes far more rows than can be kept, and how many is not known before it ends. So every position draws a
 key u/w, u uniform from a seed and w its weight, and the N positions with the smallest keys stay: priority sampling
 (Duffield, Lund and Thorup 2007), a streaming sample with probability proportional to w. With τ the smallest key that
-was turned away, a kept position was included with probability min(1, w·τ), and sums over kept positions divided by
-that probability are unbiased. The weight is one minus the probability of the row's likeliest token, since positions
-at which the model is sure hold little of any divergence.
+was turned away, a kept position was included with probability π = min(1, w·τ). The weight is one minus the probability
+of the row's likeliest token, since positions at which the model is sure hold little of any divergence. The sum of all
+weights, kept or not, is known, so a sum over all positions is estimated by the ratio Σ(y/π) / Σ(w/π) times it, which
+does not suffer from how many positions happened to be likely ones.
 
 The file is a header and N slots of a fixed size, written and read in place: no more than a row is ever in memory, and
 another process can read what the engine's own process wrote.
@@ -31,7 +32,9 @@ from mismatch_probe.errors import TableError
 
 # However sure the model is, a fault could hide there: such a position still gets a tenth of the largest weight.
 LEAST_WEIGHT = 0.1
-_HEADER = np.dtype([("magic", "S8"), ("vocabulary", "<i8"), ("slots", "<i8"), ("threshold", "<f8")])
+_HEADER = np.dtype(
+    [("magic", "S8"), ("vocabulary", "<i8"), ("slots", "<i8"), ("threshold", "<f8"), ("total_weight", "<f8")]
+)
 _SLOT = np.dtype([("sequence_id", "<i8"), ("position", "<i8"), ("key", "<f8"), ("weight", "<f8")])
 _MAGIC = b"MPROWS01"
 
@@ -44,13 +47,15 @@ class KeptRow:
         sequence_id: The sequence.
         position: Index in the response.
         slot: Where its row lies.
-        inclusion: Probability that this position was to be kept.
+        weight: w.
+        stands_for: How many positions it stands for: 1/π, scaled so that Σ w·stands_for is the sum of all weights.
     """
 
     sequence_id: int
     position: int
     slot: int
-    inclusion: float
+    weight: float
+    stands_for: float
 
 
 def uniform(seed: int, position: int) -> float:
@@ -74,38 +79,49 @@ class RowWriter:
         self._capacity = capacity
         self._vocabulary = 0
         self._threshold = math.inf  # smallest key that was turned away
+        self._total_weight = 0.0
+        self._begun: set[int] = set()
+        self._facts: dict[int, NDArray[Any]] = {}
         self._slots: dict[tuple[int, int], int] = {}
         self._largest: list[tuple[float, tuple[int, int]]] = []  # heap of (−key, position)
 
-    def wants(self, u: float) -> bool:
-        """Whether a position that drew `u` could be kept, whatever its weight; False spares looking at its row."""
-        return u < self._threshold
-
-    def offer(self, sequence_id: int, position: int, u: float, weight: float, row: NDArray[np.float32]) -> None:
-        """Keeps a row or turns it away.
-
-        A position that comes again (a prompt in several chunks shows rows before its last) replaces its row and keeps
-        the weight that it came in with, which is the one that decided.
+    def admit(self, sequence_id: int, position: int, u: float, weight: float) -> int | None:
+        """Counts a position and decides whether its row is kept.
 
         Args:
             sequence_id: The sequence.
             position: Index in the response.
             u: What `uniform` gives for it; 0 keeps it whatever else comes.
             weight: In (0, 1].
-            row: `[V]` logits.
+
+        Returns:
+            The slot that its row goes to, None for nowhere. A position that comes again (a prompt in several chunks
+            shows rows before its last) keeps its slot and the weight that it came in with, which decided.
         """
-        name, key = (sequence_id, position), u / weight
+        name = (sequence_id, position)
+        if position > 0 or sequence_id not in self._begun:
+            self._total_weight += weight
+        if position == 0:
+            self._begun.add(sequence_id)
         slot = self._slots.get(name)
         if slot is None:
+            key = u / weight
             slot = self._free_slot(key)
-            if slot is None:
-                return
-            self._slots[name] = slot
-            heapq.heappush(self._largest, (-key, name))
-            self._begin(len(row))
-            facts = np.array((sequence_id, position, key, weight), dtype=_SLOT)
-            os.pwrite(self._file, facts.tobytes(), _slot_offset(slot, self._vocabulary))
-        os.pwrite(self._file, np.ascontiguousarray(row, dtype="<f4").tobytes(), _row_offset(slot, self._vocabulary))
+            if slot is not None:
+                self._slots[name] = slot
+                self._facts[slot] = np.array((sequence_id, position, key, weight), dtype=_SLOT)
+                heapq.heappush(self._largest, (-key, name))
+        self._write_header()
+        return slot
+
+    def put(self, slot: int, row: NDArray[np.float32]) -> None:
+        """Writes the row `[V]` of logits that goes to a slot."""
+        if self._vocabulary not in (0, len(row)):
+            raise ValueError(f"rows of {self._vocabulary} and of {len(row)} logits in one file")
+        self._vocabulary = len(row)
+        self._write_header()
+        content = self._facts[slot].tobytes() + np.ascontiguousarray(row, dtype="<f4").tobytes()
+        os.pwrite(self._file, content, file_bytes(slot, self._vocabulary))
 
     def _free_slot(self, key: float) -> int | None:
         """Where a position with this key goes, None for nowhere."""
@@ -115,21 +131,14 @@ class RowWriter:
             return len(self._slots)
         largest, name = -self._largest[0][0], self._largest[0][1]
         self._threshold = max(key, largest)
-        self._write_header()
         if key >= largest:
             return None
         heapq.heappop(self._largest)
         return self._slots.pop(name)
 
-    def _begin(self, vocabulary: int) -> None:
-        """The first row says how long rows are; each new one, how many there are."""
-        if self._vocabulary not in (0, vocabulary):
-            raise ValueError(f"rows of {self._vocabulary} and of {vocabulary} logits in one file")
-        self._vocabulary = vocabulary
-        self._write_header()
-
     def _write_header(self) -> None:
-        header = np.array((_MAGIC, self._vocabulary, len(self._slots), self._threshold), dtype=_HEADER)
+        facts = (_MAGIC, self._vocabulary, len(self._slots), self._threshold, self._total_weight)
+        header = np.array(facts, dtype=_HEADER)
         os.pwrite(self._file, header.tobytes(), 0)
 
 
@@ -155,16 +164,20 @@ class RowFile:
         if len(header) == 0 or header[0]["magic"] != _MAGIC:
             raise TableError(f"{path} holds no captured rows.", "Run the comparison again with --exact-kl.")
         self.vocabulary, threshold = int(header[0]["vocabulary"]), float(header[0]["threshold"])
-        self.kept: list[KeptRow] = []
-        for slot in range(int(header[0]["slots"])):
-            raw = os.pread(self._file, _SLOT.itemsize, _slot_offset(slot, self.vocabulary))
-            facts = np.frombuffer(raw, _SLOT)[0]
-            inclusion = min(1.0, float(facts["weight"]) * threshold)
-            self.kept.append(KeptRow(int(facts["sequence_id"]), int(facts["position"]), slot, inclusion))
+        offsets = [file_bytes(slot, self.vocabulary) for slot in range(int(header[0]["slots"]))]
+        facts = [np.frombuffer(os.pread(self._file, _SLOT.itemsize, offset), _SLOT)[0] for offset in offsets]
+        inverse = [1.0 / min(1.0, float(fact["weight"]) * threshold) for fact in facts]
+        estimated = sum(float(fact["weight"]) * each for fact, each in zip(facts, inverse, strict=True))
+        scale = float(header[0]["total_weight"]) / estimated if estimated else 1.0
+        self.kept = [
+            KeptRow(int(fact["sequence_id"]), int(fact["position"]), slot, float(fact["weight"]), each * scale)
+            for slot, (fact, each) in enumerate(zip(facts, inverse, strict=True))
+        ]
 
     def row(self, slot: int) -> NDArray[np.float32]:
         """`[V]` logits."""
-        raw = os.pread(self._file, 4 * self.vocabulary, _row_offset(slot, self.vocabulary))
+        offset = file_bytes(slot, self.vocabulary) + _SLOT.itemsize
+        raw = os.pread(self._file, 4 * self.vocabulary, offset)
         return np.frombuffer(raw, dtype="<f4")
 
     def close(self) -> None:
@@ -176,11 +189,3 @@ def stacked(parts: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[An
     if not parts:
         return None
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def _slot_offset(slot: int, vocabulary: int) -> int:
-    return file_bytes(slot, vocabulary)
-
-
-def _row_offset(slot: int, vocabulary: int) -> int:
-    return file_bytes(slot, vocabulary) + _SLOT.itemsize

@@ -100,7 +100,9 @@ class ScriptedRollout(_Script):
         assert self._writer is not None
         row, u = self.row(prefix), 0.0 if chosen is not None else uniform(request.seed, position)
         weight = max(LEAST_WEIGHT, 1 - float(np.exp(row.max() - np.logaddexp.reduce(row))))
-        self._writer.offer(request.sequence_id, position, u, weight, row)
+        slot = self._writer.admit(request.sequence_id, position, u, weight)
+        if slot is not None:
+            self._writer.put(slot, row)
 
     def _respond(
         self, request: RolloutRequest, sampling: Sampling, on_tokens: Callable[[int], None], capture: Capture | None

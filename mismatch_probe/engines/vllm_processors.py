@@ -40,17 +40,21 @@ class _Wish:
     forced: Sequence[int]
 
     def draw(self, position: int) -> float | None:
-        """The position's u, or None where its row is not wanted."""
+        """The position's u; None where no row is kept of it whatever its weight, and none is counted."""
         if self.writer is None or position < 0:
             return None
         if self.only is not None:
             return 0.0 if position in self.only else None
-        u = uniform(self.seed, position)
-        return u if self.writer.wants(u) else None
+        return uniform(self.seed, position)
 
-    def keep(self, position: int, u: float, weight: float, row: torch.Tensor) -> None:
+    def admit(self, position: int, u: float, weight: float) -> int | None:
+        """The slot of a row in the file, None where it is not kept."""
         assert self.writer is not None
-        self.writer.offer(self.sequence_id, position, u, weight, row.numpy())
+        return self.writer.admit(self.sequence_id, position, u, weight)
+
+    def put(self, slot: int, row: torch.Tensor) -> None:
+        assert self.writer is not None
+        self.writer.put(slot, row.numpy())
 
 
 def request_arguments(
@@ -128,8 +132,9 @@ class RowsV1(AdapterLogitsProcessor):  # type: ignore[misc]
             position = len(output_ids)
             u = wish.draw(position)
             if u is not None:
-                row = logits.float().cpu()
-                wish.keep(position, u, float(_weights(row)), row)
+                slot = wish.admit(position, u, float(_weights(logits)))
+                if slot is not None:
+                    wish.put(slot, logits.float().cpu())
             if position < len(wish.forced):
                 logits.fill_(-torch.inf)
                 logits[wish.forced[position]] = 0.0
@@ -163,9 +168,16 @@ class RowsV2(LogitsProcessor):  # type: ignore[misc]
             u = wish.draw(position) if wish is not None else None
             if wish is not None and u is not None:
                 found.append((row, wish, position, u))
-        if found:
-            rows = logits[[row for row, *_ in found]].float()
-            weights, rows = _weights(rows).cpu(), rows.cpu()
-            for (_, wish, position, u), weight, kept in zip(found, weights.tolist(), rows, strict=True):
-                wish.keep(position, u, weight, kept)
+        if not found:
+            return logits
+        weights = _weights(logits[[row for row, *_ in found]]).tolist()  # waits for the device, once a step
+        kept = [
+            (row, wish, slot)
+            for (row, wish, position, u), weight in zip(found, weights, strict=True)
+            if (slot := wish.admit(position, u, weight)) is not None
+        ]
+        if kept:
+            rows = logits[[row for row, *_ in kept]].float().cpu()
+            for (_, wish, slot), values in zip(kept, rows, strict=True):
+                wish.put(slot, values)
         return logits

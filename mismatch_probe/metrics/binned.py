@@ -73,9 +73,9 @@ class BinnedSums:
         if missing > 0:
             self._sums = np.pad(self._sums, ((0, 0), (0, 0), (0, missing)))
 
-    def merged(self, first: NDArray[np.int64]) -> BinnedSums:
-        """The same sums in wider bins, which begin at the bins `first` (increasing, from 0)."""
-        whole = BinnedSums(np.append(self.edges[first], self.edges[-1]), self._n_prompts)
+    def merged(self, first: NDArray[np.int64], end: float) -> BinnedSums:
+        """The same sums in wider bins, which begin at the bins `first` (increasing, from 0); the last ends at `end`."""
+        whole = BinnedSums(np.append(self.edges[first], end), self._n_prompts)
         whole.shift = self.shift
         self._grow(int(first[-1]) + 1)
         whole._sums = np.add.reduceat(self._sums, first, axis=2)

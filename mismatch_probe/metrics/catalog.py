@@ -15,7 +15,7 @@ class MetricInfo:
         title: A few words for a heading or an axis.
         formula: In the symbols of METRICS.md.
         unit: `"nats"`, `"probability"`, …; empty for a pure number.
-        level: Whether rows are tokens or sequences.
+        level: Whether rows are tokens, sequences, or positions of which the full rows of logits were compared.
         needs_on_policy: True where the metric means nothing unless the rollout policy itself sampled the tokens.
         positive: True where the metric is ≥ 0 and is compared by ratio, on a logarithmic axis.
         has_interval: False for extremes, counts and k̂.
@@ -25,7 +25,7 @@ class MetricInfo:
     title: str
     formula: str
     unit: str
-    level: Literal["token", "sequence"]
+    level: Literal["token", "sequence", "exact"]
     needs_on_policy: bool = False
     positive: bool = False
     has_interval: bool = True
@@ -150,4 +150,16 @@ _SEQUENCE = (
     ),
 )
 
-CATALOG: dict[str, MetricInfo] = {info.key: info for info in (*_TOKEN, *_SEQUENCE)}
+_EXACT = (
+    MetricInfo("kl_exact", "Exact KL(μ‖π)", "mean Σ μ (log μ − log π)", "nats", "exact", positive=True),
+    MetricInfo("kl_exact_reverse", "Exact KL(π‖μ)", "mean Σ π (log π − log μ)", "nats", "exact", positive=True),
+    MetricInfo("js_exact", "Exact Jensen–Shannon", "mean JS(μ, π)", "nats", "exact", positive=True),
+    MetricInfo("tv_exact", "Exact total variation", "mean ½ Σ |μ − π|", "probability", "exact", positive=True),
+    MetricInfo("top1_flip_rate", "Likeliest token differs", "mean 1[argmax μ ≠ argmax π]", "", "exact"),
+    MetricInfo("entropy_rollout", "Entropy of the rollout policy", "mean H(μ)", "nats", "exact", positive=True),
+    MetricInfo("entropy_trainer", "Entropy of the trainer policy", "mean H(π)", "nats", "exact", positive=True),
+    MetricInfo("chi2_exact", "Exact χ²", "mean Σ π²/μ − 1", "", "exact", positive=True),
+    MetricInfo("kl_seq_exact", "Sequence KL from exact positions", "mean Σₜ KLₜ", "nats", "exact", positive=True),
+)
+
+CATALOG: dict[str, MetricInfo] = {info.key: info for info in (*_TOKEN, *_SEQUENCE, *_EXACT)}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mismatch_probe.metrics import scales
-from mismatch_probe.metrics.accumulate import DENSITY_BINS, as_sums
+from mismatch_probe.metrics.accumulate import DENSITY_BINS, PairSums, as_sums
 from mismatch_probe.metrics.binned import UNIT_POSITIONS, BinnedSums
 from mismatch_probe.metrics.chunks import Ints
 from mismatch_probe.metrics.intervals import Estimate, Floats, Interval, evaluate
@@ -144,7 +144,11 @@ def abs_diff_by_probability(pair: Pair) -> BinnedDiff:
 
 def abs_diff_by_position(pair: Pair) -> BinnedDiff:
     """Mean |d| by position in the response: equal bins up to 96 tokens, near-geometric ones beyond."""
-    sums = as_sums(pair)
+    return binned_diff(position_bins(as_sums(pair)))
+
+
+def position_bins(sums: PairSums) -> BinnedSums:
+    """Sums by position in as many bins as a figure shows."""
     fine = sums.binned["position"]
     length = max(sums.longest, 1)
     if length <= UNIT_POSITIONS:
@@ -153,11 +157,11 @@ def abs_diff_by_position(pair: Pair) -> BinnedDiff:
     else:
         edges = np.append(0.0, np.geomspace(_FIRST_POSITIONS, length, _POSITION_BINS))
     first = np.unique(np.abs(fine.edges[:, None] - edges[:-1]).argmin(axis=0))
-    return binned_diff(fine.merged(first), end=float(edges[-1]))
+    return fine.merged(first, end=float(edges[-1]))
 
 
-def binned_diff(sums: BinnedSums, end: float | None = None) -> BinnedDiff:
-    """Mean |d| in each bin, with its interval; the last bin ends at `end` where that is given."""
+def binned_diff(sums: BinnedSums) -> BinnedDiff:
+    """Mean |d| in each bin, with its interval."""
     n = sums.count.sum(axis=0).astype(np.int64)
     kept = np.flatnonzero(n)
     estimates = {
@@ -166,5 +170,4 @@ def binned_diff(sums: BinnedSums, end: float | None = None) -> BinnedDiff:
     cells = evaluate(estimates, seed=_SEED, replicates=_REPLICATES)
     rows = [(cell.value, cell.ci_low, cell.ci_high) for cell in cells.values()]
     table = np.array(rows, dtype=np.float64).reshape(-1, 3)  # None becomes NaN
-    right = sums.edges[1:] if end is None else np.append(sums.edges[1:-1], end)
-    return BinnedDiff(sums.edges[kept], right[kept], n[kept], table[:, 0], table[:, 1], table[:, 2])
+    return BinnedDiff(sums.edges[kept], sums.edges[1:][kept], n[kept], table[:, 0], table[:, 1], table[:, 2])

@@ -19,8 +19,16 @@ from numpy.typing import NDArray
 from scipy import special
 
 from mismatch_probe.metrics import scales
-from mismatch_probe.metrics.intervals import UPPER_TAIL, Estimate, Floats
-from mismatch_probe.metrics.sample import group_sums
+from mismatch_probe.metrics.chunks import group_sums
+from mismatch_probe.metrics.intervals import (
+    NO_INTERVAL,
+    UPPER_TAIL,
+    Estimate,
+    Floats,
+    join_why,
+    share_interval,
+    with_interval,
+)
 from mismatch_probe.types import DIVERGENCES, MetricValue
 
 
@@ -91,14 +99,16 @@ class ExactRows:
 
     Attributes:
         values: `[R]` per key of `DIVERGENCES`.
-        inclusion: `[R]` probability that the position was to be compared.
+        weight: `[R]` weight w with which positions were sampled.
+        stands_for: `[R]` how many positions each stands for; Σ w·stands_for is the sum of w over all positions.
         prompt: `[R]` prompt of each position, 0 … P−1.
         tokens: `[P]` response tokens of each prompt, compared or not.
         sequences: `[P]` sequences of each prompt.
     """
 
     values: Mapping[str, Floats]
-    inclusion: Floats
+    weight: Floats
+    stands_for: Floats
     prompt: NDArray[np.int64]
     tokens: Floats
     sequences: Floats
@@ -139,33 +149,45 @@ _MEANS = {
     "chi2_exact": "chi2",
 }
 _PRECISION = 0.1
+NO_ROWS = "no rows of logits were kept; --exact-kl keeps some"
 
 
-def exact_estimates(rows: ExactRows) -> dict[str, Estimate | MetricValue]:
-    """The metrics of METRICS.md, "Exact metrics", as estimates over all positions of the pair.
+def exact_metrics(rows: ExactRows | None) -> dict[str, Estimate | MetricValue]:
+    """The metrics of METRICS.md, "Exact metrics", over all positions of the pair.
 
-    A position that was to be compared with probability q stands for 1/q positions (Horvitz and Thompson 1952), so sums
-    over a prompt are unbiased for all of its positions, and are divided by their known number.
+    Positions were sampled with probability proportional to a weight w, so the mean of y over all of them is the mean
+    of w over all of them, which is known, times the ratio of the sums of y and of w over those compared, each counted
+    as often as it stands for others (the ratio estimator of sampling theory, e.g. Cochran 1977, chapter 6).
     """
+    if rows is None or not rows.finite().any():
+        none = MetricValue(None, why=NO_ROWS if rows is None else "no compared row is finite")
+        return dict.fromkeys((*_MEANS, "kl_seq_exact"), none)
     keep = rows.finite()
-    dropped = len(keep) - int(keep.sum())
-    why = f"computed over the {int(keep.sum())} of {len(keep)} positions that are finite" if dropped else ""
-    weight = 1.0 / rows.inclusion[keep]
-    totals = {
-        column: group_sums(rows.prompt[keep], rows.values[column][keep] * weight, len(rows.tokens))[:, None]
-        for column in set(_MEANS.values())
-    }
-    found: dict[str, Estimate | MetricValue] = {}
-    for key, column in _MEANS.items():
-        if not totals[column].any():
-            found[key] = MetricValue(0.0, why=why)
-        else:
-            found[key] = Estimate(totals[column], rows.tokens[:, None], scales.log_mean, scales.exp, why)
-    if totals["kl"].any():
-        found["kl_seq_exact"] = Estimate(totals["kl"], rows.sequences[:, None], scales.log_mean, scales.exp, why)
-    else:
-        found["kl_seq_exact"] = MetricValue(0.0, why=why)
+    why = "" if keep.all() else f"computed over the {int(keep.sum())} of {len(keep)} positions that are finite"
+    times, prompt, n_prompts = rows.stands_for[keep], rows.prompt[keep], len(rows.tokens)
+    weights = group_sums(prompt, rows.weight[keep] * times, n_prompts)
+    mean_weight = float((rows.weight * rows.stands_for).sum() / rows.tokens.sum())
+    sums = {column: group_sums(prompt, rows.values[column][keep] * times, n_prompts) for column in set(_MEANS.values())}
+    found = {key: _mean_of(sums[column], weights, mean_weight, why) for key, column in _MEANS.items()}
+    found["top1_flip_rate"] = _share_of(sums["flip"], weights, mean_weight, why)
+    per_sequence = mean_weight * float(rows.tokens.sum() / rows.sequences.sum())
+    found["kl_seq_exact"] = _mean_of(sums["kl"], weights, per_sequence, why)
     return found
+
+
+def _mean_of(sums: Floats, weights: Floats, factor: float, why: str) -> Estimate | MetricValue:
+    if not sums.any():
+        return MetricValue(0.0, 0.0, 0.0, why)
+    offset = math.log(factor)
+    return Estimate(sums[:, None], weights[:, None], lambda means: scales.log_mean(means) + offset, scales.exp, why)
+
+
+def _share_of(hits: Floats, weights: Floats, factor: float, why: str) -> MetricValue:
+    share = factor * float(hits.sum() / weights.sum())
+    interval = share_interval(hits, weights / factor)
+    if interval is None:
+        return MetricValue(share, why=join_why(why, NO_INTERVAL))
+    return with_interval(share, interval, int(np.count_nonzero(weights)), why)
 
 
 def estimator_costs(rows: ExactRows) -> list[EstimatorCost]:
@@ -176,7 +198,7 @@ def estimator_costs(rows: ExactRows) -> list[EstimatorCost]:
     prompt resemble each other is not in it.
     """
     keep = rows.finite()
-    weight = 1.0 / rows.inclusion[keep]
+    weight = rows.stands_for[keep]
 
     def mean(values: Floats) -> float:
         return float(np.average(values, weights=weight))

@@ -12,9 +12,13 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from mismatch_probe.errors import TableError
+from mismatch_probe.metrics.accumulate import PairSums
+from mismatch_probe.metrics.chunks import group_sums
+from mismatch_probe.metrics.exact import ExactRows
+from mismatch_probe.metrics.kinds import KINDS, kind_of
 from mismatch_probe.metrics.nulls import NullStat, null_stat
 from mismatch_probe.tables import RunDirectory
-from mismatch_probe.types import PairArrays
+from mismatch_probe.types import DIVERGENCES, PairArrays
 
 CHUNK_TOKENS = 1 << 19
 
@@ -69,16 +73,20 @@ def pair_chunks(
     rollout_pass: str,
     trainer_pass: str,
     *,
-    columns: Sequence[str] = (),
+    trainer_columns: Sequence[str] = (),
+    reference_pass: str | None = None,
+    special_ids: Sequence[int] | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> Iterator[PairArrays]:
     """The tokens that one pass sampled, with the log-probs of both sides, in chunks of whole sequences.
 
     Args:
         run: Whose tables.
-        rollout_pass: The pass that sampled.
+        rollout_pass: The pass that sampled, or that decoded the sequences of another pass again.
         trainer_pass: The pass that scored them, perhaps among sequences of other passes.
-        columns: Further columns of the rollout pass's tokens that the chunks are to carry.
+        trainer_columns: Further columns of the trainer pass's tokens that the chunks are to carry.
+        reference_pass: A third pass that scored them; chunks carry its log-probs as `reference_logprob`.
+        special_ids: Where given, chunks carry what each token is made of as `token_kind`, see `metrics.kinds`.
         chunk_tokens: A chunk ends with the first sequence that brings it to this many tokens.
 
     Yields:
@@ -88,9 +96,18 @@ def pair_chunks(
         TableError: The passes do not hold the same tokens.
     """
     sequences = pass_sequences(run, rollout_pass)
+    texts = [] if special_ids is None else ["token_text"]
+    feeds = [
+        _Feed(run, rollout_pass, sequences, texts, special_ids or (), skip_others=False),
+        _Feed(run, trainer_pass, sequences, trainer_columns),
+    ]
+    if reference_pass is not None:
+        feeds.append(_Feed(run, reference_pass, sequences))
+    source = run.source_of(rollout_pass)
+    why = "" if source == rollout_pass else f"these tokens were sampled by {source}"
     kept: list[Rows] = []
     size = 0
-    for rows in _paired_rows(run, rollout_pass, trainer_pass, sequences, columns):
+    for rows in _paired_rows(feeds):
         kept.append(rows)
         size += len(rows["sequence"])
         if size < chunk_tokens:
@@ -99,10 +116,10 @@ def pair_chunks(
         # The last sequence may go on in the next batch.
         cut = int(np.searchsorted(joined["sequence"], joined["sequence"][-1]))
         if cut:
-            yield _pair(sequences, {name: values[:cut] for name, values in joined.items()}, columns)
+            yield _pair(sequences, {name: values[:cut] for name, values in joined.items()}, why)
         # Copied, so that what was yielded can be freed.
         kept, size = [{name: values[cut:].copy() for name, values in joined.items()}], size - cut
-    yield _pair(sequences, _concatenate(kept), columns)
+    yield _pair(sequences, _concatenate(kept), why)
 
 
 def pair_arrays(run: RunDirectory, rollout_pass: str, trainer_pass: str) -> PairArrays:
@@ -115,35 +132,33 @@ def pair_arrays(run: RunDirectory, rollout_pass: str, trainer_pass: str) -> Pair
     return pair
 
 
-def _paired_rows(
-    run: RunDirectory, rollout_pass: str, trainer_pass: str, sequences: PassSequences, columns: Sequence[str]
-) -> Iterator[Rows]:
-    """Rows of both passes side by side, as they come."""
-    bounds = _bounds(sequences.ids)
-    wanted = dict.fromkeys((*_KEYS, "logprob", *columns))
-    rollout = _Feed(run.iter_tokens(rollout_pass, list(wanted)), sequences)
-    trainer = _Feed(run.iter_tokens(trainer_pass, [*_KEYS, "logprob"], ids=bounds), sequences, skip_others=True)
+def _paired_rows(feeds: Sequence[_Feed]) -> Iterator[Rows]:
+    """Rows of the rollout, the trainer, and perhaps a reference, side by side, as they come."""
+    first, *others = feeds
     last = -1
-    while (n := min(rollout.fill(), trainer.fill())) > 0:
-        here, there = rollout.take(n), trainer.take(n)
-        differing = [name for name in _KEYS if not np.array_equal(here[name], there[name])]
-        if differing:
-            raise _differ(rollout_pass, trainer_pass, differing[0])
+    while (n := min(feed.fill() for feed in feeds)) > 0:
+        here, *there = [feed.take(n) for feed in feeds]
+        for feed, rows in zip(others, there, strict=True):
+            differing = [name for name in _KEYS if not np.array_equal(here[name], rows[name])]
+            if differing:
+                raise _differ(first, feed, differing[0])
         if here["sequence"][0] < last or (np.diff(here["sequence"]) < 0).any() or here["sequence"].min() < 0:
-            raise _differ(rollout_pass, trainer_pass, "sequence_id")
+            raise _differ(first, others[0], "sequence_id")
         last = int(here["sequence"][-1])
-        yield here | {"trainer_logprob": there["logprob"]}
-    if rollout.fill() or trainer.fill():
-        raise _differ(rollout_pass, trainer_pass, "sequence_id")
+        named = zip(("trainer_logprob", "reference_logprob"), there, strict=False)
+        yield there[0] | here | {name: rows["logprob"] for name, rows in named}
+    behind = [feed for feed in others if bool(feed.fill()) != bool(first.fill())]
+    if behind or first.fill():
+        raise _differ(first, (behind or others)[0], "sequence_id")
 
 
 def _bounds(ids: NDArray[np.int64]) -> tuple[int, int]:
     return (int(ids[0]), int(ids[-1])) if len(ids) else (0, -1)
 
 
-def _differ(rollout_pass: str, trainer_pass: str, column: str) -> TableError:
+def _differ(first: _Feed, other: _Feed, column: str) -> TableError:
     return TableError(
-        f"Passes {rollout_pass} and {trainer_pass} differ in their {column} column, so they cannot be paired.",
+        f"Passes {first.pass_id} and {other.pass_id} differ in their {column} column, so they cannot be paired.",
         "Run the comparison again.",
     )
 
@@ -151,8 +166,20 @@ def _differ(rollout_pass: str, trainer_pass: str, column: str) -> TableError:
 class _Feed:
     """Rows of a pass as arrays, taken in whatever numbers the other pass has at hand."""
 
-    def __init__(self, batches: Iterator[pa.Table], sequences: PassSequences, *, skip_others: bool = False) -> None:
-        self._batches, self._sequences, self._skip_others = batches, sequences, skip_others
+    def __init__(
+        self,
+        run: RunDirectory,
+        pass_id: str,
+        sequences: PassSequences,
+        columns: Sequence[str] = (),
+        special_ids: Sequence[int] = (),
+        *,
+        skip_others: bool = True,
+    ) -> None:
+        self.pass_id = pass_id
+        bounds = _bounds(sequences.ids) if skip_others else None
+        self._batches = run.iter_tokens(pass_id, [*_KEYS, "logprob", *columns], ids=bounds)
+        self._sequences, self._special, self._skip_others = sequences, special_ids, skip_others
         self._rows: Rows = {}
         self._next = 0
 
@@ -162,8 +189,9 @@ class _Feed:
             batch = next(self._batches, None)
             if batch is None:
                 return 0
-            rows = {name: batch[name].to_numpy() for name in batch.column_names}
+            rows = _arrays(batch, self._special)
             rows["sequence"] = self._sequences.index_of(rows["sequence_id"])
+            # A trainer pass also holds the sequences of other rollouts.
             if self._skip_others and (other := rows["sequence"] < 0).any():
                 rows = {name: values[~other] for name, values in rows.items()}
             self._rows, self._next = rows, 0
@@ -182,7 +210,10 @@ def _concatenate(parts: list[Rows]) -> Rows:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
 
 
-def _pair(sequences: PassSequences, rows: Rows, columns: Sequence[str]) -> PairArrays:
+_OWN = (*_KEYS, "logprob", "trainer_logprob", "sequence")
+
+
+def _pair(sequences: PassSequences, rows: Rows, off_policy_why: str) -> PairArrays:
     nothing = np.empty(0)
     return PairArrays(
         rollout_logprob=rows.get("logprob", nothing).astype(np.float64),
@@ -191,7 +222,39 @@ def _pair(sequences: PassSequences, rows: Rows, columns: Sequence[str]) -> PairA
         position=rows.get("position", nothing).astype(np.int64),
         prompt=sequences.prompt,
         prompt_ids=sequences.prompt_ids,
-        columns={name: rows.get(name, nothing) for name in columns},
+        on_policy=not off_policy_why,
+        off_policy_why=off_policy_why,
+        columns={name: values for name, values in rows.items() if name not in _OWN},
+    )
+
+
+def exact_rows(run: RunDirectory, rollout_pass: str, trainer_pass: str, sums: PairSums) -> ExactRows | None:
+    """The positions at which a trainer pass compared its rows with those that a rollout pass kept; None without any.
+
+    Args:
+        run: Whose tables.
+        rollout_pass: The pass that kept rows.
+        trainer_pass: The pass that compared them.
+        sums: Of the pair, for the number of tokens and sequences of each prompt.
+
+    Raises:
+        TableError: The table is missing or corrupt.
+    """
+    table = run.exact(trainer_pass)
+    if table is None:
+        return None
+    table = table.filter(pc.equal(table["rollout_pass"].cast(pa.string()), rollout_pass))
+    if table.num_rows == 0:
+        return None
+    sequences = pass_sequences(run, rollout_pass)
+    of = sums.sequences
+    return ExactRows(
+        values={name: table[name].to_numpy() for name in DIVERGENCES},
+        weight=table["weight"].to_numpy(),
+        stands_for=table["stands_for"].to_numpy(),
+        prompt=sequences.prompt[np.searchsorted(sequences.ids, table["sequence_id"].to_numpy())],
+        tokens=group_sums(of.prompt, of.length, sums.n_prompts),
+        sequences=np.bincount(of.prompt, minlength=sums.n_prompts).astype(np.float64),
     )
 
 
@@ -218,8 +281,17 @@ def null_of(run: RunDirectory, pass_id: str, null_pass: str) -> NullStat:
     )
 
 
-def _arrays(batch: pa.Table) -> Rows:
-    return {name: batch[name].to_numpy() for name in batch.column_names}
+def _arrays(batch: pa.Table, special_ids: Sequence[int] = ()) -> Rows:
+    """A batch's columns; texts, which are few, become what their tokens are made of."""
+    rows = {name: batch[name].to_numpy() for name in batch.column_names if name != "token_text"}
+    if "token_text" in batch.column_names:
+        texts = batch["token_text"].combine_chunks()
+        kinds = np.array([kind_of(text) for text in texts.dictionary.to_pylist()] or [0], np.int8)
+        known = texts.is_valid().to_numpy(zero_copy_only=False)
+        codes = np.where(known, kinds[texts.indices.fill_null(0).to_numpy()], KINDS.index("unknown"))
+        special = np.isin(rows["token_id"], np.asarray(special_ids, np.int64))
+        rows["token_kind"] = np.where(special, KINDS.index("special"), codes).astype(np.float64)
+    return rows
 
 
 def _no_rows(columns: Sequence[str]) -> Rows:

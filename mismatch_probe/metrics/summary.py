@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from mismatch_probe.metrics.accumulate import PairSums, as_sums
 from mismatch_probe.metrics.catalog import CATALOG
+from mismatch_probe.metrics.exact import ExactRows, exact_metrics
 from mismatch_probe.metrics.intervals import Estimate, evaluate, join_why
 from mismatch_probe.metrics.sample import Pair, count_nonfinite, finite_sequences, finite_tokens
 from mismatch_probe.metrics.sequence import sequence_metrics
@@ -21,7 +22,9 @@ NO_TOKENS = "there are no response tokens"
 OFF_POLICY = "the rollout policy did not sample these tokens"
 
 
-def compute_metrics(pair: Pair, *, seed: int = 0, replicates: int = 1000) -> dict[str, MetricValue]:
+def compute_metrics(
+    pair: Pair, exact: ExactRows | None = None, *, seed: int = 0, replicates: int = 1000
+) -> dict[str, MetricValue]:
     """Every metric of the catalog, in its order, each with its value or the reason why it has none.
 
     Non-finite tokens are left out of token metrics, sequences with any of them out of sequence metrics, and then every
@@ -29,6 +32,7 @@ def compute_metrics(pair: Pair, *, seed: int = 0, replicates: int = 1000) -> dic
 
     Args:
         pair: The paired log-probs, or their sums where they came in chunks or another clip range is wanted.
+        exact: The positions at which full rows of logits were compared; without them exact metrics have no value.
         seed: Seed of the bootstrap; the same pair and seed give the same intervals.
         replicates: Bootstrap replicates.
     """
@@ -42,11 +46,12 @@ def compute_metrics(pair: Pair, *, seed: int = 0, replicates: int = 1000) -> dic
     results = {
         **_build(token_metrics(), tokens, len(tokens), sums, no_token),
         **_build(sequence_metrics(), sequences, len(sequences), sums, no_sequence),
+        **exact_metrics(exact),
     }
     estimates = {key: result for key, result in results.items() if isinstance(result, Estimate)}
     values = evaluate(estimates, seed=seed, replicates=replicates)
     values |= {key: result for key, result in results.items() if isinstance(result, MetricValue)}
-    notes = {"token": "", "sequence": ""}
+    notes = {"token": "", "sequence": "", "exact": ""}
     if count_nonfinite(sums):
         notes["token"] = f"computed over the {len(tokens)} of {n_tokens} tokens that are finite"
         notes["sequence"] = f"computed over the {len(sequences)} of {n_sequences} sequences that are finite"

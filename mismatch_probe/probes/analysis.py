@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
-
-import pandas as pd
 
 from mismatch_probe.config import CompareConfig, Limit
 from mismatch_probe.errors import TableError
-from mismatch_probe.files import write_json, write_text
 from mismatch_probe.metrics import curves
-from mismatch_probe.metrics.accumulate import PairSums, accumulate
-from mismatch_probe.metrics.frame import null_of, pair_chunks, pass_sequences
-from mismatch_probe.metrics.sample import count_nonfinite
-from mismatch_probe.metrics.summary import compute_metrics
+from mismatch_probe.metrics.frame import null_of
+from mismatch_probe.metrics.where import where
 from mismatch_probe.probes.findings import findings
-from mismatch_probe.probes.planning import TrainerPass, null_pass_id, rollout_pass_id, trainer_passes
-from mismatch_probe.report.data import Curves, ReportData, WorstToken
+from mismatch_probe.probes.pairs import Cell, PairResult, analyse_pair, why_missing
+from mismatch_probe.probes.planning import null_pass_id, passes_of
+from mismatch_probe.probes.worst import worst_tokens
+from mismatch_probe.report.data import Curves, ReportData
 from mismatch_probe.tables import SCHEMA_VERSION, RunDirectory
-from mismatch_probe.types import MetricValue
-
-_CONTEXT_TOKENS = 16
 
 
 def analyse(run: RunDirectory, limits: Sequence[Limit] = ()) -> ReportData:
@@ -37,76 +30,46 @@ def analyse(run: RunDirectory, limits: Sequence[Limit] = ()) -> ReportData:
         TableError: A table is missing or corrupt, or nothing can be compared.
     """
     config = CompareConfig.from_dict(run.manifest["config"])
+    passes = passes_of(config, run.manifest.get("recorded"))
     nulls = {name: null for name in run.finished_passes() if (null := _null_row(run, name)) is not None}
-    pairs: list[dict[str, Any]] = []
+    results: list[PairResult] = []
     missing: list[dict[str, Any]] = []
-    diagonal: dict[str, PairSums] = {}
-    metrics_of: dict[str, dict[str, MetricValue]] = {}
-    for dtype in config.rollout_dtypes:
-        for trainer in trainer_passes(config):
-            cell = _cell(dtype, trainer)
-            why = _why_missing(run, cell["rollout_pass"], cell["trainer_pass"])
-            if why:
-                missing.append({**cell, "why": why})
-                continue
-            pair = accumulate(pair_chunks(run, cell["rollout_pass"], cell["trainer_pass"]))
-            metrics = compute_metrics(pair, seed=config.seed)
-            if trainer.dtype == dtype and dtype not in diagonal:
-                # Of several trainer modes the first one stands for the dtype.
-                diagonal[dtype], metrics_of[dtype] = pair, metrics
-            pairs.append(_pair_row(cell, pair, metrics, nulls))
-    if not pairs:
+    for cell in [Cell(rollout, trainer) for rollout in passes.rollouts for trainer in passes.trainers]:
+        why = why_missing(run, cell.rollout.pass_id, cell.trainer.pass_id)
+        if why:
+            missing.append({**cell.as_dict(), "why": why})
+        else:
+            results.append(analyse_pair(run, passes, cell, config.seed))
+    if not results:
         reasons = "; ".join(sorted({row["why"].rstrip(".") for row in missing}))
         raise TableError(
             f"Nothing can be compared: {reasons}.", "See the reasons, mend them, and continue with --resume."
         )
+    # Of several trainer modes the first one stands for the dtype.
+    diagonal = {r.cell.diagonal: r for r in reversed(results) if r.cell.diagonal}
+    diagonal = {name: diagonal[name] for name in reversed(diagonal)}
+    pairs = [{**result.as_dict(), "null": _nulls_of(result.cell, nulls)} for result in results]
     summary = {
         "schema_version": SCHEMA_VERSION,
         "model": run.manifest["model"]["name"],
+        "reference": None if passes.reference is None else passes.reference.pass_id,
         "pairs": pairs,
         "missing": missing,
         "nulls": list(nulls.values()),
-        "findings": findings(diagonal, metrics_of, config.seed),
+        "where": {name: _where(result) for name, result in diagonal.items()},
+        "findings": findings(diagonal, config.seed),
         "limits": [row for limit in limits for row in judge(limit, pairs, missing)],
     }
-    worst = [token for dtype, pair in diagonal.items() for token in _worst_tokens(run, dtype, pair)]
+    worst = [token for name, result in diagonal.items() for token in worst_tokens(run, name, result)]
     return ReportData(summary=summary, manifest=run.manifest, curves=_curves(diagonal), worst_tokens=worst)
 
 
-def _cell(dtype: str, trainer: TrainerPass) -> dict[str, Any]:
-    return {
-        "rollout_pass": rollout_pass_id(dtype),
-        "trainer_pass": trainer.pass_id,
-        "rollout_dtype": dtype,
-        "trainer_dtype": trainer.dtype,
-        "trainer_mode": trainer.mode,
-    }
+def _where(result: PairResult) -> dict[str, list[dict[str, Any]]]:
+    return {name: [row.as_dict() for row in bins] for name, bins in where(result.sums).items()}
 
 
-def _why_missing(run: RunDirectory, rollout_pass: str, trainer_pass: str) -> str:
-    passes = run.manifest["passes"]
-    for name in (rollout_pass, trainer_pass):
-        if not run.finished(name):
-            return str(passes.get(name, {}).get("why", "this pass has not run yet; continue the run with --resume"))
-    if rollout_pass not in passes[trainer_pass].get("covers", []):
-        not_yet = "the trainer has not scored these sequences yet; continue the run with --resume"
-        return str(passes[trainer_pass].get("extension_failure", not_yet))
-    return ""
-
-
-def _pair_row(
-    cell: dict[str, Any], pair: PairSums, metrics: dict[str, MetricValue], nulls: dict[str, dict[str, Any]]
-) -> dict[str, Any]:
-    return {
-        **cell,
-        "on_policy": pair.on_policy,
-        "n_tokens": pair.n_tokens,
-        "n_sequences": len(pair.prompt),
-        "n_prompts": len(pair.prompt_ids),
-        "n_nonfinite": count_nonfinite(pair),
-        "metrics": {key: value.as_dict() for key, value in metrics.items()},
-        "null": {"rollout": nulls.get(cell["rollout_pass"]), "trainer": nulls.get(cell["trainer_pass"])},
-    }
+def _nulls_of(cell: Cell, nulls: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return {"rollout": nulls.get(cell.rollout.pass_id), "trainer": nulls.get(cell.trainer.pass_id)}
 
 
 def _null_row(run: RunDirectory, pass_id: str) -> dict[str, Any] | None:
@@ -134,71 +97,12 @@ def judge(limit: Limit, pairs: Sequence[dict[str, Any]], missing: Sequence[dict[
     return rows
 
 
-def _curves(diagonal: dict[str, PairSums]) -> Curves:
+def _curves(diagonal: Mapping[str, PairResult]) -> Curves:
+    sums = {name: result.sums for name, result in diagonal.items()}
     return Curves(
-        density={dtype: curves.policy_density(pair) for dtype, pair in diagonal.items()},
-        length={dtype: curves.length_curve(pair) for dtype, pair in diagonal.items()},
-        ccdf={dtype: curves.abs_diff_ccdf(pair) for dtype, pair in diagonal.items()},
-        by_probability={dtype: curves.abs_diff_by_probability(pair) for dtype, pair in diagonal.items()},
-        by_position={dtype: curves.abs_diff_by_position(pair) for dtype, pair in diagonal.items()},
+        density={name: curves.policy_density(pair) for name, pair in sums.items()},
+        length={name: curves.length_curve(pair) for name, pair in sums.items()},
+        ccdf={name: curves.abs_diff_ccdf(pair) for name, pair in sums.items()},
+        by_probability={name: curves.abs_diff_by_probability(pair) for name, pair in sums.items()},
+        by_position={name: curves.abs_diff_by_position(pair) for name, pair in sums.items()},
     )
-
-
-def _worst_tokens(run: RunDirectory, dtype: str, pair: PairSums) -> list[WorstToken]:
-    """The tokens of a pair that differ most, each with the text before it."""
-    pass_id = rollout_pass_id(dtype)
-    sequences = pass_sequences(run, pass_id)
-    tokens = []
-    for row, sequence, position, rollout, trainer in zip(*vars(pair.largest).values(), strict=True):
-        first = int(row) - min(int(position), _CONTEXT_TOKENS)
-        batches = run.iter_tokens(pass_id, ["token_id", "token_text"], rows=range(first, int(row) + 1))
-        rows = [piece for batch in batches for piece in batch.to_pylist()]
-        *before, text = [piece["token_text"] or "" for piece in rows]
-        tokens.append(
-            WorstToken(
-                pair=dtype,
-                sequence_id=int(sequences.ids[sequence]),
-                prompt_id=sequences.prompt_ids[sequences.prompt[sequence]],
-                position=int(position),
-                token_id=rows[-1]["token_id"],
-                token_text=text,
-                context="".join(before),
-                rollout_logprob=float(rollout),
-                trainer_logprob=float(trainer),
-                log_ratio=float(trainer - rollout),
-            )
-        )
-    return tokens
-
-
-def summary_frame(summary: dict[str, Any]) -> pd.DataFrame:
-    """The pairs' metrics flat, a row per pair and metric: what `summary.csv` holds."""
-    about = ["rollout_pass", "trainer_pass", "rollout_dtype", "trainer_dtype", "trainer_mode", "on_policy"]
-    about += ["n_tokens", "n_sequences", "n_nonfinite"]
-    rows = [
-        {**{name: pair[name] for name in about}, "metric": key, **metric}
-        for pair in summary["pairs"]
-        for key, metric in pair["metrics"].items()
-    ]
-    return pd.DataFrame(rows, columns=[*about, "metric", "value", "ci_low", "ci_high", "why"])
-
-
-def write_outputs(run: RunDirectory, data: ReportData) -> dict[str, Path]:
-    """Writes summary, figures and reports into the run's folder; returns the figures."""
-    from mismatch_probe.report.html import render_html
-    from mismatch_probe.report.markdown import render_markdown
-
-    write_json(run.path / "summary.json", data.summary)
-    write_text(run.path / "summary.csv", summary_frame(data.summary).to_csv(index=False, lineterminator="\n"))
-    figures = draw_figures(run, data)
-    write_text(run.path / "report.html", render_html(data, figures))
-    relative = {name: path.relative_to(run.path) for name, path in figures.items()}
-    write_text(run.path / "report.md", render_markdown(data, relative))
-    return figures
-
-
-def draw_figures(run: RunDirectory, data: ReportData) -> dict[str, Path]:
-    """Draws every figure into `figures/`."""
-    from mismatch_probe.report.figures import draw_all
-
-    return draw_all(data, run.path / "figures")

@@ -7,16 +7,20 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from mismatch_probe.engines import devices
 from mismatch_probe.engines.base import EncodeJob, RolloutJob, TrainerJob
 from mismatch_probe.engines.process import Kind, UnexpectedEngineError
 from mismatch_probe.errors import DiskFull, DtypeRefused, EngineError, Interrupted, PromptError, TableError
-from mismatch_probe.probes.planning import Plan, TrainerPass, kv_cache_gib, rollout_pass_id
+from mismatch_probe.probes.kept_rows import KeptRows
+from mismatch_probe.probes.planning import Plan, RolloutPass, TrainerPass, kv_cache_gib, request_seed
 from mismatch_probe.probes.progress import Progress
-from mismatch_probe.probes.store import distinct_requests, store_rollouts, store_scores
+from mismatch_probe.probes.recorded import masks_of, store_recorded
+from mismatch_probe.probes.store import distinct_requests, store_replay, store_rollouts, store_scores
 from mismatch_probe.probes.workers import Collected, Workers, drive
 from mismatch_probe.tables import RunDirectory
-from mismatch_probe.types import Dtype, EncodedPrompt, Sampling
+from mismatch_probe.types import Dtype, EncodedPrompt, RolloutRequest, Sampling, TrainerDtype
 
 NULL_SEQUENCES = 16
 
@@ -30,6 +34,9 @@ class Comparison:
         self._progress = progress
         self._in_process = devices.in_process_wanted()
         self._fallback = ""
+        self._rows = KeptRows(plan, run)
+        self._texts: dict[int, str] = {}
+        self._masks = None if plan.recorded is None else masks_of(plan.recorded)
 
     def execute(self) -> None:
         """Runs every pass that is not finished. Passes that fail are recorded; the others go on.
@@ -43,10 +50,12 @@ class Comparison:
         self._run.save()
         try:
             with Workers(self._run.path / "logs") as workers:
-                encoded = self._encode(workers)
-                for dtype in self._plan.config.rollout_dtypes:
-                    self._rollout(workers, dtype, encoded)
-                for trainer in self._plan.trainers:
+                encoded = self._encode(workers) if self._plan.model.config else []
+                if self._plan.recorded is not None and not self._run.finished(str(self._plan.passes.source)):
+                    store_recorded(self._run, self._plan.recorded, self._texts)
+                for rollout in self._plan.passes.rollouts:
+                    self._rollout(workers, rollout, encoded)
+                for trainer in self._plan.passes.scored:
                     self._train(workers, trainer)
             self._run.merge()
         except KeyboardInterrupt:
@@ -59,6 +68,8 @@ class Comparison:
             raise
         records = self._run.manifest["passes"].values()
         failed = any(record["status"] == "failed" or "extension_failure" in record for record in records)
+        if not failed:
+            self._rows.discard()
         self._close("incomplete" if failed else "complete")
 
     def _close(self, status: str) -> None:
@@ -67,12 +78,18 @@ class Comparison:
 
     def _encode(self, workers: Workers) -> list[EncodedPrompt]:
         plan = self._plan
-        job = EncodeJob(str(plan.model.path), plan.prompts.prompts, plan.config.chat, plan.config.trust_remote_code)
+        recorded = [] if plan.recorded is None else np.unique(plan.recorded.response_token_ids.values).tolist()
+        job = EncodeJob(
+            str(plan.model.path), plan.prompts.prompts, plan.config.chat, plan.config.trust_remote_code, recorded
+        )
         self._progress.message("encoding prompts")
         environment = devices.trainer_settings(plan.device, "float32").environment
         process = workers.take("encode", environment)
         self._prepare_next(workers, None)
         collected = drive(process, "encode", job, self._progress)
+        self._texts, self._run.manifest["special_token_ids"] = collected.texts, collected.special
+        if plan.recorded is not None:
+            return []
         digest = hashlib.sha256(json.dumps([p.token_ids for p in collected.encoded]).encode()).hexdigest()
         known = self._run.manifest["prompts"].setdefault("token_ids_sha256", digest)
         if known != digest:
@@ -94,13 +111,23 @@ class Comparison:
         if context is not None and len(longest.token_ids) + self._plan.sizes.max_tokens > context:
             self._progress.message(f"responses end at the model's context of {context} tokens, prompt included")
 
-    def _rollout(self, workers: Workers, dtype: Dtype, encoded: list[EncodedPrompt]) -> None:
-        pass_id = rollout_pass_id(dtype)
-        if self._settled(pass_id):
+    def _rollout(self, workers: Workers, rollout: RolloutPass, encoded: list[EncodedPrompt]) -> None:
+        pass_id, dtype = rollout.pass_id, rollout.dtype
+        if dtype == "recorded" or self._settled(pass_id):
             return
         plan, sizes = self._plan, self._plan.sizes
-        longest = max(len(p.token_ids) for p in encoded) + sizes.max_tokens
-        requests = plan.requests(dtype, encoded)
+        try:
+            requests = plan.requests(dtype, encoded) if rollout.kind == "decode" else self._replay_requests()
+        except EngineError as error:
+            self._fail(pass_id, error)
+            return
+        sampling = Sampling(
+            max([sizes.max_tokens, *(len(request.forced_token_ids) for request in requests)]),
+            plan.config.temperature,
+            plan.config.seed,
+        )
+        longest = max(len(r.prompt_token_ids) + (len(r.forced_token_ids) or sizes.max_tokens) for r in requests)
+        capture = self._rows.capture(pass_id, requests, sampling)
 
         def attempt() -> Collected:
             kind, settings = self._rollout_process(dtype)
@@ -109,11 +136,12 @@ class Comparison:
                 model_path=str(plan.model.path),
                 dtype=dtype,
                 device=plan.device,
-                sampling=Sampling(sizes.max_tokens, plan.config.temperature, plan.config.seed),
+                sampling=sampling,
                 requests=requests,
                 batch=sizes.rollout_batch,
                 null_tokens=sizes.null_tokens,
                 max_model_len=min(longest, plan.model.context or longest),
+                capture=capture,
                 in_process=self._in_process,
                 trust_remote_code=plan.config.trust_remote_code,
                 arguments={**settings.arguments, **plan.config.engine_args},
@@ -148,18 +176,45 @@ class Comparison:
         facts: dict[str, Any] = {"deterministic": devices.determinism(plan.device, in_process=self._in_process)}
         if self._fallback:
             facts["in_process_failure"] = self._fallback
+        if rollout.kind == "replay":
+            store_replay(self._run, pass_id, str(plan.passes.source), collected, facts, self._masks)
+            return
         samples = [(prompt.prompt_id, sample) for prompt in encoded for sample in range(sizes.samples_per_prompt)]
         store_rollouts(self._run, pass_id, requests, samples, collected, facts)
 
+    def _replay_requests(self) -> list[RolloutRequest]:
+        """The sequences of the pass that the others follow, each to be decoded again."""
+        source = str(self._plan.passes.source)
+        if not self._run.finished(source):
+            raise EngineError(
+                f"{source} has not finished, so there is nothing to decode again.",
+                "Mend that pass and continue with --resume.",
+            )
+        table = self._run.sequences(source)
+        columns = (table[name].to_pylist() for name in ("sequence_id", "prompt_token_ids", "response_token_ids"))
+        prompts = zip(table["prompt_id"].to_pylist(), table["sample_id"].to_pylist(), strict=True)
+        return [
+            RolloutRequest(sequence_id, prompt, request_seed(self._plan.config.seed, name, sample), response)
+            for (sequence_id, prompt, response), (name, sample) in zip(zip(*columns, strict=True), prompts, strict=True)
+            if response
+        ]
+
     def _train(self, workers: Workers, trainer: TrainerPass) -> None:
         pass_id, run = trainer.pass_id, self._run
-        rollouts = [p for p in map(rollout_pass_id, self._plan.config.rollout_dtypes) if run.finished(p)]
+        assert trainer.dtype != "recorded"
+        assert trainer.mode != "recorded"
         record = run.manifest["passes"].get(pass_id, {})
         covered = record.get("covers", [])
-        missing = [name for name in rollouts if name not in covered]
+        missing = [name for name in self._to_cover() if name not in covered]
         if not missing or record.get("status") == "refused":
             return
-        distinct = distinct_requests([run.sequences(name) for name in missing])
+        sources = {run.source_of(name): None for name in missing}  # in order, each once
+        distinct = distinct_requests([run.sequences(name) for name in sources])
+        with_rows, exact = self._rows.positions(missing, distinct)
+        if not with_rows and sources.keys() <= {run.source_of(name) for name in covered}:
+            record["covers"] = covered + missing  # a replay of sequences that have been scored
+            run.save()
+            return
         kind, settings = self._trainer_process(trainer.dtype)
         job = TrainerJob(
             engine=kind,
@@ -173,6 +228,8 @@ class Comparison:
             requests=[group[0] for group in distinct],
             null_sequences=NULL_SEQUENCES if self._plan.sizes.null_tokens and not covered else 0,
             memory_budget=int(self._plan.sizes.memory_budget_gib * devices.GIB),
+            exact_sources=[str(self._rows.path(name)) for name in with_rows],
+            exact=exact,
             trust_remote_code=self._plan.config.trust_remote_code,
             flags=settings.arguments,
         )
@@ -188,7 +245,14 @@ class Comparison:
                 "deterministic": devices.determinism(self._plan.device, in_process=True),
                 "covers": covered + missing,
             }
-            store_scores(run, pass_id, distinct, collected, facts)
+            store_scores(run, pass_id, distinct, with_rows, collected, facts, self._masks)
+
+    def _to_cover(self) -> list[str]:
+        """The finished passes whose sequences a trainer pass is to score."""
+        passes = self._plan.passes
+        names = [rollout.pass_id for rollout in passes.rollouts]
+        names += [passes.source] if passes.source is not None and passes.source not in names else []
+        return [name for name in names if self._run.finished(name)]
 
     def _settled(self, pass_id: str) -> bool:
         """Whether a pass is finished or refused; one that failed is taken off the manifest before it is tried again."""
@@ -222,7 +286,7 @@ class Comparison:
         )
         return "vllm", settings
 
-    def _trainer_process(self, dtype: Dtype) -> tuple[Kind, devices.EngineSettings]:
+    def _trainer_process(self, dtype: TrainerDtype) -> tuple[Kind, devices.EngineSettings]:
         if self._plan.model.scripted:
             return "scripted", devices.EngineSettings()
         return "hf", devices.trainer_settings(self._plan.device, dtype)
@@ -230,8 +294,8 @@ class Comparison:
     def _prepare_next(self, workers: Workers, current: str | None) -> None:
         """Lets the process of the pass after `current` import ahead."""
         order: list[tuple[str, tuple[Kind, devices.EngineSettings]]] = [
-            *((rollout_pass_id(d), self._rollout_process(d)) for d in self._plan.config.rollout_dtypes),
-            *((t.pass_id, self._trainer_process(t.dtype)) for t in self._plan.trainers),
+            *((r.pass_id, self._rollout_process(r.dtype)) for r in self._plan.passes.rollouts if r.dtype != "recorded"),
+            *((t.pass_id, self._trainer_process(t.dtype)) for t in self._plan.passes.scored if t.dtype != "recorded"),
         ]
         names = [name for name, _ in order]
         for name, (kind, settings) in order[names.index(current) + 1 if current else 0 :]:

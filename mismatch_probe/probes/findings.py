@@ -7,6 +7,7 @@ from typing import Any
 
 from mismatch_probe.metrics.accumulate import PairSums
 from mismatch_probe.metrics.paired import paired_ratio
+from mismatch_probe.probes.pairs import PairResult
 from mismatch_probe.types import MetricValue
 
 METRIC = "mean_abs_logprob_diff"
@@ -15,18 +16,40 @@ METRIC = "mean_abs_logprob_diff"
 FP32_FLOOR = 1e-4
 
 
-def findings(
-    diagonal: Mapping[str, PairSums], metrics: Mapping[str, Mapping[str, MetricValue]], seed: int
-) -> list[dict[str, Any]]:
-    """What the diagonal pairs (same dtype on both sides) and their metrics say, as rows of `summary.json`."""
+def findings(diagonal: Mapping[str, PairResult], seed: int) -> list[dict[str, Any]]:
+    """What the diagonal pairs (same dtype on both sides) say, as rows of `summary.json`."""
     rows = []
     if "bfloat16" in diagonal and "float16" in diagonal:
-        ratio = paired_ratio(diagonal["bfloat16"], diagonal["float16"], METRIC, seed=seed)
-        rows.append({"name": "bf16_over_fp16", "text": _ratio_text(ratio, diagonal["bfloat16"]), **ratio.as_dict()})
+        bf16, fp16 = diagonal["bfloat16"].sums, diagonal["float16"].sums
+        ratio = paired_ratio(bf16, fp16, METRIC, seed=seed)
+        rows.append({"name": "bf16_over_fp16", "text": _ratio_text(ratio, bf16), **ratio.as_dict()})
     if "float32" in diagonal:
-        floor = metrics["float32"][METRIC]
+        floor = diagonal["float32"].metrics[METRIC]
         rows.append({"name": "fp32_floor", "text": _floor_text(floor), **floor.as_dict()})
+    for name, result in diagonal.items():
+        exact, quadrature = result.metrics["kl_exact"], (result.budget or {}).get("measured_over_predicted")
+        if exact.value is not None:
+            rows.append({"name": f"exact_kl_{name}", "text": _exact_text(name, exact), **exact.as_dict()})
+        if quadrature is not None and quadrature.value is not None:
+            text = _budget_text(name, result.budget or {})
+            rows.append({"name": f"error_budget_{name}", "text": text, **quadrature.as_dict()})
     return rows
+
+
+def _exact_text(name: str, exact: MetricValue) -> str:
+    limits = "" if exact.ci_low is None else f" [{exact.ci_low:.2e}, {exact.ci_high:.2e}]"
+    note = f" ({exact.why})" if exact.why else ""
+    return f"Exact KL(μ‖π), {name}: {exact.value:.2e}{limits} nats per token{note}."
+
+
+def _budget_text(name: str, budget: Mapping[str, MetricValue]) -> str:
+    value = {key: metric.value or 0.0 for key, metric in budget.items()}
+    return (
+        f"Errors against the reference, {name}: rollout {value['rollout_error_rms']:.2e}, trainer "
+        f"{value['trainer_error_rms']:.2e} nats RMS; independent, they would give a gap of "
+        f"{value['predicted_gap_rms']:.2e}; it is {value['measured_gap_rms']:.2e} (correlation "
+        f"{value['error_correlation']:.2f})."
+    )
 
 
 def _ratio_text(ratio: MetricValue, pair: PairSums) -> str:

@@ -3,47 +3,110 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from typing import Literal
 
 from mismatch_probe.config import CompareConfig
 from mismatch_probe.engines import devices
 from mismatch_probe.engines.models import ModelRef, resolve
+from mismatch_probe.errors import UsageError
+from mismatch_probe.ingest.base import RecordedRun
 from mismatch_probe.probes.progress import Progress
+from mismatch_probe.probes.recorded import check_recorded, read_recorded, sides_of
 from mismatch_probe.prompts import PromptSet, load_prompts
-from mismatch_probe.types import DTYPES, Dtype, EncodedPrompt, RolloutRequest, TrainerMode
+from mismatch_probe.types import DTYPES, Dtype, EncodedPrompt, RolloutRequest, TrainerDtype, TrainerMode
 
-_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 # Sustained FLOP/s of matrix products: per CPU core as measured on 2-core machines without and with BF16 instructions,
 # assumed for a GPU. Good to a factor of two or three, which is what an estimate beforehand needs.
-_CPU_RATE = {"bfloat16": (5e9, 100e9), "float16": (6e9, 14e9), "float32": (30e9, 56e9)}
-_GPU_RATE = {"bfloat16": 1e14, "float16": 1e14, "float32": 1.5e13}
+_CPU_RATE = {"bfloat16": (5e9, 100e9), "float16": (6e9, 14e9), "float32": (30e9, 56e9), "float64": (15e9, 28e9)}
+_GPU_RATE = {"bfloat16": 1e14, "float16": 1e14, "float32": 1.5e13, "float64": 1e12}
 _START_SECONDS = 15.0
 _CHARACTERS_PER_TOKEN = 4
 
 
 @dataclass(frozen=True)
-class TrainerPass:
-    """A column of the matrix."""
+class RolloutPass:
+    """A row of the matrix: responses that a dtype samples, ids that it decodes again, or what a file recorded."""
 
-    dtype: Dtype
-    mode: TrainerMode
+    dtype: Dtype | Literal["recorded"]
+    kind: Literal["decode", "replay", "recorded"]
 
     @property
     def pass_id(self) -> str:
-        return f"hf-{self.dtype}-{self.mode}"
+        return "recorded-rollout" if self.kind == "recorded" else f"vllm-{self.dtype}-{self.kind}"
 
 
-def trainer_passes(config: CompareConfig) -> list[TrainerPass]:
-    """Columns of the matrix. Autocast applies to 16-bit types only: FP32 always has the one mode `cast`."""
-    return [
+@dataclass(frozen=True)
+class TrainerPass:
+    """A column of the matrix, or the reference beside it."""
+
+    dtype: TrainerDtype | Literal["recorded"]
+    mode: TrainerMode | Literal["recorded"]
+
+    @property
+    def pass_id(self) -> str:
+        return "recorded-trainer" if self.mode == "recorded" else f"hf-{self.dtype}-{self.mode}"
+
+
+RECORDED_ROLLOUT = RolloutPass("recorded", "recorded")
+RECORDED_TRAINER = TrainerPass("recorded", "recorded")
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The passes of a comparison.
+
+    Attributes:
+        rollouts: Rows of the matrix, in the order in which they run.
+        trainers: Columns.
+        reference: What the error budget charges errors against, None where there is none.
+        source: The pass whose sequences every other pass takes; None where each rollout samples its own.
+    """
+
+    rollouts: tuple[RolloutPass, ...]
+    trainers: tuple[TrainerPass, ...]
+    reference: TrainerPass | None
+    source: str | None
+
+    @property
+    def scored(self) -> list[TrainerPass]:
+        """The passes that a trainer engine runs."""
+        extra = [self.reference] if self.reference is not None and self.reference not in self.trainers else []
+        return [trainer for trainer in (*self.trainers, *extra) if trainer.mode != "recorded"]
+
+
+def passes_of(config: CompareConfig, recorded: Mapping[str, bool] | None = None) -> Passes:
+    """The passes that a configuration asks for. Autocast applies to 16-bit types only: FP32 always has `cast`.
+
+    Args:
+        config: The configuration.
+        recorded: Of a run `--from` a file: whether the file brings log-probs of the `rollout` and of the `trainer`.
+    """
+    trainers = [
         TrainerPass(dtype, mode)
         for dtype in config.trainer_dtypes
         for mode in (config.trainer_modes if dtype != "float32" else ("cast",))
     ]
-
-
-def rollout_pass_id(dtype: str) -> str:
-    return f"vllm-{dtype}-decode"
+    source = None
+    if recorded is not None:
+        source = RECORDED_ROLLOUT.pass_id if recorded["rollout"] else RECORDED_TRAINER.pass_id
+        rollouts = [RECORDED_ROLLOUT] if recorded["rollout"] else []
+        rollouts += [RolloutPass(dtype, "replay") for dtype in config.rollout_dtypes] if config.replay else []
+        if recorded["trainer"]:
+            trainers = [RECORDED_TRAINER, *(trainers if config.rescore else [])]
+    elif config.sequences == "shared":
+        first, *others = config.rollout_dtypes
+        rollouts = [RolloutPass(first, "decode"), *(RolloutPass(dtype, "replay") for dtype in others)]
+        source = rollouts[0].pass_id
+    else:
+        rollouts = [RolloutPass(dtype, "decode") for dtype in config.rollout_dtypes]
+    reference: TrainerPass | None = TrainerPass(config.reference, "cast")
+    engines = any(trainer.mode != "recorded" for trainer in trainers)
+    if not engines or (config.reference == "float32" and reference not in trainers):
+        reference = None
+    return Passes(tuple(rollouts), tuple(trainers), reference, source)
 
 
 def null_pass_id(pass_id: str) -> str:
@@ -60,15 +123,13 @@ class Plan:
     prompts: PromptSet
     device: devices.Device
     sizes: devices.Sizes
+    passes: Passes
+    recorded: RecordedRun | None = None
 
-    @property
-    def trainers(self) -> list[TrainerPass]:
-        return trainer_passes(self.config)
-
-    def requests(self, dtype: Dtype, encoded: list[EncodedPrompt]) -> list[RolloutRequest]:
+    def requests(self, dtype: str, encoded: list[EncodedPrompt]) -> list[RolloutRequest]:
         """Every response that one rollout pass samples. Ids are unique in the run; seeds are equal for every dtype."""
         samples = self.sizes.samples_per_prompt
-        first = DTYPES.index(dtype) * len(encoded) * samples
+        first = list(DTYPES).index(dtype) * len(encoded) * samples  # type: ignore[arg-type]
         return [
             RolloutRequest(
                 sequence_id=first + index * samples + sample,
@@ -101,24 +162,28 @@ class PassEstimate:
 
 def estimate(plan: Plan) -> list[PassEstimate]:
     """Estimates every pass. Nothing is loaded: prompt lengths are guessed from characters."""
-    sizes, parameters = plan.sizes, 0 if plan.model.scripted else plan.model.parameters()
-    sequences = len(plan.prompts.prompts) * sizes.samples_per_prompt
-    characters = sum(len(p.text or str(p.messages)) for p in plan.prompts.prompts) * sizes.samples_per_prompt
-    tokens = characters // _CHARACTERS_PER_TOKEN + sequences * sizes.max_tokens
-    rows = []
-    for dtype in plan.config.rollout_dtypes:
-        weights = parameters * _BYTES[dtype] / devices.GIB
+    sizes, rows = plan.sizes, []
+    parameters = 0 if plan.model.scripted or not plan.model.config else plan.model.parameters()
+    if plan.recorded is not None:
+        tokens = len(plan.recorded.prompt_token_ids.values) + len(plan.recorded.response_token_ids.values)
+    else:
+        characters = sum(len(p.text or str(p.messages)) for p in plan.prompts.prompts)
+        each = characters // _CHARACTERS_PER_TOKEN + len(plan.prompts.prompts) * sizes.max_tokens
+        tokens = each * sizes.samples_per_prompt
+    engines = [rollout for rollout in plan.passes.rollouts if rollout.kind != "recorded"]
+    for rollout in engines:
+        weights = parameters * _BYTES[rollout.dtype] / devices.GIB
         memory = weights + kv_cache_gib(plan) if plan.device == "cpu" else None
-        rows.append(PassEstimate(rollout_pass_id(dtype), tokens, memory, _seconds(plan, dtype, parameters, tokens)))
-    for trainer in plan.trainers:
+        rows.append(PassEstimate(rollout.pass_id, tokens, memory, _seconds(plan, rollout.dtype, parameters, tokens)))
+    for trainer in plan.passes.scored:
         held = "float32" if trainer.mode == "autocast" else trainer.dtype
         memory = parameters * _BYTES[held] / devices.GIB + sizes.memory_budget_gib
-        work = tokens * len(plan.config.rollout_dtypes)
+        work = tokens * (1 if plan.passes.source else len(engines))
         rows.append(PassEstimate(trainer.pass_id, work, memory, _seconds(plan, trainer.dtype, parameters, work)))
     return rows
 
 
-def _seconds(plan: Plan, dtype: Dtype, parameters: int, tokens: int) -> float:
+def _seconds(plan: Plan, dtype: str, parameters: int, tokens: int) -> float:
     if plan.device == "cuda":
         rate = _GPU_RATE[dtype]
     else:
@@ -140,9 +205,10 @@ def kv_cache_gib(plan: Plan) -> int:
         config.get("head_dim") or config.get("hidden_size", 4096) // max(1, int(config.get("num_attention_heads", 32)))
     )
     # Four bytes serve all three dtypes alike, so that the cache's size is the same in every pass.
-    longest = (
-        max((len(p.text or str(p.messages)) for p in plan.prompts.prompts), default=0) + plan.sizes.max_tokens + 128
-    )
+    prompt = max((len(p.text or str(p.messages)) for p in plan.prompts.prompts), default=0)
+    if plan.recorded is not None:
+        prompt = int(plan.recorded.prompt_token_ids.lengths.max())
+    longest = prompt + plan.sizes.max_tokens + 128
     wanted = 2 * layers * heads * size * 4 * longest * plan.sizes.rollout_batch
     return max(1, min(16, -(-wanted // devices.GIB)))
 
@@ -159,16 +225,33 @@ def make_plan(config: CompareConfig, progress: Progress | None = None, *, weight
         ProbeError: The model, the prompts or the device cannot be had.
     """
     progress = progress or Progress()
-    model = resolve(
-        config.model,
-        revision=config.revision,
-        trust_remote_code=config.trust_remote_code,
-        weights=weights,
-        log=progress.message,
-    )
-    device: devices.Device = "cpu" if model.scripted else devices.choose_device(config.device)
-    defaults = devices.default_sizes(device)
+    recorded = None if config.source is None else read_recorded(config.source)
+    passes = passes_of(config, None if recorded is None else sides_of(recorded))
+    if not passes.rollouts:
+        raise UsageError(
+            f"{config.source} holds no rollout_logprobs, so there is nothing to compare its trainer with.",
+            "Add --replay to decode its ids with vLLM.",
+        )
+    if passes.scored or any(rollout.kind != "recorded" for rollout in passes.rollouts):
+        model = resolve(
+            config.model,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            weights=weights,
+            log=progress.message,
+        )
+        device: devices.Device = "cpu" if model.scripted else devices.choose_device(config.device)
+    else:
+        model, device = ModelRef.none(), "cpu"
     given = {f.name: value for f in fields(devices.Sizes) if (value := getattr(config, f.name)) is not None}
-    sizes = replace(defaults, **given)
-    prompts = load_prompts(config.prompts, None if config.num_prompts is None and config.prompts else sizes.num_prompts)
-    return Plan(config, model, prompts, device, replace(sizes, num_prompts=len(prompts.prompts)))
+    sizes = replace(devices.default_sizes(device), **given)
+    if recorded is not None:
+        check_recorded(recorded, model)
+        prompts = PromptSet((), recorded.source.path, recorded.source.sha256)
+        longest = int(recorded.response_token_ids.lengths.max())
+        sizes = replace(sizes, num_prompts=len(set(recorded.prompt_ids)), samples_per_prompt=1, max_tokens=longest)
+    else:
+        whole = config.num_prompts is None and config.prompts
+        prompts = load_prompts(config.prompts, None if whole else sizes.num_prompts)
+        sizes = replace(sizes, num_prompts=len(prompts.prompts))
+    return Plan(config, model, prompts, device, sizes, passes, recorded)

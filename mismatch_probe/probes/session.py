@@ -19,10 +19,12 @@ from mismatch_probe.engines import devices
 from mismatch_probe.errors import TableError, UsageError
 from mismatch_probe.files import locked
 from mismatch_probe.metrics.catalog import CATALOG
-from mismatch_probe.probes.analysis import analyse, draw_figures, summary_frame, write_outputs
+from mismatch_probe.probes.analysis import analyse
 from mismatch_probe.probes.compare import Comparison
-from mismatch_probe.probes.planning import Plan, make_plan, trainer_passes
+from mismatch_probe.probes.outputs import draw_figures, summary_frame, write_outputs
+from mismatch_probe.probes.planning import Passes, Plan, make_plan, passes_of
 from mismatch_probe.probes.progress import Progress
+from mismatch_probe.probes.recorded import sides_of
 from mismatch_probe.report.data import ReportData
 from mismatch_probe.tables import RunDirectory, refuse_occupied
 
@@ -60,15 +62,21 @@ class RunResult:
         return bool(self.data.manifest["status"] == "complete")
 
 
-def parse_limits(texts: Sequence[str], config: CompareConfig) -> list[Limit]:
+def parse_limits(texts: Sequence[str], passes: Passes | None) -> list[Limit]:
     """Reads `--fail-on`.
+
+    Args:
+        texts: The limits.
+        passes: What is compared; None where that is not known yet.
 
     Raises:
         UsageError: A limit is malformed, or applies to no pair of this comparison.
     """
     limits = [Limit.parse(text, list(CATALOG)) for text in texts]
+    if passes is None:
+        return limits
+    pairs = [(rollout.dtype, trainer.dtype) for rollout in passes.rollouts for trainer in passes.trainers]
     for limit in limits:
-        pairs = [(r, t.dtype) for r in config.rollout_dtypes for t in trainer_passes(config)]
         if not any(limit.applies_to(rollout, trainer) for rollout, trainer in pairs):
             raise UsageError(f"--fail-on {limit.text!r} applies to no pair of this comparison.", "Check its dtypes.")
     return limits
@@ -77,10 +85,11 @@ def parse_limits(texts: Sequence[str], config: CompareConfig) -> list[Limit]:
 def new_run(
     config: CompareConfig, out: str | Path | None, fail_on: Sequence[str], progress: Progress | None
 ) -> RunResult:
-    limits = parse_limits(fail_on, config)
+    limits = parse_limits(fail_on, None if config.source else passes_of(config))
     progress = progress or Progress()
     plan = make_plan(config, progress)
-    path = Path(out) if out is not None else default_folder(config.model)
+    limits = parse_limits(fail_on, plan.passes)
+    path = Path(out) if out is not None else default_folder(config.source or config.model)
     refuse_occupied(path)  # before the lock, which would leave its file in a folder that is none of ours
     with locked(path):
         return _finish(plan, RunDirectory.create(path, _manifest(plan)), limits, progress)
@@ -95,7 +104,7 @@ def resume_run(path: Path, fail_on: Sequence[str], progress: Progress | None, ch
         for record in run.manifest["passes"].values():
             record.pop("extension_failure", None)
         config = _changed(run, changes)
-        limits = parse_limits(fail_on, config)
+        limits = parse_limits(fail_on, passes_of(config, run.manifest.get("recorded")))
         progress = progress or Progress()
         plan = _plan_again(run, config, progress)
         return _finish(plan, run, limits, progress)
@@ -136,7 +145,10 @@ def _changed(run: RunDirectory, changes: Mapping[str, Any]) -> CompareConfig:
 def _plan_again(run: RunDirectory, config: CompareConfig, progress: Progress) -> Plan:
     """The plan of a run that is resumed: the same model, prompts and device, or an error."""
     # Sizes that were left to the machine's default stay what they were, and a hub id stays at its commit.
-    fixed = {**run.manifest["sizes"], "revision": run.manifest["model"]["revision"]}
+    # Of a recorded run the file itself says how many prompts, samples and tokens there are.
+    own = () if config.source is None else ("num_prompts", "samples_per_prompt", "max_tokens")
+    sizes = {name: value for name, value in run.manifest["sizes"].items() if name not in own}
+    fixed = {**sizes, "revision": run.manifest["model"]["revision"]}
     plan = make_plan(replace(config, **fixed), progress)
     if plan.prompts.sha256 != run.manifest["prompts"]["sha256"]:
         raise TableError(
@@ -152,7 +164,8 @@ def _plan_again(run: RunDirectory, config: CompareConfig, progress: Progress) ->
 
 def report_run(path: Path, fail_on: Sequence[str]) -> RunResult:
     run = RunDirectory.open(path)
-    limits = parse_limits(fail_on, CompareConfig.from_dict(run.manifest["config"]))
+    config = CompareConfig.from_dict(run.manifest["config"])
+    limits = parse_limits(fail_on, passes_of(config, run.manifest.get("recorded")))
     data = analyse(run, limits)
     return RunResult(path, data, write_outputs(run, data))
 
@@ -203,14 +216,17 @@ def _in_background(work: Callable[[], dict[str, str]]) -> Future[dict[str, str]]
 
 
 def _manifest(plan: Plan) -> dict[str, Any]:
+    recorded = plan.recorded
+    name = plan.config.model if plan.model.config else f"the recorded run {plan.prompts.source}"
     return {
         "tool_version": version("mismatch-probe"),
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "config": plan.config.as_dict(),
         "sizes": vars(plan.sizes),
         "device": plan.device,
-        "model": {"name": plan.config.model, "revision": plan.model.revision, "path": str(plan.model.path)},
-        "prompts": {"source": plan.prompts.source, "n": len(plan.prompts.prompts), "sha256": plan.prompts.sha256},
+        "model": {"name": name, "revision": plan.model.revision, "path": str(plan.model.path)},
+        "prompts": {"source": plan.prompts.source, "n": plan.sizes.num_prompts, "sha256": plan.prompts.sha256},
+        **({} if recorded is None else {"recorded": {**sides_of(recorded), **recorded.source.as_dict()}}),
         "environment": {
             "versions": devices.package_versions(),
             "machine": devices.machine(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -11,7 +12,15 @@ import pyarrow.compute as pc
 
 from mismatch_probe.probes.planning import null_pass_id
 from mismatch_probe.probes.workers import Collected
-from mismatch_probe.tables import RunDirectory, sequences_table, tokens_table
+from mismatch_probe.tables import (
+    REFERENCE_SCHEMA,
+    TOKENS_SCHEMA,
+    Masks,
+    RunDirectory,
+    exact_table,
+    sequences_table,
+    tokens_table,
+)
 from mismatch_probe.types import Rollout, RolloutRequest, Score, ScoreRequest
 
 
@@ -42,15 +51,40 @@ def store_rollouts(
         "n_truncated": sum(r.finish_reason == "length" for r in collected.rollouts),
         "n_empty": sum(len(r.response_token_ids) == 0 for r in collected.rollouts),
     }
+    _store_null(run, pass_id, collected)
+    run.finish_pass(pass_id, _record(collected, counts, facts), {"tokens": tokens, "sequences": sequences})
+
+
+def store_replay(
+    run: RunDirectory,
+    pass_id: str,
+    source: str,
+    collected: Collected,
+    facts: dict[str, Any],
+    masks: Masks | None,
+) -> None:
+    """Finishes a pass that decoded the sequences of `source` again; it has tokens, and no sequences of its own."""
+    tokens = _rollout_tokens(pass_id, collected.rollouts, collected.texts, masks)
+    counts = {"n_sequences": len(collected.rollouts), **_counts(tokens)}
+    _store_null(run, pass_id, collected, masks)
+    run.finish_pass(pass_id, _record(collected, counts, {"sequences_of": source, **facts}), {"tokens": tokens})
+
+
+def _store_null(run: RunDirectory, pass_id: str, collected: Collected, masks: Masks | None = None) -> None:
     if collected.null_rollouts:
         null = null_pass_id(pass_id)
-        again = _rollout_tokens(null, collected.null_rollouts, collected.texts)
-        run.finish_pass(null, again, {"null_of": pass_id})
-    run.finish_pass(pass_id, tokens, _record(collected, counts, facts), sequences)
+        again = _rollout_tokens(null, collected.null_rollouts, collected.texts, masks)
+        run.finish_pass(null, {"null_of": pass_id}, {"tokens": again})
 
 
 def store_scores(
-    run: RunDirectory, pass_id: str, distinct: list[list[ScoreRequest]], collected: Collected, facts: dict[str, Any]
+    run: RunDirectory,
+    pass_id: str,
+    distinct: list[list[ScoreRequest]],
+    rows_of: Sequence[str],
+    collected: Collected,
+    facts: dict[str, Any],
+    masks: Masks | None = None,
 ) -> None:
     """Finishes a trainer pass, or extends one by sequences that were sampled later.
 
@@ -58,21 +92,32 @@ def store_scores(
         run: Where to.
         pass_id: Which pass.
         distinct: Groups of sequences with the same ids; the first of each was scored for all.
+        rows_of: The rollout passes whose rows it compared, in the order of the job's sources.
         collected: What the worker produced.
         facts: What else the manifest is to say of the pass.
+        masks: Which response tokens count, by sequence; None for all.
     """
     twins = {group[0].sequence_id: group for group in distinct}
     ids = {request.sequence_id: request.response_token_ids for group in distinct for request in group}
 
+    kind, schema = ("reference", REFERENCE_SCHEMA) if pass_id.startswith("hf-float64") else ("tokens", TOKENS_SCHEMA)
+
     def table(name: str, scores: list[Score]) -> pa.Table:
-        every = [Score(twin.sequence_id, s.logprobs) for s in scores for twin in twins[s.sequence_id]]
-        return tokens_table(name, every, lambda score: ids[score.sequence_id])
+        every = [replace(s, sequence_id=twin.sequence_id) for s in scores for twin in twins[s.sequence_id]]
+        return tokens_table(name, every, lambda score: ids[score.sequence_id], schema=schema, masks=masks)
 
     tokens, n_distinct = table(pass_id, collected.scores), len(distinct)
+    exact = exact_table(pass_id, rows_of, collected.scores, masks)
     if run.finished(pass_id):
-        n_distinct += run.manifest["passes"][pass_id]["counts"]["n_distinct_sequences"]
+        # A sequence that was scored again, for the rows of a later replay, replaces itself.
+        earlier, compared = run.tokens(pass_id), run.exact(pass_id)
+        again = pc.is_in(earlier["sequence_id"], value_set=pa.array(list(ids), pa.int64()))
+        if not pc.any(again).as_py():
+            n_distinct += run.manifest["passes"][pass_id]["counts"]["n_distinct_sequences"]
         order = [("sequence_id", "ascending"), ("position", "ascending")]
-        tokens = pa.concat_tables([run.tokens(pass_id), tokens]).sort_by(order)
+        tokens = pa.concat_tables([earlier.filter(pc.invert(again)), tokens]).sort_by(order)
+        both = [table for table in (compared, exact) if table is not None]
+        exact = pa.concat_tables(both) if both else None
     counts = {
         "n_sequences": pc.count_distinct(tokens["sequence_id"]).as_py(),
         # Engines often sample the same response from the same seed; the forward pass sees each one once.
@@ -81,8 +126,9 @@ def store_scores(
     }
     if collected.null_scores:
         null = null_pass_id(pass_id)
-        run.finish_pass(null, table(null, collected.null_scores), {"null_of": pass_id})
-    run.finish_pass(pass_id, tokens, _record(collected, counts, facts))
+        run.finish_pass(null, {"null_of": pass_id}, {kind: table(null, collected.null_scores)})
+    tables = {kind: tokens} | ({} if exact is None else {"exact": exact})
+    run.finish_pass(pass_id, _record(collected, counts, facts), tables)
 
 
 def distinct_requests(sequences: Sequence[pa.Table]) -> list[list[ScoreRequest]]:
@@ -96,8 +142,12 @@ def distinct_requests(sequences: Sequence[pa.Table]) -> list[list[ScoreRequest]]
     return list(groups.values())
 
 
-def _rollout_tokens(pass_id: str, rollouts: list[Rollout], texts: dict[int, str]) -> pa.Table:
-    return tokens_table(pass_id, rollouts, lambda rollout: rollout.response_token_ids, texts.get)
+def _rollout_tokens(
+    pass_id: str, rollouts: list[Rollout], texts: dict[int, str], masks: Masks | None = None
+) -> pa.Table:
+    if masks is not None:  # a null repeats the first tokens of a sequence
+        masks = {r.sequence_id: masks[r.sequence_id][: len(r.response_token_ids)] for r in rollouts}
+    return tokens_table(pass_id, rollouts, lambda rollout: rollout.response_token_ids, texts.get, masks=masks)
 
 
 def _counts(tokens: pa.Table) -> dict[str, int]:

@@ -19,6 +19,7 @@ class Collected:
     """What a worker's events add up to."""
 
     encoded: list[EncodedPrompt] = field(default_factory=list)
+    special: list[int] = field(default_factory=list)
     rollouts: list[Rollout] = field(default_factory=list)
     null_rollouts: list[Rollout] = field(default_factory=list)
     texts: dict[int, str] = field(default_factory=dict)

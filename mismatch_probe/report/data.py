@@ -43,6 +43,7 @@ class WorstToken:
         rollout_logprob: b, nats.
         trainer_logprob: a, nats.
         log_ratio: d = a − b, nats.
+        share_of_square: This token's share of the pair's Σ d².
     """
 
     pair: str
@@ -55,6 +56,7 @@ class WorstToken:
     rollout_logprob: float
     trainer_logprob: float
     log_ratio: float
+    share_of_square: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from mismatch_probe.probes.planning import (
     estimate,
     kv_cache_gib,
     make_plan,
+    passes_of,
     request_seed,
-    trainer_passes,
 )
 from mismatch_probe.types import DTYPES, EncodedPrompt
 from tests.conftest import MakeModel
@@ -66,7 +66,7 @@ def test_more_prompts_than_there_are(scripted_model: MakeModel) -> None:
     ],
 )
 def test_autocast_is_for_16_bits(options: dict[str, Any], passes: list[str]) -> None:
-    assert [trainer.pass_id for trainer in trainer_passes(CompareConfig(**options))] == passes
+    assert [trainer.pass_id for trainer in passes_of(CompareConfig(**options)).trainers] == passes
 
 
 def test_requests_have_ids_of_their_own_and_seeds_that_every_dtype_shares(plan: Plan) -> None:

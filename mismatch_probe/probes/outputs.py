@@ -1,0 +1,45 @@
+"""What a run leaves behind: summary, figures and reports, written from what was computed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from mismatch_probe.files import write_json, write_text
+from mismatch_probe.report.data import ReportData
+from mismatch_probe.tables import RunDirectory
+
+
+def summary_frame(summary: dict[str, Any]) -> pd.DataFrame:
+    """The pairs' metrics flat, a row per pair and metric: what `summary.csv` holds."""
+    about = ["rollout_pass", "trainer_pass", "rollout_dtype", "trainer_dtype", "trainer_mode", "on_policy"]
+    about += ["n_tokens", "n_sequences", "n_nonfinite"]
+    rows = [
+        {**{name: pair[name] for name in about}, "metric": key, **metric}
+        for pair in summary["pairs"]
+        for key, metric in pair["metrics"].items()
+    ]
+    return pd.DataFrame(rows, columns=[*about, "metric", "value", "ci_low", "ci_high", "why"])
+
+
+def write_outputs(run: RunDirectory, data: ReportData) -> dict[str, Path]:
+    """Writes summary, figures and reports into the run's folder; returns the figures."""
+    from mismatch_probe.report.html import render_html
+    from mismatch_probe.report.markdown import render_markdown
+
+    write_json(run.path / "summary.json", data.summary)
+    write_text(run.path / "summary.csv", summary_frame(data.summary).to_csv(index=False, lineterminator="\n"))
+    figures = draw_figures(run, data)
+    write_text(run.path / "report.html", render_html(data, figures))
+    relative = {name: path.relative_to(run.path) for name, path in figures.items()}
+    write_text(run.path / "report.md", render_markdown(data, relative))
+    return figures
+
+
+def draw_figures(run: RunDirectory, data: ReportData) -> dict[str, Path]:
+    """Draws every figure into `figures/`."""
+    from mismatch_probe.report.figures import draw_all
+
+    return draw_all(data, run.path / "figures")

@@ -1,0 +1,126 @@
+"""One cell of the matrix: everything that is computed of a rollout pass and a trainer pass, in one read of both."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mismatch_probe.metrics.accumulate import PairSums
+from mismatch_probe.metrics.budget import BudgetSums
+from mismatch_probe.metrics.exact import EstimatorCost, estimator_costs
+from mismatch_probe.metrics.frame import exact_rows, pair_chunks
+from mismatch_probe.metrics.sample import count_nonfinite
+from mismatch_probe.metrics.summary import compute_metrics
+from mismatch_probe.metrics.where import COLUMN_EDGES
+from mismatch_probe.probes.planning import Passes, RolloutPass, TrainerPass
+from mismatch_probe.tables import RunDirectory
+from mismatch_probe.types import MetricValue
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A rollout pass and a trainer pass."""
+
+    rollout: RolloutPass
+    trainer: TrainerPass
+
+    @property
+    def diagonal(self) -> str:
+        """What figures call this cell; empty where it is off the diagonal. Whatever a file recorded is on it."""
+        if self.rollout.dtype == self.trainer.dtype:
+            return self.rollout.dtype
+        return f"recorded → {self.trainer.dtype}" if self.rollout.dtype == "recorded" else ""
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "rollout_pass": self.rollout.pass_id,
+            "trainer_pass": self.trainer.pass_id,
+            "rollout_dtype": self.rollout.dtype,
+            "trainer_dtype": self.trainer.dtype,
+            "trainer_mode": self.trainer.mode,
+        }
+
+
+@dataclass(frozen=True)
+class PairResult:
+    """A cell's results.
+
+    Attributes:
+        cell: The two passes.
+        sums: What everything was computed from.
+        metrics: By key of the catalog.
+        budget: The error budget, None without a reference.
+        estimators: What sampled KL estimators cost on this pair, None where no rows were compared.
+    """
+
+    cell: Cell
+    sums: PairSums
+    metrics: dict[str, MetricValue]
+    budget: dict[str, MetricValue] | None
+    estimators: list[EstimatorCost] | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The cell as `summary.json` has it."""
+        budget, estimators = self.budget, self.estimators
+        return {
+            **self.cell.as_dict(),
+            "on_policy": self.sums.on_policy,
+            "n_tokens": self.sums.n_tokens,
+            "n_sequences": len(self.sums.prompt),
+            "n_prompts": len(self.sums.prompt_ids),
+            "n_nonfinite": count_nonfinite(self.sums),
+            "metrics": {key: value.as_dict() for key, value in self.metrics.items()},
+            "budget": None if budget is None else {key: value.as_dict() for key, value in budget.items()},
+            "estimators": None if estimators is None else [asdict(cost) for cost in estimators],
+        }
+
+
+def analyse_pair(run: RunDirectory, passes: Passes, cell: Cell, seed: int) -> PairResult:
+    """Reads the two passes, and the reference where it has scored these tokens, once.
+
+    Raises:
+        TableError: A table is missing or corrupt, or the passes do not hold the same tokens.
+    """
+    rollout_pass, trainer_pass = cell.rollout.pass_id, cell.trainer.pass_id
+    reference = passes.reference.pass_id if passes.reference is not None else None
+    if reference is not None and why_missing(run, rollout_pass, reference):
+        reference = None
+    chunks = pair_chunks(
+        run,
+        rollout_pass,
+        trainer_pass,
+        trainer_columns=("entropy", "rank"),
+        reference_pass=reference,
+        special_ids=run.manifest.get("special_token_ids", ()),
+    )
+    sums: PairSums | None = None
+    budget: BudgetSums | None = None
+    for chunk in chunks:
+        if sums is None:
+            sums = PairSums(chunk, bins={name: edges for name, edges in COLUMN_EDGES.items() if name in chunk.columns})
+            budget = BudgetSums(sums.n_prompts) if reference is not None else None
+        sums.update(chunk)
+        if budget is not None and len(chunk.sequence):
+            budget.update(chunk)
+    assert sums is not None
+    exact = exact_rows(run, rollout_pass, trainer_pass, sums)
+    compared = exact is not None and bool(exact.finite().any())
+    return PairResult(
+        cell=cell,
+        sums=sums,
+        metrics=compute_metrics(sums, exact, seed=seed),
+        budget=None if budget is None else budget.metrics(seed=seed),
+        estimators=estimator_costs(exact) if exact is not None and compared else None,
+    )
+
+
+def why_missing(run: RunDirectory, rollout_pass: str, trainer_pass: str) -> str:
+    """Why two passes cannot be compared; empty where they can."""
+    passes = run.manifest["passes"]
+    for name in (rollout_pass, trainer_pass):
+        if not run.finished(name):
+            return str(passes.get(name, {}).get("why", "this pass has not run yet; continue the run with --resume"))
+    if run.source_of(rollout_pass) not in passes[trainer_pass].get("covers", []):
+        not_yet = "the trainer has not scored these sequences yet; continue the run with --resume"
+        return str(passes[trainer_pass].get("extension_failure", not_yet))
+    return ""
