@@ -3,6 +3,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 ARGS ?=
+VERL_VENV ?= .venv-verl
 
 BIN := $(VENV)/bin
 # The first line is for Pythons that cannot even parse the second.
@@ -11,8 +12,24 @@ define SETUP
 @$(PYTHON) mismatch_probe/bootstrap.py --venv '$(VENV)'
 endef
 
+# verl and vLLM want different versions of transformers. verl itself comes without its dependencies: its metrics import
+# few of them. torch is the same CPU build as ours, from the same index. The pins, copied there, say that it is finished.
+VERL_PIP = '$(VERL_VENV)/bin/python' -m pip --disable-pip-version-check --no-input install -qq
+VERL_PINS := tests/oracles/verl.txt tests/oracles/verl-needs.txt
+TORCH := from mismatch_probe.bootstrap import TORCH_CPU, TORCH_CPU_INDEX; print(TORCH_CPU_INDEX, TORCH_CPU)
+define VERL_SETUP
+@if ! cat $(VERL_PINS) | cmp -s - '$(VERL_VENV)/pins'; then \
+	echo 'Setting up $(VERL_VENV) with verl' && \
+	$(PYTHON) -m venv '$(VERL_VENV)' && \
+	$(VERL_PIP) --no-deps --retries 2 --timeout 15 --extra-index-url $$('$(BIN)/python' -c '$(TORCH)') && \
+	$(VERL_PIP) -r tests/oracles/verl-needs.txt && \
+	$(VERL_PIP) --no-deps --ignore-requires-python -r tests/oracles/verl.txt && \
+	cat $(VERL_PINS) > '$(VERL_VENV)/pins'; \
+fi
+endef
+
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev compare test lint notebook bench clean
+.PHONY: help setup setup-dev compare test lint notebook oracles bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +55,11 @@ lint: setup-dev ## Check style, types and the direction of imports
 
 notebook: setup-dev ## Run the notebooks from start to end
 	@'$(BIN)/python' -m pytest --nbmake --nbmake-timeout=1800 notebooks $(ARGS)
+
+oracles: ## Compare the metrics with those of verl, TRL, ArviZ and torch on the same arrays
+	$(SETUP) --extra dev --extra oracles --no-model
+	$(VERL_SETUP)
+	@MISMATCH_PROBE_ORACLES=1 VERL_PYTHON='$(VERL_VENV)/bin/python' '$(BIN)/python' -m pytest tests/oracles $(ARGS)
 
 bench: ## Measure the tool's own speed against a bare script and against TRL
 	$(SETUP) --extra oracles
