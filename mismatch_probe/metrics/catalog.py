@@ -117,11 +117,13 @@ _SEQUENCE = (
         "sequence",
         needs_on_policy=True,
     ),
-    MetricInfo("verl_is_mean", "verl rollout_is_mean", "ΣTeᴰ / ΣT", "", "sequence", needs_on_policy=True),
+    MetricInfo(
+        "verl_is_mean", "verl rollout_is_mean", "ΣTw / ΣT, w = min(eᴰ, 2)", "", "sequence", needs_on_policy=True
+    ),
     MetricInfo(
         "verl_is_std",
         "verl rollout_is_std",
-        "sd of w over tokens, w = clamp(eᴰ, ½, 2)",
+        "sd of w over tokens, w = min(eᴰ, 2)",
         "",
         "sequence",
         needs_on_policy=True,
@@ -130,7 +132,7 @@ _SEQUENCE = (
     MetricInfo(
         "verl_ess",
         "verl rollout_is_eff_sample_size",
-        "(ΣTw)² / (ΣT ΣTw²), w = clamp(eᴰ, ½, 2)",
+        "(ΣTw)² / (ΣT ΣTw²), w = min(eᴰ, 2)",
         "",
         "sequence",
         needs_on_policy=True,

@@ -14,9 +14,8 @@ from mismatch_probe.types import MetricValue
 
 Result = Estimate | MetricValue
 
-# C of truncated importance sampling; verl clamps its diagnostics to [1/C, C].
+# C of truncated importance sampling.
 TRUNCATION = 2.0
-VERL_LOG_RATIO_BOUND = 20.0
 # Lengths whose standard deviation is below this share of their mean carry no slope.
 MIN_LENGTH_VARIATION = 0.05
 PARETO_SEQUENCES = 200
@@ -41,10 +40,10 @@ def sequence_metrics() -> dict[str, Callable[[Sequences], Result]]:
         "chi2_seq": lambda seqs: seqs.mean_exp(2 * seqs.seq_log_ratio, scales.expm1),
         "ess_seq": _ess_seq,
         "ess_seq_gaussian": lambda seqs: seqs.variance(seqs.seq_log_ratio, 1.0, scales.exp_minus_exp),
-        "ess_seq_truncated": lambda seqs: seqs.ess(np.minimum(seqs.seq_log_ratio, math.log(TRUNCATION))),
+        "ess_seq_truncated": lambda seqs: seqs.ess(_truncated(seqs)),
         "verl_is_mean": _verl_is_mean,
         "verl_is_std": _verl_is_std,
-        "verl_ess": lambda seqs: seqs.ess(_verl_clamped(seqs), weight=seqs.length),
+        "verl_ess": lambda seqs: seqs.ess(_truncated(seqs), weight=seqs.length),
         "pareto_k": _pareto_k,
         "log_ppl_diff": lambda seqs: seqs.estimate([_log_ppl_diff(seqs)], scales.plain, scales.as_is),
         "ppl_ratio": lambda seqs: seqs.mean_exp(_log_ppl_diff(seqs), scales.exp),
@@ -84,20 +83,19 @@ def _ess_seq(seqs: Sequences) -> Estimate:
     return seqs.ess(seqs.seq_log_ratio, why=why)
 
 
+def _truncated(seqs: Sequences) -> Floats:
+    """`[S]` log min(e^D, C). verl (0.8 and later) truncates first and takes all three of its statistics afterwards."""
+    return np.minimum(seqs.seq_log_ratio, math.log(TRUNCATION))
+
+
 def _verl_is_mean(seqs: Sequences) -> Estimate:
-    """verl takes this mean before it truncates, over tokens, each with the weight of its sequence."""
-    clamped = int(np.count_nonzero(np.abs(seqs.seq_log_ratio) > VERL_LOG_RATIO_BOUND))
-    why = f"verl clamps D at ±20, which would change {clamped} sequences" if clamped else ""
-    return seqs.mean_exp(seqs.seq_log_ratio, scales.exp, weight=seqs.length, why=why)
-
-
-def _verl_clamped(seqs: Sequences) -> Floats:
-    return np.clip(seqs.seq_log_ratio, -math.log(TRUNCATION), math.log(TRUNCATION))
+    """Mean of the truncated weights over tokens, each with the weight of its sequence."""
+    return seqs.mean_exp(_truncated(seqs), scales.exp, weight=seqs.length)
 
 
 def _verl_is_std(seqs: Sequences) -> Estimate:
-    """Population standard deviation over tokens of the weights clamped to [1/C, C]."""
-    y = scales.centred(np.expm1(_verl_clamped(seqs)))
+    """Population standard deviation over tokens of the same weights."""
+    y = scales.centred(np.expm1(_truncated(seqs)))
     return seqs.estimate([y, y**2], lambda means: 0.5 * scales.log_variance(means), scales.exp, weight=seqs.length)
 
 

@@ -81,7 +81,9 @@ class TestEvents:
         scores = [score for batch in payloads(events, "scores") for score in batch]
         again = [score for batch in payloads(events, "null_scores") for score in batch]
         assert [s.sequence_id for s in scores] == list(range(10))
-        assert [s.logprobs for s in again] == [s.logprobs for s in scores[:8]]  # whole batches of four, at least five sequences
+        assert [s.logprobs for s in again] == [
+            s.logprobs for s in scores[:8]
+        ]  # whole batches of four, at least five sequences
         assert sum(payloads(events, "progress")) == payloads(events, "total")[0] == (10 + 8) * 3
 
     def test_encoding(self, scripted_model: MakeModel, tmp_path: Path) -> None:
