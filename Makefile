@@ -61,8 +61,9 @@ oracles: ## Compare the metrics with those of verl, TRL, ArviZ and torch on the 
 	$(VERL_SETUP)
 	@MISMATCH_PROBE_ORACLES=1 VERL_PYTHON='$(VERL_VENV)/bin/python' '$(BIN)/python' -m pytest tests/oracles $(ARGS)
 
-bench: ## Measure the tool's own speed against a bare script and against TRL
+bench: ## Measure the tool's own speed, also against a bare script and against TRL
 	$(SETUP) --extra oracles
+	@'$(BIN)/python' benchmarks/stream_metrics.py
 	@'$(BIN)/python' benchmarks/score_vs_trl.py
 	@'$(BIN)/python' benchmarks/compare_vs_bare.py --num-prompts 16 --max-tokens 12
 

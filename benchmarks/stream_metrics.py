@@ -22,8 +22,8 @@ from typing import Any
 import click
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from mismatch_probe import tables
 from mismatch_probe.config import CompareConfig
 from mismatch_probe.tables import SEQUENCES_SCHEMA, TOKENS_SCHEMA, RunDirectory
 
@@ -72,7 +72,7 @@ def make_run(folder: Path, rows: int, prompts: int) -> None:
     n = len(lengths)
     config = CompareConfig(model="synthetic", rollout_dtypes=("bfloat16",), trainer_dtypes=("bfloat16",))
     record: dict[str, Any] = {"sizes": {}, "device": "cpu", "model": {"name": "synthetic"}, "prompts": {}}
-    run = RunDirectory.create(folder, {"config": config.to_dict(), **record})
+    run = RunDirectory.create(folder, {"config": config.as_dict(), **record})
     sequences = pa.table(
         {
             "sequence_id": np.arange(n),
@@ -89,7 +89,9 @@ def make_run(folder: Path, rows: int, prompts: int) -> None:
         ("sequences", iter([sequences]), SEQUENCES_SCHEMA),
         ("tokens", (group for name in (ROLLOUT, TRAINER) for group in token_groups(lengths, name)), TOKENS_SCHEMA),
     ):
-        tables._write_parquet(folder / f"{kind}.parquet", groups, schema)
+        with pq.ParquetWriter(folder / f"{kind}.parquet", schema, compression="zstd") as writer:
+            for group in groups:
+                writer.write_table(group)
     passes = run.manifest["passes"]
     passes[ROLLOUT] = {"status": "finished", "rows": {"tokens": rows, "sequences": n}}
     passes[TRAINER] = {"status": "finished", "rows": {"tokens": rows}, "covers": [ROLLOUT]}

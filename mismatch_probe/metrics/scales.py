@@ -53,17 +53,18 @@ def log_squared_variation(centre: float) -> Working:
 
 
 def log_one_minus_correlation(means: NDArray[Any]) -> NDArray[Any]:
-    """log(1 − r) of x and y from the means of (δ, s, δ², s², δs), δ = x − y, s = x + y.
+    """log(1 − r) of x and y from the means of (x, y, x², xy, y²) and of (δ, s, δ², δs), δ = x − y, s = x + y.
 
-    1 − r = (Var δ − (σ_x − σ_y)²) / (2 σ_x σ_y), which keeps its digits where r is within 1e-16 of 1.
+    1 − r = (Var δ − (σ_x − σ_y)²) / (2 σ_x σ_y) keeps its digits where r is within 1e-16 of 1; where x and y are far
+    apart, its numerator is a small difference of large numbers, and 1 − Cov(x, y) / (σ_x σ_y) is as good.
     """
-    delta, total = means[..., 0], means[..., 1]
-    var_delta = means[..., 2] - delta**2
-    var_total = means[..., 3] - total**2
-    cov = means[..., 4] - delta * total
-    sd_x = np.sqrt(var_total + 2 * cov + var_delta) / 2
-    sd_y = np.sqrt(var_total - 2 * cov + var_delta) / 2
-    return np.asarray(np.log(_non_negative(var_delta - (cov / (sd_x + sd_y)) ** 2) / (2 * sd_x * sd_y)))
+    x, y, delta, total = means[..., 0], means[..., 1], means[..., 5], means[..., 6]
+    sd_x, sd_y = np.sqrt(_non_negative(means[..., 2] - x**2)), np.sqrt(_non_negative(means[..., 4] - y**2))
+    var_delta, cov = means[..., 7] - delta**2, means[..., 8] - delta * total
+    product = sd_x * sd_y
+    near = _non_negative(var_delta - (cov / (sd_x + sd_y)) ** 2) / (2 * product)
+    far = _non_negative(1 - (means[..., 3] - x * y) / product)
+    return np.asarray(np.log(np.where(var_delta.real < product.real, near, far)))
 
 
 def slope(means: NDArray[Any]) -> NDArray[Any]:

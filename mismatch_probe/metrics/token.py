@@ -76,9 +76,10 @@ def _with_limits(tokens: Tokens, value: float, interval: tuple[float, float] | N
 
 
 def _pearson_prob(tokens: Tokens) -> Result:
-    if not all(tokens.sums.ranges[name].varies for name in ("rollout_prob", "trainer_prob")):
+    probs, contrasts = tokens.sums.probs, tokens.sums.prob_contrasts
+    if not all(seen.varies for seen in probs.ranges):
         return MetricValue(None, why="the probabilities do not vary")
-    sums = tokens.sums.probs.of((0,), (1,), (0, 0), (1, 1), (0, 1))
+    sums = probs.of((0,), (1,), (0, 0), (0, 1), (1, 1)) + contrasts.of((0,), (1,), (0, 0), (0, 1))
     return tokens.estimate(sums, scales.log_one_minus_correlation, scales.one_minus_exp)
 
 

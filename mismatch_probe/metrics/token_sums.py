@@ -37,9 +37,10 @@ class TokenSums:
         squared_ratio: Σ (ρ² − 1).
         abs_ratio: Σ (exp|d| − 1).
         prob_gap: |e^a − e^b| about its mean.
-        probs: e^a − e^b and e^a + e^b about their means.
+        probs: e^a and e^b about their means.
+        prob_contrasts: e^a − e^b and e^a + e^b about their means.
         n_confident: Confident disagreements.
-        ranges: Of `"abs_log_ratio"`, `"rollout_logprob"`, `"trainer_logprob"` and the two probabilities.
+        ranges: Of `"abs_log_ratio"`, `"rollout_logprob"` and `"trainer_logprob"`.
     """
 
     def __init__(self, n_prompts: int, clip: Clip) -> None:
@@ -47,10 +48,10 @@ class TokenSums:
         self.abs_prob_diff, self.js_k3, self.outside_clip = np.zeros((3, n_prompts))
         self.ratio = ShiftedSums(n_prompts, 2)
         self.squared_ratio, self.abs_ratio = ShiftedSums(n_prompts, 1), ShiftedSums(n_prompts, 1)
-        self.ratio_excess, self.prob_gap, self.probs = (CentredSums(n_prompts, j) for j in (1, 1, 2))
+        self.ratio_excess, self.prob_gap = CentredSums(n_prompts, 1), CentredSums(n_prompts, 1)
+        self.probs, self.prob_contrasts = CentredSums(n_prompts, 2), CentredSums(n_prompts, 2)
         self.n_confident = 0
-        names = ("abs_log_ratio", "rollout_logprob", "trainer_logprob", "rollout_prob", "trainer_prob")
-        self.ranges = {name: Range() for name in names}
+        self.ranges = {name: Range() for name in ("abs_log_ratio", "rollout_logprob", "trainer_logprob")}
         self._log_clip = (math.log(clip[0]), math.log(clip[1]))
 
     def update(self, tokens: TokenChunk) -> None:
@@ -68,8 +69,8 @@ class TokenSums:
         # A broken engine's log-probs can be so far above 0 that these overflow; the metrics then say so.
         with np.errstate(over="ignore", invalid="ignore"):
             self._update_probabilities(tokens)
-            for name, seen in self.ranges.items():
-                seen.update(getattr(tokens, name))
+        for name, seen in self.ranges.items():
+            seen.update(getattr(tokens, name))
 
     def _update_ratios(self, tokens: TokenChunk) -> None:
         d, size = tokens.log_ratio, tokens.abs_log_ratio
@@ -83,7 +84,9 @@ class TokenSums:
             sums.update([tokens.per_prompt(scales.shifted_expm1(x, shift))], shift)
 
     def _update_probabilities(self, tokens: TokenChunk) -> None:
-        gap, total = np.abs(tokens.prob_diff), tokens.rollout_prob + tokens.trainer_prob
+        gap = np.abs(tokens.prob_diff)
         self.abs_prob_diff += tokens.per_prompt(gap)
         self.prob_gap.update([gap], tokens.counts, tokens.per_prompt)
-        self.probs.update([tokens.prob_diff, total], tokens.counts, tokens.per_prompt)
+        sides = [tokens.trainer_prob, tokens.rollout_prob]
+        self.probs.update(sides, tokens.counts, tokens.per_prompt)
+        self.prob_contrasts.update([tokens.prob_diff, sides[0] + sides[1]], tokens.counts, tokens.per_prompt)

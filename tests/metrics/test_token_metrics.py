@@ -172,3 +172,14 @@ def test_catalog_lists_exactly_what_is_computed(make_pair: Any) -> None:
     metrics = compute_metrics(make_pair([-0.5, -1.0], [0.1, 0.2]))
     assert list(metrics) == list(CATALOG)
     assert all(info.key == key for key, info in CATALOG.items())
+
+
+@pytest.mark.parametrize("spread", [1e-9, 1e-3, 1.0])
+def test_correlation_of_sides_of_very_different_spread(make_pair: Any, spread: float) -> None:
+    """A broken trainer gives every token nearly the same tiny probability; what little it varies still correlates."""
+    rng = np.random.default_rng(0)
+    rollout = rng.uniform(0.1, 0.9, 500)
+    trainer = spread * (0.3 * rollout + 0.3 * rng.uniform(0, 1, 500))
+    b = np.log(rollout)
+    value = values(make_pair(b, np.log(trainer) - b))["pearson_prob"]
+    assert value == pytest.approx(np.corrcoef(rollout, trainer)[0, 1], abs=1e-13)
