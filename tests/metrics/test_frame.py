@@ -45,9 +45,14 @@ def run(tmp_path: Path) -> RunDirectory:
         rollouts = [Rollout(i, ids_of(i), logprobs(i, 0.0), "stop") for i in sequences]
         prompts = [f"p{i // 2 % 3}" for i in sequences]
         table = sequences_table(name, requests[::-1], rollouts[::-1], prompts[::-1], [0] * len(requests))
-        run.finish_pass(name, tokens_table(name, rollouts, lambda r: r.response_token_ids), {}, table)
-    scores = [Score(i, logprobs(i, 0.5)) for i in range(2 * len(LENGTHS))]
-    run.finish_pass(TRAINER, tokens_table(TRAINER, scores, lambda s: ids_of(s.sequence_id)), {"covers": ROLLOUTS})
+        tokens = tokens_table(name, rollouts, lambda r: r.response_token_ids)
+        run.finish_pass(name, {}, {"tokens": tokens, "sequences": table})
+    scores = [
+        Score(i, logprobs(i, 0.5), np.array(ids_of(i), np.float32), np.array(ids_of(i), np.int32))
+        for i in range(2 * len(LENGTHS))
+    ]
+    tokens = tokens_table(TRAINER, scores, lambda s: ids_of(s.sequence_id))
+    run.finish_pass(TRAINER, {"covers": ROLLOUTS}, {"tokens": tokens})
     return run
 
 
@@ -90,7 +95,7 @@ def test_chunks_hold_whole_sequences_and_add_up(
     run.merge()
     small_row_groups(run.path / "tokens.parquet")
     monkeypatch.setattr(rowgroups, "_BATCH_ROWS", batch_rows)
-    chunks = list(pair_chunks(run, ROLLOUTS[0], TRAINER, chunk_tokens=chunk_tokens, columns=["token_id"]))
+    chunks = list(pair_chunks(run, ROLLOUTS[0], TRAINER, chunk_tokens=chunk_tokens, trainer_columns=["rank"]))
     if chunk_tokens < 7:
         assert len(chunks) > 2
     for chunk in chunks:
@@ -100,8 +105,8 @@ def test_chunks_hold_whole_sequences_and_add_up(
     names = ("rollout_logprob", "trainer_logprob", "sequence", "position")
     joined: dict[str, Any] = {name: np.concatenate([getattr(chunk, name) for chunk in chunks]) for name in names}
     assert_is_the_pair(PairArrays(**joined, prompt=chunks[0].prompt, prompt_ids=chunks[0].prompt_ids), 0)
-    token_id = np.concatenate([chunk.columns["token_id"] for chunk in chunks])
-    assert token_id.tolist() == [token for i in range(0, 2 * len(LENGTHS), 2) for token in ids_of(i)]
+    rank = np.concatenate([chunk.columns["rank"] for chunk in chunks])
+    assert rank.tolist() == [token for i in range(0, 2 * len(LENGTHS), 2) for token in ids_of(i)]
 
 
 def test_row_groups_of_other_sequences_are_not_read(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +143,7 @@ def test_passes_of_different_tokens_are_not_paired(
 @pytest.mark.parametrize("lost", [0, 15])
 def test_a_sequence_that_the_trainer_has_not_scored(run: RunDirectory, lost: int) -> None:
     scores = [Score(i, logprobs(i, 0.5)) for i in range(2 * len(LENGTHS)) if i != lost]
-    run.finish_pass(TRAINER, tokens_table(TRAINER, scores, lambda s: ids_of(s.sequence_id)), {})
+    run.finish_pass(TRAINER, {}, {"tokens": tokens_table(TRAINER, scores, lambda s: ids_of(s.sequence_id))})
     with pytest.raises(TableError, match=r"differ in their (sequence_id|position) column, so they cannot be paired"):
         list(pair_chunks(run, ROLLOUTS[lost % 2], TRAINER))
     other = ROLLOUTS[1 - lost % 2]
@@ -148,10 +153,10 @@ def test_a_sequence_that_the_trainer_has_not_scored(run: RunDirectory, lost: int
 def test_a_pass_without_tokens_is_one_empty_chunk(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path / "run", MANIFEST)
     nothing = tokens_table("r", [], lambda _: [])
-    run.finish_pass("r", nothing, {}, sequences_table("r", [], [], [], []))
-    run.finish_pass("t", tokens_table("t", [], lambda _: []), {})
-    (chunk,) = pair_chunks(run, "r", "t", columns=["token_id"])
-    assert len(chunk.rollout_logprob) == len(chunk.sequence) == len(chunk.columns["token_id"]) == 0
+    run.finish_pass("r", {}, {"tokens": nothing, "sequences": sequences_table("r", [], [], [], [])})
+    run.finish_pass("t", {}, {"tokens": tokens_table("t", [], lambda _: [])})
+    (chunk,) = pair_chunks(run, "r", "t", trainer_columns=["rank"])
+    assert len(chunk.rollout_logprob) == len(chunk.sequence) == 0
     assert chunk.prompt_ids == ()
 
 
