@@ -81,12 +81,12 @@ def main(model: str, num_prompts: int, max_tokens: int, repeats: int, stage: str
             bare_scores(model, prompts, work / "sampled.json")
         return
     from mismatch_probe.engines.base import EncodeJob
-    from mismatch_probe.engines.encoding import encode_prompts
+    from mismatch_probe.engines.encoding import encode
     from mismatch_probe.engines.models import resolve
     from mismatch_probe.prompts import load_prompts
 
     folder = str(resolve(model).path)
-    encoded = encode_prompts(EncodeJob(folder, load_prompts(None, num_prompts).prompts, False, False))
+    encoded = encode(EncodeJob(folder, load_prompts(None, num_prompts).prompts, False, False)).prompts
     sizes = ["--num-prompts", str(num_prompts), "--max-tokens", str(max_tokens)]
     with tempfile.TemporaryDirectory() as scratch:
         (Path(scratch) / "prompts.json").write_text(json.dumps([p.token_ids for p in encoded]))

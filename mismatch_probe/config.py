@@ -73,6 +73,7 @@ OWNED_ENGINE_ARGS = {
     "logprobs_mode": "--temperature",
 }
 SHORT_DTYPES: dict[str, Dtype] = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
+DEFAULT_MODEL = "smollm2-135m"
 # Stands where a dtype would for log-probs that a file brings.
 RECORDED = "recorded"
 _LISTS = {"rollout_dtypes": DTYPES, "trainer_dtypes": DTYPES, "trainer_modes": get_args(TrainerMode)}
@@ -138,7 +139,8 @@ class CompareConfig:
     """One comparison. Sizes left at None take the device's default (`engines.devices.default_sizes`).
 
     Attributes:
-        model: Built-in name, local folder, or hub id.
+        model: Built-in name, local folder, or hub id. Left empty it is `DEFAULT_MODEL`, but for recorded sequences, whose
+            model only their owner knows.
         revision: Hub revision.
         trust_remote_code: Lets the checkpoint bring Python code of its own.
         prompts: Prompt file (.jsonl, .txt), or None for the built-in set.
@@ -166,7 +168,7 @@ class CompareConfig:
         engine_args: Passed to vLLM as they are.
     """
 
-    model: str = "smollm2-135m"
+    model: str = ""
     revision: str | None = None
     trust_remote_code: bool = False
     prompts: str | None = None

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-from mismatch_probe.config import CompareConfig
+from mismatch_probe.config import DEFAULT_MODEL, CompareConfig
 from mismatch_probe.engines import devices
 from mismatch_probe.engines.models import ModelRef, resolve
 from mismatch_probe.errors import UsageError
@@ -233,6 +233,11 @@ def make_plan(config: CompareConfig, progress: Progress | None = None, *, weight
             "Add --replay to decode its ids with vLLM.",
         )
     if passes.scored or any(rollout.kind != "recorded" for rollout in passes.rollouts):
+        if recorded is not None and not config.model:
+            raise UsageError(
+                "Scoring or replaying recorded sequences needs the model that sampled them.", "Name it with --model."
+            )
+        config = replace(config, model=config.model or DEFAULT_MODEL)
         model = resolve(
             config.model,
             revision=config.revision,

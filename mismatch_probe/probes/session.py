@@ -89,7 +89,7 @@ def new_run(
     progress = progress or Progress()
     plan = make_plan(config, progress)
     limits = parse_limits(fail_on, plan.passes)
-    path = Path(out) if out is not None else default_folder(config.source or config.model)
+    path = Path(out) if out is not None else default_folder(config.source or plan.config.model)
     refuse_occupied(path)  # before the lock, which would leave its file in a folder that is none of ours
     with locked(path):
         return _finish(plan, RunDirectory.create(path, _manifest(plan)), limits, progress)

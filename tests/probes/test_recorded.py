@@ -1,0 +1,218 @@
+"""Recorded sequences (`--from`), with the scripted engine: both sides, one side, masks, steps, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+import mismatch_probe
+from mismatch_probe.config import CompareConfig
+from mismatch_probe.errors import IngestError, UsageError
+from mismatch_probe.probes.session import RunResult
+from tests.conftest import MakeModel, Recorder
+
+Record = Callable[..., Path]
+Compare = Callable[..., RunResult]
+LENGTHS = (3, 1, 4, 2)
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Record:
+    """Writes a file of four sequences of two prompts; `change` edits each row."""
+
+    def write(
+        sides: tuple[str, ...] = ("rollout", "trainer"), change: Callable[[int, dict[str, Any]], None] | None = None
+    ) -> Path:
+        rng = np.random.default_rng(0)
+        lines = []
+        for index, length in enumerate(LENGTHS):
+            row: dict[str, Any] = {
+                "prompt_token_ids": [65 + index // 2, 66],
+                "response_token_ids": rng.integers(67, 90, length).tolist(),
+            }
+            for side in sides:
+                row[f"{side}_logprobs"] = (-rng.exponential(1, length)).tolist()
+            if change is not None:
+                change(index, row)
+            lines.append(json.dumps(row))
+        path = tmp_path / "recorded.jsonl"
+        path.write_text("\n".join(lines))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def compare(tmp_path: Path, no_figures: None) -> Compare:
+    def run(source: Path, out: str = "run", progress: Any = None, **options: Any) -> RunResult:
+        return mismatch_probe.compare(
+            CompareConfig(source=str(source), null_tokens=0, **options), out=tmp_path / out, progress=progress
+        )
+
+    return run
+
+
+def pairs(run: RunResult) -> dict[tuple[str, str], dict[str, Any]]:
+    return {(p["rollout_dtype"], p["trainer_dtype"]): p for p in run.summary["pairs"]}
+
+
+class TestBothSides:
+    def test_they_are_compared_as_they_are(self, compare: Compare, record: Record) -> None:
+        path, recorder = record(), Recorder()
+        run = compare(path, progress=recorder)
+        assert recorder.begun == []
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        d = np.concatenate([np.subtract(r["trainer_logprobs"], r["rollout_logprobs"]) for r in rows])
+        (pair,) = run.summary["pairs"]
+        assert pair["metrics"]["mean_abs_logprob_diff"]["value"] == pytest.approx(np.abs(d).mean(), rel=1e-6)
+        assert pair["metrics"]["kl_k1"]["value"] == pytest.approx(-d.mean(), rel=1e-5)
+        assert (pair["rollout_pass"], pair["trainer_pass"]) == ("recorded-rollout", "recorded-trainer")
+        assert (pair["on_policy"], pair["n_tokens"], pair["n_sequences"], pair["n_prompts"]) == (True, 10, 4, 2)
+        assert run.summary["model"] == f"the recorded run {path}"
+        assert run.complete
+
+    def test_the_file_is_named_and_hashed(self, compare: Compare, record: Record) -> None:
+        manifest = compare(record(change=lambda i, row: row.update(extra=1))).data.manifest
+        assert manifest["recorded"]["ignored_columns"] == ["extra"]
+        assert len(manifest["recorded"]["sha256"]) == 64
+        assert manifest["prompts"]["n"] == 2
+
+    def test_masked_tokens_do_not_count(self, compare: Compare, record: Record) -> None:
+        def mask(index: int, row: dict[str, Any]) -> None:
+            row["loss_mask"] = [int(t != 1) for t in range(len(row["response_token_ids"]))]
+
+        run = compare(record(change=mask))
+        assert run.summary["pairs"][0]["n_tokens"] == 10 - 3
+        assert run.data.manifest["passes"]["recorded-rollout"]["counts"]["n_dropped"] == 3
+        tokens = pq.read_table(run.path / "tokens.parquet").to_pandas()
+        assert set(tokens["position"]) == {0, 2, 3}
+
+    def test_steps_are_kept(self, compare: Compare, record: Record) -> None:
+        run = compare(record(change=lambda i, row: row.update(step=i // 2)))
+        assert pq.read_table(run.path / "sequences.parquet")["step"].to_pylist() == [0, 0, 1, 1]
+
+    def test_what_is_not_finite_is_counted(self, compare: Compare, record: Record) -> None:
+        def spoil(index: int, row: dict[str, Any]) -> None:
+            if index == 2:
+                row["trainer_logprobs"][1] = None
+
+        (pair,) = compare(record(change=spoil)).summary["pairs"]
+        assert pair["n_nonfinite"] == 1
+
+    def test_limits_apply(self, tmp_path: Path, no_figures: None, record: Record) -> None:
+        config = CompareConfig(source=str(record()))
+        run = mismatch_probe.compare(config, out=tmp_path / "run", fail_on=["kl_k3>1e-9@recorded"])
+        assert run.exceeded
+        with pytest.raises(UsageError, match="applies to no pair"):
+            mismatch_probe.compare(config, out=tmp_path / "other", fail_on=["kl_k3>1e-9@bf16"])
+
+    def test_it_is_reported_and_resumed_without_engines(self, compare: Compare, record: Record) -> None:
+        run = compare(record())
+        assert mismatch_probe.write_report(run.path).summary == run.summary
+        assert mismatch_probe.resume(run.path).summary == run.summary
+
+    def test_rescoring_puts_a_trainer_beside_the_recorded_one(
+        self, compare: Compare, record: Record, scripted_model: MakeModel
+    ) -> None:
+        run = compare(record(), model=str(scripted_model()), rescore=True, trainer_dtypes=("float32",))
+        assert set(pairs(run)) == {("recorded", "recorded"), ("recorded", "float32")}
+        assert pairs(run)["recorded", "recorded"]["budget"]["trainer_error_rms"]["value"] > 0
+
+
+class TestOneSide:
+    def test_a_rollout_is_scored_by_every_trainer(
+        self, compare: Compare, record: Record, scripted_model: MakeModel
+    ) -> None:
+        recorder = Recorder()
+        run = compare(record(("rollout",)), model=str(scripted_model()), progress=recorder)
+        assert recorder.begun == ["encode", "hf-bfloat16-cast", "hf-float16-cast", "hf-float32-cast"]
+        assert set(pairs(run)) == {("recorded", dtype) for dtype in ("bfloat16", "float16", "float32")}
+        assert all(pair["on_policy"] for pair in run.summary["pairs"])
+        assert {t.pair for t in run.data.worst_tokens} == {
+            f"recorded → {d}" for d in ("bfloat16", "float16", "float32")
+        }
+        assert all(token.token_text for token in run.data.worst_tokens)
+
+    def test_replayed_on_request(self, compare: Compare, record: Record, scripted_model: MakeModel) -> None:
+        options = {"rollout_dtypes": ("float16", "float32"), "trainer_dtypes": ("float32",), "exact_kl": "all"}
+        run = compare(record(("rollout",)), model=str(scripted_model(vocab_size=90)), replay=True, **options)
+        found = pairs(run)
+        assert set(found) == {("recorded", "float32"), ("float16", "float32"), ("float32", "float32")}
+        assert found["float16", "float32"]["on_policy"] is False
+        assert found["float16", "float32"]["metrics"]["kl_exact"]["value"] > 0
+        assert found["recorded", "float32"]["metrics"]["kl_exact"]["value"] is None
+
+    def test_a_masked_replay_counts_the_same_tokens(
+        self, compare: Compare, record: Record, scripted_model: MakeModel
+    ) -> None:
+        def mask(index: int, row: dict[str, Any]) -> None:
+            row["loss_mask"] = [int(t % 2 == 0) for t in range(len(row["response_token_ids"]))]
+
+        options = {"rollout_dtypes": ("float16",), "trainer_dtypes": ("float32",), "exact_kl": "all"}
+        path = record(("rollout",), mask)
+        run = compare(path, model=str(scripted_model(vocab_size=90)), replay=True, **options)
+        assert {pair["n_tokens"] for pair in run.summary["pairs"]} == {6}
+        assert pq.read_table(run.path / "exact.parquet").num_rows == 6
+
+    def test_a_trainer_alone_needs_a_replay(self, compare: Compare, record: Record, scripted_model: MakeModel) -> None:
+        path, model = record(("trainer",)), str(scripted_model())
+        with pytest.raises(UsageError, match=r"holds no rollout_logprobs.*Add --replay"):
+            compare(path, model=model)
+        run = compare(path, model=model, replay=True, rollout_dtypes=("float32",))
+        assert set(pairs(run)) == {("float32", "recorded")}
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("options", "sentence"),
+        [
+            ({"prompts": "x.txt"}, "--prompts has no meaning with --from"),
+            ({"chat": True}, "--chat has no meaning with --from"),
+            ({"samples_per_prompt": 2}, "--samples-per-prompt has no meaning with --from"),
+            ({"sequences": "shared"}, "--sequences has no meaning with --from"),
+        ],
+    )
+    def test_options_that_make_no_sense(self, options: dict[str, Any], sentence: str) -> None:
+        with pytest.raises(UsageError, match=sentence):
+            CompareConfig(source="x.jsonl", **options)
+
+    @pytest.mark.parametrize("name", ["replay", "rescore"])
+    def test_options_that_need_a_file(self, name: str) -> None:
+        with pytest.raises(UsageError, match=f"--{name} goes with recorded sequences"):
+            CompareConfig(**{name: True})
+
+    @pytest.mark.parametrize(
+        ("change", "script", "sentence"),
+        [
+            (lambda i, row: row.update(prompt_token_ids=[]), {}, "Row 1 .* has an empty prompt"),
+            (lambda i, row: row.update(prompt_token_ids=[5, 70 + i]), {"vocab_size": 72}, "beyond the vocabulary"),
+            (lambda i, row: None, {"max_position_embeddings": 5}, r"Row 3 .* has 6 tokens; the context .* is 5"),
+        ],
+    )
+    def test_sequences_that_the_model_cannot_have_made(
+        self,
+        compare: Compare,
+        record: Record,
+        scripted_model: MakeModel,
+        change: Any,
+        script: dict[str, Any],
+        sentence: str,
+    ) -> None:
+        with pytest.raises(IngestError, match=sentence):
+            compare(record(("rollout",), change), model=str(scripted_model(**script)))
+
+    def test_a_model_nobody_named(self, compare: Compare, record: Record) -> None:
+        with pytest.raises(UsageError, match=r"needs the model that sampled them.*--model"):
+            compare(record(("rollout",)))
+
+    def test_a_file_that_changed_since(self, compare: Compare, record: Record) -> None:
+        run = compare(record())
+        record(change=lambda i, row: row.update(step=1))
+        with pytest.raises(mismatch_probe.ProbeError, match="have changed since this run began"):
+            mismatch_probe.resume(run.path)
