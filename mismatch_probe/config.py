@@ -139,8 +139,8 @@ class CompareConfig:
     """One comparison. Sizes left at None take the device's default (`engines.devices.default_sizes`).
 
     Attributes:
-        model: Built-in name, local folder, or hub id. Left empty it is `DEFAULT_MODEL`, but for recorded sequences, whose
-            model only their owner knows.
+        model: Built-in name, local folder, or hub id. Left empty it is `DEFAULT_MODEL`, but not for recorded sequences:
+            which model made them only their owner knows.
         revision: Hub revision.
         trust_remote_code: Lets the checkpoint bring Python code of its own.
         prompts: Prompt file (.jsonl, .txt), or None for the built-in set.

@@ -379,12 +379,12 @@ class RunDirectory:
         return "reference" if "reference" in self.manifest["passes"].get(pass_id, {}).get("rows", {}) else "tokens"
 
     def sequence_names(self, pass_id: str) -> pa.Table:
-        """`sequence_id` and `prompt_id` of the sequences of one rollout pass, without their texts.
+        """`sequence_id`, `prompt_id` and `step` of the sequences of one rollout pass, without their texts.
 
         Raises:
             TableError: They are missing, corrupt, or not as many as the manifest says.
         """
-        columns = ["sequence_id", "prompt_id"]
+        columns = ["sequence_id", "prompt_id", "step"]
         schema = pa.schema([SEQUENCES_SCHEMA.field(name) for name in columns])
         return pa.concat_tables(
             [schema.empty_table(), *self._reader(self.source_of(pass_id), "sequences").batches(columns)]

@@ -34,11 +34,13 @@ class PassSequences:
         ids: `[S]` sequence ids, increasing.
         prompt: `[S]` index of each one's prompt.
         prompt_ids: `[P]` names of the prompts, sorted.
+        step: `[S]` training step of each, None where they have none.
     """
 
     ids: NDArray[np.int64]
     prompt: NDArray[np.int64]
     prompt_ids: tuple[str, ...]
+    step: NDArray[np.int64] | None
 
     def index_of(self, sequence_id: NDArray[np.int64]) -> NDArray[np.int64]:
         """`[N]` index of the sequence of each row, −1 for another pass's. Rows of a sequence lie next to each other."""
@@ -65,7 +67,9 @@ def pass_sequences(run: RunDirectory, rollout_pass: str) -> PassSequences:
     order = np.argsort(ids)
     names = np.array(table["prompt_id"].to_pylist(), dtype=object)[order]
     prompt_ids, prompt = np.unique(names.astype(str), return_inverse=True)
-    return PassSequences(ids[order], prompt.astype(np.int64), tuple(str(name) for name in prompt_ids))
+    steps = table["step"]
+    step = None if len(steps) == 0 or steps.null_count else steps.to_numpy()[order]
+    return PassSequences(ids[order], prompt.astype(np.int64), tuple(str(name) for name in prompt_ids), step)
 
 
 def pair_chunks(

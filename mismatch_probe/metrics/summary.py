@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
@@ -23,9 +23,14 @@ OFF_POLICY = "the rollout policy did not sample these tokens"
 
 
 def compute_metrics(
-    pair: Pair, exact: ExactRows | None = None, *, seed: int = 0, replicates: int = 1000
+    pair: Pair,
+    exact: ExactRows | None = None,
+    *,
+    keys: Collection[str] = tuple(CATALOG),
+    seed: int = 0,
+    replicates: int = 1000,
 ) -> dict[str, MetricValue]:
-    """Every metric of the catalog, in its order, each with its value or the reason why it has none.
+    """Metrics of the catalog, in its order, each with its value or the reason why it has none.
 
     Non-finite tokens are left out of token metrics, sequences with any of them out of sequence metrics, and then every
     metric says over how many rows it was computed.
@@ -33,20 +38,23 @@ def compute_metrics(
     Args:
         pair: The paired log-probs, or their sums where they came in chunks or another clip range is wanted.
         exact: The positions at which full rows of logits were compared; without them exact metrics have no value.
+        keys: Which ones; all by default.
         seed: Seed of the bootstrap; the same pair and seed give the same intervals.
         replicates: Bootstrap replicates.
     """
     sums = as_sums(pair)
     n_tokens, n_sequences = sums.n_tokens, len(sums.sequences.length)
     if n_tokens == 0:
-        return dict.fromkeys(CATALOG, MetricValue(None, why=NO_TOKENS))
+        return dict.fromkeys((key for key in CATALOG if key in keys), MetricValue(None, why=NO_TOKENS))
     tokens, sequences = finite_tokens(sums), finite_sequences(sums)
     no_token = f"none of the {n_tokens} tokens is finite"
     no_sequence = f"none of the {n_sequences} sequences is finite throughout"
+    of_tokens = {key: metric for key, metric in token_metrics().items() if key in keys}
+    of_sequences = {key: metric for key, metric in sequence_metrics().items() if key in keys}
     results = {
-        **_build(token_metrics(), tokens, len(tokens), sums, no_token),
-        **_build(sequence_metrics(), sequences, len(sequences), sums, no_sequence),
-        **exact_metrics(exact),
+        **_build(of_tokens, tokens, len(tokens), sums, no_token),
+        **_build(of_sequences, sequences, len(sequences), sums, no_sequence),
+        **{key: result for key, result in exact_metrics(exact).items() if key in keys},
     }
     estimates = {key: result for key, result in results.items() if isinstance(result, Estimate)}
     values = evaluate(estimates, seed=seed, replicates=replicates)
@@ -55,7 +63,7 @@ def compute_metrics(
     if count_nonfinite(sums):
         notes["token"] = f"computed over the {len(tokens)} of {n_tokens} tokens that are finite"
         notes["sequence"] = f"computed over the {len(sequences)} of {n_sequences} sequences that are finite"
-    return {key: _annotate(values[key], notes[info.level]) for key, info in CATALOG.items()}
+    return {key: _annotate(values[key], notes[info.level]) for key, info in CATALOG.items() if key in keys}
 
 
 def _build(

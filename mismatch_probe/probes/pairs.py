@@ -8,8 +8,9 @@ from typing import Any
 from mismatch_probe.metrics.accumulate import PairSums
 from mismatch_probe.metrics.budget import BudgetSums
 from mismatch_probe.metrics.exact import EstimatorCost, estimator_costs
-from mismatch_probe.metrics.frame import exact_rows, pair_chunks
+from mismatch_probe.metrics.frame import exact_rows, pair_chunks, pass_sequences
 from mismatch_probe.metrics.sample import count_nonfinite
+from mismatch_probe.metrics.steps import StepResult, StepSums
 from mismatch_probe.metrics.summary import compute_metrics
 from mismatch_probe.metrics.where import COLUMN_EDGES
 from mismatch_probe.probes.planning import Passes, RolloutPass, TrainerPass
@@ -51,6 +52,7 @@ class PairResult:
         metrics: By key of the catalog.
         budget: The error budget, None without a reference.
         estimators: What sampled KL estimators cost on this pair, None where no rows were compared.
+        steps: Of a recorded run whose sequences name their training step, a few metrics of each step.
     """
 
     cell: Cell
@@ -58,6 +60,7 @@ class PairResult:
     metrics: dict[str, MetricValue]
     budget: dict[str, MetricValue] | None
     estimators: list[EstimatorCost] | None
+    steps: list[StepResult]
 
     def as_dict(self) -> dict[str, Any]:
         """The cell as `summary.json` has it."""
@@ -72,6 +75,7 @@ class PairResult:
             "metrics": {key: value.as_dict() for key, value in self.metrics.items()},
             "budget": None if budget is None else {key: value.as_dict() for key, value in budget.items()},
             "estimators": None if estimators is None else [asdict(cost) for cost in estimators],
+            "steps": [step.as_dict() for step in self.steps],
         }
 
 
@@ -95,11 +99,13 @@ def analyse_pair(run: RunDirectory, passes: Passes, cell: Cell, seed: int) -> Pa
     )
     sums: PairSums | None = None
     budget: BudgetSums | None = None
+    steps = StepSums(pass_sequences(run, rollout_pass).step)
     for chunk in chunks:
         if sums is None:
             sums = PairSums(chunk, bins={name: edges for name, edges in COLUMN_EDGES.items() if name in chunk.columns})
             budget = BudgetSums(sums.n_prompts) if reference is not None else None
         sums.update(chunk)
+        steps.update(chunk)
         if budget is not None and len(chunk.sequence):
             budget.update(chunk)
     assert sums is not None
@@ -111,6 +117,7 @@ def analyse_pair(run: RunDirectory, passes: Passes, cell: Cell, seed: int) -> Pa
         metrics=compute_metrics(sums, exact, seed=seed),
         budget=None if budget is None else budget.metrics(seed=seed),
         estimators=estimator_costs(exact) if exact is not None and compared else None,
+        steps=steps.results(seed=seed),
     )
 
 

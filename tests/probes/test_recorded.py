@@ -14,6 +14,7 @@ import pytest
 import mismatch_probe
 from mismatch_probe.config import CompareConfig
 from mismatch_probe.errors import IngestError, UsageError
+from mismatch_probe.metrics.steps import STEP_KEYS
 from mismatch_probe.probes.session import RunResult
 from tests.conftest import MakeModel, Recorder
 
@@ -94,8 +95,23 @@ class TestBothSides:
         assert set(tokens["position"]) == {0, 2, 3}
 
     def test_steps_are_kept(self, compare: Compare, record: Record) -> None:
-        run = compare(record(change=lambda i, row: row.update(step=i // 2)))
-        assert pq.read_table(run.path / "sequences.parquet")["step"].to_pylist() == [0, 0, 1, 1]
+        path = record(change=lambda i, row: row.update(step=i % 2))
+        run = compare(path)
+        assert pq.read_table(run.path / "sequences.parquet")["step"].to_pylist() == [0, 1, 0, 1]
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for step in run.summary["pairs"][0]["steps"]:
+            of = [np.subtract(r["trainer_logprobs"], r["rollout_logprobs"]) for r in rows if r["step"] == step["step"]]
+            d = np.concatenate(of)
+            assert step["n_tokens"] == len(d)
+            assert step["metrics"]["mean_abs_logprob_diff"]["value"] == pytest.approx(np.abs(d).mean(), rel=1e-6)
+            assert set(step["metrics"]) == set(STEP_KEYS)
+
+    def test_long_runs_are_shown_by_a_selection_of_steps(
+        self, compare: Compare, record: Record, monkeypatch: Any
+    ) -> None:
+        monkeypatch.setattr("mismatch_probe.metrics.steps.MOST_STEPS", 2)
+        run = compare(record(change=lambda i, row: row.update(step=10 * i)))
+        assert [step["step"] for step in run.summary["pairs"][0]["steps"]] == [0, 30]
 
     def test_what_is_not_finite_is_counted(self, compare: Compare, record: Record) -> None:
         def spoil(index: int, row: dict[str, Any]) -> None:

@@ -1,0 +1,73 @@
+"""A recorded training run, step by step: how the mismatch moves while the policy is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mismatch_probe.metrics.accumulate import PairSums
+from mismatch_probe.metrics.summary import compute_metrics
+from mismatch_probe.types import MetricValue, PairArrays
+
+STEP_KEYS = ("mean_abs_logprob_diff", "kl_k1", "kl_k3", "token_mult_prob_error", "mean_ratio", "ess_seq")
+# A run of thousands of steps is shown by a selection: intervals of every single one would take minutes.
+MOST_STEPS = 400
+_REPLICATES = 200
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """A training step.
+
+    Attributes:
+        step: Its number in the file.
+        n_tokens: Response tokens.
+        metrics: The metrics of `STEP_KEYS`.
+    """
+
+    step: int
+    n_tokens: int
+    metrics: dict[str, MetricValue]
+
+    def as_dict(self) -> dict[str, Any]:
+        values = {key: value.as_dict() for key, value in self.metrics.items()}
+        return {"step": self.step, "n_tokens": self.n_tokens, "metrics": values}
+
+
+class StepSums:
+    """Sums of a pair by training step; fed chunk by chunk.
+
+    Args:
+        step: `[S]` step of each sequence of the pair; None where there are no steps, and then nothing is kept.
+    """
+
+    def __init__(self, step: NDArray[np.int64] | None) -> None:
+        self._step = step
+        known = np.empty(0, np.int64) if step is None else np.unique(step)
+        if len(known) > MOST_STEPS:
+            known = known[np.linspace(0, len(known) - 1, MOST_STEPS).round().astype(np.int64)]
+        self._kept = {int(value) for value in known}
+        self._sums: dict[int, PairSums] = {}
+
+    def update(self, chunk: PairArrays) -> None:
+        """Takes in a chunk of whole sequences."""
+        if self._step is None:
+            return
+        of_token = self._step[chunk.sequence]
+        for step in np.unique(of_token).tolist():
+            if step not in self._kept:
+                continue
+            rows = of_token == step
+            names = ("rollout_logprob", "trainer_logprob", "sequence", "position")
+            part = replace(chunk, **{name: getattr(chunk, name)[rows] for name in names}, columns={})
+            self._sums.setdefault(step, PairSums(part)).update(part)
+
+    def results(self, *, seed: int = 0) -> list[StepResult]:
+        """By step, in their order."""
+        return [
+            StepResult(step, sums.n_tokens, compute_metrics(sums, keys=STEP_KEYS, seed=seed, replicates=_REPLICATES))
+            for step, sums in sorted(self._sums.items())
+        ]
