@@ -25,7 +25,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mismatch_probe.config import CompareConfig
-from mismatch_probe.tables import SEQUENCES_SCHEMA, TOKENS_SCHEMA, RunDirectory
+from mismatch_probe.schemas import SEQUENCES_SCHEMA, TOKENS_SCHEMA
+from mismatch_probe.tables import RunDirectory
 
 ROLLOUT, TRAINER = "vllm-bfloat16-decode", "hf-bfloat16-cast"
 SHORTEST, LONGEST = 64, 4096

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from mismatch_probe import tables
 from mismatch_probe.errors import DiskFull, TableError, UsageError
 from mismatch_probe.files import locked
-from mismatch_probe.tables import RunDirectory, read_json, sequences_table, tokens_table
+from mismatch_probe.schemas import sequences_table, tokens_table
+from mismatch_probe.tables import RunDirectory, read_json
 from mismatch_probe.types import Rollout, RolloutRequest, Score
 
 MANIFEST = {"config": {}, "sizes": {}, "device": "cpu", "model": {}, "prompts": {}}

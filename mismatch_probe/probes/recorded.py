@@ -12,7 +12,8 @@ from mismatch_probe.engines.models import ModelRef
 from mismatch_probe.errors import IngestError
 from mismatch_probe.ingest.base import RecordedRun, Side
 from mismatch_probe.ingest.generic import read_generic
-from mismatch_probe.tables import Masks, RunDirectory, sequences_table, tokens_table
+from mismatch_probe.schemas import Masks, sequences_table, tokens_table
+from mismatch_probe.tables import RunDirectory
 from mismatch_probe.types import Rollout, RolloutRequest
 
 

@@ -12,15 +12,8 @@ import pyarrow.compute as pc
 
 from mismatch_probe.probes.planning import null_pass_id
 from mismatch_probe.probes.workers import Collected
-from mismatch_probe.tables import (
-    REFERENCE_SCHEMA,
-    TOKENS_SCHEMA,
-    Masks,
-    RunDirectory,
-    exact_table,
-    sequences_table,
-    tokens_table,
-)
+from mismatch_probe.schemas import REFERENCE_SCHEMA, TOKENS_SCHEMA, Masks, exact_table, sequences_table, tokens_table
+from mismatch_probe.tables import RunDirectory
 from mismatch_probe.types import Rollout, RolloutRequest, Score, ScoreRequest
 
 

@@ -14,7 +14,8 @@ import pytest
 from mismatch_probe import rowgroups, tables
 from mismatch_probe.errors import TableError
 from mismatch_probe.metrics.frame import pair_arrays, pair_chunks
-from mismatch_probe.tables import RunDirectory, sequences_table, tokens_table
+from mismatch_probe.schemas import sequences_table, tokens_table
+from mismatch_probe.tables import RunDirectory
 from mismatch_probe.types import PairArrays, Rollout, RolloutRequest, Score
 
 MANIFEST = {"config": {}, "sizes": {}, "device": "cpu", "model": {}, "prompts": {}}
