@@ -44,8 +44,9 @@ def lengths_of(rows: int, rng: np.random.Generator) -> np.ndarray:
 
 def token_groups(lengths: np.ndarray, pass_id: str) -> Iterator[pa.Table]:
     """A pass's token rows. Both passes draw the same tokens; the trainer's log-probs differ as in BF16."""
-    rng = np.random.default_rng(1)
+    rng, others = np.random.default_rng(1), np.random.default_rng(2)
     texts = pa.array([f"t{i}" for i in range(VOCABULARY)], pa.string())
+    rollout = pass_id == ROLLOUT
     first = 0
     while first < len(lengths):
         some = lengths[first : first + max(1, int(np.searchsorted(np.cumsum(lengths[first:]), GROUP_TOKENS)))]
@@ -59,8 +60,10 @@ def token_groups(lengths: np.ndarray, pass_id: str) -> Iterator[pa.Table]:
                 "position": np.concatenate([np.arange(length, dtype=np.int32) for length in some]),
                 "token_id": token_id,
                 "pass_id": pa.DictionaryArray.from_arrays(np.zeros(n, np.int32), pa.array([pass_id])),
-                "logprob": (logprob if pass_id == ROLLOUT else logprob + error).astype(np.float32),
+                "logprob": (logprob if rollout else logprob + error).astype(np.float32),
                 "token_text": pa.DictionaryArray.from_arrays(token_id, texts),
+                "entropy": pa.nulls(n, pa.float32()) if rollout else others.exponential(1.0, n).astype(np.float32),
+                "rank": pa.nulls(n, pa.int32()) if rollout else others.geometric(0.5, n).astype(np.int32) - 1,
             },
             schema=TOKENS_SCHEMA,
         )
@@ -84,6 +87,7 @@ def make_run(folder: Path, rows: int, prompts: int) -> None:
             "response_token_ids": pa.array([[]] * n, pa.list_(pa.int32())),
             "finish_reason": pa.array(["stop"] * n).dictionary_encode(),
             "text": pa.array([""] * n),
+            "step": pa.nulls(n, pa.int64()),
         }
     ).cast(SEQUENCES_SCHEMA)
     for kind, groups, schema in (

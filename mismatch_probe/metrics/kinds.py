@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 # Codes of `token_kind` are indices into this.
 KINDS = ("digit", "word", "punctuation", "space", "mixed", "special", "unknown")
 
 
+@cache
 def kind_of(text: str | None) -> int:
     """The code of a token that is not special. White space around something else does not count."""
     if text is None:
