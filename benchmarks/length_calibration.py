@@ -1,0 +1,250 @@
+"""Calibration of the length prediction: fitted at a length L, compared with the truth at 2, 4 and 8 times L.
+
+With `--synthetic`, D follows laws whose ESS, shares, KL and growth exponent are known; printed is how often the band
+covers them. With `--run`, the sequences of a finished run are cut to short prefixes, and the bands are compared with
+what their longer prefixes measure.
+
+    python benchmarks/length_calibration.py --synthetic --repeats 200
+    python benchmarks/length_calibration.py --run RUN
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+from scipy import special
+
+from mismatch_probe.config import CompareConfig
+from mismatch_probe.metrics.frame import pair_arrays
+from mismatch_probe.metrics.length import fit_length
+from mismatch_probe.metrics.length_prediction import predict
+from mismatch_probe.metrics.prefixes import Prefixes, PrefixSums
+from mismatch_probe.metrics.summary import compute_metrics
+from mismatch_probe.probes.planning import rollout_pass_id, trainer_passes
+from mismatch_probe.tables import RunDirectory
+from mismatch_probe.types import MetricValue, PairArrays
+
+Floats = NDArray[np.float64]
+FACTORS = (2, 4, 8)
+KEYS = ("ess_seq", "frac_seq_outside_2", "frac_seq_outside_3", "kl_seq")
+# Prompts that have to reach a prefix for it to be fitted or measured.
+MIN_PROMPTS = 16
+# Laplace increments: their share among the tokens, the rest being 0.
+SPARSE = 0.1
+
+
+@dataclass(frozen=True)
+class Case:
+    """A law of d: `draw(rng, S, L)` gives `[S, L]` log ratios, `variance(L)` Var D, `truth(L)` the values of KEYS."""
+
+    draw: Callable[[np.random.Generator, int, int], Floats]
+    variance: Callable[[float], float]
+    truth: Callable[[float], dict[str, float]]
+    samples: int = 1
+
+
+def outside(k: float, mean: Floats, variance: Floats) -> float:
+    std = np.sqrt(variance)
+    return float(np.mean(special.ndtr((-np.log(k) - mean) / std) + special.ndtr((-np.log(k) + mean) / std)))
+
+
+def normal_truth(variance: Floats | float) -> dict[str, float]:
+    """KEYS of normal D with mean −½V, averaged over equally likely variances V."""
+    v = np.atleast_1d(np.asarray(variance, dtype=np.float64))
+    values = (1 / np.mean(np.exp(v)), outside(2, -v / 2, v), outside(3, -v / 2, v), float(v.mean() / 2))
+    return dict(zip(KEYS, values, strict=True))
+
+
+def gaussian(walk: float, lasting: float, length: int, *, trend: float = 1.0, moving: float = 0.0) -> Case:
+    """Var D = walk·(L/length)^trend + lasting·(L/length)², by increments that a moving average may correlate."""
+
+    def variance(n: float) -> float:
+        correlated = 1.0 if moving == 0 else (1 + moving) ** 2 - 2 * moving / n
+        return walk * correlated * (n / length) ** trend + lasting * (n / length) ** 2
+
+    def draw(rng: np.random.Generator, s: int, n: int) -> Floats:
+        total = np.append(0.0, walk * (np.arange(1, n + 1) / length) ** trend)
+        noise = rng.normal(size=(s, n + 1)) * np.sqrt(np.diff(total))[np.r_[0, :n]]
+        noise = noise[:, 1:] + moving * noise[:, :-1]
+        rate = rng.normal(size=(s, 1)) * np.sqrt(lasting) / length
+        drift = np.diff([0.0, *(variance(t) for t in range(1, n + 1))]) / 2
+        return noise + rate - drift
+
+    return Case(draw, variance, lambda n: normal_truth(variance(n)))
+
+
+def sparse_laplace(v: float, length: int) -> Case:
+    """A tenth of the tokens differ, by a Laplace law; closed forms but for the shares, which come from 10⁶ draws."""
+    scale = np.sqrt(v / length / SPARSE / 2)
+    shift = np.log1p(SPARSE * (1 / (1 - scale**2) - 1))
+    second = np.log1p(SPARSE * (1 / (1 - 4 * scale**2) - 1)) - 2 * shift
+
+    def draw(rng: np.random.Generator, s: int, n: int) -> Floats:
+        return np.where(rng.random((s, n)) < SPARSE, rng.laplace(0, scale, (s, n)), 0.0) - shift
+
+    def truth(n: float) -> dict[str, float]:
+        rng = np.random.default_rng(0)
+        hits = rng.binomial(int(n), SPARSE, 1_000_000)
+        d = scale * (rng.standard_gamma(hits) - rng.standard_gamma(hits)) - shift * n
+        shares = [float(np.mean(np.abs(d) > np.log(k))) for k in (2, 3)]
+        return dict(zip(KEYS, (float(np.exp(-second * n)), *shares, float(shift * n)), strict=True))
+
+    return Case(draw, lambda n: v * n / length, truth)
+
+
+def varying_scale(v: float, length: int) -> Case:
+    """A random walk whose variance is uniform in [0.3, 1.7] times v from prompt to prompt; two samples of each."""
+    grid = np.linspace(0.3, 1.7, 2001)
+
+    def draw(rng: np.random.Generator, s: int, n: int) -> Floats:
+        variance = np.repeat(rng.uniform(0.3, 1.7, s // 2), 2)[:, None] * v / length
+        return rng.normal(size=(s, n)) * np.sqrt(variance) - variance / 2
+
+    def total(n: float) -> float:
+        return v * n / length + 1.4**2 / 12 * (v * n / length / 2) ** 2
+
+    return Case(draw, total, lambda n: normal_truth(grid * v * n / length), samples=2)
+
+
+def cases(length: int, v: float) -> dict[str, Case]:
+    return {
+        "random walk": gaussian(v, 0.0, length),
+        "heavy tails": sparse_laplace(v, length),
+        "scale by prompt": varying_scale(v, length),
+        "correlated (MA)": gaussian(v / 1.96, 0.0, length, moving=0.4),
+        "trend L^1.3": gaussian(v, 0.0, length, trend=1.3),
+        "persistent 90%": gaussian(0.1 * v, 0.9 * v, length),
+        "mixture 50%": gaussian(0.5 * v, 0.5 * v, length),
+        "mixture 15%": gaussian(0.85 * v, 0.15 * v, length),
+    }
+
+
+def as_pair(d: Floats, samples: int) -> PairArrays:
+    s, n = d.shape
+    return PairArrays(
+        rollout_logprob=np.zeros(d.size),
+        trainer_logprob=d.reshape(-1),
+        sequence=np.repeat(np.arange(s), n),
+        position=np.tile(np.arange(n), s),
+        prompt=np.arange(s) // samples,
+    )
+
+
+def prefixes_of(pair: PairArrays) -> Prefixes:
+    sums = PrefixSums()
+    sums.update(pair)
+    return sums.result()
+
+
+def run_synthetic(length: int, prompts: int, repeats: int, seed: int, variance: float) -> None:
+    print(f"{prompts} prompts, fitted at {length} tokens, Var D there {variance}, {repeats} repetitions")
+    print(f"coverage of nominal 95 %{'':9}γ   " + "".join(f"{f'{f}L':^28}" for f in FACTORS) + " width of KL at 8L")
+    print(f"{'':27}{'':9}" + f"{'ESS':>6}{'out2':>6}{'out3':>6}{'KL':>6}    " * len(FACTORS) + " upper/lower, median")
+    totals: dict[int, list[float]] = {factor: [] for factor in FACTORS}
+    for number, (name, case) in enumerate(cases(length, variance).items()):
+        lengths = length / 2 ** np.arange(4)
+        exponent = np.polyfit(np.log(lengths), np.log([case.variance(n) for n in lengths]), 1)[0]
+        truths = {factor: case.truth(factor * length) for factor in FACTORS}
+        hits = {(factor, key): 0 for factor in FACTORS for key in KEYS}
+        gamma, widths = 0, []
+        for repeat in range(repeats):
+            rng = np.random.default_rng([seed, number, repeat])
+            d = case.draw(rng, prompts * case.samples, length)
+            fit = fit_length(prefixes_of(as_pair(d, case.samples)), seed=repeat)
+            gamma += fit.variance_exponent.ci_low <= exponent <= fit.variance_exponent.ci_high
+            for factor in FACTORS:
+                found = predict(fit, factor * length).values
+                for key in KEYS:
+                    hits[factor, key] += found[key].ci_low <= truths[factor][key] <= found[key].ci_high
+            widths.append(found["kl_seq"].ci_high / found["kl_seq"].ci_low)
+        cells = ""
+        for factor in FACTORS:
+            rates = [hits[factor, key] / repeats for key in KEYS]
+            totals[factor] += rates
+            cells += "".join(f"{rate:6.2f}" for rate in rates) + "    "
+        print(f"{name:<27}{gamma / repeats:6.2f}   {cells} {np.median(widths):8.1f}", flush=True)
+    print("all bands: " + ", ".join(f"{f}L {np.mean(totals[f]):.3f}" for f in FACTORS))
+
+
+def measured(prefixes: Prefixes, column: int) -> dict[str, tuple[float, float, float]]:
+    """KEYS of D(L) with their 95 % intervals: to the metrics, every sequence is one token with the log ratio D."""
+    rows = ~np.isnan(prefixes.log_ratio[:, column])
+    pair = replace(as_pair(prefixes.log_ratio[rows, column][:, None], 1), prompt=prefixes.prompt[rows])
+    twice, thrice = compute_metrics(pair, clip=(1 / 2, 2.0)), compute_metrics(pair, clip=(1 / 3, 3.0))
+    found = (twice["ess_token"], twice["frac_outside_clip"], thrice["frac_outside_clip"], twice["kl_k1"])
+    return {key: (m.value, m.ci_low, m.ci_high) for key, m in zip(KEYS, found, strict=True)}
+
+
+def run_real(path: Path) -> None:
+    run = RunDirectory.open(path)
+    config = CompareConfig.from_dict(run.manifest["config"])
+    inside = agreeing = total = 0
+    for trainer in trainer_passes(config):
+        rollout = rollout_pass_id(trainer.dtype)
+        if not (run.finished(rollout) and run.finished(trainer.pass_id)):
+            continue
+        prefixes = prefixes_of(pair_arrays(run, rollout, trainer.pass_id))
+        reached = dict(zip(prefixes.length.tolist(), prefixes.reached_by().tolist(), strict=True))
+        print(f"{rollout} → {trainer.pass_id}")
+        print(f"{'L':>6}{'to':>6}{'n':>5}  {'':20}{'predicted band':<36}{'measured [95 %]':<36}in band  agrees")
+        for length in (2**k for k in range(4, 21)):
+            for factor in FACTORS:
+                if reached.get(factor * length, 0) < MIN_PROMPTS:
+                    continue
+                fit = fit_length(up_to(prefixes, length))
+                column = int(np.searchsorted(prefixes.length, factor * length))
+                truth = measured(prefixes, column)
+                band = predict(fit, factor * length).values
+                for key in KEYS:
+                    value, low, high = truth[key]
+                    b = band[key]
+                    hit, agree = b.ci_low <= value <= b.ci_high, agrees(b, *truth[key])
+                    inside, agreeing, total = inside + hit, agreeing + agree, total + 1
+                    predicted = f"{b.value:.3g} [{b.ci_low:.3g}, {b.ci_high:.3g}]"
+                    print(
+                        f"{fit.observed_length:>6}{factor * length:>6}{reached[factor * length]:>5}  {key:<20}"
+                        f"{predicted:<36}{f'{value:.3g} [{low:.3g}, {high:.3g}]':<36}{hit!s:<9}{agree}"
+                    )
+    print(f"measured value in the band: {inside} of {total}; agrees within both intervals: {agreeing} of {total}")
+
+
+def agrees(band: MetricValue, value: float, low: float, high: float) -> bool:
+    """Whether the 95 % interval of measured minus predicted holds 0 (Zou and Donner 2008)."""
+    if value >= band.value:
+        return value - band.value <= np.hypot(value - low, band.ci_high - band.value)
+    return band.value - value <= np.hypot(high - value, band.value - band.ci_low)
+
+
+def up_to(prefixes: Prefixes, length: int) -> Prefixes:
+    """What a run that had stopped every sequence at `length` tokens would know."""
+    width = int(np.searchsorted(prefixes.length, length, side="right"))
+    sums = {name: getattr(prefixes, name)[:, :width] for name in ("log_ratio", "squares", "k3", "chi2")}
+    return replace(prefixes, length=prefixes.length[:width], **sums)
+
+
+@click.command()
+@click.option("--synthetic", is_flag=True, help="Laws with known answers.")
+@click.option("--run", "run", type=click.Path(exists=True, path_type=Path), help="A finished run directory.")
+@click.option("--length", default=256, show_default=True, help="Fitted length of the synthetic laws, tokens.")
+@click.option("--prompts", default=64, show_default=True)
+@click.option("--variance", default=0.2, show_default=True, help="Var D at that length.")
+@click.option("--repeats", default=200, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+def main(
+    synthetic: bool, run: Path | None, length: int, prompts: int, variance: float, repeats: int, seed: int
+) -> None:
+    if synthetic:
+        run_synthetic(length, prompts, repeats, seed, variance)
+    if run is not None:
+        run_real(run)
+    if not synthetic and run is None:
+        raise click.UsageError("Give --synthetic, --run RUN, or both.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""How D grows with length in one pair: which sequences count, what was measured, and the growth law fitted to it.
+
+Shape legend: `S` sequences, `G` lengths of the grid, `J` fitted lengths. The law itself: `metrics.growth`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import special
+
+from mismatch_probe.metrics.growth import MODELS, GrowthDraws, GrowthSample
+from mismatch_probe.metrics.intervals import CALIBRATED_PROMPTS, UNCALIBRATED, Floats
+from mismatch_probe.metrics.prefixes import Prefixes
+from mismatch_probe.metrics.sample import Ints
+from mismatch_probe.types import MetricValue
+
+MIN_PROMPTS = 8
+MIN_LENGTH = 8
+REPLICATES = 400
+_FITTED_LENGTHS = 4
+
+
+@dataclass(frozen=True)
+class MeasuredLengths:
+    """D(L) of the sequences that reach L, for the lengths that at least 2 prompts reach.
+
+    Attributes:
+        length: `[G]` tokens.
+        n: `[G]` sequences.
+        std: `[G]` `seq_log_ratio_std` of D(L), nats.
+        ess: `[G]` their `ess_seq`.
+    """
+
+    length: Ints
+    n: Ints
+    std: Floats
+    ess: Floats
+
+
+@dataclass(frozen=True)
+class LengthFit:
+    """Growth of D with length.
+
+    Attributes:
+        measured: What was seen, at every length.
+        observed_length: Longest length, in tokens, that enough prompts reach (see `fit_length`); 0 if none.
+        n_sequences: Sequences that reach it: the fit's sample.
+        n_prompts: Their prompts.
+        n_cut: Sequences of the pair that were cut before a non-finite token.
+        variance_exponent: γ of Var D ~ L^γ over the last factor of 8 in length: 1 a random walk, 2 persistent.
+        variance_ratio: Var D at the observed length over that of a random walk with the same tokens.
+        mean: `seq_log_ratio_mean` at the observed length, nats.
+        draws: The growth law; None where nothing can be predicted, or nothing differs.
+        identical: Whether d = 0 at every fitted token: then D is 0 at every length.
+        why: Why nothing can be predicted, or what limits it.
+    """
+
+    measured: MeasuredLengths
+    observed_length: int
+    n_sequences: int
+    n_prompts: int
+    n_cut: int
+    variance_exponent: MetricValue
+    variance_ratio: MetricValue
+    mean: MetricValue
+    draws: GrowthDraws | None
+    identical: bool
+    why: str
+
+    @property
+    def predictable(self) -> bool:
+        return self.identical or self.draws is not None
+
+    def as_dict(self) -> dict[str, Any]:
+        weight = {} if self.draws is None else dict(zip(MODELS, self.draws.weight, strict=True))
+        return {
+            "observed_length": self.observed_length,
+            "n_sequences": self.n_sequences,
+            "n_prompts": self.n_prompts,
+            "n_cut": self.n_cut,
+            "variance_exponent": self.variance_exponent.as_dict(),
+            "variance_ratio": self.variance_ratio.as_dict(),
+            "seq_log_ratio_mean": self.mean.as_dict(),
+            "model_weight": weight,
+            "trend_weight": None if self.draws is None else self.draws.trend_weight,
+            "why": self.why,
+        }
+
+
+def fit_length(prefixes: Prefixes, *, off_policy: str = "", seed: int = 0, replicates: int = REPLICATES) -> LengthFit:
+    """Fits the growth of D on the sequences that reach the observed length.
+
+    That is the longest length of the grid that half of the prompts reach, where at least 8 and at most 32 are asked
+    for. Only these sequences count, at every fitted length, so that a length is not compared with other sequences than
+    the next; they stand for whatever goes on to be longer.
+
+    Args:
+        prefixes: Prefix sums of one pair.
+        off_policy: Why exp(b) is not the sampling law of these tokens; then nothing is fitted.
+        seed: Seed of the bootstrap over prompts.
+        replicates: Bootstrap replicates.
+    """
+    if off_policy:
+        return _no_fit(prefixes, off_policy)
+    reached = prefixes.reached_by()
+    needed = max(MIN_PROMPTS, min(CALIBRATED_PROMPTS, -(-int(reached.max(initial=0)) // 2)))
+    usable = np.flatnonzero((reached >= needed) & (prefixes.length >= MIN_LENGTH))
+    if not len(usable):
+        return _no_fit(prefixes, f"fewer than {needed} prompts have a response of {MIN_LENGTH} tokens or more")
+    sample = _sample(prefixes, int(usable[-1]), seed, replicates)
+    if not (np.isfinite(sample.chi2).all() and np.isfinite(sample.squares).all()):
+        return _no_fit(prefixes, "a token differs so much that exp(2d) overflows float64")
+    identical = not sample.squares.any()
+    varies = bool(np.isfinite(sample.log_variance[0]).all())
+    if not identical and not varies:
+        return _no_fit(prefixes, "D does not vary between sequences")
+    same = MetricValue(None, why="D is 0 everywhere")
+    return LengthFit(
+        measured=_measured(prefixes),
+        observed_length=int(sample.length[-1]),
+        n_sequences=len(sample.prompt),
+        n_prompts=sample.n_prompts,
+        n_cut=prefixes.n_cut,
+        variance_exponent=same if identical else sample.exponent(),
+        variance_ratio=same if identical else sample.variance_ratio(),
+        mean=sample.interval(sample.mean(sample.log_ratio[:, -1])),
+        draws=None if identical else sample.draws(),
+        identical=identical,
+        why=UNCALIBRATED if sample.n_prompts < CALIBRATED_PROMPTS else "",
+    )
+
+
+def _sample(prefixes: Prefixes, last: int, seed: int, replicates: int) -> GrowthSample:
+    rows = ~np.isnan(prefixes.log_ratio[:, last])
+    halvings = prefixes.length[last] // 2 ** np.arange(_FITTED_LENGTHS)[::-1]
+    columns = np.searchsorted(prefixes.length, halvings)
+    names, prompt = np.unique(prefixes.prompt[rows], return_inverse=True)
+    n = len(names)
+    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=replicates)
+    return GrowthSample(
+        prompt=prompt.astype(np.int64),
+        length=prefixes.length[columns].astype(np.float64),
+        log_ratio=prefixes.log_ratio[rows][:, columns],
+        squares=prefixes.squares[rows][:, columns],
+        k3=prefixes.k3[rows, last],
+        chi2=prefixes.chi2[rows, last],
+        weights=np.concatenate([np.ones((1, n)), draws]),
+    )
+
+
+def _measured(prefixes: Prefixes) -> MeasuredLengths:
+    shown = np.flatnonzero(prefixes.reached_by() >= 2)
+    columns = [prefixes.log_ratio[~np.isnan(prefixes.log_ratio[:, g]), g] for g in shown]
+    n = np.array([len(d) for d in columns], dtype=np.int64)
+    ess = [np.exp(2 * special.logsumexp(d) - special.logsumexp(2 * d)) / len(d) for d in columns]
+    return MeasuredLengths(prefixes.length[shown], n, np.array([d.std(ddof=1) for d in columns]), np.array(ess))
+
+
+def _no_fit(prefixes: Prefixes, why: str) -> LengthFit:
+    none = MetricValue(None, why=why)
+    return LengthFit(_measured(prefixes), 0, 0, 0, prefixes.n_cut, none, none, none, None, False, why)

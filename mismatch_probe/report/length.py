@@ -1,0 +1,144 @@
+"""The length figure: spread of sequence log ratios, and effective sample size, at lengths that were run and beyond."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from mismatch_probe.report.format import clipped, estimate, visible
+from mismatch_probe.report.matrix import dtype_order
+from mismatch_probe.report.style import empty_figure, look, plot_settings, say
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from matplotlib.axes import Axes
+    from numpy.typing import NDArray
+
+    from mismatch_probe.metrics.length_prediction import LengthForecast
+    from mismatch_probe.types import MetricValue
+
+_GRID = "#e4e4e4"
+_WHY_CHARACTERS, _WHY_WIDTH = 160, 60
+
+
+def length_figure(forecasts: Mapping[str, LengthForecast]) -> Figure:
+    """Left: standard deviation of D(L) against L. Right: `ess_seq`, and where it falls below a threshold.
+
+    Markers are measured, over the sequences that reach a length; lines with 95 % bands are predicted, by dtype.
+    """
+    with plot_settings():
+        if not forecasts:
+            return empty_figure(Figure(figsize=(6.0, 2.0)), "No pair of equal dtypes was compared.")
+        figure = Figure(figsize=(9.6, 4.6), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        dtypes = dtype_order(forecasts)
+        for index, dtype in enumerate(dtypes):
+            _draw_curve(left, dtype, index, forecasts[dtype], "seq_log_ratio_std")
+            _draw_curve(right, dtype, index, forecasts[dtype], "ess_seq")
+        _finish_spread(left)
+        _finish_ess(right, dtypes, forecasts)
+        handles, labels = left.get_legend_handles_labels()
+        if handles:
+            figure.legend(handles, labels, loc="outside upper center", ncols=1, frameon=False, handlelength=3.2)
+        notes = [f"{visible(dtype)}: {why}" for dtype in dtypes if (why := _note(forecasts[dtype]))]
+        if notes:
+            figure.supxlabel("\n".join(notes), fontsize=8, color="#555555", parse_math=False)
+    return figure
+
+
+def _draw_curve(axes: Axes, dtype: str, index: int, forecast: LengthForecast, key: str) -> None:
+    mark, measured = look(dtype, index), forecast.fit.measured
+    seen = measured.std if key == "seq_log_ratio_std" else measured.ess
+    drawable = (seen > 0) & (measured.length >= 4)
+    axes.plot(
+        measured.length[drawable],
+        seen[drawable],
+        mark.marker,
+        color=mark.color,
+        markersize=4,
+        markerfacecolor="none",
+        zorder=3,
+    )
+    length, value, low, high = _band(forecast, key)
+    if not (value > 0).any():
+        axes.plot([], [], color=mark.color, linestyle=mark.linestyle, label=_legend(dtype, forecast))
+        return
+    axes.plot(length, value, color=mark.color, linestyle=mark.linestyle, linewidth=1.8, label=_legend(dtype, forecast))
+    axes.fill_between(length, low, high, color=mark.color, alpha=0.16, linewidth=0)
+    axes.axvline(forecast.fit.observed_length, color=mark.color, linestyle=mark.linestyle, linewidth=0.7, alpha=0.6)
+
+
+def _band(forecast: LengthForecast, key: str) -> tuple[NDArray[np.float64], ...]:
+    """Length, value and limits of the curve's points that have a number."""
+    rows = [
+        (prediction.length, value.value, value.ci_low, value.ci_high)
+        for prediction in forecast.curve
+        if (value := prediction.values[key]).value is not None
+    ]
+    return tuple(np.array(rows, dtype=np.float64).reshape(-1, 4).T)
+
+
+def _legend(dtype: str, forecast: LengthForecast) -> str:
+    exponent = forecast.fit.variance_exponent
+    if exponent.value is None:
+        return visible(dtype)
+    return f"{visible(dtype)}: Var D ~ L^γ, γ = {estimate(exponent.value, exponent.ci_low, exponent.ci_high)}"
+
+
+def _note(forecast: LengthForecast) -> str:
+    if forecast.fit.predictable and not forecast.fit.identical:
+        return ""
+    why = forecast.fit.why or forecast.fit.variance_exponent.why
+    return textwrap.fill(clipped(visible(why), _WHY_CHARACTERS), 2 * _WHY_WIDTH)
+
+
+def _finish_spread(axes: Axes) -> None:
+    axes.set(xlabel="response length L (tokens)", ylabel="standard deviation of log(π/μ) of L tokens (nats)")
+    if not axes.lines:
+        say(axes, "nothing measured")
+        return
+    axes.set(xscale="log", yscale="log")
+    axes.set_title("markers measured, lines predicted; vertical: observed length", fontsize=8, color="#555555")
+    axes.grid(visible=True, color=_GRID, linewidth=0.6)
+
+
+def _finish_ess(axes: Axes, dtypes: list[str], forecasts: Mapping[str, LengthForecast]) -> None:
+    axes.set(xlabel="response length L (tokens)", ylabel="effective sample size, share of sequences", ylim=(0, 1.04))
+    if not axes.lines:
+        return
+    axes.set_xscale("log")
+    axes.grid(visible=True, axis="y", color=_GRID, linewidth=0.6)
+    lines = []
+    for threshold in sorted({ess for forecast in forecasts.values() for ess in forecast.crossings}, reverse=True):
+        axes.axhline(threshold, color="#777777", linewidth=0.8, linestyle=(0, (4, 3)), zorder=0.5)
+        for index, dtype in enumerate(dtypes):
+            crossing = forecasts[dtype].crossings.get(threshold)
+            if crossing is not None:
+                _mark(axes, threshold, crossing, dtype, index)
+                lines.append(f"ESS < {threshold:g}: {visible(dtype)} {_says(crossing)}")
+    note = axes.text(0.02, 0.02, "\n".join(lines), transform=axes.transAxes, fontsize=8, va="bottom", parse_math=False)
+    note.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5})
+
+
+def _mark(axes: Axes, threshold: float, crossing: MetricValue, dtype: str, index: int) -> None:
+    """A filled marker at the crossing, with its interval; an open upper end runs off to the right."""
+    color, marker = look(dtype, index).color, look(dtype, index).marker
+    if crossing.value is not None:
+        axes.plot([crossing.value], [threshold], marker, color=color, markersize=7, zorder=4)
+    if crossing.ci_low is not None:
+        end = crossing.ci_high if crossing.ci_high is not None else axes.get_xlim()[1]
+        axes.plot([crossing.ci_low, end], [threshold, threshold], color=color, linewidth=2.2, zorder=3.5)
+
+
+def _says(crossing: MetricValue) -> str:
+    if crossing.value is None:
+        return f"– ({clipped(visible(crossing.why), 60)})"
+    text = f"at {crossing.value:,.0f} tokens"
+    if crossing.ci_low is None:
+        return text
+    high = "beyond" if crossing.ci_high is None else f"{crossing.ci_high:,.0f}"
+    return f"{text} [{crossing.ci_low:,.0f}, {high}]"
