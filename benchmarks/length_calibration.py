@@ -172,45 +172,69 @@ def run_synthetic(length: int, prompts: int, repeats: int, seed: int, variance: 
 
 
 def measured(prefixes: Prefixes, column: int) -> dict[str, tuple[float, float, float]]:
-    """KEYS of D(L) with their 95 % intervals: to the metrics, every sequence is one token with the log ratio D."""
+    """KEYS of D(L) with their 95 % intervals, and `Σk3`, which on policy has the same expectation as `kl_seq`.
+
+    To the metrics, every sequence is one token with the log ratio D, or with Σk3.
+    """
     rows = ~np.isnan(prefixes.log_ratio[:, column])
-    pair = replace(as_pair(prefixes.log_ratio[rows, column][:, None], 1), prompt=prefixes.prompt[rows])
-    twice, thrice = compute_metrics(pair, clip=(1 / 2, 2.0)), compute_metrics(pair, clip=(1 / 3, 3.0))
-    found = (twice["ess_token"], twice["frac_outside_clip"], thrice["frac_outside_clip"], twice["kl_k1"])
-    return {key: (m.value, m.ci_low, m.ci_high) for key, m in zip(KEYS, found, strict=True)}
+
+    def metrics(values: Floats, k: float) -> dict[str, MetricValue]:
+        pair = replace(as_pair(values[rows, column][:, None], 1), prompt=prefixes.prompt[rows])
+        return compute_metrics(pair, clip=(1 / k, k))
+
+    twice, thrice = metrics(prefixes.log_ratio, 2.0), metrics(prefixes.log_ratio, 3.0)
+    k3 = metrics(prefixes.k3, 2.0)["mean_abs_logprob_diff"]
+    found = (twice["ess_token"], twice["frac_outside_clip"], thrice["frac_outside_clip"], twice["kl_k1"], k3)
+    return {key: (m.value, m.ci_low, m.ci_high) for key, m in zip((*KEYS, "Σk3"), found, strict=True)}
 
 
 def run_real(path: Path) -> None:
     run = RunDirectory.open(path)
     config = CompareConfig.from_dict(run.manifest["config"])
-    inside = agreeing = total = 0
+    rows: list[tuple[bool, bool]] = []
     for trainer in trainer_passes(config):
         rollout = rollout_pass_id(trainer.dtype)
         if not (run.finished(rollout) and run.finished(trainer.pass_id)):
             continue
         prefixes = prefixes_of(pair_arrays(run, rollout, trainer.pass_id))
-        reached = dict(zip(prefixes.length.tolist(), prefixes.reached_by().tolist(), strict=True))
         print(f"{rollout} → {trainer.pass_id}")
         print(f"{'L':>6}{'to':>6}{'n':>5}  {'':20}{'predicted band':<36}{'measured [95 %]':<36}in band  agrees")
         for length in (2**k for k in range(4, 21)):
             for factor in FACTORS:
-                if reached.get(factor * length, 0) < MIN_PROMPTS:
-                    continue
-                fit = fit_length(up_to(prefixes, length))
-                column = int(np.searchsorted(prefixes.length, factor * length))
-                truth = measured(prefixes, column)
-                band = predict(fit, factor * length).values
-                for key in KEYS:
-                    value, low, high = truth[key]
-                    b = band[key]
-                    hit, agree = b.ci_low <= value <= b.ci_high, agrees(b, *truth[key])
-                    inside, agreeing, total = inside + hit, agreeing + agree, total + 1
-                    predicted = f"{b.value:.3g} [{b.ci_low:.3g}, {b.ci_high:.3g}]"
-                    print(
-                        f"{fit.observed_length:>6}{factor * length:>6}{reached[factor * length]:>5}  {key:<20}"
-                        f"{predicted:<36}{f'{value:.3g} [{low:.3g}, {high:.3g}]':<36}{hit!s:<9}{agree}"
-                    )
-    print(f"measured value in the band: {inside} of {total}; agrees within both intervals: {agreeing} of {total}")
+                rows += compare_at(prefixes, length, factor)
+    inside, agreeing = (sum(column) for column in zip(*rows, strict=True)) if rows else (0, 0)
+    print(
+        f"measured value in the band: {inside} of {len(rows)}; agrees within both intervals: {agreeing} of {len(rows)}"
+    )
+
+
+def compare_at(prefixes: Prefixes, length: int, factor: int) -> list[tuple[bool, bool]]:
+    """Prints the bands fitted at `length` beside what is measured at `factor` times it.
+
+    Returns:
+        For each of them whether the value lies in the band, and whether it agrees within both intervals. An ESS of
+        fewer than 10 sequences is shown and not counted: there its sample value is biased upwards.
+    """
+    column = int(np.searchsorted(prefixes.length, factor * length))
+    if column >= len(prefixes.length) or prefixes.reached_by()[column] < MIN_PROMPTS:
+        return []
+    n = int(np.count_nonzero(~np.isnan(prefixes.log_ratio[:, column])))
+    fit = fit_length(up_to(prefixes, length))
+    bands = predict(fit, factor * length).values
+    counted = []
+    for key, (value, low, high) in measured(prefixes, column).items():
+        band = bands["kl_seq" if key == "Σk3" else key]
+        verdict = band.ci_low <= value <= band.ci_high, agrees(band, value, low, high)
+        few = key == "ess_seq" and value * n < 10
+        if not few:
+            counted.append(verdict)
+        predicted = f"{band.value:.3g} [{band.ci_low:.3g}, {band.ci_high:.3g}]"
+        shown = "n·ESS below 10" if few else f"{verdict[0]!s:<9}{verdict[1]}"
+        print(
+            f"{fit.observed_length:>6}{factor * length:>6}{n:>5}  {key:<20}{predicted:<36}"
+            f"{f'{value:.3g} [{low:.3g}, {high:.3g}]':<36}{shown}"
+        )
+    return counted
 
 
 def agrees(band: MetricValue, value: float, low: float, high: float) -> bool:

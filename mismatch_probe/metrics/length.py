@@ -12,7 +12,7 @@ import numpy as np
 from scipy import special
 
 from mismatch_probe.metrics.growth import MODELS, GrowthDraws, GrowthSample
-from mismatch_probe.metrics.intervals import CALIBRATED_PROMPTS, UNCALIBRATED, Floats
+from mismatch_probe.metrics.intervals import CALIBRATED_PROMPTS, UNCALIBRATED, Floats, join_why
 from mismatch_probe.metrics.prefixes import Prefixes
 from mismatch_probe.metrics.sample import Ints
 from mismatch_probe.types import MetricValue
@@ -21,6 +21,8 @@ MIN_PROMPTS = 8
 MIN_LENGTH = 8
 REPLICATES = 400
 _FITTED_LENGTHS = 4
+# By which the interval of the mean of D may miss both of its predictions, which are estimates themselves.
+_DRIFT_FACTOR = 1.5
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ def fit_length(prefixes: Prefixes, *, off_policy: str = "", seed: int = 0, repli
     if not identical and not varies:
         return _no_fit(prefixes, "D does not vary between sequences")
     same = MetricValue(None, why="D is 0 everywhere")
+    mean = sample.interval(sample.mean(sample.log_ratio[:, -1]))
     return LengthFit(
         measured=_measured(prefixes),
         observed_length=int(sample.length[-1]),
@@ -126,10 +129,12 @@ def fit_length(prefixes: Prefixes, *, off_policy: str = "", seed: int = 0, repli
         n_cut=prefixes.n_cut,
         variance_exponent=same if identical else sample.exponent(),
         variance_ratio=same if identical else sample.variance_ratio(),
-        mean=sample.interval(sample.mean(sample.log_ratio[:, -1])),
+        mean=mean,
         draws=None if identical else sample.draws(),
         identical=identical,
-        why=UNCALIBRATED if sample.n_prompts < CALIBRATED_PROMPTS else "",
+        why=join_why(
+            UNCALIBRATED if sample.n_prompts < CALIBRATED_PROMPTS else "", "" if identical else _drift_why(sample, mean)
+        ),
     )
 
 
@@ -149,6 +154,16 @@ def _sample(prefixes: Prefixes, last: int, seed: int, replicates: int) -> Growth
         chi2=prefixes.chi2[rows, last],
         weights=np.concatenate([np.ones((1, n)), draws]),
     )
+
+
+def _drift_why(sample: GrowthSample, mean: MetricValue) -> str:
+    """Says so when −mean D is neither the Σk3 of a martingale nor the ½ Var D of a normal D with mean weight 1."""
+    kl = sorted([float(sample.k3.mean()), float(np.exp(sample.log_variance[0, -1])) / 2])
+    assert mean.ci_low is not None
+    assert mean.ci_high is not None
+    if -mean.ci_low >= kl[0] / _DRIFT_FACTOR and -mean.ci_high <= kl[1] * _DRIFT_FACTOR:
+        return ""
+    return "the mean of D does not fit its variance, so exp(b) is not the sampling law (see mean_ratio)"
 
 
 def _measured(prefixes: Prefixes) -> MeasuredLengths:

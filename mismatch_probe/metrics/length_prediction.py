@@ -32,7 +32,7 @@ THRESHOLDS = (0.5, 0.1)
 # With --extrapolate, crossings are looked for up to this many times the observed length.
 _HORIZON = 512
 _SETTLING_SEQUENCES = 64
-_STEPS_PER_DOUBLING = 2
+_STEPS_PER_DOUBLING = 3
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from mismatch_probe.report.format import clipped, estimate, visible
 from mismatch_probe.report.matrix import dtype_order
-from mismatch_probe.report.style import empty_figure, look, plot_settings, say
+from mismatch_probe.report.style import Look, empty_figure, look, plot_settings, say
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -83,10 +83,22 @@ def _band(forecast: LengthForecast, key: str) -> tuple[NDArray[np.float64], ...]
 
 
 def _legend(dtype: str, forecast: LengthForecast) -> str:
+    """The dtype with γ of Var D ~ L^γ and its crossings, e.g. `bfloat16: γ 0.97 [0.71, 1.3]; ESS < 0.5 at 156 …`."""
     exponent = forecast.fit.variance_exponent
     if exponent.value is None:
         return visible(dtype)
-    return f"{visible(dtype)}: Var D ~ L^γ, γ = {estimate(exponent.value, exponent.ci_low, exponent.ci_high)}"
+    parts = [f"γ {estimate(exponent.value, exponent.ci_low, exponent.ci_high, 2)}"]
+    end = f"{forecast.curve[-1].length:,}" if forecast.curve else "–"
+    parts += [f"ESS < {ess:g} {_says(crossing, end)}" for ess, crossing in forecast.crossings.items()]
+    return f"{visible(dtype)}: " + "; ".join(parts)
+
+
+def _says(crossing: MetricValue, end: str) -> str:
+    """Where it crosses, in tokens, with `>` for what lies beyond the last prediction."""
+    low, value, high = (
+        f">{end}" if limit is None else f"{limit:,.0f}" for limit in (crossing.ci_low, crossing.value, crossing.ci_high)
+    )
+    return f"at {value} tokens" if crossing.ci_low is None else f"at {value} [{low}, {high}] tokens"
 
 
 def _note(forecast: LengthForecast) -> str:
@@ -102,7 +114,7 @@ def _finish_spread(axes: Axes) -> None:
         say(axes, "nothing measured")
         return
     axes.set(xscale="log", yscale="log")
-    axes.set_title("markers measured, lines predicted; vertical: observed length", fontsize=8, color="#555555")
+    axes.set_title("open markers: measured; line and band: predicted", loc="left", fontsize=8, color="#555555")
     axes.grid(visible=True, color=_GRID, linewidth=0.6)
 
 
@@ -111,34 +123,26 @@ def _finish_ess(axes: Axes, dtypes: list[str], forecasts: Mapping[str, LengthFor
     if not axes.lines:
         return
     axes.set_xscale("log")
+    axes.set_title(
+        "filled: where ESS falls below 0.5 and 0.1; vertical: fitted length", loc="left", fontsize=8, color="#555555"
+    )
     axes.grid(visible=True, axis="y", color=_GRID, linewidth=0.6)
-    lines = []
+    end = max((forecast.curve[-1].length for forecast in forecasts.values() if forecast.curve), default=1)
     for threshold in sorted({ess for forecast in forecasts.values() for ess in forecast.crossings}, reverse=True):
         axes.axhline(threshold, color="#777777", linewidth=0.8, linestyle=(0, (4, 3)), zorder=0.5)
         for index, dtype in enumerate(dtypes):
             crossing = forecasts[dtype].crossings.get(threshold)
             if crossing is not None:
-                _mark(axes, threshold, crossing, dtype, index)
-                lines.append(f"ESS < {threshold:g}: {visible(dtype)} {_says(crossing)}")
-    note = axes.text(0.02, 0.02, "\n".join(lines), transform=axes.transAxes, fontsize=8, va="bottom", parse_math=False)
-    note.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5})
+                _mark(axes, threshold, crossing, look(dtype, index), end)
 
 
-def _mark(axes: Axes, threshold: float, crossing: MetricValue, dtype: str, index: int) -> None:
-    """A filled marker at the crossing, with its interval; an open upper end runs off to the right."""
-    color, marker = look(dtype, index).color, look(dtype, index).marker
+def _mark(axes: Axes, threshold: float, crossing: MetricValue, mark: Look, end: float) -> None:
+    """A filled marker at the crossing, with its interval; an arrowhead at `end` where that has no upper limit."""
     if crossing.value is not None:
-        axes.plot([crossing.value], [threshold], marker, color=color, markersize=7, zorder=4)
-    if crossing.ci_low is not None:
-        end = crossing.ci_high if crossing.ci_high is not None else axes.get_xlim()[1]
-        axes.plot([crossing.ci_low, end], [threshold, threshold], color=color, linewidth=2.2, zorder=3.5)
-
-
-def _says(crossing: MetricValue) -> str:
-    if crossing.value is None:
-        return f"– ({clipped(visible(crossing.why), 60)})"
-    text = f"at {crossing.value:,.0f} tokens"
+        axes.plot([crossing.value], [threshold], mark.marker, color=mark.color, markersize=7, zorder=4)
     if crossing.ci_low is None:
-        return text
-    high = "beyond" if crossing.ci_high is None else f"{crossing.ci_high:,.0f}"
-    return f"{text} [{crossing.ci_low:,.0f}, {high}]"
+        return
+    high = end if crossing.ci_high is None else crossing.ci_high
+    axes.plot([crossing.ci_low, high], [threshold, threshold], color=mark.color, linewidth=2.2, zorder=3.5)
+    if crossing.ci_high is None:
+        axes.plot([end], [threshold], ">", color=mark.color, markersize=6, zorder=3.5)
