@@ -4,7 +4,8 @@ Given its kind, D(L) is normal with the variance and mean of `GrowthDraws`; kind
 sequences is a scale mixture. E exp(2D), of which the ESS is the inverse, is the exponential of the quadratic variation
 Σexpm1(d)² of a kind, averaged over kinds: the few sequences that differ most decide it, as they do in the data.
 
-A band is the 95 % interval over all draws and laws, each law with its weight; the value is their median.
+A band is the 95 % interval over all draws and laws, each law with its weight; the value is their median. Of shares
+below one fitted sequence the normal law is no evidence, and their bands say so.
 
 Shape legend: `R` draws, `K` kinds, `M` laws.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -131,11 +132,14 @@ def predict(fit: LengthFit, length: int, *, extrapolate: bool = False) -> Length
         return LengthPrediction(length, dict.fromkeys(KEYS, MetricValue(None, why=why)), needed)
     why = join_why("" if not needed else f"extrapolated beyond {FURTHEST} times the observed length", fit.why)
     if fit.draws is None:
-        values = {key: 1.0 if key == "ess_seq" else 0.0 for key in KEYS}
-        return LengthPrediction(length, {key: MetricValue(x, x, x, why) for key, x in values.items()}, needed)
+        exact = {key: 1.0 if key == "ess_seq" else 0.0 for key in KEYS}
+        return LengthPrediction(length, {key: MetricValue(x, x, x, why) for key, x in exact.items()}, needed)
     weight = _weights(fit.draws)
     draws = _laws(fit.draws, length / fit.observed_length)
-    return LengthPrediction(length, {key: _band(draws[key], weight, why) for key in KEYS}, needed)
+    values = {key: _band(draws[key], weight, why) for key in KEYS}
+    for key, k in (("frac_seq_outside_2", 2.0), ("frac_seq_outside_3", 3.0)):
+        values[key] = _open_tail(values[key], k, 1 / fit.n_sequences, values["seq_log_ratio_std"], values["kl_seq"])
+    return LengthPrediction(length, values, needed)
 
 
 def crossing_length(fit: LengthFit, ess: float, *, extrapolate: bool = False) -> MetricValue:
@@ -235,6 +239,21 @@ def _quantiles(values: Floats, weights: Floats) -> tuple[float, float, float]:
 def _band(values: Floats, weights: Floats, why: str) -> MetricValue:
     low, middle, high = _quantiles(values, weights)
     return MetricValue(middle, low, high, why)
+
+
+def _open_tail(share: MetricValue, k: float, seen: float, std: MetricValue, kl: MetricValue) -> MetricValue:
+    """The share outside [1/k, k] with a band that claims nothing of a tail which the data cannot show.
+
+    Below `seen`, one sequence of those that were fitted, the normal law of D is no evidence: the lower limit is 0, and
+    the upper one at least `seen`, or Chebyshev's bound where the spread alone rules that out.
+    """
+    assert share.ci_low is not None
+    assert share.ci_high is not None
+    assert std.ci_high is not None
+    assert kl.ci_high is not None
+    bound = (std.ci_high**2 + kl.ci_high**2) / math.log(k) ** 2
+    low = share.ci_low if share.ci_low >= seen else 0.0
+    return replace(share, ci_low=low, ci_high=max(share.ci_high, min(seen, bound)))
 
 
 def _first_above(x: Floats, y: Floats, level: float) -> Floats:

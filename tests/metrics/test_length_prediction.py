@@ -131,6 +131,16 @@ def test_normal_d_has_its_closed_form(variance: float, persistence: float, lengt
         assert value(fit, length, f"frac_seq_outside_{k}") == pytest.approx(outside, rel=1e-6, abs=1e-300)
 
 
+def test_a_share_that_the_data_cannot_show_has_an_open_band() -> None:
+    rare = predict(known(0.02), 128).values["frac_seq_outside_3"]  # 64 sequences
+    assert rare.value == pytest.approx(0.0, abs=1e-12)
+    assert (rare.ci_low, rare.ci_high) == (0.0, 1 / 64)
+    impossible = predict(known(1e-8), 128).values["frac_seq_outside_3"]
+    assert (impossible.ci_low, impossible.ci_high) == (0.0, pytest.approx(1e-8 / math.log(3) ** 2))
+    common = predict(known(0.5), 128).values["frac_seq_outside_2"]
+    assert common.ci_low == common.value == common.ci_high
+
+
 def test_kinds_of_different_scale_are_a_mixture() -> None:
     fit = known(0.5, scale=(0.4, 1.6))
     rng = np.random.default_rng(0)
