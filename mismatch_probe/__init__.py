@@ -75,9 +75,9 @@ def resume(
         path: The run directory.
         fail_on: Limits, as in `compare`.
         progress: Told about every pass.
-        changes: Fields of `CompareConfig` that may still change: `memory_budget_gib` at any time, the trainer's layout
-            and attention until a trainer pass is finished, the rollout engine's batch, arguments and `eager` until a
-            rollout pass is.
+        changes: Fields of `CompareConfig` that may still change: `memory_budget_gib`, `predict_lengths` and
+            `extrapolate` at any time, the trainer's layout and attention until a trainer pass is finished, the rollout
+            engine's batch, arguments and `eager` until a rollout pass is.
 
     Raises:
         ProbeError: The folder holds no run, its model or prompts have changed, or a change comes too late.
@@ -87,15 +87,27 @@ def resume(
     return resume_run(Path(path), fail_on, progress, changes)
 
 
-def write_report(path: str | Path, *, fail_on: Sequence[str] = ()) -> RunResult:
+def write_report(
+    path: str | Path,
+    *,
+    fail_on: Sequence[str] = (),
+    predict_lengths: Sequence[int] | None = None,
+    extrapolate: bool | None = None,
+) -> RunResult:
     """Computes summary, figures and reports of a run again, from its tables: the command `report`.
+
+    Args:
+        path: The run directory.
+        fail_on: Limits, as in `compare`.
+        predict_lengths: Response lengths to predict; those of the run's configuration for None.
+        extrapolate: Whether to predict beyond 8 times the observed length; likewise.
 
     Raises:
         TableError: A table is missing or corrupt.
     """
     from mismatch_probe.probes.session import report_run
 
-    return report_run(Path(path), fail_on)
+    return report_run(Path(path), fail_on, predict_lengths, extrapolate)
 
 
 def plot(path: str | Path) -> dict[str, Path]:

@@ -153,6 +153,9 @@ class CompareConfig:
         sequences: `own` lets every rollout dtype sample for itself; `shared` lets the first one sample and every other
             one decode the same ids again.
         exact_kl: Positions per rollout pass at which the two full rows of logits are compared; `"all"` for every one.
+        predict_lengths: Response lengths at which ESS, weights and sequence KL are predicted; by default 2, 4 and 8
+            times the observed one.
+        extrapolate: Predicts beyond 8 times the observed length, too.
         reference: What passes have their errors against in the error budget: the trainer's float32, or a float64
             forward pass of its own.
         seed: Seeds every request.
@@ -184,6 +187,8 @@ class CompareConfig:
     sequences: SequenceSource = "own"
     exact_kl: int | Literal["all"] = 0
     reference: ReferenceDtype = "float32"
+    predict_lengths: tuple[int, ...] = ()
+    extrapolate: bool = False
     rollout_dtypes: tuple[Dtype, ...] = DTYPES
     trainer_dtypes: tuple[Dtype, ...] = DTYPES
     trainer_modes: tuple[TrainerMode, ...] = ("cast",)
@@ -214,6 +219,8 @@ class CompareConfig:
             raise UsageError(f"--seed must be between 0 and 2³² − 1, not {self.seed}.", "Choose another one.")
         if self.exact_kl != "all" and not (isinstance(self.exact_kl, int) and self.exact_kl >= 0):
             raise UsageError(f"--exact-kl must be a number of positions or all, not {self.exact_kl!r}.", "0 is none.")
+        if any(length < 1 for length in self.predict_lengths):
+            raise UsageError("--predict-length must be positive.", "Leave it out for the default.")
         self._check_source()
         self._check_choices()
         if self.trainer_modes == ("autocast",) and self.trainer_dtypes == ("float32",):
@@ -298,6 +305,7 @@ def flag(name: str) -> str:
     """The command-line option of a field."""
     short = {
         "source": "from",
+        "predict_lengths": "predict-length",
         "trainer_modes": "trainer-mode",
         "memory_budget_gib": "memory-budget",
         "engine_args": "engine-arg",

@@ -23,6 +23,17 @@ fail_on_option = click.option(
     metavar="LIMIT",
     help="Exit 3 when metric>value (or metric<value), with an optional @rollout/trainer; repeatable.",
 )
+predict_length_option = click.option(
+    "--predict-length",
+    "predict_lengths",
+    multiple=True,
+    type=int,
+    metavar="TOKENS",
+    help="Predict ESS and sequence KL at this response length; repeatable.  [default: 2, 4, 8 times what was observed]",
+)
+extrapolate_option = click.option(
+    "--extrapolate", is_flag=True, default=None, help="Predict beyond 8 times the observed length, too."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout; all else on stderr.")
 
 
@@ -95,6 +106,8 @@ class _Positions(click.ParamType[int | str]):
     type=click.Choice(["float32", "float64"]),
     help="What errors are charged against: the trainer's float32, or a float64 forward.  [default: float32]",
 )
+@predict_length_option
+@extrapolate_option
 @click.option("--rollout-dtypes", type=_Names(DTYPES), help="Rows of the matrix.  [default: all three]")
 @click.option("--trainer-dtypes", type=_Names(DTYPES), help="Columns of the matrix.  [default: all three]")
 @click.option(
@@ -153,7 +166,7 @@ def command(
       mismatch-probe compare --from my-rollouts.jsonl --model ./my-checkpoint
       mismatch-probe compare --resume runs/smollm2-135m-20260101-120000
     """
-    given = {name: value for name, value in options.items() if value is not None}
+    given = {name: value for name, value in options.items() if value is not None and value != ()}
     if engine_args:
         given["engine_args"] = dict(_engine_arg(text) for text in engine_args)
     if resume is not None and (plan_only or out is not None):

@@ -24,8 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
+from mismatch_probe.metrics.chunks import Ints, group_sums
 from mismatch_probe.metrics.intervals import UPPER_TAIL, Floats, with_interval
-from mismatch_probe.metrics.sample import Ints, group_sums
 from mismatch_probe.types import MetricValue
 
 MODELS = ("random_walk", "correlated", "persistent")

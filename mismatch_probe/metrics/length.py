@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from scipy import special
 
+from mismatch_probe.metrics.chunks import Ints
 from mismatch_probe.metrics.growth import MODELS, GrowthDraws, GrowthSample
 from mismatch_probe.metrics.intervals import CALIBRATED_PROMPTS, UNCALIBRATED, Floats, join_why
 from mismatch_probe.metrics.prefixes import Prefixes
-from mismatch_probe.metrics.sample import Ints
 from mismatch_probe.types import MetricValue
 
 MIN_PROMPTS = 8

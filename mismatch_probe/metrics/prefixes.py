@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from mismatch_probe.metrics import scales
+from mismatch_probe.metrics.chunks import Ints
 from mismatch_probe.metrics.intervals import Floats
-from mismatch_probe.metrics.sample import Ints
 from mismatch_probe.types import PairArrays
 
 # A factor of √2, up to 2²⁰ tokens; rounding leaves 1, 2, 3, 4, 6, 8, 11, 16, …

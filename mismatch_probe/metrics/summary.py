@@ -79,7 +79,7 @@ def _build(
     return results
 
 
-def off_policy_why(pair: PairSums, key: str) -> str:
+def off_policy_why(pair: Pair, key: str) -> str:
     """Why metric `key` does not apply to `pair`; empty where it does."""
     if pair.on_policy or not CATALOG[key].needs_on_policy:
         return ""

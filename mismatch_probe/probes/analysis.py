@@ -10,6 +10,8 @@ from mismatch_probe.config import CompareConfig, Limit
 from mismatch_probe.errors import TableError
 from mismatch_probe.metrics import curves
 from mismatch_probe.metrics.frame import null_of
+from mismatch_probe.metrics.length import fit_length
+from mismatch_probe.metrics.length_prediction import LengthForecast, forecast
 from mismatch_probe.metrics.where import where
 from mismatch_probe.probes.findings import findings
 from mismatch_probe.probes.pairs import Cell, PairResult, analyse_pair, why_missing
@@ -19,12 +21,20 @@ from mismatch_probe.report.data import Curves, ReportData
 from mismatch_probe.tables import SCHEMA_VERSION, RunDirectory
 
 
-def analyse(run: RunDirectory, limits: Sequence[Limit] = ()) -> ReportData:
+def analyse(
+    run: RunDirectory,
+    limits: Sequence[Limit] = (),
+    *,
+    predict_lengths: Sequence[int] | None = None,
+    extrapolate: bool | None = None,
+) -> ReportData:
     """Computes everything that is shown of a run, from its tables alone.
 
     Args:
         run: A run directory; passes that are missing leave their cells empty, with the reason.
         limits: What `--fail-on` asked for.
+        predict_lengths: Response lengths to predict; those of the run's configuration for None.
+        extrapolate: Whether to predict beyond 8 times the observed length; likewise.
 
     Raises:
         TableError: A table is missing or corrupt, or nothing can be compared.
@@ -48,6 +58,13 @@ def analyse(run: RunDirectory, limits: Sequence[Limit] = ()) -> ReportData:
     # Of several trainer modes the first one stands for the dtype.
     diagonal = {r.cell.diagonal: r for r in reversed(results) if r.cell.diagonal}
     diagonal = {name: diagonal[name] for name in reversed(diagonal)}
+    lengths = config.predict_lengths if predict_lengths is None else predict_lengths
+    far = config.extrapolate if extrapolate is None else extrapolate
+    forecasts = {
+        name: forecast(fit_length(result.prefixes, seed=config.seed), lengths=lengths, extrapolate=far)
+        for name, result in diagonal.items()
+        if result.prefixes is not None
+    }
     pairs = [{**result.as_dict(), "null": _nulls_of(result.cell, nulls)} for result in results]
     summary = {
         "schema_version": SCHEMA_VERSION,
@@ -57,11 +74,12 @@ def analyse(run: RunDirectory, limits: Sequence[Limit] = ()) -> ReportData:
         "missing": missing,
         "nulls": list(nulls.values()),
         "where": {name: _where(result) for name, result in diagonal.items()},
-        "findings": findings(diagonal, config.seed),
+        "length": {name: found.as_dict() for name, found in forecasts.items()},
+        "findings": findings(diagonal, forecasts, config.seed),
         "limits": [row for limit in limits for row in judge(limit, pairs, missing)],
     }
     worst = [token for name, result in diagonal.items() for token in worst_tokens(run, name, result)]
-    return ReportData(summary=summary, manifest=run.manifest, curves=_curves(diagonal), worst_tokens=worst)
+    return ReportData(summary=summary, manifest=run.manifest, curves=_curves(diagonal, forecasts), worst_tokens=worst)
 
 
 def _where(result: PairResult) -> dict[str, list[dict[str, Any]]]:
@@ -97,7 +115,7 @@ def judge(limit: Limit, pairs: Sequence[dict[str, Any]], missing: Sequence[dict[
     return rows
 
 
-def _curves(diagonal: Mapping[str, PairResult]) -> Curves:
+def _curves(diagonal: Mapping[str, PairResult], forecasts: Mapping[str, LengthForecast]) -> Curves:
     sums = {name: result.sums for name, result in diagonal.items()}
     return Curves(
         density={name: curves.policy_density(pair) for name, pair in sums.items()},
@@ -105,4 +123,5 @@ def _curves(diagonal: Mapping[str, PairResult]) -> Curves:
         ccdf={name: curves.abs_diff_ccdf(pair) for name, pair in sums.items()},
         by_probability={name: curves.abs_diff_by_probability(pair) for name, pair in sums.items()},
         by_position={name: curves.abs_diff_by_position(pair) for name, pair in sums.items()},
+        forecast=dict(forecasts),
     )

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mismatch_probe.metrics.accumulate import PairSums
+from mismatch_probe.metrics.length_prediction import LengthForecast
 from mismatch_probe.metrics.paired import paired_ratio
 from mismatch_probe.probes.pairs import PairResult
 from mismatch_probe.types import MetricValue
@@ -16,7 +17,9 @@ METRIC = "mean_abs_logprob_diff"
 FP32_FLOOR = 1e-4
 
 
-def findings(diagonal: Mapping[str, PairResult], seed: int) -> list[dict[str, Any]]:
+def findings(
+    diagonal: Mapping[str, PairResult], forecasts: Mapping[str, LengthForecast], seed: int
+) -> list[dict[str, Any]]:
     """What the diagonal pairs (same dtype on both sides) say, as rows of `summary.json`."""
     rows = []
     if "bfloat16" in diagonal and "float16" in diagonal:
@@ -33,7 +36,28 @@ def findings(diagonal: Mapping[str, PairResult], seed: int) -> list[dict[str, An
         if quadrature is not None and quadrature.value is not None:
             text = _budget_text(name, result.budget or {})
             rows.append({"name": f"error_budget_{name}", "text": text, **quadrature.as_dict()})
+    for name, found in forecasts.items():
+        half = found.crossings[0.5]
+        if half.value is not None:
+            text = _length_text(name, found)
+            rows.append({"name": f"ess_half_length_{name}", "text": text, **half.as_dict()})
     return rows
+
+
+def _length_text(name: str, found: LengthForecast) -> str:
+    half, tenth = found.crossings[0.5], found.crossings[0.1]
+    return (
+        f"Predicted from responses of {found.fit.observed_length:,} tokens, {name}: the ESS of sequence weights falls "
+        f"below 0.5 at {_tokens(half)} and below 0.1 at {_tokens(tenth)}."
+    )
+
+
+def _tokens(length: MetricValue) -> str:
+    if length.value is None:
+        return "a length beyond reach"
+    high = "…" if length.ci_high is None else f"{length.ci_high:,.0f}"
+    limits = "" if length.ci_low is None else f" [{length.ci_low:,.0f}, {high}]"
+    return f"{length.value:,.0f}{limits} tokens"
 
 
 def _exact_text(name: str, exact: MetricValue) -> str:

@@ -9,6 +9,7 @@ from mismatch_probe.metrics.accumulate import PairSums
 from mismatch_probe.metrics.budget import BudgetSums
 from mismatch_probe.metrics.exact import EstimatorCost, estimator_costs
 from mismatch_probe.metrics.frame import exact_rows, pair_chunks, pass_sequences
+from mismatch_probe.metrics.prefixes import Prefixes, PrefixSums
 from mismatch_probe.metrics.sample import count_nonfinite
 from mismatch_probe.metrics.steps import StepResult, StepSums
 from mismatch_probe.metrics.summary import compute_metrics
@@ -52,6 +53,7 @@ class PairResult:
         metrics: By key of the catalog.
         budget: The error budget, None without a reference.
         estimators: What sampled KL estimators cost on this pair, None where no rows were compared.
+        prefixes: Prefix sums of an on-policy pair on the diagonal, from which longer responses are predicted.
         steps: Of a recorded run whose sequences name their training step, a few metrics of each step.
     """
 
@@ -60,6 +62,7 @@ class PairResult:
     metrics: dict[str, MetricValue]
     budget: dict[str, MetricValue] | None
     estimators: list[EstimatorCost] | None
+    prefixes: Prefixes | None
     steps: list[StepResult]
 
     def as_dict(self) -> dict[str, Any]:
@@ -100,12 +103,16 @@ def analyse_pair(run: RunDirectory, passes: Passes, cell: Cell, seed: int) -> Pa
     sums: PairSums | None = None
     budget: BudgetSums | None = None
     steps = StepSums(pass_sequences(run, rollout_pass).step)
+    prefixes: PrefixSums | None = None
     for chunk in chunks:
         if sums is None:
             sums = PairSums(chunk, bins={name: edges for name, edges in COLUMN_EDGES.items() if name in chunk.columns})
             budget = BudgetSums(sums.n_prompts) if reference is not None else None
+            prefixes = PrefixSums() if cell.diagonal and chunk.on_policy else None
         sums.update(chunk)
         steps.update(chunk)
+        if prefixes is not None:
+            prefixes.update(chunk)
         if budget is not None and len(chunk.sequence):
             budget.update(chunk)
     assert sums is not None
@@ -117,6 +124,7 @@ def analyse_pair(run: RunDirectory, passes: Passes, cell: Cell, seed: int) -> Pa
         metrics=compute_metrics(sums, exact, seed=seed),
         budget=None if budget is None else budget.metrics(seed=seed),
         estimators=estimator_costs(exact) if exact is not None and compared else None,
+        prefixes=None if prefixes is None else prefixes.result(),
         steps=steps.results(seed=seed),
     )
 

@@ -113,6 +113,8 @@ def resume_run(path: Path, fail_on: Sequence[str], progress: Progress | None, ch
 # What may still change on resume, and which engine must have finished no pass yet, since the others would differ.
 _CHANGEABLE = {
     "memory_budget_gib": (),
+    "predict_lengths": (),
+    "extrapolate": (),
     "trainer_layout": ("hf",),
     "trainer_attn": ("hf",),
     "rollout_batch": ("vllm",),
@@ -162,11 +164,13 @@ def _plan_again(run: RunDirectory, config: CompareConfig, progress: Progress) ->
     return plan
 
 
-def report_run(path: Path, fail_on: Sequence[str]) -> RunResult:
+def report_run(
+    path: Path, fail_on: Sequence[str], predict_lengths: Sequence[int] | None, extrapolate: bool | None
+) -> RunResult:
     run = RunDirectory.open(path)
     config = CompareConfig.from_dict(run.manifest["config"])
     limits = parse_limits(fail_on, passes_of(config, run.manifest.get("recorded")))
-    data = analyse(run, limits)
+    data = analyse(run, limits, predict_lengths=predict_lengths, extrapolate=extrapolate)
     return RunResult(path, data, write_outputs(run, data))
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mismatch_probe.metrics.curves import BinnedDiff, Ccdf, LengthCurve, PolicyDensity
+    from mismatch_probe.metrics.length_prediction import LengthForecast
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Curves:
         ccdf: Share of tokens with |d| of at least so much.
         by_probability: Mean |d| by rollout probability μ(token).
         by_position: Mean |d| by position in the response.
+        forecast: What longer responses would do to the sequence weights; on-policy pairs only.
     """
 
     density: dict[str, PolicyDensity] = field(default_factory=dict)
@@ -26,6 +28,7 @@ class Curves:
     ccdf: dict[str, Ccdf] = field(default_factory=dict)
     by_probability: dict[str, BinnedDiff] = field(default_factory=dict)
     by_position: dict[str, BinnedDiff] = field(default_factory=dict)
+    forecast: dict[str, LengthForecast] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
