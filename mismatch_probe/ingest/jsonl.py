@@ -8,6 +8,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from mismatch_probe.errors import IngestError
 from mismatch_probe.ingest.base import RecordedRun
 from mismatch_probe.ingest.chunks import IDS, KEYS, LARGEST_ID, LISTS, LOGPROBS, SCALARS, Chunk, Lists
 from mismatch_probe.ingest.collect import Collector
@@ -68,6 +69,8 @@ def _parse(place: Place, number: int, line: bytes) -> dict[str, Any]:
         place.refuse(number, "is not valid UTF-8", "Save the file as JSON Lines in the encoding UTF-8.")
     try:
         record = json.loads(text, object_pairs_hook=unique)
+    except IngestError:  # a ValueError too, and already said well
+        raise
     except json.JSONDecodeError as error:
         place.refuse(number, f"is not valid JSON ({error.msg}, column {error.colno})", _EXAMPLE)
     except (ValueError, RecursionError):
