@@ -52,6 +52,11 @@ class VllmRollout:
         from vllm import EngineArgs
 
         modern = bool(EngineArgs(**options).create_engine_config().use_v2_model_runner)
+        if replays and not modern and options["logprobs_mode"] != "raw_logprobs":
+            # A processor forces a token by excluding all others, and processed log-probs come after it.
+            raise EngineError(
+                "Model Runner V1 cannot replay at a temperature other than 1.", "Leave --temperature out, or use a GPU."
+            )
         self._native_replay = modern and replays
         name = "RowsV2" if modern else "RowsV1"
         chosen: dict[str, Any] = {"logits_processors": [f"mismatch_probe.engines.vllm_processors:{name}"]}

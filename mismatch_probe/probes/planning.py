@@ -248,6 +248,11 @@ def make_plan(config: CompareConfig, progress: Progress | None = None, *, weight
         device: devices.Device = "cpu" if model.scripted else devices.choose_device(config.device)
     else:
         model, device = ModelRef.none(), "cpu"
+    replays = any(rollout.kind == "replay" for rollout in passes.rollouts)
+    if device == "cpu" and replays and config.temperature != 1 and not model.scripted:
+        raise UsageError(
+            "On a CPU vLLM cannot decode given ids again at a temperature other than 1.", "Leave --temperature out."
+        )
     given = {f.name: value for f in fields(devices.Sizes) if (value := getattr(config, f.name)) is not None}
     sizes = replace(devices.default_sizes(device), **given)
     if recorded is not None:

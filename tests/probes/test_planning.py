@@ -9,7 +9,7 @@ import pytest
 
 from mismatch_probe.config import CompareConfig
 from mismatch_probe.engines.devices import default_sizes
-from mismatch_probe.errors import PromptError
+from mismatch_probe.errors import PromptError, UsageError
 from mismatch_probe.probes.planning import (
     Plan,
     disk_gib,
@@ -107,3 +107,12 @@ def test_estimates_cover_every_pass(plan: Plan) -> None:
 )
 def test_the_kv_cache_stays_between_1_and_16_gib(scripted_model: MakeModel, script: dict[str, Any], gib: int) -> None:
     assert kv_cache_gib(make_plan(CompareConfig(model=str(scripted_model(**script))))) == gib
+
+
+def test_a_cpu_does_not_replay_at_another_temperature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mismatch_probe.engines.devices.choose_device", lambda _: "cpu")
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "vocab_size": 9}')
+    (tmp_path / "tokenizer.json").write_text("{}")
+    config = CompareConfig(model=str(tmp_path), sequences="shared", temperature=0.7)
+    with pytest.raises(UsageError, match="cannot decode given ids again at a temperature other than 1"):
+        make_plan(config, weights=False)
