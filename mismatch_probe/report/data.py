@@ -67,7 +67,8 @@ class ReportData:
     """Everything that a report shows.
 
     Attributes:
-        summary: Content of `summary.json`.
+        summary: Content of `summary.json`. Exact divergences, `budget` and `estimators` of its pairs, `reference` and
+            `where` may be absent, or None where the run did not measure them.
         manifest: Content of `manifest.json`; any field may be absent.
         curves: Curves of the diagonal pairs.
         worst_tokens: Worst first within each pair.

@@ -10,10 +10,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mismatch_probe.files import atomic_path
+from mismatch_probe.report.budget import budget_figure, has_budget
+from mismatch_probe.report.exact import exact_figure
 from mismatch_probe.report.format import visible
 from mismatch_probe.report.heatmap import matrix_figure
-from mismatch_probe.report.matrix import dtype_order
+from mismatch_probe.report.matrix import dtype_order, has_exact
 from mismatch_probe.report.policy import policy_figure
+from mismatch_probe.report.share import has_shares, share_figure
 from mismatch_probe.report.style import DPI, empty_figure, look, plot_settings, say
 
 if TYPE_CHECKING:
@@ -25,9 +28,22 @@ if TYPE_CHECKING:
     from mismatch_probe.metrics.curves import BinnedDiff, Ccdf
     from mismatch_probe.report.data import ReportData
 
-__all__ = ["FIGURES", "ccdf_figure", "draw_all", "matrix_figure", "policy_figure", "where_figure"]
+__all__ = [
+    "FIGURES",
+    "budget_figure",
+    "ccdf_figure",
+    "draw_all",
+    "exact_figure",
+    "matrix_figure",
+    "policy_figure",
+    "share_figure",
+    "where_figure",
+]
 
-FIGURES: dict[str, str] = {"policy": "policy.png", "ccdf": "ccdf.png", "matrix": "matrix.png", "where": "where.png"}
+FIGURES: dict[str, str] = {
+    name: f"{name}.png" for name in ("policy", "ccdf", "matrix", "exact", "budget", "where", "share")
+}
+"""File of each figure that a report can have; those in `draw_all`'s answer are the ones that it has."""
 
 
 def ccdf_figure(ccdf: Mapping[str, Ccdf]) -> Figure:
@@ -194,9 +210,11 @@ def _draw_band(
 
 
 def draw_all(data: ReportData, folder: Path) -> dict[str, Path]:
-    """Write every figure of `FIGURES` into `folder` as PNG, each by atomic rename, and return where they are.
+    """Write the figures of `FIGURES` into `folder` as PNG, each by atomic rename, and return where they are.
 
-    The files carry no date and no version, so equal data gives equal bytes with one matplotlib.
+    Those that need full rows of logits, a reference or sorted tokens are drawn where the run has them; the others
+    always, and say why where they stay empty. The files carry no date and no version, so equal data gives equal bytes
+    with one matplotlib.
 
     Raises:
         DiskFull: No space is left on the device.
@@ -207,9 +225,14 @@ def draw_all(data: ReportData, folder: Path) -> dict[str, Path]:
         "policy": lambda: policy_figure(curves.density, curves.length),
         "ccdf": lambda: ccdf_figure(curves.ccdf),
         "matrix": lambda: matrix_figure(data.summary),
+        "exact": lambda: exact_figure(data.summary),
+        "budget": lambda: budget_figure(data.summary),
         "where": lambda: where_figure(curves.by_probability, curves.by_position),
+        "share": lambda: share_figure(data.summary["where"]),
     }
-    return {name: _save(drawings[name](), folder / file) for name, file in FIGURES.items()}
+    needs = {"exact": has_exact, "budget": has_budget, "share": has_shares}
+    drawn = [name for name in FIGURES if name not in needs or needs[name](data.summary)]
+    return {name: _save(drawings[name](), folder / FIGURES[name]) for name in drawn}
 
 
 def _save(figure: Figure, path: Path) -> Path:

@@ -42,6 +42,11 @@ def estimate(value: float | None, low: float | None, high: float | None, digits:
     return f"{number(value, digits)} {interval(low, high, digits)}".rstrip()
 
 
+def percent(share: float | None) -> str:
+    """A share as a percentage with three significant digits: `12.7 %`, `–` for None."""
+    return NONE if share is None else f"{number(100.0 * share)} %"
+
+
 def count(value: int | None) -> str:
     """A count with thousands separated, `–` for None."""
     return NONE if value is None else f"{value:,}"

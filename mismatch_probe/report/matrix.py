@@ -1,8 +1,8 @@
-"""The rollout × trainer matrix of one metric, read from a summary."""
+"""Pairs, their numbers, and the rollout × trainer matrix of one metric, read from a summary."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mismatch_probe.types import DTYPES
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 DEFAULT_METRIC = "mean_abs_logprob_diff"
+EXACT = "kl_exact"
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,54 @@ def pair_label(pair: Mapping[str, Any], modes: list[str]) -> str:
     return f"{pair.get('rollout_dtype') or '?'} → {trainer_label(pair, modes)}"
 
 
+def diagonal_pairs(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The compared pairs of equal dtypes by label, few bits first. What a file recorded counts with every trainer."""
+    modes = trainer_modes(summary)
+    found: dict[str, Mapping[str, Any]] = {}
+    for pair in ordered_pairs(summary):
+        rollout, trainer = pair.get("rollout_dtype"), pair.get("trainer_dtype")
+        if rollout == trainer:
+            found.setdefault(trainer_label(pair, modes), pair)
+        elif rollout == "recorded":
+            found.setdefault(pair_label(pair, modes), pair)
+    return found
+
+
+def ordered_pairs(summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The compared pairs by rollout dtype, then by trainer dtype, few bits first; otherwise in their order."""
+    pairs: list[Mapping[str, Any]] = list(summary.get("pairs") or [])
+    rollouts = dtype_order(str(pair.get("rollout_dtype")) for pair in pairs)
+    trainers = dtype_order(str(pair.get("trainer_dtype")) for pair in pairs)
+    return sorted(
+        pairs,
+        key=lambda pair: (
+            rollouts.index(str(pair.get("rollout_dtype"))),
+            trainers.index(str(pair.get("trainer_dtype"))),
+        ),
+    )
+
+
+def reading(table: Mapping[str, Any] | None, key: str) -> Cell:
+    """`key` of a pair's `metrics` or `budget`; without a value where the pair or the table lacks it."""
+    row = (table or {}).get(key) or {}
+    return Cell(row.get("value"), row.get("ci_low"), row.get("ci_high"), why=str(row.get("why") or ""))
+
+
+def has_exact(summary: Mapping[str, Any]) -> bool:
+    """Whether any pair has an exact KL."""
+    return any(reading(pair.get("metrics"), EXACT).value is not None for pair in summary.get("pairs") or [])
+
+
+def noise_floor(summary: Mapping[str, Any]) -> Cell | None:
+    """RMS error of float32 against a float64 reference, nats: what a float32 reference would blur. None without one."""
+    if "float64" not in str(summary.get("reference") or "").split("-"):
+        return None
+    pairs = [*diagonal_pairs(summary).values(), *ordered_pairs(summary)]
+    float32 = (pair for pair in pairs if pair.get("trainer_dtype") == "float32")
+    floors = (reading(pair.get("budget"), "trainer_error_rms") for pair in float32)
+    return next((floor for floor in floors if floor.value is not None), None)
+
+
 def null_of(pair: Mapping[str, Any]) -> float | None:
     """Mean |d| of an engine against itself, the larger of rollout and trainer; None when neither was measured."""
     sides = (pair.get("null") or {}).values()
@@ -101,7 +150,6 @@ def _all_pairs(summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def _cell(pair: Mapping[str, Any], metric: str) -> Cell:
     if "metrics" not in pair:
         return Cell(why=str(pair.get("why") or "missing"))
-    row = pair["metrics"].get(metric) or {}
-    value = row.get("value")
-    why = str(row.get("why") or ("" if value is not None else "not computed"))
-    return Cell(value, row.get("ci_low"), row.get("ci_high"), null_of(pair), why)
+    found = reading(pair["metrics"], metric)
+    why = found.why or ("" if found.value is not None else "not computed")
+    return replace(found, null=null_of(pair), why=why)

@@ -1,10 +1,11 @@
-"""What metrics are called in reports, from the catalogue."""
+"""What metrics, properties of tokens, and figures are called in reports."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from mismatch_probe.metrics.catalog import CATALOG
+from mismatch_probe.metrics.kinds import KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -30,6 +31,30 @@ def catalog_order(keys: Iterable[str]) -> list[str]:
     return [key for key in CATALOG if key in unique] + [key for key in unique if key not in CATALOG]
 
 
+WHERE_TITLES = {
+    "probability": "rollout probability μ(token)",
+    "entropy": "entropy of the trainer (nats)",
+    "rank": "rank at the trainer (0 = likeliest)",
+    "token_kind": "kind of token",
+    "position": "position in the response",
+}
+"""What a token is sorted by: keys of a summary's `where`, with the words for an axis or a table."""
+
+
+def bin_order(labels: Iterable[str]) -> list[str]:
+    """Bins without repeats in the order of their lower limits, or of the kinds of token."""
+
+    def place(label: str) -> float:
+        if label in KINDS:
+            return KINDS.index(label)
+        try:
+            return float(label.removeprefix("≥ ").split("–")[0])
+        except ValueError:
+            return float("inf")
+
+    return sorted(dict.fromkeys(labels), key=place)
+
+
 FIGURE_GUIDES: dict[str, tuple[str, str]] = {
     "policy": (
         "Token probabilities, and sequences by length",
@@ -44,9 +69,23 @@ FIGURE_GUIDES: dict[str, tuple[str, str]] = {
         "Every rollout dtype with every trainer dtype",
         "Lighter is closer, and a value at its null is as close as an engine is to itself.",
     ),
+    "exact": (
+        "Exact KL of every pair, and what sampled estimates make of it",
+        "Above, how far apart the two policies are; below, the shorter an interval, the more that estimate makes of "
+        "the run's tokens.",
+    ),
+    "budget": (
+        "Whose errors make the gap",
+        "The taller of the two blue bars is the side that is further off; a measured gap as high as the hatched bar is "
+        "what independent errors make.",
+    ),
     "where": (
         "Where the difference sits",
         "Plain rounding is largest at improbable tokens and flat in position; a rise with position has another cause.",
+    ),
+    "share": (
+        "Which tokens the squared gap comes from",
+        "Where the upper bar is the longer one, tokens of that bin add more to Σ d² than their number explains.",
     ),
 }
 """Title and one-sentence reading guide of each figure, in the order of a report."""

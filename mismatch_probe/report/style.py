@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import matplotlib
 
+from mismatch_probe.report.format import clipped, visible
+
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 150
+_TICK_CHARACTERS = 28
 _RC = {
     "font.family": ["DejaVu Sans"],
     "font.size": 9.0,
@@ -53,6 +56,11 @@ def look(dtype: str, index: int = 0) -> Look:
 def plot_settings() -> AbstractContextManager[None]:
     """The settings that every figure is drawn under, whatever the user's matplotlibrc says about them."""
     return matplotlib.rc_context(_RC)  # type: ignore[arg-type]
+
+
+def tick(label: object) -> str:
+    """A pair's, a dtype's or a bin's name beside an axis, a mode in parentheses on a line of its own."""
+    return clipped(visible(label), _TICK_CHARACTERS).replace(" (", "\n(")
 
 
 def say(axes: Axes, text: str, *, y: float = 0.5) -> None:

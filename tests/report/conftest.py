@@ -102,6 +102,76 @@ def _summary(dtypes: Sequence[str] = tuple(SCALES), *, modes: Sequence[str] = ("
     }
 
 
+def _with_exact(summary: dict[str, Any], *, reference: str = "hf-float64-cast") -> dict[str, Any]:
+    """`summary` with full rows of logits, a reference and sorted tokens; only bfloat16 sampled."""
+    errors = {"bfloat16": 4e-2, "float16": 5e-3, "float32": 4e-6}
+    elsewhere = _absent("these tokens were sampled by A")
+    for pair in summary["pairs"]:
+        size = max(SCALES[pair["rollout_dtype"]], SCALES[pair["trainer_dtype"]])
+        rollout, trainer = 1.5 * errors[pair["rollout_dtype"]], errors[pair["trainer_dtype"]]
+        pair["on_policy"] = pair["rollout_dtype"] == "bfloat16"
+        pair["metrics"] |= {
+            "kl_k1": _value(-0.5 * size**2, 40.0) if pair["on_policy"] else elsewhere,
+            "ess_seq": _value(0.9, 0.02) if pair["on_policy"] else elsewhere,
+            "kl_k2": _value(1.1 * size**2, 0.3),
+            "kl_exact": _value(0.9 * size**2, 0.1),
+            "top1_flip_rate": _value(0.0125, 0.5),
+        }
+        pair["budget"] = {
+            "rollout_error_rms": _value(rollout, 0.1),
+            "trainer_error_rms": _value(trainer, 0.1),
+            "predicted_gap_rms": _value((rollout**2 + trainer**2) ** 0.5, 0.1),
+            "measured_gap_rms": _value(1.25 * size, 0.1),
+            "error_correlation": _value(0.2, 0.5),
+            "measured_over_predicted": _absent("one side is the reference itself"),
+        }
+        pair["estimators"] = [
+            {
+                "key": key,
+                "mean": size**2,
+                "bias": 0.0,
+                "standard_deviation": k * size,
+                "tokens_needed": 22_832_564_803_474 // k if size else None,
+            }
+            for k, key in enumerate(("kl_k1", "kl_k2", "kl_k3", "kl_exact"), start=1)
+        ]
+    dtypes = dict.fromkeys(pair["rollout_dtype"] for pair in summary["pairs"])
+    return summary | {"reference": reference, "where": {dtype: _where() for dtype in dtypes}}
+
+
+def _value(value: float, spread: float) -> dict[str, Any]:
+    return {"value": value, "ci_low": value - spread * abs(value), "ci_high": value + spread * abs(value)}
+
+
+def _absent(why: str) -> dict[str, Any]:
+    return {"value": None, "ci_low": None, "ci_high": None, "why": why}
+
+
+def _where() -> dict[str, list[dict[str, Any]]]:
+    labels = {
+        "probability": ("0–0.01", "0.01–0.5", "0.5–1"),
+        "entropy": ("0–1", "1–2", "≥ 6"),
+        "rank": ("0", "1", "≥ 1000"),
+        "position": ("0–9", "10–19", "20–29"),
+        "token_kind": ("digit", "word", "special"),
+    }
+    return {
+        name: [
+            {
+                "label": label,
+                "n_tokens": 1000 * (k + 1),
+                "share_of_tokens": (k + 1) / 6,
+                "share_of_square": (3 - k) / 6,
+                "mean_abs": 1e-2,
+                "ci_low": None if k else 9e-3,
+                "ci_high": None if k else 1.1e-2,
+            }
+            for k, label in enumerate(names)
+        ]
+        for name, names in labels.items()
+    }
+
+
 MANIFEST: dict[str, Any] = {
     "status": "complete",
     "model": {"name": "smollm2-135m", "files": {"model.safetensors": "ab" * 32}},
@@ -137,6 +207,7 @@ def worst_token(**changes: Any) -> WorstToken:
         "rollout_logprob": -3.2,
         "trainer_logprob": -4.9,
         "log_ratio": -1.7,
+        "share_of_square": 0.0464,
     }
     return WorstToken(**(fields | changes))
 
@@ -154,8 +225,14 @@ def make_summary() -> SummaryFactory:
 
 
 @pytest.fixture
+def exact() -> ReportData:
+    """A complete run with full rows of logits, a float64 reference and sorted tokens."""
+    return ReportData(_with_exact(_summary()), MANIFEST, _curves(), [worst_token()])
+
+
+@pytest.fixture
 def data() -> ReportData:
-    """A complete run with one missing pair, one limit of each state and one worst token."""
+    """A complete run as older versions summarised it, with a missing pair, a limit of each state and a worst token."""
     summary = _summary()
     gone = summary["pairs"].pop(3)
     keys = ("rollout_pass", "trainer_pass", "rollout_dtype", "trainer_dtype", "trainer_mode")
@@ -172,8 +249,16 @@ def data() -> ReportData:
 @pytest.fixture
 def hostile() -> ReportData:
     """A run in which every string that a model, engine or file name can reach tries to break out."""
-    summary = _summary(("bfloat16",))
+    summary = _with_exact(_summary(("bfloat16",)), reference=HOSTILE)
     summary["model"] = HOSTILE
+    summary["where"]["recorded → bfloat16"] = {"token_kind": [dict(_where()["token_kind"][0], label=HOSTILE)]}
+    summary["pairs"][0]["budget"]["error_correlation"]["why"] = HOSTILE
+    summary["pairs"][0]["metrics"]["kl_exact"]["why"] = HOSTILE
+    summary["pairs"].append(
+        {"rollout_dtype": "recorded", "trainer_dtype": "bfloat16", "on_policy": False}
+        | {"metrics": {key: _absent(HOSTILE) for key in ("kl_exact", "ess_seq")}}
+        | {"budget": {"rollout_error_rms": _absent(HOSTILE)}, "estimators": None}
+    )
     summary["pairs"][0]["metrics"]["kl_k3"] = {"value": None, "ci_low": None, "ci_high": None, "why": HOSTILE}
     summary["missing"] = [
         {"rollout_dtype": "float16", "trainer_dtype": "bfloat16", "trainer_mode": "cast", "why": HOSTILE}
@@ -198,7 +283,13 @@ def sparse() -> ReportData:
     no_value = {"value": None, "ci_low": None, "ci_high": None}
     summary: dict[str, Any] = {
         "model": None,
-        "pairs": [bare, bare | {"trainer_dtype": "float16", "metrics": {"kl_k3": no_value}, "null": None}],
+        "pairs": [
+            bare | {"budget": {"rollout_error_rms": no_value}, "estimators": [{}]},
+            bare | {"trainer_dtype": "float16", "metrics": {"kl_k3": no_value, "kl_exact": no_value}, "null": None},
+            bare | {"trainer_dtype": "float32", "budget": None, "estimators": None},
+        ],
+        "reference": None,
+        "where": {"bfloat16": {"probability": []}, "float16": {}},
         "missing": [{"rollout_dtype": "float32"}],
         "nulls": [{}],
         "findings": [{}],

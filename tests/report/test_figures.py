@@ -12,6 +12,7 @@ from matplotlib.patches import Rectangle
 from mismatch_probe.errors import TableError
 from mismatch_probe.report.data import Curves, ReportData
 from mismatch_probe.report.figures import FIGURES, ccdf_figure, draw_all, matrix_figure, policy_figure, where_figure
+from mismatch_probe.report.names import FIGURE_GUIDES
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 HATCHED = "///"
+ALWAYS = {"policy", "ccdf", "matrix", "where"}
 
 
 def _texts(axes: Axes) -> str:
@@ -215,9 +217,9 @@ def test_draw_all_writes_every_figure_reproducibly_and_leaves_nothing_else(
 ) -> None:
     data = ReportData(make_summary(("bfloat16",)), {}, make_curves(("bfloat16",)), [])
     first, second = draw_all(data, tmp_path / "a"), draw_all(data, tmp_path / "b")
-    assert first == {name: tmp_path / "a" / file for name, file in FIGURES.items()}
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted(FIGURES.values())
-    for name in FIGURES:
+    assert first == {name: tmp_path / "a" / FIGURES[name] for name in ALWAYS}
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted(FIGURES[name] for name in ALWAYS)
+    for name in ALWAYS:
         content = first[name].read_bytes()
         assert content.startswith(b"\x89PNG")
         assert content == second[name].read_bytes()
@@ -225,9 +227,18 @@ def test_draw_all_writes_every_figure_reproducibly_and_leaves_nothing_else(
         assert b"tIME" not in content
 
 
-@pytest.mark.parametrize("run", ["empty", "sparse", "hostile"])
-def test_draw_all_survives(run: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    assert set(draw_all(request.getfixturevalue(run), tmp_path)) == set(FIGURES)
+@pytest.mark.parametrize(
+    ("run", "drawn"),
+    [("empty", ALWAYS), ("sparse", ALWAYS), ("data", ALWAYS), ("hostile", set(FIGURES)), ("exact", set(FIGURES))],
+)
+def test_draw_all_draws_what_the_run_has(
+    run: str, drawn: set[str], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    assert set(draw_all(request.getfixturevalue(run), tmp_path)) == drawn
+
+
+def test_every_figure_has_a_guide_in_the_same_order() -> None:
+    assert list(FIGURE_GUIDES) == list(FIGURES)
 
 
 def test_draw_all_of_curves_without_a_single_difference(make_curves: CurvesFactory, tmp_path: Path) -> None:
@@ -250,6 +261,6 @@ def test_a_failed_write_leaves_no_partial_file(empty: ReportData, tmp_path: Path
 def test_figures_do_without_pyplot_and_its_global_state() -> None:
     sources = (
         resources.files("mismatch_probe.report") / name
-        for name in ("figures.py", "heatmap.py", "policy.py", "style.py")
+        for name in ("budget.py", "exact.py", "figures.py", "heatmap.py", "policy.py", "share.py", "style.py")
     )
     assert not [source for source in sources if "pyplot" in source.read_text(encoding="utf-8")]

@@ -1,0 +1,130 @@
+"""The error budget as a figure: both sides' errors against a reference, and the gap that they predict and make."""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from mismatch_probe.report.format import clipped, number, visible
+from mismatch_probe.report.matrix import Cell, diagonal_pairs, noise_floor, reading
+from mismatch_probe.report.style import empty_figure, plot_settings, tick
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from matplotlib.axes import Axes
+
+_WIDTH = 0.2
+_NOTE_WIDTH, _REFERENCE_CHARACTERS = 118, 60
+
+
+@dataclass(frozen=True)
+class _Bar:
+    key: str
+    label: str
+    color: str
+    hatch: str = ""
+
+
+# Lightness and hatch tell them apart on a grey print; black intervals show on all four.
+_BARS = (
+    _Bar("rollout_error_rms", r"error of the rollout engine, $e_\mu$", "#5b8fc9"),
+    _Bar("trainer_error_rms", r"error of the trainer, $e_\pi$", "#c9dcf0"),
+    _Bar("predicted_gap_rms", r"gap if they are independent, $\sqrt{e_\mu^2 + e_\pi^2}$", "#ffffff", "////"),
+    _Bar("measured_gap_rms", "measured gap", "#f0b277", "...."),
+)
+
+
+def has_budget(summary: Mapping[str, Any]) -> bool:
+    """Whether a pair of equal dtypes has errors against a reference."""
+    return any(_bars_of(pair) for pair in diagonal_pairs(summary).values())
+
+
+def budget_figure(summary: Mapping[str, Any]) -> Figure:
+    """Per dtype: the two errors, the gap that they predict in quadrature, and the measured one, with 95 % intervals.
+
+    Lines across all dtypes show what no 16-bit format has a part in: the float32–float32 gap and, with a float64
+    reference, how far float32 itself is from it.
+    """
+    with plot_settings():
+        if not has_budget(summary):
+            return empty_figure(Figure(figsize=(6.0, 2.0)), "No pair of equal dtypes has errors against a reference.")
+        pairs = {name: pair for name, pair in diagonal_pairs(summary).items() if _bars_of(pair)}
+        figure = Figure(figsize=(max(2.3 * len(pairs) + 1.2, 8.2), 5.0), layout="constrained")
+        axes = figure.add_subplot()
+        axes.set(yscale="log", ylabel="RMS over tokens (nats)", xlim=(-0.6, len(pairs) - 0.4))
+        axes.set_ylim(*_limits(pairs.values()))
+        axes.grid(visible=True, axis="y", color="#e4e4e4", linewidth=0.6)
+        axes.set_axisbelow(True)
+        for x, pair in enumerate(pairs.values()):
+            for k, bar in enumerate(_BARS):
+                at = x + (k - 1.5) * _WIDTH
+                _draw_bar(axes, at, bar, reading(pair.get("budget"), bar.key), label=bar.label if x == 0 else "")
+        axes.set_xticks(range(len(pairs)), [tick(name) for name in pairs], parse_math=False)
+        axes.tick_params(axis="x", length=0)
+        _draw_floors(axes, summary)
+        bars_first = sorted(
+            zip(*axes.get_legend_handles_labels(), strict=True), key=lambda entry: isinstance(entry[0], Line2D)
+        )
+        figure.legend(
+            *zip(*bars_first, strict=True), loc="outside upper center", ncols=2, frameon=False, handlelength=2.6
+        )
+        figure.supxlabel(textwrap.fill(_note(summary), _NOTE_WIDTH), fontsize=8, color="#555555", parse_math=False)
+    return figure
+
+
+def _bars_of(pair: Mapping[str, Any]) -> list[Cell]:
+    """Those of a pair's four bars that have a value."""
+    cells = (reading(pair.get("budget"), bar.key) for bar in _BARS)
+    return [cell for cell in cells if cell.value is not None]
+
+
+def _limits(pairs: Iterable[Mapping[str, Any]]) -> tuple[float, float]:
+    """Half a decade below the lowest bar, and room for its value above the highest."""
+    cells = [cell for pair in pairs for cell in _bars_of(pair)]
+    positive = [float(end) for cell in cells for end in (cell.value, cell.ci_low, cell.ci_high) if end and end > 0]
+    return (min(positive) / 3.0, max(positive) * 3.0) if positive else (1e-8, 1.0)
+
+
+def _draw_bar(axes: Axes, x: float, bar: _Bar, cell: Cell, *, label: str) -> None:
+    """A bar from the bottom of the logarithmic axis, which has no zero: that one is written instead."""
+    bottom = axes.get_ylim()[0]
+    height = cell.value if cell.value is not None and cell.value > bottom else 0.0
+    axes.bar(
+        x, height, _WIDTH, color=bar.color, hatch=bar.hatch, edgecolor="#222222", linewidth=0.7, label=label or None
+    )
+    top = max(height, bottom)
+    if height and cell.ci_low is not None and cell.ci_high is not None:
+        axes.vlines(x, max(cell.ci_low, bottom), cell.ci_high, color="black", linewidth=1.3)
+        top = cell.ci_high
+    axes.annotate(number(cell.value), (x, top), (0, 2), textcoords="offset points", ha="center", fontsize=7)
+
+
+def _draw_floors(axes: Axes, summary: Mapping[str, Any]) -> None:
+    gap, floor = _float32_gap(summary), noise_floor(summary)
+    if gap is not None and gap.value:
+        label = f"float32–float32 gap: {number(gap.value)} nats"
+        axes.axhline(gap.value, color="#333333", linewidth=1.0, linestyle="--", label=label, zorder=0.9)
+    if floor is not None and floor.value:
+        label = f"noise floor of a float32 reference: {number(floor.value)} nats"
+        axes.axhline(floor.value, color="#333333", linewidth=1.2, linestyle=":", label=label, zorder=0.9)
+
+
+def _float32_gap(summary: Mapping[str, Any]) -> Cell | None:
+    both = (pair for pair in diagonal_pairs(summary).values() if pair.get("rollout_dtype") == "float32")
+    gaps = (reading(pair.get("budget"), "measured_gap_rms") for pair in both)
+    return next((gap for gap in gaps if gap.value is not None), None)
+
+
+def _note(summary: Mapping[str, Any]) -> str:
+    """What the errors are against, and what that does to them."""
+    reference = clipped(visible(summary.get("reference") or "an unnamed reference"), _REFERENCE_CHARACTERS)
+    note = f"Errors against {reference}. A Hugging Face reference charges every difference of implementation to vLLM"
+    gap = _float32_gap(summary)
+    if gap is None:
+        return f"{note}; no float32–float32 pair shows how large those are."
+    return f"{note}; the float32–float32 gap shows how large those are where precision is not in question."

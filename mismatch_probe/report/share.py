@@ -1,0 +1,91 @@
+"""Which tokens the squared gap comes from, as a figure: their share of Σ d² beside their share of all tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from mismatch_probe.report.matrix import dtype_order
+from mismatch_probe.report.names import WHERE_TITLES, bin_order
+from mismatch_probe.report.style import empty_figure, look, plot_settings, say, tick
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from matplotlib.axes import Axes
+
+    Bins = Sequence[Mapping[str, Any]]
+
+# Position is left to the figure of mean |d|.
+PROPERTIES = tuple(name for name in WHERE_TITLES if name != "position")
+_TOKENS = "#c4c4c4"
+
+
+def has_shares(summary: Mapping[str, Any]) -> bool:
+    """Whether the tokens of any pair were sorted by a property."""
+    return any(bins.get(name) for bins in (summary.get("where") or {}).values() for name in PROPERTIES)
+
+
+def share_figure(where: Mapping[str, Mapping[str, Bins]]) -> Figure:
+    """Share of Σ d² and share of tokens per bin: a row per property, a column per dtype.
+
+    Args:
+        where: Pair name, property, bins, as `summary.json` has them.
+    """
+    properties = [name for name in PROPERTIES if any(bins.get(name) for bins in where.values())]
+    with plot_settings():
+        if not properties:
+            return empty_figure(Figure(figsize=(6.0, 2.0)), "No pair of equal dtypes was compared.")
+        pairs = [name for name in dtype_order(where) if any(where[name].get(key) for key in properties)]
+        labels = {
+            key: bin_order(str(row["label"]) for name in pairs for row in where[name].get(key) or ())
+            for key in properties
+        }
+        heights = [len(labels[key]) + 1.0 for key in properties]
+        size = (max(2.75 * len(pairs) + 1.3, 4.6), 0.17 * sum(heights) + 0.42 * len(properties) + 0.6)
+        figure = Figure(figsize=size, layout="constrained")
+        panels = figure.subplots(
+            len(properties), len(pairs), squeeze=False, sharex=True, sharey="row", height_ratios=heights
+        )
+        for row, key in zip(panels, properties, strict=True):
+            for index, (axes, name) in enumerate(zip(row, pairs, strict=True)):
+                _draw_shares(axes, labels[key], where[name].get(key) or (), look(name, index).color)
+            row[0].set_yticks(range(len(labels[key])), [tick(label) for label in labels[key]], parse_math=False)
+            row[0].set_ylim(len(labels[key]) - 0.4, -0.6)
+            row[0].set_title(WHERE_TITLES[key], loc="left", fontsize=9, weight="bold")
+        _finish(figure, panels, pairs)
+    return figure
+
+
+def _draw_shares(axes: Axes, labels: list[str], bins: Bins, color: str) -> None:
+    axes.grid(visible=True, axis="x", color="#e4e4e4", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(axis="y", length=0, labelsize=8)
+    if not bins:
+        say(axes, "not known")
+        return
+    y = [labels.index(str(row["label"])) for row in bins]
+    axes.barh([at - 0.2 for at in y], [row["share_of_square"] for row in bins], 0.4, color=color)
+    axes.barh([at + 0.2 for at in y], [row["share_of_tokens"] for row in bins], 0.4, color=_TOKENS)
+
+
+def _finish(figure: Figure, panels: Any, pairs: list[str]) -> None:
+    """What holds for all panels: names of the pairs, one scale, and what the two bars are."""
+    for axes, name in zip(panels[0], pairs, strict=True):
+        axes.annotate(
+            tick(name),
+            (0.5, 1.0),
+            (0, 20),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            ha="center",
+            fontsize=10,
+            parse_math=False,
+        )
+    for axes in panels[-1]:
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.set_xlim(left=0.0)
+        axes.set_xlabel("share per bin")
+    figure.suptitle("upper bar: share of Σ d²   ·   lower bar, grey: share of tokens", fontsize=9)
