@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from mismatch_probe.report import view
+from mismatch_probe.report import view, view_exact
 from mismatch_probe.report.names import FIGURE_GUIDES
+from mismatch_probe.report.notes import notes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -53,13 +54,19 @@ def render_html(data: ReportData, figures: Mapping[str, Path]) -> str:
         style=Markup(style),
         policy=f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'",
         model=view.model_name(data),
-        findings=view.findings(data),
-        notes=view.notes(data),
+        headlines=view.findings(data)[: view.HEADLINES],
+        details=view.findings(data)[view.HEADLINES :],
+        notes=notes(data),
         missing=view.missing_lines(data.summary),
         state=state.replace(" ", "-"),
         verdict=sentence,
         limits=view.limit_lines(data.summary),
         matrix=view.matrix_table(data.summary),
+        exact=view_exact.exact_table(data.summary),
+        estimators=view_exact.estimators_table(data.summary),
+        budget=view_exact.budget_table(data.summary),
+        texts={**view_exact.TEXTS, "budget": view_exact.budget_text(data.summary)},
+        where=view_exact.where_table(data.summary),
         figures=[
             _EmbeddedFigure(title, guide, _data_uri(figures[name]))
             for name, (title, guide) in FIGURE_GUIDES.items()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import PurePath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from mismatch_probe.report import view
+from mismatch_probe.report import view, view_exact
 from mismatch_probe.report.names import FIGURE_GUIDES
+from mismatch_probe.report.notes import notes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -28,10 +29,11 @@ def render_markdown(data: ReportData, figures: Mapping[str, str | PurePath]) -> 
         figures: Figure name (as in `FIGURES`) to its path relative to the document; absent ones are left out.
     """
     blocks = [f"# Rollout–trainer mismatch of {escape(view.model_name(data))}"]
-    blocks += [f"**{escape(text)}**" for text in view.findings(data)]
+    findings = [escape(text) for text in view.findings(data)]
+    blocks += [f"**{text}**" for text in findings[: view.HEADLINES]] + findings[view.HEADLINES :]
     blocks.append(escape(view.verdict(data.summary)[1]))
     blocks.append(_bullets(f"{line.state}: {escape(line.text)}" for line in view.limit_lines(data.summary)))
-    blocks.append(_bullets(f"note: {escape(note)}" for note in view.notes(data)))
+    blocks.append(_bullets(f"note: {escape(note)}" for note in notes(data)))
     blocks += [
         "## Mean |Δlogp| of every pair",
         "Nats, with 95 % intervals over prompts; the null is the same engine against itself.",
@@ -40,9 +42,11 @@ def render_markdown(data: ReportData, figures: Mapping[str, str | PurePath]) -> 
     blocks.append(
         _bullets(f"{escape(pair)} is missing: {escape(why)}" for pair, why in view.missing_lines(data.summary))
     )
+    blocks += _exact_blocks(data.summary)
     for name, (title, guide) in FIGURE_GUIDES.items():
         if name in figures:
             blocks += [f"## {title}", f"![{title}]({quote(PurePath(figures[name]).as_posix())})", escape(guide)]
+    blocks += ["## Where the gap lies", _table(view_exact.where_table(data.summary), view_exact.TEXTS["no_where"])]
     blocks += ["## All metrics", _table(view.metrics_table(data.summary), "No pair of equal dtypes was compared.")]
     blocks += ["## Worst tokens", _worst(view.worst_rows(data.worst_tokens))]
     blocks += [
@@ -52,6 +56,23 @@ def render_markdown(data: ReportData, figures: Mapping[str, str | PurePath]) -> 
     blocks += ["## Nulls: each engine against itself", _table(view.nulls_table(data.summary), "No null was measured.")]
     blocks += ["## Provenance", _table(view.provenance_table(data.manifest), "No manifest was given.")]
     return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def _exact_blocks(summary: Mapping[str, Any]) -> list[str]:
+    """Exact divergences, what estimators of them cost, and the error budget."""
+    texts = view_exact.TEXTS
+    exact, estimators = view_exact.exact_table(summary), view_exact.estimators_table(summary)
+    budget = view_exact.budget_table(summary)
+    blocks = ["## Exact divergence"]
+    blocks += [escape(texts["exact"]), _table(exact, "")] if exact.rows else [escape(texts["no_exact"])]
+    if estimators.rows:
+        blocks += ["### Estimators of KL(μ‖π)", escape(texts["estimators"]), _table(estimators, "")]
+    blocks.append("## Error budget")
+    if budget.rows:
+        blocks += [escape(view_exact.budget_text(summary)), _table(budget, "")]
+    else:
+        blocks.append(escape(texts["no_budget"]))
+    return blocks
 
 
 def escape(text: str) -> str:
@@ -78,7 +99,8 @@ def _table(table: Table, empty: str) -> str:
 def _worst(rows: list[WorstRow]) -> str:
     if not rows:
         return "None recorded."
-    lines = ["| pair | d | log μ | log π | where | context | token |", "|" + " --- |" * 7]
+    header = ("pair", "d", "log μ", "log π", "share of Σd²", "where", "context", "token")
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     for row in rows:
         where = f"{row.prompt}, sequence {row.sequence}, position {row.position}, id {row.token_id}"
         cells = (
@@ -86,6 +108,7 @@ def _worst(rows: list[WorstRow]) -> str:
             row.log_ratio,
             row.rollout_logprob,
             row.trainer_logprob,
+            row.share_of_square,
             where,
             row.context,
             f"“{row.token}”",

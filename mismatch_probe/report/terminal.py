@@ -10,7 +10,8 @@ from rich.text import Text
 
 from mismatch_probe.report import view
 from mismatch_probe.report.format import clipped, count, interval, number
-from mismatch_probe.report.matrix import DEFAULT_METRIC, trainer_modes
+from mismatch_probe.report.matrix import DEFAULT_METRIC, has_exact, reading, trainer_modes
+from mismatch_probe.report.notes import notes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,9 +22,10 @@ ROOMY_FROM = 100
 _TOKEN_CHARACTERS = 24
 _LEGEND = (
     "|Δlogp|: a token's log-prob at the trainer against the rollout engine, in nats [95 % interval over prompts]. "
-    "null: mean |Δlogp| of an engine against itself. KL: k3 estimate, nats per token. "
+    "null: mean |Δlogp| of an engine against itself. KL k3: sampled estimate of KL(μ‖π), nats per token{exact}. "
     "ESS: share of sequences left after importance weighting. worst: largest |Δlogp| of a token."
 )
+_EXACT_LEGEND = "; KL exact: the same from full rows of logits"
 _STYLES = {"exceeded": "bold red", "not judged": "yellow", "within": "green"}
 
 
@@ -39,34 +41,42 @@ def print_summary(data: ReportData, console: Console) -> None:
         title += f" (trainer: {modes[0]})"
     console.print(Text(title, style="bold"))
     if data.summary.get("pairs"):
-        console.print(_pairs_table(data, roomy=console.width >= ROOMY_FROM))
-        console.print(Text(_LEGEND, style="dim"))
+        exact = has_exact(data.summary)
+        console.print(_pairs_table(data, roomy=console.width >= ROOMY_FROM, exact=exact))
+        console.print(Text(_LEGEND.format(exact=_EXACT_LEGEND if exact else ""), style="dim"))
     else:
         console.print(Text("No pair was compared."))
     console.print()
-    for text in view.findings(data):
-        console.print(Text(text, style="bold"))
+    for index, text in enumerate(view.findings(data)):
+        console.print(Text(text, style="bold" if index < view.HEADLINES else ""))
     for pair, why in view.missing_lines(data.summary):
         console.print(Text(f"Missing: {pair}: {why}", style="yellow"))
-    for note in view.notes(data):
+    for note in notes(data):
         console.print(Text(f"Note: {note}", style="yellow"))
     _print_worst(data, console)
     for line in view.limit_lines(data.summary):
         console.print(Text(f"Limit {line.state}: {line.text}", style=_STYLES[line.state]))
 
 
-def _pairs_table(data: ReportData, *, roomy: bool) -> Table:
+def _pairs_table(data: ReportData, *, roomy: bool, exact: bool) -> Table:
+    """A row per pair; where room is short, the interval stands below its value and the exact KL below its estimate."""
+    keys = [key for key in view.HEADLINE_METRICS if key != DEFAULT_METRIC and (exact or key != "kl_exact")]
+    names = {key: view.HEADLINE_METRICS[key] for key in keys}
+    if exact and not roomy:
+        names["kl_k3"] = f"{names['kl_k3']}\n{names.pop('kl_exact')}"
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("rollout → trainer")
-    for name in ("mean |Δlogp|", "null", "KL k3", "ESS", "worst", "tokens"):
+    for name in (view.HEADLINE_METRICS[DEFAULT_METRIC], "null", *names.values(), "tokens"):
         table.add_column(name, justify="right", no_wrap=True)
     for label, metrics, null, tokens in view.pair_rows(data.summary):
-        mean = metrics.get(DEFAULT_METRIC) or {}
-        limits = interval(mean.get("ci_low"), mean.get("ci_high"), digits=3 if roomy else 2)
-        values = [number((metrics.get(key) or {}).get("value")) for key in ("kl_k3", "ess_seq", "max_abs_logprob_diff")]
-        estimate = Text(number(mean.get("value")), style="bold")
+        mean = reading(metrics, DEFAULT_METRIC)
+        limits = interval(mean.ci_low, mean.ci_high, digits=3 if roomy else 2)
+        values = {key: number(reading(metrics, key).value) for key in keys}
+        if exact and not roomy:
+            values["kl_k3"] = f"{values['kl_k3']}\n{values.pop('kl_exact')}"
+        estimate = Text(number(mean.value), style="bold")
         estimate.append(f"{' ' if roomy else chr(10)}{limits}" if limits else "", style="not bold")
-        table.add_row(Text(label), estimate, number(null, 2), *values, count(tokens))
+        table.add_row(Text(label), estimate, number(null, 2), *values.values(), count(tokens))
     return table
 
 

@@ -10,13 +10,14 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from mismatch_probe.report.format import NONE, clipped, count, interval, number, visible
+from mismatch_probe.report.format import NONE, clipped, count, interval, number, percent, visible
 from mismatch_probe.report.matrix import (
     DEFAULT_METRIC,
+    diagonal_pairs,
     metric_matrix,
     null_of,
     pair_label,
-    trainer_label,
+    reading,
     trainer_modes,
 )
 from mismatch_probe.report.names import catalog_order, metric_formula, metric_title
@@ -27,7 +28,16 @@ if TYPE_CHECKING:
     from mismatch_probe.report.data import ReportData, WorstToken
     from mismatch_probe.report.matrix import Cell
 
-HEADLINE_METRICS = (DEFAULT_METRIC, "kl_k3", "ess_seq", "max_abs_logprob_diff")
+HEADLINE_METRICS = {
+    DEFAULT_METRIC: "mean |Δlogp|",
+    "kl_k3": "KL k3",
+    "kl_exact": "KL exact",
+    "ess_seq": "ESS",
+    "max_abs_logprob_diff": "worst",
+}
+"""What the terminal shows of a pair, and what it calls it."""
+HEADLINES = 2
+"""How many findings, the first ones, are the result in a nutshell; the others are details of it."""
 TOKEN_CHARACTERS, CONTEXT_CHARACTERS = 60, 160
 _COUNTS = ("n_sequences", "n_tokens", "n_nonfinite", "n_truncated", "n_empty", "n_dropped")
 
@@ -64,6 +74,7 @@ class WorstRow:
     rollout_logprob: str
     trainer_logprob: str
     log_ratio: str
+    share_of_square: str
 
 
 def model_name(data: ReportData) -> str:
@@ -102,33 +113,6 @@ def verdict(summary: Mapping[str, Any]) -> tuple[State | Literal["none"], str]:
     return states[0], f"Limits: {', '.join(parts)}."
 
 
-def notes(data: ReportData) -> list[str]:
-    """What limits the numbers: an unfinished run, off-policy or non-finite pairs, reasons beside headline metrics."""
-    lines = []
-    status = data.manifest.get("status")
-    if status and status != "complete":
-        lines.append(f"The run is {visible(status)}: numbers cover finished passes only.")
-    modes, pairs = trainer_modes(data.summary), data.summary.get("pairs") or []
-    for pair in pairs:
-        label = visible(pair_label(pair, modes))
-        if pair.get("n_nonfinite"):
-            lines.append(f"{label}: {count(pair['n_nonfinite'])} tokens are not finite, so this pair cannot pass.")
-        if pair.get("on_policy") is False:
-            lines.append(
-                f"{label}: the rollout policy did not sample these tokens, so metrics that need it are absent."
-            )
-    reasons: dict[tuple[str, str], list[str]] = {}
-    for pair in pairs:
-        for key in HEADLINE_METRICS:
-            why = ((pair.get("metrics") or {}).get(key) or {}).get("why")
-            if why:
-                reasons.setdefault((key, visible(why)), []).append(visible(pair_label(pair, modes)))
-    for (key, why), labels in reasons.items():
-        where = "all pairs" if len(labels) == len(pairs) > 1 else ", ".join(labels)
-        lines.append(f"{metric_title(key)}, {where}: {why}.".replace("..", "."))
-    return lines
-
-
 def missing_lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(pair, why) of every pair that could not be compared."""
     modes = trainer_modes(summary)
@@ -149,23 +133,19 @@ def matrix_table(summary: Mapping[str, Any]) -> Table:
 
 def _matrix_cell(cell: Cell) -> str:
     null = "" if cell.null is None else f"null {number(cell.null, 2)}"
-    return _lines(number(cell.value), interval(cell.ci_low, cell.ci_high), null, visible(cell.why))
+    return stacked(number(cell.value), interval(cell.ci_low, cell.ci_high), null, visible(cell.why))
 
 
 def metrics_table(summary: Mapping[str, Any]) -> Table:
     """All metrics of the diagonal pairs, a column each, and the formula."""
-    modes = trainer_modes(summary)
-    pairs = [pair for pair in summary.get("pairs") or [] if pair.get("rollout_dtype") == pair.get("trainer_dtype")]
-    keys = catalog_order(key for pair in pairs for key in pair.get("metrics") or {})
+    pairs = diagonal_pairs(summary)
+    keys = catalog_order(key for pair in pairs.values() for key in pair.get("metrics") or {})
     rows = []
     for key in keys:
-        values = [(pair.get("metrics") or {}).get(key) or {} for pair in pairs]
-        cells = (
-            _lines(number(v.get("value")), interval(v.get("ci_low"), v.get("ci_high")), visible(v.get("why") or ""))
-            for v in values
-        )
-        rows.append((_lines(metric_title(key), visible(key)), *cells, metric_formula(key)))
-    return Table(("metric", *(visible(trainer_label(pair, modes)) for pair in pairs), "formula"), tuple(rows))
+        values = [reading(pair.get("metrics"), key) for pair in pairs.values()]
+        cells = (stacked(number(v.value), interval(v.ci_low, v.ci_high), visible(v.why)) for v in values)
+        rows.append((stacked(metric_title(key), visible(key)), *cells, metric_formula(key)))
+    return Table(("metric", *(visible(label) for label in pairs), "formula"), tuple(rows))
 
 
 def worst_rows(tokens: Iterable[WorstToken]) -> list[WorstRow]:
@@ -182,6 +162,7 @@ def worst_rows(tokens: Iterable[WorstToken]) -> list[WorstRow]:
             rollout_logprob=number(token.rollout_logprob),
             trainer_logprob=number(token.trainer_logprob),
             log_ratio=number(token.log_ratio),
+            share_of_square=percent(token.share_of_square),
         )
         for token in tokens
     ]
@@ -194,8 +175,8 @@ def passes_table(manifest: Mapping[str, Any]) -> Table:
         counts, promise = state.get("counts") or {}, state.get("deterministic") or {}
         promised = promise.get("promised")
         word = NONE if promised is None else "promised" if promised else "not promised"
-        status = _lines(visible(state.get("status") or NONE), visible(state.get("why") or ""))
-        determinism = _lines(word, visible(promise.get("why") or ""))
+        status = stacked(visible(state.get("status") or NONE), visible(state.get("why") or ""))
+        determinism = stacked(word, visible(promise.get("why") or ""))
         rows.append((visible(name), status, *(count(counts.get(key)) for key in _COUNTS), determinism))
     header = ("pass", "status", "sequences", "tokens", "non-finite", "truncated", "empty", "dropped", "determinism")
     return Table(header, tuple(rows))
@@ -239,7 +220,8 @@ def pair_rows(summary: Mapping[str, Any]) -> list[tuple[str, dict[str, dict[str,
     ]
 
 
-def _lines(*parts: str) -> str:
+def stacked(*parts: str) -> str:
+    """A cell of the parts that are not empty, what is secondary below what is not."""
     return "\n".join(part for part in parts if part)
 
 

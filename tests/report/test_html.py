@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ ALLOWED = {
     "section",
     "h1",
     "h2",
+    "h3",
     "p",
     "ul",
     "li",
@@ -95,7 +97,19 @@ def figures(tmp_path: Path) -> dict[str, Path]:
 def test_the_page_reads_in_order(data: ReportData, figures: dict[str, Path]) -> None:
     page = Page(render_html(data, figures))
     sections = [attributes["id"] for attributes in page.attributes("section")]
-    assert sections == ["findings", "matrix", "figures", "metrics", "worst", "passes", "nulls", "provenance"]
+    assert sections == [
+        "findings",
+        "matrix",
+        "exact",
+        "budget",
+        "figures",
+        "where",
+        "metrics",
+        "worst",
+        "passes",
+        "nulls",
+        "provenance",
+    ]
     order = [
         "BF16 is 7.9×",
         "Limits: 1 exceeded",
@@ -127,7 +141,7 @@ def test_the_policy_allows_images_and_exactly_this_style(data: ReportData, figur
     assert "<" not in page.style
 
 
-@pytest.mark.parametrize("run", ["data", "hostile", "empty", "sparse"])
+@pytest.mark.parametrize("run", ["data", "exact", "hostile", "empty", "sparse"])
 def test_nothing_in_the_page_acts_or_leaves_it(
     run: str, figures: dict[str, Path], request: pytest.FixtureRequest
 ) -> None:
@@ -154,14 +168,14 @@ def test_figures_are_embedded_with_a_guide_each(data: ReportData, figures: dict[
     page = Page(render_html(data, figures))
     images = page.attributes("img")
     embedded = [base64.b64decode(image["src"].removeprefix("data:image/png;base64,")) for image in images]
-    assert embedded == [figures[name].read_bytes() for name in ("policy", "ccdf", "matrix", "where")]
+    assert embedded == [figures[name].read_bytes() for name in FIGURES]
     assert all(image["alt"] for image in images)
-    assert len(page.attributes("figcaption")) == 4
+    assert len(page.attributes("figcaption")) == len(FIGURES)
 
 
 def test_absent_figures_are_left_out(data: ReportData, figures: dict[str, Path]) -> None:
     del figures["where"]
-    assert len(Page(render_html(data, figures)).attributes("img")) == 3
+    assert len(Page(render_html(data, figures)).attributes("img")) == len(FIGURES) - 1
 
 
 def test_an_empty_run_says_what_is_not_there(empty: ReportData) -> None:
@@ -169,6 +183,9 @@ def test_an_empty_run_says_what_is_not_there(empty: ReportData) -> None:
     for sentence in (
         "No finding was recorded.",
         "No pair was compared.",
+        "No rows of logits were compared",
+        "No reference has scored these tokens",
+        "The tokens were not sorted.",
         "No figures were drawn.",
         "No pass is recorded.",
         "No null was measured",
@@ -177,8 +194,25 @@ def test_an_empty_run_says_what_is_not_there(empty: ReportData) -> None:
         assert sentence in text
 
 
-def test_every_table_scrolls_in_a_box_of_its_own(data: ReportData, figures: dict[str, Path]) -> None:
-    page = Page(render_html(data, figures))
+def test_the_exact_parts_follow_the_matrix_and_the_long_table_is_folded(exact: ReportData) -> None:
+    page = Page(render_html(exact, {}))
+    order = ["Exact divergence", "Estimators of KL", "22,832,564,803,474", "Error budget", "hf-float64-cast", "Figures"]
+    order += ["Where the gap lies", "15 bins", "50.0 % of Σd²", "All metrics", "share of Σd²", "4.64 %"]
+    places = [page.text.index(text) for text in order[:1]]
+    for text in order[1:]:
+        places.append(page.text.index(text, places[-1]))
+    assert len(page.attributes("details")) == 3
+
+
+def test_only_the_first_findings_are_headlines(data: ReportData) -> None:
+    summary = data.summary | {"findings": [{"text": f"finding {k}"} for k in range(4)]}
+    page = Page(render_html(replace(data, summary=summary), {}))
+    kinds = [attributes.get("class") for attributes in page.attributes("p")]
+    assert (kinds.count("finding"), kinds.count("detail")) == (2, 2)
+
+
+def test_every_table_scrolls_in_a_box_of_its_own(exact: ReportData, figures: dict[str, Path]) -> None:
+    page = Page(render_html(exact, figures))
     names = [tag for tag, _ in page.tags]
     for index, tag in enumerate(names):
         if tag in {"table", "img"}:

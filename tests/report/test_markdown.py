@@ -21,7 +21,7 @@ def _cells(line: str) -> list[str]:
     return re.split(r"(?<!\\)\|", line)[1:-1]
 
 
-@pytest.mark.parametrize("run", ["data", "hostile", "empty", "sparse"])
+@pytest.mark.parametrize("run", ["data", "exact", "hostile", "empty", "sparse"])
 def test_every_table_is_rectangular_and_no_html_gets_through(run: str, request: pytest.FixtureRequest) -> None:
     document = render_markdown(request.getfixturevalue(run), FIGURES)
     for table in _tables(document):
@@ -46,6 +46,15 @@ def test_the_document_says_what_the_page_says(data: ReportData) -> None:
     places = [document.index(text) for text in order]
     assert places == sorted(places)
     assert "float16 → bfloat16 is missing: vLLM refused float16" in document
+
+
+def test_exact_tables_stand_before_the_figures(exact: ReportData) -> None:
+    document = render_markdown(exact, FIGURES)
+    order = ["## Exact divergence", "### Estimators of KL(μ‖π)", "| bfloat16 | exact rows |", "## Error budget"]
+    order += ["Errors".lower(), "policy.png", "## Where the gap lies", "| kind of token | special |", "## All metrics"]
+    places = [document.index(text) for text in order]
+    assert places == sorted(places)
+    assert "| 4.64 % |" in document
 
 
 def test_figures_are_linked_by_their_relative_path(data: ReportData) -> None:

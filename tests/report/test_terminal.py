@@ -23,7 +23,7 @@ def _printed(data: ReportData, width: int, *, color: bool = False) -> str:
 
 
 @pytest.mark.parametrize("width", [80, 100, 160])
-@pytest.mark.parametrize("run", ["data", "hostile", "empty", "sparse"])
+@pytest.mark.parametrize("run", ["data", "exact", "hostile", "empty", "sparse"])
 def test_lines_fit_and_hold_no_control_character(run: str, width: int, request: pytest.FixtureRequest) -> None:
     text = _printed(request.getfixturevalue(run), width)
     assert max(cell_len(line) for line in text.split("\n")) <= width
@@ -47,6 +47,26 @@ def test_at_100_columns_each_pair_is_one_line(data: ReportData) -> None:
         "1.20",
         "10,240",
     ]
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_exact_kl_stands_beside_its_estimate_or_below_it(exact: ReportData, width: int) -> None:
+    text = _printed(exact, width)
+    assert "…" not in text
+    lines = text.split("\n")
+    at = next(index for index, line in enumerate(lines) if line.startswith("float16 → float16"))
+    cells = lines[at].split()
+    if width >= 100:
+        assert cells[6:9] == ["0", "2.50e-5", "2.25e-5"]
+    else:
+        assert cells[4:6] == ["0", "2.50e-5"]
+        assert lines[at + 1].split()[-1] == "2.25e-5"
+    assert "KL exact" in text
+    assert "KL exact: the same from full rows" in " ".join(text.split())
+
+
+def test_without_exact_values_no_column_is_spent_on_them(data: ReportData) -> None:
+    assert "exact" not in _printed(data, 80)
 
 
 @pytest.mark.parametrize("modes", [("cast",), ("cast", "autocast")])

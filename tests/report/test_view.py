@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING
 
 from mismatch_probe.report import view
 from mismatch_probe.report.data import Curves, ReportData
-from mismatch_probe.report.matrix import metric_matrix, null_of
+from mismatch_probe.report.matrix import diagonal_pairs, metric_matrix, null_of
+from mismatch_probe.report.notes import notes
 
 if TYPE_CHECKING:
     from conftest import SummaryFactory
@@ -55,13 +56,41 @@ def test_notes_tell_what_limits_the_numbers_once(make_summary: SummaryFactory) -
     summary["pairs"][0]["metrics"]["ess_seq"]["why"] = "fewer than 10 effective sequences"
     summary["pairs"][0]["n_nonfinite"] = 2
     summary["pairs"][1]["on_policy"] = False
-    notes = view.notes(ReportData(summary, {"status": "running"}, Curves(), []))
-    assert notes[0] == "The run is running: numbers cover finished passes only."
-    assert notes[1].startswith("bfloat16 → bfloat16: 2 tokens are not finite")
-    assert notes[2].startswith("bfloat16 → float16: the rollout policy did not sample")
-    assert sum("uncalibrated: 8 prompts." in note and "all pairs" in note for note in notes) == 1
-    assert sum("bfloat16 → bfloat16: fewer than 10 effective" in note for note in notes) == 1
-    assert len(notes) == 5
+    found = notes(ReportData(summary, {"status": "running"}, Curves(), []))
+    assert found[0] == "The run is running: numbers cover finished passes only."
+    assert found[1].startswith("bfloat16 → bfloat16: 2 tokens are not finite")
+    assert found[2].startswith("bfloat16 → float16: the rollout policy did not sample")
+    assert sum("uncalibrated: 8 prompts." in note and "all pairs" in note for note in found) == 1
+    assert sum("bfloat16 → bfloat16: fewer than 10 effective" in note for note in found) == 1
+    assert len(found) == 5
+
+
+def test_what_several_pairs_and_metrics_share_is_noted_once(exact: ReportData) -> None:
+    for pair in exact.summary["pairs"]:
+        for key in ("kl_k3", "kl_exact", "ess_seq"):
+            metric = pair["metrics"][key]
+            if metric["value"] is not None:
+                metric["why"] = "uncalibrated: 8 prompts"
+    assert notes(exact) == [
+        "float16 → all, float32 → all: these tokens were sampled by A, so metrics that need the rollout policy's own "
+        "are absent.",
+        "KL k3, KL exact, ESS, all pairs: uncalibrated: 8 prompts.",
+    ]
+
+
+def test_exact_values_that_nobody_asked_for_are_not_noted_as_absent(make_summary: SummaryFactory) -> None:
+    summary = make_summary(("bfloat16",))
+    summary["pairs"][0]["metrics"]["kl_exact"] = {"value": None, "why": "no rows of logits were kept"}
+    assert notes(ReportData(summary, {}, Curves(), [])) == []
+
+
+def test_what_a_file_recorded_is_on_the_diagonal_with_every_trainer() -> None:
+    pairs = [
+        {"rollout_dtype": rollout, "trainer_dtype": trainer, "metrics": {"kl_k3": {"value": 1.0}}}
+        for rollout, trainer in (("recorded", "recorded"), ("recorded", "float16"), ("float16", "float32"))
+    ]
+    assert list(diagonal_pairs({"pairs": pairs})) == ["recorded → float16", "recorded"]
+    assert view.metrics_table({"pairs": pairs}).header == ("metric", "recorded → float16", "recorded", "formula")
 
 
 def test_metrics_table_has_a_column_per_diagonal_pair_and_the_formula(data: ReportData) -> None:
