@@ -113,6 +113,11 @@ class ExactRows:
     tokens: Floats
     sequences: Floats
 
+    @property
+    def mean_weight(self) -> float:
+        """Mean of w over all positions, compared or not."""
+        return float((self.weight * self.stands_for).sum() / self.tokens.sum())
+
     def finite(self) -> NDArray[np.bool_]:
         """`[R]` positions at which every divergence is finite."""
         return np.asarray(np.isfinite(np.stack([self.values[key] for key in DIVERGENCES])).all(axis=0))
@@ -166,7 +171,7 @@ def exact_metrics(rows: ExactRows | None) -> dict[str, Estimate | MetricValue]:
     why = "" if keep.all() else f"computed over the {int(keep.sum())} of {len(keep)} positions that are finite"
     times, prompt, n_prompts = rows.stands_for[keep], rows.prompt[keep], len(rows.tokens)
     weights = group_sums(prompt, rows.weight[keep] * times, n_prompts)
-    mean_weight = float((rows.weight * rows.stands_for).sum() / rows.tokens.sum())
+    mean_weight = rows.mean_weight
     sums = {column: group_sums(prompt, rows.values[column][keep] * times, n_prompts) for column in set(_MEANS.values())}
     found = {key: _mean_of(sums[column], weights, mean_weight, why) for key, column in _MEANS.items()}
     found["top1_flip_rate"] = _share_of(sums["flip"], weights, mean_weight, why)
@@ -198,10 +203,10 @@ def estimator_costs(rows: ExactRows) -> list[EstimatorCost]:
     prompt resemble each other is not in it.
     """
     keep = rows.finite()
-    weight = rows.stands_for[keep]
+    weight, mean_weight = rows.stands_for[keep], rows.mean_weight
 
     def mean(values: Floats) -> float:
-        return float(np.average(values, weights=weight))
+        return mean_weight * float((values * weight).sum() / (rows.weight[keep] * weight).sum())
 
     column = {key: values[keep] for key, values in rows.values.items()}
     kl = mean(column["kl"])

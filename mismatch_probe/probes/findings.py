@@ -29,13 +29,13 @@ def findings(
     if "float32" in diagonal:
         floor = diagonal["float32"].metrics[METRIC]
         rows.append({"name": "fp32_floor", "text": _floor_text(floor), **floor.as_dict()})
-    for name, result in diagonal.items():
-        exact, quadrature = result.metrics["kl_exact"], (result.budget or {}).get("measured_over_predicted")
-        if exact.value is not None:
-            rows.append({"name": f"exact_kl_{name}", "text": _exact_text(name, exact), **exact.as_dict()})
-        if quadrature is not None and quadrature.value is not None:
-            text = _budget_text(name, result.budget or {})
-            rows.append({"name": f"error_budget_{name}", "text": text, **quadrature.as_dict()})
+    exact = {name: r.metrics["kl_exact"] for name, r in diagonal.items() if r.metrics["kl_exact"].value is not None}
+    if exact:
+        rows.append({"name": "exact_kl", "text": _exact_text(exact), "values": _as_dicts(exact)})
+    ratio_of = {name: (r.budget or {}).get("measured_over_predicted") for name, r in diagonal.items()}
+    quadrature = {name: ratio for name, ratio in ratio_of.items() if ratio is not None and ratio.value is not None}
+    if quadrature:
+        rows.append({"name": "error_budget", "text": _budget_text(quadrature), "values": _as_dicts(quadrature)})
     for name, found in forecasts.items():
         half = found.crossings[0.5]
         if half.value is not None:
@@ -60,20 +60,29 @@ def _tokens(length: MetricValue) -> str:
     return f"{length.value:,.0f}{limits} tokens"
 
 
-def _exact_text(name: str, exact: MetricValue) -> str:
-    limits = "" if exact.ci_low is None else f" [{exact.ci_low:.2e}, {exact.ci_high:.2e}]"
-    note = f" ({exact.why})" if exact.why else ""
-    return f"Exact KL(μ‖π), {name}: {exact.value:.2e}{limits} nats per token{note}."
+def _as_dicts(values: Mapping[str, MetricValue]) -> dict[str, Any]:
+    return {name: value.as_dict() for name, value in values.items()}
 
 
-def _budget_text(name: str, budget: Mapping[str, MetricValue]) -> str:
-    value = {key: metric.value or 0.0 for key, metric in budget.items()}
+def _exact_text(exact: Mapping[str, MetricValue]) -> str:
+    parts = [f"{name} {value.value:.2e}{_limits(value, '.2e')}" for name, value in exact.items()]
+    text = f"Exact KL(μ‖π), nats per token: {', '.join(parts)}."
+    if "bfloat16" in exact and exact.get("float16", MetricValue(0.0)).value:
+        ratio = (exact["bfloat16"].value or 0.0) / (exact["float16"].value or 1.0)
+        text += f" BF16 is {ratio:.0f} times FP16; rounding alone predicts 2⁶ = 64."
+    return text
+
+
+def _budget_text(quadrature: Mapping[str, MetricValue]) -> str:
+    parts = [f"{name} {value.value:.2f}{_limits(value, '.2f')}" for name, value in quadrature.items()]
     return (
-        f"Errors against the reference, {name}: rollout {value['rollout_error_rms']:.2e}, trainer "
-        f"{value['trainer_error_rms']:.2e} nats RMS; independent, they would give a gap of "
-        f"{value['predicted_gap_rms']:.2e}; it is {value['measured_gap_rms']:.2e} (correlation "
-        f"{value['error_correlation']:.2f})."
+        f"The measured gap over the one that independent errors of both sides would give: {', '.join(parts)}; "
+        "below 1 they share errors."
     )
+
+
+def _limits(value: MetricValue, form: str) -> str:
+    return "" if value.ci_low is None else f" [{value.ci_low:{form}}, {value.ci_high:{form}}]"
 
 
 def _ratio_text(ratio: MetricValue, pair: PairSums) -> str:

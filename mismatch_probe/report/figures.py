@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -14,9 +14,11 @@ from mismatch_probe.report.budget import budget_figure, has_budget
 from mismatch_probe.report.exact import exact_figure
 from mismatch_probe.report.format import visible
 from mismatch_probe.report.heatmap import matrix_figure
+from mismatch_probe.report.length import length_figure
 from mismatch_probe.report.matrix import dtype_order, has_exact
 from mismatch_probe.report.policy import policy_figure
 from mismatch_probe.report.share import has_shares, share_figure
+from mismatch_probe.report.steps import has_steps, steps_figure
 from mismatch_probe.report.style import DPI, empty_figure, look, plot_settings, say
 
 if TYPE_CHECKING:
@@ -34,14 +36,16 @@ __all__ = [
     "ccdf_figure",
     "draw_all",
     "exact_figure",
+    "length_figure",
     "matrix_figure",
     "policy_figure",
     "share_figure",
+    "steps_figure",
     "where_figure",
 ]
 
 FIGURES: dict[str, str] = {
-    name: f"{name}.png" for name in ("policy", "ccdf", "matrix", "exact", "budget", "where", "share")
+    name: f"{name}.png" for name in ("policy", "ccdf", "matrix", "exact", "budget", "where", "share", "length", "steps")
 }
 """File of each figure that a report can have; those in `draw_all`'s answer are the ones that it has."""
 
@@ -229,8 +233,16 @@ def draw_all(data: ReportData, folder: Path) -> dict[str, Path]:
         "budget": lambda: budget_figure(data.summary),
         "where": lambda: where_figure(curves.by_probability, curves.by_position),
         "share": lambda: share_figure(data.summary["where"]),
+        "length": lambda: length_figure(curves.forecast),
+        "steps": lambda: steps_figure(data.summary),
     }
-    needs = {"exact": has_exact, "budget": has_budget, "share": has_shares}
+    needs: dict[str, Callable[[Mapping[str, Any]], bool]] = {
+        "exact": has_exact,
+        "budget": has_budget,
+        "share": has_shares,
+        "length": lambda _: bool(curves.forecast),
+        "steps": has_steps,
+    }
     drawn = [name for name in FIGURES if name not in needs or needs[name](data.summary)]
     return {name: _save(drawings[name](), folder / FIGURES[name]) for name in drawn}
 

@@ -14,6 +14,7 @@ from markupsafe import Markup
 from mismatch_probe.report import view, view_exact
 from mismatch_probe.report.names import FIGURE_GUIDES
 from mismatch_probe.report.notes import notes
+from mismatch_probe.report.sections import sections
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -72,6 +73,7 @@ def render_html(data: ReportData, figures: Mapping[str, Path]) -> str:
             for name, (title, guide) in FIGURE_GUIDES.items()
             if name in figures
         ],
+        sections=sections(data.summary),
         metrics=view.metrics_table(data.summary),
         worst=view.worst_rows(data.worst_tokens),
         passes=view.passes_table(data.manifest),

@@ -10,6 +10,7 @@ from urllib.parse import quote
 from mismatch_probe.report import view, view_exact
 from mismatch_probe.report.names import FIGURE_GUIDES
 from mismatch_probe.report.notes import notes
+from mismatch_probe.report.sections import sections
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -47,6 +48,8 @@ def render_markdown(data: ReportData, figures: Mapping[str, str | PurePath]) -> 
         if name in figures:
             blocks += [f"## {title}", f"![{title}]({quote(PurePath(figures[name]).as_posix())})", escape(guide)]
     blocks += ["## Where the gap lies", _table(view_exact.where_table(data.summary), view_exact.TEXTS["no_where"])]
+    for section in sections(data.summary):
+        blocks += [f"## {section.title}", escape(section.text), _table(section.table, "")]
     blocks += ["## All metrics", _table(view.metrics_table(data.summary), "No pair of equal dtypes was compared.")]
     blocks += ["## Worst tokens", _worst(view.worst_rows(data.worst_tokens))]
     blocks += [

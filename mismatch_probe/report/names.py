@@ -87,5 +87,14 @@ FIGURE_GUIDES: dict[str, tuple[str, str]] = {
         "Which tokens the squared gap comes from",
         "Where the upper bar is the longer one, tokens of that bin add more to Σ d² than their number explains.",
     ),
+    "length": (
+        "What longer responses would do",
+        "Markers are measured and bands are predicted; where a band falls below a dotted line, sequence weights leave "
+        "less than that share of the samples.",
+    ),
+    "steps": (
+        "The mismatch while the policy is trained",
+        "A gap that grows with the steps, and falls when the engine is started anew, is no rounding.",
+    ),
 }
 """Title and one-sentence reading guide of each figure, in the order of a report."""

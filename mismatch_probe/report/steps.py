@@ -1,0 +1,61 @@
+"""The mismatch of a recorded training run against its steps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from mismatch_probe.report.format import visible
+from mismatch_probe.report.matrix import ordered_pairs, pair_label, trainer_modes
+from mismatch_probe.report.names import metric_title
+from mismatch_probe.report.style import Look, look, plot_settings, say
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from matplotlib.axes import Axes
+
+_KEYS = ("mean_abs_logprob_diff", "kl_k3", "ess_seq")
+
+
+def has_steps(summary: Mapping[str, Any]) -> bool:
+    """Whether some pair of a recorded run has more than one training step."""
+    return any(len(pair.get("steps") or ()) > 1 for pair in summary.get("pairs") or ())
+
+
+def steps_figure(summary: Mapping[str, Any]) -> Figure:
+    """Mean |d|, k3 and ESS by training step, a line with its 95 % band per pair."""
+    modes = trainer_modes(summary)
+    pairs = [pair for pair in ordered_pairs(summary) if pair.get("steps")]
+    with plot_settings():
+        figure = Figure(figsize=(6.8, 7.2), layout="constrained")
+        panels = figure.subplots(len(_KEYS), 1, sharex=True)
+        for axes, key in zip(panels, _KEYS, strict=True):
+            axes.set_ylabel(metric_title(key))
+            axes.grid(visible=True, axis="y", color="#e4e4e4", linewidth=0.6)
+            for index, pair in enumerate(pairs):
+                mark = look(str(pair.get("trainer_dtype")), index)
+                _draw(axes, pair["steps"], key, mark, visible(pair_label(pair, modes)))
+            if not axes.lines:
+                say(axes, "no values")
+            elif key != "ess_seq" and all((line.get_ydata() > 0).all() for line in axes.lines):
+                axes.set_yscale("log")
+        panels[-1].set_xlabel("training step")
+        panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+        handles, labels = panels[0].get_legend_handles_labels()
+        if len(handles) > 1:
+            figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
+    return figure
+
+
+def _draw(axes: Axes, steps: list[dict[str, Any]], key: str, mark: Look, label: str) -> None:
+    found = [(step["step"], step["metrics"].get(key) or {}) for step in steps]
+    rows = [(at, v["value"], v.get("ci_low"), v.get("ci_high")) for at, v in found if v.get("value") is not None]
+    if not rows:
+        return
+    at, value, low, high = np.array(rows, dtype=np.float64).T
+    axes.plot(at, value, mark.marker, linestyle=mark.linestyle, color=mark.color, markersize=3.5, label=label)
+    axes.fill_between(at, low, high, color=mark.color, alpha=0.2, linewidth=0)
