@@ -34,6 +34,23 @@ _EXPERTS = {
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3Config", {**_GROUPED, "tie_word_embeddings": True}),
     "llama": ("LlamaConfig", {**_GROUPED, "tie_word_embeddings": False}),
+    # The one whose head has a bias in both engines.
+    "gptj": (
+        "GPTJConfig",
+        {
+            "vocab_size": VOCABULARY,
+            "n_embd": 128,
+            "n_layer": 3,
+            "n_head": 4,
+            "n_positions": 512,
+            "rotary_dim": 16,
+            "initializer_range": 0.12,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+            "tie_word_embeddings": False,
+        },
+    ),
     "gpt_neox": ("GPTNeoXConfig", {**_COMMON, "rotary_pct": 0.5, "use_parallel_residual": True}),
     "qwen3_moe": ("Qwen3MoeConfig", _EXPERTS),
     "olmo2": ("Olmo2Config", {**_COMMON, "num_key_value_heads": 4}),
