@@ -118,9 +118,12 @@ class ExactRows:
         """Mean of w over all positions, compared or not."""
         return float((self.weight * self.stands_for).sum() / self.tokens.sum())
 
-    def finite(self) -> NDArray[np.bool_]:
-        """`[R]` positions at which every divergence is finite."""
-        return np.asarray(np.isfinite(np.stack([self.values[key] for key in DIVERGENCES])).all(axis=0))
+    def finite(self, *keys: str) -> NDArray[np.bool_]:
+        """`[R]` positions at which all these divergences are finite.
+
+        One can be infinite where another is not: below a mask on the rollout side only, KL(π‖μ) is and KL(μ‖π) is not.
+        """
+        return np.asarray(np.isfinite(np.stack([self.values[key] for key in keys])).all(axis=0))
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,8 @@ _MEANS = {
     "entropy_trainer": "entropy_trainer",
     "chi2_exact": "chi2",
 }
+# What the costs of the sampled estimators are made of.
+ESTIMATOR_COLUMNS = ("kl", "k1_square", "k2_square", "k3_square")
 _PRECISION = 0.1
 NO_ROWS = "no rows of logits were kept; --exact-kl keeps some"
 
@@ -164,20 +169,24 @@ def exact_metrics(rows: ExactRows | None) -> dict[str, Estimate | MetricValue]:
     of w over all of them, which is known, times the ratio of the sums of y and of w over those compared, each counted
     as often as it stands for others (the ratio estimator of sampling theory, e.g. Cochran 1977, chapter 6).
     """
-    if rows is None or not rows.finite().any():
-        none = MetricValue(None, why=NO_ROWS if rows is None else "no compared row is finite")
-        return dict.fromkeys((*_MEANS, "kl_seq_exact"), none)
-    keep = rows.finite()
+    if rows is None:
+        return dict.fromkeys((*_MEANS, "kl_seq_exact"), MetricValue(None, why=NO_ROWS))
+    found = {key: _over_finite(rows, column) for key, column in _MEANS.items()}
+    found["kl_seq_exact"] = _over_finite(rows, "kl", float(rows.tokens.sum() / rows.sequences.sum()))
+    return found
+
+
+def _over_finite(rows: ExactRows, column: str, factor: float = 1.0) -> Estimate | MetricValue:
+    """`factor` times the mean of a column, over the positions at which it is finite."""
+    keep = rows.finite(column)
+    if not keep.any():
+        return MetricValue(None, why=f"finite at none of the {len(keep)} compared positions")
     why = "" if keep.all() else f"computed over the {int(keep.sum())} of {len(keep)} positions that are finite"
     times, prompt, n_prompts = rows.stands_for[keep], rows.prompt[keep], len(rows.tokens)
     weights = group_sums(prompt, rows.weight[keep] * times, n_prompts)
-    mean_weight = rows.mean_weight
-    sums = {column: group_sums(prompt, rows.values[column][keep] * times, n_prompts) for column in set(_MEANS.values())}
-    found = {key: _mean_of(sums[column], weights, mean_weight, why) for key, column in _MEANS.items()}
-    found["top1_flip_rate"] = _share_of(sums["flip"], weights, mean_weight, why)
-    per_sequence = mean_weight * float(rows.tokens.sum() / rows.sequences.sum())
-    found["kl_seq_exact"] = _mean_of(sums["kl"], weights, per_sequence, why)
-    return found
+    sums = group_sums(prompt, rows.values[column][keep] * times, n_prompts)
+    mean_weight = factor * rows.mean_weight
+    return (_share_of if column == "flip" else _mean_of)(sums, weights, mean_weight, why)
 
 
 def _mean_of(sums: Floats, weights: Floats, factor: float, why: str) -> Estimate | MetricValue:
@@ -202,13 +211,13 @@ def estimator_costs(rows: ExactRows) -> list[EstimatorCost]:
     weighted means. The variance counts both what the sampled token adds and how positions differ; that tokens of one
     prompt resemble each other is not in it.
     """
-    keep = rows.finite()
+    keep = rows.finite(*ESTIMATOR_COLUMNS)
     weight, mean_weight = rows.stands_for[keep], rows.mean_weight
 
     def mean(values: Floats) -> float:
         return mean_weight * float((values * weight).sum() / (rows.weight[keep] * weight).sum())
 
-    column = {key: values[keep] for key, values in rows.values.items()}
+    column = {key: rows.values[key][keep] for key in ESTIMATOR_COLUMNS}
     kl = mean(column["kl"])
     moments = {
         "kl_k1": (kl, mean(column["k1_square"])),

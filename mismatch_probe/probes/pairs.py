@@ -7,7 +7,7 @@ from typing import Any
 
 from mismatch_probe.metrics.accumulate import PairSums
 from mismatch_probe.metrics.budget import BudgetSums
-from mismatch_probe.metrics.exact import EstimatorCost, estimator_costs
+from mismatch_probe.metrics.exact import ESTIMATOR_COLUMNS, EstimatorCost, estimator_costs
 from mismatch_probe.metrics.frame import exact_rows, pair_chunks, pass_sequences
 from mismatch_probe.metrics.prefixes import Prefixes, PrefixSums
 from mismatch_probe.metrics.sample import count_nonfinite
@@ -117,7 +117,7 @@ def analyse_pair(run: RunDirectory, passes: Passes, cell: Cell, seed: int) -> Pa
             budget.update(chunk)
     assert sums is not None
     exact = exact_rows(run, rollout_pass, trainer_pass, sums)
-    compared = exact is not None and bool(exact.finite().any())
+    compared = exact is not None and bool(exact.finite(*ESTIMATOR_COLUMNS).any())
     return PairResult(
         cell=cell,
         sums=sums,
