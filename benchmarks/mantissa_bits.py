@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
+from scipy import stats
 
 from mismatch_probe.metrics.intervals import Estimate, evaluate
 from mismatch_probe.metrics.paired import paired_ratio
@@ -45,11 +46,20 @@ METRICS = (("mean_abs_logprob_diff", "mean |d| (nats)", "mean |d|", -1), ("kl_k3
 
 @dataclass(frozen=True)
 class Fit:
-    """log2 metric = intercept + slope · bits, least squares."""
+    """log2 metric = intercept + slope · bits, least squares.
+
+    Attributes:
+        first: Fewest bits that it was fitted to.
+        slope: With its interval over prompts, which takes the rounded weights as given.
+        intercept: At 0 bits.
+        scatter: Half the width of the usual 95 % interval of a regression, which rests on how the points lie about the
+            line and so holds what is accidental in how one set of weights happens to round at each k.
+    """
 
     first: int
     slope: MetricValue
     intercept: float
+    scatter: float
 
 
 def round_mantissa(values: Any, bits: int) -> Any:
@@ -162,8 +172,8 @@ def fit(pairs: Mapping[int, PairArrays], key: str, first: int) -> Fit:
     )
     slope = evaluate({"slope": estimate}, seed=0, replicates=1000)["slope"]
     assert slope.value is not None
-    level = np.log2(estimate.sums.sum(axis=0) / estimate.counts.sum(axis=0)).mean()
-    return Fit(first, slope, float(level - slope.value * bits.mean()))
+    line = stats.linregress(bits, np.log2(estimate.sums.sum(axis=0) / estimate.counts.sum(axis=0)))
+    return Fit(first, slope, float(line.intercept), float(stats.t.ppf(0.975, len(bits) - 2) * line.stderr))
 
 
 def text(metric: MetricValue, digits: int = 3) -> str:
@@ -196,7 +206,8 @@ def bits_figure(
             _draw(axes, points[key], formats[key], fits[key], symbol, power)
             axes.axhline(floor[key], color="#777777", linewidth=1.0, linestyle=(0, (1, 2)), label="FP32 on both sides")
             axes.set(xlabel="stored mantissa bits k of the trainer's weights", ylabel=label, xticks=BITS)
-            axes.legend(frameon=False, handlelength=3.2, fontsize=8.0, loc="upper right")
+            # Between the points and the floor there is always room.
+            axes.legend(frameon=False, handlelength=3.2, fontsize=8.0, loc="lower left", bbox_to_anchor=(0, 0.05))
     return figure
 
 
@@ -313,7 +324,7 @@ def main(model: str, num_prompts: int, max_tokens: int, out: Path) -> None:
     for key, _, symbol, power in METRICS:
         for first in (1, SMALL_FROM):
             fits[key] = fit(rounded, key, first)
-            slope = text(fits[key].slope)
+            slope = f"{text(fits[key].slope)}, ± {fits[key].scatter:.2g} from the scatter of the points"
             print(f"slope of log2 {symbol} per bit, k = {first} … {BITS[-1]}: {slope} (expected {power})")
         for name, above, below in (
             ("7 bits of the weights over 10", 7, 10),

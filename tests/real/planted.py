@@ -106,12 +106,10 @@ class Measured:
 
     Attributes:
         log_ratio: `[N]` d, nats.
-        exact: `[N]` by key of `DIVERGENCES`, in no particular order.
         metrics: The catalog.
     """
 
     log_ratio: Floats
-    exact: dict[str, Floats]
     metrics: dict[str, MetricValue]
 
     def value(self, key: str) -> float:
@@ -173,7 +171,7 @@ def measure(sampled: Sampled, trainer: Path, hook: Hook | None = None) -> Measur
         tokens=np.array(lengths, np.float64),
         sequences=np.ones(len(wanted)),
     )
-    return Measured(pair.trainer_logprob - pair.rollout_logprob, dict(rows.values), compute_metrics(pair, rows))
+    return Measured(pair.trainer_logprob - pair.rollout_logprob, compute_metrics(pair, rows))
 
 
 @torch.inference_mode()
