@@ -9,7 +9,7 @@ A checkpoint of 16 bits has no bits below its own to round off. It is filled fir
 of the interval that its format would round back to it, as if the FP32 master weights had been kept.
 
     python benchmarks/mantissa_bits.py --out results
-    python benchmarks/mantissa_bits.py --num-prompts 64 --max-tokens 16 --out results
+    python benchmarks/mantissa_bits.py --model path/to/checkpoint --num-prompts 32 --out results
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,8 +85,7 @@ def save_changed(source: Path, folder: Path, change: Callable[[Any], Any]) -> Pa
     """A checkpoint with every weight changed."""
     from safetensors.torch import load_file, save_file
 
-    if source != folder:
-        shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
     weights = {name: tensor for file in source.glob("*.safetensors") for name, tensor in load_file(file).items()}
     changed = {name: change(tensor).contiguous() for name, tensor in weights.items()}
     save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
@@ -207,7 +207,8 @@ def bits_figure(
             axes.axhline(floor[key], color="#777777", linewidth=1.0, linestyle=(0, (1, 2)), label="FP32 on both sides")
             axes.set(xlabel="stored mantissa bits k of the trainer's weights", ylabel=label, xticks=BITS)
             # Between the points and the floor there is always room.
-            axes.legend(frameon=False, handlelength=3.2, fontsize=8.0, loc="lower left", bbox_to_anchor=(0, 0.05))
+            box = {"facecolor": "white", "edgecolor": "none", "framealpha": 1.0}
+            axes.legend(**box, handlelength=3.2, fontsize=8.0, loc="lower left", bbox_to_anchor=(0, 0.06))
     return figure
 
 
@@ -230,14 +231,15 @@ def _draw(
         2.0 ** (fit.intercept + fit.slope.value * line),
         color="#111111",
         linewidth=1.4,
-        label=f"fit from k = {fit.first}: log2 {symbol} falls by {text(_negated(fit.slope))} per bit",
+        zorder=3,
+        label=f"fit from k = {fit.first}: log2 {symbol} falls by {text(_negated(fit.slope), 4)} per bit",
     )
     middle = float(line.mean())
     axes.plot(
         x,
         2.0 ** (fit.intercept + fit.slope.value * middle + power * (x - middle)),
         color="#8a8a8a",
-        linewidth=1.4,
+        linewidth=2.2,
         linestyle="--",
         label=f"{'half' if power == -1 else 'a quarter'} per bit (2$^{{{power}}}$)",
     )
@@ -299,10 +301,33 @@ def collect(model: Path, num_prompts: int, max_tokens: int, scratch: Path) -> di
     for dtype in FORMATS:
         found[dtype] = score(base, dtype, prompts, rollouts)
     for bits in BITS:
-        rounded = save_changed(base, scratch / "rounded", lambda tensor, k=bits: round_mantissa(tensor, k))
+        rounded = save_changed(base, scratch / "rounded", partial(round_mantissa, bits=bits))
         found[bits] = score(rounded, "float32", prompts, rollouts)
         shutil.rmtree(rounded)
     return found
+
+
+def report(
+    found: Mapping[int | str, PairArrays], metrics: Mapping[int | str, Mapping[str, MetricValue]]
+) -> dict[str, Fit]:
+    """Prints everything and returns the fits, by metric, that the figure shows."""
+    print(f"{'trainer':>10}  {'mean |d|':<34} {'k3':<34}")
+    for name, values in metrics.items():
+        print(f"{name!s:>10}  {text(values['mean_abs_logprob_diff']):<34} {text(values['kl_k3']):<34}")
+    rounded = {bits: found[bits] for bits in BITS}
+    fits = {}
+    for key, _, symbol, power in METRICS:
+        for first in (1, SMALL_FROM):
+            fits[key] = fit(rounded, key, first)
+            slope = f"{text(fits[key].slope, 4)}, ± {fits[key].scatter:.2g} from the scatter of the points"
+            print(f"slope of log2 {symbol} per bit, k = {first} … {BITS[-1]}: {slope} (expected {power})")
+        for name, above, below in (
+            ("7 bits of the weights over 10", 7, 10),
+            ("BF16 over FP16, whole forward", "bfloat16", "float16"),
+        ):
+            ratio = paired_ratio(found[above], found[below], key)
+            print(f"{symbol}, {name}: {text(ratio)} (expected {2 ** (-3 * power)})")
+    return fits
 
 
 @click.command()
@@ -316,22 +341,7 @@ def main(model: str, num_prompts: int, max_tokens: int, out: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         found = collect(resolve(model).path, num_prompts, max_tokens, Path(scratch))
     metrics = {name: compute_metrics(pair) for name, pair in found.items()}
-    print(f"{'trainer':>10}  {'mean |d|':<34} {'k3':<34}")
-    for name, values in metrics.items():
-        print(f"{name!s:>10}  {text(values['mean_abs_logprob_diff']):<34} {text(values['kl_k3']):<34}")
-    rounded = {bits: found[bits] for bits in BITS}
-    fits = {}
-    for key, _, symbol, power in METRICS:
-        for first in (1, SMALL_FROM):
-            fits[key] = fit(rounded, key, first)
-            slope = f"{text(fits[key].slope)}, ± {fits[key].scatter:.2g} from the scatter of the points"
-            print(f"slope of log2 {symbol} per bit, k = {first} … {BITS[-1]}: {slope} (expected {power})")
-        for name, above, below in (
-            ("7 bits of the weights over 10", 7, 10),
-            ("BF16 over FP16, whole forward", "bfloat16", "float16"),
-        ):
-            ratio = paired_ratio(found[above], found[below], key)
-            print(f"{symbol}, {name}: {text(ratio)} (expected {2 ** (-3 * power)})")
+    fits = report(found, metrics)
     figure = bits_figure(
         {key: {bits: metrics[bits][key] for bits in BITS} for key, *_ in METRICS},
         {key: {dtype: metrics[dtype][key] for dtype in FORMATS} for key, *_ in METRICS},
