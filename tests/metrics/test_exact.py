@@ -202,7 +202,9 @@ def test_no_rows_and_no_finite_rows_say_so() -> None:
         "no rows of logits were kept; --exact-kl keeps some"
     }
     broken = exact_metrics(exact_rows(np.full(3, np.nan), np.arange(3)))
-    assert {value.why for value in broken.values() if isinstance(value, MetricValue)} == {"no compared row is finite"}
+    assert {value.why for value in broken.values() if isinstance(value, MetricValue)} == {
+        "finite at none of the 3 compared positions"
+    }
 
 
 def test_rows_that_are_not_finite_are_counted() -> None:
