@@ -5,9 +5,12 @@ metric is written as a smooth function of pooled means, which needs only per-pro
 and a replicate costs one row of a matrix product.
 
 Smooth metrics get a studentised bootstrap over prompts (Efron and Tibshirani 1993, section 12.5) on a working scale
-where the estimate is closer to normal, usually its logarithm. Shares get a Clopper–Pearson interval at the effective
-sample size (Korn and Graubard 1998), quantiles the inversion of the interval of a share (Woodruff 1952), counts of
-rare tokens a Poisson interval (Garwood 1936).
+where the estimate is closer to normal, usually its logarithm. Under heavy tails a sample that missed the noisiest
+prompts shows the bootstrap neither its error nor its error's error, so the bootstrap may only lengthen a cluster-t
+interval, never shorten it, and both use the degrees of freedom that the kurtosis of the prompts' influence leaves
+(Satterthwaite 1946, for the variance of a sample variance). `benchmarks/coverage.py` measures the result. Shares get
+a Clopper–Pearson interval at the effective sample size (Korn and Graubard 1998), quantiles the inversion of the
+interval of a share (Woodruff 1952), rare tokens a Poisson interval (Garwood 1936) at the effective count.
 
 Shape legend: `P` prompts, `K` means, `R` replicates.
 """
@@ -22,19 +25,26 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
+from mismatch_probe.metrics.catalog import CALIBRATED_PROMPTS, CATALOG
+from mismatch_probe.metrics.inference import UPPER_TAIL as UPPER_TAIL
+from mismatch_probe.metrics.inference import Floats as Floats
+from mismatch_probe.metrics.inference import (
+    Inference,
+    degrees_of_freedom,
+    excess_kurtosis,
+    heavy_tail_stretch,
+    student,
+)
+from mismatch_probe.metrics.inference import Interval as Interval
 from mismatch_probe.types import MetricValue
 
-Floats = NDArray[np.float64]
 Working = Callable[[NDArray[Any]], NDArray[Any]]
-Interval = tuple[float, float]
 
-UPPER_TAIL = 0.975
-CALIBRATED_PROMPTS = 32
 UNCALIBRATED = f"uncalibrated: fewer than {CALIBRATED_PROMPTS} prompts"
 NO_INTERVAL = "no interval: fewer than 2 prompts"
 
 # Below this, too many replicates consist of one or two prompts, whose spread says little: a cluster-t interval serves.
-_BOOTSTRAP_PROMPTS = 6
+BOOTSTRAP_PROMPTS = 6
 _USABLE_SHARE = 0.99
 _CHUNK_ELEMENTS = 2_000_000
 _COMPLEX_STEP = 1e-80
@@ -69,18 +79,25 @@ def evaluate(estimates: Mapping[str, Estimate], *, seed: int, replicates: int) -
     """Value and interval of each estimate; all estimates over equally many prompts share their replicates.
 
     Returns:
-        A `MetricValue` per key. Its value is None when it overflows float64; below 2 prompts it has no interval.
+        A `MetricValue` per key. Its value is None when it overflows float64; below 2 prompts it has no interval. Where
+        the key is one of the catalog, the metric's own calibrated number of prompts decides whether it is marked.
     """
+    inferences = infer(estimates, seed=seed, replicates=replicates)
+    return {key: metric_value(key, estimate, inferences[key]) for key, estimate in estimates.items()}
+
+
+def infer(estimates: Mapping[str, Estimate], *, seed: int, replicates: int) -> dict[str, Inference]:
+    """The same on the working scale; `se` is NaN below 2 prompts."""
     live = {key: _live(estimate) for key, estimate in estimates.items()}
     draws: dict[str, list[tuple[Floats, Floats]]] = {key: [] for key in live}
     for n_prompts in sorted({len(estimate.sums) for estimate in live.values()}):
-        if n_prompts < _BOOTSTRAP_PROMPTS:
+        if n_prompts < BOOTSTRAP_PROMPTS:
             continue
         group = [key for key, estimate in live.items() if len(estimate.sums) == n_prompts]
         for weights in _prompt_weights(n_prompts, seed, replicates):
             for key in group:
                 draws[key].append(_working_and_se(live[key], weights))
-    return {key: _finish(estimate, draws[key]) for key, estimate in live.items()}
+    return {key: _infer(estimate, draws[key]) for key, estimate in live.items()}
 
 
 def _live(estimate: Estimate) -> Estimate:
@@ -119,47 +136,61 @@ def _gradient(working: Working, means: Floats) -> Floats:
     return gradient
 
 
-def _finish(estimate: Estimate, draws: list[tuple[Floats, Floats]]) -> MetricValue:
+def influence(estimate: Estimate) -> Floats:
+    """`[P]` change of the working value per unit of weight of each live prompt; they sum to 0."""
+    estimate = _live(estimate)
+    totals = estimate.counts.sum(axis=0, keepdims=True)
+    means = estimate.sums.sum(axis=0, keepdims=True) / totals
+    with np.errstate(all="ignore"):
+        slopes = _gradient(estimate.working, means) / totals
+        return np.asarray((slopes @ estimate.sums.T - (slopes * means) @ estimate.counts.T)[0])
+
+
+def _infer(estimate: Estimate, draws: list[tuple[Floats, Floats]]) -> Inference:
     n_prompts = len(estimate.sums)
     with np.errstate(all="ignore"):
         centre = float(estimate.working(estimate.sums.sum(axis=0) / estimate.counts.sum(axis=0)))
-        value = float(estimate.metric(centre)) + 0.0  # no negative zero
+    if n_prompts < 2:
+        return Inference(centre, np.nan, np.nan)
+    pull = influence(estimate)
+    with np.errstate(all="ignore"):
+        se = float(np.sqrt((pull**2).sum() * n_prompts / (n_prompts - 1)))
+    if not np.isfinite(centre) or se == 0.0:  # an exact zero everywhere, e.g. a policy compared with itself
+        return Inference(centre, 0.0, n_prompts - 1.0)
+    if n_prompts < BOOTSTRAP_PROMPTS or not np.isfinite(se):
+        return Inference(centre, se, n_prompts - 1.0)
+    degrees = degrees_of_freedom(excess_kurtosis(pull), n_prompts)
+    working = np.concatenate([chunk[0] for chunk in draws])
+    spread = np.concatenate([chunk[1] for chunk in draws])
+    usable = np.isfinite(working) & np.isfinite(spread) & (spread > 0)
+    if usable.mean() < _USABLE_SHARE:
+        return Inference(centre, se, degrees)
+    t = (working[usable] - centre) / spread[usable]
+    t_low, t_high = np.quantile(t, (1 - UPPER_TAIL, UPPER_TAIL))
+    stretch = heavy_tail_stretch(degrees, n_prompts) / student(degrees)
+    return Inference(centre, se, degrees, max(1.0, float(t_high) * stretch), max(1.0, -float(t_low) * stretch))
+
+
+def metric_value(key: str, estimate: Estimate, inference: Inference) -> MetricValue:
+    """Value and interval of metric `key` on its own scale."""
+    n_prompts = int(estimate.live.sum())
+    with np.errstate(all="ignore"):
+        value = float(estimate.metric(inference.centre)) + 0.0  # no negative zero
     if not np.isfinite(value):
         return MetricValue(None, why=join_why(estimate.why, "overflows float64"))
     if n_prompts < 2:
         return MetricValue(value, why=join_why(estimate.why, NO_INTERVAL))
-    low, high = _limits(estimate, centre, draws)
     with np.errstate(all="ignore"):
-        ends = (value, float(estimate.metric(low)), float(estimate.metric(high)))
+        ends = [float(estimate.metric(limit)) for limit in inference.limits]
     if not np.isfinite(ends).all():
         return MetricValue(value, why=join_why(estimate.why, "no interval: its upper limit overflows float64"))
-    return with_interval(value, (min(ends) + 0.0, max(ends) + 0.0), n_prompts, estimate.why)
+    return with_interval(value, (min(*ends, value) + 0.0, max(*ends, value) + 0.0), n_prompts, estimate.why, key=key)
 
 
-def _limits(estimate: Estimate, centre: float, draws: list[tuple[Floats, Floats]]) -> Interval:
-    """Limits on the working scale; cluster-t where the bootstrap has too few prompts or usable replicates."""
-    se = float(_working_and_se(estimate, np.ones((1, len(estimate.sums))))[1][0])
-    if not np.isfinite(centre) or se == 0.0:  # an exact zero everywhere, e.g. a policy compared with itself
-        return centre, centre
-    if draws:
-        working = np.concatenate([chunk[0] for chunk in draws])
-        spread = np.concatenate([chunk[1] for chunk in draws])
-        usable = np.isfinite(working) & np.isfinite(spread) & (spread > 0)
-        if usable.mean() >= _USABLE_SHARE:
-            t = (working[usable] - centre) / spread[usable]
-            t_low, t_high = np.quantile(t, (1 - UPPER_TAIL, UPPER_TAIL))
-            return centre - float(t_high) * se, centre - float(t_low) * se
-    half = _student(len(estimate.sums) - 1) * se
-    return centre - half, centre + half
-
-
-def _student(degrees: float) -> float:
-    return float(special.stdtrit(degrees, UPPER_TAIL))
-
-
-def with_interval(value: float, interval: Interval, n_prompts: int, why: str = "") -> MetricValue:
-    """A `MetricValue` whose interval is marked uncalibrated below 32 prompts."""
-    note = UNCALIBRATED if n_prompts < CALIBRATED_PROMPTS else ""
+def with_interval(value: float, interval: Interval, n_prompts: int, why: str = "", *, key: str = "") -> MetricValue:
+    """A `MetricValue` whose interval is marked below the prompts that the coverage of metric `key` asks for."""
+    needed = CATALOG[key].calibrated_prompts if key in CATALOG else CALIBRATED_PROMPTS
+    note = f"uncalibrated: fewer than {needed} prompts" if n_prompts < needed else ""
     return MetricValue(value, interval[0], interval[1], join_why(why, note))
 
 
@@ -167,30 +198,54 @@ def join_why(*reasons: str) -> str:
     return "; ".join(reason for reason in reasons if reason)
 
 
-def share_interval(hits: Floats, counts: Floats) -> Interval | None:
+def share_interval(hits: Floats, counts: Floats, *, heavy_tailed: bool = False) -> Interval | None:
     """Interval of a share, Clopper–Pearson at the effective sample size (Korn and Graubard 1998).
 
     Args:
         hits: `[P]` rows per prompt that have the property.
         counts: `[P]` rows per prompt.
+        heavy_tailed: Whether a few prompts can have most hits, so that these have fewer degrees of freedom.
 
     Returns:
         Limits in [0, 1], None below 2 prompts. Without any hit the design effect is unknown and taken as 1.
     """
     hits, counts = hits[counts > 0], counts[counts > 0]
-    n_prompts, n = len(counts), counts.sum()
-    if n_prompts < 2:
+    n = counts.sum()
+    if len(counts) < 2:
         return None
     share = hits.sum() / n
-    variance = ((hits - share * counts) ** 2).sum() * n_prompts / (n_prompts - 1) / n**2
     effective = n
-    if variance > 0 and n > 1:
-        ratio = _student(float(n) - 1) / _student(n_prompts - 1)
-        effective = min(n, share * (1 - share) / variance * ratio**2)
+    squared_half_width = _squared_half_width(hits, counts, heavy_tailed)
+    if squared_half_width > 0 and n > 1:
+        effective = min(n, share * (1 - share) * student(float(n) - 1) ** 2 / squared_half_width)
     k = share * effective
     low = special.betaincinv(k, effective - k + 1, 1 - UPPER_TAIL) if share > 0 else 0.0
     high = special.betaincinv(k + 1, effective - k, UPPER_TAIL) if share < 1 else 1.0
     return float(low), float(high)
+
+
+def rare_share_interval(hits: Floats, counts: Floats) -> Interval:
+    """Interval of the share of very rare rows: a Poisson count's (Garwood 1936), at the effective count of clusters.
+
+    The arguments are those of `share_interval`. Without any hit, and below 2 prompts, the rows count as independent.
+    """
+    k, n = float(hits.sum()), float(counts.sum())
+    live = counts > 0
+    inflation = 1.0
+    if k > 0 and live.sum() > 1:
+        inflation = max(1.0, _squared_half_width(hits[live], counts[live], True) * n**2 / (k * student(np.inf) ** 2))
+    low, high = poisson_interval(k / inflation)
+    return low * inflation / n, high * inflation / n
+
+
+def _squared_half_width(hits: Floats, counts: Floats, heavy_tailed: bool) -> float:
+    """Squared half-width of the cluster-t interval of a share, over P ≥ 2 prompts with rows."""
+    n_prompts, n = len(counts), counts.sum()
+    pull = (hits - hits.sum() / n * counts) / n
+    degrees = n_prompts - 1.0
+    if heavy_tailed and n_prompts >= BOOTSTRAP_PROMPTS:
+        degrees = degrees_of_freedom(excess_kurtosis(pull), n_prompts)
+    return float((pull**2).sum() * n_prompts / (n_prompts - 1) * student(degrees) ** 2)
 
 
 def quantile_interval(values: Floats, prompt: NDArray[np.int64], level: float) -> tuple[float, Interval | None]:
@@ -206,14 +261,14 @@ def quantile_interval(values: Floats, prompt: NDArray[np.int64], level: float) -
     """
     value = float(np.quantile(values, level))
     above = np.bincount(prompt, weights=values > value).astype(np.float64, copy=False)
-    interval = share_interval(above, np.bincount(prompt).astype(np.float64))
+    interval = share_interval(above, np.bincount(prompt).astype(np.float64), heavy_tailed=True)
     if interval is None:
         return value, None
     low, high = np.quantile(values, (1 - interval[1], 1 - interval[0]))
     return value, (min(value, float(low)), max(value, float(high)))
 
 
-def poisson_interval(count: int) -> Interval:
+def poisson_interval(count: float) -> Interval:
     """Two-sided 95 % interval of a Poisson mean (Garwood 1936); (0, 3.69) for a count of 0."""
     low = special.gammaincinv(count, 1 - UPPER_TAIL) if count else 0.0
     return float(low), float(special.gammaincinv(count + 1, UPPER_TAIL))

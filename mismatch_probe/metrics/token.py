@@ -10,8 +10,8 @@ from mismatch_probe.metrics import scales
 from mismatch_probe.metrics.intervals import (
     NO_INTERVAL,
     Estimate,
-    poisson_interval,
     quantile_interval,
+    rare_share_interval,
     share_interval,
     with_interval,
 )
@@ -44,7 +44,7 @@ def token_metrics() -> dict[str, Callable[[Tokens], Result]]:
         "mean_ratio": lambda tokens: tokens.mean_exp(tokens.sums.ratio, scales.exp, column=1),
         "frac_outside_clip": _frac_outside_clip,
         "confident_disagreement_rate": _confident_disagreement_rate,
-        "confident_disagreement_count": lambda tokens: MetricValue(float(tokens.sums.n_confident)),
+        "confident_disagreement_count": lambda tokens: MetricValue(float(tokens.sums.confident.sum())),
     }
 
 
@@ -66,13 +66,13 @@ def _rms_logprob_diff(tokens: Tokens) -> Estimate:
 
 def _p99_abs_logprob_diff(tokens: Tokens) -> MetricValue:
     value, interval = quantile_interval(tokens.pair.abs_log_ratio, tokens.prompt, 0.99)
-    return _with_limits(tokens, value, interval)
+    return _with_limits("p99_abs_logprob_diff", tokens, value, interval)
 
 
-def _with_limits(tokens: Tokens, value: float, interval: tuple[float, float] | None) -> MetricValue:
+def _with_limits(key: str, tokens: Tokens, value: float, interval: tuple[float, float] | None) -> MetricValue:
     if interval is None:
         return MetricValue(value, why=NO_INTERVAL)
-    return with_interval(value, interval, int(np.count_nonzero(tokens.sums.counts)))
+    return with_interval(value, interval, int(np.count_nonzero(tokens.sums.counts)), key=key)
 
 
 def _pearson_prob(tokens: Tokens) -> Result:
@@ -95,10 +95,13 @@ def _token_mult_prob_error(tokens: Tokens) -> Estimate:
 
 def _frac_outside_clip(tokens: Tokens) -> MetricValue:
     value = float(tokens.sums.outside_clip.sum() / len(tokens))
-    return _with_limits(tokens, value, share_interval(tokens.sums.outside_clip, tokens.sums.counts))
+    interval = share_interval(tokens.sums.outside_clip, tokens.sums.counts)
+    return _with_limits("frac_outside_clip", tokens, value, interval)
 
 
 def _confident_disagreement_rate(tokens: Tokens) -> MetricValue:
     """Too rare for a bootstrap: the limits are those of a Poisson count, over n."""
-    low, high = poisson_interval(tokens.sums.n_confident)
-    return MetricValue(tokens.sums.n_confident / len(tokens), low / len(tokens), high / len(tokens))
+    return MetricValue(
+        float(tokens.sums.confident.sum()) / len(tokens),
+        *rare_share_interval(tokens.sums.confident, tokens.sums.counts),
+    )

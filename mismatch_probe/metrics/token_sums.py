@@ -32,6 +32,7 @@ class TokenSums:
         abs_prob_diff: Σ |e^a − e^b|.
         js_k3: Σ of the Jensen–Shannon estimator.
         outside_clip: Tokens whose ρ lies outside the clip range.
+        confident: Confident disagreements.
         ratio: Σ k3(d) and Σ (ρ − 1).
         ratio_excess: ρ − 1 about its mean, times exp(−shift) of `ratio`.
         squared_ratio: Σ (ρ² − 1).
@@ -39,18 +40,16 @@ class TokenSums:
         prob_gap: |e^a − e^b| about its mean.
         probs: e^a and e^b about their means.
         prob_contrasts: e^a − e^b and e^a + e^b about their means.
-        n_confident: Confident disagreements.
         ranges: Of `"abs_log_ratio"`, `"rollout_logprob"` and `"trainer_logprob"`.
     """
 
     def __init__(self, n_prompts: int, clip: Clip) -> None:
         self.counts, self.log_ratio, self.abs_log_ratio, self.squared_log_ratio = np.zeros((4, n_prompts))
-        self.abs_prob_diff, self.js_k3, self.outside_clip = np.zeros((3, n_prompts))
+        self.abs_prob_diff, self.js_k3, self.outside_clip, self.confident = np.zeros((4, n_prompts))
         self.ratio = ShiftedSums(n_prompts, 2)
         self.squared_ratio, self.abs_ratio = ShiftedSums(n_prompts, 1), ShiftedSums(n_prompts, 1)
         self.ratio_excess, self.prob_gap = CentredSums(n_prompts, 1), CentredSums(n_prompts, 1)
         self.probs, self.prob_contrasts = CentredSums(n_prompts, 2), CentredSums(n_prompts, 2)
-        self.n_confident = 0
         self.ranges = {name: Range() for name in ("abs_log_ratio", "rollout_logprob", "trainer_logprob")}
         self._log_clip = (math.log(clip[0]), math.log(clip[1]))
 
@@ -64,7 +63,7 @@ class TokenSums:
         self.js_k3 += tokens.per_prompt(scales.js_k3(size))
         self.outside_clip += tokens.per_prompt((d < self._log_clip[0]) | (d > self._log_clip[1]))
         confident = (tokens.rollout_logprob > CONFIDENT_ROLLOUT_LOGPROB) & (d < CONFIDENT_LOG_RATIO)
-        self.n_confident += int(np.count_nonzero(confident))
+        self.confident += tokens.per_prompt(confident)
         self._update_ratios(tokens)
         # A broken engine's log-probs can be so far above 0 that these overflow; the metrics then say so.
         with np.errstate(over="ignore", invalid="ignore"):

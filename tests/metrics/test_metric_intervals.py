@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from scipy import special
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy import special, stats
 
 from mismatch_probe.metrics import intervals, scales
-from mismatch_probe.metrics.intervals import Estimate, evaluate, poisson_interval, quantile_interval, share_interval
-from mismatch_probe.metrics.paired import paired_ratio
+from mismatch_probe.metrics.inference import Inference, degrees_of_freedom, excess_kurtosis
+from mismatch_probe.metrics.intervals import (
+    Estimate,
+    evaluate,
+    infer,
+    poisson_interval,
+    quantile_interval,
+    rare_share_interval,
+    share_interval,
+)
 from mismatch_probe.metrics.sample import finite_tokens
 from mismatch_probe.metrics.token import token_metrics
 from mismatch_probe.types import PairArrays
@@ -22,53 +36,109 @@ def estimate(key: str, pair: PairArrays) -> Estimate:
     return result
 
 
-COVERED = ("mean_abs_logprob_diff", "rms_logprob_diff", "kl_k3")
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-def heavy_tailed(make_pair: Any, n_prompts: int, rng: np.random.Generator) -> tuple[Any, Any, dict[str, float]]:
-    """Laplace tokens whose scale varies by prompt (0.3 … 2.5) and by token (5 % are 8 times larger), and the truth.
+def load_coverage(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """benchmarks/coverage.py under another name, since `coverage` is a well-known package."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    spec = importlib.util.spec_from_file_location("coverage_benchmark", BENCHMARKS / "coverage.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
-    For a Laplace d of scale s: E|d| = s, E d² = 2s², E k3 = s²/(1 − s²).
+
+HARD_KEYS = ("rms_logprob_diff", "kl_k3", "ess_token", "seq_log_ratio_std", "std_prob_diff")
+EASY_KEYS = ("mean_abs_logprob_diff", "kl_k1", "mean_ratio", "log_ppl_diff", "verl_is_mean")
+
+
+@pytest.mark.parametrize("generator", ["laplace", "mixed"])
+def test_coverage_with_heavy_tailed_prompts(generator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small part of the table of benchmarks/coverage.py: 64 prompts, 200 pairs, so ±1.5 % per metric."""
+    benchmark = load_coverage(monkeypatch)
+    truths = {key: value for key, value in benchmark.truth(generator, 20_000).items() if key in HARD_KEYS + EASY_KEYS}
+    covered = benchmark.coverage((generator, 64, truths), 200)
+    assert set(covered) == set(HARD_KEYS + EASY_KEYS)
+    for keys in (HARD_KEYS, EASY_KEYS):
+        assert 0.925 <= np.mean([covered[key] for key in keys]) <= 0.98, covered
+    assert min(covered.values()) >= 0.9, covered
+    assert max(covered.values()) <= 0.99, covered
+
+
+def test_truths_agree_with_closed_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Normal d of standard deviation s and mean −s²/2: k1 = s²/2, χ² = exp(s²) − 1, ESS = exp(−s²), E[ρ] = 1.
+
+    Laplace d of scale s: E|d| = s, E d² = 2s², E k3 = s²/(1 − s²).
     """
-    base, p_base = 0.01 * np.array([0.3, 0.6, 1.0, 1.5, 2.5]), np.array([0.15, 0.25, 0.3, 0.2, 0.1])
-    factor, p_factor = np.array([1.0, 8.0]), np.array([0.95, 0.05])
-    lengths = rng.integers(20, 120, n_prompts)
-    scale = np.repeat(rng.choice(base, n_prompts, p=p_base), lengths)
-
-    def log_ratio(divisor: float) -> np.ndarray:
-        token_factor = rng.choice(factor, len(scale), p=p_factor)
-        return np.asarray(rng.laplace(0, 1, len(scale)) * scale * token_factor / divisor)
-
-    s = np.outer(base, factor).ravel()
-    p = np.outer(p_base, p_factor).ravel()
-    truth = {
-        "mean_abs_logprob_diff": float(p @ s),
-        "rms_logprob_diff": float(np.sqrt(p @ (2 * s**2))),
-        "kl_k3": float(p @ (s**2 / (1 - s**2))),
+    benchmark = load_coverage(monkeypatch)
+    truths, s = benchmark.truth("gaussian", 20_000), 0.05
+    expected = {
+        "rms_logprob_diff": np.sqrt(s**2 + s**4 / 4),
+        "kl_k1": s**2 / 2,
+        "chi2_token": np.expm1(s**2),
+        "ess_token": np.exp(-(s**2)),
+        "mean_ratio": 1.0,
+        "kl_seq": 59.5 * s**2 / 2,
     }
-    wide, narrow = (make_pair(-1.0, log_ratio(divisor), list(lengths)) for divisor in (1.0, 8.0))
-    return wide, narrow, truth
+    assert {key: truths[key] for key in expected} == pytest.approx(expected, rel=0.04)
+    truths, generators = benchmark.truth("laplace", 20_000), sys.modules["generators"]
+    scales_, shares = 0.01 * np.outer(generators.PROMPT_SCALE, [1, 8]), np.outer(generators.PROMPT_SHARE, [0.95, 0.05])
+    expected = {
+        "mean_abs_logprob_diff": (shares * scales_).sum(),
+        "kl_k2": (shares * scales_**2).sum(),
+        "kl_k3": (shares * scales_**2 / (1 - scales_**2)).sum(),
+    }
+    assert {key: truths[key] for key in expected} == pytest.approx(expected, rel=0.03)
 
 
-def measured_coverage(make_pair: Any, n_prompts: int, rounds: int) -> dict[str, float]:
-    rng = np.random.default_rng(2024)
-    hits = dict.fromkeys((*COVERED, "ratio"), 0)
-    for _ in range(rounds):
-        wide, narrow, truth = heavy_tailed(make_pair, n_prompts, rng)
-        results = evaluate({key: estimate(key, wide) for key in COVERED}, seed=0, replicates=500)
-        results["ratio"] = paired_ratio(wide, narrow, "mean_abs_logprob_diff", replicates=500)
-        for key, result in results.items():
-            assert result.ci_low is not None
-            assert result.ci_high is not None
-            hits[key] += result.ci_low <= {**truth, "ratio": 8.0}[key] <= result.ci_high
-    return {key: count / rounds for key, count in hits.items()}
+@given(arrays(np.float64, 20, elements=st.floats(-10, 10, width=16)))
+def test_excess_kurtosis_is_that_of_scipy(values: np.ndarray) -> None:
+    if np.ptp(values) < 1e-3:
+        assert excess_kurtosis(np.zeros(20)) == 0.0
+        return
+    expected = stats.kurtosis(values, bias=False)
+    assert excess_kurtosis(values) == pytest.approx(expected, rel=1e-9, abs=1e-9)
+    assert excess_kurtosis(1e-200 * values) == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
 
-def test_coverage_with_heavy_tailed_prompts(make_pair: Any) -> None:
-    """Squares are set by the few prompts with the largest scale, so their intervals fall a little short of 95 %."""
-    coverage = measured_coverage(make_pair, n_prompts=64, rounds=250)
-    for key, floor in (("mean_abs_logprob_diff", 0.92), ("ratio", 0.92), ("rms_logprob_diff", 0.88), ("kl_k3", 0.88)):
-        assert floor <= coverage[key] <= 0.99, coverage
+def test_degrees_of_freedom_of_known_laws() -> None:
+    """A normal variance of P values has P − 1; kurtosis 6 (Laplace has 3) leaves a quarter of P; none leaves more."""
+    assert degrees_of_freedom(0.0, 64) == 63
+    assert degrees_of_freedom(6.0, 64) == 16
+    assert degrees_of_freedom(-1.5, 64) == degrees_of_freedom(-2.5, 64) == 63
+
+
+@given(
+    st.floats(-5, 5),
+    st.floats(1e-3, 10),
+    st.floats(2, 1000),
+    st.floats(1, 5),
+    st.floats(1, 5),
+    st.floats(-20, 20),
+)
+def test_p_value_says_what_the_limits_say(
+    centre: float, se: float, degrees: float, low: float, high: float, null: float
+) -> None:
+    inference = Inference(centre, se, degrees, low, high)
+    p, (lower, upper) = inference.p_value(null), inference.limits
+    assert 0 <= p <= 1
+    if min(abs(null - lower), abs(null - upper)) > 1e-9:
+        assert (p < 0.05) == (not lower <= null <= upper)
+    assert inference.p_value(centre) == 1.0
+    assert inference.p_value(lower) == pytest.approx(0.05)
+
+
+@given(arrays(np.float64, 24, elements=st.floats(-1, 1, width=16)))
+def test_the_bootstrap_never_shortens_cluster_t(make_pair: Any, d: np.ndarray) -> None:
+    one = estimate("kl_k1", make_pair(-1.0, d))
+    inference = infer({"m": one}, seed=0, replicates=60)["m"]
+    assert inference.se == pytest.approx(d.std(ddof=1) / np.sqrt(24), rel=1e-9, abs=1e-12)
+    half = special.stdtrit(23, 0.975) * inference.se
+    low, high = inference.limits
+    assert inference.centre - low >= half * (1 - 1e-9)
+    assert high - inference.centre >= half * (1 - 1e-9)
 
 
 def test_independent_prompts_agree_with_the_textbook_interval(make_pair: Any) -> None:
@@ -99,11 +169,12 @@ def test_chunks_do_not_change_the_replicates(make_pair: Any, monkeypatch: pytest
 
 
 def test_one_prompt_that_differs_falls_back_to_cluster_t(make_pair: Any) -> None:
-    """A third of the replicates miss that prompt and have no logarithm. The relative standard error is exactly 1."""
+    """A third of the replicates miss that prompt and have no logarithm. Its relative standard error is 1."""
     d = np.zeros(64)
     d[10] = 0.5
     cell = evaluate({"m": estimate("mean_abs_logprob_diff", make_pair(0.0, d))}, seed=0, replicates=200)["m"]
-    mean, factor = 0.5 / 64, np.exp(special.stdtrit(63, 0.975))
+    mean, degrees = 0.5 / 64, 2 * 64 / (stats.kurtosis(d, bias=False) + 2)
+    factor = np.exp(special.stdtrit(degrees, 0.975))
     assert (cell.value, cell.ci_low, cell.ci_high) == pytest.approx((mean, mean / factor, mean * factor), rel=1e-12)
 
 
@@ -197,3 +268,17 @@ def test_quantile_coverage(make_pair: Any) -> None:
 def test_poisson_interval_of_known_counts() -> None:
     assert poisson_interval(0) == pytest.approx((0.0, 3.6889), abs=1e-4)
     assert poisson_interval(10) == pytest.approx((4.7954, 18.3904), abs=1e-4)
+
+
+def test_rare_share_is_poisson_unless_its_hits_come_in_clusters() -> None:
+    counts = np.full(100, 1000.0)
+    spread, lumped = np.zeros(100), np.zeros(100)
+    spread[:10], lumped[:2] = 1.0, 5.0
+    exact = tuple(limit / 1e5 for limit in poisson_interval(10))
+    assert rare_share_interval(spread, counts) == pytest.approx(exact, rel=0.1)
+    low, high = rare_share_interval(lumped, counts)
+    assert low < exact[0]
+    assert high > 1.3 * exact[1]
+    nothing = rare_share_interval(np.zeros(100), counts)
+    assert nothing == pytest.approx((0.0, 3.6889e-5), rel=1e-4)
+    assert rare_share_interval(np.array([2.0]), np.array([50.0])) == tuple(x / 50 for x in poisson_interval(2))

@@ -63,12 +63,13 @@ def test_intervals_appear_where_the_catalog_says(noisy: Any) -> None:
     with_interval = {key for key, metric in metrics.items() if metric.ci_low is not None}
     sampled = {key for key, info in CATALOG.items() if info.level != "exact"}
     assert with_interval == {key for key in sampled if CATALOG[key].has_interval}
-    for metric in (metrics[key] for key in sampled):
+    for key, metric in ((key, metrics[key]) for key in sampled):
         if metric.ci_low is not None:
             assert metric.value is not None
             assert metric.ci_high is not None
             assert metric.ci_low <= metric.value <= metric.ci_high
-            assert metric.why == ""
+            needed = CATALOG[key].calibrated_prompts  # of 60
+            assert metric.why == ("" if needed <= 60 else f"uncalibrated: fewer than {needed} prompts")
 
 
 def test_identical_policies_give_exact_zeros_and_ones(make_pair: Any) -> None:
@@ -133,9 +134,11 @@ def test_one_prompt_has_values_but_no_intervals(make_pair: Any) -> None:
 def test_few_prompts_are_marked_uncalibrated(make_pair: Any, n_prompts: int, marked: bool) -> None:
     rng = np.random.default_rng(1)
     metrics = compute_metrics(make_pair(-1.0, rng.normal(0, 0.1, 10 * n_prompts), [10] * n_prompts))
-    for key in ("mean_abs_logprob_diff", "p99_abs_logprob_diff", "kl_seq"):
+    for key in ("mean_abs_logprob_diff", "frac_outside_clip", "kl_seq"):
         assert metrics[key].ci_low is not None
         assert (metrics[key].why == UNCALIBRATED) is marked
+    for key, needed in (("p99_abs_logprob_diff", 64), ("seq_log_ratio_std", 64), ("chi2_seq", 1024)):
+        assert metrics[key].why == f"uncalibrated: fewer than {needed} prompts"
     assert UNCALIBRATED == "uncalibrated: fewer than 32 prompts"
 
 

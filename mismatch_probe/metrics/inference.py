@@ -1,0 +1,85 @@
+"""Student's t under heavy tails: limits, p-values and detectable effects of an estimate with a standard error.
+
+Shape legend: `P` prompts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import special
+
+Floats = NDArray[np.float64]
+Interval = tuple[float, float]
+
+UPPER_TAIL = 0.975
+# The kurtosis of few heavy-tailed values understates that of their law. Stretching the bootstrap's quantiles by this
+# power of what the degrees of freedom do to Student's makes up for it (coverage.py: .93 to .97 at 64 prompts).
+_STRETCH_POWER = 2
+
+
+@dataclass(frozen=True)
+class Inference:
+    """What the prompts say about an estimate, on its working scale.
+
+    Attributes:
+        centre: The estimate.
+        se: Its linearised cluster standard error.
+        degrees: Degrees of freedom of `se`.
+        stretch_low: How many times longer than Student's the interval is below the centre, at least 1.
+        stretch_high: The same above the centre.
+    """
+
+    centre: float
+    se: float
+    degrees: float
+    stretch_low: float = 1.0
+    stretch_high: float = 1.0
+
+    @property
+    def limits(self) -> Interval:
+        """95 % limits."""
+        half = student(self.degrees) * self.se
+        return self.centre - self.stretch_low * half, self.centre + self.stretch_high * half
+
+    def p_value(self, null: float) -> float:
+        """Two-sided p-value of the working value `null`: below 0.05 exactly where the 95 % limits exclude it."""
+        if self.se == 0.0:
+            return 1.0 if self.centre == null else 0.0
+        stretch = self.stretch_low if self.centre > null else self.stretch_high
+        return float(2 * special.stdtr(self.degrees, -abs(self.centre - null) / (stretch * self.se)))
+
+    def detectable(self, power: float) -> float:
+        """Smallest distance from a null value that a 5 % test finds with probability `power`, approximately."""
+        stretch = max(self.stretch_low, self.stretch_high)
+        return self.se * (stretch * student(self.degrees) + float(special.stdtrit(self.degrees, power)))
+
+
+def student(degrees: float) -> float:
+    """97.5 % quantile of Student's t."""
+    return float(special.stdtrit(degrees, UPPER_TAIL))
+
+
+def excess_kurtosis(values: Floats) -> float:
+    """Excess kurtosis of the law that the values `[P ≥ 4]` come from, unbiased for normal ones (G₂ of Fisher 1930)."""
+    n = len(values)
+    centred = values - values.mean()
+    spread = np.abs(centred).max()
+    if not spread > 0:
+        return 0.0
+    centred = centred / spread  # no underflow of fourth powers
+    sample = (centred**4).mean() / (centred**2).mean() ** 2 - 3
+    return float((n - 1) / ((n - 2) * (n - 3)) * ((n + 1) * sample + 6))
+
+
+def degrees_of_freedom(kurtosis: float, n_prompts: int) -> float:
+    """Of a variance of `n_prompts` values: Var(s²)/σ⁴ = (kurtosis + 2)/P = 2/ν (Satterthwaite 1946), at most P − 1."""
+    largest = n_prompts - 1.0
+    return largest if kurtosis + 2 <= 0 else min(largest, 2 * n_prompts / (kurtosis + 2))
+
+
+def heavy_tail_stretch(degrees: float, n_prompts: int) -> float:
+    """What the bootstrap's quantiles are multiplied by."""
+    return (student(degrees) / student(n_prompts - 1)) ** _STRETCH_POWER
