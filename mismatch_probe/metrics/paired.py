@@ -1,8 +1,13 @@
-"""How many times larger a metric is in one pair than in another, paired by prompt."""
+"""How many times larger a metric is in one pair than in another, paired by prompt.
+
+A replicate gives a prompt the same weight in both pairs, so what the prompts have in common cancels.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -10,9 +15,10 @@ from numpy.typing import NDArray
 
 from mismatch_probe.errors import UsageError
 from mismatch_probe.metrics.chunks import Ints
-from mismatch_probe.metrics.intervals import Estimate, evaluate, join_why
+from mismatch_probe.metrics.intervals import Estimate, infer, join_why, metric_value
+from mismatch_probe.metrics.multiplicity import POWER, SIGNIFICANCE, holm
 from mismatch_probe.metrics.sample import Pair, count_nonfinite, finite_sequences, finite_tokens
-from mismatch_probe.metrics.scales import exp
+from mismatch_probe.metrics.scales import as_is, exp
 from mismatch_probe.metrics.sequence import sequence_metrics
 from mismatch_probe.metrics.token import token_metrics
 from mismatch_probe.types import MetricValue
@@ -30,17 +36,100 @@ PAIRED_KEYS = (
 )
 
 
+@dataclass(frozen=True)
+class PairedComparison:
+    """One metric in two pairs, over the prompts that both have.
+
+    Attributes:
+        numerator: Name of the pair above the line, e.g. `"bfloat16"`.
+        denominator: Name of the pair below it.
+        key: The metric, one of `PAIRED_KEYS`.
+        ratio: numerator / denominator with its interval; None with the reason where there is none.
+        difference: numerator − denominator with its interval, in the metric's unit.
+        n_prompts: Prompts that both pairs have.
+        p_value: Two-sided, of the ratio being 1: below 0.05 exactly where the ratio's interval excludes 1.
+        p_holm: The same adjusted over all comparisons of one call (Holm 1979).
+        detectable_ratio: Smallest ratio above 1 that these data would have shown (5 % two-sided, unadjusted) with
+            80 % probability; its inverse is the largest below 1.
+    """
+
+    numerator: str
+    denominator: str
+    key: str
+    ratio: MetricValue
+    difference: MetricValue
+    n_prompts: int
+    p_value: float | None = None
+    p_holm: float | None = None
+    detectable_ratio: float | None = None
+
+    @property
+    def differs(self) -> bool | None:
+        """Whether the two differ after the adjustment; None where that cannot be told."""
+        return None if self.p_holm is None else self.p_holm < SIGNIFICANCE
+
+    def as_dict(self) -> dict[str, Any]:
+        """As a row of `summary.json`."""
+        plain = {name: value for name, value in vars(self).items() if not isinstance(value, MetricValue)}
+        return {
+            **plain,
+            "ratio": self.ratio.as_dict(),
+            "difference": self.difference.as_dict(),
+            "differs": self.differs,
+        }
+
+
+def compare_pairs(
+    pairs: Mapping[str, Pair], keys: Sequence[str] = PAIRED_KEYS, *, seed: int = 0, replicates: int = 1000
+) -> list[PairedComparison]:
+    """Every metric of `keys` in every two of `pairs`, as one family of tests.
+
+    Args:
+        pairs: By name, e.g. by dtype; of two pairs the earlier one is the numerator. They need `prompt_ids`.
+        keys: Some of `PAIRED_KEYS`.
+        seed: Seed of the bootstrap.
+        replicates: Bootstrap replicates.
+
+    Raises:
+        UsageError: A key cannot be compared by ratio, or a pair does not name its prompts.
+    """
+    for key in keys:
+        if key not in PAIRED_KEYS:
+            raise UsageError(f"{key} cannot be compared by ratio.", f"Choose one of {', '.join(PAIRED_KEYS)}.")
+    metrics = {(name, key): _estimate(pair, key) for name, pair in pairs.items() for key in keys}
+    cases: list[PairedComparison] = []
+    ratios: dict[str, Estimate] = {}
+    differences: dict[str, Estimate] = {}
+    for above, below in combinations(pairs, 2):
+        rows = _shared_prompts(pairs[above], pairs[below])
+        nonfinite = count_nonfinite(pairs[above]) + count_nonfinite(pairs[below])
+        for key in keys:
+            joint = _joint_or_why(key, metrics[above, key], metrics[below, key], rows, nonfinite)
+            nothing = MetricValue(None, why=joint if isinstance(joint, str) else "")
+            n_prompts = 0 if isinstance(joint, str) else int(joint[0].live.sum())
+            if not isinstance(joint, str):
+                ratios[str(len(cases))], differences[str(len(cases))] = joint
+            cases.append(PairedComparison(above, below, key, nothing, nothing, n_prompts))
+    of_ratio = infer(ratios, seed=seed, replicates=replicates)
+    of_difference = infer(differences, seed=seed, replicates=replicates)
+    for name, inference in of_ratio.items():
+        case = cases[int(name)]
+        tested = case.n_prompts > 1 and np.isfinite(inference.centre)
+        cases[int(name)] = replace(
+            case,
+            ratio=metric_value(case.key, ratios[name], inference),
+            difference=metric_value(case.key, differences[name], of_difference[name]),
+            p_value=inference.p_value(0.0) if tested else None,
+            detectable_ratio=exp(inference.detectable(POWER)) if tested else None,
+        )
+    adjusted = holm([case.p_value for case in cases])
+    return [replace(case, p_holm=p) for case, p in zip(cases, adjusted, strict=True)]
+
+
 def paired_ratio(numerator: Pair, denominator: Pair, key: str, *, seed: int = 0, replicates: int = 1000) -> MetricValue:
     """Metric `key` of `numerator` over that of `denominator`, over the prompts that both have.
 
-    A replicate gives a prompt the same weight in both pairs, so what the prompts have in common cancels.
-
-    Args:
-        numerator: The pair above the line; needs `prompt_ids`.
-        denominator: The pair below it; needs `prompt_ids`.
-        key: One of `PAIRED_KEYS`.
-        seed: Seed of the bootstrap.
-        replicates: Bootstrap replicates.
+    The arguments are those of `compare_pairs`.
 
     Returns:
         The ratio with its interval; None with the reason where either side has no value or the denominator is 0.
@@ -48,29 +137,8 @@ def paired_ratio(numerator: Pair, denominator: Pair, key: str, *, seed: int = 0,
     Raises:
         UsageError: `key` cannot be compared by ratio, or a pair does not name its prompts.
     """
-    if key not in PAIRED_KEYS:
-        raise UsageError(f"{key} cannot be compared by ratio.", f"Choose one of {', '.join(PAIRED_KEYS)}.")
-    rows_above, rows_below = _shared_prompts(numerator, denominator)
-    above, below = _estimate(numerator, key), _estimate(denominator, key)
-    for side, result in (("numerator", above), ("denominator", below)):
-        if isinstance(result, MetricValue):
-            return MetricValue(None, why=f"{side}: {result.why}")
-    assert isinstance(above, Estimate)
-    assert isinstance(below, Estimate)
-    joint = _joint(above, below, rows_above, rows_below)
-    shared = int(joint.live.sum())
-    if shared == 0:
-        return MetricValue(None, why="the pairs share no prompt")
-    if not joint.sums[joint.live, above.sums.shape[1] :].any():
-        return MetricValue(None, why=f"{key} of the denominator is 0")
-    ratio = evaluate({key: joint}, seed=seed, replicates=replicates)[key]
-    dropped = max(above.live.sum(), below.live.sum()) > shared
-    nonfinite = count_nonfinite(numerator) + count_nonfinite(denominator)
-    notes = (
-        f"over the {shared} prompts that both pairs have" if dropped else "",
-        f"without {nonfinite} tokens that are not finite" if nonfinite else "",
-    )
-    return replace(ratio, why=join_why(*notes, ratio.why))
+    pairs = {"numerator": numerator, "denominator": denominator}
+    return compare_pairs(pairs, [key], seed=seed, replicates=replicates)[0].ratio
 
 
 def _estimate(pair: Pair, key: str) -> Estimate | MetricValue:
@@ -92,16 +160,37 @@ def _shared_prompts(numerator: Pair, denominator: Pair) -> tuple[Ints, Ints]:
     return rows[:, 0], rows[:, 1]
 
 
-def _joint(above: Estimate, below: Estimate, rows_above: Ints, rows_below: Ints) -> Estimate:
+def _joint_or_why(
+    key: str,
+    above: Estimate | MetricValue,
+    below: Estimate | MetricValue,
+    rows: tuple[Ints, Ints],
+    nonfinite: int,
+) -> tuple[Estimate, Estimate] | str:
+    """Estimates of the ratio and of the difference, or why there are none."""
+    if isinstance(above, MetricValue):
+        return f"numerator: {above.why}"
+    if isinstance(below, MetricValue):
+        return f"denominator: {below.why}"
     k = above.sums.shape[1]
+    sums = np.hstack([above.sums[rows[0]], below.sums[rows[1]]])
+    counts = np.hstack([above.counts[rows[0]], below.counts[rows[1]]])
 
-    def working(means: NDArray[Any]) -> NDArray[Any]:
-        difference: NDArray[Any] = above.working(means[..., :k]) - below.working(means[..., k:])
-        return difference
+    def log_ratio(means: NDArray[Any]) -> NDArray[Any]:
+        return np.asarray(above.working(means[..., :k]) - below.working(means[..., k:]))
 
-    return Estimate(
-        sums=np.hstack([above.sums[rows_above], below.sums[rows_below]]),
-        counts=np.hstack([above.counts[rows_above], below.counts[rows_below]]),
-        working=working,
-        metric=exp,
+    def difference(means: NDArray[Any]) -> NDArray[Any]:
+        return np.asarray(np.exp(above.working(means[..., :k])) - np.exp(below.working(means[..., k:])))
+
+    ratio = Estimate(sums, counts, log_ratio, exp)
+    shared = int(ratio.live.sum())
+    if shared == 0:
+        return "the pairs share no prompt"
+    if not sums[ratio.live, k:].any():
+        return f"{key} of the denominator is 0"
+    notes = (
+        f"over the {shared} prompts that both pairs have" if max(above.live.sum(), below.live.sum()) > shared else "",
+        f"without {nonfinite} tokens that are not finite" if nonfinite else "",
     )
+    ratio = replace(ratio, why=join_why(*notes))
+    return ratio, replace(ratio, working=difference, metric=as_is)
