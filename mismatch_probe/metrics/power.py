@@ -1,0 +1,94 @@
+"""How many prompts a metric needs for an interval of a given width."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from mismatch_probe.metrics.inference import degrees_of_freedom, excess_kurtosis, heavy_tail_stretch, student
+from mismatch_probe.metrics.intervals import BOOTSTRAP_PROMPTS, Estimate, influence
+
+PRECISION = 0.05
+_MOST_PROMPTS = 10**9
+_STEP = 1e-4
+
+
+@dataclass(frozen=True)
+class PromptsNeeded:
+    """How far a metric's interval is from a wanted precision.
+
+    Attributes:
+        more: Further prompts of the same kind, rounded up to two digits, since their number is itself an estimate;
+            0 where the precision is reached, None with `why` where it cannot be told.
+        half_width: Half the expected length of the 95 % interval over the value, at the present prompts.
+        precision: The wanted relative half-width.
+        why: Why there is no answer.
+    """
+
+    more: int | None
+    half_width: float | None
+    precision: float
+    why: str = ""
+
+
+def prompts_needed(estimate: Estimate, precision: float = PRECISION) -> PromptsNeeded:
+    """Prompts that would bring the 95 % interval of `estimate` to ± `precision` of the value.
+
+    The standard error is that of the influence values and falls as 1/√P; the metric is taken as linear over ± one
+    standard error; Student's quantile has the degrees of freedom that the influence's kurtosis leaves at P prompts,
+    and is stretched as the interval is. More prompts must resemble those at hand: under heavy tails a small sample
+    has not seen the noisiest yet, and asks for too few.
+
+    Raises:
+        ValueError: `precision` is not positive.
+    """
+    if not precision > 0:
+        raise ValueError(f"a precision of {precision} is not positive")
+    n_prompts = int(estimate.live.sum())
+
+    def none(why: str) -> PromptsNeeded:
+        return PromptsNeeded(None, None, precision, why)
+
+    if n_prompts < BOOTSTRAP_PROMPTS:
+        return none(f"{n_prompts} prompts are too few to tell: {BOOTSTRAP_PROMPTS} are needed")
+    live = estimate.live
+    with np.errstate(all="ignore"):
+        centre = float(estimate.working(estimate.sums[live].sum(axis=0) / estimate.counts[live].sum(axis=0)))
+        pull = influence(estimate)
+        se = float(np.sqrt((pull**2).sum() * n_prompts / (n_prompts - 1)))
+        value = float(estimate.metric(centre))
+    if value == 0:
+        return none("the value is 0, of which nothing is a share")
+    if se == 0:
+        return PromptsNeeded(0, 0.0, precision)
+    with np.errstate(all="ignore"):
+        slope = (estimate.metric(centre + _STEP * se) - estimate.metric(centre - _STEP * se)) / (2 * _STEP * se)
+    if not np.isfinite((value, slope)).all():
+        return none("the value or its standard error overflows float64")
+    relative = abs(slope) * se / abs(value)
+    kurtosis = excess_kurtosis(pull)
+
+    def half_width(at: int) -> float:
+        degrees = degrees_of_freedom(kurtosis, at)
+        quantile = max(student(degrees), student(at - 1) * heavy_tail_stretch(degrees, at))
+        return quantile * relative * math.sqrt(n_prompts / at)
+
+    now = half_width(n_prompts)
+    if now <= precision:
+        return PromptsNeeded(0, now, precision)
+    enough = _MOST_PROMPTS
+    if half_width(enough) > precision:
+        return none(f"more than {_MOST_PROMPTS:.0e} prompts")
+    too_few = n_prompts
+    while enough - too_few > 1:
+        middle = (enough + too_few) // 2
+        too_few, enough = (too_few, middle) if half_width(middle) <= precision else (middle, enough)
+    return PromptsNeeded(_rounded_up(enough - n_prompts), now, precision)
+
+
+def _rounded_up(n: int) -> int:
+    """`n` to two significant digits, upwards."""
+    unit: int = 10 ** max(0, len(str(n)) - 2)
+    return -(-n // unit) * unit
