@@ -1,0 +1,167 @@
+"""Is the mean importance ratio 1, over all tokens and in each bin of position and probability?
+
+On policy E[ρ | prefix] = Σ_v μ(v) π(v)/μ(v) = 1 at every position, whatever the two policies are, as long as μ can
+sample all that π can. The position is known before the token is drawn, so the mean is exactly 1 in every bin of it.
+The token's own rollout probability is not: over the tokens B of a bin the mean is π(B)/μ(B). Where μ errs upwards by
+rounding a token lands in a higher bin, so symmetric errors alone raise the mean of low bins and lower that of high
+ones, by up to about the mean of d² over all tokens (regression to the mean; simulated in the tests). There
+the test is whether the mean lies within 1 ± mean d²; a one-sided fault of δ nats moves it by δ, far above δ².
+
+A mean that is carried by tokens rarer than those seen cannot be told from one that is short of 1: a few tokens that
+the trainer finds far likelier, none of them sampled yet, look like a truncated rollout.
+
+The test is the interval's: cluster-t over prompts on the log scale, lengthened as intervals.py says.
+
+Shape legend: `P` prompts, `K` bins.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from mismatch_probe.metrics import scales
+from mismatch_probe.metrics.accumulate import PairSums
+from mismatch_probe.metrics.binned import BinnedSums
+from mismatch_probe.metrics.curves import position_bins
+from mismatch_probe.metrics.inference import Floats, Inference
+from mismatch_probe.metrics.intervals import Estimate, infer, join_why, metric_value
+from mismatch_probe.metrics.multiplicity import POWER, SIGNIFICANCE, holm
+from mismatch_probe.metrics.summary import off_policy_why
+from mismatch_probe.types import MetricValue
+
+Verdict = Literal["holds", "violated", "violated but negligible", "not judged"]
+
+# FP32 engines that agree still differ by rounding, part of it one-sided: log-softmax over a large vocabulary loses
+# about 1e-5 nats on a CPU. With enough tokens that is significant and means nothing; from 1e-4 on (`FP32_FLOOR`, the
+# gap in nats beyond which two FP32 engines compute different things; a mean ratio of 1 + ε is a mean d of about ε) it
+# does.
+NEGLIGIBLE = 1e-4
+# Below these a bin's mean rests on too little for its p-value to be trusted.
+MIN_PROMPTS = 16
+MIN_TOKENS = 100
+
+
+@dataclass(frozen=True)
+class RatioTest:
+    """E[ρ] = 1 in one bin.
+
+    Attributes:
+        family: `"overall"`, `"position"` or `"probability"`; p-values are adjusted within it.
+        left: Left edge of the bin, inclusive; None overall.
+        right: Right edge, exclusive.
+        n_tokens: Tokens in the bin.
+        n_prompts: Prompts that have any.
+        mean_ratio: Mean ρ with its 95 % interval (not adjusted).
+        p_value: Two-sided, of a mean within 1 ± `tolerance`; None where the bin is not judged.
+        p_holm: The same adjusted over the bins of the family (Holm 1979).
+        verdict: `"holds"` where `p_holm` ≥ 0.05. A violation is negligible where the whole interval lies within
+            1 ± 1e-4. Where the bin is not judged, `mean_ratio.why` says why.
+        tolerance: 0; in bins of probability the mean of d² over the family.
+        detectable: Smallest |mean ρ − 1|, beyond `tolerance`, that these data would have shown with 80 % probability,
+            before adjustment.
+    """
+
+    family: str
+    left: float | None
+    right: float | None
+    n_tokens: int
+    n_prompts: int
+    mean_ratio: MetricValue
+    p_value: float | None = None
+    p_holm: float | None = None
+    verdict: Verdict = "not judged"
+    tolerance: float = 0.0
+    detectable: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """As a row of `summary.json`."""
+        return {**vars(self), "mean_ratio": self.mean_ratio.as_dict()}
+
+
+def ratio_tests(sums: PairSums, *, seed: int = 0, replicates: int = 1000) -> list[RatioTest]:
+    """E[ρ] = 1 over all tokens, by position and by rollout probability; off policy, one row that says why."""
+    off_policy = off_policy_why(sums, "mean_ratio")
+    if off_policy:
+        return [RatioTest("overall", None, None, 0, 0, MetricValue(None, why=off_policy))]
+    probability = sums.binned["probability"]
+    options: dict[str, Any] = {"seed": seed, "replicates": replicates}
+    total, count = (x.sum(axis=1, keepdims=True) for x in (probability.ratio_excess, probability.count))
+    return [
+        *mean_ratio_tests("overall", total, count, shift=probability.shift, **options),
+        *_of_bins("position", position_bins(sums), **options),
+        *_of_bins("probability", probability, squares=probability.squared_log_ratio, **options),
+    ]
+
+
+def _of_bins(family: str, bins: BinnedSums, **options: Any) -> list[RatioTest]:
+    return mean_ratio_tests(family, bins.ratio_excess, bins.count, bins.edges, shift=bins.shift, **options)
+
+
+def mean_ratio_tests(
+    family: str,
+    excess: Floats,
+    counts: Floats,
+    edges: Floats | None = None,
+    *,
+    squares: Floats | None = None,
+    shift: float = 0.0,
+    seed: int = 0,
+    replicates: int = 1000,
+) -> list[RatioTest]:
+    """E[ρ] = 1 in each bin of one family.
+
+    Args:
+        family: Its name.
+        excess: `[P, K]` Σ (ρ − 1) of each prompt in each bin, times exp(−`shift`).
+        counts: `[P, K]` tokens.
+        edges: `[K+1]` of the bins.
+        squares: `[P, K]` Σ d², where the bins depend on the token that was drawn.
+        shift: See `excess`.
+        seed: Seed of the bootstrap.
+        replicates: Bootstrap replicates.
+
+    Returns:
+        A row per bin, empty bins included.
+    """
+    estimates = {
+        str(k): Estimate(excess[:, [k]], counts[:, [k]], scales.log_mean_exp(shift), scales.exp)
+        for k in np.flatnonzero(counts.sum(axis=0))
+    }
+    inferences = infer(estimates, seed=seed, replicates=replicates)
+    tolerance = 0.0 if squares is None or not counts.any() else float(squares.sum() / counts.sum())
+    tests = []
+    for k in range(excess.shape[1]):
+        left, right = (None, None) if edges is None else (float(edges[k]), float(edges[k + 1]))
+        n_tokens, n_prompts = int(counts[:, k].sum()), int((counts[:, k] > 0).sum())
+        test = RatioTest(family, left, right, n_tokens, n_prompts, MetricValue(None, why="no tokens"))
+        test = replace(test, tolerance=tolerance)
+        if n_tokens:
+            test = _tested(test, estimates[str(k)], inferences[str(k)])
+        tests.append(test)
+    adjusted = holm([test.p_value for test in tests])
+    return [replace(test, p_holm=p, verdict=_verdict(test, p)) for test, p in zip(tests, adjusted, strict=True)]
+
+
+def _tested(test: RatioTest, estimate: Estimate, inference: Inference) -> RatioTest:
+    mean = metric_value("mean_ratio", estimate, inference)
+    if test.n_prompts < MIN_PROMPTS or test.n_tokens < MIN_TOKENS:
+        why = f"{test.n_tokens} tokens of {test.n_prompts} prompts are too few to judge"
+        return replace(test, mean_ratio=replace(mean, why=join_why(why, mean.why)))
+    if mean.ci_low is None:
+        return replace(test, mean_ratio=mean)
+    detectable = float(np.expm1(inference.detectable(POWER)))
+    edge = np.log1p(test.tolerance) if inference.centre > 0 else np.log1p(-min(test.tolerance, 1 - 1e-12))
+    p_value = inference.p_value(float(edge)) if abs(inference.centre) >= abs(edge) else 1.0
+    return replace(test, mean_ratio=mean, p_value=p_value, detectable=detectable)
+
+
+def _verdict(test: RatioTest, p_holm: float | None) -> Verdict:
+    mean = test.mean_ratio
+    if p_holm is None or mean.ci_low is None or mean.ci_high is None:
+        return "not judged"
+    if p_holm >= SIGNIFICANCE:
+        return "holds"
+    return "violated but negligible" if max(1 - mean.ci_low, mean.ci_high - 1) <= NEGLIGIBLE else "violated"
