@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from scipy import special
 
+from mismatch_probe.metrics.catalog import CALIBRATED_PROMPTS
 from mismatch_probe.metrics.chunks import Ints
 from mismatch_probe.metrics.growth import MODELS, GrowthDraws, GrowthSample
-from mismatch_probe.metrics.intervals import CALIBRATED_PROMPTS, UNCALIBRATED, Floats, join_why
+from mismatch_probe.metrics.intervals import UNCALIBRATED, Floats, join_why
 from mismatch_probe.metrics.prefixes import Prefixes
 from mismatch_probe.types import MetricValue
 

@@ -9,9 +9,11 @@ from typing import Any
 from mismatch_probe.config import CompareConfig, Limit
 from mismatch_probe.errors import TableError
 from mismatch_probe.metrics import curves
+from mismatch_probe.metrics.accumulate import PairSums
 from mismatch_probe.metrics.frame import null_of
 from mismatch_probe.metrics.length import fit_length
 from mismatch_probe.metrics.length_prediction import LengthForecast, forecast
+from mismatch_probe.metrics.paired import compare_pairs
 from mismatch_probe.metrics.where import where
 from mismatch_probe.probes.findings import findings
 from mismatch_probe.probes.pairs import Cell, PairResult, analyse_pair, why_missing
@@ -74,12 +76,17 @@ def analyse(
         "missing": missing,
         "nulls": list(nulls.values()),
         "where": {name: _where(result) for name, result in diagonal.items()},
+        "comparisons": [row.as_dict() for row in compare_pairs(_sums(diagonal), seed=config.seed)],
         "length": {name: found.as_dict() for name, found in forecasts.items()},
         "findings": findings(diagonal, forecasts, config.seed),
         "limits": [row for limit in limits for row in judge(limit, pairs, missing)],
     }
     worst = [token for name, result in diagonal.items() for token in worst_tokens(run, name, result)]
     return ReportData(summary=summary, manifest=run.manifest, curves=_curves(diagonal, forecasts), worst_tokens=worst)
+
+
+def _sums(diagonal: Mapping[str, PairResult]) -> dict[str, PairSums]:
+    return {name: result.sums for name, result in diagonal.items()}
 
 
 def _where(result: PairResult) -> dict[str, list[dict[str, Any]]]:
@@ -116,7 +123,7 @@ def judge(limit: Limit, pairs: Sequence[dict[str, Any]], missing: Sequence[dict[
 
 
 def _curves(diagonal: Mapping[str, PairResult], forecasts: Mapping[str, LengthForecast]) -> Curves:
-    sums = {name: result.sums for name, result in diagonal.items()}
+    sums = _sums(diagonal)
     return Curves(
         density={name: curves.policy_density(pair) for name, pair in sums.items()},
         length={name: curves.length_curve(pair) for name, pair in sums.items()},

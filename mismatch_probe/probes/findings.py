@@ -8,6 +8,7 @@ from typing import Any
 from mismatch_probe.metrics.accumulate import PairSums
 from mismatch_probe.metrics.length_prediction import LengthForecast
 from mismatch_probe.metrics.paired import paired_ratio
+from mismatch_probe.metrics.ratio_test import RatioTest
 from mismatch_probe.probes.pairs import PairResult
 from mismatch_probe.types import MetricValue
 
@@ -29,6 +30,9 @@ def findings(
     if "float32" in diagonal:
         floor = diagonal["float32"].metrics[METRIC]
         rows.append({"name": "fp32_floor", "text": _floor_text(floor), **floor.as_dict()})
+    broken = {name: result for name, result in diagonal.items() if _one_sided(result)}
+    if broken:
+        rows.append({"name": "one_sided", "text": _one_sided_text(broken)})
     exact = {name: r.metrics["kl_exact"] for name, r in diagonal.items() if r.metrics["kl_exact"].value is not None}
     if exact:
         rows.append({"name": "exact_kl", "text": _exact_text(exact), "values": _as_dicts(exact)})
@@ -58,6 +62,22 @@ def _tokens(length: MetricValue) -> str:
     high = "…" if length.ci_high is None else f"{length.ci_high:,.0f}"
     limits = "" if length.ci_low is None else f" [{length.ci_low:,.0f}, {high}]"
     return f"{length.value:,.0f}{limits} tokens"
+
+
+def _one_sided(result: PairResult) -> list[RatioTest]:
+    return [test for test in result.ratio_tests if test.verdict == "violated"]
+
+
+def _one_sided_text(broken: Mapping[str, PairResult]) -> str:
+    """On policy the mean importance ratio is 1 whatever rounding does."""
+    parts = []
+    for name, result in broken.items():
+        worst = max(_one_sided(result), key=lambda test: abs((test.mean_ratio.value or 1.0) - 1.0))
+        parts.append(f"{name} {worst.mean_ratio.value:.4f} ({worst.family})")
+    return (
+        f"The mean importance ratio is not 1: {', '.join(parts)}. Rounding cannot do that on policy; look for a "
+        "truncated or rescaled law, or a padded vocabulary, on one side."
+    )
 
 
 def _as_dicts(values: Mapping[str, MetricValue]) -> dict[str, Any]:

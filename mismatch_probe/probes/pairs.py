@@ -7,16 +7,22 @@ from typing import Any
 
 from mismatch_probe.metrics.accumulate import PairSums
 from mismatch_probe.metrics.budget import BudgetSums
-from mismatch_probe.metrics.exact import ESTIMATOR_COLUMNS, EstimatorCost, estimator_costs
+from mismatch_probe.metrics.exact import ESTIMATOR_COLUMNS, EstimatorCost, ExactRows, estimator_costs, exact_metrics
 from mismatch_probe.metrics.frame import exact_rows, pair_chunks, pass_sequences
+from mismatch_probe.metrics.intervals import Estimate
+from mismatch_probe.metrics.power import PromptsNeeded, prompts_needed
 from mismatch_probe.metrics.prefixes import Prefixes, PrefixSums
-from mismatch_probe.metrics.sample import count_nonfinite
+from mismatch_probe.metrics.ratio_test import RatioTest, ratio_tests
+from mismatch_probe.metrics.sample import count_nonfinite, finite_tokens
 from mismatch_probe.metrics.steps import StepResult, StepSums
 from mismatch_probe.metrics.summary import compute_metrics
+from mismatch_probe.metrics.token import token_metrics
 from mismatch_probe.metrics.where import COLUMN_EDGES
 from mismatch_probe.probes.planning import Passes, RolloutPass, TrainerPass
 from mismatch_probe.tables import RunDirectory
 from mismatch_probe.types import MetricValue
+
+_POWER_KEYS = ("mean_abs_logprob_diff", "rms_logprob_diff", "kl_k3")
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,8 @@ class PairResult:
         metrics: By key of the catalog.
         budget: The error budget, None without a reference.
         estimators: What sampled KL estimators cost on this pair, None where no rows were compared.
+        ratio_tests: Whether the mean importance ratio is 1; empty off policy, where it need not be.
+        power: How many more prompts a few metrics need, by key; on the diagonal only.
         prefixes: Prefix sums of an on-policy pair on the diagonal, from which longer responses are predicted.
         steps: Of a recorded run whose sequences name their training step, a few metrics of each step.
     """
@@ -62,6 +70,8 @@ class PairResult:
     metrics: dict[str, MetricValue]
     budget: dict[str, MetricValue] | None
     estimators: list[EstimatorCost] | None
+    ratio_tests: list[RatioTest]
+    power: dict[str, PromptsNeeded]
     prefixes: Prefixes | None
     steps: list[StepResult]
 
@@ -78,6 +88,8 @@ class PairResult:
             "metrics": {key: value.as_dict() for key, value in self.metrics.items()},
             "budget": None if budget is None else {key: value.as_dict() for key, value in budget.items()},
             "estimators": None if estimators is None else [asdict(cost) for cost in estimators],
+            "ratio_tests": [test.as_dict() for test in self.ratio_tests],
+            "prompts_needed": {key: vars(needed) for key, needed in self.power.items()},
             "steps": [step.as_dict() for step in self.steps],
         }
 
@@ -124,9 +136,18 @@ def analyse_pair(run: RunDirectory, passes: Passes, cell: Cell, seed: int) -> Pa
         metrics=compute_metrics(sums, exact, seed=seed),
         budget=None if budget is None else budget.metrics(seed=seed),
         estimators=estimator_costs(exact) if exact is not None and compared else None,
+        ratio_tests=ratio_tests(sums, seed=seed) if sums.on_policy and sums.n_finite else [],
+        power=_power(sums, exact) if cell.diagonal and sums.n_finite else {},
         prefixes=None if prefixes is None else prefixes.result(),
         steps=steps.results(seed=seed),
     )
+
+
+def _power(sums: PairSums, exact: ExactRows | None) -> dict[str, PromptsNeeded]:
+    """What ±5 % would take."""
+    tokens, metrics = finite_tokens(sums), token_metrics()
+    found = {key: metrics[key](tokens) for key in _POWER_KEYS} | {"kl_exact": exact_metrics(exact)["kl_exact"]}
+    return {key: prompts_needed(estimate) for key, estimate in found.items() if isinstance(estimate, Estimate)}
 
 
 def why_missing(run: RunDirectory, rollout_pass: str, trainer_pass: str) -> str:

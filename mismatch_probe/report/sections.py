@@ -36,8 +36,67 @@ class Section:
 
 def sections(summary: Mapping[str, Any]) -> list[Section]:
     """The sections that a run has data for."""
-    found = [_length(summary), _steps(summary)]
+    found = [_comparisons(summary), _ratio_tests(summary), _power(summary), _length(summary), _steps(summary)]
     return [section for section in found if section.table.rows]
+
+
+def _comparisons(summary: Mapping[str, Any]) -> Section:
+    """Every two dtypes in several metrics."""
+    rows = []
+    for row in summary.get("comparisons") or ():
+        ratio = row.get("ratio") or {}
+        differs, detectable = row.get("differs"), row.get("detectable_ratio")
+        verdict = visible(ratio.get("why") or NONE) if differs is None else "yes" if differs else "no"
+        shown = "" if differs is not False or detectable is None else f"{number(detectable)}× would have shown"
+        pair = f"{row.get('numerator')} / {row.get('denominator')}"
+        limits = stacked(number(ratio.get("value")), interval(ratio.get("ci_low"), ratio.get("ci_high")))
+        cells = (limits, number(row.get("p_value"), 2), number(row.get("p_holm"), 2), stacked(verdict, shown))
+        rows.append((visible(pair), metric_title(str(row.get("key"))), *cells))
+    header = ("pair", "metric", "ratio", "p", "p, Holm", "differ")
+    text = (
+        "Ratios of the pairs with equal dtypes, paired by prompt, with 95 % intervals; p-values are adjusted over all "
+        "rows (Holm), and where no difference shows, the smallest ratio that would have."
+    )
+    return Section("comparisons", "Between dtypes", text, Table(header, tuple(rows)))
+
+
+def _ratio_tests(summary: Mapping[str, Any]) -> Section:
+    """E[ρ] = 1 on every on-policy pair, in every bin."""
+    modes = trainer_modes(summary)
+    rows = []
+    for pair in ordered_pairs(summary):
+        for test in pair.get("ratio_tests") or ():
+            mean = test.get("mean_ratio") or {}
+            left, right = test.get("left"), test.get("right")
+            family = visible(test.get("family") or NONE)
+            bin_ = family if left is None else f"{family} {number(left)}–{number(right)}"
+            why = visible(mean.get("why") or "") if test.get("verdict") == "not judged" else ""
+            value = stacked(number(mean.get("value"), 6), interval(mean.get("ci_low"), mean.get("ci_high"), 6))
+            verdict = stacked(visible(test.get("verdict") or NONE), why)
+            label = visible(pair_label(pair, modes))
+            rows.append((label, bin_, count(test.get("n_tokens")), value, number(test.get("p_holm"), 2), verdict))
+    header = ("pair", "bin", "tokens", "mean ρ", "p, Holm", "E[ρ] = 1")
+    text = (
+        "On policy the mean of ρ = π/μ is 1 at every position, however large the rounding errors are: where it is not, "
+        "one side's law is truncated or rescaled. In bins of probability rounding itself moves the mean by up to mean "
+        "d², which is allowed for. Violations below 1e-4 are called negligible."
+    )
+    return Section("ratio-tests", "Is the mean importance ratio 1?", text, Table(header, tuple(rows)))
+
+
+def _power(summary: Mapping[str, Any]) -> Section:
+    """How many more prompts ±5 % would take."""
+    modes = trainer_modes(summary)
+    rows = []
+    for pair in ordered_pairs(summary):
+        for key, needed in (pair.get("prompts_needed") or {}).items():
+            more = visible(needed.get("why") or NONE) if needed.get("more") is None else count(needed["more"])
+            half, precision = needed.get("half_width"), percent(needed.get("precision"))
+            now = NONE if half is None else f"±{percent(half)}"
+            rows.append((visible(pair_label(pair, modes)), metric_title(key), now, stacked(more, f"for ±{precision}")))
+    header = ("pair", "metric", "now", "more prompts")
+    text = "Half the width of the 95 % interval, and how many more prompts of the same kind a narrower one would take."
+    return Section("power", "How many more prompts?", text, Table(header, tuple(rows)))
 
 
 def _length(summary: Mapping[str, Any]) -> Section:

@@ -215,10 +215,10 @@ def test_centred_sums_are_those_about_the_mean(chunks: list[list[float]]) -> Non
     every = [x for chunk in chunks for x in chunk]
     mean = math.fsum(every) / len(every)
     size = max(map(abs, every))
-    assert sums.centre[0] == pytest.approx(mean, rel=0, abs=1e-14 * size)
-    assert sums.sums[0, 0] == pytest.approx(0.0, abs=1e-13 * size * len(every))
+    assert sums.centre[0] == pytest.approx(mean, rel=0, abs=1e-14 * size + 1e-300)
+    assert sums.sums[0, 0] == pytest.approx(0.0, abs=1e-13 * size * len(every) + 1e-300)
     assert sums.products[0, 0, 0] == pytest.approx(
-        math.fsum((x - mean) ** 2 for x in every), rel=1e-12, abs=1e-28 * size**2 * len(every)
+        math.fsum((x - mean) ** 2 for x in every), rel=1e-12, abs=1e-28 * size**2 * len(every) + 1e-300
     )
 
 
