@@ -57,9 +57,12 @@ def test_the_slope_is_the_one_that_was_planted() -> None:
         pairs = synthetic(halving)
         found = fit(pairs, "mean_abs_logprob_diff", 1)
         assert found.slope.value == pytest.approx(-halving)
-        assert fit(pairs, "kl_k3", 4).slope.value == pytest.approx(-2 * halving, rel=1e-2)
-        level = np.log2(np.abs(pairs[6].trainer_logprob - pairs[6].rollout_logprob).mean())
-        assert found.intercept + 6 * found.slope.value == pytest.approx(level)
+        d = {bits: pair.trainer_logprob - pair.rollout_logprob for bits, pair in pairs.items()}
+        assert found.intercept + 6 * found.slope.value == pytest.approx(np.log2(np.abs(d[6]).mean()))
+        squared = fit(pairs, "kl_k3", 4)
+        assert squared.slope.value == pytest.approx(-2 * halving, rel=1e-2)
+        level = np.mean([np.log2((np.expm1(d[bits]) - d[bits]).mean()) for bits in range(4, 11)])
+        assert squared.intercept + 7 * squared.slope.value == pytest.approx(level)
 
 
 def test_the_figure_shows_every_point_and_names_the_slope() -> None:
