@@ -202,8 +202,8 @@ def bits_figure(
 
     with plot_settings():
         figure = Figure(figsize=(9.6, 4.4), layout="constrained")
-        for axes, (key, label, symbol, power) in zip(figure.subplots(1, 2), METRICS, strict=True):
-            _draw(axes, points[key], formats[key], fits[key], symbol, power)
+        for axes, (key, label, _, power) in zip(figure.subplots(1, 2), METRICS, strict=True):
+            _draw(axes, points[key], formats[key], fits[key], power)
             axes.axhline(floor[key], color="#777777", linewidth=1.0, linestyle=(0, (1, 2)), label="FP32 on both sides")
             axes.set(xlabel="stored mantissa bits k of the trainer's weights", ylabel=label, xticks=BITS)
             # Between the points and the floor there is always room.
@@ -217,7 +217,6 @@ def _draw(
     points: Mapping[int, MetricValue],
     formats: Mapping[str, MetricValue],
     fit: Fit,
-    symbol: str,
     power: int,
 ) -> None:
     axes.set_yscale("log", base=2)
@@ -225,6 +224,7 @@ def _draw(
     x = np.array(sorted(points), np.float64)
     _draw_points(axes, x, [points[int(k)] for k in x], color="#111111", marker="o", label="weights rounded to k bits")
     assert fit.slope.value is not None
+    slope = f"{fit.slope.value:.2f} [{fit.slope.ci_low:.2f}, {fit.slope.ci_high:.2f}]".replace("-", "−")
     line = x[x >= fit.first]
     axes.plot(
         line,
@@ -232,7 +232,7 @@ def _draw(
         color="#111111",
         linewidth=1.4,
         zorder=3,
-        label=f"fit from k = {fit.first}: log2 {symbol} falls by {text(_negated(fit.slope), 4)} per bit",
+        label=f"fit from k = {fit.first}: slope {slope} per bit",
     )
     middle = float(line.mean())
     axes.plot(
@@ -275,13 +275,6 @@ def _draw_points(
         elinewidth=1.0,
         label=label,
     )
-
-
-def _negated(metric: MetricValue) -> MetricValue:
-    assert metric.value is not None
-    assert metric.ci_low is not None
-    assert metric.ci_high is not None
-    return MetricValue(-metric.value, -metric.ci_high, -metric.ci_low)
 
 
 def collect(model: Path, num_prompts: int, max_tokens: int, scratch: Path) -> dict[int | str, PairArrays]:

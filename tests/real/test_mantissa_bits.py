@@ -71,11 +71,11 @@ def test_the_figure_shows_every_point_and_names_the_slope() -> None:
     formats = {key: {dtype: MetricValue(0.1, 0.08, 0.12) for dtype in ("bfloat16", "float16")} for key in keys}
     pairs = synthetic(1.0, scale=1e-3)
     figure = bits_figure(points, formats, dict.fromkeys(keys, 1e-6), {key: fit(pairs, key, 4) for key in keys})
-    for axes, (_, _, symbol, power) in zip(figure.axes, METRICS, strict=True):
+    for axes, (*_, power) in zip(figure.axes, METRICS, strict=True):
         drawn = axes.containers[0].lines[0]
         np.testing.assert_array_equal(drawn.get_xdata(), BITS)
         np.testing.assert_allclose(drawn.get_ydata(), [2.0**-bits for bits in BITS])
         entries = " | ".join(entry.get_text() for entry in axes.get_legend().get_texts())
-        falls = f"fit from k = 4: log2 {symbol} falls by {-power} [{-power}, {-power}] per bit"
-        for part in (falls, "bfloat16", "float16", "FP32 on both sides"):
+        slope = f"fit from k = 4: slope −{-power}.00 [−{-power}.00, −{-power}.00] per bit"
+        for part in (slope, "bfloat16", "float16", "FP32 on both sides"):
             assert part in entries
