@@ -64,6 +64,7 @@ oracles: ## Compare the metrics with those of verl, TRL, ArviZ and torch on the 
 bench: ## Measure the tool's own speed, also against a bare script and against TRL
 	$(SETUP) --extra oracles
 	@'$(BIN)/python' benchmarks/stream_metrics.py
+	@'$(BIN)/python' benchmarks/exact_kl.py
 	@'$(BIN)/python' benchmarks/score_vs_trl.py
 	@'$(BIN)/python' benchmarks/compare_vs_bare.py --num-prompts 16 --max-tokens 12
 
