@@ -185,6 +185,11 @@ class Comparison:
     def _replay_requests(self) -> list[RolloutRequest]:
         """The sequences of the pass that the others follow, each to be decoded again."""
         source = str(self._plan.passes.source)
+        if self._run.manifest["passes"].get(source, {}).get("status") == "refused":
+            raise DtypeRefused(
+                f"{source} is refused, so there is nothing to decode again.",
+                "Name a dtype that can sample first in --rollout-dtypes.",
+            )
         if not self._run.finished(source):
             raise EngineError(
                 f"{source} has not finished, so there is nothing to decode again.",

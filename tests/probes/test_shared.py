@@ -100,6 +100,10 @@ class TestReplay:
         with pytest.raises(TableError, match="Nothing can be compared"):
             compare(scripted_model({"rollout-bfloat16": "crash-generate"}, vocab_size=40))
 
+    def test_a_sampler_that_is_refused_ends_the_comparison(self, compare: Compare, scripted_model: MakeModel) -> None:
+        with pytest.raises(TableError, match="Nothing can be compared: .*is refused, so there is nothing to decode"):
+            compare(scripted_model({"rollout-bfloat16": "refuse"}, vocab_size=40))
+
     def test_a_refused_replay_leaves_its_cells_empty(self, compare: Compare, scripted_model: MakeModel) -> None:
         run = compare(scripted_model({"rollout-float16": "refuse"}, vocab_size=40))
         assert run.complete
