@@ -7,6 +7,7 @@ from typing import Any
 
 from mismatch_probe.metrics.accumulate import PairSums
 from mismatch_probe.metrics.length_prediction import LengthForecast
+from mismatch_probe.metrics.multiplicity import SIGNIFICANCE, holm
 from mismatch_probe.metrics.paired import paired_ratio
 from mismatch_probe.metrics.ratio_test import RatioTest
 from mismatch_probe.probes.pairs import PairResult
@@ -30,7 +31,7 @@ def findings(
     if "float32" in diagonal:
         floor = diagonal["float32"].metrics[METRIC]
         rows.append({"name": "fp32_floor", "text": _floor_text(floor), **floor.as_dict()})
-    broken = {name: result for name, result in diagonal.items() if _one_sided(result)}
+    broken = _one_sided(diagonal)
     if broken:
         rows.append({"name": "one_sided", "text": _one_sided_text(broken)})
     exact = {name: r.metrics["kl_exact"] for name, r in diagonal.items() if r.metrics["kl_exact"].value is not None}
@@ -64,18 +65,26 @@ def _tokens(length: MetricValue) -> str:
     return f"{length.value:,.0f}{limits} tokens"
 
 
-def _one_sided(result: PairResult) -> list[RatioTest]:
-    return [test for test in result.ratio_tests if test.verdict == "violated"]
+def _one_sided(diagonal: Mapping[str, PairResult]) -> dict[str, RatioTest]:
+    """The largest violation of E[ρ] = 1 in each pair, of those that stand against all tests of all pairs together."""
+    tests = [(name, test) for name, result in diagonal.items() for test in result.ratio_tests]
+    adjusted = holm([test.p_value for _, test in tests])
+    found: dict[str, RatioTest] = {}
+    for (name, test), p in zip(tests, adjusted, strict=True):
+        if p is not None and p < SIGNIFICANCE and test.verdict == "violated":
+            found[name] = max(found.get(name, test), test, key=_size)
+    return found
 
 
-def _one_sided_text(broken: Mapping[str, PairResult]) -> str:
+def _size(test: RatioTest) -> float:
+    return abs((test.mean_ratio.value or 1.0) - 1.0)
+
+
+def _one_sided_text(broken: Mapping[str, RatioTest]) -> str:
     """On policy the mean importance ratio is 1 whatever rounding does."""
-    parts = []
-    for name, result in broken.items():
-        worst = max(_one_sided(result), key=lambda test: abs((test.mean_ratio.value or 1.0) - 1.0))
-        parts.append(f"{name} {worst.mean_ratio.value:.4f} ({worst.family})")
+    parts = [f"{name} {test.mean_ratio.value:.4f} ({test.family})" for name, test in broken.items()]
     return (
-        f"The mean importance ratio is not 1: {', '.join(parts)}. Rounding cannot do that on policy; look for a "
+        f"The mean importance ratio is not 1: {', '.join(parts)}. Rounding does not do that on policy; look for a "
         "truncated or rescaled law, or a padded vocabulary, on one side."
     )
 

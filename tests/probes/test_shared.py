@@ -101,7 +101,7 @@ class TestReplay:
             compare(scripted_model({"rollout-bfloat16": "crash-generate"}, vocab_size=40))
 
     def test_a_sampler_that_is_refused_ends_the_comparison(self, compare: Compare, scripted_model: MakeModel) -> None:
-        with pytest.raises(TableError, match="Nothing can be compared: .*is refused, so there is nothing to decode"):
+        with pytest.raises(TableError, match=r"Nothing can be compared: .*is refused, so there is nothing to decode"):
             compare(scripted_model({"rollout-bfloat16": "refuse"}, vocab_size=40))
 
     def test_a_refused_replay_leaves_its_cells_empty(self, compare: Compare, scripted_model: MakeModel) -> None:
