@@ -80,7 +80,9 @@ def missing_key(key: str, found: Iterable[str], text: bool) -> tuple[str, str]:
 def wrong_length(key: str, length: int, prompt: int, response: int) -> tuple[str, str]:
     """What and fix for a list that does not run along the response, with a guess at the usual off-by-some."""
     what = f"has {length} {key} for {response} response_token_ids"
-    if prompt and length == prompt + response:
+    if not response:
+        fix = "Record the response's ids, or leave the row out."
+    elif prompt and length == prompt + response:
         fix = f"They seem to cover prompt and response: leave out the {prompt} that belong to the prompt."
     elif prompt and length == prompt + response - 1:
         fix = (
