@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from mismatch_probe.ingest.base import Ragged, RecordedRun, Source
 from mismatch_probe.ingest.chunks import (
@@ -28,6 +28,27 @@ from mismatch_probe.ingest.refusal import Place, quoted, quoted_list
 _ROUNDING = 1e-6
 _DIGEST_LENGTH = 16
 _MOST_IGNORED = 100
+_GROWTH = 1.25
+
+
+class _Growing:
+    """A flat array that is appended to in place: joining pieces at the end would hold a large file twice."""
+
+    def __init__(self, dtype: DTypeLike) -> None:
+        self._array: NDArray[Any] = np.empty(0, dtype)
+        self._length = 0
+
+    def extend(self, values: NDArray[Any]) -> None:
+        end = self._length + len(values)
+        if end > len(self._array):
+            # No view of the array exists yet, so that it may move.
+            self._array.resize(max(end, int(_GROWTH * len(self._array))), refcheck=False)
+        self._array[self._length : end] = values
+        self._length = end
+
+    def done(self) -> NDArray[Any]:
+        self._array.resize(self._length, refcheck=False)
+        return self._array
 
 
 class Collector:
@@ -43,7 +64,7 @@ class Collector:
         self._present: dict[str, bool] = {}
         self._first_row = 0
         self._rows: list[NDArray[np.int64]] = []
-        self._values: dict[str, list[NDArray[Any]]] = {}
+        self._values: dict[str, _Growing] = {}
         self._lengths: dict[str, list[NDArray[np.int64]]] = {key: [] for key in IDS}
         self._scalars: dict[str, list[Any]] = {key: [] for key in SCALARS}
         self._labels: dict[str, str] = {}
@@ -84,12 +105,11 @@ class Collector:
         self._rows.append(chunk.rows)
         for key in IDS:
             self._lengths[key].append(chunk.lists[key].lengths)
-            self._values.setdefault(key, []).append(chunk.lists[key].values.astype(np.int32, copy=False))
+            self._extend(key, chunk.lists[key].values, np.int32)
         for key in PER_TOKEN:
             if self._present[key]:
                 values = chunk.lists[key].values
-                values = values.astype(bool, copy=False) if key == "loss_mask" else values
-                self._values.setdefault(key, []).append(values)
+                self._extend(key, values, bool if key == "loss_mask" else values.dtype)
         for key in SCALARS:
             for row, value in zip(chunk.rows, chunk.scalars.get(key, [None] * len(chunk.rows)), strict=True):
                 if key == "step":
@@ -97,6 +117,11 @@ class Collector:
                 else:  # one object per distinct label: a column of them is mostly repeats
                     label = check_label(self._place, int(row), key, value) or ""
                     self._scalars[key].append(self._labels.setdefault(label, label))
+
+    def _extend(self, key: str, values: NDArray[Any], dtype: DTypeLike) -> None:
+        if key not in self._values:
+            self._values[key] = _Growing(dtype)
+        self._values[key].extend(values)
 
     def finish(self, file_format: str, sha256: str, ignored: Iterable[str]) -> RecordedRun:
         """Puts the run together; call it once.
@@ -113,8 +138,8 @@ class Collector:
             self._place.refuse_file("holds no row", "Write one row per sequence into it.")
         if not self._rows:
             self._place.refuse_file("holds no response token", "Record response_token_ids as they were sampled.")
-        prompts, responses = (Ragged(self._joined(key), self._offsets(key)) for key in IDS)
-        columns = {key: Ragged(self._joined(key), responses.offsets) for key in PER_TOKEN if self._present[key]}
+        prompts, responses = (Ragged(self._values[key].done(), self._offsets(key)) for key in IDS)
+        columns = {key: Ragged(self._values[key].done(), responses.offsets) for key in PER_TOKEN if self._present[key]}
         mask = columns.get("loss_mask")
         if mask is not None and not mask.values.any():
             self._place.refuse_file("has a loss_mask that is 0 everywhere", "Set it to 1 for the tokens to compare.")
@@ -148,10 +173,6 @@ class Collector:
 
     def _offsets(self, key: str) -> NDArray[np.int64]:
         return np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(self._lengths[key]), dtype=np.int64)])
-
-    def _joined(self, key: str) -> NDArray[Any]:
-        """A column in one piece; its chunks are let go, so that no more than one column is held twice."""
-        return np.concatenate(self._values.pop(key))
 
 
 def _digest(token_ids: NDArray[np.int32]) -> str:

@@ -29,8 +29,8 @@ _FIX = "Write a row per sequence into a .jsonl or .parquet file."
 def read_generic(path: str | Path) -> RecordedRun:
     """Reads a recorded run; the format follows the suffix, and no file is opened to find out what it is.
 
-    Memory is that of the columns (4 bytes per id, 8 or, from float32 Parquet, 4 per log-prob, 1 per mask), with one of
-    them twice for a moment. Log-probs keep their precision and are never replaced: null, NaN and infinities stay.
+    Memory is that of the columns (4 bytes per id, 8 per log-prob or 4 where Parquet has float32, 1 per mask), and up to
+    a quarter more while they grow. Log-probs keep their precision and are never replaced: null is NaN, infinities stay.
 
     Args:
         path: A `.jsonl` or `.parquet` file.

@@ -18,8 +18,8 @@ from mismatch_probe.ingest.chunks import IDS, KEYS, LISTS, LOGPROBS, SCALARS, Ch
 from mismatch_probe.ingest.collect import Collector
 from mismatch_probe.ingest.refusal import TEXT_KEYS, Place, missing_key, quoted
 
-# Rows per batch: at a thousand tokens a row, some 20 MB of Arrow buffers.
-_BATCH = 1024
+# Rows per batch: at a thousand tokens a row, some 20 MB of Arrow's buffers.
+_BATCH = 256
 _BLOCK = 1 << 20
 
 
@@ -41,7 +41,8 @@ def read(handle: IO[bytes], name: str) -> RecordedRun:
         digest.update(block)
     handle.seek(0)
     with _arrow_errors(place):
-        file = pq.ParquetFile(handle)
+        # Read piece by piece: a file is often one row group, which would else be held as a whole beside its columns.
+        file = pq.ParquetFile(handle, buffer_size=_BLOCK, pre_buffer=False)
         schema = file.schema_arrow
         names = list(schema.names)
     _check_schema(place, schema, names)
@@ -49,8 +50,9 @@ def read(handle: IO[bytes], name: str) -> RecordedRun:
     for batch in _batches(place, file, [key for key in names if key in KEYS]):
         rows = np.arange(first, first + batch.num_rows)
         first += batch.num_rows
-        lists = {key: _lists(place, rows, key, batch.column(key)) for key in LISTS if key in batch.schema.names}
-        scalars = {key: batch.column(key).to_pylist() for key in SCALARS if key in batch.schema.names}
+        lists = {key: _lists(place, rows, key, batch.column(key)) for key in LISTS if key in names}
+        with _arrow_errors(place):  # text is decoded here, and need not be UTF-8
+            scalars = {key: batch.column(key).to_pylist() for key in SCALARS if key in names}
         collector.add(Chunk(rows, lists, scalars, names))
     return collector.finish("parquet", digest.hexdigest(), [name for name in names if name not in KEYS])
 
