@@ -55,7 +55,7 @@ def score_ours(model: str, dtype: str, data: list[tuple[list[int], list[int]]]) 
     engine = HfTrainer(TrainerJob("hf", model, dtype, "cast", "padded", "sdpa", "cpu", 1.0, requests, 0, budget))  # type: ignore[arg-type]
 
     def run() -> float:
-        return sum(sum(score.logprobs) for batch in engine.plan(requests) for score in engine.score(batch, 1.0))
+        return float(sum(sum(score.logprobs) for batch in engine.plan(requests) for score in engine.score(batch, 1.0)))
 
     return measured(run)
 
