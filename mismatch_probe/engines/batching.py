@@ -88,5 +88,5 @@ def _fits(
 
 
 def rows_per_chunk(vocabulary: int, budget: int, device_type: str) -> int:
-    """Rows of logits that exist at once: two FP32 copies of them within a quarter of the budget."""
-    return max(1, min(_MOST_ROWS[device_type], budget // 4 // (8 * vocabulary)))
+    """Rows of logits that exist at once: them, what is made of them, and room, within a quarter of the budget."""
+    return max(1, min(_MOST_ROWS[device_type], budget // 4 // (12 * vocabulary)))
