@@ -219,8 +219,7 @@ class CompareConfig:
             raise UsageError(f"--seed must be between 0 and 2³² − 1, not {self.seed}.", "Choose another one.")
         if self.exact_kl != "all" and not (isinstance(self.exact_kl, int) and self.exact_kl >= 0):
             raise UsageError(f"--exact-kl must be a number of positions or all, not {self.exact_kl!r}.", "0 is none.")
-        if any(length < 1 for length in self.predict_lengths):
-            raise UsageError("--predict-length must be positive.", "Leave it out for the default.")
+        check_lengths(self.predict_lengths)
         self._check_source()
         self._check_choices()
         if self.trainer_modes == ("autocast",) and self.trainer_dtypes == ("float32",):
@@ -235,7 +234,13 @@ class CompareConfig:
                 raise UsageError(f"{flag(name)} goes with recorded sequences.", "Name their file with --from.")
         if self.source is None:
             return
-        for name, default in (("prompts", None), ("chat", False), ("num_prompts", None), ("samples_per_prompt", None)):
+        for name, default in (
+            ("prompts", None),
+            ("chat", False),
+            ("num_prompts", None),
+            ("samples_per_prompt", None),
+            ("max_tokens", None),
+        ):
             if getattr(self, name) != default:
                 raise UsageError(f"{flag(name)} has no meaning with --from.", "The file brings prompts and responses.")
         if self.sequences != "own":
@@ -288,6 +293,16 @@ class CompareConfig:
             key: tuple(value) if isinstance(value, list) else value for key, value in document.items()
         }
         return cls(**values)
+
+
+def check_lengths(lengths: Sequence[int]) -> None:
+    """Checks `--predict-length`.
+
+    Raises:
+        UsageError: A length is not positive.
+    """
+    if any(length < 1 for length in lengths):
+        raise UsageError("--predict-length must be positive.", "Leave it out for the default.")
 
 
 def _with_fields(arguments: Mapping[str, Any]) -> dict[str, Any]:

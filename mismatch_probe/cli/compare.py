@@ -104,7 +104,7 @@ class _Positions(click.ParamType[int | str]):
 @click.option(
     "--reference",
     type=click.Choice(["float32", "float64"]),
-    help="What errors are charged against: the trainer's float32, or a float64 forward.  [default: float32]",
+    help="What errors are charged against: the trainer's float32 column, or a float64 pass.  [default: float32]",
 )
 @predict_length_option
 @extrapolate_option
@@ -225,18 +225,21 @@ def _show_plan(plan: Plan, as_json: bool) -> None:
     total = sum(row.seconds for row in rows)
     if as_json:
         document = {"device": plan.device, "sizes": asdict(plan.sizes), "passes": [asdict(row) for row in rows]}
-        print_json({**document, "seconds": total, "disk_gib": disk_gib(rows)})
+        print_json({**document, "seconds": total, "disk_gib": disk_gib(plan, rows)})
         return
     sizes = plan.sizes
-    click.echo(
-        f"{plan.config.model} on {plan.device}: {sizes.num_prompts} prompts × {sizes.samples_per_prompt} responses "
-        f"of at most {sizes.max_tokens} tokens per rollout dtype"
-    )
+    if plan.recorded is not None:
+        click.echo(f"{len(plan.recorded)} recorded sequences of {sizes.num_prompts} prompts, on {plan.device}")
+    else:
+        click.echo(
+            f"{plan.config.model} on {plan.device}: {sizes.num_prompts} prompts × {sizes.samples_per_prompt} responses "
+            f"of at most {sizes.max_tokens} tokens per rollout dtype"
+        )
     click.echo(f"{'pass':<28}{'tokens':>12}{'memory':>18}{'time, roughly':>16}")
     for row in rows:
         memory = "share of the card" if row.memory_gib is None else f"{row.memory_gib:.1f} GiB"
         click.echo(f"{row.pass_id:<28}{row.tokens:>12,}{memory:>18}{_duration(row.seconds):>16}")
-    click.echo(f"{'all':<28}{'':>12}{f'{1024 * disk_gib(rows):.1f} MiB on disk':>18}{_duration(total):>16}")
+    click.echo(f"{'all':<28}{'':>12}{f'{1024 * disk_gib(plan, rows):.1f} MiB on disk':>18}{_duration(total):>16}")
     click.echo(
         "Lengths are guessed from characters and speed from the device: expect a factor of two or three either way."
     )

@@ -41,12 +41,13 @@ class Capture:
     Attributes:
         path: The file, see `engines.rows`; made by the engine.
         rows: How many at most.
-        positions: Which ones, by sequence; None lets `engines.rows` choose.
+        positions: Which ones: by sequence and position the weight and what it stands for, see `engines.rows`, which
+            chooses for itself where this is None.
     """
 
     path: str
     rows: int
-    positions: Mapping[int, Sequence[int]] | None = None
+    positions: Mapping[int, Mapping[int, tuple[float, float]]] | None = None
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ Shape legend: `V` vocabulary.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import heapq
 import math
@@ -35,7 +36,9 @@ LEAST_WEIGHT = 0.1
 _HEADER = np.dtype(
     [("magic", "S8"), ("vocabulary", "<i8"), ("slots", "<i8"), ("threshold", "<f8"), ("total_weight", "<f8")]
 )
-_SLOT = np.dtype([("sequence_id", "<i8"), ("position", "<i8"), ("key", "<f8"), ("weight", "<f8")])
+_SLOT = np.dtype(
+    [("sequence_id", "<i8"), ("position", "<i8"), ("key", "<f8"), ("weight", "<f8"), ("stands_for", "<f8")]
+)
 _MAGIC = b"MPROWS01"
 
 
@@ -80,12 +83,14 @@ class RowWriter:
         self._vocabulary = 0
         self._threshold = math.inf  # smallest key that was turned away
         self._total_weight = 0.0
-        self._begun: set[int] = set()
+        self._counted: dict[int, int] = {}  # last position of each sequence that was
         self._facts: dict[int, NDArray[Any]] = {}
         self._slots: dict[tuple[int, int], int] = {}
         self._largest: list[tuple[float, tuple[int, int]]] = []  # heap of (−key, position)
 
-    def admit(self, sequence_id: int, position: int, u: float, weight: float) -> int | None:
+    def admit(
+        self, sequence_id: int, position: int, u: float, weight: float, stands_for: float = math.nan
+    ) -> int | None:
         """Counts a position and decides whether its row is kept.
 
         Args:
@@ -93,23 +98,24 @@ class RowWriter:
             position: Index in the response.
             u: What `uniform` gives for it; 0 keeps it whatever else comes.
             weight: In (0, 1].
+            stands_for: For a position that another file chose, how many it stands for there.
 
         Returns:
             The slot that its row goes to, None for nowhere. A position that comes again (a prompt in several chunks
             shows rows before its last) keeps its slot and the weight that it came in with, which decided.
         """
         name = (sequence_id, position)
-        if position > 0 or sequence_id not in self._begun:
+        # A preempted request computes its prompt and response again, in chunks that show earlier positions.
+        if position > self._counted.get(sequence_id, -1):
+            self._counted[sequence_id] = position
             self._total_weight += weight
-        if position == 0:
-            self._begun.add(sequence_id)
         slot = self._slots.get(name)
         if slot is None:
             key = u / weight
             slot = self._free_slot(key)
             if slot is not None:
                 self._slots[name] = slot
-                self._facts[slot] = np.array((sequence_id, position, key, weight), dtype=_SLOT)
+                self._facts[slot] = np.array((sequence_id, position, key, weight, stands_for), dtype=_SLOT)
                 heapq.heappush(self._largest, (-key, name))
         self._write_header()
         return slot
@@ -121,7 +127,7 @@ class RowWriter:
         self._vocabulary = len(row)
         self._write_header()
         content = self._facts[slot].tobytes() + np.ascontiguousarray(row, dtype="<f4").tobytes()
-        os.pwrite(self._file, content, file_bytes(slot, self._vocabulary))
+        _write(self._file, content, file_bytes(slot, self._vocabulary))
 
     def _free_slot(self, key: float) -> int | None:
         """Where a position with this key goes, None for nowhere."""
@@ -139,7 +145,7 @@ class RowWriter:
     def _write_header(self) -> None:
         facts = (_MAGIC, self._vocabulary, len(self._slots), self._threshold, self._total_weight)
         header = np.array(facts, dtype=_HEADER)
-        os.pwrite(self._file, header.tobytes(), 0)
+        _write(self._file, header.tobytes(), 0)
 
 
 class RowFile:
@@ -161,18 +167,24 @@ class RowFile:
             header = np.frombuffer(os.pread(self._file, _HEADER.itemsize, 0), _HEADER)
         except (OSError, ValueError):
             header = np.empty(0, _HEADER)
-        if len(header) == 0 or header[0]["magic"] != _MAGIC:
-            raise TableError(f"{path} holds no captured rows.", "Run the comparison again with --exact-kl.")
-        self.vocabulary, threshold = int(header[0]["vocabulary"]), float(header[0]["threshold"])
-        offsets = [file_bytes(slot, self.vocabulary) for slot in range(int(header[0]["slots"]))]
+        slots = int(header[0]["slots"]) if len(header) and header[0]["magic"] == _MAGIC else -1
+        self.vocabulary = int(header[0]["vocabulary"]) if slots >= 0 else 0
+        if slots < 0 or os.fstat(self._file).st_size < file_bytes(slots, self.vocabulary):
+            raise TableError(
+                f"{path} holds no captured rows, or is cut off.", "Delete this file: exact metrics stay empty then."
+            )
+        threshold = float(header[0]["threshold"])
+        offsets = [file_bytes(slot, self.vocabulary) for slot in range(slots)]
         facts = [np.frombuffer(os.pread(self._file, _SLOT.itemsize, offset), _SLOT)[0] for offset in offsets]
         inverse = [1.0 / min(1.0, float(fact["weight"]) * threshold) for fact in facts]
         estimated = sum(float(fact["weight"]) * each for fact, each in zip(facts, inverse, strict=True))
         scale = float(header[0]["total_weight"]) / estimated if estimated else 1.0
-        self.kept = [
-            KeptRow(int(fact["sequence_id"]), int(fact["position"]), slot, float(fact["weight"]), each * scale)
-            for slot, (fact, each) in enumerate(zip(facts, inverse, strict=True))
-        ]
+        self.kept = []
+        for slot, (fact, each) in enumerate(zip(facts, inverse, strict=True)):
+            given = float(fact["stands_for"])
+            stands_for = each * scale if math.isnan(given) else given
+            place = int(fact["sequence_id"]), int(fact["position"]), slot
+            self.kept.append(KeptRow(*place, float(fact["weight"]), stands_for))
 
     def row(self, slot: int) -> NDArray[np.float32]:
         """`[V]` logits."""
@@ -182,6 +194,12 @@ class RowFile:
 
     def close(self) -> None:
         os.close(self._file)
+
+
+def _write(file: int, content: bytes, offset: int) -> None:
+    """Writes all of it; a disk that fills up takes part of a row without a word."""
+    if os.pwrite(file, content, offset) < len(content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def stacked(parts: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[Any]] | None:

@@ -95,12 +95,13 @@ class ScriptedRollout(_Script):
     def _keep(self, capture: Capture, request: RolloutRequest, prefix: Sequence[int], position: int) -> None:
         """Keeps a row by the rules of the real engine's processor."""
         chosen = capture.positions
-        if chosen is not None and position not in chosen.get(request.sequence_id, ()):
+        given = None if chosen is None else chosen.get(request.sequence_id, {}).get(position)
+        if chosen is not None and given is None:
             return
         assert self._writer is not None
         row, u = self.row(prefix), 0.0 if chosen is not None else uniform(request.seed, position)
         weight = max(LEAST_WEIGHT, 1 - float(np.exp(row.max() - np.logaddexp.reduce(row))))
-        slot = self._writer.admit(request.sequence_id, position, u, weight)
+        slot = self._writer.admit(request.sequence_id, position, u, *(given or (weight,)))
         if slot is not None:
             self._writer.put(slot, row)
 

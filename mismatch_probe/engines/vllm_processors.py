@@ -36,7 +36,7 @@ class _Wish:
     prompt_length: int
     seed: int
     writer: RowWriter | None
-    only: frozenset[int] | None
+    only: Mapping[int, tuple[float, float]] | None
     forced: Sequence[int]
 
     def draw(self, position: int) -> float | None:
@@ -50,6 +50,8 @@ class _Wish:
     def admit(self, position: int, u: float, weight: float) -> int | None:
         """The slot of a row in the file, None where it is not kept."""
         assert self.writer is not None
+        if self.only is not None:
+            return self.writer.admit(self.sequence_id, position, u, *self.only[position])
         return self.writer.admit(self.sequence_id, position, u, weight)
 
     def put(self, slot: int, row: torch.Tensor) -> None:
@@ -74,7 +76,8 @@ def request_arguments(
     wish: dict[str, Any] = {"sequence_id": sequence_id, "prompt_length": prompt_length, "seed": seed}
     wish["forced"] = [int(token) for token in forced]
     if capture is not None:
-        only = None if capture.positions is None else list(capture.positions.get(sequence_id, ()))
+        chosen = None if capture.positions is None else capture.positions.get(sequence_id, {})
+        only = None if chosen is None else [[position, *facts] for position, facts in chosen.items()]
         wish |= {"path": capture.path, "rows": capture.rows, "only": only}
     return {_KEY: wish}
 
@@ -97,7 +100,7 @@ def _read_wish(params: SamplingParams) -> _Wish | None:
         prompt_length=wish["prompt_length"],
         seed=wish["seed"],
         writer=_writer(wish["path"], wish["rows"]) if writes else None,
-        only=None if only is None else frozenset(only),
+        only=None if only is None else {at: (weight, stands_for) for at, weight, stands_for in only},
         forced=wish["forced"],
     )
 

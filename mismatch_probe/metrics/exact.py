@@ -57,31 +57,67 @@ def divergences(
     with np.errstate(all="ignore"):  # rows with NaN, −inf or an overflow are dealt with by their results
         log_mu, mu = _log_softmax(rollout_logits, temperature)
         log_pi, pi = _log_softmax(trainer_logits, temperature)
-        # The law of the tokens that both sides can produce, and what each side gives to tokens that only it can.
-        both = (mu > 0) & (pi > 0)
+        # A token that one side excludes has a logit of −inf; one whose probability underflows it does not exclude.
+        both = (log_mu > -np.inf) & (log_pi > -np.inf)
+        only_mu, only_pi = (np.where(both, 0.0, p).sum(axis=1) for p in (mu, pi))
         x = np.where(both, log_pi - log_mu, 0.0)
+        far = np.abs(x) > _NEAR
+        shared = np.where(both & ~far, mu, 0.0)
+        x = np.where(far, 0.0, x)
         e = np.expm1(x)
         half = np.log1p(0.5 * e)  # of the middle of both policies, over μ
-        shared = np.where(both, mu, 0.0)
-        only_mu, only_pi = (np.where(both, 0.0, p).sum(axis=1) for p in (mu, pi))
         square, k3 = x * x, e - x
-        moments = {"k1_square": square, "k2_square": 0.25 * square * square, "k3_square": k3 * k3}
-        infinite = np.where(only_mu > 0, np.inf, 0.0)
-        sums = {
-            # Over the shared tokens alone Σ(π − μ) is only_mu − only_pi, which is put back.
-            "kl": (shared * k3).sum(axis=1) + only_pi + infinite,
-            "kl_reverse": (shared * (x + e * x - e)).sum(axis=1) + only_mu + np.where(only_pi > 0, np.inf, 0.0),
-            "js": 0.5 * (shared * (e * (x - half) + x - 2.0 * half)).sum(axis=1)
-            + 0.5 * np.log(2) * (only_mu + only_pi),
-            "tv": 0.5 * (np.abs(shared * e).sum(axis=1) + only_mu + only_pi),
-            "flip": 1.0 * (rollout_logits.argmax(axis=1) != trainer_logits.argmax(axis=1)),
-            "entropy_rollout": -np.where(mu > 0, mu * log_mu, 0.0).sum(axis=1),
-            "entropy_trainer": -np.where(pi > 0, pi * log_pi, 0.0).sum(axis=1),
-            "chi2": (shared * e * e).sum(axis=1) + only_mu + np.where(only_pi > 0, np.inf, 0.0),
-            **{key: (shared * values).sum(axis=1) + infinite for key, values in moments.items()},
+        terms = {
+            "kl": k3,
+            "kl_reverse": x + e * x - e,
+            "js": 0.5 * (e * (x - half) + x - 2.0 * half),
+            "tv": 0.5 * np.abs(e),
+            "chi2": e * e,
+            "k1_square": square,
+            "k2_square": 0.25 * square * square,
+            "k3_square": k3 * k3,
         }
+        sums = {key: (shared * values).sum(axis=1) for key, values in terms.items()}
+        for key, values in _far_terms(log_mu[far], log_pi[far]).items():
+            sums[key] += np.bincount(np.nonzero(far)[0], values, minlength=len(mu))
+    no_mu, no_pi = (np.where(only > 0, np.inf, 0.0) for only in (only_pi, only_mu))
+    # Over the shared tokens alone Σ(π − μ) is only_mu − only_pi, which is put back.
+    rest = {
+        "kl": only_pi + no_pi,
+        "kl_reverse": only_mu + no_mu,
+        "js": 0.5 * np.log(2) * (only_mu + only_pi),
+        "tv": 0.5 * (only_mu + only_pi),
+        "chi2": only_mu + no_mu,
+        **dict.fromkeys(("k1_square", "k2_square", "k3_square"), no_pi),
+    }
+    sums = {key: values + rest[key] for key, values in sums.items()} | {
+        "flip": 1.0 * (rollout_logits.argmax(axis=1) != trainer_logits.argmax(axis=1)),
+        "entropy_rollout": special.entr(mu).sum(axis=1),
+        "entropy_trainer": special.entr(pi).sum(axis=1),
+    }
     broken = np.isnan(rollout_logits).any(axis=1) | np.isnan(trainer_logits).any(axis=1)
     return {key: np.where(broken, np.nan, sums[key]) for key in DIVERGENCES}
+
+
+def _far_terms(log_mu: Floats, log_pi: Floats) -> dict[str, Floats]:
+    """The same terms of tokens `[K]` whose ratio is far from 1: differences of numbers that are not close, in which
+    nothing overflows that has a finite value.
+    """
+    mu, pi, x = np.exp(log_mu), np.exp(log_pi), log_pi - log_mu
+    middle = np.logaddexp(log_mu, log_pi) - np.log(2)
+    rho_pi = np.exp(2 * log_pi - log_mu)  # π²/μ
+    # expm1(x) − x times √μ, whose square is wanted: ρ√μ − (1 + x)√μ.
+    root = np.exp(log_pi - 0.5 * log_mu) - (1 + x) * np.exp(0.5 * log_mu)
+    return {
+        "kl": pi - mu - mu * x,
+        "kl_reverse": mu - pi + pi * x,
+        "js": 0.5 * (mu * (log_mu - middle) + pi * (log_pi - middle)),
+        "tv": 0.5 * np.abs(pi - mu),
+        "chi2": rho_pi - 2 * pi + mu,
+        "k1_square": mu * x**2,
+        "k2_square": 0.25 * mu * x**4,
+        "k3_square": root**2,
+    }
 
 
 def _log_softmax(logits: NDArray[Any], temperature: float) -> tuple[Floats, Floats]:
@@ -145,6 +181,8 @@ class EstimatorCost:
     tokens_needed: int | None
 
 
+# Beyond this |x| a term is a difference of numbers that are not close to each other.
+_NEAR = 1.0
 # Metric keys, the column behind each, and how its mean becomes the metric.
 _MEANS = {
     "kl_exact": "kl",
@@ -159,7 +197,7 @@ _MEANS = {
 # What the costs of the sampled estimators are made of.
 ESTIMATOR_COLUMNS = ("kl", "k1_square", "k2_square", "k3_square")
 _PRECISION = 0.1
-NO_ROWS = "no rows of logits were kept; --exact-kl keeps some"
+NO_ROWS = "no rows of logits were compared; --exact-kl keeps some"
 
 
 def exact_metrics(rows: ExactRows | None) -> dict[str, Estimate | MetricValue]:

@@ -51,6 +51,7 @@ class StepSums:
             known = known[np.linspace(0, len(known) - 1, MOST_STEPS).round().astype(np.int64)]
         self._kept = {int(value) for value in known}
         self._sums: dict[int, PairSums] = {}
+        self._own: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
 
     def update(self, chunk: PairArrays) -> None:
         """Takes in a chunk of whole sequences."""
@@ -61,9 +62,19 @@ class StepSums:
             if step not in self._kept:
                 continue
             rows = of_token == step
-            names = ("rollout_logprob", "trainer_logprob", "sequence", "position")
-            part = replace(chunk, **{name: getattr(chunk, name)[rows] for name in names}, columns={})
+            part = self._part(chunk, step, rows)
             self._sums.setdefault(step, PairSums(part)).update(part)
+
+    def _part(self, chunk: PairArrays, step: int, rows: NDArray[np.bool_]) -> PairArrays:
+        """A step's tokens of a chunk, its sequences and prompts counted from 0: sums are kept for its own alone."""
+        if step not in self._own:
+            sequences = np.flatnonzero(self._step == step)
+            self._own[step] = sequences, np.unique(chunk.prompt[sequences], return_inverse=True)[1].astype(np.int64)
+        sequences, prompt = self._own[step]
+        names = ("rollout_logprob", "trainer_logprob", "position")
+        tokens = {name: getattr(chunk, name)[rows] for name in names}
+        sequence = np.searchsorted(sequences, chunk.sequence[rows])
+        return replace(chunk, **tokens, sequence=sequence, prompt=prompt, prompt_ids=(), columns={})
 
     def results(self, *, seed: int = 0) -> list[StepResult]:
         """By step, in their order."""

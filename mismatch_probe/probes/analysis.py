@@ -10,6 +10,7 @@ from mismatch_probe.config import CompareConfig, Limit
 from mismatch_probe.errors import TableError
 from mismatch_probe.metrics import curves
 from mismatch_probe.metrics.accumulate import PairSums
+from mismatch_probe.metrics.catalog import CATALOG
 from mismatch_probe.metrics.frame import null_of
 from mismatch_probe.metrics.length import fit_length
 from mismatch_probe.metrics.length_prediction import LengthForecast, forecast
@@ -116,7 +117,10 @@ def judge(limit: Limit, pairs: Sequence[dict[str, Any]], missing: Sequence[dict[
         value, why = metric.get("value"), cell.get("why") or metric.get("why", "")
         if cell.get("n_nonfinite"):
             why = f"{cell['n_nonfinite']} of {cell['n_tokens']} log-probs are not finite, so the pair cannot pass"
-        exceeded = value is None or bool(cell.get("n_nonfinite")) or limit.exceeded_by(value)
+        if CATALOG[limit.metric].level == "exact" and cell.get("n_nonfinite_exact"):
+            why = f"the exact KL is not finite at {cell['n_nonfinite_exact']} compared positions, so it cannot pass"
+        broken = cell.get("n_nonfinite") or (CATALOG[limit.metric].level == "exact" and cell.get("n_nonfinite_exact"))
+        exceeded = value is None or bool(broken) or limit.exceeded_by(value)
         kept = {key: cell[key] for key in ("rollout_dtype", "trainer_dtype", "trainer_mode")}
         rows.append({"limit": limit.text, **kept, "value": value, "exceeded": exceeded, "why": why})
     return rows

@@ -51,7 +51,7 @@ class Comparison:
         try:
             with Workers(self._run.path / "logs") as workers:
                 encoded = self._encode(workers) if self._plan.model.config else []
-                if self._plan.recorded is not None and not self._run.finished(str(self._plan.passes.source)):
+                if self._plan.recorded is not None:
                     store_recorded(self._run, self._plan.recorded, self._texts)
                 for rollout in self._plan.passes.rollouts:
                     self._rollout(workers, rollout, encoded)

@@ -11,12 +11,18 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from mismatch_probe.engines.base import Capture, ExactPosition
-from mismatch_probe.engines.rows import KeptRow, RowFile, file_bytes
+from mismatch_probe.engines.rows import KeptRow, RowFile, file_bytes, uniform
 from mismatch_probe.errors import DiskFull
 from mismatch_probe.probes.planning import Plan
+from mismatch_probe.probes.recorded import masks_of
 from mismatch_probe.tables import RunDirectory
 from mismatch_probe.types import RolloutRequest, Sampling, ScoreRequest
+
+# By sequence and position, the weight of a position and what it stands for.
+Positions = dict[int, dict[int, tuple[float, float]]]
 
 
 class KeptRows:
@@ -24,6 +30,7 @@ class KeptRows:
 
     def __init__(self, plan: Plan, run: RunDirectory) -> None:
         self._plan = plan
+        self._masks = None if plan.recorded is None else masks_of(plan.recorded)
         self._run = run
         self._folder = run.path / "rows"
 
@@ -40,23 +47,42 @@ class KeptRows:
         if wanted == 0:
             return None
         most = sum(min(len(r.forced_token_ids) or sampling.max_tokens, sampling.max_tokens) for r in requests)
+        if self._masks is not None:
+            most = sum(int(mask.sum()) for mask in self._masks.values())
         rows = most if wanted == "all" else min(int(wanted), most)
         self._check_space(rows)
-        chooser = self._chooser(pass_id)
-        if chooser is None:
-            return Capture(str(self.path(pass_id)), rows)
-        chosen: dict[int, list[int]] = {}
-        for kept in _read(self.path(chooser)):
-            chosen.setdefault(kept.sequence_id, []).append(kept.position)
+        chosen = self._chosen(pass_id)
+        if chosen is None and self._masks is not None:
+            chosen = self._unmasked(requests, rows, most)
         return Capture(str(self.path(pass_id)), rows, chosen)
 
-    def _chooser(self, pass_id: str) -> str | None:
-        """The finished pass over the same sequences that chose the positions, if there is one."""
+    def _chosen(self, pass_id: str) -> Positions | None:
+        """What another finished pass over the same sequences has kept, if there is one: every file says what its
+        positions stand for, whoever chose them.
+        """
         if self._plan.passes.source is None:
             return None
-        earlier = [rollout.pass_id for rollout in self._plan.passes.rollouts]
-        earlier = earlier[: earlier.index(pass_id)]
-        return next((name for name in earlier if self._run.finished(name) and self.path(name).exists()), None)
+        names = [rollout.pass_id for rollout in self._plan.passes.rollouts if rollout.pass_id != pass_id]
+        found = next((name for name in names if self._run.finished(name) and self.path(name).exists()), None)
+        if found is None:
+            return None
+        chosen: Positions = {}
+        for kept in _read(self.path(found)):
+            chosen.setdefault(kept.sequence_id, {})[kept.position] = (kept.weight, kept.stands_for)
+        return chosen
+
+    def _unmasked(self, requests: Sequence[RolloutRequest], rows: int, total: int) -> Positions:
+        """As many tokens as are wanted of those that count, all equally likely."""
+        assert self._masks is not None
+        draws = [
+            (uniform(request.seed, int(position)), request.sequence_id, int(position))
+            for request in requests
+            for position in np.flatnonzero(self._masks[request.sequence_id])
+        ]
+        chosen: Positions = {}
+        for _, sequence_id, position in sorted(draws)[:rows]:
+            chosen.setdefault(sequence_id, {})[position] = (1.0, total / rows)
+        return chosen
 
     def _check_space(self, rows: int) -> None:
         text = self._plan.model.config.get("text_config") or self._plan.model.config
@@ -86,12 +112,8 @@ class KeptRows:
         sources = [name for name in rollouts if self.path(name).exists()]
         found: dict[int, list[ExactPosition]] = {}
         for source, name in enumerate(sources):
-            kept = _read(self.path(name))
-            chooser = self._chooser(name)
-            chosen = _read(self.path(chooser)) if chooser else kept
-            sampled = {(k.sequence_id, k.position): (k.weight, k.stands_for) for k in chosen}
-            for k in kept:
-                at = ExactPosition(source, k.sequence_id, k.position, k.slot, *sampled[k.sequence_id, k.position])
+            for k in _read(self.path(name)):
+                at = ExactPosition(source, k.sequence_id, k.position, k.slot, k.weight, k.stands_for)
                 found.setdefault(scored_as[k.sequence_id], []).append(at)
         return sources, found
 

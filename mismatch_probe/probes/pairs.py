@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from mismatch_probe.metrics.accumulate import PairSums
 from mismatch_probe.metrics.budget import BudgetSums
 from mismatch_probe.metrics.exact import ESTIMATOR_COLUMNS, EstimatorCost, ExactRows, estimator_costs, exact_metrics
@@ -61,6 +63,7 @@ class PairResult:
         estimators: What sampled KL estimators cost on this pair, None where no rows were compared.
         ratio_tests: Whether the mean importance ratio is 1; empty off policy, where it need not be.
         power: How many more prompts a few metrics need, by key; on the diagonal only.
+        n_nonfinite_exact: Compared positions at which KL(μ‖π) is infinite or not a number.
         prefixes: Prefix sums of an on-policy pair on the diagonal, from which longer responses are predicted.
         steps: Of a recorded run whose sequences name their training step, a few metrics of each step.
     """
@@ -72,6 +75,7 @@ class PairResult:
     estimators: list[EstimatorCost] | None
     ratio_tests: list[RatioTest]
     power: dict[str, PromptsNeeded]
+    n_nonfinite_exact: int
     prefixes: Prefixes | None
     steps: list[StepResult]
 
@@ -85,6 +89,7 @@ class PairResult:
             "n_sequences": len(self.sums.prompt),
             "n_prompts": len(self.sums.prompt_ids),
             "n_nonfinite": count_nonfinite(self.sums),
+            "n_nonfinite_exact": self.n_nonfinite_exact,
             "metrics": {key: value.as_dict() for key, value in self.metrics.items()},
             "budget": None if budget is None else {key: value.as_dict() for key, value in budget.items()},
             "estimators": None if estimators is None else [asdict(cost) for cost in estimators],
@@ -138,6 +143,7 @@ def analyse_pair(run: RunDirectory, passes: Passes, cell: Cell, seed: int) -> Pa
         estimators=estimator_costs(exact) if exact is not None and compared else None,
         ratio_tests=ratio_tests(sums, seed=seed) if sums.on_policy and sums.n_finite else [],
         power=_power(sums, exact) if cell.diagonal and sums.n_finite else {},
+        n_nonfinite_exact=0 if exact is None else int(np.count_nonzero(~exact.finite("kl"))),
         prefixes=None if prefixes is None else prefixes.result(),
         steps=steps.results(seed=seed),
     )

@@ -10,6 +10,7 @@ from typing import Literal
 from mismatch_probe.config import DEFAULT_MODEL, CompareConfig
 from mismatch_probe.engines import devices
 from mismatch_probe.engines.models import ModelRef, resolve
+from mismatch_probe.engines.rows import file_bytes
 from mismatch_probe.errors import UsageError
 from mismatch_probe.ingest.base import RecordedRun
 from mismatch_probe.probes.progress import Progress
@@ -191,9 +192,15 @@ def _seconds(plan: Plan, dtype: str, parameters: int, tokens: int) -> float:
     return _START_SECONDS + 2.0 * parameters * tokens / rate
 
 
-def disk_gib(rows: list[PassEstimate]) -> float:
-    """Disk of the tables, before compression: about 28 bytes a token row."""
-    return 28 * sum(row.tokens for row in rows) / devices.GIB
+def disk_gib(plan: Plan, rows: list[PassEstimate]) -> float:
+    """Disk of the tables, before compression (about 36 bytes a token row), and of the rows of logits that are kept."""
+    engines = [row for row in rows if row.pass_id.startswith("vllm")]
+    nested = plan.model.config.get("text_config") or plan.model.config
+    kept = 0
+    for row in engines if plan.config.exact_kl else ():
+        most = row.tokens if plan.config.exact_kl == "all" else min(row.tokens, int(plan.config.exact_kl))
+        kept += file_bytes(most, int(nested.get("vocab_size", 0)))
+    return (36 * sum(row.tokens for row in rows) + kept) / devices.GIB
 
 
 def kv_cache_gib(plan: Plan) -> int:
@@ -211,6 +218,17 @@ def kv_cache_gib(plan: Plan) -> int:
     longest = prompt + plan.sizes.max_tokens + 128
     wanted = 2 * layers * heads * size * 4 * longest * plan.sizes.rollout_batch
     return max(1, min(16, -(-wanted // devices.GIB)))
+
+
+def _check_engines(config: CompareConfig, passes: Passes) -> None:
+    """Refuses options of recorded sequences that ask for an engine which does not run."""
+    if config.source is None:
+        return
+    if config.exact_kl and not config.replay:
+        raise UsageError("--exact-kl needs rows of logits, and a file brings none.", "Add --replay.")
+    if not passes.scored and (config.reference == "float64" or (config.temperature != 1 and not config.replay)):
+        name = "--reference float64" if config.reference == "float64" else "--temperature"
+        raise UsageError(f"{name} needs a trainer engine, and the file brings both sides.", "Add --rescore.")
 
 
 def make_plan(config: CompareConfig, progress: Progress | None = None, *, weights: bool = True) -> Plan:
@@ -232,6 +250,7 @@ def make_plan(config: CompareConfig, progress: Progress | None = None, *, weight
             f"{config.source} holds no rollout_logprobs, so there is nothing to compare its trainer with.",
             "Add --replay to decode its ids with vLLM.",
         )
+    _check_engines(config, passes)
     if passes.scored or any(rollout.kind != "recorded" for rollout in passes.rollouts):
         if recorded is not None and not config.model:
             raise UsageError(

@@ -77,6 +77,9 @@ def store_recorded(run: RunDirectory, recorded: RecordedRun, texts: Mapping[int,
     responses, source, masks = list(recorded.response_token_ids), "", masks_of(recorded)
     for side in recorded.sides:
         pass_id = f"recorded-{side}"
+        if run.finished(pass_id):
+            source = source or pass_id
+            continue
         values = _logprobs(recorded, side)
         rollouts = [
             Rollout(i, ids, logprobs, reason)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from mismatch_probe.config import CompareConfig, Limit, flag
+from mismatch_probe.config import CompareConfig, Limit, check_lengths, flag
 from mismatch_probe.engines import devices
 from mismatch_probe.errors import TableError, UsageError
 from mismatch_probe.files import locked
@@ -120,6 +120,7 @@ _CHANGEABLE = {
     "rollout_batch": ("vllm",),
     "engine_args": ("vllm",),
     "eager": ("vllm",),
+    "exact_kl": ("vllm",),
 }
 
 
@@ -167,6 +168,7 @@ def _plan_again(run: RunDirectory, config: CompareConfig, progress: Progress) ->
 def report_run(
     path: Path, fail_on: Sequence[str], predict_lengths: Sequence[int] | None, extrapolate: bool | None
 ) -> RunResult:
+    check_lengths(predict_lengths or ())
     run = RunDirectory.open(path)
     config = CompareConfig.from_dict(run.manifest["config"])
     limits = parse_limits(fail_on, passes_of(config, run.manifest.get("recorded")))

@@ -108,10 +108,15 @@ def _note(forecast: LengthForecast) -> str:
     return textwrap.fill(clipped(visible(why), _WHY_CHARACTERS), 2 * _WHY_WIDTH)
 
 
+def _has_points(axes: Axes) -> bool:
+    """Whether anything can stand on logarithmic axes."""
+    return any(np.size(line.get_xdata()) > 1 or np.size(line.get_ydata()) == 1 for line in axes.lines)
+
+
 def _finish_spread(axes: Axes) -> None:
     axes.set(xlabel="response length L (tokens)", ylabel="standard deviation of log(π/μ) of L tokens (nats)")
-    if not axes.lines:
-        say(axes, "nothing measured")
+    if not _has_points(axes):
+        say(axes, "nothing above 0 was measured")
         return
     axes.set(xscale="log", yscale="log")
     axes.set_title("open markers: measured; line and band: predicted", loc="left", fontsize=8, color="#555555")
@@ -120,7 +125,8 @@ def _finish_spread(axes: Axes) -> None:
 
 def _finish_ess(axes: Axes, dtypes: list[str], forecasts: Mapping[str, LengthForecast]) -> None:
     axes.set(xlabel="response length L (tokens)", ylabel="effective sample size, share of sequences", ylim=(0, 1.04))
-    if not axes.lines:
+    if not _has_points(axes):
+        say(axes, "nothing measured")
         return
     axes.set_xscale("log")
     axes.set_title(

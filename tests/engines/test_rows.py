@@ -71,7 +71,8 @@ def test_the_same_positions_are_kept_in_whatever_order_they_come(tmp_path: Path)
     weights = np.random.default_rng(1).uniform(0.1, 1, (8, 9))
     places = [(s, t) for s in range(8) for t in range(9)]
     found = []
-    for order in (places, places[::-1], sorted(places, key=lambda p: (p[1], p[0]))):
+    by_step = sorted(places, key=lambda place: (place[1], place[0]))
+    for order in (places, by_step, sorted(by_step, key=lambda place: (place[1], -place[0]))):
         writer = RowWriter(tmp_path / "rows", 20)
         for s, t in order:
             slot = writer.admit(s, t, uniform(s, t), float(weights[s, t]))
@@ -137,6 +138,42 @@ def test_a_position_that_comes_again_replaces_its_row_and_counts_once(tmp_path: 
     assert (kept.weight, kept.stands_for) == (0.2, 1.0)
     np.testing.assert_array_equal(file.row(0), row(3))
     file.close()
+
+
+def test_a_preempted_request_counts_its_positions_once(tmp_path: Path) -> None:
+    writer = RowWriter(tmp_path / "rows", 9)
+    for position in (0, 1, 2, 3, 1, 2, 3, 4):  # computed again in chunks from position 1 on
+        slot = writer.admit(0, position, uniform(0, position), 0.5)
+        assert slot is not None
+        writer.put(slot, row(position))
+    file = RowFile(tmp_path / "rows")
+    file.close()
+    assert [kept.stands_for for kept in file.kept] == [1.0] * 5
+
+
+def test_given_positions_keep_what_they_were_given(tmp_path: Path) -> None:
+    """So that any file can be the one that others follow."""
+    writer = RowWriter(tmp_path / "rows", 9)
+    for position, stands_for in ((3, 7.5), (8, 2.0)):
+        writer.put(writer.admit(0, position, 0.0, 0.4, stands_for) or 0, row(position))
+    file = RowFile(tmp_path / "rows")
+    file.close()
+    assert [(k.position, k.weight, k.stands_for) for k in file.kept] == [(3, 0.4, 7.5), (8, 0.4, 2.0)]
+
+
+def test_a_file_that_is_cut_off(tmp_path: Path) -> None:
+    sample(tmp_path / "rows", 7, np.full((2, 6), 0.5))
+    (tmp_path / "rows").write_bytes((tmp_path / "rows").read_bytes()[:100])
+    with pytest.raises(TableError, match="is cut off"):
+        RowFile(tmp_path / "rows")
+
+
+def test_a_disk_that_takes_part_of_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = RowWriter(tmp_path / "rows", 7)
+    slot = writer.admit(0, 0, 0.1, 1.0) or 0
+    monkeypatch.setattr("mismatch_probe.engines.rows.os.pwrite", lambda *_: 3)
+    with pytest.raises(OSError, match="No space left"):
+        writer.put(slot, row(1))
 
 
 def test_rows_of_two_lengths_are_refused(tmp_path: Path) -> None:

@@ -134,6 +134,37 @@ def test_tokens_that_both_exclude_have_no_part() -> None:
     assert with_none == pytest.approx(found([0.5, 0.5], [0.25, 0.75]))
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.02])
+def test_what_underflows_is_not_excluded(temperature: float) -> None:
+    """At a low temperature most probabilities are below what float64 holds; against sums of Python's own."""
+    from decimal import Decimal, getcontext
+
+    getcontext().prec = 60
+    rng = np.random.default_rng(7)
+    first, second = rng.normal(0, 3, (2, 40))
+    got = divergences(first[None], second[None], temperature)
+
+    def law(values: np.ndarray) -> list[Decimal]:
+        weights = [(Decimal(float(v)) / Decimal(temperature)).exp() for v in values]
+        return [w / sum(weights) for w in weights]
+
+    mu, pi = law(first), law(second)
+    pairs = list(zip(mu, pi, strict=True))
+    d = [(p / m).ln() for m, p in pairs]
+    assert got["kl"][0] == pytest.approx(float(-sum(m * x for m, x in zip(mu, d, strict=True))), rel=1e-9)
+    assert got["kl_reverse"][0] == pytest.approx(float(sum(p * x for p, x in zip(pi, d, strict=True))), rel=1e-9)
+    assert got["tv"][0] == pytest.approx(float(sum(abs(p - m) for m, p in pairs)) / 2, rel=1e-9)
+    assert got["k1_square"][0] == pytest.approx(float(sum(m * x * x for m, x in zip(mu, d, strict=True))), rel=1e-9)
+    middle = [(m + p) / 2 for m, p in pairs]
+    js = sum(m * (m / c).ln() + p * (p / c).ln() for (m, p), c in zip(pairs, middle, strict=True)) / 2
+    assert got["js"][0] == pytest.approx(float(js), rel=1e-9)
+    if temperature == 1.0:
+        assert got["chi2"][0] == pytest.approx(float(sum(p * p / m for m, p in pairs)) - 1, rel=1e-9)
+        k3 = [(p / m - 1 - x) for (m, p), x in zip(pairs, d, strict=True)]
+        want = float(sum(m * k * k for m, k in zip(mu, k3, strict=True)))
+        assert got["k3_square"][0] == pytest.approx(want, rel=1e-9)
+
+
 def test_rows_with_nan_are_nan_and_alone() -> None:
     logits = np.zeros((2, 3))
     logits[0, 1] = np.nan
@@ -199,7 +230,7 @@ def test_sampled_positions_stand_for_the_others() -> None:
 
 def test_no_rows_and_no_finite_rows_say_so() -> None:
     assert {value.why for value in exact_metrics(None).values() if isinstance(value, MetricValue)} == {
-        "no rows of logits were kept; --exact-kl keeps some"
+        "no rows of logits were compared; --exact-kl keeps some"
     }
     broken = exact_metrics(exact_rows(np.full(3, np.nan), np.arange(3)))
     assert {value.why for value in broken.values() if isinstance(value, MetricValue)} == {

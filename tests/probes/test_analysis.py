@@ -186,3 +186,13 @@ class TestReportAndPlot:
         run.save()
         with pytest.raises(TableError, match="Nothing can be compared: this pass has not run yet"):
             again(run_copy)
+
+
+def test_an_infinite_exact_kl_cannot_pass() -> None:
+    limit = Limit.parse("kl_exact>0.1", ["kl_exact"])
+    cell = {"rollout_dtype": "bfloat16", "trainer_dtype": "bfloat16", "trainer_mode": "cast", "n_nonfinite": 0}
+    pair = {**cell, "n_tokens": 20, "n_nonfinite_exact": 3, "metrics": {"kl_exact": {"value": 1e-5}}}
+    (row,) = judge(limit, [pair], [])
+    assert row["exceeded"]
+    assert "not finite at 3 compared positions" in row["why"]
+    assert not judge(limit, [{**pair, "n_nonfinite_exact": 0}], [])[0]["exceeded"]

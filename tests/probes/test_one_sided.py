@@ -21,7 +21,7 @@ def result(log_ratio: np.ndarray) -> PairResult:
     pair = PairArrays(rollout, rollout + log_ratio, np.arange(n) // 30, np.arange(n) % 30, np.arange(n // 30))
     sums = as_sums(pair)
     cell = Cell(RolloutPass("bfloat16", "decode"), TrainerPass("bfloat16", "cast"))
-    return PairResult(cell, sums, compute_metrics(sums), None, None, ratio_tests(sums), {}, None, [])
+    return PairResult(cell, sums, compute_metrics(sums), None, None, ratio_tests(sums), {}, 0, None, [])
 
 
 def one_sided(log_ratio: np.ndarray) -> list[str]:

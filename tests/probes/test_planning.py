@@ -94,7 +94,7 @@ def test_estimates_cover_every_pass(plan: Plan) -> None:
     ]
     assert all(row.tokens > 0 and row.seconds > 0 and row.memory_gib is not None for row in rows)
     assert rows[3].tokens == 3 * rows[0].tokens
-    assert 0 < disk_gib(rows) < 0.001
+    assert 0 < disk_gib(plan, rows) < 0.001
 
 
 @pytest.mark.parametrize(

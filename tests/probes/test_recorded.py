@@ -13,9 +13,11 @@ import pytest
 
 import mismatch_probe
 from mismatch_probe.config import CompareConfig
-from mismatch_probe.errors import IngestError, UsageError
-from mismatch_probe.metrics.steps import STEP_KEYS
+from mismatch_probe.errors import IngestError, Interrupted, UsageError
+from mismatch_probe.metrics.steps import STEP_KEYS, StepSums
 from mismatch_probe.probes.session import RunResult
+from mismatch_probe.tables import RunDirectory
+from mismatch_probe.types import PairArrays
 from tests.conftest import MakeModel, Recorder
 
 Record = Callable[..., Path]
@@ -140,6 +142,44 @@ class TestBothSides:
         assert set(pairs(run)) == {("recorded", "recorded"), ("recorded", "float32")}
         assert pairs(run)["recorded", "recorded"]["budget"]["trainer_error_rms"]["value"] > 0
 
+    def test_next_to_nothing_has_a_report(self, record: Record, tmp_path: Path) -> None:
+        def same(index: int, row: dict[str, Any]) -> None:
+            row["trainer_logprobs"] = row["rollout_logprobs"]
+
+        run = mismatch_probe.compare(CompareConfig(source=str(record(change=same))), out=tmp_path / "run")
+        assert (run.path / "report.html").exists()
+
+    def test_interrupted_between_its_two_passes(
+        self, compare: Compare, record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        real = RunDirectory.finish_pass
+
+        def stop(self: RunDirectory, pass_id: str, *rest: Any) -> None:
+            if pass_id == "recorded-trainer":
+                raise KeyboardInterrupt
+            real(self, pass_id, *rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(RunDirectory, "finish_pass", stop)
+            with pytest.raises(Interrupted):
+                compare(record())
+        assert mismatch_probe.resume(tmp_path / "run").complete
+
+    def test_steps_keep_sums_for_their_own_prompts_only(self) -> None:
+        n = 400
+        pair = PairArrays(
+            np.full(n, -1.0),
+            np.full(n, -1.1),
+            np.arange(n),
+            np.zeros(n, np.int64),
+            np.arange(n),
+            tuple(map(str, range(n))),
+        )
+        sums = StepSums(np.arange(n) // 8)
+        sums.update(pair)
+        assert {kept.n_prompts for kept in sums._sums.values()} == {8}
+        assert [result.n_tokens for result in sums.results()] == [8] * 50
+
 
 class TestOneSide:
     def test_a_rollout_is_scored_by_every_trainer(
@@ -191,6 +231,7 @@ class TestRefused:
             ({"prompts": "x.txt"}, "--prompts has no meaning with --from"),
             ({"chat": True}, "--chat has no meaning with --from"),
             ({"samples_per_prompt": 2}, "--samples-per-prompt has no meaning with --from"),
+            ({"max_tokens": 2}, "--max-tokens has no meaning with --from"),
             ({"sequences": "shared"}, "--sequences has no meaning with --from"),
         ],
     )
@@ -222,6 +263,20 @@ class TestRefused:
     ) -> None:
         with pytest.raises(IngestError, match=sentence):
             compare(record(("rollout",), change), model=str(scripted_model(**script)))
+
+    @pytest.mark.parametrize(
+        ("options", "sentence"),
+        [
+            ({"exact_kl": 5}, "--exact-kl needs rows of logits, and a file brings none. Add --replay"),
+            ({"reference": "float64"}, "--reference float64 needs a trainer engine.*--rescore"),
+            ({"temperature": 0.7}, "--temperature needs a trainer engine.*--rescore"),
+        ],
+    )
+    def test_options_that_could_do_nothing(
+        self, compare: Compare, record: Record, options: dict[str, Any], sentence: str
+    ) -> None:
+        with pytest.raises(UsageError, match=sentence):
+            compare(record(), **options)
 
     def test_a_model_nobody_named(self, compare: Compare, record: Record) -> None:
         with pytest.raises(UsageError, match=r"needs the model that sampled them.*--model"):

@@ -182,6 +182,29 @@ class TestRows:
         assert mismatch_probe.resume(late.path, progress=recorder).complete
         assert recorder.begun == ["encode", REPLAY]
 
+    def test_late_passes_follow_whoever_chose(self, compare: Compare, scripted_model: MakeModel) -> None:
+        """The first replay fails, the second one chooses; when the first comes late it follows the second."""
+        path = scripted_model({"rollout-float16": "die-generate", "trainer-float32": "die-score"}, vocab_size=40)
+        options = {"rollout_dtypes": ("bfloat16", "float16", "float32")}
+        late = compare(path, **options)
+        (late.path / "rows" / f"{SAMPLER}.rows").unlink()  # and the sampler's own file is lost
+        scripted_model(vocab_size=40)
+        resumed = mismatch_probe.resume(late.path)
+        assert resumed.complete
+        exact = table(resumed, "exact")
+        kept = exact[exact["rollout_pass"] == REPLAY].drop_duplicates(["sequence_id", "position"])
+        assert len(kept) == 9
+        assert kept["stands_for"].sum() == pytest.approx(30, rel=0.5)  # 6 sequences of 5 tokens
+        assert (kept["stands_for"] > 1).any()
+
+    def test_a_file_of_rows_that_is_cut_off_is_one_sentence(self, compare: Compare, scripted_model: MakeModel) -> None:
+        run = compare(scripted_model({"trainer-float32": "die-score"}, vocab_size=40))
+        path = run.path / "rows" / f"{REPLAY}.rows"
+        path.write_bytes(path.read_bytes()[:100])
+        scripted_model(vocab_size=40)
+        with pytest.raises(TableError, match="is cut off"):
+            mismatch_probe.resume(run.path)
+
     def test_rows_that_are_gone_leave_exact_metrics_empty(self, compare: Compare, scripted_model: MakeModel) -> None:
         run = compare(scripted_model({"trainer-float32": "die-score"}, vocab_size=40))
         for path in (run.path / "rows").iterdir():
@@ -201,6 +224,22 @@ class TestRows:
     def test_two_runs_agree_to_the_byte(self, compare: Compare, model: Path) -> None:
         first, second = (compare(model, out=name).path / "summary.json" for name in "ab")
         assert first.read_bytes() == second.read_bytes()
+
+
+class TestSmallRuns:
+    @pytest.mark.parametrize("sizes", [{"num_prompts": 1}, {"max_tokens": 1}, {"num_prompts": 1, "max_tokens": 1}])
+    def test_figures_of_next_to_nothing(self, scripted_model: MakeModel, tmp_path: Path, sizes: dict[str, int]) -> None:
+        options = {
+            **SHARED,
+            "trainer_dtypes": ("bfloat16",),
+            "rollout_dtypes": ("bfloat16",),
+            "null_tokens": 0,
+            **sizes,
+        }
+        model = scripted_model(vocab_size=40)
+        run = mismatch_probe.compare(CompareConfig(model=str(model), **options), out=tmp_path / "run")
+        assert (run.path / "report.html").exists()
+        assert run.figures["length"].exists()
 
 
 class TestReference:
