@@ -77,7 +77,7 @@ def resume(
         progress: Told about every pass.
         changes: Fields of `CompareConfig` that may still change: `memory_budget_gib`, `predict_lengths` and
             `extrapolate` at any time, the trainer's layout and attention until a trainer pass is finished, the rollout
-            engine's batch, arguments and `eager` until a rollout pass is.
+            engine's batch, arguments, `eager` and `exact_kl` until a rollout pass is.
 
     Raises:
         ProbeError: The folder holds no run, its model or prompts have changed, or a change comes too late.

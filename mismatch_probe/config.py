@@ -258,6 +258,11 @@ class CompareConfig:
                     raise UsageError(f"{flag(name)} knows no {value!r}.", f"Known are: {', '.join(known)}.")
 
     def _check_engine_args(self) -> None:
+        if self.exact_kl and self.engine_args.get("enable_batch_sharded_sampling"):
+            raise UsageError(
+                "--exact-kl needs one rank that sees every row, and enable_batch_sharded_sampling shares them out.",
+                "Leave that --engine-arg out.",
+            )
         for name, value in _with_fields(self.engine_args).items():
             reason = FORBIDDEN_ENGINE_ARGS.get(name)
             if reason is not None and value not in _HARMLESS.get(name, ()):

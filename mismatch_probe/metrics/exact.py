@@ -77,7 +77,7 @@ def divergences(
             "k2_square": 0.25 * square * square,
             "k3_square": k3 * k3,
         }
-        sums = {key: (shared * values).sum(axis=1) for key, values in terms.items()}
+        sums = {key: np.einsum("rv,rv->r", shared, values) for key, values in terms.items()}
         for key, values in _far_terms(log_mu[far], log_pi[far]).items():
             sums[key] += np.bincount(np.nonzero(far)[0], values, minlength=len(mu))
     no_mu, no_pi = (np.where(only > 0, np.inf, 0.0) for only in (only_pi, only_mu))
@@ -92,8 +92,8 @@ def divergences(
     }
     sums = {key: values + rest[key] for key, values in sums.items()} | {
         "flip": 1.0 * (rollout_logits.argmax(axis=1) != trainer_logits.argmax(axis=1)),
-        "entropy_rollout": special.entr(mu).sum(axis=1),
-        "entropy_trainer": special.entr(pi).sum(axis=1),
+        "entropy_rollout": _entropy(log_mu, mu),
+        "entropy_trainer": _entropy(log_pi, pi),
     }
     broken = np.isnan(rollout_logits).any(axis=1) | np.isnan(trainer_logits).any(axis=1)
     return {key: np.where(broken, np.nan, sums[key]) for key in DIVERGENCES}
@@ -118,6 +118,10 @@ def _far_terms(log_mu: Floats, log_pi: Floats) -> dict[str, Floats]:
         "k2_square": 0.25 * mu * x**4,
         "k3_square": root**2,
     }
+
+
+def _entropy(log_p: Floats, p: Floats) -> Floats:
+    return np.asarray(-np.einsum("rv,rv->r", p, np.where(p > 0, log_p, 0.0)))
 
 
 def _log_softmax(logits: NDArray[Any], temperature: float) -> tuple[Floats, Floats]:

@@ -167,13 +167,14 @@ class TestBothSides:
 
     def test_steps_keep_sums_for_their_own_prompts_only(self) -> None:
         n = 400
+        names = tuple(map(str, range(n)))
         pair = PairArrays(
             np.full(n, -1.0),
             np.full(n, -1.1),
             np.arange(n),
             np.zeros(n, np.int64),
             np.arange(n),
-            tuple(map(str, range(n))),
+            names,
         )
         sums = StepSums(np.arange(n) // 8)
         sums.update(pair)

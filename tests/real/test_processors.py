@@ -128,7 +128,7 @@ def test_both_interfaces_keep_the_same_positions(tmp_path: Path) -> None:
 
 def test_v1_forces_a_token_after_it_has_kept_the_row(tmp_path: Path) -> None:
     processor, output = RowsV1(None, torch.device("cpu"), False), []
-    wish = params(Capture(str(tmp_path / "rows"), 9, {7: [1]}), 7, prompt_length=3, forced=(4, 2))
+    wish = params(Capture(str(tmp_path / "rows"), 9, {7: {1: (0.5, 3.0)}}), 7, prompt_length=3, forced=(4, 2))
     processor.update_state(BatchUpdate(batch_size=1, removed=[], added=[(0, wish, [1], output)], moved=[]))
     for wanted, value in ((4, 0.1), (2, 0.2)):
         changed = processor.apply(logits(value))[0]
