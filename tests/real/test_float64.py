@@ -43,6 +43,7 @@ def test_no_operation_is_narrower(tiny: Tiny, architecture: str) -> None:
         found = scores(engine, wanted)
     moved = {"aten.slice.Tensor", "aten.unsqueeze.default", "aten.expand.default", "aten.view.default"}
     moved |= {"aten.alias.default", "aten.detach.default", "aten._unsafe_view.default", "aten.select.int"}
+    moved |= {"aten.gather.default", "aten.repeat.default"}  # GPT-J keeps its angles in a table
     assert watched.found <= moved, watched.found - moved
     assert all(values.dtype == np.float64 for values in found.values())
 
