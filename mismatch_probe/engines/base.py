@@ -9,6 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mismatch_probe.types import (
     Dtype,
     Prompt,
@@ -90,6 +93,10 @@ class ExactPosition:
     slot: int
     weight: float
     stands_for: float
+
+    def facts(self) -> dict[str, NDArray[Any]]:
+        """What a comparison says of the position, as columns of one row; the slot was only where to find it."""
+        return {name: np.array([value]) for name, value in vars(self).items() if name != "slot"}
 
 
 @dataclass(frozen=True)

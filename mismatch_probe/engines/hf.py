@@ -129,8 +129,7 @@ class HfTrainer:
                     f"The rollout engine gives {theirs.shape[1]} logits a token and the trainer {ours.shape[1]}.",
                     "One side pads its vocabulary; start a run without --exact-kl, and report this model.",
                 )
-            facts = {name: np.array([value]) for name, value in vars(position).items() if name != "slot"}
-            parts.append(facts | divergences(theirs, ours, temperature))
+            parts.append(position.facts() | divergences(theirs, ours, temperature))
         return stacked(parts) or {}
 
     def identity(self) -> dict[str, Any]:

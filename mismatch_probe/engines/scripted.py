@@ -154,8 +154,7 @@ class ScriptedTrainer(_Script):
         parts = []
         for at in self._job.exact.get(request.sequence_id, ()) if exact else ():
             theirs, ours = self._sources[at.source].row(at.slot)[None], self.row(ids[: start + at.position])[None]
-            facts = {name: np.array([value]) for name, value in vars(at).items() if name != "slot"}
-            parts.append(facts | divergences(theirs, ours, temperature))
+            parts.append(at.facts() | divergences(theirs, ours, temperature))
         steps = range(start, len(ids))
         return Score(
             request.sequence_id,
