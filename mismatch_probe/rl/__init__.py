@@ -1,0 +1,1 @@
+"""Reinforcement learning with both engines: what the mismatch does to training."""
