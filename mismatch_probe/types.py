@@ -81,12 +81,14 @@ class RolloutRequest:
         prompt_token_ids: The prompt.
         seed: This request's own, so ids do not depend on the batch's order.
         forced_token_ids: The response to decode again, token by token; empty where one is to be sampled.
+        logit_noise: Standard deviation of injected noise on every logit (an RL run's stress); needs `NoiseV1`.
     """
 
     sequence_id: int
     prompt_token_ids: list[int]
     seed: int
     forced_token_ids: Sequence[int] = ()
+    logit_noise: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,23 @@ class TrainerJob:
     flags: Mapping[str, Any] = field(default_factory=dict)
 
 
+class OwnJob(Protocol):
+    """A job of a layer above, which brings what the worker process is to do."""
+
+    @property
+    def subject(self) -> str:
+        """The job as the subject of a sentence."""
+
+    @property
+    def model_path(self) -> str: ...
+
+    @property
+    def trust_remote_code(self) -> bool: ...
+
+    def run(self, channel: Any) -> None:
+        """Does it, in the worker process; `channel` takes events (`send`) and ends phases (`phase`)."""
+
+
 class RolloutEngine(Protocol):
     """The sampling side, μ."""
 

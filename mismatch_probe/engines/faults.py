@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 import re
 
-from mismatch_probe.engines.base import EncodeJob, RolloutJob, TrainerJob
+from mismatch_probe.engines.base import EncodeJob, OwnJob, RolloutJob, TrainerJob
 from mismatch_probe.errors import DiskFull, DtypeRefused, EngineError, EngineMissing, ModelError, ProbeError
 
-Job = EncodeJob | RolloutJob | TrainerJob
+Job = EncodeJob | RolloutJob | TrainerJob | OwnJob
 
 _DTYPE = re.compile(r"model type '(?P<model>[^']+)' does not support (?P<dtype>b?float\d+)\. Reason: (?P<why>[^\n\[]+)")
 _MEMORY = re.compile(
@@ -37,6 +37,8 @@ def describe(job: Job) -> str:
         return "The tokenizer"
     if isinstance(job, RolloutJob):
         return f"The {job.engine} rollout in {job.dtype}"
+    if not isinstance(job, TrainerJob):
+        return job.subject
     return f"The {job.engine} trainer in {job.dtype} ({job.mode})"
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mismatch_probe.engines.base import Capture, RolloutJob
 from mismatch_probe.errors import EngineError
 from mismatch_probe.types import Rollout, RolloutRequest, Sampling
+
+if TYPE_CHECKING:
+    import torch
 
 
 class VllmRollout:
@@ -113,6 +117,26 @@ class VllmRollout:
             for i, request in enumerate(requests)
         ]
 
+    def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Replaces the model's weights in place. Names are those of the checkpoint, and vLLM only logs what is missing:
+        who calls this compares them. Engine core in this process only: tensors are handed over as they are.
+        """
+        assert self._in_process
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+        """Log-probs at temperature 1 of every token but the first of each sequence, by prefill from an empty cache."""
+        from vllm import SamplingParams
+
+        self._llm.reset_prefix_cache()
+        params = SamplingParams(temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        prompts = [{"prompt_token_ids": list(sequence)} for sequence in sequences]
+        found = self._llm.generate(prompts, params, use_tqdm=False)
+        return [
+            np.array([row[token].logprob for row, token in zip(o.prompt_logprobs[1:], s[1:], strict=True)], np.float32)
+            for o, s in zip(found, sequences, strict=True)
+        ]
+
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
         tokenizer = self._llm.get_tokenizer()
         return [tokenizer.decode([token]) for token in token_ids]
@@ -169,6 +193,7 @@ class VllmRollout:
                 request.seed,
                 capture,
                 () if self._native_replay else forced,
+                request.logit_noise,
             ),
             logprobs=0,
             flat_logprobs=True,

@@ -26,6 +26,7 @@ from mismatch_probe.engines.base import Capture
 from mismatch_probe.engines.rows import LEAST_WEIGHT, RowWriter, uniform
 
 _KEY = "mismatch_probe"
+_NOISE = "mismatch_probe_noise"
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,12 @@ class _Wish:
 
 
 def request_arguments(
-    sequence_id: int, prompt_length: int, seed: int, capture: Capture | None, forced: Sequence[int] = ()
+    sequence_id: int,
+    prompt_length: int,
+    seed: int,
+    capture: Capture | None,
+    forced: Sequence[int] = (),
+    logit_noise: float = 0.0,
 ) -> dict[str, Any] | None:
     """What goes into `SamplingParams.extra_args` for a request; None where it wants nothing.
 
@@ -70,7 +76,10 @@ def request_arguments(
         seed: The request's own, which decides with the position what is kept.
         capture: Which rows are kept, and where; None for none.
         forced: Tokens that the processor is to force, V1 only.
+        logit_noise: For `NoiseV1`; such a request neither keeps rows nor replays.
     """
+    if logit_noise:
+        return {_NOISE: [logit_noise, seed]}
     if capture is None and not forced:
         return None
     wish: dict[str, Any] = {"sequence_id": sequence_id, "prompt_length": prompt_length, "seed": seed}
@@ -142,6 +151,31 @@ class RowsV1(AdapterLogitsProcessor):  # type: ignore[misc]
                 logits.fill_(-torch.inf)
                 logits[wish.forced[position]] = 0.0
             return logits
+
+        return process
+
+
+class NoiseV1(AdapterLogitsProcessor):  # type: ignore[misc]
+    """Adds noise to the logits of the requests that ask for it: an injected stress of known size, see `rl.stress`.
+
+    The engine must report processed log-probs, which are those of the law that was sampled from. The noise depends on
+    the request's seed and the position alone.
+    """
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def new_req_logits_processor(
+        self, params: SamplingParams
+    ) -> Callable[[list[int], torch.Tensor], torch.Tensor] | None:
+        wish: Sequence[Any] | None = (params.extra_args or {}).get(_NOISE)
+        if wish is None:
+            return None
+        scale, seed = float(wish[0]), int(wish[1])
+
+        def process(output_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+            generator = torch.Generator().manual_seed((seed << 20) + len(output_ids))
+            return logits.add_(scale * torch.randn(logits.shape, generator=generator).to(logits))
 
         return process
 

@@ -151,8 +151,10 @@ def _run(job: Any, channel: _Channel) -> None:
         run_encode(job, channel)
     elif isinstance(job, RolloutJob):
         run_rollout(job, channel)
-    else:
+    elif isinstance(job, TrainerJob):
         run_trainer(job, channel)
+    else:
+        job.run(channel)
 
 
 def _serve(channel: _Channel, kind: str) -> None:
