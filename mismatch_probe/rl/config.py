@@ -1,0 +1,192 @@
+"""What an RL run is asked to do: a TOML file, checked without importing an engine."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from mismatch_probe.config import SHORT_DTYPES
+from mismatch_probe.errors import UsageError
+from mismatch_probe.types import Dtype, TrainerMode
+
+# The names of `rl.losses.ALGORITHMS`, kept here so that a file is checked without torch; a test holds them equal.
+ALGORITHM_NAMES = (
+    "pg",
+    "pg-token-tis",
+    "pg-seq-is",
+    "pg-seq-tis",
+    "pg-seq-mis",
+    "grpo",
+    "dr-grpo",
+    "grpo-token-tis",
+    "grpo-seq-tis",
+    "grpo-seq-mis",
+    "dr-grpo-token-tis",
+    "dr-grpo-seq-tis",
+    "dr-grpo-seq-mis",
+    "gspo",
+    "icepop",
+    "cispo",
+)
+Structure = Literal["none", "weight-noise", "mantissa", "logit-noise", "stale"]
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class RlConfig(BaseModel):
+    """One RL run. Every field is a key of the TOML file.
+
+    Attributes:
+        model: Built-in name, checkpoint folder, or hub id; `chain` is the small checkpoint that comes with the tool.
+        revision: Hub revision.
+        task: `chain`, `reasoning` or `math`, see `rl.tasks`.
+        problems: JSONL file of `math`.
+        chat: Renders problems through the model's chat template.
+        n_problems: Problems that are trained on.
+        operations: Length of a chain.
+        rollout_dtype: What vLLM runs in.
+        trainer_dtype: What forward and backward passes compute in; master weights are FP32 in any case.
+        trainer_mode: `autocast` (FP32 weights under torch.autocast) or `cast` (a copy of the weights in the dtype).
+        algorithm: See `rl.losses`.
+        steps: Rollouts, each followed by `updates_per_rollout` optimizer steps.
+        prompts_per_step, samples_per_prompt: Size of a rollout.
+        max_tokens: Response budget.
+        temperature: Sampling temperature, applied on both sides.
+        updates_per_rollout: Minibatches that a rollout is split into, by prompt.
+        micro_batch: Sequences in a forward and backward pass; gradients of a minibatch are accumulated over them.
+        learning_rate, schedule, warmup_steps: Of AdamW; schedules count optimizer steps and end at 0.
+        beta1, beta2, weight_decay, max_grad_norm: Likewise; a norm of 0 switches clipping off.
+        initial_loss_scale, loss_scale_growth_interval, minimum_loss_scale: Of FP16 training.
+        stress, dose: Injected stress on the rollout side, see `rl.stress`; never to be mistaken for precision.
+        seed: Of everything.
+        evaluate_every: Steps between evaluations of the clean weights under FP32; 0 for none but the last.
+        checkpoint_every: Steps between checkpoints.
+        pass_above, pass_window: The sanity test: passed when the lower 95 % limit of the mean reward over so many steps
+            exceeds the threshold.
+        collapse_window: Steps of the collapse rule, see `rl.collapse`.
+        check_sync: Whether every weight sync is checked, see `rl.sync`.
+        record_rollouts: Whether every rollout is kept, in the format that `compare --from` reads.
+        device: `auto`, `cpu` or `cuda`.
+        kv_cache_gib: KV cache on a CPU.
+        gpu_memory_utilization: The engine's share of a GPU that it shares with the trainer.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    model: str = "chain"
+    revision: str | None = None
+    task: Literal["chain", "reasoning", "math"] = "chain"
+    problems: str | None = None
+    chat: bool = False
+    n_problems: Positive = 128
+    operations: Positive = 16
+    rollout_dtype: Dtype = "bfloat16"
+    trainer_dtype: Dtype = "bfloat16"
+    trainer_mode: TrainerMode = "autocast"
+    algorithm: str = "dr-grpo"
+    steps: Positive = 100
+    prompts_per_step: Positive = 8
+    samples_per_prompt: Annotated[int, Field(ge=2)] = 8
+    max_tokens: Positive = 64
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    updates_per_rollout: Positive = 4
+    micro_batch: Positive = 16
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: Count = 0
+    beta1: Share = 0.9
+    beta2: Share = 0.95
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    initial_loss_scale: Annotated[float, Field(gt=0)] = 65536.0
+    loss_scale_growth_interval: Positive = 400
+    minimum_loss_scale: Annotated[float, Field(gt=0)] = 1.0
+    stress: Structure = "none"
+    dose: Annotated[float, Field(ge=0)] = 0.0
+    seed: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
+    evaluate_every: Count = 0
+    checkpoint_every: Positive = 50
+    pass_above: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    pass_window: Positive = 10
+    collapse_window: Annotated[int, Field(ge=2)] = 10
+    check_sync: bool = True
+    record_rollouts: bool = True
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    kv_cache_gib: Positive = 1
+    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.4
+
+    @field_validator("rollout_dtype", "trainer_dtype", mode="before")
+    @classmethod
+    def _long_name(cls, value: Any) -> Any:
+        return SHORT_DTYPES.get(value, value) if isinstance(value, str) else value
+
+    @field_validator("algorithm")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in ALGORITHM_NAMES:
+            raise ValueError(f"knows no {value!r}; known are {', '.join(ALGORITHM_NAMES)}")
+        return value
+
+    @model_validator(mode="after")
+    def _together(self) -> RlConfig:
+        if self.prompts_per_step % self.updates_per_rollout:
+            raise ValueError(
+                f"prompts_per_step ({self.prompts_per_step}) must be a multiple of updates_per_rollout "
+                f"({self.updates_per_rollout}): a minibatch holds whole groups"
+            )
+        if self.prompts_per_step > self.n_problems:
+            raise ValueError(f"prompts_per_step ({self.prompts_per_step}) exceeds n_problems ({self.n_problems})")
+        if (self.stress == "none") != (self.dose == 0):
+            raise ValueError("stress and dose belong together: name both, or neither")
+        if self.stress == "stale" and self.dose != int(self.dose):
+            raise ValueError(f"dose ({self.dose}) of stale weights is a whole number of steps")
+        if self.stress == "mantissa" and not (self.dose == int(self.dose) and 1 <= self.dose <= 22):
+            raise ValueError(f"dose ({self.dose}) of mantissa is a number of stored bits, 1 to 22")
+        if self.task == "math" and self.problems is None:
+            raise ValueError("problems must name a JSONL file for the task math")
+        return self
+
+    def as_dict(self) -> dict[str, Any]:
+        return self.model_dump()
+
+
+def make_config(values: Mapping[str, Any]) -> RlConfig:
+    """Checks a configuration.
+
+    Raises:
+        UsageError: A key is unknown, or a value cannot be.
+    """
+    try:
+        return RlConfig(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            raise UsageError(
+                f"The configuration has the unknown key {name!r}.", f"Known are {', '.join(RlConfig.model_fields)}."
+            ) from None
+        what = first["msg"].removeprefix("Value error, ")
+        raise UsageError(f"The configuration is wrong: {name} {what}.".replace("  ", " "), "Mend that value.") from None
+
+
+def read_config(path: str | Path | None, overrides: Mapping[str, Any]) -> RlConfig:
+    """Reads a TOML file, if there is one, and lets `overrides` (the command line's flags) win.
+
+    Raises:
+        UsageError: The file is missing or no TOML, a key is unknown, or a value cannot be.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is no text"
+            raise UsageError(f"The configuration {path} cannot be read ({reason}).", "Check its path.") from None
+        except tomllib.TOMLDecodeError as error:
+            raise UsageError(f"The configuration {path} is no TOML: {error}.", "Mend that line.") from None
+    return make_config({**values, **overrides})

@@ -1,0 +1,268 @@
+"""The policy that is trained: FP32 master weights, a forward pass in the trainer's precision, AdamW.
+
+Shape legend: `B` sequences, `L` tokens of the longest with its prompt, `T` response tokens of the longest, `V`
+vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.func import functional_call
+
+from mismatch_probe.rl.config import RlConfig
+
+TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences side by side, padded on the right, where causal attention makes padding harmless.
+
+    Attributes:
+        ids: `[B, L]` prompts with their responses.
+        attention: `[B, L]` 1 where there is a token.
+        first: `[B]` index of the first response token.
+        mask: `[B, T]` where a response has a token.
+    """
+
+    ids: torch.Tensor
+    attention: torch.Tensor
+    first: torch.Tensor
+    mask: torch.Tensor
+
+    @classmethod
+    def of(cls, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], device: torch.device) -> Batch:
+        rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
+        longest, most = max(map(len, rows)), max(1, *map(len, responses))
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+        lengths = torch.tensor([len(response) for response in responses])
+        return cls(
+            ids.to(device),
+            (torch.arange(longest) < torch.tensor([len(row) for row in rows])[:, None]).long().to(device),
+            torch.tensor([len(prompt) for prompt in prompts]).to(device),
+            (torch.arange(most) < lengths[:, None]).to(device),
+        )
+
+    def targets(self) -> torch.Tensor:
+        """`[B, T]` response tokens; some token where there is none."""
+        at = self.first[:, None] + torch.arange(self.mask.shape[1], device=self.ids.device)
+        return self.ids.gather(1, at.clamp(max=self.ids.shape[1] - 1))
+
+
+@dataclass(frozen=True)
+class StepFacts:
+    """An optimizer step: the gradient's norm before clipping, and the loss scale after it. A skipped one changed
+    nothing, since a gradient was not finite in FP16.
+    """
+
+    grad_norm: float
+    learning_rate: float
+    loss_scale: float
+    skipped: bool
+
+
+class NonFinite(ArithmeticError):
+    """A number that training cannot go on with; its argument names the first tensor that has one."""
+
+
+class Policy:
+    """Weights, optimizer, schedule and loss scale; whatever decides the next step is in `state` and can be restored.
+
+    Args:
+        path: Checkpoint folder.
+        config: Of the run.
+        device: Where it runs.
+    """
+
+    def __init__(self, path: str, config: RlConfig, device: torch.device) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self._config, self._device = config, device
+        self._dtype = TORCH_DTYPES[config.trainer_dtype]
+        loaded = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+        self.model: Any = loaded.to(device).eval()
+        # In 16 bits `cast` computes with a copy; everywhere else the masters themselves compute.
+        copied = config.trainer_mode == "cast" and self._dtype != torch.float32
+        self._compute: Any = deepcopy(self.model).to(self._dtype) if copied else self.model
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=config.learning_rate,
+            betas=(config.beta1, config.beta2),
+            weight_decay=config.weight_decay,
+        )
+        self.scaler = torch.amp.GradScaler(
+            device.type,
+            enabled=self._dtype == torch.float16,
+            init_scale=config.initial_loss_scale,
+            growth_interval=config.loss_scale_growth_interval,
+        )
+        self.updates = 0
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The whole state dict in FP32, tied tensors under each of their names: what an engine has to be given."""
+        return {name: tensor.detach() for name, tensor in self.model.state_dict().items()}
+
+    def logprobs(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """`[B, T]` log-probs of the response tokens at the run's temperature, nats, with their gradients, and the
+        logits `[B, T, V]` in FP32 that they came from. Where there is no token the values mean nothing: mask them.
+        """
+        with self._precision():
+            return token_logprobs(self._compute, batch, self._config.temperature)
+
+    @torch.no_grad()
+    def clean_logprobs(self, batch: Batch, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """`[B, T]` log-probs in FP32 with other weights put in the model's place, at temperature 1."""
+        given = {name: tensor.float() for name, tensor in weights.items()}
+        return token_logprobs(self.model, batch, 1.0, given)[0]
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds the gradients of a micro-batch's share of the loss."""
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+
+    def step(self) -> StepFacts:
+        """Unscales, clips, steps, and hands the new weights to the copy that computes.
+
+        Raises:
+            NonFinite: A gradient is, and there is no loss scale to lower; nothing was stepped.
+        """
+        if self._compute is not self.model:
+            pairs = zip(self.model.parameters(), self._compute.parameters(), strict=True)
+            for master, copy in pairs:
+                master.grad = None if copy.grad is None else copy.grad.float()
+        self.scaler.unscale_(self.optimizer)
+        limit = self._config.max_grad_norm or math.inf
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
+        # With a loss scale such a step is skipped, and the scale falls; without one it would end the weights.
+        if not math.isfinite(norm) and not self.scaler.is_enabled():
+            raise NonFinite(self.non_finite() or "the gradient's norm")
+        rate = self._config.learning_rate * self._rate_factor()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        before = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self._compute is not self.model:
+            self._compute.zero_grad(set_to_none=True)
+            self._refresh()
+        self.updates += 1
+        after = self.scaler.get_scale()
+        return StepFacts(norm, rate, after, self.scaler.is_enabled() and after < before)
+
+    def drop_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self._compute.zero_grad(set_to_none=True)
+
+    def non_finite(self) -> str | None:
+        """The first tensor whose gradient or weight is not finite, by name."""
+        for name, tensor in self._compute.named_parameters():
+            if tensor.grad is not None and not torch.isfinite(tensor.grad).all():
+                return f"gradient of {name}"
+        for name, tensor in self.model.named_parameters():
+            if not torch.isfinite(tensor).all():
+                return str(name)
+        return None
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """The optimizer's tensors by parameter name, and the numbers beside them."""
+        names = [name for name, _ in self.model.named_parameters()]
+        moments = {
+            f"{names[index]}.{key}": value if value.ndim else value[None]
+            for index, entry in self.optimizer.state_dict()["state"].items()
+            for key, value in entry.items()
+        }
+        return moments, {"updates": self.updates, "scaler": self.scaler.state_dict()}
+
+    def restore(
+        self, weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]
+    ) -> None:
+        """Continues where `state` and `weights` were taken."""
+        self.model.load_state_dict(dict(weights), strict=False)
+        document = self.optimizer.state_dict()
+        document["state"] = {}
+        for index, (name, parameter) in enumerate(self.model.named_parameters()):
+            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in moments]
+            entry = {key: moments[f"{name}.{key}"] for key in keys}
+            if keys:
+                entry["step"] = entry["step"][0]
+                document["state"][index] = entry
+            assert not keys or entry["exp_avg"].shape == parameter.shape
+        self.optimizer.load_state_dict(document)
+        self.scaler.load_state_dict(dict(numbers["scaler"]))
+        self.updates = int(numbers["updates"])
+        if self._compute is not self.model:
+            self._refresh()
+
+    @contextmanager
+    def holding(self, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """The model with other FP32 weights for the while, e.g. those that an engine still has."""
+        own = {name: tensor.clone() for name, tensor in self.weights().items()}
+        self.model.load_state_dict(dict(weights))
+        if self._compute is not self.model:
+            self._refresh()
+        try:
+            yield
+        finally:
+            self.model.load_state_dict(own)
+            if self._compute is not self.model:
+                self._refresh()
+
+    @torch.no_grad()
+    def _refresh(self) -> None:
+        for master, copy in zip(self.model.parameters(), self._compute.parameters(), strict=True):
+            copy.copy_(master)
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        if self._config.trainer_mode == "autocast" and self._dtype != torch.float32:
+            return torch.autocast(self._device.type, self._dtype)
+        return nullcontext()
+
+    def _rate_factor(self) -> float:
+        config = self._config
+        if self.updates < config.warmup_steps:
+            return (self.updates + 1) / config.warmup_steps
+        total = config.steps * config.updates_per_rollout
+        done = min(1.0, (self.updates - config.warmup_steps) / max(1, total - config.warmup_steps))
+        if config.schedule == "linear":
+            return 1 - done
+        return 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1.0
+
+
+def token_logprobs(
+    model: Any, batch: Batch, temperature: float, weights: Mapping[str, torch.Tensor] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`[B, T]` log-probs of the response tokens in nats, and the logits `[B, T, V]` in FP32.
+
+    Args:
+        model: A causal language model of transformers.
+        batch: With T response tokens at most.
+        temperature: What logits are divided by.
+        weights: Take the place of the model's own.
+    """
+    # The head runs from the row that predicts the earliest response token on.
+    rows = batch.ids.shape[1] - int(batch.first.min()) + 1
+    options = {"attention_mask": batch.attention, "use_cache": False, "logits_to_keep": rows}
+    if weights is None:
+        output = model(batch.ids, **options)
+    else:
+        output = functional_call(model, dict(weights), (batch.ids,), options, tie_weights=False)
+    at = batch.first[:, None] - int(batch.first.min()) + torch.arange(batch.mask.shape[1], device=batch.ids.device)
+    at = at.clamp(max=output.logits.shape[1] - 1)
+    logits = output.logits.gather(1, at[..., None].expand(-1, -1, output.logits.shape[-1])).float()
+    if temperature != 1:
+        logits = logits / temperature
+    chosen = logits.gather(2, batch.targets()[..., None])[..., 0]
+    return chosen - logits.logsumexp(-1), logits
+
+
+def entropies(logits: torch.Tensor) -> torch.Tensor:
+    """`[..., V]` logits → `[...]` entropy, nats."""
+    logprobs = logits.log_softmax(-1)
+    return -(logprobs.exp() * logprobs).nan_to_num(0.0).sum(-1)

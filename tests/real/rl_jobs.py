@@ -1,0 +1,108 @@
+"""Jobs of the RL tests that run in an engine's own process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mismatch_probe.engines.base import RolloutJob
+from mismatch_probe.engines.devices import rollout_settings
+from mismatch_probe.types import Dtype, Sampling
+
+
+def engine_job(model_path: str, dtype: Dtype) -> RolloutJob:
+    """vLLM as an RL run starts it."""
+    settings = rollout_settings("cpu", dtype, eager=True, in_process=True, kv_cache_gib=1)
+    return RolloutJob(
+        engine="vllm",
+        model_path=model_path,
+        dtype=dtype,
+        device="cpu",
+        sampling=Sampling(16),
+        requests=(),
+        batch=16,
+        null_tokens=0,
+        max_model_len=64,
+        arguments={
+            **settings.arguments,
+            "logprobs_mode": "processed_logprobs",
+            "logits_processors": ["mismatch_probe.engines.vllm_processors:NoiseV1"],
+        },
+    )
+
+
+class Tampering:
+    """An engine that gets other weights than it is sent."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self.tamper: Callable[[dict[str, Any]], dict[str, Any]] = lambda weights: weights
+
+    def load_weights(self, weights: Mapping[str, Any]) -> None:
+        changed = self.tamper(dict(weights))
+        if changed:
+            self._engine.load_weights(changed)
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+        found: list[NDArray[np.float32]] = self._engine.score(sequences)
+        return found
+
+
+@dataclass(frozen=True)
+class SyncFaultsJob:
+    """Syncs changed weights, well and with every fault, and sends what the check said: event `texts`, by fault."""
+
+    model_path: str
+    dtype: Dtype
+    step_size: float
+    trust_remote_code: bool = False
+    subject: str = "The sync test"
+
+    def run(self, channel: Any) -> None:
+        import torch
+
+        from mismatch_probe.engines.vllm import VllmRollout
+        from mismatch_probe.rl.config import make_config
+        from mismatch_probe.rl.policy import Policy
+        from mismatch_probe.rl.sync import SyncError, WeightSync
+
+        engine = Tampering(VllmRollout(engine_job(self.model_path, self.dtype)))
+        config = make_config({"trainer_dtype": "float32", "rollout_dtype": self.dtype})
+        policy = Policy(self.model_path, config, torch.device("cpu"))
+        draw = torch.Generator().manual_seed(1)
+        probes = torch.randint(4, 100, (8, 24), generator=draw).tolist()
+        sync = WeightSync(engine, policy, self.dtype, probes, check=True, scan_every=1)
+
+        def move() -> None:
+            with torch.no_grad():
+                for parameter in policy.model.parameters():
+                    parameter.add_(self.step_size * torch.randn(parameter.shape, generator=draw))
+
+        victim = "model.layers.1.mlp.down_proj.weight"
+        faults: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+            "none": lambda weights: weights,
+            "stale": lambda weights: {},
+            "partial": lambda weights: {k: v for k, v in weights.items() if k != victim},
+            "tied": lambda weights: {k: v for k, v in weights.items() if k != "lm_head.weight"},
+            "cast": lambda weights: {k: v.to(torch.bfloat16).to(v.dtype) for k, v in weights.items()},
+        }
+        said: dict[str, str] = {}
+        for name, tamper in faults.items():
+            move()
+            engine.tamper = tamper
+            try:
+                said[name] = f"gap {sync.send(policy.weights()).gap}"
+            except SyncError as error:
+                said[name] = error.what
+            engine.tamper = faults["none"]
+            with torch.no_grad():
+                sync.resend(policy.weights())
+        try:
+            sync.send({k: v for k, v in policy.weights().items() if k != "lm_head.weight"})
+        except SyncError as error:
+            said["names"] = error.what
+        channel.send("texts", said)
