@@ -237,7 +237,8 @@ def _introduction() -> list[str]:
         f"of their own after each prefix; groups of {GROUP_SIZE}, a minibatch being one of them. Where μ differs from "
         f"π, the mean |d| of its tokens is {mean_abs:.3f} nats and the sequence ESS {ess:.3f}; π′ differs from π by "
         f"{before:.3f} nats, ESS {before_ess:.3f}. That is far more per token than BF16 does, because {T} tokens have "
-        "to stand for thousands. For the same reason nearly every response is outside GSPO's clip between updates.",
+        "to stand for thousands. For the same reason nearly every response is outside GSPO's clip between updates, "
+        "while no token reaches CISPO's.",
         "",
         "*Oracle* advantages are R − V^π(prompt) for every algorithm; *group* advantages are the algorithm's own, and "
         f"a mean that includes the response itself leaves 1 − 1/{GROUP_SIZE} of ∇J. *cos* is the cosine with the other "

@@ -105,6 +105,16 @@ def test_same_loss_and_gradient(trainer: Any, name: str) -> None:
     torch.testing.assert_close(found_gradient, gradient, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("name", ["grpo", "dr-grpo-seq-mis"])
+def test_same_share_of_clipped_tokens(trainer: Any, name: str) -> None:
+    spec, inputs = ALGORITHMS[name], make_inputs(1)
+    trainer._metrics["train"].clear()
+    by_trl(trainer, spec, *inputs)
+    metrics = ours(spec, *inputs)[2]
+    [share] = trainer._metrics["train"]["clip_ratio/region_mean"]
+    assert float(metrics["n_clipped"] / metrics["n_tokens"]) == pytest.approx(share)  # TRL counts in float32
+
+
 @pytest.mark.parametrize("name", sorted(set(ALGORITHMS) - set(WITH_RATIO)))
 def test_policy_gradient_is_grpo_before_the_first_update(trainer: Any, name: str) -> None:
     """TRL has no loss without a ratio; where π is π′, the gradient of its ratio is that of log π."""

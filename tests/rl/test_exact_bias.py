@@ -135,6 +135,17 @@ def test_every_limit_holds_something(table: dict[tuple[str, Setting, Baseline], 
         assert closeness(bound, free).distance > 1e-4, name
 
 
+def test_how_far_the_clips_of_gspo_and_cispo_reach() -> None:
+    """As the document says."""
+    policy = policies("stale")
+    trained, before = (logprobs(x) for x in (policy.trained, policy.before))
+    mask = before < 0
+    ratio = ((trained - before).sum(dim=-1) / mask.sum(dim=-1)).exp() - 1
+    spec = ALGORITHMS["gspo"]
+    assert ((ratio < -spec.clip_low) | (ratio > spec.clip_high)).double().mean() > 0.95
+    assert (trained - before).max().exp() < 1 + ALGORITHMS["cispo"].clip_high
+
+
 @pytest.mark.parametrize("name", ["grpo-token-tis", "cispo"])
 def test_sampling_agrees(name: str) -> None:
     """Groups drawn at random, through the loss as a training loop calls it: no probability enters an advantage."""

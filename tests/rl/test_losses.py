@@ -289,6 +289,26 @@ def test_which_policy_is_corrected() -> None:
         assert float(batch.loss(ALGORITHMS[name])[1]["sum_weight"]) == pytest.approx(float(weights.sum()))
 
 
+@every_algorithm
+def test_only_the_trained_policy_gets_a_gradient(name: str) -> None:
+    spec, batch = ALGORITHMS[name], make_batch(7)
+    leaves = [x.clone().requires_grad_() for x in (batch.current, batch.old, batch.rollout)]
+    policy_loss(spec, leaves[0], leaves[1], leaves[2], batch.advantages, batch.mask, batch.scale)[0].backward()
+    assert [leaf.grad is None for leaf in leaves] == [False, True, True]
+    assert not correction_weights(spec, leaves[0], leaves[2], batch.mask).requires_grad
+
+
+def test_an_overflow_is_seen_and_stays_in_its_sequence() -> None:
+    """e^800 is infinite, and infinity times the padding's 0 would be NaN."""
+    batch = with_log_weights([800.0, 0.0], [0.0, 0.0])
+    mask = torch.tensor([[True, False], [True, True]])
+    loss, _ = replace(batch, mask=mask).loss(ALGORITHMS["pg-seq-is"])
+    assert float(loss) == math.inf
+    gradient = replace(batch, mask=mask).gradient(ALGORITHMS["pg-seq-is"])
+    assert gradient[0].tolist() == [-math.inf, 0.0]
+    assert gradient[1].isfinite().all()
+
+
 def test_a_missing_logprob_is_not_hidden() -> None:
     batch = make_batch(6)
     rollout = batch.rollout.clone()
