@@ -1,0 +1,203 @@
+"""What an RL run trains on: problems with answers that can be checked, and the rewards of responses to them.
+
+- `chain`: a calculation modulo 10, `7+3*4…=`, to be restated step by step as `+30*40…`: operator, operand, result.
+  Short, of low entropy, and right only where every step is; a response must end where the chain does.
+- `reasoning`: the same calculations, `?7+3…=`, with a free form: separators and repetitions are the model's choice, and
+  the last digit alone decides. Longer, and of higher entropy.
+- `math`: problems from a JSONL file of `problem` and `answer`, graded by math-verify (`rl.grader`).
+
+A response that used up its budget gets 0 in all of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from mismatch_probe.errors import PromptError, UsageError
+
+OPERATORS = "+-*"
+SEPARATORS = ",;. "
+# Every character of both arithmetic tasks.
+ALPHABET = "0123456789" + OPERATORS + SEPARATORS + "=?"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A problem with its answer; `prompt` is the text that the model is given."""
+
+    problem_id: str
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Response:
+    """A response without special tokens; `finish_reason` is `stop` where an end token came, else `length`."""
+
+    text: str
+    finish_reason: str
+
+
+class Task(Protocol):
+    """Problems and their rewards."""
+
+    def problems(self) -> list[Problem]:
+        """All of them, in a fixed order."""
+
+    def rewards(self, problems: Sequence[Problem], responses: Sequence[Response]) -> list[float]:
+        """A reward for each response to the problem beside it."""
+
+    def close(self) -> None:
+        """Frees what grading needs."""
+
+
+@dataclass(frozen=True)
+class Calculation:
+    """x₀ and K steps of operator and digit, modulo 10."""
+
+    start: int
+    operators: tuple[str, ...]
+    digits: tuple[int, ...]
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator, operations: int) -> Calculation:
+        operators = tuple(OPERATORS[i] for i in rng.integers(len(OPERATORS), size=operations))
+        return cls(int(rng.integers(10)), operators, tuple(int(d) for d in rng.integers(10, size=operations)))
+
+    @property
+    def text(self) -> str:
+        steps = "".join(f"{operator}{digit}" for operator, digit in zip(self.operators, self.digits, strict=True))
+        return f"{self.start}{steps}="
+
+    def results(self) -> list[int]:
+        """The value after each step."""
+        value, found = self.start, []
+        for operator, digit in zip(self.operators, self.digits, strict=True):
+            value = {"+": value + digit, "-": value - digit, "*": value * digit}[operator] % 10
+            found.append(value)
+        return found
+
+
+class ChainTask:
+    """`chain`, or `reasoning` where `free` is set."""
+
+    def __init__(self, n_problems: int, seed: int, operations: int, *, free: bool = False) -> None:
+        rng = np.random.default_rng((seed, operations, 0xC4A1))
+        self._free, self._length = free, 3 * operations
+        drawn = [Calculation.draw(rng, operations) for _ in range(n_problems)]
+        self._problems = [
+            Problem(f"{'reasoning' if free else 'chain'}-{i:04d}", "?" * free + c.text, str(c.results()[-1]))
+            for i, c in enumerate(drawn)
+        ]
+
+    def problems(self) -> list[Problem]:
+        return list(self._problems)
+
+    def rewards(self, problems: Sequence[Problem], responses: Sequence[Response]) -> list[float]:
+        return [float(self._right(p, r)) for p, r in zip(problems, responses, strict=True)]
+
+    def _right(self, problem: Problem, response: Response) -> bool:
+        if response.finish_reason != "stop":
+            return False
+        if not self._free and len(response.text) != self._length:
+            return False
+        return response.text.rstrip(SEPARATORS)[-1:] == problem.answer
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class MathTask:
+    """Problems from a file, graded by math-verify in a process that can be killed."""
+
+    def __init__(self, path: str, n_problems: int, seed: int, timeout: float) -> None:
+        from mismatch_probe.rl.grader import Grader  # type: ignore[import-untyped]
+
+        problems = read_problems(path)
+        if len(problems) > n_problems:
+            kept = np.sort(np.random.default_rng(seed).choice(len(problems), n_problems, replace=False))
+            problems = [problems[i] for i in kept]
+        self._problems = problems
+        self._grader = Grader(timeout)
+
+    def problems(self) -> list[Problem]:
+        return list(self._problems)
+
+    def rewards(self, problems: Sequence[Problem], responses: Sequence[Response]) -> list[float]:
+        pairs = [
+            (p.answer, r.text) if r.finish_reason == "stop" else None for p, r in zip(problems, responses, strict=True)
+        ]
+        found: list[float] = self._grader.grade(pairs)
+        return found
+
+    def close(self) -> None:
+        self._grader.close()
+
+
+def make_task(
+    name: str,
+    *,
+    n_problems: int,
+    seed: int,
+    operations: int = 16,
+    path: str | None = None,
+    grader_timeout: float = 5.0,
+) -> Task:
+    """The task of that name.
+
+    Args:
+        name: `chain`, `reasoning` or `math`.
+        n_problems: How many problems; of a file that has more, so many at random.
+        seed: Which ones.
+        operations: Length of a chain.
+        path: The JSONL file of `math`.
+        grader_timeout: Seconds after which a grader that hangs is killed, and the response gets 0.
+
+    Raises:
+        UsageError: There is no such task, or `math` has no file.
+        PromptError: A line of the file cannot be read.
+        EngineMissing: math-verify is not installed.
+    """
+    if name in ("chain", "reasoning"):
+        return ChainTask(n_problems, seed, operations, free=name == "reasoning")
+    if name != "math":
+        raise UsageError(f"There is no task {name!r}.", "Known are chain, reasoning and math.")
+    if path is None:
+        raise UsageError("The task math needs a file of problems.", "Name it with --problems.")
+    return MathTask(path, n_problems, seed, grader_timeout)
+
+
+def read_problems(path: str | Path) -> list[Problem]:
+    """Reads a JSONL file of `problem`, `answer` and perhaps `id`.
+
+    Raises:
+        PromptError: The file cannot be read, is empty, or one of its lines is wrong.
+    """
+    try:
+        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text"
+        raise PromptError(f"The problem file {path} cannot be read ({reason}).", "Check its path.") from None
+    found = [_problem(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not found:
+        raise PromptError(f"The problem file {path} has no problems.", "Write one JSON object per line.")
+    return found
+
+
+def _problem(path: str | Path, number: int, line: str) -> Problem:
+    try:
+        row: Any = json.loads(line)
+        problem, answer = row["problem"], row["answer"]
+    except (ValueError, KeyError, TypeError):
+        problem = answer = None
+    if not isinstance(problem, str) or not isinstance(answer, str | int | float):
+        raise PromptError(
+            f"Line {number} of {path} is no problem with an answer.", 'Write {"problem": "…", "answer": "…"}.'
+        )
+    return Problem(str(row.get("id", f"line-{number}")), problem, str(answer))
