@@ -5,7 +5,7 @@ Every command has a twin here. Importing this package imports no engine and no n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from mismatch_probe.probes.planning import Plan
     from mismatch_probe.probes.progress import Progress
     from mismatch_probe.probes.session import RunResult
+    from mismatch_probe.rl.config import RlConfig
+    from mismatch_probe.rl.run import RlResult
 
 __all__ = [
     "CompareConfig",
@@ -27,7 +29,10 @@ __all__ = [
     "plan",
     "plot",
     "pull_model",
+    "read_rl_config",
     "resume",
+    "rl_resume",
+    "rl_run",
     "write_report",
 ]
 
@@ -144,3 +149,41 @@ def env() -> dict[str, Any]:
     from mismatch_probe.engines.environment import inspect
 
     return inspect()
+
+
+def read_rl_config(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> RlConfig:
+    """The configuration of an RL run, from a TOML file, from `overrides`, or from both, of which the latter win.
+
+    Raises:
+        UsageError: The file is no TOML, a key is unknown, or a value cannot be.
+    """
+    from mismatch_probe.rl.config import read_config
+
+    return read_config(path, overrides or {})
+
+
+def rl_run(config: RlConfig, *, out: str | Path | None = None, progress: Progress | None = None) -> RlResult:
+    """Fine-tunes by RL and measures the mismatch at every step: the command `rl run`.
+
+    Args:
+        config: From `read_rl_config`.
+        out: A new folder for the run; by default one under `runs/`.
+        progress: Told about every step.
+
+    Raises:
+        ProbeError: See `mismatch_probe.errors`; checkpoints and finished steps stay in the folder.
+    """
+    from mismatch_probe.rl.run import new_rl_run
+
+    return new_rl_run(config, out, progress)
+
+
+def rl_resume(path: str | Path, *, progress: Progress | None = None) -> RlResult:
+    """Goes on with an RL run from its newest checkpoint.
+
+    Raises:
+        ProbeError: The folder holds no RL run, or its model has changed.
+    """
+    from mismatch_probe.rl.run import resume_rl_run
+
+    return resume_rl_run(Path(path), progress)

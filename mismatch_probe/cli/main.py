@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import signal
 import sys
@@ -11,6 +10,7 @@ from typing import Any
 
 import click
 
+from mismatch_probe.cli.lazy import LazyGroup
 from mismatch_probe.cli.output import printable
 from mismatch_probe.errors import EXIT_INTERRUPTED, ProbeError
 
@@ -18,30 +18,15 @@ _COMMANDS = {
     "compare": "How large is the mismatch, per dtype pair?",
     "report": "Write summary and report of a finished run again, without engines.",
     "plot": "Draw the figures of a finished run again, without engines.",
+    "rl": "What does the mismatch do to training? RL runs with both engines.",
     "models": "Built-in models: list, fetch, locate.",
     "env": "What is installed, and which engines and dtypes are usable here.",
 }
 
 
-class _LazyGroup(click.Group):
-    """Knows the commands by name; loads a command's module when it is asked for (help stays fast that way)."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(_COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in _COMMANDS:
-            return None
-        command: click.Command = importlib.import_module(f"mismatch_probe.cli.{cmd_name}").command
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(list(_COMMANDS.items()))
-
-
 @click.group(
-    cls=_LazyGroup,
+    cls=LazyGroup,
+    modules=_COMMANDS,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Exit codes: 0 done and within limits, 1 error, 2 usage, 3 limit exceeded, 130 interrupted.",
 )

@@ -47,14 +47,14 @@ class _Shown(Progress):
 
 
 @contextmanager
-def shown_progress() -> Iterator[Progress]:
-    """Progress on stderr for the length of a command."""
+def shown_progress(unit: str = "tokens") -> Iterator[Progress]:
+    """Progress on stderr for the length of a command, counted in `unit`."""
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("tokens"),
+        TextColumn(unit),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )

@@ -1,0 +1,21 @@
+"""`mismatch-probe rl`: a group of commands."""
+
+from __future__ import annotations
+
+import click
+
+from mismatch_probe.cli.lazy import LazyGroup
+
+_COMMANDS = {
+    "run": "One RL run, instrumented at every step.",
+}
+
+
+@click.group(cls=LazyGroup, modules=_COMMANDS, prefix="rl_")
+def command() -> None:
+    """What does the mismatch do to training?
+
+    \b
+    Example:
+      mismatch-probe rl run --rollout-dtype fp16 --trainer-dtype fp16 --steps 50
+    """

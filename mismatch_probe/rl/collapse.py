@@ -1,0 +1,134 @@
+"""When a run has collapsed, and when it has nothing to learn from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+RULE = (
+    "A run has collapsed when the mean reward of its last {window} steps is below half of the best mean of {window} "
+    "earlier steps, and the drop exceeds {sigmas:g} standard errors."
+)
+_LOST = 0.5
+_SIGMAS = 4.0
+_SILENT_STEPS = 20
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a step has shown.
+
+    Attributes:
+        kind: `collapsed` ends a run; `no-signal` is only worth saying.
+        sentence: For people.
+    """
+
+    kind: Literal["collapsed", "no-signal"]
+    sentence: str
+
+
+class CollapseDetector:
+    """Fed the mean reward of every step; see `RULE`.
+
+    The windows do not overlap. The standard error is that of a difference of two means over steps, from the spread of
+    the rewards between steps within each window, and no smaller than what binomial rewards would have: the best of many
+    windows is good by luck, too.
+
+    Args:
+        window: Steps of either mean.
+    """
+
+    def __init__(self, window: int = 10) -> None:
+        self._window = window
+        self._rewards: list[float] = []
+        self._responses: list[int] = []
+        self._best_end: int | None = None
+        self._silent = 0
+        self._said = False
+
+    @property
+    def last_healthy_step(self) -> int | None:
+        """Last step of the best window; None before there is one."""
+        return self._best_end
+
+    def update(self, step: int, reward: float, n_responses: int, *, equal: bool | None = None) -> Verdict | None:
+        """Takes in a step.
+
+        Args:
+            step: Its number, counted from 0.
+            reward: Mean over its responses.
+            n_responses: How many there were.
+            equal: Whether all rewards of the step were the same; if not given, whether they are all 0 or all 1.
+        """
+        assert step == len(self._rewards)
+        self._rewards.append(reward)
+        self._responses.append(n_responses)
+        window, now = self._window, len(self._rewards)
+        if now >= window:
+            mean = float(np.mean(self._rewards[now - window : now]))
+            if self._best_end is None or mean >= self._mean(self._best_end):
+                self._best_end = now - 1
+        if self._collapsed():
+            assert self._best_end is not None
+            best, present = self._mean(self._best_end), self._mean(now - 1)
+            rule = RULE.format(window=window, sigmas=_SIGMAS)
+            sentence = (
+                f"step {step}: mean reward fell from {best:.3f} (to step {self._best_end}) to {present:.3f}. {rule}"
+            )
+            return Verdict("collapsed", sentence)
+        return self._signal(step, reward in (0.0, 1.0) if equal is None else equal)
+
+    def _signal(self, step: int, equal: bool) -> Verdict | None:
+        self._silent = self._silent + 1 if equal else 0
+        if self._silent < _SILENT_STEPS:
+            self._said = False
+            return None
+        if self._said:
+            return None
+        self._said = True
+        what = f"all rewards have been equal for {self._silent} steps up to step {step}"
+        return Verdict("no-signal", f"{what}: there is no signal to learn from.")
+
+    def _mean(self, end: int) -> float:
+        return float(np.mean(self._rewards[end - self._window + 1 : end + 1]))
+
+    def _collapsed(self) -> bool:
+        window, now = self._window, len(self._rewards)
+        if self._best_end is None or self._best_end > now - 1 - window:
+            return False
+        best, present = self._mean(self._best_end), self._mean(now - 1)
+        variance = sum(self._variance(end) for end in (self._best_end, now - 1))
+        return present < _LOST * best and best - present > _SIGMAS * math.sqrt(variance)
+
+    def _variance(self, end: int) -> float:
+        """Of the mean of a window."""
+        rewards = np.array(self._rewards[end - self._window + 1 : end + 1])
+        n = np.array(self._responses[end - self._window + 1 : end + 1])
+        mean = float(rewards.mean())
+        binomial = mean * (1 - mean) / max(1, n.sum()) if 0 <= mean <= 1 else 0.0
+        return max(float(rewards.var(ddof=1)) / self._window, binomial)
+
+    def state(self) -> dict[str, Any]:
+        """As JSON."""
+        return {
+            "window": self._window,
+            "rewards": self._rewards,
+            "responses": self._responses,
+            "best_end": self._best_end,
+            "silent": self._silent,
+            "said": self._said,
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> CollapseDetector:
+        """Goes on where `state` was taken."""
+        detector = cls(int(state["window"]))
+        detector._rewards = [float(reward) for reward in state["rewards"]]
+        detector._responses = [int(n) for n in state["responses"]]
+        detector._best_end = state["best_end"]
+        detector._silent, detector._said = int(state["silent"]), bool(state["said"])
+        return detector

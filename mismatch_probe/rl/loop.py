@@ -1,0 +1,418 @@
+"""The colocated loop: sync, sample with vLLM, reward, advantages, updates, and what is measured of each step.
+
+Every random choice follows from the seed and the step, so a resumed run needs no generator's state: it draws what the
+uninterrupted one would have drawn.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mismatch_probe.metrics.intervals import share_interval
+from mismatch_probe.rl.advantages import group_advantages
+from mismatch_probe.rl.checkpoints import Checkpoint, checkpoints, load_checkpoint, prune, save_checkpoint
+from mismatch_probe.rl.collapse import CollapseDetector
+from mismatch_probe.rl.config import RlConfig
+from mismatch_probe.rl.instruments import Rolled, finite
+from mismatch_probe.rl.losses import ALGORITHMS, Scale, policy_loss
+from mismatch_probe.rl.policy import Batch, NonFinite, Policy, StepFacts, entropies
+from mismatch_probe.rl.records import RlDirectory
+from mismatch_probe.rl.stress import stressed
+from mismatch_probe.rl.sync import ScoringEngine, WeightSync, cast, changed_share
+from mismatch_probe.rl.tasks import Problem, Response, Task
+from mismatch_probe.types import Rollout, RolloutRequest, Sampling
+
+Floats = NDArray[np.float64]
+_PROBES = 8
+_EVALUATED = 64
+
+
+class Engine(ScoringEngine, Protocol):
+    """What the loop needs of a rollout engine."""
+
+    def generate(
+        self, requests: Sequence[RolloutRequest], sampling: Sampling, on_tokens: Callable[[int], None]
+    ) -> list[Rollout]: ...
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What a loop is made of, so that a sweep can use one engine for many.
+
+    Attributes:
+        config: What is asked.
+        directory: Where it is written.
+        source: Folder of the initial model.
+        device: Of the trainer.
+        engine: With any weights; the loop loads its own.
+        task: With its problems.
+        prompts: Token ids of each problem's prompt.
+        decode: From response ids to text without special tokens.
+        tell: Told `("total", steps)`, `("step", row)` and `("message", text)`.
+    """
+
+    config: RlConfig
+    directory: RlDirectory
+    source: Path
+    device: torch.device
+    engine: Engine
+    task: Task
+    problems: Sequence[Problem]
+    prompts: Sequence[Sequence[int]]
+    decode: Callable[[Sequence[int]], str]
+    end_ids: Sequence[int]
+    tell: Callable[[str, Any], None]
+
+
+class _Clock:
+    """Seconds by phase."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(("rollout", "sync", "forward_backward", "other"), 0.0)
+        self._since = time.perf_counter()
+
+    def ends(self, phase: str) -> None:
+        """Everything since the last phase belongs to this one."""
+        now = time.perf_counter()
+        self.seconds[phase] += now - self._since
+        self._since = now
+
+
+class Training:
+    """One run, new or resumed from the newest checkpoint of its folder."""
+
+    def __init__(self, pieces: Pieces) -> None:
+        self._p, self._config = pieces, pieces.config
+        self._spec = ALGORITHMS[self._config.algorithm]
+        self._policy = Policy(str(pieces.source), self._config, pieces.device)
+        self._detector = CollapseDetector(window=self._config.collapse_window)
+        self._step = 0
+        stale = int(self._config.dose) if self._config.stress == "stale" else 0
+        self._history: deque[dict[str, torch.Tensor]] = deque(maxlen=stale + 1)
+        # By problem, successes and responses of each of the last steps: the sanity test's clusters.
+        self._recent: deque[tuple[Floats, Floats]] = deque(maxlen=self._config.pass_window)
+        found = checkpoints(pieces.directory.checkpoints)
+        if found:
+            self._restore(load_checkpoint(found[-1]))
+        pieces.directory.rewind(self._step)
+        pieces.engine.load_weights(cast(self._policy.weights(), self._config.rollout_dtype))
+        self._sync = WeightSync(
+            pieces.engine, self._policy, self._config.rollout_dtype, self._probes(), check=self._config.check_sync
+        )
+
+    def run(self) -> dict[str, Any]:
+        """Trains to the end, to a collapse, or to a number that is not finite.
+
+        Returns:
+            How it ended: `status` (`complete`, `collapsed`, `diverged`), `why`, `steps`, `last_healthy_checkpoint`,
+            `passed_at_step`, `clean_reward`.
+        """
+        config, ended, passed = self._config, {"status": "complete", "why": ""}, None
+        self._p.tell("total", config.steps - self._step)
+        while self._step < config.steps and ended["status"] == "complete":
+            try:
+                row = self._one_step()
+            except NonFinite as error:
+                ended = {"status": "diverged", "why": str(error)}
+                break
+            self._p.directory.append_step(row)
+            self._p.tell("step", row)
+            self._step += 1
+            ended = self._judge(row)
+            if passed is None and self._passes():
+                passed = row["step"]
+            if self._step % config.checkpoint_every == 0 or self._step == config.steps:
+                self._save()
+        healthy = self._healthy_checkpoint()
+        return {
+            **ended,
+            "steps": self._step,
+            "last_healthy_checkpoint": healthy,
+            "passed_at_step": passed,
+            "clean_reward": self._evaluate(self._step) if ended["status"] != "diverged" else None,
+        }
+
+    def _one_step(self) -> dict[str, Any]:
+        clock, config, step = _Clock(), self._config, self._step
+        before = cast(self._policy.weights(), config.rollout_dtype)
+        engine_weights = self._engine_weights()
+        clock.ends("other")
+        synced = self._sync.send(stressed(engine_weights, config.stress, config.dose, seed=config.seed, step=step))
+        clock.ends("sync")
+        chosen = self._chosen(step)
+        rollouts = self._sample(chosen, step)
+        clock.ends("rollout")
+        owners = np.repeat(np.array(chosen), config.samples_per_prompt)
+        problems = [self._p.problems[i] for i in owners]
+        texts = [self._p.decode([int(t) for t in r.response_token_ids]) for r in rollouts]
+        answers = [Response(text, r.finish_reason) for text, r in zip(texts, rollouts, strict=True)]
+        rewards = np.asarray(self._p.task.rewards(problems, answers), np.float64)
+        advantages = group_advantages(rewards, owners, self._spec.advantage)
+        batches = self._batches(owners, rollouts)
+        clock.ends("other")
+        old, entropy = self._score(batches)
+        sampled = old
+        if len(self._history) > 1:
+            with self._policy.holding(engine_weights):
+                sampled, _ = self._score(batches)
+        clock.ends("forward_backward")
+        rolled = Rolled(
+            step,
+            [problem.problem_id for problem in problems],
+            [self._p.prompts[i] for i in owners],
+            [[int(token) for token in r.response_token_ids] for r in rollouts],
+            texts,
+            [r.finish_reason for r in rollouts],
+            rewards,
+            advantages,
+            [np.asarray(r.logprobs, np.float64) for r in rollouts],
+            old,
+            [np.empty(0)] * len(rollouts),
+            sampled,
+        )
+        self._check_finite(rolled)
+        facts, sums, current = self._guarded_update(batches, rolled, clock)
+        rolled = Rolled(**{**vars(rolled), "current": current})
+        if config.record_rollouts:
+            self._p.directory.append_rollout(step, rolled.table())
+        self._recent.append(self._by_problem(owners, rewards))
+        norms = np.array([f.grad_norm for f in facts])
+        row = {
+            "step": step,
+            "reward": float(rewards.mean()),
+            "reward_std": float(rewards.std()),
+            "entropy": entropy,
+            "response_length": float(np.mean([len(r) for r in rolled.responses])),
+            "n_responses": len(rewards),
+            "n_truncated": sum(reason == "length" for reason in rolled.finish_reasons),
+            "n_empty": sum(len(r) == 0 for r in rolled.responses),
+            "grad_norm": float(norms.mean()),
+            "grad_norm_var": float(norms.var(ddof=1)) if len(norms) > 1 else None,
+            "learning_rate": facts[-1].learning_rate,
+            "loss_scale": facts[-1].loss_scale,
+            "n_skipped": sum(f.skipped for f in facts),
+            "clip_fraction": sums["n_clipped"] / max(1.0, sums["n_tokens"]),
+            "mask_fraction": sums["n_masked"] / max(1.0, sums["n_tokens"]),
+            "truncated_fraction": sums["n_truncated"] / max(1.0, sums["n_tokens"]),
+            "sync_gap": synced.gap,
+            "weights_changed": changed_share(before, cast(self._policy.weights(), config.rollout_dtype)),
+            **rolled.metrics(),
+        }
+        due = config.evaluate_every and (step + 1) % config.evaluate_every == 0
+        row["clean_reward"] = self._evaluate(step) if due else None
+        clock.ends("other")
+        return finite({**row, **{f"seconds_{phase}": seconds for phase, seconds in clock.seconds.items()}})
+
+    def _engine_weights(self) -> dict[str, torch.Tensor]:
+        """FP32 weights that the engine gets before stress: the present ones, or older ones where they are stale."""
+        if self._history.maxlen == 1:
+            return self._policy.weights()
+        self._history.append({name: tensor.clone() for name, tensor in self._policy.weights().items()})
+        return self._history[0]
+
+    def _chosen(self, step: int) -> list[int]:
+        """Problems of a step: a fresh shuffle each time that all have been seen."""
+        n, size = len(self._p.problems), self._config.prompts_per_step
+        at = np.arange(step * size, (step + 1) * size)
+        orders = {
+            epoch: np.random.default_rng((self._config.seed, int(epoch))).permutation(n) for epoch in np.unique(at // n)
+        }
+        return [int(orders[i // n][i % n]) for i in at]
+
+    def _sample(self, chosen: Sequence[int], step: int) -> list[Rollout]:
+        config = self._config
+        noise = config.dose if config.stress == "logit-noise" else 0.0
+        n = len(chosen) * config.samples_per_prompt
+        seeds = np.random.default_rng((config.seed, step, 1)).integers(0, 1 << 31, n)
+        requests = [
+            RolloutRequest(i, list(self._p.prompts[chosen[i // config.samples_per_prompt]]), int(seeds[i]), (), noise)
+            for i in range(n)
+        ]
+        sampling = Sampling(config.max_tokens, config.temperature, config.seed)
+        return self._p.engine.generate(requests, sampling, lambda _: None)
+
+    def _batches(self, owners: NDArray[np.int64], rollouts: Sequence[Rollout]) -> list[list[tuple[list[int], Batch]]]:
+        """Minibatches of micro-batches, each with the indices of its sequences. Scoring and updates use the very same
+        ones, so that before the first update both give the same bits.
+        """
+        per = len(rollouts) // self._config.updates_per_rollout
+        found = []
+        for start in range(0, len(rollouts), per):
+            micro = []
+            for first in range(start, start + per, self._config.micro_batch):
+                rows = list(range(first, min(first + self._config.micro_batch, start + per)))
+                prompts = [self._p.prompts[owners[i]] for i in rows]
+                responses = [[int(t) for t in rollouts[i].response_token_ids] for i in rows]
+                micro.append((rows, Batch.of(prompts, responses, self._p.device)))
+            found.append(micro)
+        return found
+
+    @torch.no_grad()
+    def _score(self, batches: Sequence[Sequence[tuple[list[int], Batch]]]) -> tuple[list[Floats], float]:
+        """Log-probs of every sequence, and the mean entropy of a token, nats."""
+        found: dict[int, Floats] = {}
+        entropy, n = 0.0, 0
+        for rows, batch in (micro for minibatch in batches for micro in minibatch):
+            logprobs, logits = self._policy.logprobs(batch)
+            found |= _rows(rows, batch, logprobs)
+            entropy += float(entropies(logits)[batch.mask].sum())
+            n += int(batch.mask.sum())
+        return [found[i] for i in sorted(found)], entropy / max(1, n)
+
+    def _guarded_update(
+        self, batches: Sequence[Sequence[tuple[list[int], Batch]]], rolled: Rolled, clock: _Clock
+    ) -> tuple[list[StepFacts], dict[str, float], list[Floats]]:
+        """Updates; what stops them leaves the batch behind for replay."""
+        try:
+            return self._update(batches, rolled)
+        except NonFinite as error:
+            raise self._failure(rolled, str(error)) from None
+        finally:
+            clock.ends("forward_backward")
+
+    def _update(
+        self, batches: Sequence[Sequence[tuple[list[int], Batch]]], rolled: Rolled
+    ) -> tuple[list[StepFacts], dict[str, float], list[Floats]]:
+        facts: list[StepFacts] = []
+        totals: dict[str, float] = {}
+        current: dict[int, Floats] = {}
+        for minibatch in batches:
+            tokens = sum(int(batch.mask.sum()) for _, batch in minibatch)
+            scale = Scale(sum(len(rows) for rows, _ in minibatch), max(1, tokens), self._config.max_tokens)
+            for rows, batch in minibatch:
+                logprobs, _ = self._policy.logprobs(batch)
+                old, rollout = (_padded([side[i] for i in rows], batch) for side in (rolled.old, rolled.rollout))
+                advantages = torch.tensor(rolled.advantages[rows], device=self._p.device)
+                loss, sums = policy_loss(self._spec, logprobs, old, rollout, advantages, batch.mask, scale)
+                if not torch.isfinite(loss):
+                    raise NonFinite("the loss")
+                self._policy.backward(loss)
+                current |= _rows(rows, batch, logprobs.detach())
+                for name, value in sums.items():
+                    totals[name] = totals.get(name, 0.0) + float(value)
+            facts.append(self._policy.step())
+        return facts, totals, [current[i] for i in sorted(current)]
+
+    def _check_finite(self, rolled: Rolled) -> None:
+        for name, side in (("rollout", rolled.rollout), ("trainer", rolled.old)):
+            for i, values in enumerate(side):
+                if not np.isfinite(values).all():
+                    at = int(np.flatnonzero(~np.isfinite(values))[0])
+                    where = f"the {name} log-prob of sequence {i} at position {at}"
+                    raise self._failure(rolled, f"{where} ({self._policy.non_finite() or 'all weights are finite'})")
+
+    def _failure(self, rolled: Rolled, what: str) -> NonFinite:
+        folder = self._p.directory.save_failure(rolled.table(), {"step": self._step, "what": what})
+        self._policy.drop_gradients()
+        return NonFinite(f"step {self._step}: {what} is not finite; its batch lies in {folder.name}/")
+
+    def _judge(self, row: dict[str, Any]) -> dict[str, str]:
+        """Whether the run may go on."""
+        config = self._config
+        if config.trainer_dtype == "float16" and row["loss_scale"] < config.minimum_loss_scale:
+            why = (
+                f"step {row['step']}: the loss scale fell to {row['loss_scale']:g}, below {config.minimum_loss_scale:g}"
+            )
+            return {"status": "diverged", "why": why}
+        verdict = self._detector.update(row["step"], row["reward"], row["n_responses"])
+        if verdict is None:
+            return {"status": "complete", "why": ""}
+        if verdict.kind == "no-signal":
+            self._p.tell("message", verdict.sentence)
+            return {"status": "complete", "why": ""}
+        return {"status": "collapsed", "why": verdict.sentence}
+
+    def _by_problem(self, owners: NDArray[np.int64], rewards: Floats) -> tuple[Floats, Floats]:
+        n = len(self._p.problems)
+        return np.bincount(owners, rewards, n).astype(float), np.bincount(owners, minlength=n).astype(float)
+
+    def _passes(self) -> bool:
+        """The sanity test: the lower 95 % limit of the mean reward over the window, clustered by problem."""
+        if len(self._recent) < self._config.pass_window:
+            return False
+        hits, counts = (np.sum([part[k] for part in self._recent], axis=0) for k in (0, 1))
+        interval = share_interval(hits, counts)
+        return interval is not None and interval[0] > self._config.pass_above
+
+    @torch.no_grad()
+    def _evaluate(self, step: int) -> float:
+        """Mean reward of the clean weights: FP32, no stress, transformers' own sampling, one response a problem."""
+        from transformers import GenerationConfig
+
+        problems = list(self._p.problems[:_EVALUATED])
+        prompts = [list(ids) for ids in self._p.prompts[:_EVALUATED]]
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=self._p.device)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self._p.device)
+        sampling = GenerationConfig(
+            do_sample=True,
+            temperature=self._config.temperature,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=self._config.max_tokens,
+            eos_token_id=list(self._p.end_ids),
+            pad_token_id=self._p.end_ids[0],
+        )
+        devices = [self._p.device] if self._p.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(self._config.seed * 1_000_003 + step)
+            out = self._policy.model.generate(input_ids=ids, attention_mask=mask, generation_config=sampling)
+        answers = []
+        for row in out[:, longest:].tolist():
+            ends = [i for i, token in enumerate(row) if token in self._p.end_ids]
+            kept = row[: ends[0] + 1] if ends else row
+            answers.append(Response(self._p.decode(kept), "stop" if ends else "length"))
+        return float(np.mean(self._p.task.rewards(problems, answers)))
+
+    def _probes(self) -> list[list[int]]:
+        """Fixed sequences for the sync check: prompts, which the model has an opinion about."""
+        return [list(prompt)[:128] for prompt in self._p.prompts[:_PROBES] if len(prompt) > 1]
+
+    def _save(self) -> None:
+        moments, numbers = self._policy.state()
+        history = list(self._history)
+        state = {"step": self._step, **numbers, "detector": self._detector.state(), "n_history": len(history)}
+        state["recent"] = [[part.tolist() for part in parts] for parts in self._recent]
+        folder = self._p.directory.checkpoints
+        content = Checkpoint(self._policy.weights(), moments, history, state)
+        save_checkpoint(folder, self._policy.model, content, self._p.source)
+        prune(folder, [name] if (name := self._healthy_checkpoint()) else [])
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        self._policy.restore(checkpoint.weights, checkpoint.moments, checkpoint.state)
+        self._detector = CollapseDetector.from_state(checkpoint.state["detector"])
+        self._step = int(checkpoint.state["step"])
+        self._history.extend(dict(weights) for weights in checkpoint.history)
+        for hits, counts in checkpoint.state["recent"]:
+            self._recent.append((np.array(hits), np.array(counts)))
+
+    def _healthy_checkpoint(self) -> str | None:
+        """The newest checkpoint that is no later than the last healthy step."""
+        healthy = self._detector.last_healthy_step
+        names = [p.name for p in checkpoints(self._p.directory.checkpoints)]
+        if healthy is None:
+            return names[-1] if names else None
+        fit = [name for name in names if int(name.removeprefix("step-")) <= healthy + 1]
+        return fit[-1] if fit else None
+
+
+def _rows(rows: Sequence[int], batch: Batch, logprobs: torch.Tensor) -> dict[int, Floats]:
+    """The response tokens' values of a micro-batch, by sequence."""
+    values, lengths = logprobs.double().cpu().numpy(), batch.mask.sum(1).tolist()
+    return {i: values[k, :n].copy() for k, (i, n) in enumerate(zip(rows, lengths, strict=True))}
+
+
+def _padded(values: Sequence[Floats], batch: Batch) -> torch.Tensor:
+    found = torch.zeros(batch.mask.shape, dtype=torch.float64)
+    for i, row in enumerate(values):
+        found[i, : len(row)] = torch.from_numpy(np.ascontiguousarray(row))
+    return found.to(batch.mask.device)

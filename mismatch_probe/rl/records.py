@@ -1,0 +1,126 @@
+"""The folder of an RL run: what is appended while it goes on, and the tables that it ends as.
+
+config.json         the configuration, the model's files, versions and machine
+steps.jsonl         a line per finished step, as it ends
+rollouts/           a Parquet file per step, in the format of `compare --from`
+checkpoints/        see `rl.checkpoints`
+failure/            the batch of a step that failed, for replay
+result.json         how the run ended
+steps.parquet, rollouts.parquet     the same at the end, as tables
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mismatch_probe.errors import TableError
+from mismatch_probe.files import atomic_path, write_json
+from mismatch_probe.rl.config import RlConfig, make_config
+from mismatch_probe.tables import SCHEMA_VERSION, read_json, refuse_occupied
+
+_FIX = "Give the folder that `mismatch-probe rl run` wrote."
+
+
+class RlDirectory:
+    """A run's folder, written by one process at a time."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path, self.manifest = path, manifest
+
+    @classmethod
+    def create(cls, path: Path, config: RlConfig, facts: Mapping[str, Any]) -> RlDirectory:
+        """Makes a new run folder.
+
+        Raises:
+            UsageError: The folder exists and is not empty, or is no folder.
+        """
+        refuse_occupied(path)
+        manifest = {"schema_version": SCHEMA_VERSION, "kind": "rl-run", "config": config.as_dict(), **facts}
+        write_json(path / "config.json", manifest)
+        return cls(path, manifest)
+
+    @classmethod
+    def open(cls, path: Path) -> RlDirectory:
+        """Opens an existing run folder.
+
+        Raises:
+            TableError: It is none.
+        """
+        if not (path / "config.json").exists():
+            raise TableError(f"{path} is no folder of an RL run.", _FIX)
+        manifest = read_json(path / "config.json")
+        if manifest.get("kind") != "rl-run":
+            raise TableError(f"{path} is no folder of an RL run.", _FIX)
+        return cls(path, manifest)
+
+    @property
+    def config(self) -> RlConfig:
+        return make_config(self.manifest["config"])
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def result(self) -> dict[str, Any] | None:
+        """How the run ended; None while it has not."""
+        return dict(read_json(self.path / "result.json")) if (self.path / "result.json").exists() else None
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Writes the tables and then the result, which says that there is nothing left to do."""
+        steps = self.steps()
+        with atomic_path(self.path / "steps.parquet") as temporary:
+            steps.to_parquet(temporary, index=False)
+        parts = sorted((self.path / "rollouts").glob("step-*.parquet"))
+        if parts:
+            with atomic_path(self.path / "rollouts.parquet") as temporary:
+                pq.write_table(pa.concat_tables([pq.read_table(part) for part in parts]), temporary)
+        write_json(self.path / "result.json", {"schema_version": SCHEMA_VERSION, **result})
+
+    def steps(self) -> pd.DataFrame:
+        """A row per finished step."""
+        try:
+            lines = (self.path / "steps.jsonl").read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            return pd.DataFrame()
+        # A process that was killed while it wrote leaves half a line, of a step that will be done again.
+        return pd.DataFrame([json.loads(line) for line in lines if line.endswith("}")])
+
+    def append_step(self, row: Mapping[str, Any]) -> None:
+        with (self.path / "steps.jsonl").open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(row, allow_nan=False) + "\n")
+
+    def append_rollout(self, step: int, table: pa.Table) -> None:
+        with atomic_path(self.path / "rollouts" / f"step-{step:06d}.parquet") as temporary:
+            pq.write_table(table, temporary)
+
+    def save_failure(self, table: pa.Table, facts: Mapping[str, Any]) -> Path:
+        """Keeps the batch of a step that failed."""
+        folder = self.path / "failure"
+        with atomic_path(folder / "batch.parquet") as temporary:
+            pq.write_table(table, temporary)
+        write_json(folder / "failure.json", dict(facts))
+        return folder
+
+    def rewind(self, step: int) -> None:
+        """Forgets what came after a checkpoint: step `step` is the next one."""
+        rows = self.steps()
+        if len(rows):
+            kept = rows[rows["step"] < step].to_dict("records")
+            text = "".join(
+                json.dumps({k: None if isinstance(v, float) and pd.isna(v) else v for k, v in row.items()}) + "\n"
+                for row in kept
+            )
+            temporary = self.path / ".steps.jsonl.tmp"
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, self.path / "steps.jsonl")
+        for part in (self.path / "rollouts").glob("step-*.parquet"):
+            if int(part.stem.removeprefix("step-")) >= step:
+                part.unlink()
