@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from mismatch_probe.probes.progress import Progress
     from mismatch_probe.probes.session import RunResult
     from mismatch_probe.rl.config import RlConfig
+    from mismatch_probe.rl.plan import Cell
     from mismatch_probe.rl.run import RlResult
+    from mismatch_probe.rl.sweep_run import SweepResult
 
 __all__ = [
     "CompareConfig",
@@ -30,9 +32,14 @@ __all__ = [
     "plot",
     "pull_model",
     "read_rl_config",
+    "read_rl_plan",
     "resume",
+    "rl_demo",
+    "rl_report",
     "rl_resume",
     "rl_run",
+    "rl_sweep",
+    "rl_sweep_resume",
     "write_report",
 ]
 
@@ -187,3 +194,81 @@ def rl_resume(path: str | Path, *, progress: Progress | None = None) -> RlResult
     from mismatch_probe.rl.run import resume_rl_run
 
     return resume_rl_run(Path(path), progress)
+
+
+def read_rl_plan(path: str | Path) -> list[Cell]:
+    """The cells of a sweep from a TOML file; see `rl sweep -h`.
+
+    Raises:
+        UsageError: The file is missing or no TOML, a key is unknown, or a value cannot be.
+    """
+    from mismatch_probe.rl.plan import read_plan
+
+    return read_plan(path)
+
+
+def rl_sweep(
+    cells: Sequence[Cell],
+    *,
+    out: str | Path | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> SweepResult:
+    """Runs every cell, and compares the arms: the command `rl sweep`.
+
+    Args:
+        cells: From `read_rl_plan`.
+        out: A new folder; by default one under `runs/`.
+        workers: Runs at once; one per core or GPU for None.
+        progress: Told about every cell.
+
+    Raises:
+        ProbeError: See `mismatch_probe.errors`; what has ended stays in the folder.
+    """
+    from mismatch_probe.rl.sweep_run import new_sweep
+
+    return new_sweep(cells, out, workers, progress)
+
+
+def rl_sweep_resume(path: str | Path, *, workers: int | None = None, progress: Progress | None = None) -> SweepResult:
+    """Goes on with the cells of a sweep that have not ended.
+
+    Raises:
+        ProbeError: The folder holds no sweep, or its model has changed.
+    """
+    from mismatch_probe.rl.sweep_run import resume_sweep
+
+    return resume_sweep(Path(path), workers, progress)
+
+
+def rl_demo(
+    *, out: str | Path | None = None, seeds: int = 1, workers: int | None = None, progress: Progress | None = None
+) -> SweepResult:
+    """Three precisions and four doses of injected stress on the small model that comes with the tool.
+
+    Raises:
+        ProbeError: See `mismatch_probe.errors`; what has ended stays in the folder.
+    """
+    from mismatch_probe.rl.demo import demo_cells
+    from mismatch_probe.rl.sweep_run import new_sweep
+
+    return new_sweep(demo_cells(seeds), out, workers, progress, kind="demo")
+
+
+def rl_report(path: str | Path, *, place: Sequence[str | Path] = (), planned_tokens: int = 1024) -> SweepResult:
+    """Computes tables, figures and page of a sweep again: the command `rl report`.
+
+    Args:
+        path: The sweep's folder.
+        place: Runs of `compare` whose models are placed among the arms.
+        planned_tokens: Response length at which their ESS is predicted.
+
+    Raises:
+        ProbeError: A folder holds no sweep or no run.
+    """
+    from mismatch_probe.rl.place import places_of
+    from mismatch_probe.rl.sweep import SweepDirectory
+    from mismatch_probe.rl.sweep_run import write_sweep
+
+    directory = SweepDirectory.open(Path(path))
+    return write_sweep(directory, [found for run in place for found in places_of(Path(run), planned_tokens)])

@@ -244,10 +244,11 @@ def draw_all(data: ReportData, folder: Path) -> dict[str, Path]:
         "steps": has_steps,
     }
     drawn = [name for name in FIGURES if name not in needs or needs[name](data.summary)]
-    return {name: _save(drawings[name](), folder / FIGURES[name]) for name in drawn}
+    return {name: save(drawings[name](), folder / FIGURES[name]) for name in drawn}
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
+    """Writes a figure as PNG by atomic rename; equal data gives equal bytes with one matplotlib."""
     with atomic_path(path) as partial, plot_settings(), warnings.catch_warnings():
         # A reason quoted from an engine may hold characters that the font lacks; a box in its place is fine.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")

@@ -6,7 +6,7 @@ import base64
 import hashlib
 from dataclasses import dataclass
 from importlib import resources
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -24,10 +24,44 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class _EmbeddedFigure:
+class EmbeddedFigure:
+    """A figure inside a page: `source` is a data URI."""
+
     title: str
     guide: str
     source: str
+
+
+def render_page(template: str, **context: Any) -> str:
+    """A page that needs nothing but itself; everything in `context` is escaped."""
+    # Own file without "<", so that it needs no escaping; its hash is the only style that the policy lets through.
+    style = resources.files(__package__).joinpath("templates/report.css").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    environment = Environment(
+        loader=PackageLoader("mismatch_probe.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(
+        style=Markup(style),
+        policy=f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'",
+        **context,
+    )
+
+
+def embedded(figures: Mapping[str, Path], guides: Mapping[str, tuple[str, str]]) -> list[EmbeddedFigure]:
+    """Figures in the order of their guides.
+
+    Raises:
+        OSError: A figure cannot be read.
+    """
+    return [
+        EmbeddedFigure(title, guide, _data_uri(figures[name]))
+        for name, (title, guide) in guides.items()
+        if name in figures
+    ]
 
 
 def render_html(data: ReportData, figures: Mapping[str, Path]) -> str:
@@ -40,20 +74,9 @@ def render_html(data: ReportData, figures: Mapping[str, Path]) -> str:
     Raises:
         OSError: a figure cannot be read.
     """
-    # Own file without "<", so that it needs no escaping; its hash is the only style that the policy lets through.
-    style = resources.files(__package__).joinpath("templates/report.css").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     state, sentence = view.verdict(data.summary)
-    environment = Environment(
-        loader=PackageLoader("mismatch_probe.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2").render(
-        style=Markup(style),
-        policy=f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'",
+    return render_page(
+        "report.html.j2",
         model=view.model_name(data),
         headlines=view.findings(data)[: view.HEADLINES],
         details=view.findings(data)[view.HEADLINES :],
@@ -68,11 +91,7 @@ def render_html(data: ReportData, figures: Mapping[str, Path]) -> str:
         budget=view_exact.budget_table(data.summary),
         texts={**view_exact.TEXTS, "budget": view_exact.budget_text(data.summary)},
         where=view_exact.where_table(data.summary),
-        figures=[
-            _EmbeddedFigure(title, guide, _data_uri(figures[name]))
-            for name, (title, guide) in FIGURE_GUIDES.items()
-            if name in figures
-        ],
+        figures=embedded(figures, FIGURE_GUIDES),
         sections=sections(data.summary),
         metrics=view.metrics_table(data.summary),
         worst=view.worst_rows(data.worst_tokens),

@@ -9,13 +9,17 @@ from typing import Any, Literal
 
 import numpy as np
 
-RULE = (
-    "A run has collapsed when the mean reward of its last {window} steps is below half of the best mean of {window} "
-    "earlier steps, and the drop exceeds {sigmas:g} standard errors."
-)
 _LOST = 0.5
 _SIGMAS = 4.0
 _SILENT_STEPS = 20
+
+
+def rule(window: int) -> str:
+    """The rule of collapse, for people."""
+    return (
+        f"A run has collapsed when the mean reward of its last {window} steps is below half of the best mean of "
+        f"{window} earlier steps, and the drop exceeds {_SIGMAS:g} standard errors."
+    )
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Verdict:
 
 
 class CollapseDetector:
-    """Fed the mean reward of every step; see `RULE`.
+    """Fed the mean reward of every step; see `rule`.
 
     The windows do not overlap. The standard error is that of a difference of two means over steps, from the spread of
     the rewards between steps within each window, and no smaller than what binomial rewards would have: the best of many
@@ -75,11 +79,8 @@ class CollapseDetector:
         if self._collapsed():
             assert self._best_end is not None
             best, present = self._mean(self._best_end), self._mean(now - 1)
-            rule = RULE.format(window=window, sigmas=_SIGMAS)
-            sentence = (
-                f"step {step}: mean reward fell from {best:.3f} (to step {self._best_end}) to {present:.3f}. {rule}"
-            )
-            return Verdict("collapsed", sentence)
+            fall = f"mean reward fell from {best:.3f} (to step {self._best_end}) to {present:.3f}"
+            return Verdict("collapsed", f"step {step}: {fall}. {rule(window)}")
         return self._signal(step, reward in (0.0, 1.0) if equal is None else equal)
 
     def _signal(self, step: int, equal: bool) -> Verdict | None:

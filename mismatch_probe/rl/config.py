@@ -170,8 +170,13 @@ def make_config(values: Mapping[str, Any]) -> RlConfig:
             raise UsageError(
                 f"The configuration has the unknown key {name!r}.", f"Known are {', '.join(RlConfig.model_fields)}."
             ) from None
-        what = first["msg"].removeprefix("Value error, ")
-        raise UsageError(f"The configuration is wrong: {name} {what}.".replace("  ", " "), "Mend that value.") from None
+        what = f"{name} {problem_of(first)}".strip()
+        raise UsageError(f"The configuration is wrong: {what}.", "Mend that value.") from None
+
+
+def problem_of(error: Mapping[str, Any]) -> str:
+    """What pydantic has against a value, without its prefix."""
+    return str(error["msg"]).removeprefix("Value error, ")
 
 
 def read_config(path: str | Path | None, overrides: Mapping[str, Any]) -> RlConfig:

@@ -33,7 +33,7 @@ from mismatch_probe.types import Rollout, RolloutRequest, Sampling
 
 Floats = NDArray[np.float64]
 _PROBES = 8
-_EVALUATED = 64
+_EVALUATED = 128
 
 
 class Engine(ScoringEngine, Protocol):
@@ -100,6 +100,7 @@ class Training:
         self._history: deque[dict[str, torch.Tensor]] = deque(maxlen=stale + 1)
         # By problem, successes and responses of each of the last steps: the sanity test's clusters.
         self._recent: deque[tuple[Floats, Floats]] = deque(maxlen=self._config.pass_window)
+        self._passed: int | None = None
         found = checkpoints(pieces.directory.checkpoints)
         if found:
             self._restore(load_checkpoint(found[-1]))
@@ -116,7 +117,7 @@ class Training:
             How it ended: `status` (`complete`, `collapsed`, `diverged`), `why`, `steps`, `last_healthy_checkpoint`,
             `passed_at_step`, `clean_reward`.
         """
-        config, ended, passed = self._config, {"status": "complete", "why": ""}, None
+        config, ended = self._config, {"status": "complete", "why": ""}
         self._p.tell("total", config.steps - self._step)
         while self._step < config.steps and ended["status"] == "complete":
             try:
@@ -128,8 +129,8 @@ class Training:
             self._p.tell("step", row)
             self._step += 1
             ended = self._judge(row)
-            if passed is None and self._passes():
-                passed = row["step"]
+            if self._passed is None and self._passes():
+                self._passed = row["step"]
             if self._step % config.checkpoint_every == 0 or self._step == config.steps:
                 self._save()
         healthy = self._healthy_checkpoint()
@@ -137,7 +138,7 @@ class Training:
             **ended,
             "steps": self._step,
             "last_healthy_checkpoint": healthy,
-            "passed_at_step": passed,
+            "passed_at_step": self._passed,
             "clean_reward": self._evaluate(self._step) if ended["status"] != "diverged" else None,
         }
 
@@ -381,6 +382,7 @@ class Training:
         moments, numbers = self._policy.state()
         history = list(self._history)
         state = {"step": self._step, **numbers, "detector": self._detector.state(), "n_history": len(history)}
+        state["passed"] = self._passed
         state["recent"] = [[part.tolist() for part in parts] for parts in self._recent]
         folder = self._p.directory.checkpoints
         content = Checkpoint(self._policy.weights(), moments, history, state)
@@ -390,7 +392,7 @@ class Training:
     def _restore(self, checkpoint: Checkpoint) -> None:
         self._policy.restore(checkpoint.weights, checkpoint.moments, checkpoint.state)
         self._detector = CollapseDetector.from_state(checkpoint.state["detector"])
-        self._step = int(checkpoint.state["step"])
+        self._step, self._passed = int(checkpoint.state["step"]), checkpoint.state["passed"]
         self._history.extend(dict(weights) for weights in checkpoint.history)
         for hits, counts in checkpoint.state["recent"]:
             self._recent.append((np.array(hits), np.array(counts)))

@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch.func import functional_call
 
+from mismatch_probe.engines.float64 import keep_float64
 from mismatch_probe.rl.config import RlConfig
 
 TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_WIDER = {"float32": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,13 @@ class Policy:
         """`[B, T]` log-probs in FP32 with other weights put in the model's place, at temperature 1."""
         given = {name: tensor.float() for name, tensor in weights.items()}
         return token_logprobs(self.model, batch, 1.0, given)[0]
+
+    @torch.no_grad()
+    def rounded_logprobs(self, batch: Batch, weights: Mapping[str, torch.Tensor], dtype: str) -> torch.Tensor:
+        """`[B, T]` the same in another precision: 16 bits, or float64 for what FP32 itself rounds."""
+        given = {name: tensor.to(_WIDER.get(dtype, TORCH_DTYPES.get(dtype))) for name, tensor in weights.items()}
+        with keep_float64() if dtype in _WIDER else nullcontext():
+            return token_logprobs(self.model, batch, 1.0, given)[0]
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradients of a micro-batch's share of the loss."""

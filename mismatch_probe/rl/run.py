@@ -90,7 +90,7 @@ def new_rl_run(config: RlConfig, out: str | Path | None, progress: Progress | No
     path = Path(out) if out is not None else default_folder(f"rl-{Path(config.model).name}")
     refuse_occupied(path)
     with locked(path):
-        return _execute(RlDirectory.create(path, config, _facts(model, device)), model, device, progress)
+        return _execute(RlDirectory.create(path, config, run_facts(model, device)), model, device, progress)
 
 
 def resume_rl_run(path: Path, progress: Progress | None) -> RlResult:
@@ -161,7 +161,7 @@ def step_line(row: Mapping[str, Any]) -> str:
     )
 
 
-def _facts(model: ModelRef, device: str) -> dict[str, Any]:
+def run_facts(model: ModelRef, device: str) -> dict[str, Any]:
     return {
         "tool_version": version("mismatch-probe"),
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -25,6 +25,9 @@ from mismatch_probe.types import Dtype
 FP32_LIMIT = 1e-5
 # A 16-bit gap is rounding as long as it stays within so many times the gap right after the engine loaded the weights.
 GROWTH_LIMIT = 4.0
+# Beyond that a gap is rounding within an order of magnitude of the error that the trainer's own forward pass makes in
+# the engine's dtype with these weights: under injected noise even FP32 can round by more than its limit.
+ROUNDING_LIMIT = 10.0
 # A hypothesis changes log-probs by δ. Regressed on δ, the engine's difference from the weights that were sent has the
 # coefficient 0 where all arrived and 1 where the hypothesis holds; it holds beyond this many standard errors. So a
 # fault well below a 16-bit rounding error is found, since it has a direction and rounding has none.
@@ -128,6 +131,9 @@ class WeightSync:
         ours = self._logprobs(new)
         gap = float(np.abs(seen - ours).mean())
         limit = FP32_LIMIT if self._dtype == "float32" else GROWTH_LIMIT * self._clean_gap
+        if gap > limit:
+            rounded = self._policy.rounded_logprobs(self._batch, new, self._dtype)
+            limit = max(limit, ROUNDING_LIMIT * float(np.abs(self._of_probes(rounded) - ours).mean()))
         suspicious = not gap <= limit  # NaN is suspicious
         changed = any(not torch.equal(new[name], old[name]) for name in new)
         self._changes += changed
@@ -162,8 +168,10 @@ class WeightSync:
         return np.concatenate([np.asarray(row, np.float64) for row in self._engine.score(self._probes)])
 
     def _logprobs(self, weights: Weights) -> Floats:
-        found = self._policy.clean_logprobs(self._batch, weights)
-        return np.asarray(found[self._batch.mask].double().cpu().numpy())
+        return self._of_probes(self._policy.clean_logprobs(self._batch, weights))
+
+    def _of_probes(self, values: torch.Tensor) -> Floats:
+        return np.asarray(values[self._batch.mask].double().cpu().numpy())
 
 
 def cast(weights: Weights, dtype: str) -> dict[str, torch.Tensor]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mismatch_probe.engines import devices
 from mismatch_probe.engines.base import EncodeJob, RolloutJob
+from mismatch_probe.errors import UsageError
+from mismatch_probe.files import locked
 from mismatch_probe.rl.config import RlConfig
 from mismatch_probe.rl.records import RlDirectory
 from mismatch_probe.types import Prompt, Sampling
@@ -25,25 +28,28 @@ class RlJob:
         folders: Of the runs, each with its `config.json`.
         model_path: Folder of the initial model.
         device: `cpu` or `cuda`.
-        threads: Torch threads on a CPU; 0 for torch's own choice.
+        cores: Of a CPU, which the process keeps to; none for all.
+        shared: Other processes work through the same folders. Each is locked while it is trained, and one that is
+            locked or has ended is left out.
     """
 
     folders: Sequence[str]
     model_path: str
     device: str
-    threads: int = 0
+    cores: Sequence[int] = ()
+    shared: bool = False
     trust_remote_code: bool = False
     subject: str = "The RL run"
 
     def run(self, channel: Any) -> None:
-        """Runs them in their order. Events: `total`, `step`, `message`, and `result` of each."""
+        """Runs them in their order. Events: `run`, `total`, `step`, `message`, and `result`, each with its folder."""
         import torch
 
         from mismatch_probe.engines.vllm import VllmRollout
-        from mismatch_probe.rl.loop import Pieces, Training
 
-        if self.threads:
-            torch.set_num_threads(self.threads)
+        if self.cores:
+            os.sched_setaffinity(0, self.cores)
+            torch.set_num_threads(len(self.cores))
         directories = [RlDirectory.open(Path(folder)) for folder in self.folders]
         config = directories[0].config
         setup = _Setup.of(config, self)
@@ -52,27 +58,53 @@ class RlJob:
         channel.send("identity", engine.identity() | devices.running())
         try:
             for directory in directories:
-                tell = _Teller(channel, directory)
                 own = setup if directory.config == config else _Setup.of(directory.config, self)
-                pieces = Pieces(
-                    config=directory.config,
-                    directory=directory,
-                    source=Path(self.model_path),
-                    device=torch.device(self.device),
-                    engine=engine,
-                    task=own.task,
-                    problems=own.problems,
-                    prompts=own.prompts,
-                    decode=own.decode,
-                    end_ids=own.end_ids,
-                    tell=tell,
-                )
-                result = Training(pieces).run()
-                directory.finish(result)
-                channel.send("result", (str(directory.path), result))
+                with suppress(_Taken), self._hold(directory):
+                    self._train(directory, own, engine, channel)
         finally:
             setup.task.close()
         engine.close()
+
+    def _train(self, directory: RlDirectory, setup: _Setup, engine: Any, channel: Any) -> None:
+        import torch
+
+        from mismatch_probe.rl.loop import Pieces, Training
+
+        tell = _Teller(channel, directory)
+        tell("run", None)
+        pieces = Pieces(
+            config=directory.config,
+            directory=directory,
+            source=Path(self.model_path),
+            device=torch.device(self.device),
+            engine=engine,
+            task=setup.task,
+            problems=setup.problems,
+            prompts=setup.prompts,
+            decode=setup.decode,
+            end_ids=setup.end_ids,
+            tell=tell,
+        )
+        result = Training(pieces).run()
+        directory.finish(result)
+        tell("result", result)
+
+    @contextmanager
+    def _hold(self, directory: RlDirectory) -> Iterator[None]:
+        """Holds a folder that others may want, too."""
+        with ExitStack() as stack:
+            if self.shared:
+                try:
+                    stack.enter_context(locked(directory.path))
+                except UsageError:
+                    raise _Taken from None
+                if directory.result() is not None:
+                    raise _Taken
+            yield
+
+
+class _Taken(Exception):
+    """Another process has this run, or has ended it."""
 
 
 class _Teller:

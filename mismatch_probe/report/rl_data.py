@@ -1,0 +1,60 @@
+"""What pages and figures of RL runs show: arms of a sweep, and where a model of the user's own lies among them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mismatch_probe.types import MetricValue
+
+STRESS_NOTE = "injected stress, not precision"
+
+
+@dataclass(frozen=True)
+class ArmPoint:
+    """Runs that differ in their seed alone.
+
+    Attributes:
+        arm: Its name, as in the table of runs.
+        label: For people.
+        precision: Rollout dtype where no stress is injected and the trainer has the same one, else empty.
+        structure: Of the injected stress, or `none`.
+        dose: Its size.
+        n_runs, n_collapsed, n_diverged: Runs that have ended, and how.
+        ess_seq, mean_abs: Measured over the first steps.
+        reward: Of the sampled policy over the last steps.
+        clean_reward: Of the clean weights under FP32 at the end.
+        reward_kept: Final over best reward.
+    """
+
+    arm: str
+    label: str
+    precision: str
+    structure: str
+    dose: float
+    n_runs: int
+    n_collapsed: int
+    n_diverged: int
+    ess_seq: MetricValue
+    mean_abs: MetricValue
+    reward: MetricValue
+    clean_reward: MetricValue
+    reward_kept: MetricValue
+
+
+@dataclass(frozen=True)
+class Place:
+    """A compared model at a response length.
+
+    Attributes:
+        label: Model, precision and length.
+        dtype: Of both sides.
+        ess_seq: Predicted at that length.
+        mean_abs: Measured in the comparison.
+    """
+
+    label: str
+    dtype: str
+    ess_seq: MetricValue
+    mean_abs: MetricValue

@@ -1,0 +1,86 @@
+"""What a sweep has found: a row per run, and arms, which are runs that differ in their seed alone.
+
+Where an arm lies on the axes of a dose–response figure is measured in its first steps, before training has moved the
+policy: a policy that has collapsed has a large mismatch for that reason (FACTS.md), which is not the dose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mismatch_probe.rl.plan import Cell
+from mismatch_probe.rl.records import RlDirectory
+from mismatch_probe.rl.sweep import SweepDirectory
+
+# What tells arms apart, as columns of the table of runs.
+AXES = ("rollout_dtype", "trainer_dtype", "trainer_mode", "algorithm", "learning_rate", "stress", "dose")
+DOSES = ("ess_seq", "mean_abs_logprob_diff", "rms_logprob_diff")
+_PHASES = ("rollout", "sync", "forward_backward", "other")
+
+
+def runs_table(sweep: SweepDirectory, failures: Mapping[str, Any] | None = None) -> pd.DataFrame:
+    """A row per cell, ended or not.
+
+    Columns: `cell`, `arm`, `AXES`, `seed`, `status` (`complete`, `collapsed`, `diverged`, `failed`, `unfinished`),
+    `why`, `steps`; `final_reward`, mean over the last window of the run's configuration; `best_reward`, of its best
+    window; `reward_kept`, the ratio of both; `clean_reward`, of the clean weights at the end; `passed_at_step`;
+    `ess_seq`, `mean_abs_logprob_diff`, `rms_logprob_diff`, means over the first window, each also with `_run`, over the
+    whole run; seconds by phase.
+    """
+    return pd.DataFrame([_row(cell, sweep.run_of(cell), failures or {}) for cell in sweep.cells])
+
+
+def steps_table(sweep: SweepDirectory) -> pd.DataFrame:
+    """The steps of all runs, each with its `cell`, `arm` and `seed`."""
+    found = []
+    for cell in sweep.cells:
+        steps = sweep.run_of(cell).steps()
+        if len(steps):
+            found.append(steps.assign(cell=cell.name, arm=cell.arm, seed=cell.config.seed))
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
+
+
+def _row(cell: Cell, run: RlDirectory, failures: Mapping[str, Any]) -> dict[str, Any]:
+    config, result, steps = cell.config, run.result() or {}, run.steps()
+    status = result.get("status", "failed" if cell.name in failures else "unfinished")
+    return {
+        "cell": cell.name,
+        "arm": cell.arm,
+        **{axis: getattr(config, axis) for axis in AXES},
+        "seed": config.seed,
+        "status": status,
+        "why": result.get("why") or str(failures.get(cell.name, "")),
+        "steps": len(steps),
+        **_rewards(steps, config.pass_window),
+        "clean_reward": result.get("clean_reward"),
+        "passed_at_step": result.get("passed_at_step"),
+        **_doses(steps, config.pass_window),
+        **{f"seconds_{p}": float(steps[f"seconds_{p}"].sum()) if len(steps) else 0.0 for p in _PHASES},
+    }
+
+
+def _rewards(steps: pd.DataFrame, window: int) -> dict[str, float | None]:
+    if len(steps) < window:
+        return {"final_reward": None, "best_reward": None, "reward_kept": None}
+    means = steps["reward"].rolling(window).mean().dropna()
+    final, best = float(means.iloc[-1]), float(means.max())
+    return {"final_reward": final, "best_reward": best, "reward_kept": final / best if best > 0 else None}
+
+
+def _doses(steps: pd.DataFrame, window: int) -> dict[str, float | None]:
+    found: dict[str, float | None] = {}
+    for key in DOSES:
+        values = steps[key].to_numpy(float) if len(steps) else np.empty(0)
+        for name, part in ((key, values[:window]), (f"{key}_run", values)):
+            part = part[np.isfinite(part)]
+            found[name] = float(part.mean()) if len(part) else None
+    return found
+
+
+def arm_order(runs: pd.DataFrame) -> Sequence[str]:
+    """Arms in the order of the plan."""
+    return list(dict.fromkeys(runs["arm"]))

@@ -1,0 +1,23 @@
+"""The bundled demo: three precisions without stress, and four doses of weight noise in FP32."""
+
+from __future__ import annotations
+
+from mismatch_probe.rl.plan import Cell, make_cells
+
+DOSES = (0.1, 0.2, 0.3, 0.4)
+_BASE = {"steps": 60, "record_rollouts": False}
+
+
+def demo_cells(seeds: int = 1) -> list[Cell]:
+    """7 arms.
+
+    Args:
+        seeds: Runs of each.
+    """
+    return make_cells(
+        _BASE,
+        [
+            {"precision": ["bf16", "fp16", "fp32"], "seeds": seeds},
+            {"precision": ["fp32"], "stress": [f"weight-noise:{dose:g}" for dose in DOSES], "seeds": seeds},
+        ],
+    )

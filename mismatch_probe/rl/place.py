@@ -1,0 +1,45 @@
+"""Where a compared model lies on the axes of a dose–response figure. Imports no engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mismatch_probe.config import check_lengths
+from mismatch_probe.probes.analysis import analyse
+from mismatch_probe.report.rl_data import Place
+from mismatch_probe.tables import RunDirectory
+from mismatch_probe.types import MetricValue
+
+_SHORT = {"bfloat16": "BF16", "float16": "FP16", "float32": "FP32"}
+
+
+def places_of(path: Path, tokens: int) -> list[Place]:
+    """A place for every precision that a comparison has on both sides.
+
+    Args:
+        path: Run directory of `compare`.
+        tokens: Planned response length, at which ESS is predicted.
+
+    Raises:
+        TableError: The folder holds no run, or nothing in it can be compared.
+        UsageError: The length cannot be.
+    """
+    check_lengths((tokens,))
+    summary = analyse(RunDirectory.open(path), predict_lengths=(tokens,), extrapolate=True).summary
+    model = Path(str(summary["model"])).name
+    found = []
+    for dtype, length in summary["length"].items():
+        alike = [p for p in summary["pairs"] if p["rollout_dtype"] == p["trainer_dtype"]]
+        pairs = [p for p in alike if p["rollout_dtype"] == dtype]
+        if not pairs or not length["predictions"]:
+            continue
+        prediction = length["predictions"][0]
+        label = f"{model}, {_SHORT.get(pairs[0]['rollout_dtype'], dtype)}, {tokens:,} tokens"
+        ess, gap = _value(prediction["ess_seq"]), _value(pairs[0]["metrics"]["mean_abs_logprob_diff"])
+        found.append(Place(label, pairs[0]["rollout_dtype"], ess, gap))
+    return found
+
+
+def _value(row: dict[str, Any]) -> MetricValue:
+    return MetricValue(row["value"], row["ci_low"], row["ci_high"], row.get("why", ""))

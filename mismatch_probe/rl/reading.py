@@ -1,0 +1,105 @@
+"""What a sweep's page says in words: sentences made from its numbers, none of which goes beyond them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mismatch_probe.metrics.arms import ArmComparison
+from mismatch_probe.metrics.seed_tests import MIN_PAIRS
+from mismatch_probe.report.format import number, percent
+from mismatch_probe.report.rl_data import STRESS_NOTE, ArmPoint, Place
+from mismatch_probe.rl.config import RlConfig
+from mismatch_probe.types import MetricValue
+
+
+def reading(
+    arms: Sequence[ArmPoint], comparisons: Sequence[ArmComparison], config: RlConfig, places: Sequence[Place] = ()
+) -> list[str]:
+    """Sentences, the first being the headline; empty where no run has ended."""
+    ended = [arm for arm in arms if arm.n_runs and arm.ess_seq.value is not None]
+    if not ended:
+        return ["No run has ended yet."]
+    found = [_precisions([arm for arm in ended if arm.structure == "none"], config)]
+    structures = dict.fromkeys(arm.structure for arm in ended if arm.structure != "none")
+    found += [_stress(structure, [arm for arm in ended if arm.structure == structure]) for structure in structures]
+    found.append(_tests(comparisons, max(arm.n_runs for arm in ended)))
+    found += [_place(place, ended) for place in places]
+    return [text for text in found if text]
+
+
+def _precisions(arms: Sequence[ArmPoint], config: RlConfig) -> str:
+    if not arms:
+        return ""
+    each = [
+        f"{arm.label} has a mean |d| of {_say(arm.mean_abs)} nats, a sequence ESS of {_say(arm.ess_seq)} and ends at a "
+        f"reward of {_say(arm.reward)} (clean weights {_say(arm.clean_reward)}){_lost(arm)}"
+        for arm in arms
+    ]
+    return f"Without stress, responses of at most {config.max_tokens} tokens: {'; '.join(each)}."
+
+
+def _stress(structure: str, arms: Sequence[ArmPoint]) -> str:
+    line = sorted(arms, key=lambda arm: -_number(arm.ess_seq))
+    each = [
+        f"at a dose of {arm.dose:g} ESS {_say(arm.ess_seq)}, reward {_say(arm.reward)} (clean weights "
+        f"{_say(arm.clean_reward)}){_lost(arm)}"
+        for arm in line
+    ]
+    return f"Under {structure} ({STRESS_NOTE}): {'; '.join(each)}."
+
+
+def _lost(arm: ArmPoint) -> str:
+    ended = [f"{n} {how}" for n, how in ((arm.n_collapsed, "collapsed"), (arm.n_diverged, "diverged")) if n]
+    return f", {' and '.join(ended)} of {arm.n_runs}" if ended else ""
+
+
+def _tests(comparisons: Sequence[ArmComparison], seeds: int) -> str:
+    if not comparisons:
+        return ""
+    if seeds < 2:
+        return (
+            "Each arm is one run: what separates two arms can be chance, and nothing was tested. "
+            f"{MIN_PAIRS} seeds an arm can support a test."
+        )
+    shown = [c.verdict for c in comparisons if c.reward.differs or c.collapse.differs]
+    if shown:
+        return " ".join(shown)
+    detectable = [c.reward.detectable for c in comparisons if c.reward.detectable is not None]
+    rest = f"; differences of {number(max(detectable), 2)} and more would most likely have been" if detectable else ""
+    return f"No difference between an arm and its reference was shown over {seeds} seeds{rest}."
+
+
+def _place(place: Place, arms: Sequence[ArmPoint]) -> str:
+    ess = place.ess_seq.value
+    if ess is None:
+        return f"{place.label} cannot be placed: {place.ess_seq.why}."
+    below = [arm for arm in arms if arm.ess_seq.value is not None and arm.ess_seq.value <= ess]
+    nearest = max(below, key=lambda arm: _number(arm.ess_seq)) if below else None
+    beside = "below every arm here" if nearest is None else f"next above the arm {nearest.label}"
+    return (
+        f"{place.label}: a predicted sequence ESS of {_say(place.ess_seq)} lies {beside}; that another model reacts to "
+        "it as this one does is not shown."
+    )
+
+
+def _say(value: MetricValue) -> str:
+    return number(value.value, 2) if value.value is None or value.value < 0.1 else number(value.value)
+
+
+def _number(value: MetricValue) -> float:
+    return float("nan") if value.value is None else value.value
+
+
+def notes(arms: Sequence[ArmPoint]) -> list[str]:
+    """What limits the page."""
+    found = []
+    unfinished = [arm.label for arm in arms if not arm.n_runs]
+    if unfinished:
+        found.append(f"No run has ended of: {', '.join(unfinished)}.")
+    lost = sum(arm.n_collapsed + arm.n_diverged for arm in arms)
+    if lost:
+        share = percent(lost / sum(arm.n_runs for arm in arms))
+        found.append(f"{share} of the runs collapsed or diverged and ended early; their last steps count as final.")
+    if any(arm.structure != "none" for arm in arms):
+        found.append(f"Stress is {STRESS_NOTE}: it shows what a mismatch of that size does, not where it comes from.")
+    return found
