@@ -1,0 +1,117 @@
+"""The RL loop without vLLM: the same forward pass samples, so that a step takes a tenth of a second.
+
+It stands in for the engine in tests of the loop alone; the loop with the real engine is in `tests/real`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mismatch_probe.resources import data_path
+from mismatch_probe.rl.config import RlConfig, make_config
+from mismatch_probe.rl.loop import Pieces, Training
+from mismatch_probe.rl.records import RlDirectory
+from mismatch_probe.rl.tasks import ChainTask
+from mismatch_probe.types import Rollout, RolloutRequest, Sampling
+
+SOURCE = Path(data_path("rl/chain/config.json")).parent
+SMALL: dict[str, Any] = {
+    "steps": 4,
+    "n_problems": 8,
+    "operations": 3,
+    "prompts_per_step": 4,
+    "samples_per_prompt": 4,
+    "updates_per_rollout": 2,
+    "micro_batch": 4,
+    "max_tokens": 12,
+    "rollout_dtype": "fp32",
+    "trainer_dtype": "fp32",
+    "checkpoint_every": 2,
+}
+
+
+class TorchEngine:
+    """Samples with transformers in FP32, one token after another from an empty cache."""
+
+    def __init__(self) -> None:
+        self.model: Any = AutoModelForCausalLM.from_pretrained(SOURCE, dtype=torch.float32).eval()
+        self.end = int(self.model.config.eos_token_id)
+
+    def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        self.model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+
+    @torch.no_grad()
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+        return [self._logprobs(list(sequence)) for sequence in sequences]
+
+    @torch.no_grad()
+    def generate(
+        self, requests: Sequence[RolloutRequest], sampling: Sampling, on_tokens: Callable[[int], None]
+    ) -> list[Rollout]:
+        width = max(len(r.prompt_token_ids) for r in requests)
+        ids = torch.tensor([[0] * (width - len(r.prompt_token_ids)) + list(r.prompt_token_ids) for r in requests])
+        mask = torch.tensor([[0] * (width - len(r.prompt_token_ids)) + [1] * len(r.prompt_token_ids) for r in requests])
+        draws = np.stack([np.random.default_rng(r.seed).random(sampling.max_tokens) for r in requests])
+        for step in range(sampling.max_tokens):
+            logits = self.model(ids, attention_mask=mask).logits[:, -1] / sampling.temperature
+            below = logits.double().softmax(-1).cumsum(-1)
+            token = (below < torch.tensor(draws[:, step : step + 1])).sum(-1, keepdim=True).clamp(max=logits.shape[1] - 1)
+            ids, mask = torch.cat([ids, token], 1), torch.cat([mask, torch.ones_like(token)], 1)
+        return [self._rollout(request, row) for request, row in zip(requests, ids[:, width:].tolist(), strict=True)]
+
+    def _rollout(self, request: RolloutRequest, row: list[int]) -> Rollout:
+        kept = row[: row.index(self.end) + 1] if self.end in row else row
+        prompt = [int(token) for token in request.prompt_token_ids]
+        logprobs = self._logprobs([*prompt, *kept])[len(prompt) - 1 :]
+        reason = "stop" if self.end in row else "length"
+        return Rollout(request.sequence_id, np.array(kept, np.int32), logprobs, reason, "")
+
+    def _logprobs(self, ids: list[int]) -> NDArray[np.float32]:
+        logprobs = self.model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        found: NDArray[np.float32] = logprobs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].numpy()
+        return found
+
+
+class Events(list[tuple[str, Any]]):
+    """What a loop tells."""
+
+    def __call__(self, name: str, payload: Any) -> None:
+        self.append((name, payload))
+
+
+def pieces(path: Path, engine: Any, *, tell: Any = None, **changes: Any) -> Pieces:
+    """A loop of `SMALL`, new in `path` or going on there."""
+    config = make_config(SMALL | changes)
+    exists = (path / "config.json").exists()
+    directory = RlDirectory.open(path) if exists else RlDirectory.create(path, config, {})
+    return Pieces(directory=directory, engine=engine, tell=tell or Events(), **_of_task(directory.config))
+
+
+def _of_task(config: RlConfig) -> dict[str, Any]:
+    task = ChainTask(config.n_problems, 0, config.operations)
+    tokenizer = AutoTokenizer.from_pretrained(SOURCE)
+    return {
+        "config": config,
+        "source": SOURCE,
+        "device": torch.device("cpu"),
+        "task": task,
+        "problems": task.problems(),
+        "prompts": [tokenizer.encode(problem.prompt) for problem in task.problems()],
+        "decode": lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+        "end_ids": [tokenizer.eos_token_id],
+    }
+
+
+def train(path: Path, engine: Any, **changes: Any) -> dict[str, Any]:
+    """Runs a loop to its end and writes what a worker would."""
+    parts = pieces(path, engine, **changes)
+    result = Training(parts).run()
+    parts.directory.finish(result)
+    return result

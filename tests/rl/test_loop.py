@@ -1,0 +1,265 @@
+"""The RL loop: what resumes, what stops it, and what it leaves behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mismatch_probe.errors import DiskFull, EngineError
+from mismatch_probe.rl import checkpoints as checkpoint_files
+from mismatch_probe.rl.loop import Training
+from mismatch_probe.rl.tasks import ChainTask
+from mismatch_probe.types import Rollout
+from tests.rl.loops import SMALL, Events, TorchEngine, pieces, train
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "fp16": {"trainer_dtype": "fp16", "loss_scale_growth_interval": 3, "initial_loss_scale": 1024.0},
+    "bf16-cast": {"trainer_dtype": "bf16", "trainer_mode": "cast", "schedule": "cosine", "warmup_steps": 2},
+    "stale": {"stress": "stale", "dose": 2},
+    "noise": {"stress": "weight-noise", "dose": 0.05, "weight_decay": 0.1},
+}
+
+
+@pytest.fixture(scope="module")
+def engine() -> TorchEngine:
+    return TorchEngine()
+
+
+class _Killed(BaseException):
+    """What a process that is killed never gets to say."""
+
+
+def _die_after(step: int) -> Any:
+    def tell(name: str, payload: Any) -> None:
+        if name == "step" and payload["step"] == step:
+            raise _Killed
+
+    return tell
+
+
+def _without_times(path: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (path / "steps.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith("seconds_")} for row in rows]
+
+
+def _weights(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(sorted((path / "checkpoints").iterdir())[-1] / "masters.st")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, engine: TorchEngine, variant: str) -> None:
+    changes = VARIANTS[variant]
+    whole = train(tmp_path / "whole", engine, **changes)
+    with pytest.raises(_Killed):
+        # Step 2 lies beyond the checkpoint: it has to be forgotten and done again.
+        Training(pieces(tmp_path / "cut", engine, tell=_die_after(2), **changes)).run()
+    assert len(_without_times(tmp_path / "cut")) == 3
+    resumed = train(tmp_path / "cut", engine)
+    assert resumed == whole
+    assert _without_times(tmp_path / "cut") == _without_times(tmp_path / "whole")
+    ours, theirs = _weights(tmp_path / "cut"), _weights(tmp_path / "whole")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert any(not torch.equal(ours[n], t) for n, t in TorchEngine().model.state_dict().items())
+
+
+def test_a_finished_run_leaves_tables(tmp_path: Path, engine: TorchEngine) -> None:
+    told = Events()
+    parts = pieces(tmp_path / "run", engine, tell=told, evaluate_every=2)
+    parts.directory.finish(Training(parts).run())
+    steps = pd.read_parquet(tmp_path / "run" / "steps.parquet")
+    assert list(steps["step"]) == list(range(4))
+    assert steps["clean_reward"].notna().tolist() == [False, True, False, True]
+    rollouts = pq.read_table(tmp_path / "run" / "rollouts.parquet").to_pandas()
+    assert len(rollouts) == 4 * 16
+    # The same forward pass on both sides: what is left is the rounding of other batch shapes.
+    assert (steps["mean_abs_logprob_diff"] < 1e-5).all()
+    assert (steps["staleness_mean_abs"] == 0).all()
+    assert (steps["movement_mean_abs"] > 1e-5).all()
+    for row in rollouts.itertuples():
+        assert len(row.response_token_ids) == len(row.rollout_logprobs) == len(row.trainer_logprobs)
+    assert [name for name, _ in told] == ["total", "step", "step", "step", "step"]
+
+
+def test_every_problem_is_seen_once_an_epoch(tmp_path: Path, engine: TorchEngine) -> None:
+    train(tmp_path / "run", engine)
+    rollouts = pq.read_table(tmp_path / "run" / "rollouts.parquet").to_pandas()
+    for epoch in (rollouts[rollouts["step"] < 2], rollouts[rollouts["step"] >= 2]):
+        assert (epoch["prompt_id"].value_counts() == 4).all()
+        assert epoch["prompt_id"].nunique() == 8
+
+
+def test_staleness_and_mismatch_are_kept_apart(tmp_path: Path, engine: TorchEngine) -> None:
+    train(tmp_path / "run", engine, stress="stale", dose=2, learning_rate=1e-3)
+    steps = pd.read_parquet(tmp_path / "run" / "steps.parquet")
+    assert steps["staleness_mean_abs"].iloc[0] == 0
+    assert (steps["staleness_mean_abs"].iloc[1:] > 1e-4).all()
+    assert (steps["mean_abs_logprob_diff"] < 1e-5).all()
+
+
+class _Meddling(TorchEngine):
+    """Changes what it has sampled, from a step on."""
+
+    def __init__(self, meddle: Any, at: int) -> None:
+        super().__init__()
+        self.meddle, self.at, self.calls = meddle, at, 0
+
+    def generate(self, *args: Any) -> list[Rollout]:
+        found = super().generate(*args)
+        self.calls += 1
+        return [self.meddle(rollout) for rollout in found] if self.calls > self.at else found
+
+
+def _nan(rollout: Rollout) -> Rollout:
+    logprobs = rollout.logprobs.copy()
+    if rollout.sequence_id == 3:
+        logprobs[1] = np.nan
+    return Rollout(rollout.sequence_id, rollout.response_token_ids, logprobs, rollout.finish_reason, rollout.text)
+
+
+def test_a_log_prob_that_is_no_number_ends_the_run_and_keeps_its_batch(tmp_path: Path) -> None:
+    result = train(tmp_path / "run", _Meddling(_nan, at=2))
+    assert result["status"] == "diverged"
+    assert "step 2: the rollout log-prob of sequence 3 at position 1" in result["why"]
+    assert "all weights are finite" in result["why"]
+    assert result["last_healthy_checkpoint"] == "step-000002"
+    batch = pq.read_table(tmp_path / "run" / "failure" / "batch.parquet")
+    assert batch.num_rows == 16
+    assert json.loads((tmp_path / "run" / "failure" / "failure.json").read_text())["step"] == 2
+
+
+def test_a_weight_that_is_no_number_is_named(tmp_path: Path, engine: TorchEngine, monkeypatch: Any) -> None:
+    training = Training(pieces(tmp_path / "run", engine))
+    own = training._sample
+    victim = "model.layers.1.mlp.up_proj.weight"
+
+    def sample(chosen: Sequence[int], step: int) -> list[Rollout]:
+        found = own(chosen, step)
+        if step == 1:  # after the sync, whose check would stop the run before
+            with torch.no_grad():
+                training._policy.model.get_parameter(victim)[0, 0] = torch.nan
+        return found
+
+    monkeypatch.setattr(training, "_sample", sample)
+    result = training.run()
+    assert result["status"] == "diverged"
+    assert f"step 1: the trainer log-prob of sequence 0 at position 0 ({victim})" in result["why"]
+
+
+def test_gradients_that_overflow_without_a_loss_scale_end_the_run(tmp_path: Path, engine: TorchEngine) -> None:
+    parts = pieces(tmp_path / "run", engine)
+    training = Training(parts)
+    weight = training._policy.model.get_parameter("model.layers.0.mlp.down_proj.weight")
+    weight.register_hook(lambda gradient: gradient * torch.inf)
+    result = training.run()
+    assert result["status"] == "diverged"
+    assert "gradient of model.layers.0.mlp.down_proj.weight" in result["why"]
+    assert (tmp_path / "run" / "failure" / "batch.parquet").exists()
+
+
+def test_a_loss_scale_that_only_falls_ends_the_run(tmp_path: Path, engine: TorchEngine) -> None:
+    changes = {"trainer_dtype": "fp16", "initial_loss_scale": 4.0, "minimum_loss_scale": 1.0}
+    training = Training(pieces(tmp_path / "run", engine, **changes))
+    weight = training._policy.model.get_parameter("model.layers.0.mlp.down_proj.weight")
+    weight.register_hook(lambda gradient: gradient * torch.inf)
+    result = training.run()
+    assert result["status"] == "diverged"
+    assert "the loss scale fell to 0.25, below 1" in result["why"]
+    rows = _without_times(tmp_path / "run")
+    assert [row["n_skipped"] for row in rows] == [2] * len(rows)
+
+
+def test_equal_rewards_are_said_once(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(ChainTask, "rewards", lambda self, problems, responses: [0.0] * len(responses))
+    monkeypatch.setattr("mismatch_probe.rl.collapse._SILENT_STEPS", 2)
+    told = Events()
+    result = Training(pieces(tmp_path / "run", TorchEngine(), tell=told)).run()
+    messages = [payload for name, payload in told if name == "message"]
+    assert len(messages) == 1
+    assert "no signal" in messages[0]
+    assert result["status"] == "complete"
+
+
+def _emptied(rollout: Rollout) -> Rollout:
+    return Rollout(rollout.sequence_id, np.empty(0, np.int32), np.empty(0, np.float32), "stop", "")
+
+
+def test_empty_responses_are_counted_and_harm_nothing(tmp_path: Path) -> None:
+    result = train(tmp_path / "run", _Meddling(_emptied, at=1), steps=2)
+    assert result["status"] == "complete"
+    steps = pd.read_parquet(tmp_path / "run" / "steps.parquet")
+    assert steps["n_empty"].tolist() == [0, 16]
+    assert pd.isna(steps["mean_abs_logprob_diff"].iloc[1])
+
+
+def test_a_run_that_collapses_says_so_and_keeps_its_healthy_checkpoint(tmp_path: Path, monkeypatch: Any) -> None:
+    rewards = iter([1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0])
+    monkeypatch.setattr(
+        ChainTask, "rewards", lambda self, problems, responses: [next(rewards, 0.0)] * len(responses)
+    )
+    result = train(tmp_path / "run", TorchEngine(), steps=8, collapse_window=2, checkpoint_every=1)
+    assert result["status"] == "collapsed"
+    assert result["steps"] == 6
+    assert "step 5: mean reward fell from 1.000 (to step 3) to 0.000" in result["why"]
+    assert result["last_healthy_checkpoint"] == "step-000004"
+    assert (tmp_path / "run" / "checkpoints" / "step-000004" / "model.safetensors").exists()
+
+
+def test_a_full_disk_at_a_checkpoint_loses_nothing_before_it(
+    tmp_path: Path, engine: TorchEngine, monkeypatch: Any
+) -> None:
+    whole = train(tmp_path / "whole", engine)
+    own = checkpoint_files.save_file
+
+    def full(tensors: Any, path: Path) -> None:
+        if path.name == "optimizer.st" and "step-000004" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        own(tensors, path)
+
+    monkeypatch.setattr(checkpoint_files, "save_file", full)
+    with pytest.raises(DiskFull, match="checkpoint step-000004"):
+        train(tmp_path / "run", engine)
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000002"]
+    monkeypatch.undo()
+    assert train(tmp_path / "run", engine) == whole
+    assert _without_times(tmp_path / "run") == _without_times(tmp_path / "whole")
+
+
+def test_an_engine_that_fails_leaves_the_steps_before(tmp_path: Path) -> None:
+    def fail(rollout: Rollout) -> Rollout:
+        raise EngineError("gone")
+
+    with pytest.raises(EngineError):
+        train(tmp_path / "run", _Meddling(fail, at=3))
+    assert len(_without_times(tmp_path / "run")) == 3
+
+
+def test_the_sanity_test_is_passed_where_the_lower_limit_is(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(ChainTask, "rewards", lambda self, problems, responses: [1.0] * len(responses))
+    passed = train(tmp_path / "run", TorchEngine(), steps=3, pass_window=2, pass_above=0.5)
+    assert passed["passed_at_step"] == 1
+    never = train(tmp_path / "never", TorchEngine(), steps=3, pass_window=2, pass_above=0.99)
+    assert never["passed_at_step"] is None
+
+
+def test_gradient_accumulation_changes_nothing_but_rounding(tmp_path: Path, engine: TorchEngine) -> None:
+    small, large = tmp_path / "small", tmp_path / "large"
+    train(small, engine, steps=1, micro_batch=2, updates_per_rollout=1)
+    train(large, engine, steps=1, micro_batch=16, updates_per_rollout=1)
+    ours, theirs = _without_times(small)[0], _without_times(large)[0]
+    assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+
+
+def test_the_small_configuration_is_one_of_several_updates() -> None:
+    assert SMALL["updates_per_rollout"] > 1
+    assert SMALL["prompts_per_step"] * SMALL["samples_per_prompt"] > SMALL["micro_batch"]
