@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,11 +85,16 @@ class Policy:
 
         self._config, self._device = config, device
         self._dtype = TORCH_DTYPES[config.trainer_dtype]
-        loaded = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
-        self.model: Any = loaded.to(device).eval()
-        # In 16 bits `cast` computes with a copy; everywhere else the masters themselves compute.
+
+        def load(dtype: torch.dtype) -> Any:
+            loaded = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+            return loaded.to(device).eval()
+
+        self.model: Any = load(torch.float32)
+        # In 16 bits `cast` computes with a copy; everywhere else the masters themselves compute. The copy is loaded,
+        # since casting the whole module would cast its rotary frequencies too, which transformers keeps in FP32.
         copied = config.trainer_mode == "cast" and self._dtype != torch.float32
-        self._compute: Any = deepcopy(self.model).to(self._dtype) if copied else self.model
+        self._compute: Any = load(self._dtype) if copied else self.model
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=config.learning_rate,
