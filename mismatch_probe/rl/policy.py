@@ -38,6 +38,7 @@ class Batch:
 
     @classmethod
     def of(cls, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], device: torch.device) -> Batch:
+        assert all(prompts), "nothing predicts the first token of a response without a prompt"
         rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
         longest, most = max(map(len, rows)), max(1, *map(len, responses))
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])

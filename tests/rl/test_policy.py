@@ -89,6 +89,10 @@ class TestBatch:
             assert batch.mask[i].tolist() == sorted(batch.mask[i].tolist(), reverse=True)
         assert batch.mask.any(dim=0)[1:].all()  # no longer than the longest response
 
+    def test_an_empty_prompt_has_no_row_that_predicts_the_first_token(self) -> None:
+        with pytest.raises(AssertionError):
+            Batch.of([[1], []], [[2], [3]], CPU)
+
 
 class TestLogprobs:
     @pytest.mark.parametrize("temperature", [1.0, 0.6, 2.0])
