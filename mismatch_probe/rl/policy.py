@@ -268,6 +268,6 @@ def token_logprobs(
 
 
 def entropies(logits: torch.Tensor) -> torch.Tensor:
-    """`[..., V]` logits → `[...]` entropy, nats."""
+    """`[..., V]` logits → `[...]` entropy, nats; NaN where they are no distribution."""
     logprobs = logits.log_softmax(-1)
-    return -(logprobs.exp() * logprobs).nan_to_num(0.0).sum(-1)
+    return -torch.where(logprobs.isneginf(), 0.0, logprobs.exp() * logprobs).sum(-1)

@@ -19,7 +19,7 @@ from scipy import special
 from transformers import AutoModelForCausalLM
 
 from mismatch_probe.rl.config import make_config
-from mismatch_probe.rl.policy import TORCH_DTYPES, Batch, Policy, StepFacts, token_logprobs
+from mismatch_probe.rl.policy import TORCH_DTYPES, Batch, Policy, StepFacts, entropies, token_logprobs
 from tests.real.tiny import VOCABULARY
 
 CPU = torch.device("cpu")
@@ -153,6 +153,18 @@ class TestLogprobs:
         batch = Batch.of([ids[:4]], [ids[4:]], CPU)
         with torch.no_grad():
             assert torch.equal(policy.logprobs(batch)[0], token_logprobs(other, batch, 1.0)[0])
+
+    def test_entropies_against_scipy(self) -> None:
+        logits = 4 * torch.randn(3, 5, 40, generator=torch.Generator().manual_seed(0))
+        logits[0, 0, 3:] = -math.inf
+        logits[0, 1, 1:] = -math.inf
+        expected = special.entr(special.softmax(logits.double().numpy(), axis=-1)).sum(-1)
+        np.testing.assert_allclose(entropies(logits).numpy(), expected, rtol=1e-5, atol=1e-7)
+        assert entropies(torch.zeros(7)).item() == pytest.approx(math.log(7))
+
+    @pytest.mark.parametrize("junk", [math.nan, math.inf])
+    def test_an_entropy_of_no_distribution_is_no_number(self, junk: float) -> None:
+        assert entropies(torch.tensor([0.0, junk, 1.0])).isnan()
 
 
 class TestStep:
