@@ -128,8 +128,13 @@ class Policy:
         return token_logprobs(self.model, batch, 1.0, given)[0]
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Adds the gradients of a micro-batch's share of the loss."""
+        """Adds the gradients of a micro-batch's share of the loss, in FP32 whatever the pass computes in."""
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        if self._compute is not self.model:
+            for master, copy in zip(self.model.parameters(), self._compute.parameters(), strict=True):
+                if copy.grad is not None:
+                    wide, copy.grad = copy.grad.float(), None
+                    master.grad = wide if master.grad is None else master.grad.add_(wide)
 
     def step(self) -> StepFacts:
         """Unscales, clips, steps, and hands the new weights to the copy that computes.
@@ -137,10 +142,6 @@ class Policy:
         Raises:
             NonFinite: A gradient is, and there is no loss scale to lower; nothing was stepped.
         """
-        if self._compute is not self.model:
-            pairs = zip(self.model.parameters(), self._compute.parameters(), strict=True)
-            for master, copy in pairs:
-                master.grad = None if copy.grad is None else copy.grad.float()
         self.scaler.unscale_(self.optimizer)
         limit = self._config.max_grad_norm or math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
@@ -155,7 +156,6 @@ class Policy:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self._compute is not self.model:
-            self._compute.zero_grad(set_to_none=True)
             self._refresh()
         self.updates += 1
         after = self.scaler.get_scale()
@@ -163,11 +163,10 @@ class Policy:
 
     def drop_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        self._compute.zero_grad(set_to_none=True)
 
     def non_finite(self) -> str | None:
         """The first tensor whose gradient or weight is not finite, by name."""
-        for name, tensor in self._compute.named_parameters():
+        for name, tensor in self.model.named_parameters():
             if tensor.grad is not None and not torch.isfinite(tensor.grad).all():
                 return f"gradient of {name}"
         for name, tensor in self.model.named_parameters():

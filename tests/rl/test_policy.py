@@ -263,6 +263,19 @@ class TestStep:
             assert compute_copy(policy) is policy.model
             assert {p.dtype for p in policy.model.parameters()} == {torch.float32}
 
+    @pytest.mark.parametrize("mode", [FLOAT32, BF16_CAST], ids=["fp32", "bf16-cast"])
+    def test_micro_batches_add_up(self, tied: Path, mode: dict[str, Any]) -> None:
+        """In FP32 whatever the pass computes in: a 16-bit sum would lose what each further micro-batch brings."""
+        policy = make_policy(tied, **mode)
+        add_gradient(policy)
+        whole = {n: p.grad.clone() for n, p in policy.model.named_parameters()}
+        policy.drop_gradients()
+        repeats = 16
+        for _ in range(repeats):
+            add_gradient(policy)
+        for name, parameter in policy.model.named_parameters():
+            torch.testing.assert_close(parameter.grad, repeats * whole[name], rtol=1e-5, atol=1e-6)
+
     def test_weights_hold_the_tied_tensor_under_both_names(self, tied: Path) -> None:
         policy = make_policy(tied, **FLOAT32)
         found = policy.weights()
