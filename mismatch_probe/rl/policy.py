@@ -143,11 +143,15 @@ class Policy:
             NonFinite: A gradient is, and there is no loss scale to lower; nothing was stepped.
         """
         self.scaler.unscale_(self.optimizer)
-        limit = self._config.max_grad_norm or math.inf
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
-        # With a loss scale such a step is skipped, and the scale falls; without one it would end the weights.
+        parameters = list(self.model.parameters())
+        total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = float(total)
+        # With a loss scale such a step is skipped, and the scale falls; without one it would end the weights. Asked
+        # before clipping, which would spread a NaN over all gradients.
         if not math.isfinite(norm) and not self.scaler.is_enabled():
             raise NonFinite(self.non_finite() or "the gradient's norm")
+        if self._config.max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self._config.max_grad_norm, total)
         rate = self._config.learning_rate * self._rate_factor()
         for group in self.optimizer.param_groups:
             group["lr"] = rate

@@ -19,7 +19,7 @@ from scipy import special
 from transformers import AutoModelForCausalLM
 
 from mismatch_probe.rl.config import make_config
-from mismatch_probe.rl.policy import TORCH_DTYPES, Batch, Policy, StepFacts, entropies, token_logprobs
+from mismatch_probe.rl.policy import TORCH_DTYPES, Batch, NonFinite, Policy, StepFacts, entropies, token_logprobs
 from tests.real.tiny import VOCABULARY
 
 CPU = torch.device("cpu")
@@ -317,6 +317,27 @@ class TestLossScale:
 
 
 class TestNonFinite:
+    @pytest.mark.parametrize("junk", [math.nan, math.inf])
+    @pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+    @pytest.mark.parametrize("mode", [FLOAT32, BF16_CAST], ids=["fp32", "bf16-cast"])
+    def test_the_gradient_is_named_and_nothing_is_stepped(
+        self, tied: Path, mode: dict[str, Any], max_grad_norm: float, junk: float
+    ) -> None:
+        policy = make_policy(tied, **mode, max_grad_norm=max_grad_norm)
+        one_step(policy)
+        before, (moments, _) = snapshot(policy), deepcopy(policy.state())
+        add_gradient(policy)
+        victim = "model.layers.1.mlp.up_proj.weight"
+        policy.model.get_parameter(victim).grad[3, 4] = junk
+        with pytest.raises(NonFinite, match=f"^gradient of {victim}$"):
+            policy.step()
+        assert same(snapshot(policy), before)
+        assert same(policy.state()[0], moments)
+        assert policy.updates == 1
+        policy.drop_gradients()
+        assert policy.non_finite() is None
+        one_step(policy)
+
     def test_a_weight_is_named(self, tied: Path) -> None:
         policy = make_policy(tied, **FLOAT32)
         assert policy.non_finite() is None
