@@ -161,9 +161,11 @@ class Policy:
         self.optimizer.zero_grad(set_to_none=True)
         if self._compute is not self.model:
             self._refresh()
-        self.updates += 1
         after = self.scaler.get_scale()
-        return StepFacts(norm, rate, after, self.scaler.is_enabled() and after < before)
+        skipped = self.scaler.is_enabled() and after < before
+        # The schedule counts what was stepped, as Adam's bias correction does.
+        self.updates += not skipped
+        return StepFacts(norm, rate, after, skipped)
 
     def drop_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)

@@ -298,11 +298,40 @@ class TestLossScale:
             squares = sum(float((m.double() ** 2).sum()) for name, m in moments.items() if name.endswith("exp_avg"))
             assert math.sqrt(squares) == pytest.approx(0.1 * 0.05, rel=1e-3)
 
+    @pytest.mark.parametrize("mode", [FP16_AUTOCAST, FP16_CAST], ids=["autocast", "cast"])
+    def test_an_overflow_in_one_micro_batch_skips_the_step(self, tied: Path, mode: dict[str, Any]) -> None:
+        policy = make_policy(tied, **mode, warmup_steps=10)
+        first = one_step(policy)
+        weights, (moments, numbers) = snapshot(policy), deepcopy(policy.state())
+        for size in (1.0, OVERFLOW, 1.0):
+            add_gradient(policy, size)
+        facts = policy.step()
+        assert facts.skipped
+        assert not math.isfinite(facts.grad_norm)
+        assert facts.loss_scale == 512.0 == first.loss_scale / 2
+        assert same(snapshot(policy), weights)
+        assert same(policy.state()[0], moments)
+        # Neither Adam's bias correction nor the schedule counts it.
+        assert policy.updates == numbers["updates"] == 1
+        assert all(float(m) == 1 for name, m in policy.state()[0].items() if name.endswith(".step"))
+        after = one_step(policy)
+        assert (after.skipped, after.loss_scale) == (False, 512.0)
+        assert after.learning_rate == pytest.approx(2 * first.learning_rate)
+        assert not same(snapshot(policy), weights)
+
     def test_the_scale_grows_after_as_many_good_steps_in_a_row(self, tied: Path) -> None:
         policy = make_policy(tied, **FP16_AUTOCAST, loss_scale_growth_interval=3)
         sizes = [1.0, 1.0, OVERFLOW, 1.0, 1.0, 1.0, 1.0]
         scales = [one_step(policy, size).loss_scale for size in sizes]
         assert scales == [1024, 1024, 512, 512, 512, 1024, 1024]
+
+    def test_a_scale_can_fall_below_one(self, tied: Path) -> None:
+        """Where to stop is for the run to say."""
+        policy = make_policy(tied, **{**FP16_AUTOCAST, "initial_loss_scale": 2.0}, minimum_loss_scale=0.25)
+        found = [one_step(policy, 1e30) for _ in range(4)]
+        assert [facts.loss_scale for facts in found] == [1.0, 0.5, 0.25, 0.125]
+        assert all(facts.skipped for facts in found)
+        assert policy.updates == 0
 
     def test_the_result_does_not_depend_on_the_scale(self, tied: Path) -> None:
         """Powers of two are exact as long as nothing overflows or underflows."""
