@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch.func import functional_call
 
+from mismatch_probe.errors import TableError
 from mismatch_probe.rl.config import RlConfig
 
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -193,17 +195,29 @@ class Policy:
     def restore(
         self, weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]
     ) -> None:
-        """Continues where `state` and `weights` were taken."""
-        self.model.load_state_dict(dict(weights), strict=False)
+        """Continues where `state` and `weights` were taken.
+
+        Raises:
+            TableError: They are not those of this model; nothing was changed.
+        """
+        # A parameter that no loss has reached yet has no moments.
+        moved = {
+            index: (name, parameter.shape)
+            for index, (name, parameter) in enumerate(self.model.named_parameters())
+            if any(f"{name}.{key}" in moments for key in _MOMENTS)
+        }
+        shapes = {
+            f"{name}.{key}": (1,) if key == "step" else shape for name, shape in moved.values() for key in _MOMENTS
+        }
+        _compare_shapes(weights, {name: tensor.shape for name, tensor in self.weights().items()})
+        _compare_shapes(moments, shapes)
+        self.model.load_state_dict(dict(weights))
         document = self.optimizer.state_dict()
-        document["state"] = {}
-        for index, (name, parameter) in enumerate(self.model.named_parameters()):
-            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in moments]
-            entry = {key: moments[f"{name}.{key}"] for key in keys}
-            if keys:
-                entry["step"] = entry["step"][0]
-                document["state"][index] = entry
-            assert not keys or entry["exp_avg"].shape == parameter.shape
+        # Copies, since the optimizer would go on with the very tensors.
+        document["state"] = {
+            index: {key: moments[f"{name}.{key}"].clone().reshape(() if key == "step" else shape) for key in _MOMENTS}
+            for index, (name, shape) in moved.items()
+        }
         self.optimizer.load_state_dict(document)
         self.scaler.load_state_dict(dict(numbers["scaler"]))
         self.updates = int(numbers["updates"])
@@ -243,6 +257,16 @@ class Policy:
         if config.schedule == "linear":
             return 1 - done
         return 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1.0
+
+
+def _compare_shapes(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, Sequence[int]]) -> None:
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    differing = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
+    if differing:
+        raise TableError(
+            f"The checkpoint is of another model: {differing[0]} differs ({len(differing)} tensors do).",
+            "Delete it to resume from an earlier one.",
+        )
 
 
 def token_logprobs(

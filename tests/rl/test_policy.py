@@ -5,7 +5,9 @@ Shape legend: `B` sequences, `T` response tokens of the longest, `V` vocabulary.
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from hypothesis import strategies as st
 from scipy import special
 from transformers import AutoModelForCausalLM
 
+from mismatch_probe.errors import TableError
 from mismatch_probe.rl.config import make_config
 from mismatch_probe.rl.policy import TORCH_DTYPES, Batch, NonFinite, Policy, StepFacts, entropies, token_logprobs
 from tests.real.tiny import VOCABULARY
@@ -376,6 +379,28 @@ class TestNonFinite:
 
 
 class TestState:
+    @every_mode
+    def test_a_restored_policy_goes_on_bit_for_bit(self, tied: Path, mode: dict[str, Any]) -> None:
+        options = {**mode, "schedule": "cosine", "steps": 2, "warmup_steps": 1, "learning_rate": 1e-3}
+        options |= {"weight_decay": 0.01, "loss_scale_growth_interval": 2}
+        sizes = [1.0, OVERFLOW if mode["trainer_dtype"] == "float16" else 2.0, 3.0, 1.0, 1.0, 0.5]
+        straight = make_policy(tied, **options)
+        expected = [one_step(straight, size) for size in sizes]
+        first = make_policy(tied, **options)
+        for size in sizes[:3]:
+            one_step(first, size)
+        moments, numbers = first.state()
+        kept = {name: tensor.clone() for name, tensor in moments.items()}
+        second = make_policy(tied, **options)
+        second.restore(snapshot(first), moments, json.loads(json.dumps(numbers)))
+        assert [one_step(second, size) for size in sizes[3:]] == expected[3:]
+        assert same(snapshot(second), snapshot(straight))
+        assert same(second.state()[0], straight.state()[0])
+        assert second.state()[1] == straight.state()[1]
+        assert same(dict(compute_copy(second).state_dict()), dict(compute_copy(straight).state_dict()))
+        # What it was restored from is not what it steps with.
+        assert same(moments, kept)
+
     def test_a_new_policy_can_be_restored_from_a_new_one(self, tied: Path) -> None:
         policy = make_policy(tied, **FLOAT32)
         moments, numbers = policy.state()
@@ -395,6 +420,32 @@ class TestState:
         policies[1].restore(snapshot(policies[0]), moments, numbers)
         assert one_step(policies[1]) == one_step(policies[0])
         assert same(snapshot(policies[1]), snapshot(policies[0]))
+
+    @pytest.mark.parametrize("part", ["weights", "moments"])
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda tensors, name: tensors.pop(name),
+            lambda tensors, name: tensors.update({name: tensors[name][:1]}),
+            lambda tensors, name: tensors.update({f"{name}.more": tensors[name]}),
+        ],
+        ids=["missing", "cut", "unknown"],
+    )
+    def test_tensors_of_another_model_are_refused(
+        self, tied: Path, part: str, damage: Callable[[dict[str, torch.Tensor], str], Any]
+    ) -> None:
+        policy = make_policy(tied, **FLOAT32)
+        one_step(policy)
+        weights, (moments, numbers) = snapshot(policy), policy.state()
+        if part == "weights":
+            damage(weights, "model.layers.0.mlp.up_proj.weight")
+        else:
+            damage(moments, "model.layers.0.mlp.up_proj.weight.exp_avg")
+        other = make_policy(tied, **FLOAT32)
+        before = snapshot(other)
+        with pytest.raises(TableError, match=r"model\.layers\.0\.mlp\.up_proj\.weight"):
+            other.restore(weights, moments, numbers)
+        assert same(snapshot(other), before)
 
     @pytest.mark.parametrize("mode", [FLOAT32, BF16_CAST], ids=["fp32", "bf16-cast"])
     def test_other_weights_are_held_for_the_while_only(self, tied: Path, mode: dict[str, Any]) -> None:
