@@ -228,10 +228,10 @@ class Policy:
     def holding(self, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
         """The model with other FP32 weights for the while, e.g. those that an engine still has."""
         own = {name: tensor.clone() for name, tensor in self.weights().items()}
-        self.model.load_state_dict(dict(weights))
-        if self._compute is not self.model:
-            self._refresh()
         try:
+            self.model.load_state_dict(dict(weights))
+            if self._compute is not self.model:
+                self._refresh()
             yield
         finally:
             self.model.load_state_dict(own)

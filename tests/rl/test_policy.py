@@ -461,3 +461,17 @@ class TestState:
             assert torch.equal(policy.logprobs(batch)[0], before)
         assert not torch.equal(before, expected)
         assert same(snapshot(policy), own)
+
+    @pytest.mark.parametrize("mode", [FLOAT32, BF16_CAST], ids=["fp32", "bf16-cast"])
+    def test_an_error_while_others_are_held_leaves_the_own(self, tied: Path, mode: dict[str, Any]) -> None:
+        policy, batch = make_policy(tied, **mode), make_batch()
+        own = snapshot(policy)
+        other = {name: tensor + 1 for name, tensor in own.items()}
+        with pytest.raises(KeyError), policy.holding(other):
+            raise KeyError
+        del other["model.norm.weight"]
+        with pytest.raises(RuntimeError, match=r"model\.norm\.weight"), policy.holding(other):
+            raise AssertionError
+        assert same(snapshot(policy), own)
+        with torch.no_grad():
+            torch.testing.assert_close(policy.logprobs(batch)[0], make_policy(tied, **mode).logprobs(batch)[0])
