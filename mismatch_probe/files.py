@@ -26,11 +26,27 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            with temporary.open("rb") as handle:
+                os.fsync(handle.fileno())
+            os.replace(temporary, path)
+    finally:
+        with suppress(OSError):  # it was never made where its folder could not be
+            temporary.unlink()
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Yields `path`, and says in a user's words why it could not be written.
+
+    Raises:
+        DiskFull: No space is left on the device.
+        TableError: Another I/O failure.
+    """
+    try:
+        yield path
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFull(
@@ -40,9 +56,6 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise TableError(
             f"{path} could not be written: {error.strerror or error}.", "Check the folder's permissions."
         ) from error
-    finally:
-        with suppress(OSError):  # it was never made where its folder could not be
-            temporary.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -149,6 +149,13 @@ class RlConfig(BaseModel):
             raise ValueError(f"dose ({self.dose}) of mantissa is a number of stored bits, 1 to 22")
         if self.task == "math" and self.problems is None:
             raise ValueError("problems must name a JSONL file for the task math")
+        if self.task != "math" and self.problems is not None:
+            raise ValueError(f"problems belong to the task math, not to {self.task}")
+        if self.minimum_loss_scale > self.initial_loss_scale:
+            raise ValueError(
+                f"minimum_loss_scale ({self.minimum_loss_scale:g}) exceeds initial_loss_scale "
+                f"({self.initial_loss_scale:g})"
+            )
         return self
 
     def as_dict(self) -> dict[str, Any]:
@@ -175,8 +182,8 @@ def make_config(values: Mapping[str, Any]) -> RlConfig:
 
 
 def problem_of(error: Mapping[str, Any]) -> str:
-    """What pydantic has against a value, without its prefix."""
-    return str(error["msg"]).removeprefix("Value error, ")
+    """What pydantic has against a value, without its prefixes."""
+    return str(error["msg"]).removeprefix("Value error, ").removeprefix("Input ")
 
 
 def read_config(path: str | Path | None, overrides: Mapping[str, Any]) -> RlConfig:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +16,10 @@ import torch
 from torch.func import functional_call
 
 from mismatch_probe.engines.float64 import keep_float64
+from mismatch_probe.errors import TableError
 from mismatch_probe.rl.config import RlConfig
 
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _WIDER = {"float32": torch.float64}
 
@@ -41,6 +42,7 @@ class Batch:
 
     @classmethod
     def of(cls, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], device: torch.device) -> Batch:
+        assert all(prompts), "nothing predicts the first token of a response without a prompt"
         rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
         longest, most = max(map(len, rows)), max(1, *map(len, responses))
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
@@ -88,11 +90,16 @@ class Policy:
 
         self._config, self._device = config, device
         self._dtype = TORCH_DTYPES[config.trainer_dtype]
-        loaded = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
-        self.model: Any = loaded.to(device).eval()
-        # In 16 bits `cast` computes with a copy; everywhere else the masters themselves compute.
+
+        def load(dtype: torch.dtype) -> Any:
+            loaded = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+            return loaded.to(device).eval()
+
+        self.model: Any = load(torch.float32)
+        # In 16 bits `cast` computes with a copy; everywhere else the masters themselves compute. The copy is loaded,
+        # since casting the whole module would cast its rotary frequencies too, which transformers keeps in FP32.
         copied = config.trainer_mode == "cast" and self._dtype != torch.float32
-        self._compute: Any = deepcopy(self.model).to(self._dtype) if copied else self.model
+        self._compute: Any = load(self._dtype) if copied else self.model
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=config.learning_rate,
@@ -132,8 +139,13 @@ class Policy:
             return token_logprobs(self.model, batch, 1.0, given)[0]
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Adds the gradients of a micro-batch's share of the loss."""
+        """Adds the gradients of a micro-batch's share of the loss, in FP32 whatever the pass computes in."""
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        if self._compute is not self.model:
+            for master, copy in zip(self.model.parameters(), self._compute.parameters(), strict=True):
+                if copy.grad is not None:
+                    wide, copy.grad = copy.grad.float(), None
+                    master.grad = wide if master.grad is None else master.grad.add_(wide)
 
     def step(self) -> StepFacts:
         """Unscales, clips, steps, and hands the new weights to the copy that computes.
@@ -141,16 +153,16 @@ class Policy:
         Raises:
             NonFinite: A gradient is, and there is no loss scale to lower; nothing was stepped.
         """
-        if self._compute is not self.model:
-            pairs = zip(self.model.parameters(), self._compute.parameters(), strict=True)
-            for master, copy in pairs:
-                master.grad = None if copy.grad is None else copy.grad.float()
         self.scaler.unscale_(self.optimizer)
-        limit = self._config.max_grad_norm or math.inf
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
-        # With a loss scale such a step is skipped, and the scale falls; without one it would end the weights.
+        parameters = list(self.model.parameters())
+        total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = float(total)
+        # With a loss scale such a step is skipped, and the scale falls; without one it would end the weights. Asked
+        # before clipping, which would spread a NaN over all gradients.
         if not math.isfinite(norm) and not self.scaler.is_enabled():
             raise NonFinite(self.non_finite() or "the gradient's norm")
+        if self._config.max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self._config.max_grad_norm, total)
         rate = self._config.learning_rate * self._rate_factor()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -159,19 +171,19 @@ class Policy:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self._compute is not self.model:
-            self._compute.zero_grad(set_to_none=True)
             self._refresh()
-        self.updates += 1
         after = self.scaler.get_scale()
-        return StepFacts(norm, rate, after, self.scaler.is_enabled() and after < before)
+        skipped = self.scaler.is_enabled() and after < before
+        # The schedule counts what was stepped, as Adam's bias correction does.
+        self.updates += not skipped
+        return StepFacts(norm, rate, after, skipped)
 
     def drop_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        self._compute.zero_grad(set_to_none=True)
 
     def non_finite(self) -> str | None:
         """The first tensor whose gradient or weight is not finite, by name."""
-        for name, tensor in self._compute.named_parameters():
+        for name, tensor in self.model.named_parameters():
             if tensor.grad is not None and not torch.isfinite(tensor.grad).all():
                 return f"gradient of {name}"
         for name, tensor in self.model.named_parameters():
@@ -192,17 +204,29 @@ class Policy:
     def restore(
         self, weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]
     ) -> None:
-        """Continues where `state` and `weights` were taken."""
-        self.model.load_state_dict(dict(weights), strict=False)
+        """Continues where `state` and `weights` were taken.
+
+        Raises:
+            TableError: They are not those of this model; nothing was changed.
+        """
+        # A parameter that no loss has reached yet has no moments.
+        moved = {
+            index: (name, parameter.shape)
+            for index, (name, parameter) in enumerate(self.model.named_parameters())
+            if any(f"{name}.{key}" in moments for key in _MOMENTS)
+        }
+        shapes = {
+            f"{name}.{key}": (1,) if key == "step" else shape for name, shape in moved.values() for key in _MOMENTS
+        }
+        _compare_shapes(weights, {name: tensor.shape for name, tensor in self.weights().items()})
+        _compare_shapes(moments, shapes)
+        self.model.load_state_dict(dict(weights))
         document = self.optimizer.state_dict()
-        document["state"] = {}
-        for index, (name, parameter) in enumerate(self.model.named_parameters()):
-            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in moments]
-            entry = {key: moments[f"{name}.{key}"] for key in keys}
-            if keys:
-                entry["step"] = entry["step"][0]
-                document["state"][index] = entry
-            assert not keys or entry["exp_avg"].shape == parameter.shape
+        # Copies, since the optimizer would go on with the very tensors.
+        document["state"] = {
+            index: {key: moments[f"{name}.{key}"].clone().reshape(() if key == "step" else shape) for key in _MOMENTS}
+            for index, (name, shape) in moved.items()
+        }
         self.optimizer.load_state_dict(document)
         self.scaler.load_state_dict(dict(numbers["scaler"]))
         self.updates = int(numbers["updates"])
@@ -213,10 +237,10 @@ class Policy:
     def holding(self, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
         """The model with other FP32 weights for the while, e.g. those that an engine still has."""
         own = {name: tensor.clone() for name, tensor in self.weights().items()}
-        self.model.load_state_dict(dict(weights))
-        if self._compute is not self.model:
-            self._refresh()
         try:
+            self.model.load_state_dict(dict(weights))
+            if self._compute is not self.model:
+                self._refresh()
             yield
         finally:
             self.model.load_state_dict(own)
@@ -242,6 +266,16 @@ class Policy:
         if config.schedule == "linear":
             return 1 - done
         return 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1.0
+
+
+def _compare_shapes(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, Sequence[int]]) -> None:
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    differing = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
+    if differing:
+        raise TableError(
+            f"The checkpoint is of another model: {differing[0]} differs ({len(differing)} tensors do).",
+            "Delete it to resume from an earlier one.",
+        )
 
 
 def token_logprobs(
@@ -272,6 +306,6 @@ def token_logprobs(
 
 
 def entropies(logits: torch.Tensor) -> torch.Tensor:
-    """`[..., V]` logits → `[...]` entropy, nats."""
+    """`[..., V]` logits → `[...]` entropy, nats; NaN where they are no distribution."""
     logprobs = logits.log_softmax(-1)
-    return -(logprobs.exp() * logprobs).nan_to_num(0.0).sum(-1)
+    return -torch.where(logprobs.isneginf(), 0.0, logprobs.exp() * logprobs).sum(-1)

@@ -12,7 +12,6 @@ steps.parquet, rollouts.parquet     the same at the end, as tables
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mismatch_probe.errors import TableError
-from mismatch_probe.files import atomic_path, write_json
+from mismatch_probe.files import atomic_path, write_json, write_text, writing
 from mismatch_probe.rl.config import RlConfig, make_config
 from mismatch_probe.tables import SCHEMA_VERSION, read_json, refuse_occupied
 
@@ -85,17 +84,35 @@ class RlDirectory:
         write_json(self.path / "result.json", {"schema_version": SCHEMA_VERSION, **result})
 
     def steps(self) -> pd.DataFrame:
-        """A row per finished step."""
+        """A row per finished step.
+
+        Raises:
+            TableError: The file is damaged.
+        """
+        return pd.DataFrame([row for _, row in self._step_lines()])
+
+    def _step_lines(self) -> list[tuple[str, dict[str, Any]]]:
+        """The lines of `steps.jsonl` as they stand, each with its row."""
+        path = self.path / "steps.jsonl"
         try:
-            lines = (self.path / "steps.jsonl").read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8").splitlines()
+            # A process that was killed while it wrote leaves half a line, of a step that will be done again.
+            return [(line, json.loads(line)) for line in lines if line.endswith("}")]
         except FileNotFoundError:
-            return pd.DataFrame()
-        # A process that was killed while it wrote leaves half a line, of a step that will be done again.
-        return pd.DataFrame([json.loads(line) for line in lines if line.endswith("}")])
+            return []
+        except (OSError, ValueError) as error:
+            raise TableError(f"{path} cannot be read ({error}).", "Restore the file, or start a new run.") from None
 
     def append_step(self, row: Mapping[str, Any]) -> None:
-        with (self.path / "steps.jsonl").open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(row, allow_nan=False) + "\n")
+        """Adds a step's line.
+
+        Raises:
+            DiskFull: No space is left on the device.
+            TableError: Another I/O failure.
+        """
+        text = json.dumps(row, allow_nan=False) + "\n"
+        with writing(self.path / "steps.jsonl") as path, path.open("a", encoding="utf-8") as handle:
+            handle.write(text)
 
     def append_rollout(self, step: int, table: pa.Table) -> None:
         with atomic_path(self.path / "rollouts" / f"step-{step:06d}.parquet") as temporary:
@@ -111,16 +128,9 @@ class RlDirectory:
 
     def rewind(self, step: int) -> None:
         """Forgets what came after a checkpoint: step `step` is the next one."""
-        rows = self.steps()
-        if len(rows):
-            kept = rows[rows["step"] < step].to_dict("records")
-            text = "".join(
-                json.dumps({k: None if isinstance(v, float) and pd.isna(v) else v for k, v in row.items()}) + "\n"
-                for row in kept
-            )
-            temporary = self.path / ".steps.jsonl.tmp"
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, self.path / "steps.jsonl")
+        if (self.path / "steps.jsonl").exists():
+            kept = [line for line, row in self._step_lines() if row["step"] < step]
+            write_text(self.path / "steps.jsonl", "".join(f"{line}\n" for line in kept))
         for part in (self.path / "rollouts").glob("step-*.parquet"):
             if int(part.stem.removeprefix("step-")) >= step:
                 part.unlink()

@@ -1,0 +1,231 @@
+"""RL configurations: what every key may be, by file and by override, and what is said of what it may not."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mismatch_probe.config import SHORT_DTYPES
+from mismatch_probe.errors import UsageError
+from mismatch_probe.rl.config import ALGORITHM_NAMES, RlConfig, make_config, read_config
+from mismatch_probe.rl.losses import ALGORITHMS
+
+# Every key, away from its default.
+EVERYTHING: dict[str, Any] = {
+    "model": "some/checkpoint",
+    "revision": "v1",
+    "task": "math",
+    "problems": 'a "quoted" \\ file.jsonl',
+    "chat": True,
+    "n_problems": 64,
+    "operations": 3,
+    "rollout_dtype": "float16",
+    "trainer_dtype": "float32",
+    "trainer_mode": "cast",
+    "algorithm": "gspo",
+    "steps": 7,
+    "prompts_per_step": 6,
+    "samples_per_prompt": 2,
+    "max_tokens": 99,
+    "temperature": 0.7,
+    "updates_per_rollout": 3,
+    "micro_batch": 5,
+    "learning_rate": 3e-6,
+    "schedule": "cosine",
+    "warmup_steps": 2,
+    "beta1": 0.8,
+    "beta2": 0.99,
+    "weight_decay": 0.1,
+    "max_grad_norm": 0.5,
+    "initial_loss_scale": 1024.0,
+    "loss_scale_growth_interval": 10,
+    "minimum_loss_scale": 0.125,
+    "stress": "mantissa",
+    "dose": 4.0,
+    "seed": 5,
+    "evaluate_every": 2,
+    "checkpoint_every": 3,
+    "pass_above": 0.9,
+    "pass_window": 4,
+    "collapse_window": 6,
+    "check_sync": False,
+    "record_rollouts": False,
+    "device": "cpu",
+    "kv_cache_gib": 2,
+    "gpu_memory_utilization": 0.3,
+}
+
+
+def write_toml(folder: Path, values: dict[str, Any]) -> Path:
+    """JSON's scalars are TOML's."""
+    path = folder / "run.toml"
+    path.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()), encoding="utf-8")
+    return path
+
+
+def test_the_known_algorithms_are_those_of_the_losses() -> None:
+    assert sorted(ALGORITHM_NAMES) == sorted(ALGORITHMS)
+    assert len(set(ALGORITHM_NAMES)) == len(ALGORITHM_NAMES)
+
+
+def test_every_key_can_be_given_in_a_file(tmp_path: Path) -> None:
+    assert set(EVERYTHING) == set(RlConfig.model_fields)
+    defaults = RlConfig().as_dict()
+    assert all(defaults[key] != value for key, value in EVERYTHING.items())
+    assert read_config(write_toml(tmp_path, EVERYTHING), {}).as_dict() == EVERYTHING
+
+
+def test_a_manifest_gives_the_configuration_back() -> None:
+    config = make_config({**EVERYTHING, "learning_rate": 1 / 3, "temperature": math.pi})
+    assert make_config(json.loads(json.dumps(config.as_dict(), allow_nan=False))) == config
+
+
+def test_overrides_win_over_the_file(tmp_path: Path) -> None:
+    path = write_toml(tmp_path, {"steps": 3, "seed": 4})
+    config = read_config(path, {"steps": 9})
+    assert (config.steps, config.seed) == (9, 4)
+    assert read_config(None, {}) == RlConfig()
+
+
+@pytest.mark.parametrize("short", SHORT_DTYPES)
+def test_dtypes_have_short_names(short: str) -> None:
+    config = make_config({"rollout_dtype": short, "trainer_dtype": short})
+    assert config.rollout_dtype == config.trainer_dtype == SHORT_DTYPES[short]
+
+
+@pytest.mark.parametrize("name", ALGORITHM_NAMES)
+def test_every_algorithm_is_taken(name: str) -> None:
+    assert make_config({"algorithm": name}).algorithm == name
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"stress": "weight-noise", "dose": 0.01},
+        {"stress": "logit-noise", "dose": 1e-6},
+        {"stress": "stale", "dose": 3},
+        {"stress": "mantissa", "dose": 1},
+        {"stress": "mantissa", "dose": 22},
+        {"prompts_per_step": 128},
+        {"prompts_per_step": 4, "updates_per_rollout": 1},
+        {"minimum_loss_scale": 65536.0},
+        {"seed": 2**31 - 1},
+        {"max_grad_norm": 0, "weight_decay": 0, "beta1": 0, "beta2": 0},
+    ],
+)
+def test_what_lies_on_the_border_is_taken(values: dict[str, Any]) -> None:
+    given = make_config(values).as_dict()
+    assert {key: given[key] for key in values} == values
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"prompts_per_step": 6}, "prompts_per_step (6) must be a multiple of updates_per_rollout (4)"),
+        ({"prompts_per_step": 132}, "prompts_per_step (132) exceeds n_problems (128)"),
+        ({"stress": "stale"}, "stress and dose belong together"),
+        ({"dose": 1.0}, "stress and dose belong together"),
+        ({"stress": "stale", "dose": 1.5}, "dose (1.5) of stale weights is a whole number of steps"),
+        ({"stress": "mantissa", "dose": 23}, "dose (23.0) of mantissa is a number of stored bits, 1 to 22"),
+        ({"stress": "mantissa", "dose": 0.5}, "of mantissa is a number of stored bits"),
+        ({"stress": "noise", "dose": 1}, "stress should be 'none', 'weight-noise'"),
+        ({"task": "math"}, "problems must name a JSONL file"),
+        ({"problems": "some.jsonl"}, "problems belong to the task math, not to chain"),
+        ({"task": "chains"}, "task should be 'chain', 'reasoning' or 'math'"),
+        ({"algorithm": "ppo"}, "algorithm knows no 'ppo'; known are pg, pg-token-tis"),
+        ({"algorithm": 3}, "algorithm should be a valid string"),
+        ({"rollout_dtype": "float64"}, "rollout_dtype should be 'bfloat16', 'float16' or 'float32'"),
+        ({"trainer_dtype": ["bf16"]}, "trainer_dtype should be"),
+        ({"trainer_mode": "amp"}, "trainer_mode should be 'cast' or 'autocast'"),
+        ({"schedule": "step"}, "schedule should be"),
+        ({"device": "tpu"}, "device should be"),
+        ({"minimum_loss_scale": 4.0, "initial_loss_scale": 2.0}, "minimum_loss_scale (4) exceeds initial_loss_scale"),
+        ({"samples_per_prompt": 1}, "samples_per_prompt should be greater than or equal to 2"),
+        ({"collapse_window": 1}, "collapse_window should be greater than or equal to 2"),
+        ({"seed": 2**31}, "seed should be less than"),
+        ({"steps": "many"}, "steps should be a valid integer"),
+        ({"steps": 1.5}, "steps should be a valid integer"),
+        ({"temperature": math.nan}, "temperature should be a finite number"),
+        ({"learning_rate": math.inf}, "learning_rate should be a finite number"),
+        ({"check_sync": "perhaps"}, "check_sync should be a valid boolean"),
+    ],
+)
+def test_what_cannot_be_is_said(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        make_config(values)
+    assert refused.value.what.startswith("The configuration is wrong: ")
+    assert said in refused.value.what
+    assert "  " not in refused.value.what
+    assert refused.value.what.endswith(".")
+    assert refused.value.fix
+
+
+_POSITIVE = [
+    "n_problems",
+    "operations",
+    "steps",
+    "prompts_per_step",
+    "max_tokens",
+    "temperature",
+    "updates_per_rollout",
+    "micro_batch",
+    "learning_rate",
+    "initial_loss_scale",
+    "loss_scale_growth_interval",
+    "minimum_loss_scale",
+    "checkpoint_every",
+    "pass_above",
+    "pass_window",
+    "kv_cache_gib",
+    "gpu_memory_utilization",
+]
+_NOT_NEGATIVE = ["warmup_steps", "beta1", "beta2", "weight_decay", "max_grad_norm", "dose", "seed", "evaluate_every"]
+_BELOW_ONE = ["beta1", "beta2", "pass_above", "gpu_memory_utilization"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [*((key, 0) for key in _POSITIVE), *((key, -1) for key in _NOT_NEGATIVE), *((key, 1.0) for key in _BELOW_ONE)],
+)
+def test_a_number_outside_its_range_is_refused(key: str, value: float) -> None:
+    with pytest.raises(UsageError, match=f"^The configuration is wrong: {key} should be (greater|less) than"):
+        make_config({key: value})
+
+
+def test_an_unknown_key_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as refused:
+        read_config(write_toml(tmp_path, {"stepps": 3}), {})
+    assert refused.value.what == "The configuration has the unknown key 'stepps'."
+    assert all(name in refused.value.fix for name in RlConfig.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"steps = x\n", r"is no TOML: Invalid value \(at line 1, column 9\)"),
+        (b"steps = 1\nsteps = 2\n", "is no TOML"),
+        (b"\xff\xfe", "cannot be read .it is no text"),
+        (b"[run]\nsteps = 1\n", "unknown key 'run'"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_refused(tmp_path: Path, content: bytes, said: str) -> None:
+    path = tmp_path / "run.toml"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=said):
+        read_config(path, {})
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="No such file"):
+        read_config(tmp_path / "none.toml", {})
+    with pytest.raises(UsageError, match="Is a directory"):
+        read_config(tmp_path, {})
+
+
+def test_a_configuration_cannot_be_changed() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        RlConfig().steps = 3
