@@ -226,7 +226,7 @@ def _with_difference(test: ArmTest, case: ArmComparison) -> ArmTest:
 def _with_share(test: ArmTest, case: ArmComparison) -> ArmTest:
     if test.p_value is None:
         return test
-    shares = [(k / n, n, n) for k, n in zip(case.n_collapsed, case.n_runs, strict=True)]
+    shares = [(k / n, -n, n) for k, n in zip(case.n_collapsed, case.n_runs, strict=True)]
     (share, _, n), (_, _, other) = sorted(shares)  # of equal shares that of more runs counts as known
     detectable = detectable_share(share, n, other, test.n_tests)
     if detectable is None:
