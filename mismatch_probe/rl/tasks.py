@@ -47,6 +47,10 @@ class Response:
 class Task(Protocol):
     """Problems and their rewards."""
 
+    @property
+    def killed(self) -> int:
+        """Responses so far that got 0 because their grader had to be killed."""
+
     def problems(self) -> list[Problem]:
         """All of them, in a fixed order."""
 
@@ -87,6 +91,8 @@ class Calculation:
 class ChainTask:
     """`chain`, or `reasoning` where `free` is set."""
 
+    killed = 0
+
     def __init__(self, n_problems: int, seed: int, operations: int, *, free: bool = False) -> None:
         rng = np.random.default_rng((seed, operations, 0xC4A1))
         self._free, self._length = free, 3 * operations
@@ -117,7 +123,7 @@ class MathTask:
     """Problems from a file, graded by math-verify in a process that can be killed."""
 
     def __init__(self, path: str, n_problems: int, seed: int, timeout: float) -> None:
-        from mismatch_probe.rl.grader import Grader  # type: ignore[import-untyped]
+        from mismatch_probe.rl.grader import Grader
 
         problems = read_problems(path)
         if len(problems) > n_problems:
@@ -133,8 +139,11 @@ class MathTask:
         pairs = [
             (p.answer, r.text) if r.finish_reason == "stop" else None for p, r in zip(problems, responses, strict=True)
         ]
-        found: list[float] = self._grader.grade(pairs)
-        return found
+        return self._grader.grade(pairs)
+
+    @property
+    def killed(self) -> int:
+        return self._grader.killed
 
     def close(self) -> None:
         self._grader.close()
