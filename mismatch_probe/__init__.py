@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mismatch_probe.probes.session import RunResult
     from mismatch_probe.rl.config import RlConfig
     from mismatch_probe.rl.run import RlResult
+    from mismatch_probe.rl.sanity.run import SanityResult
 
 __all__ = [
     "CompareConfig",
@@ -33,6 +34,8 @@ __all__ = [
     "resume",
     "rl_resume",
     "rl_run",
+    "rl_sanity_set",
+    "rl_sanity_set_resume",
     "write_report",
 ]
 
@@ -187,3 +190,31 @@ def rl_resume(path: str | Path, *, progress: Progress | None = None) -> RlResult
     from mismatch_probe.rl.run import resume_rl_run
 
     return resume_rl_run(Path(path), progress)
+
+
+def rl_sanity_set(*, out: str | Path | None = None, progress: Progress | None = None, **settings: Any) -> SanityResult:
+    """Keeps the problems that a model solves sometimes: the command `rl sanity-set`.
+
+    Args:
+        out: A new folder; by default one under `runs/`.
+        progress: Told how many tokens are done.
+        settings: Fields of `rl.sanity.config.SanityConfig`, such as `model`, `task`, `problems`, `n_samples`, `keep`.
+
+    Raises:
+        ProbeError: See `mismatch_probe.errors`; finished chunks of problems stay in the folder.
+    """
+    from mismatch_probe.rl.sanity.config import make_sanity_config
+    from mismatch_probe.rl.sanity.run import new_sanity_set
+
+    return new_sanity_set(make_sanity_config(settings), out, progress)
+
+
+def rl_sanity_set_resume(path: str | Path, *, progress: Progress | None = None) -> SanityResult:
+    """Goes on with a sanity set: samples the chunks of problems that it lacks.
+
+    Raises:
+        TableError: The folder holds no sanity set, or its model or problems have changed.
+    """
+    from mismatch_probe.rl.sanity.run import resume_sanity_set
+
+    return resume_sanity_set(Path(path), progress)

@@ -8,6 +8,7 @@ from mismatch_probe.cli.lazy import LazyGroup
 
 _COMMANDS = {
     "run": "One RL run, instrumented at every step.",
+    "sanity-set": "The problems that a model solves sometimes, which RL must be able to learn.",
 }
 
 

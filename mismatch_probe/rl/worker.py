@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from mismatch_probe.engines import devices
 from mismatch_probe.engines.base import EncodeJob, RolloutJob
-from mismatch_probe.rl.config import RlConfig
 from mismatch_probe.rl.records import RlDirectory
 from mismatch_probe.types import Prompt, Sampling
 
-_MOST_AT_ONCE = 256
+MOST_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -46,25 +45,27 @@ class RlJob:
             torch.set_num_threads(self.threads)
         directories = [RlDirectory.open(Path(folder)) for folder in self.folders]
         config = directories[0].config
-        setup = _Setup.of(config, self)
+        setup = Setup.of(config, self.model_path)
         engine = VllmRollout(_engine_job(directories, self, max(map(len, setup.prompts))))
         channel.phase("load")
         channel.send("identity", engine.identity() | devices.running())
         try:
             for directory in directories:
                 tell = _Teller(channel, directory)
-                own = setup if directory.config == config else _Setup.of(directory.config, self)
+                if directory.config != config:
+                    setup.task.close()
+                    config, setup = directory.config, Setup.of(directory.config, self.model_path)
                 pieces = Pieces(
                     config=directory.config,
                     directory=directory,
                     source=Path(self.model_path),
                     device=torch.device(self.device),
                     engine=engine,
-                    task=own.task,
-                    problems=own.problems,
-                    prompts=own.prompts,
-                    decode=own.decode,
-                    end_ids=own.end_ids,
+                    task=setup.task,
+                    problems=setup.problems,
+                    prompts=setup.prompts,
+                    decode=setup.decode,
+                    end_ids=setup.end_ids,
                     tell=tell,
                 )
                 result = Training(pieces).run()
@@ -85,8 +86,29 @@ class _Teller:
         self._channel.send(name, (self._path, payload))
 
 
+class TaskSettings(Protocol):
+    """What configurations say of model and task, whatever else is done with them."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def revision(self) -> str | None: ...
+    @property
+    def task(self) -> str: ...
+    @property
+    def problems(self) -> str | None: ...
+    @property
+    def chat(self) -> bool: ...
+    @property
+    def n_problems(self) -> int | None: ...
+    @property
+    def operations(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+
+
 @dataclass(frozen=True)
-class _Setup:
+class Setup:
     """What follows from task and tokenizer."""
 
     task: Any
@@ -96,7 +118,7 @@ class _Setup:
     end_ids: list[int]
 
     @classmethod
-    def of(cls, config: RlConfig, job: RlJob) -> _Setup:
+    def of(cls, config: TaskSettings, model_path: str) -> Setup:
         from transformers import AutoTokenizer
 
         from mismatch_probe.engines.encoding import encode
@@ -111,14 +133,14 @@ class _Setup:
         )
         problems = task.problems()
         texts = [Prompt(p.problem_id, text=p.prompt) for p in problems]
-        encoded = encode(EncodeJob(job.model_path, texts, config.chat, job.trust_remote_code))
-        tokenizer = AutoTokenizer.from_pretrained(job.model_path, local_files_only=True)
+        encoded = encode(EncodeJob(model_path, texts, config.chat, trust_remote_code=False))
+        tokenizer = AutoTokenizer.from_pretrained(model_path, local_files_only=True)
         return cls(
             task,
             problems,
             [prompt.token_ids for prompt in encoded.prompts],
             lambda ids: tokenizer.decode([int(i) for i in ids], skip_special_tokens=True),
-            _end_ids(job.model_path, tokenizer),
+            _end_ids(model_path, tokenizer),
         )
 
 
@@ -156,7 +178,7 @@ def _engine_job(directories: Sequence[RlDirectory], job: RlJob, longest_prompt: 
         device=device,
         sampling=Sampling(max(c.max_tokens for c in configs), first.temperature, first.seed),
         requests=(),
-        batch=min(_MOST_AT_ONCE, max(c.prompts_per_step * c.samples_per_prompt for c in configs)),
+        batch=min(MOST_AT_ONCE, max(c.prompts_per_step * c.samples_per_prompt for c in configs)),
         null_tokens=0,
         max_model_len=longest_prompt + max(c.max_tokens for c in configs) + 1,
         trust_remote_code=job.trust_remote_code,
