@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mismatch_probe.rl.config import RlConfig
     from mismatch_probe.rl.plan import Cell
     from mismatch_probe.rl.run import RlResult
+    from mismatch_probe.rl.sanity.run import SanityResult
     from mismatch_probe.rl.sweep_run import SweepResult
 
 __all__ = [
@@ -38,6 +39,8 @@ __all__ = [
     "rl_report",
     "rl_resume",
     "rl_run",
+    "rl_sanity_set",
+    "rl_sanity_set_resume",
     "rl_sweep",
     "rl_sweep_resume",
     "write_report",
@@ -272,3 +275,31 @@ def rl_report(path: str | Path, *, place: Sequence[str | Path] = (), planned_tok
 
     directory = SweepDirectory.open(Path(path))
     return write_sweep(directory, [found for run in place for found in places_of(Path(run), planned_tokens)])
+
+
+def rl_sanity_set(*, out: str | Path | None = None, progress: Progress | None = None, **settings: Any) -> SanityResult:
+    """Keeps the problems that a model solves sometimes: the command `rl sanity-set`.
+
+    Args:
+        out: A new folder; by default one under `runs/`.
+        progress: Told how many tokens are done.
+        settings: Fields of `rl.sanity.config.SanityConfig`, such as `model`, `task`, `problems`, `n_samples`, `keep`.
+
+    Raises:
+        ProbeError: See `mismatch_probe.errors`; finished chunks of problems stay in the folder.
+    """
+    from mismatch_probe.rl.sanity.config import make_sanity_config
+    from mismatch_probe.rl.sanity.run import new_sanity_set
+
+    return new_sanity_set(make_sanity_config(settings), out, progress)
+
+
+def rl_sanity_set_resume(path: str | Path, *, progress: Progress | None = None) -> SanityResult:
+    """Goes on with a sanity set: samples the chunks of problems that it lacks.
+
+    Raises:
+        TableError: The folder holds no sanity set, or its model or problems have changed.
+    """
+    from mismatch_probe.rl.sanity.run import resume_sanity_set
+
+    return resume_sanity_set(Path(path), progress)

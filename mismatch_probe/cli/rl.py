@@ -11,6 +11,7 @@ _COMMANDS = {
     "run": "One RL run, instrumented at every step.",
     "sweep": "A grid of runs: precision, algorithm, stress, seed.",
     "report": "A sweep's page again, with your own model placed on it.",
+    "sanity-set": "The problems that a model solves sometimes, which RL must be able to learn.",
 }
 
 

@@ -21,7 +21,7 @@ from mismatch_probe.errors import UsageError
     "--model", help="Built-in name, checkpoint folder, or hub id.  [default: chain, which comes with the tool]"
 )
 @click.option("--task", type=click.Choice(["chain", "reasoning", "math"]), help="[default: chain]")
-@click.option("--problems", type=click.Path(), help="JSONL of problem and answer, for --task math.")
+@click.option("--problems", type=click.Path(), help="JSONL of problem and answer; --task math needs it.")
 @click.option("--rollout-dtype", help="What vLLM runs in.  [default: bfloat16]")
 @click.option("--trainer-dtype", help="What the trainer computes in; master weights are FP32.  [default: bfloat16]")
 @click.option("--trainer-mode", type=click.Choice(["autocast", "cast"]), help="[default: autocast]")

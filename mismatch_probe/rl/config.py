@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -36,6 +36,7 @@ Structure = Literal["none", "weight-noise", "mantissa", "logit-noise", "stale"]
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Settings = TypeVar("Settings", bound=BaseModel)
 
 
 class RlConfig(BaseModel):
@@ -45,7 +46,7 @@ class RlConfig(BaseModel):
         model: Built-in name, checkpoint folder, or hub id; `chain` is the small checkpoint that comes with the tool.
         revision: Hub revision.
         task: `chain`, `reasoning` or `math`, see `rl.tasks`.
-        problems: JSONL file of `math`.
+        problems: JSONL file of problems, which `math` needs; the other tasks draw their own without it.
         chat: Renders problems through the model's chat template.
         n_problems: Problems that are trained on.
         operations: Length of a chain.
@@ -149,8 +150,6 @@ class RlConfig(BaseModel):
             raise ValueError(f"dose ({self.dose}) of mantissa is a number of stored bits, 1 to 22")
         if self.task == "math" and self.problems is None:
             raise ValueError("problems must name a JSONL file for the task math")
-        if self.task != "math" and self.problems is not None:
-            raise ValueError(f"problems belong to the task math, not to {self.task}")
         if self.minimum_loss_scale > self.initial_loss_scale:
             raise ValueError(
                 f"minimum_loss_scale ({self.minimum_loss_scale:g}) exceeds initial_loss_scale "
@@ -168,22 +167,27 @@ def make_config(values: Mapping[str, Any]) -> RlConfig:
     Raises:
         UsageError: A key is unknown, or a value cannot be.
     """
+    return checked(RlConfig, values)
+
+
+def checked(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
+    """Makes a model of pydantic's, with its first complaint as the user's error.
+
+    Raises:
+        UsageError: A key is unknown, or a value cannot be.
+    """
     try:
-        return RlConfig(**values)
+        return kind(**values)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
         if first["type"] == "extra_forbidden":
             raise UsageError(
-                f"The configuration has the unknown key {name!r}.", f"Known are {', '.join(RlConfig.model_fields)}."
+                f"The configuration has the unknown key {name!r}.", f"Known are {', '.join(kind.model_fields)}."
             ) from None
-        what = f"{name} {problem_of(first)}".strip()
-        raise UsageError(f"The configuration is wrong: {what}.", "Mend that value.") from None
-
-
-def problem_of(error: Mapping[str, Any]) -> str:
-    """What pydantic has against a value, without its prefixes."""
-    return str(error["msg"]).removeprefix("Value error, ").removeprefix("Input ")
+        what = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+        said = f"{name} {what}".strip()
+        raise UsageError(f"The configuration is wrong: {said}.", "Mend that value.") from None
 
 
 def read_config(path: str | Path | None, overrides: Mapping[str, Any]) -> RlConfig:

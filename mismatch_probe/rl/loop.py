@@ -156,6 +156,7 @@ class Training:
         problems = [self._p.problems[i] for i in owners]
         texts = [self._p.decode([int(t) for t in r.response_token_ids]) for r in rollouts]
         answers = [Response(text, r.finish_reason) for text, r in zip(texts, rollouts, strict=True)]
+        killed = self._p.task.killed
         rewards = np.asarray(self._p.task.rewards(problems, answers), np.float64)
         advantages = group_advantages(rewards, owners, self._spec.advantage)
         batches = self._batches(owners, rollouts)
@@ -195,6 +196,7 @@ class Training:
             "response_length": float(np.mean([len(r) for r in rolled.responses])),
             "n_responses": len(rewards),
             "n_truncated": sum(reason == "length" for reason in rolled.finish_reasons),
+            "n_grader_killed": self._p.task.killed - killed,
             "n_empty": sum(len(r) == 0 for r in rolled.responses),
             "grad_norm": float(norms.mean()),
             "grad_norm_var": float(norms.var(ddof=1)) if len(norms) > 1 else None,

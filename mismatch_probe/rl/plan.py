@@ -21,13 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from mismatch_probe.errors import UsageError
-from mismatch_probe.rl.config import RlConfig, make_config, problem_of
+from mismatch_probe.rl.config import RlConfig, checked, make_config
 
 _SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-_AXES = ("precision", "algorithm", "learning_rate", "stress", "seeds")
 # What grids decide, and `base` must not.
 _DECIDED = {"seed": "seeds", "dose": "stress", "stress": "stress"}
 
@@ -97,22 +96,11 @@ def make_cells(base: Mapping[str, Any], grids: Sequence[Mapping[str, Any]]) -> l
     for name, axis in _DECIDED.items():
         if name in base:
             raise UsageError(f"The key {name!r} of a sweep's base is decided by its grids.", f"Use {axis} in [[grid]].")
-    cells = [cell for grid in grids for cell in _unfold(base, _checked(grid))]
+    cells = [cell for grid in grids for cell in _unfold(base, checked(Grid, grid))]
     twice = [name for name, n in Counter(cell.name for cell in cells).items() if n > 1]
     if twice:
         raise UsageError(f"The sweep has the cell {twice[0]} more than once.", "Take it out of one of the grids.")
     return sorted(cells, key=lambda cell: cell.config.seed)
-
-
-def _checked(grid: Mapping[str, Any]) -> Grid:
-    try:
-        return Grid(**grid)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0])
-        if first["type"] == "extra_forbidden":
-            raise UsageError(f"A grid has the unknown key {name!r}.", f"Known are {', '.join(_AXES)}.") from None
-        raise UsageError(f"A grid is wrong: {name}: {problem_of(first)}.", "Mend that value.") from None
 
 
 def _unfold(base: Mapping[str, Any], grid: Grid) -> list[Cell]:

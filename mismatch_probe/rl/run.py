@@ -21,7 +21,7 @@ from mismatch_probe.probes.session import default_folder
 from mismatch_probe.resources import data_path
 from mismatch_probe.rl.config import RlConfig
 from mismatch_probe.rl.records import RlDirectory
-from mismatch_probe.rl.worker import RlJob
+from mismatch_probe.rl.worker import RlJob, TaskSettings
 from mismatch_probe.tables import refuse_occupied
 
 CHAIN = "chain"
@@ -72,7 +72,7 @@ class RlResult:
         return found
 
 
-def resolve_model(config: RlConfig, progress: Progress) -> ModelRef:
+def resolve_model(config: TaskSettings, progress: Progress) -> ModelRef:
     """The initial model; `chain` is the one that comes with the tool."""
     if config.model != CHAIN:
         return resolve(config.model, revision=config.revision, log=progress.message)
@@ -162,6 +162,7 @@ def step_line(row: Mapping[str, Any]) -> str:
 
 
 def run_facts(model: ModelRef, device: str) -> dict[str, Any]:
+    """What a folder says of model and machine."""
     return {
         "tool_version": version("mismatch-probe"),
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -6,12 +6,14 @@
   the last digit alone decides. Longer, and of higher entropy.
 - `math`: problems from a JSONL file of `problem` and `answer`, graded by math-verify (`rl.grader`).
 
-A response that used up its budget gets 0 in all of them.
+A file can give the problems of the other two, too, as a sanity set does; the reward stays the task's. A response that
+used up its budget gets 0 in all of them.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ OPERATORS = "+-*"
 SEPARATORS = ",;. "
 # Every character of both arithmetic tasks.
 ALPHABET = "0123456789" + OPERATORS + SEPARATORS + "=?"
+DRAWN = 128
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,10 @@ class Response:
 
 class Task(Protocol):
     """Problems and their rewards."""
+
+    @property
+    def killed(self) -> int:
+        """Responses so far that got 0 because their grader had to be killed."""
 
     def problems(self) -> list[Problem]:
         """All of them, in a fixed order."""
@@ -87,14 +94,34 @@ class Calculation:
 class ChainTask:
     """`chain`, or `reasoning` where `free` is set."""
 
+    killed = 0
+
     def __init__(self, n_problems: int, seed: int, operations: int, *, free: bool = False) -> None:
         rng = np.random.default_rng((seed, operations, 0xC4A1))
-        self._free, self._length = free, 3 * operations
+        self._free = free
         drawn = [Calculation.draw(rng, operations) for _ in range(n_problems)]
         self._problems = [
             Problem(f"{'reasoning' if free else 'chain'}-{i:04d}", "?" * free + c.text, str(c.results()[-1]))
             for i, c in enumerate(drawn)
         ]
+
+    @classmethod
+    def given(cls, problems: Sequence[Problem], *, free: bool = False) -> ChainTask:
+        """With these problems instead of drawn ones.
+
+        Raises:
+            PromptError: One of them is no problem of this task.
+        """
+        form = re.compile(rf"{'[?]' if free else ''}[0-9](?:[{re.escape(OPERATORS)}][0-9])+=")
+        for problem in problems:
+            if not form.fullmatch(problem.prompt):
+                raise PromptError(
+                    f"The problem {problem.problem_id} is none of the task {'reasoning' if free else 'chain'}.",
+                    "Name the task that the file was made with.",
+                )
+        task = cls(0, 0, 0, free=free)
+        task._problems = list(problems)
+        return task
 
     def problems(self) -> list[Problem]:
         return list(self._problems)
@@ -105,7 +132,8 @@ class ChainTask:
     def _right(self, problem: Problem, response: Response) -> bool:
         if response.finish_reason != "stop":
             return False
-        if not self._free and len(response.text) != self._length:
+        steps = sum(character in OPERATORS for character in problem.prompt)
+        if not self._free and len(response.text) != 3 * steps:
             return False
         return response.text.rstrip(SEPARATORS)[-1:] == problem.answer
 
@@ -116,13 +144,9 @@ class ChainTask:
 class MathTask:
     """Problems from a file, graded by math-verify in a process that can be killed."""
 
-    def __init__(self, path: str, n_problems: int, seed: int, timeout: float) -> None:
-        from mismatch_probe.rl.grader import Grader  # type: ignore[import-untyped]
+    def __init__(self, problems: Sequence[Problem], timeout: float) -> None:
+        from mismatch_probe.rl.grader import Grader
 
-        problems = read_problems(path)
-        if len(problems) > n_problems:
-            kept = np.sort(np.random.default_rng(seed).choice(len(problems), n_problems, replace=False))
-            problems = [problems[i] for i in kept]
         self._problems = problems
         self._grader = Grader(timeout)
 
@@ -133,8 +157,11 @@ class MathTask:
         pairs = [
             (p.answer, r.text) if r.finish_reason == "stop" else None for p, r in zip(problems, responses, strict=True)
         ]
-        found: list[float] = self._grader.grade(pairs)
-        return found
+        return self._grader.grade(pairs)
+
+    @property
+    def killed(self) -> int:
+        return self._grader.killed
 
     def close(self) -> None:
         self._grader.close()
@@ -143,7 +170,7 @@ class MathTask:
 def make_task(
     name: str,
     *,
-    n_problems: int,
+    n_problems: int | None,
     seed: int,
     operations: int = 16,
     path: str | None = None,
@@ -153,31 +180,36 @@ def make_task(
 
     Args:
         name: `chain`, `reasoning` or `math`.
-        n_problems: How many problems; of a file that has more, so many at random.
+        n_problems: How many problems; of a file that has more, so many at random. None for all of a file, or 128.
         seed: Which ones.
-        operations: Length of a chain.
-        path: The JSONL file of `math`.
+        operations: Length of a chain that is drawn.
+        path: A JSONL file of problems, which `math` needs.
         grader_timeout: Seconds after which a grader that hangs is killed, and the response gets 0.
 
     Raises:
         UsageError: There is no such task, or `math` has no file.
-        PromptError: A line of the file cannot be read.
+        PromptError: A line of the file cannot be read, or is no problem of the task.
         EngineMissing: math-verify is not installed.
     """
-    if name in ("chain", "reasoning"):
-        return ChainTask(n_problems, seed, operations, free=name == "reasoning")
-    if name != "math":
+    if name not in ("chain", "reasoning", "math"):
         raise UsageError(f"There is no task {name!r}.", "Known are chain, reasoning and math.")
+    free = name == "reasoning"
     if path is None:
-        raise UsageError("The task math needs a file of problems.", "Name it with --problems.")
-    return MathTask(path, n_problems, seed, grader_timeout)
+        if name == "math":
+            raise UsageError("The task math needs a file of problems.", "Name it with --problems.")
+        return ChainTask(DRAWN if n_problems is None else n_problems, seed, operations, free=free)
+    problems = read_problems(path)
+    if n_problems is not None and len(problems) > n_problems:
+        kept = np.sort(np.random.default_rng(seed).choice(len(problems), n_problems, replace=False))
+        problems = [problems[i] for i in kept]
+    return MathTask(problems, grader_timeout) if name == "math" else ChainTask.given(problems, free=free)
 
 
 def read_problems(path: str | Path) -> list[Problem]:
     """Reads a JSONL file of `problem`, `answer` and perhaps `id`.
 
     Raises:
-        PromptError: The file cannot be read, is empty, or one of its lines is wrong.
+        PromptError: The file cannot be read, is empty, one of its lines is wrong, or an id comes twice.
     """
     try:
         lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
@@ -187,6 +219,11 @@ def read_problems(path: str | Path) -> list[Problem]:
     found = [_problem(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not found:
         raise PromptError(f"The problem file {path} has no problems.", "Write one JSON object per line.")
+    seen: set[str] = set()
+    for problem in found:
+        if problem.problem_id in seen:
+            raise PromptError(f"Two problems of {path} have the id {problem.problem_id}.", "Name each one differently.")
+        seen.add(problem.problem_id)
     return found
 
 

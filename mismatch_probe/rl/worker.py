@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from mismatch_probe.engines import devices
 from mismatch_probe.engines.base import EncodeJob, RolloutJob
@@ -17,7 +17,7 @@ from mismatch_probe.rl.config import RlConfig
 from mismatch_probe.rl.records import RlDirectory
 from mismatch_probe.types import Prompt, Sampling
 
-_MOST_AT_ONCE = 256
+MOST_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -51,21 +51,22 @@ class RlJob:
             os.sched_setaffinity(0, self.cores)
             torch.set_num_threads(len(self.cores))
         directories = [RlDirectory.open(Path(folder)) for folder in self.folders]
-        config = directories[0].config
-        setup = _Setup.of(config, self)
-        engine = VllmRollout(_engine_job(directories, self, max(map(len, setup.prompts))))
+        setups = {key: Setup.of(config, self.model_path) for key, config in _tasks(directories).items()}
+        longest = max(len(prompt) for setup in setups.values() for prompt in setup.prompts)
+        engine = VllmRollout(_engine_job(directories, self, longest))
         channel.phase("load")
         channel.send("identity", engine.identity() | devices.running())
         try:
             for directory in directories:
-                own = setup if directory.config == config else _Setup.of(directory.config, self)
+                key = _task_of(directory.config)
                 with suppress(_Taken), self._hold(directory):
-                    self._train(directory, own, engine, channel)
+                    self._train(directory, setups[key], engine, channel)
         finally:
-            setup.task.close()
+            for setup in setups.values():
+                setup.task.close()
         engine.close()
 
-    def _train(self, directory: RlDirectory, setup: _Setup, engine: Any, channel: Any) -> None:
+    def _train(self, directory: RlDirectory, setup: Setup, engine: Any, channel: Any) -> None:
         import torch
 
         from mismatch_probe.rl.loop import Pieces, Training
@@ -117,8 +118,29 @@ class _Teller:
         self._channel.send(name, (self._path, payload))
 
 
+class TaskSettings(Protocol):
+    """What configurations say of model and task, whatever else is done with them."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def revision(self) -> str | None: ...
+    @property
+    def task(self) -> str: ...
+    @property
+    def problems(self) -> str | None: ...
+    @property
+    def chat(self) -> bool: ...
+    @property
+    def n_problems(self) -> int | None: ...
+    @property
+    def operations(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+
+
 @dataclass(frozen=True)
-class _Setup:
+class Setup:
     """What follows from task and tokenizer."""
 
     task: Any
@@ -128,7 +150,7 @@ class _Setup:
     end_ids: list[int]
 
     @classmethod
-    def of(cls, config: RlConfig, job: RlJob) -> _Setup:
+    def of(cls, config: TaskSettings, model_path: str) -> Setup:
         from transformers import AutoTokenizer
 
         from mismatch_probe.engines.encoding import encode
@@ -137,21 +159,36 @@ class _Setup:
         task = make_task(
             config.task,
             n_problems=config.n_problems,
-            seed=config.seed if config.task != "chain" else 0,
+            seed=_problem_seed(config),
             operations=config.operations,
             path=config.problems,
         )
         problems = task.problems()
         texts = [Prompt(p.problem_id, text=p.prompt) for p in problems]
-        encoded = encode(EncodeJob(job.model_path, texts, config.chat, job.trust_remote_code))
-        tokenizer = AutoTokenizer.from_pretrained(job.model_path, local_files_only=True)
+        encoded = encode(EncodeJob(model_path, texts, config.chat, trust_remote_code=False))
+        tokenizer = AutoTokenizer.from_pretrained(model_path, local_files_only=True)
         return cls(
             task,
             problems,
             [prompt.token_ids for prompt in encoded.prompts],
             lambda ids: tokenizer.decode([int(i) for i in ids], skip_special_tokens=True),
-            _end_ids(job.model_path, tokenizer),
+            _end_ids(model_path, tokenizer),
         )
+
+
+def _problem_seed(config: TaskSettings) -> int:
+    """The chain's problems are those that its checkpoint knows the difficulty of."""
+    return 0 if config.task == "chain" else config.seed
+
+
+def _tasks(directories: Sequence[RlDirectory]) -> dict[Hashable, RlConfig]:
+    """A configuration for each set of problems."""
+    return {_task_of(directory.config): directory.config for directory in directories}
+
+
+def _task_of(config: RlConfig) -> Hashable:
+    """Runs of equal value have the same problems."""
+    return config.task, config.problems, config.n_problems, config.operations, config.chat, _problem_seed(config)
 
 
 def _end_ids(model_path: str, tokenizer: Any) -> list[int]:
@@ -188,7 +225,7 @@ def _engine_job(directories: Sequence[RlDirectory], job: RlJob, longest_prompt: 
         device=device,
         sampling=Sampling(max(c.max_tokens for c in configs), first.temperature, first.seed),
         requests=(),
-        batch=min(_MOST_AT_ONCE, max(c.prompts_per_step * c.samples_per_prompt for c in configs)),
+        batch=min(MOST_AT_ONCE, max(c.prompts_per_step * c.samples_per_prompt for c in configs)),
         null_tokens=0,
         max_model_len=longest_prompt + max(c.max_tokens for c in configs) + 1,
         trust_remote_code=job.trust_remote_code,

@@ -62,7 +62,9 @@ class TorchEngine:
         for step in range(sampling.max_tokens):
             logits = self.model(ids, attention_mask=mask).logits[:, -1] / sampling.temperature
             below = logits.double().softmax(-1).cumsum(-1)
-            token = (below < torch.tensor(draws[:, step : step + 1])).sum(-1, keepdim=True).clamp(max=logits.shape[1] - 1)
+            token = (
+                (below < torch.tensor(draws[:, step : step + 1])).sum(-1, keepdim=True).clamp(max=logits.shape[1] - 1)
+            )
             ids, mask = torch.cat([ids, token], 1), torch.cat([mask, torch.ones_like(token)], 1)
         return [self._rollout(request, row) for request, row in zip(requests, ids[:, width:].tolist(), strict=True)]
 

@@ -204,9 +204,7 @@ def test_empty_responses_are_counted_and_harm_nothing(tmp_path: Path) -> None:
 
 def test_a_run_that_collapses_says_so_and_keeps_its_healthy_checkpoint(tmp_path: Path, monkeypatch: Any) -> None:
     rewards = iter([1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0])
-    monkeypatch.setattr(
-        ChainTask, "rewards", lambda self, problems, responses: [next(rewards, 0.0)] * len(responses)
-    )
+    monkeypatch.setattr(ChainTask, "rewards", lambda self, problems, responses: [next(rewards, 0.0)] * len(responses))
     result = train(tmp_path / "run", TorchEngine(), steps=8, collapse_window=2, checkpoint_every=1)
     assert result["status"] == "collapsed"
     assert result["steps"] == 6

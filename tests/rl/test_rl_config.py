@@ -134,7 +134,6 @@ def test_what_lies_on_the_border_is_taken(values: dict[str, Any]) -> None:
         ({"stress": "mantissa", "dose": 0.5}, "of mantissa is a number of stored bits"),
         ({"stress": "noise", "dose": 1}, "stress should be 'none', 'weight-noise'"),
         ({"task": "math"}, "problems must name a JSONL file"),
-        ({"problems": "some.jsonl"}, "problems belong to the task math, not to chain"),
         ({"task": "chains"}, "task should be 'chain', 'reasoning' or 'math'"),
         ({"algorithm": "ppo"}, "algorithm knows no 'ppo'; known are pg, pg-token-tis"),
         ({"algorithm": 3}, "algorithm should be a valid string"),

@@ -1,0 +1,184 @@
+"""The folder of a sanity set.
+
+config.json         the configuration, the model's files, versions and machine, the engines that sampled
+problems.jsonl      every problem that is tried
+samples/            a Parquet file per chunk of problems, as it ends
+samples.parquet     all of them at the end, in the format of `compare --from`
+sanity-set.jsonl    the problems that are kept
+statistics.json     numbers; written last
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from mismatch_probe.errors import TableError
+from mismatch_probe.files import atomic_path, write_json, write_text
+from mismatch_probe.rl.sanity.config import SanityConfig, make_sanity_config
+from mismatch_probe.rl.sanity.selection import keeps, statistics
+from mismatch_probe.rl.tasks import Problem, read_problems
+from mismatch_probe.tables import SCHEMA_VERSION, read_json, refuse_occupied
+
+SET = "sanity-set.jsonl"
+_FIX = "Give the folder that `mismatch-probe rl sanity-set` wrote."
+_KILLED = b"n_grader_killed"
+# A chunk keeps the engine busy, and is what an interrupted run loses.
+_CHUNK_RESPONSES = 1024
+
+SAMPLES = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("sample", pa.int32()),
+        ("prompt_token_ids", pa.list_(pa.int32())),
+        ("response_token_ids", pa.list_(pa.int32())),
+        ("rollout_logprobs", pa.list_(pa.float32())),
+        ("n_tokens", pa.int32()),
+        ("finish_reason", pa.string()),
+        ("reward", pa.float64()),
+        ("text", pa.string()),
+    ]
+)
+
+
+class SanityDirectory:
+    """A sanity set's folder, written by one process at a time."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path, self.manifest = path, manifest
+
+    @classmethod
+    def create(cls, path: Path, config: SanityConfig, facts: Mapping[str, Any]) -> SanityDirectory:
+        """Makes a new folder.
+
+        Raises:
+            UsageError: The folder exists and is not empty, or is no folder.
+        """
+        refuse_occupied(path)
+        directory = cls(
+            path,
+            {
+                "schema_version": SCHEMA_VERSION,
+                "kind": "rl-sanity-set",
+                "config": config.as_dict(),
+                **facts,
+                "engines": [],
+            },
+        )
+        write_json(path / "config.json", directory.manifest)
+        return directory
+
+    @classmethod
+    def open(cls, path: Path) -> SanityDirectory:
+        """Opens an existing folder.
+
+        Raises:
+            TableError: It is none of a sanity set.
+        """
+        manifest = read_json(path / "config.json") if (path / "config.json").exists() else {}
+        if manifest.get("kind") != "rl-sanity-set":
+            raise TableError(f"{path} is no folder of a sanity set.", _FIX)
+        return cls(path, manifest)
+
+    @property
+    def config(self) -> SanityConfig:
+        return make_sanity_config(self.manifest["config"])
+
+    def note_engine(self, identity: Mapping[str, Any]) -> None:
+        """Remembers an engine that samples; a resumed run can have several."""
+        if identity not in self.manifest["engines"]:
+            self.manifest["engines"].append(dict(identity))
+            write_json(self.path / "config.json", self.manifest)
+
+    def fix_problems(self, problems: Sequence[Problem]) -> None:
+        """Writes the problems down, or checks that they are still the same.
+
+        Raises:
+            TableError: They have changed.
+        """
+        path = self.path / "problems.jsonl"
+        if not path.exists():
+            write_text(path, "".join(_line(problem) for problem in problems))
+        elif read_problems(path) != list(problems):
+            raise TableError("The problems have changed since this run began.", "Restore them, or start a new run.")
+
+    def chunks(self, n_problems: int) -> list[range]:
+        """Problems by chunk."""
+        size = max(1, _CHUNK_RESPONSES // self.config.n_samples)
+        return [range(start, min(start + size, n_problems)) for start in range(0, n_problems, size)]
+
+    def missing(self, n_problems: int) -> list[tuple[int, range]]:
+        """Chunks that have not been sampled yet, with their numbers."""
+        return [(i, chunk) for i, chunk in enumerate(self.chunks(n_problems)) if not self._part(i).exists()]
+
+    def append(self, chunk: int, table: pa.Table, n_killed: int) -> None:
+        """Stores a finished chunk."""
+        table = table.cast(SAMPLES).replace_schema_metadata({_KILLED: str(n_killed)})
+        with atomic_path(self._part(chunk)) as temporary:
+            pq.write_table(table, temporary, compression="zstd")
+
+    def _part(self, chunk: int) -> Path:
+        return self.path / "samples" / f"chunk-{chunk:06d}.parquet"
+
+    def statistics(self) -> dict[str, Any] | None:
+        """The numbers; None while it is not finished."""
+        path = self.path / "statistics.json"
+        return dict(read_json(path)) if path.exists() else None
+
+    def finish(self) -> dict[str, Any]:
+        """Joins the samples, writes the set and then the numbers, which say that there is nothing left to do."""
+        problems, config = read_problems(self.path / "problems.jsonl"), self.config
+        path = self._join([self._part(i) for i in range(len(self.chunks(len(problems))))])
+        rows = pq.read_table(path, columns=["reward", "n_tokens", "finish_reason"])
+        rewards = rows["reward"].to_numpy().reshape(len(problems), config.n_samples)
+        right: NDArray[np.int64] = (rewards > 0).sum(axis=1).astype(np.int64)
+        kept = keeps(right / config.n_samples, config.keep)
+        write_text(
+            self.path / SET,
+            "".join(
+                _line(problem, accuracy=int(k) / config.n_samples, n_samples=config.n_samples)
+                for problem, k, chosen in zip(problems, right, kept, strict=True)
+                if chosen
+            ),
+        )
+        found = {
+            "schema_version": SCHEMA_VERSION,
+            **statistics(
+                right,
+                config.n_samples,
+                config.keep,
+                rows["n_tokens"].to_numpy().astype(np.int64),
+                np.array(rows["finish_reason"].to_pylist()) == "length",
+            ),
+            "n_grader_killed": int((pq.read_schema(path).metadata or {})[_KILLED]),
+            **{name: self.manifest[name] for name in ("config", "model", "device", "engines", "tool_version")},
+        }
+        write_json(self.path / "statistics.json", found)
+        shutil.rmtree(self.path / "samples", ignore_errors=True)
+        return found
+
+    def _join(self, parts: Sequence[Path]) -> Path:
+        """One table of all chunks, of which one is in memory at a time."""
+        path = self.path / "samples.parquet"
+        killed = sum(int(pq.read_schema(part).metadata[_KILLED]) for part in parts)
+        schema = SAMPLES.with_metadata({_KILLED: str(killed)})
+        with (
+            atomic_path(path) as temporary,
+            pq.ParquetWriter(temporary, schema, compression="zstd") as writer,
+        ):
+            for part in parts:
+                writer.write_table(pq.read_table(part).replace_schema_metadata(schema.metadata))
+        return path
+
+
+def _line(problem: Problem, **more: Any) -> str:
+    row = {"id": problem.problem_id, "problem": problem.prompt, "answer": problem.answer, **more}
+    return json.dumps(row, ensure_ascii=False) + "\n"

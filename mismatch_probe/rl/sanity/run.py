@@ -1,0 +1,136 @@
+"""A sanity set from the outside: its folder, its process, what was found. Imports no engine."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mismatch_probe.engines import devices
+from mismatch_probe.engines.models import ModelRef
+from mismatch_probe.engines.process import EngineProcess
+from mismatch_probe.errors import Interrupted, TableError
+from mismatch_probe.files import locked
+from mismatch_probe.probes.progress import Progress
+from mismatch_probe.probes.session import default_folder
+from mismatch_probe.rl.run import resolve_model, run_facts
+from mismatch_probe.rl.sanity.config import SanityConfig
+from mismatch_probe.rl.sanity.records import SET, SanityDirectory
+from mismatch_probe.rl.sanity.worker import SanityJob, settings_of
+from mismatch_probe.rl.tasks import read_problems
+from mismatch_probe.tables import refuse_occupied
+
+_PASS = "sanity-set"
+
+
+@dataclass(frozen=True)
+class SanityResult:
+    """A sanity set that is finished.
+
+    Attributes:
+        path: Its folder.
+        statistics: What `statistics.json` says.
+    """
+
+    path: Path
+    statistics: Mapping[str, Any]
+
+    @property
+    def problems(self) -> Path:
+        """The set: a file that `--problems` of `rl run` takes."""
+        return self.path / SET
+
+    def lines(self) -> list[str]:
+        """What was found, for people."""
+        found, config = self.statistics, self.statistics["config"]
+        low, high = found["keep"]
+        counts, tokens = found["problems_by_right"], found["response_tokens"]
+        lines = [
+            f"Kept {found['n_kept']} of {found['n_problems']} problems: accuracy within [{low:g}, {high:g}], "
+            f"{found['n_samples']} samples each, {config['rollout_dtype']} at temperature {config['temperature']:g}",
+            f"Below: {found['n_below']} (never right: {counts[0]}); above: {found['n_above']} (always right: "
+            f"{counts[-1]}); accuracy over all: {found['accuracy']:.3f}",
+            f"Responses: {tokens['mean']:.1f} tokens on average, {tokens['max']} at most; "
+            f"{100 * found['truncated_share']:.1f} % truncated",
+        ]
+        if found["n_grader_killed"]:
+            lines.append(f"Graded 0 because their grader had to be killed: {found['n_grader_killed']} responses")
+        if not found["n_kept"]:
+            return [*lines, "Nothing was kept, so there is nothing to train on."]
+        estimate = found["accuracy_of_kept_estimate"]
+        if estimate["value"] is not None:
+            interval = "" if estimate["ci_low"] is None else f" [{estimate['ci_low']:.3f}, {estimate['ci_high']:.3f}]"
+            lines.append(
+                f"Accuracy of the kept: {found['accuracy_of_kept_as_sampled']:.3f} as sampled; "
+                f"{estimate['value']:.3f}{interval} where one half of the samples chooses and the other is counted"
+            )
+        return [*lines, f"Train on it: {self._next(config, found['n_kept'])}"]
+
+    def _next(self, config: Mapping[str, Any], n_kept: int) -> str:
+        words = ["mismatch-probe", "rl", "run", "--model", config["model"], "--task", config["task"]]
+        words += ["--problems", str(self.problems), "--set", f"n_problems={n_kept}"]
+        for name, default in (("max_tokens", 64), ("chat", False)):
+            if config[name] != default:
+                words += ["--set", f"{name}={str(config[name]).lower()}"]
+        return shlex.join(words)
+
+
+def new_sanity_set(config: SanityConfig, out: str | Path | None, progress: Progress | None) -> SanityResult:
+    """Makes a folder, samples and selects.
+
+    Raises:
+        ProbeError: The problems, the model, the device or the folder cannot be had, or the engine failed.
+    """
+    progress = progress or Progress()
+    if config.problems is not None:
+        read_problems(config.problems)  # a bad line is found before a model is fetched
+    model, device = resolve_model(config, progress), devices.choose_device(config.device)
+    path = Path(out) if out is not None else default_folder(f"sanity-set-{Path(config.model).name}")
+    refuse_occupied(path)
+    with locked(path):
+        return _execute(SanityDirectory.create(path, config, run_facts(model, device)), model, device, progress)
+
+
+def resume_sanity_set(path: Path, progress: Progress | None) -> SanityResult:
+    """Samples what is missing; a finished set is only reported.
+
+    Raises:
+        TableError: The folder is none of a sanity set, or model or problems have changed.
+    """
+    progress = progress or Progress()
+    SanityDirectory.open(path)  # before the lock, which would make the folder
+    with locked(path):
+        directory = SanityDirectory.open(path)
+        found = directory.statistics()
+        if found is not None:
+            return SanityResult(path, found)
+        model = resolve_model(directory.config, progress)
+        if model.file_hashes() != directory.manifest["model"]["files"]:
+            raise TableError("The model's files have changed since this run began.", "Start a new run.")
+        return _execute(directory, model, devices.choose_device(directory.config.device), progress)
+
+
+def _execute(directory: SanityDirectory, model: ModelRef, device: devices.Device, progress: Progress) -> SanityResult:
+    environment = settings_of(directory.config, device).environment
+    process = EngineProcess("vllm", environment, directory.path / "logs" / "sanity-set.log")
+
+    def on_event(name: str, payload: Any) -> None:
+        if name == "total":
+            progress.total(_PASS, payload)
+        elif name == "progress":
+            progress.advance(_PASS, payload)
+        elif name == "identity":
+            directory.note_engine(payload)
+
+    progress.begin(_PASS, "rl sanity-set")
+    try:
+        process.run(SanityJob(str(directory.path), str(model.path), device), on_event)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            "Stopped; finished chunks of problems are kept.",
+            f"Continue with: mismatch-probe rl sanity-set --resume {directory.path}",
+        ) from None
+    progress.end(_PASS, "done")
+    return SanityResult(directory.path, directory.finish())

@@ -1,0 +1,268 @@
+"""A sanity set from command to files, with an engine whose problems have known accuracies."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+import mismatch_probe
+from mismatch_probe.errors import Interrupted, TableError, UsageError
+from mismatch_probe.ingest.generic import read_generic
+from mismatch_probe.rl.sanity import records, run
+from mismatch_probe.rl.sanity.config import make_sanity_config
+from mismatch_probe.rl.sanity.records import SanityDirectory
+from mismatch_probe.rl.sanity.worker import SanityJob, sample
+from mismatch_probe.rl.tasks import Problem, Response, Task, make_task, read_problems
+from mismatch_probe.rl.worker import Setup
+from mismatch_probe.types import Rollout, RolloutRequest, Sampling
+from tests.conftest import Outcome, Recorder
+
+N_PROBLEMS, N_SAMPLES = 11, 20
+ACCURACY = np.linspace(0, 1, N_PROBLEMS)
+
+
+class Engine:
+    """Characters as tokens; problem i is solved with probability i/10, decided by the request's seed alone."""
+
+    def __init__(self, problems: Sequence[Problem], stop_at: int | None) -> None:
+        self._problems = {p.prompt: (p, share) for p, share in zip(problems, ACCURACY, strict=True)}
+        self._stop_at = stop_at
+        self.asked: list[int] = []
+
+    def generate(
+        self, requests: Sequence[RolloutRequest], sampling: Sampling, on_tokens: Callable[[int], None]
+    ) -> list[Rollout]:
+        if self._stop_at is not None and len(self.asked) >= self._stop_at:
+            raise KeyboardInterrupt
+        self.asked += [request.sequence_id for request in requests]
+        return [self._respond(request, sampling, on_tokens) for request in requests]
+
+    def _respond(self, request: RolloutRequest, sampling: Sampling, on_tokens: Callable[[int], None]) -> Rollout:
+        problem, share = self._problems["".join(map(chr, request.prompt_token_ids))]
+        u = np.random.default_rng(request.seed).random()
+        digit = problem.answer if u < share else str((int(problem.answer) + 1) % 10)
+        text = "." * (3 * 16 - 1) + digit
+        ends = not 0.45 < u < 0.46
+        ids = [ord(c) for c in text][: sampling.max_tokens]
+        on_tokens(len(ids))
+        return Rollout(request.sequence_id, ids, [-0.5] * len(ids), "stop" if ends else "length")
+
+
+class CountingTask:
+    """A task whose grader was killed once per call."""
+
+    def __init__(self, task: Task) -> None:
+        self._task, self.killed = task, 0
+
+    def rewards(self, problems: Sequence[Problem], responses: Sequence[Response]) -> list[float]:
+        self.killed += 1
+        return self._task.rewards(problems, responses)
+
+
+class InProcess:
+    """Stands for the engine's process."""
+
+    stop_at: int | None = None
+    engines: list[Engine] = []  # noqa: RUF012
+
+    def __init__(self, kind: str, environment: dict[str, str], log: Path) -> None:
+        assert environment["HF_HUB_OFFLINE"] == "1"
+
+    def run(self, job: SanityJob, on_event: Callable[[str, Any], None]) -> None:
+        directory = SanityDirectory.open(Path(job.folder))
+        config = directory.config
+        task = make_task(config.task, n_problems=N_PROBLEMS, seed=0, path=config.problems)
+        problems = task.problems()
+        directory.fix_problems(problems)
+        engine = Engine(problems, self.stop_at)
+        self.engines.append(engine)
+        on_event("identity", {"engine": "fake", "dtype": config.rollout_dtype})
+        prompts = [[ord(c) for c in p.prompt] for p in problems]
+        setup = Setup(CountingTask(task), problems, prompts, lambda ids: "".join(map(chr, ids)), [0])
+        sample(directory, setup, engine, on_event)
+
+
+@pytest.fixture(autouse=True)
+def _in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "EngineProcess", InProcess)
+    monkeypatch.setattr(InProcess, "engines", [])
+    monkeypatch.setattr(records, "_CHUNK_RESPONSES", 3 * N_SAMPLES)
+    monkeypatch.setattr("mismatch_probe.engines.devices.choose_device", lambda requested: "cpu")
+
+
+def make(folder: Path, **more: Any) -> run.SanityResult:
+    return mismatch_probe.rl_sanity_set(out=folder, **{"n_samples": N_SAMPLES, "max_tokens": 48, **more})
+
+
+class TestFiles:
+    def test_the_set_is_what_the_samples_say(self, tmp_path: Path) -> None:
+        found = make(tmp_path / "set")
+        samples = pq.read_table(tmp_path / "set" / "samples.parquet").to_pandas()
+        accuracy = samples.groupby("prompt_id", sort=False)["reward"].mean()
+        assert len(samples) == N_PROBLEMS * N_SAMPLES
+        assert accuracy.to_numpy() == pytest.approx(ACCURACY, abs=0.35)
+        rows = [json.loads(line) for line in found.problems.read_text().splitlines()]
+        kept = accuracy[(accuracy >= 0.2) & (accuracy <= 0.8)]
+        assert {row["id"]: row["accuracy"] for row in rows} == kept.to_dict()
+        assert {row["n_samples"] for row in rows} == {N_SAMPLES}
+        numbers = json.loads((tmp_path / "set" / "statistics.json").read_text())
+        assert numbers == found.statistics
+        assert (numbers["n_problems"], numbers["n_kept"]) == (N_PROBLEMS, len(kept))
+        assert numbers["accuracy"] == pytest.approx(samples["reward"].mean())
+        assert numbers["truncated_share"] == (samples["finish_reason"] == "length").mean()
+        assert numbers["engines"] == [{"engine": "fake", "dtype": "bfloat16"}]
+        assert numbers["config"]["seed"] == 0
+        assert "model.safetensors" in numbers["model"]["files"]
+        assert numbers["n_grader_killed"] == 4  # once per chunk
+        assert not (tmp_path / "set" / "samples").exists()
+
+    def test_rl_run_trains_on_exactly_these(self, tmp_path: Path) -> None:
+        found = make(tmp_path / "set")
+        kept = read_problems(found.problems)
+        config = mismatch_probe.read_rl_config(
+            None, {"task": "chain", "problems": str(found.problems), "n_problems": len(kept), "prompts_per_step": 4}
+        )
+        task = make_task(config.task, n_problems=config.n_problems, seed=0, path=config.problems)
+        assert task.problems() == kept
+        drawn = make_task("chain", n_problems=N_PROBLEMS, seed=0).problems()
+        assert [p for p in drawn if p in kept] == kept
+
+    def test_compare_reads_the_samples(self, tmp_path: Path) -> None:
+        make(tmp_path / "set")
+        recorded = read_generic(tmp_path / "set" / "samples.parquet")
+        assert len(recorded.prompt_token_ids) == N_PROBLEMS * N_SAMPLES
+
+    def test_a_set_can_be_sampled_again(self, tmp_path: Path) -> None:
+        first = make(tmp_path / "first", keep=(0.0, 1.0))
+        again = make(tmp_path / "again", keep=(0.0, 1.0), problems=str(first.problems))
+        tables = [pq.read_table(found.path / "samples.parquet") for found in (first, again)]
+        assert tables[0].equals(tables[1])
+
+    def test_another_seed_samples_anew(self, tmp_path: Path) -> None:
+        tables = [pq.read_table(make(tmp_path / str(s), seed=s).path / "samples.parquet")["reward"] for s in (0, 1)]
+        assert not tables[0].equals(tables[1])
+
+    def test_nothing_kept_is_said(self, tmp_path: Path) -> None:
+        found = make(tmp_path / "set", keep=(0.999, 0.9995))
+        assert found.problems.read_text() == ""
+        assert found.lines()[-1] == "Nothing was kept, so there is nothing to train on."
+
+
+class TestResume:
+    def test_a_resumed_set_is_that_of_an_uninterrupted_one(self, tmp_path: Path) -> None:
+        whole = make(tmp_path / "whole")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(InProcess, "stop_at", 6 * N_SAMPLES)
+            with pytest.raises(Interrupted) as stopped:
+                make(tmp_path / "part")
+        assert stopped.value.fix.endswith(f"rl sanity-set --resume {tmp_path / 'part'}")
+        found = mismatch_probe.rl_sanity_set_resume(tmp_path / "part")
+        assert InProcess.engines[-1].asked == list(range(6 * N_SAMPLES, N_PROBLEMS * N_SAMPLES))
+        assert found.statistics == whole.statistics
+        assert found.problems.read_bytes() == whole.problems.read_bytes()
+        files = [path / "samples.parquet" for path in (found.path, whole.path)]
+        assert pq.read_table(files[0]).equals(pq.read_table(files[1]))
+
+    def test_a_finished_set_is_only_reported(self, tmp_path: Path) -> None:
+        found = make(tmp_path / "set")
+        assert mismatch_probe.rl_sanity_set_resume(found.path) == found
+        assert len(InProcess.engines) == 1
+
+    def test_a_death_while_files_are_written_loses_nothing(self, tmp_path: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(records, "statistics", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                make(tmp_path / "set")
+        found = mismatch_probe.rl_sanity_set_resume(tmp_path / "set")
+        assert InProcess.engines[-1].asked == []
+        assert found.statistics == {**make(tmp_path / "other").statistics}
+
+    def test_other_problems_are_refused(self, tmp_path: Path) -> None:
+        problems = make(tmp_path / "first", keep=(0.0, 1.0)).problems
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(InProcess, "stop_at", 0)
+            with pytest.raises(Interrupted):
+                make(tmp_path / "set", problems=str(problems))
+        text = problems.read_text()
+        problems.write_text(text.replace('"answer": "', '"answer": "x', 1))
+        with pytest.raises(TableError, match="problems have changed"):
+            mismatch_probe.rl_sanity_set_resume(tmp_path / "set")
+
+    def test_another_model_is_refused(self, tmp_path: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(InProcess, "stop_at", 0)
+            with pytest.raises(Interrupted):
+                make(tmp_path / "set")
+        config = json.loads((tmp_path / "set" / "config.json").read_text())
+        config["model"]["files"]["model.safetensors"] = "other"
+        (tmp_path / "set" / "config.json").write_text(json.dumps(config))
+        with pytest.raises(TableError, match="model's files"):
+            mismatch_probe.rl_sanity_set_resume(tmp_path / "set")
+
+    def test_a_folder_of_something_else_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(TableError, match="no folder of a sanity set"):
+            mismatch_probe.rl_sanity_set_resume(tmp_path)
+        assert os.listdir(tmp_path) == []
+
+
+class TestProgress:
+    def test_the_bar_is_filled_whatever_the_lengths(self, tmp_path: Path) -> None:
+        class Counter(Recorder):
+            total_tokens = done = 0
+
+            def total(self, pass_id: str, tokens: int) -> None:
+                self.total_tokens = tokens
+
+            def advance(self, pass_id: str, tokens: int) -> None:
+                self.done += tokens
+
+        counter = Counter()
+        make(tmp_path / "set", max_tokens=100, progress=counter)
+        assert counter.done == counter.total_tokens == N_PROBLEMS * N_SAMPLES * 100
+
+
+class TestCommand:
+    def test_json(self, command: Callable[..., Outcome], tmp_path: Path) -> None:
+        ended = command("rl", "sanity-set", "--n-samples", "10", "--out", tmp_path / "set", "--json")
+        assert ended.code == 0
+        found = json.loads(ended.out)
+        assert (found["path"], found["n_samples"]) == (str(tmp_path / "set"), 10)
+
+    def test_text_ends_with_what_to_run_next(self, command: Callable[..., Outcome], tmp_path: Path) -> None:
+        out = command("rl", "sanity-set", "--keep", "0.1", "0.9", "--max-tokens", "50", "--out", tmp_path / "set").out
+        n_kept = len((tmp_path / "set" / "sanity-set.jsonl").read_text().splitlines())
+        assert f"Kept {n_kept} of 11 problems: accuracy within [0.1, 0.9], 40 samples each, bfloat16" in out
+        assert "Graded 0 because their grader had to be killed: 11 responses" in out
+        last = out.splitlines()[-1]
+        assert last.startswith("Train on it: mismatch-probe rl run --model chain --task chain --problems ")
+        assert last.endswith(f"--set n_problems={n_kept} --set max_tokens=50")
+
+    @pytest.mark.parametrize(
+        ("words", "said"),
+        [
+            (["--keep", "0.8", "0.2"], "upper bound first"),
+            (["--keep", "-1", "0.2"], "keep"),
+            (["--task", "math"], "problems must name"),
+            (["--n-samples", "1"], "n_samples"),
+            (["--resume", "x", "--seed", "1"], "goes on as it was configured"),
+        ],
+    )
+    def test_usage(self, command: Callable[..., Outcome], words: list[str], said: str) -> None:
+        ended = command("rl", "sanity-set", *words)
+        assert ended.code == 2
+        assert said in ended.err
+
+    def test_help_shows_an_example(self, command: Callable[..., Outcome]) -> None:
+        assert "mismatch-probe rl sanity-set --task chain" in command("rl", "sanity-set", "-h").out
+
+    def test_short_names_of_dtypes(self) -> None:
+        assert make_sanity_config({"rollout_dtype": "fp16"}).rollout_dtype == "float16"
+        with pytest.raises(UsageError, match="rollout_dtype"):
+            make_sanity_config({"rollout_dtype": "fp8"})
