@@ -18,7 +18,7 @@ from mismatch_probe.resources import data_path
 from mismatch_probe.rl.config import RlConfig, make_config
 from mismatch_probe.rl.loop import Pieces, Training
 from mismatch_probe.rl.records import RlDirectory
-from mismatch_probe.rl.tasks import ChainTask
+from mismatch_probe.rl.tasks import ChainTask, Problem, Response
 from mismatch_probe.types import Rollout, RolloutRequest, Sampling
 
 SOURCE = Path(data_path("rl/chain/config.json")).parent
@@ -30,11 +30,18 @@ SMALL: dict[str, Any] = {
     "samples_per_prompt": 4,
     "updates_per_rollout": 2,
     "micro_batch": 4,
-    "max_tokens": 12,
+    "max_tokens": 8,
     "rollout_dtype": "fp32",
     "trainer_dtype": "fp32",
     "checkpoint_every": 2,
 }
+
+
+class SignalTask(ChainTask):
+    """Rewards something that a response of any length has or has not, so that few tokens give a signal."""
+
+    def rewards(self, problems: Sequence[Problem], responses: Sequence[Response]) -> list[float]:
+        return [float(len(set(response.text)) % 2) for response in responses]
 
 
 class TorchEngine:
@@ -93,11 +100,13 @@ def pieces(path: Path, engine: Any, *, tell: Any = None, **changes: Any) -> Piec
     config = make_config(SMALL | changes)
     exists = (path / "config.json").exists()
     directory = RlDirectory.open(path) if exists else RlDirectory.create(path, config, {})
-    return Pieces(directory=directory, engine=engine, tell=tell or Events(), **_of_task(directory.config))
+    return Pieces(
+        directory=directory, engine=engine, tell=Events() if tell is None else tell, **_of_task(directory.config)
+    )
 
 
 def _of_task(config: RlConfig) -> dict[str, Any]:
-    task = ChainTask(config.n_problems, 0, config.operations)
+    task = SignalTask(config.n_problems, 0, config.operations)
     tokenizer = AutoTokenizer.from_pretrained(SOURCE)
     return {
         "config": config,

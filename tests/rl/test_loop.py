@@ -18,9 +18,8 @@ from safetensors.torch import load_file
 from mismatch_probe.errors import DiskFull, EngineError
 from mismatch_probe.rl import checkpoints as checkpoint_files
 from mismatch_probe.rl.loop import Training
-from mismatch_probe.rl.tasks import ChainTask
 from mismatch_probe.types import Rollout
-from tests.rl.loops import SMALL, Events, TorchEngine, pieces, train
+from tests.rl.loops import SMALL, Events, SignalTask, TorchEngine, pieces, train
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "fp32": {},
@@ -180,7 +179,7 @@ def test_a_loss_scale_that_only_falls_ends_the_run(tmp_path: Path, engine: Torch
 
 
 def test_equal_rewards_are_said_once(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(ChainTask, "rewards", lambda self, problems, responses: [0.0] * len(responses))
+    monkeypatch.setattr(SignalTask, "rewards", lambda self, problems, responses: [0.0] * len(responses))
     monkeypatch.setattr("mismatch_probe.rl.collapse._SILENT_STEPS", 2)
     told = Events()
     result = Training(pieces(tmp_path / "run", TorchEngine(), tell=told)).run()
@@ -204,7 +203,7 @@ def test_empty_responses_are_counted_and_harm_nothing(tmp_path: Path) -> None:
 
 def test_a_run_that_collapses_says_so_and_keeps_its_healthy_checkpoint(tmp_path: Path, monkeypatch: Any) -> None:
     rewards = iter([1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0])
-    monkeypatch.setattr(ChainTask, "rewards", lambda self, problems, responses: [next(rewards, 0.0)] * len(responses))
+    monkeypatch.setattr(SignalTask, "rewards", lambda self, problems, responses: [next(rewards, 0.0)] * len(responses))
     result = train(tmp_path / "run", TorchEngine(), steps=8, collapse_window=2, checkpoint_every=1)
     assert result["status"] == "collapsed"
     assert result["steps"] == 6
@@ -243,7 +242,7 @@ def test_an_engine_that_fails_leaves_the_steps_before(tmp_path: Path) -> None:
 
 
 def test_the_sanity_test_is_passed_where_the_lower_limit_is(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(ChainTask, "rewards", lambda self, problems, responses: [1.0] * len(responses))
+    monkeypatch.setattr(SignalTask, "rewards", lambda self, problems, responses: [1.0] * len(responses))
     passed = train(tmp_path / "run", TorchEngine(), steps=3, pass_window=2, pass_above=0.5)
     assert passed["passed_at_step"] == 1
     never = train(tmp_path / "never", TorchEngine(), steps=3, pass_window=2, pass_above=0.99)

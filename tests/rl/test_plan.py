@@ -1,0 +1,104 @@
+"""Plans of sweeps: what unfolds into which cells, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mismatch_probe.errors import UsageError
+from mismatch_probe.rl.demo import DOSES, demo_cells
+from mismatch_probe.rl.plan import labels, make_cells, read_plan
+
+PLAN = """
+[base]
+steps = 60
+
+[[grid]]
+precision = ["bf16/fp32", "fp16"]
+algorithm = ["dr-grpo", "dr-grpo-seq-mis"]
+learning_rate = [1e-4, 2e-4]
+seeds = 3
+
+[[grid]]
+precision = ["fp32"]
+stress = ["weight-noise:0.2", "stale:4"]
+seeds = [5, 7]
+"""
+
+
+def test_a_plan_is_every_combination_of_each_grid(tmp_path: Path) -> None:
+    (tmp_path / "plan.toml").write_text(PLAN)
+    cells = read_plan(tmp_path / "plan.toml")
+    assert len(cells) == 2 * 2 * 2 * 3 + 2 * 2
+    assert len({cell.name for cell in cells}) == len(cells)
+    assert len({cell.arm for cell in cells}) == 8 + 2
+    assert all(cell.config.steps == 60 for cell in cells)
+    # Whole sets of arms come first.
+    assert [cell.config.seed for cell in cells] == sorted(cell.config.seed for cell in cells)
+    mixed = next(cell.config for cell in cells if cell.config.rollout_dtype == "bfloat16")
+    assert mixed.trainer_dtype == "float32"
+    stale = [cell.config for cell in cells if cell.config.stress == "stale"]
+    assert [(c.dose, c.seed) for c in stale] == [(4.0, 5), (4.0, 7)]
+
+
+def test_an_arm_is_a_cell_without_its_seed() -> None:
+    cells = make_cells({}, [{"precision": ["bf16", "fp32"], "seeds": 2}])
+    assert [cell.name for cell in cells] == [f"{cell.arm}_s{cell.config.seed}" for cell in cells]
+    assert {cell.arm for cell in cells} == {"bf16-bf16-autocast_dr-grpo_lr0.0001", "fp32-fp32_dr-grpo_lr0.0001"}
+
+
+def test_labels_say_what_tells_arms_apart() -> None:
+    configs = [cell.config for cell in make_cells({}, [{"precision": ["bf16", "fp16/fp32"], "stress": ["none"]}])]
+    assert labels(configs) == ["BF16", "FP16/FP32"]
+    configs = [c.config for c in make_cells({}, [{"algorithm": ["grpo", "gspo"], "stress": ["mantissa:3"]}])]
+    assert labels(configs) == ["BF16, grpo, mantissa 3", "BF16, gspo, mantissa 3"]
+
+
+@pytest.mark.parametrize(
+    ("base", "grids", "said"),
+    [
+        ({"seed": 1}, [{}], "'seed' of a sweep's base is decided by its grids"),
+        ({"stress": "stale"}, [{}], "'stress' of a sweep's base is decided by its grids"),
+        ({"stepz": 1}, [{}], "unknown key 'stepz'"),
+        ({}, [{"dtype": ["bf16"]}], "unknown key 'dtype'"),
+        ({}, [{"precision": []}], "precision"),
+        ({}, [{"precision": ["fp8"]}], "rollout_dtype"),
+        ({}, [{"seeds": 0}], "seeds"),
+        ({}, [{"stress": ["weight-noise"]}], "'weight-noise' has no dose"),
+        ({}, [{"stress": ["weight-noise:much"]}], "'much' is no number"),
+        ({}, [{"stress": ["mantissa:2.5"]}], "number of stored bits"),
+        ({}, [{"algorithm": ["ppo"]}], "'ppo'"),
+        ({}, [{"seeds": 2}, {"seeds": [1]}], "more than once"),
+    ],
+)
+def test_what_cannot_be_is_refused(base: dict[str, Any], grids: list[dict[str, Any]], said: str) -> None:
+    with pytest.raises(UsageError, match=said) as refused:
+        make_cells(base, grids)
+    assert refused.value.fix
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("x = ", "is no TOML"), ("[bass]\n", "unknown table 'bass'"), ("[grid]\nseeds = 2\n", "no list of tables")],
+)
+def test_a_file_that_is_no_plan_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "plan.toml").write_text(text)
+    with pytest.raises(UsageError, match=said):
+        read_plan(tmp_path / "plan.toml")
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_plan(tmp_path / "none.toml")
+
+
+def test_the_demo_is_three_precisions_and_four_doses() -> None:
+    configs = [cell.config for cell in demo_cells()]
+    plain = [c for c in configs if c.stress == "none"]
+    assert [(c.rollout_dtype, c.trainer_dtype) for c in plain] == [
+        (dtype, dtype) for dtype in ("bfloat16", "float16", "float32")
+    ]
+    stressed = [c for c in configs if c.stress != "none"]
+    assert [c.dose for c in stressed] == list(DOSES)
+    assert len(DOSES) == 4
+    assert all(c.rollout_dtype == c.trainer_dtype == "float32" for c in stressed)
+    assert len(demo_cells(3)) == 3 * len(configs)

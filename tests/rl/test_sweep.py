@@ -1,0 +1,228 @@
+"""Sweeps: who runs which cell, what a failure costs, and what goes on after a stop. Runs are scripted here."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+import mismatch_probe
+from mismatch_probe.engines.process import UnexpectedEngineError
+from mismatch_probe.errors import DiskFull, EngineError, Interrupted, ProbeError, TableError, UsageError
+from mismatch_probe.rl import sweep, sweep_run
+from mismatch_probe.rl.plan import make_cells
+from mismatch_probe.rl.records import RlDirectory
+from mismatch_probe.rl.sweep import Slot, SweepDirectory, slots
+from tests.conftest import Recorder
+
+BASE = {"steps": 3, "pass_window": 2, "collapse_window": 2}
+GRID = {"precision": ["bf16", "fp32"], "stress": ["none", "weight-noise:0.3"], "seeds": 2}
+
+
+def step_row(step: int, reward: float, ess: float, gap: float) -> dict[str, Any]:
+    seconds = {f"seconds_{phase}": 1.0 for phase in ("rollout", "sync", "forward_backward", "other")}
+    return {
+        "step": step,
+        "reward": reward,
+        "ess_seq": ess,
+        "mean_abs_logprob_diff": gap,
+        "rms_logprob_diff": 2 * gap,
+        **seconds,
+    }
+
+
+class Script:
+    """Plays the workers: every cell runs to its end, unless `faults` raises for it."""
+
+    def __init__(self, faults: Callable[[str, int], BaseException | None]) -> None:
+        self.faults, self.jobs, self.environments = faults, [], []
+        self.tries: dict[str, int] = {}
+        self.lock = threading.Lock()
+
+    def process(self, kind: str, environment: dict[str, str], log: Path) -> Script._Process:
+        with self.lock:
+            self.environments.append(environment)
+        return Script._Process(self)
+
+    class _Process:
+        def __init__(self, script: Script) -> None:
+            self.script = script
+
+        def close(self) -> None:
+            """Nothing runs."""
+
+        def run(self, job: Any, on_event: Callable[[str, Any], None]) -> None:
+            with self.script.lock:
+                self.script.jobs.append(job)
+            for folder in job.folders:
+                path = Path(folder)
+                with self.script.lock:
+                    if (path / "taken").exists():
+                        continue
+                    (path / "taken").touch()
+                self._train(path, on_event)
+
+        def _train(self, path: Path, on_event: Callable[[str, Any], None]) -> None:
+            directory = RlDirectory.open(path)
+            on_event("run", (str(path), None))
+            on_event("total", (str(path), 3))
+            tries = self.script.tries[path.name] = self.script.tries.get(path.name, 0) + 1
+            error = self.script.faults(path.name, tries)
+            if error is not None:
+                (path / "taken").unlink()
+                raise error
+            noisy = directory.config.stress != "none"
+            for step in range(3):
+                row = step_row(step, 0.2 if noisy else 0.5 + 0.1 * step, 0.3 if noisy else 1.0, 0.4 if noisy else 1e-4)
+                directory.append_step(row)
+                on_event("step", (str(path), row))
+            status = "collapsed" if noisy and directory.config.seed == 1 else "complete"
+            result = {"status": status, "why": "", "steps": 3, "clean_reward": 0.6, "passed_at_step": None}
+            directory.finish(result)
+            on_event("result", (str(path), result))
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Script]:
+    def install(faults: Callable[[str, int], BaseException | None] = lambda name, tries: None) -> Script:
+        script = Script(faults)
+        monkeypatch.setattr(sweep, "EngineProcess", script.process)
+        monkeypatch.setattr(sweep_run.devices, "choose_device", lambda requested: "cpu")
+        return script
+
+    return install
+
+
+def test_every_cell_runs_once_and_engines_are_shared(tmp_path: Path, scripted: Any) -> None:
+    script, told = scripted(), Recorder()
+    cells = make_cells(BASE, [GRID])
+    result = mismatch_probe.rl_sweep(cells, out=tmp_path / "sweep", workers=2, progress=told)
+    assert script.tries == {cell.name: 1 for cell in cells}
+    assert all(len({Path(f).name.split("-")[0] for f in job.folders}) == 1 for job in script.jobs)
+    assert {tuple(job.cores) for job in script.jobs} <= {slot.cores for slot in slots("cpu", 2)}
+    assert set(told.begun) == {cell.name for cell in cells} | {"sweep"}
+    assert "8 cells have ended" in told.ends["sweep"]
+    runs = pd.read_parquet(tmp_path / "sweep" / "runs.parquet")
+    assert len(runs) == 8
+    assert runs.loc[runs["stress"] == "none", "final_reward"].tolist() == pytest.approx([0.65] * 4)
+    assert runs.loc[runs["stress"] == "none", "reward_kept"].tolist() == pytest.approx([1.0] * 4)
+    assert (runs.loc[runs["seed"] == 1, "status"] == "collapsed").sum() == 2
+    assert len(pd.read_parquet(tmp_path / "sweep" / "steps.parquet")) == 24
+    assert [arm.label for arm in result.arms] == [
+        "BF16",
+        "BF16, weight-noise 0.3",
+        "FP32",
+        "FP32, weight-noise 0.3",
+    ]
+    assert result.exit_code == 0  # only stressed runs collapsed
+    assert (tmp_path / "sweep" / "report.html").read_text().count("injected stress, not precision") >= 2
+    assert json.loads((tmp_path / "sweep" / "summary.json").read_text())["arms"][1]["n_collapsed"] == 1
+
+
+def test_a_cell_whose_engine_dies_gets_one_more_try(tmp_path: Path, scripted: Any) -> None:
+    victim = "fp32-fp32_dr-grpo_lr0.0001_s1"
+    script = scripted(lambda name, tries: EngineError("killed") if name == victim and tries == 1 else None)
+    result = mismatch_probe.rl_sweep(make_cells(BASE, [GRID]), out=tmp_path / "sweep", workers=1)
+    assert script.tries[victim] == 2
+    assert not result.failures
+    assert result.exit_code == 0
+
+
+@pytest.mark.parametrize("error", [UnexpectedEngineError("what"), ProbeError("sync")])
+def test_a_cell_that_fails_leaves_the_others(tmp_path: Path, scripted: Any, error: ProbeError) -> None:
+    victim = "fp32-fp32_dr-grpo_lr0.0001_s0"
+    script = scripted(lambda name, tries: error if name == victim else None)
+    result = mismatch_probe.rl_sweep(make_cells(BASE, [GRID]), out=tmp_path / "sweep", workers=2)
+    assert script.tries[victim] == (2 if isinstance(error, UnexpectedEngineError) else 1)
+    assert list(result.failures) == [victim]
+    assert result.exit_code == 1
+    runs = result.runs().set_index("cell")
+    assert runs.loc[victim, "status"] == "failed"
+    assert (runs.drop(victim)["status"] != "failed").all()
+    assert any(victim in note for note in result.summary["notes"])
+    again = scripted()
+    resumed = mismatch_probe.rl_sweep_resume(tmp_path / "sweep", workers=1)
+    assert list(again.tries) == [victim]
+    assert resumed.exit_code == 0
+
+
+def test_an_engine_that_cannot_start_fails_its_cells_alone(tmp_path: Path, scripted: Any, monkeypatch: Any) -> None:
+    scripted()
+    own = Script._Process.run
+
+    def run(self: Any, job: Any, on_event: Any) -> None:
+        if "bf16" in job.folders[0]:
+            raise EngineError("vLLM refuses bfloat16")
+        own(self, job, on_event)
+
+    monkeypatch.setattr(Script._Process, "run", run)
+    result = mismatch_probe.rl_sweep(make_cells(BASE, [GRID]), out=tmp_path / "sweep", workers=2)
+    assert len(result.failures) == 4
+    assert all(name.startswith("bf16") for name in result.failures)
+    assert len(result.runs()[result.runs()["status"] == "unfinished"]) == 0
+
+
+def test_a_full_disk_ends_the_sweep(tmp_path: Path, scripted: Any) -> None:
+    scripted(lambda name, tries: DiskFull("full"))
+    with pytest.raises(DiskFull):
+        mismatch_probe.rl_sweep(make_cells(BASE, [GRID]), out=tmp_path / "sweep", workers=2)
+
+
+def test_an_interrupt_says_how_to_go_on(tmp_path: Path, scripted: Any, monkeypatch: Any) -> None:
+    scripted()
+    monkeypatch.setattr(sweep.threading.Thread, "is_alive", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(Interrupted, match="finished cells are kept") as stopped:
+        mismatch_probe.rl_sweep(make_cells(BASE, [GRID]), out=tmp_path / "sweep", workers=1)
+    assert f"rl sweep --resume {tmp_path / 'sweep'}" in stopped.value.fix
+
+
+def test_the_slowest_engine_starts_first(tmp_path: Path, scripted: Any) -> None:
+    script = scripted()
+    mismatch_probe.rl_sweep(make_cells(BASE, [{"precision": ["bf16", "fp16"]}]), out=tmp_path / "sweep", workers=1)
+    assert [Path(job.folders[0]).name.split("-")[0] for job in script.jobs] == ["fp16", "bf16"]
+
+
+def test_a_folder_that_is_none_of_a_sweep_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TableError, match="no folder of a sweep"):
+        mismatch_probe.rl_sweep_resume(tmp_path)
+    with pytest.raises(TableError, match="no folder of a sweep"):
+        mismatch_probe.rl_report(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_report_without_a_finished_run_says_so(tmp_path: Path) -> None:
+    facts = dict.fromkeys(("tool_version", "created", "device"), "")
+    environment = {"machine": {}, "versions": {}, "variables": {}}
+    model = {"name": "m", "revision": None, "files": {}}
+    cells = make_cells(BASE, [GRID])
+    SweepDirectory.create(tmp_path / "sweep", cells, facts | {"model": model, "environment": environment})
+    result = mismatch_probe.rl_report(tmp_path / "sweep")
+    assert result.summary["reading"] == ["No run has ended yet."]
+    assert set(result.runs()["status"]) == {"unfinished"}
+
+
+def test_cores_are_dealt_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep.os, "sched_getaffinity", lambda pid: {2, 3, 4, 7})
+    assert [slot.cores for slot in slots("cpu", None)] == [(2,), (3,), (4,), (7,)]
+    assert [slot.cores for slot in slots("cpu", 2)] == [(2, 4), (3, 7)]
+    assert slots("cpu", 2)[0].environment() == {"OMP_NUM_THREADS": "2", "VLLM_CPU_OMP_THREADS_BIND": "2,4"}
+    with pytest.raises(UsageError, match="there are 4 cores"):
+        slots("cpu", 5)
+    with pytest.raises(UsageError, match="cannot be"):
+        slots("cpu", 0)
+
+
+def test_gpus_are_dealt_out_by_their_own_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(sweep.devices, "gpu_names", lambda: ("a", "b"))
+    assert slots("cuda", None) == [Slot(0, gpu="0"), Slot(1, gpu="1")]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5")
+    assert [slot.environment() for slot in slots("cuda", None)] == [
+        {"CUDA_VISIBLE_DEVICES": "3"},
+        {"CUDA_VISIBLE_DEVICES": "GPU-5"},
+    ]
