@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullLocator
 
 from mismatch_probe.report.format import visible
 from mismatch_probe.report.rl_data import STRESS_NOTE, ArmPoint, Place
@@ -165,7 +166,10 @@ def dose_figure(arms: Sequence[ArmPoint], places: Sequence[Place] = ()) -> Figur
         axes[1, 0].set(xlabel="measured sequence ESS / n at the start (right is better)", ylabel="final / best reward")
         axes[1, 1].set(xlabel="measured mean |d| at the start (nats, left is better)", xscale="log")
         axes[0, 0].set_ylabel("final reward")
-        axes[0, 0].set_xlim(-0.03, 1.03)
+        axes[0, 0].set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))  # rewards are shares
+        axes[1, 0].set_ylim(bottom=-0.03)
+        axes[1, 1].xaxis.set_major_locator(LogLocator(numticks=8))
+        axes[1, 1].xaxis.set_minor_locator(NullLocator())
         for panel in axes.flat:
             panel.grid(visible=True, color=_GRID, linewidth=0.6)
         handles = _handles(shown)

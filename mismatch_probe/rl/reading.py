@@ -62,6 +62,9 @@ def _tests(comparisons: Sequence[ArmComparison], seeds: int) -> str:
             f"{MIN_PAIRS} seeds an arm can support a test."
         )
     shown = [c.verdict for c in comparisons if c.reward.differs or c.collapse.differs]
+    if all(c.reward.differs is None for c in comparisons):
+        few = f"Final rewards were not tested: {seeds} seeds an arm are too few, {MIN_PAIRS} seeds can support a test."
+        return " ".join([few, *(c.verdict for c in comparisons if c.collapse.differs)])
     if shown:
         return " ".join(shown)
     detectable = [c.reward.detectable for c in comparisons if c.reward.detectable is not None]

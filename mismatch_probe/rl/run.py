@@ -25,6 +25,7 @@ from mismatch_probe.rl.worker import RlJob, TaskSettings
 from mismatch_probe.tables import refuse_occupied
 
 CHAIN = "chain"
+FIGURE = "figures/run.png"
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class RlResult:
             f"Sanity test ({config.pass_window} steps, lower 95 % limit above {threshold}): "
             + ("not passed" if passed is None else f"passed at step {passed}")
         )
+        found.append(f"Figure: {self.path / FIGURE}")
         return found
 
 
@@ -147,7 +149,16 @@ def _execute(directory: RlDirectory, model: ModelRef, device: devices.Device, pr
             f"Continue with: mismatch-probe rl run --resume {directory.path}",
         ) from None
     progress.end("rl", str(found["status"]))
+    draw_run(directory)
     return RlResult(directory.path, found)
+
+
+def draw_run(directory: RlDirectory) -> Path:
+    """Draws the run's figure from its steps."""
+    from mismatch_probe.report.figures import save
+    from mismatch_probe.report.rl_figures import run_figure
+
+    return save(run_figure(directory.steps()), directory.path / FIGURE)
 
 
 def step_line(row: Mapping[str, Any]) -> str:
