@@ -1,0 +1,300 @@
+"""Which measure of the mismatch says best what becomes of an RL run: the effective sample size or mean |d|?
+
+Two questions over the arms of a sweep. Does the final reward follow the dose at all (rank correlation)? And if it does,
+does it follow one dose only: what is left of the differences between arms once a monotone curve of the dose is taken
+off, and do arms of unlike structure that got the same dose end alike?
+
+A dose has to be measured before the outcome can act on it, e.g. at the first steps: a run that collapses for any other
+reason has a low ESS afterwards.
+
+Shape legend: `A` arms, `S` seeds that all arms have, `R` replicates, `K` tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any, Literal
+
+import numpy as np
+
+from mismatch_probe.errors import UsageError
+from mismatch_probe.metrics.arms import ArmComparison, compare_sweep
+from mismatch_probe.metrics.dose_statistics import (
+    expanded_interval,
+    left_over,
+    rank_correlation,
+    resampled_means,
+    seed_share,
+)
+from mismatch_probe.metrics.inference import Floats
+from mismatch_probe.metrics.intervals import BOOTSTRAP_PROMPTS
+from mismatch_probe.metrics.multiplicity import POWER
+from mismatch_probe.metrics.runs import Arm
+from mismatch_probe.types import MetricValue
+
+Dose = Literal["ess_seq", "mean_abs_logprob_diff"]
+MIN_ARMS = 5
+# Fewer seeds give too few distinct replicates, as fewer prompts do.
+MIN_SEEDS = BOOTSTRAP_PROMPTS
+# Arms got the same dose where the larger ESS is at most so much larger.
+TOLERANCE = 0.2
+_UNSTABLE = "no interval: too many draws of seeds in which all arms are alike"
+_EQUAL = "all arms have the same reward, share of collapses or dose"
+
+
+@dataclass(frozen=True)
+class DosedArm:
+    """An arm and the mismatch that its runs were given.
+
+    Attributes:
+        arm: Its runs; their reward is the sampled policy's or that of the clean weights, as the question is.
+        structure: What kind of mismatch it is, e.g. `"bfloat16"` or `"logit noise"`.
+        ess_seq: Of each run, in the order of `arm.runs`, in (0, 1].
+        mean_abs_logprob_diff: The same, in nats.
+    """
+
+    arm: Arm
+    structure: str
+    ess_seq: tuple[float, ...]
+    mean_abs_logprob_diff: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        ess, mean_abs = np.array(self.ess_seq), np.array(self.mean_abs_logprob_diff)
+        if not len(self.arm.runs) == len(ess) == len(mean_abs) > 0:
+            raise UsageError(
+                f"The arm {self.arm.name} has not one dose per run.", "Give one value of each for every run."
+            )
+        if not ((ess > 0) & (ess <= 1)).all() or not ((mean_abs >= 0) & np.isfinite(mean_abs)).all():
+            raise UsageError(
+                f"A dose of the arm {self.arm.name} is out of range.",
+                "Give an ESS in (0, 1] and a finite mean |d| that is not negative.",
+            )
+
+
+@dataclass(frozen=True)
+class DoseLink:
+    """How the outcome of arms follows one dose.
+
+    Attributes:
+        dose: Which.
+        reward: Spearman's rank correlation over arms of mean reward with mean dose.
+        collapse: The same of the share of runs that collapsed.
+        left_over: Share of the variance of mean reward between arms that is left around the best monotone curve,
+            rising with ESS and falling with mean |d|. In sample: the curve takes up part of the noise, too.
+    """
+
+    dose: Dose
+    reward: MetricValue
+    collapse: MetricValue
+    left_over: MetricValue
+
+    def as_dict(self) -> dict[str, Any]:
+        values = {name: getattr(self, name).as_dict() for name in ("reward", "collapse", "left_over")}
+        return {"dose": self.dose, **values}
+
+
+@dataclass(frozen=True)
+class MatchedArms:
+    """Two arms of unlike structure whose ESS agree.
+
+    Attributes:
+        structures: Of the two.
+        ess_seq: Means over their runs.
+        mean_abs_logprob_diff: The same.
+        comparison: Of the two arms, adjusted over all matched ones.
+    """
+
+    structures: tuple[str, str]
+    ess_seq: tuple[float, float]
+    mean_abs_logprob_diff: tuple[float, float]
+    comparison: ArmComparison
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**vars(self), "comparison": self.comparison.as_dict()}
+
+
+@dataclass(frozen=True)
+class DoseResponse:
+    """The arms of a sweep by dose.
+
+    Attributes:
+        n_arms: How many.
+        n_seeds: Seeds that all of them have; only these are used, except in `matched`.
+        links: One of `ess_seq` and one of `mean_abs_logprob_diff`.
+        seed_share: Share of the variance of mean reward between arms that the seeds alone would give: about what a
+            dose that decides everything would leave, less what the curve takes up.
+        difference: What ESS leaves less what mean |d| leaves; negative where ESS is the better dose.
+        matched: Arms of unlike structure whose ESS agree.
+    """
+
+    n_arms: int
+    n_seeds: int
+    links: tuple[DoseLink, DoseLink]
+    seed_share: MetricValue
+    difference: MetricValue
+    matched: tuple[MatchedArms, ...]
+
+    @property
+    def better(self) -> Dose | None:
+        """The dose that leaves less, where the interval of `difference` excludes 0.
+
+        Of two doses that misorder as many arms one is named in 4 to 6 % of sweeps (simulated, 5 to 13 arms, 8 seeds).
+        """
+        low, high = self.difference.ci_low, self.difference.ci_high
+        if low is None or high is None or low <= 0 <= high:
+            return None
+        return "ess_seq" if high < 0 else "mean_abs_logprob_diff"
+
+    @property
+    def verdict(self) -> str:
+        """For people."""
+        return f"{self._doses()} {self._pairs()}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """As a part of `summary.json`."""
+        return {
+            "n_arms": self.n_arms,
+            "n_seeds": self.n_seeds,
+            "links": [link.as_dict() for link in self.links],
+            "seed_share": self.seed_share.as_dict(),
+            "difference": self.difference.as_dict(),
+            "matched": [pair.as_dict() for pair in self.matched],
+            "better": self.better,
+            "verdict": self.verdict,
+        }
+
+    def _doses(self) -> str:
+        ess, mean_abs = (link.left_over.value for link in self.links)
+        if ess is None or mean_abs is None or self.difference.ci_low is None:
+            return f"Not judged which dose decides: {self.difference.why}."
+        left = (
+            f"{ess:.0%} of the variance of reward between {self.n_arms} arms is left after ESS, {mean_abs:.0%} after "
+            f"mean |d| (difference {self.difference.value:+.2f} [{self.difference.ci_low:.2f}, "
+            f"{self.difference.ci_high:.2f}], {self.n_seeds} seeds)"
+        )
+        said = {"ess_seq": "ESS is the better dose", "mean_abs_logprob_diff": "mean |d| is the better dose"}
+        return f"{left}: {said[self.better] if self.better else 'the two are not told apart'}."
+
+    def _pairs(self) -> str:
+        if not self.matched:
+            return "No two arms of unlike structure agree in ESS: not judged whether ESS alone decides."
+        found = f"{len(self.matched)} pairs of arms of unlike structure agree in ESS"
+        tests = [pair.comparison.reward for pair in self.matched if pair.comparison.reward.differs is not None]
+        if not tests:
+            return f"{found}, none with enough seeds to be tested: not judged whether ESS alone decides."
+        differ = sum(bool(test.differs) for test in tests)
+        found += f", {len(tests)} were tested and {differ} differ in reward"
+        if differ:
+            return f"{found}: ESS alone does not decide."
+        detectable = [test.detectable for test in tests if test.detectable is not None]
+        limit = "how large one would have to be cannot be told"
+        if len(detectable) == len(tests):
+            limit = f"none below {max(detectable):.2g} would be in {10 * POWER:.0f} of 10 such sweeps"
+        return f"{found}: no difference was shown, and {limit}."
+
+
+def dose_response(
+    arms: Sequence[DosedArm],
+    *,
+    worst: float = 0.0,
+    tolerance: float = TOLERANCE,
+    seed: int = 0,
+    replicates: int = 2000,
+) -> DoseResponse:
+    """Relates the mean reward of arms, and their collapses, to either dose.
+
+    Args:
+        arms: All arms, the clean one included. Below `MIN_ARMS` nothing but matched arms is judged.
+        worst: What a run that diverged counts as, see `arms.compare_sweep`.
+        tolerance: By which share of the smaller one the ESS of matched arms may differ. Within it the dose itself can
+            still differ: `matched` has the values.
+        seed: Seed of the bootstrap.
+        replicates: Bootstrap replicates.
+
+    Raises:
+        UsageError: A run has less than the worst reward.
+    """
+    seeds = [{run.seed for run in dosed.arm.runs} for dosed in arms]
+    shared = sorted(set.intersection(*seeds)) if seeds else []
+    why = "" if shared else "no seed is in all arms"
+    if len(arms) < MIN_ARMS:
+        why = f"{len(arms)} arms are too few: {MIN_ARMS} are needed"
+    if why:
+        links, share, difference = _not_judged(why)
+    else:
+        tables = np.stack([_table(dosed, shared, worst) for dosed in arms], axis=1)
+        links, share, difference = _judged(tables, seed, replicates)
+    return DoseResponse(len(arms), len(shared), links, share, difference, _matched(arms, worst, tolerance))
+
+
+def _table(dosed: DosedArm, seeds: Sequence[int], worst: float) -> Floats:
+    """`[4, S]`: the two doses, reward and whether the run collapsed."""
+    rewards = dosed.arm.rewards(worst)
+    rows = {
+        run.seed: (ess, mean_abs, rewards[run.seed], float(run.collapsed))
+        for run, ess, mean_abs in zip(dosed.arm.runs, dosed.ess_seq, dosed.mean_abs_logprob_diff, strict=True)
+    }
+    return np.array([rows[seed] for seed in seeds]).T
+
+
+def _judged(tables: Floats, seed: int, replicates: int) -> tuple[tuple[DoseLink, DoseLink], MetricValue, MetricValue]:
+    """Links, what seeds alone leave, and the difference, of tables `[4, A, S]`."""
+    n_seeds = tables.shape[2]
+    draws = resampled_means(tables, seed=seed, replicates=replicates)
+    ess, mean_abs, reward, collapsed = np.concatenate([tables.mean(axis=2)[:, None], draws], axis=1)
+    left = left_over(ess, reward, rising=True), left_over(mean_abs, reward, rising=False)
+
+    def value(found: Floats) -> MetricValue:
+        """Of `[1 + R]`: the data, then the replicates."""
+        if not np.isfinite(found[0]):
+            return MetricValue(None, why=_EQUAL)
+        if n_seeds < MIN_SEEDS:
+            why = f"no interval: {n_seeds} seeds are in all arms, {MIN_SEEDS} are needed"
+            return MetricValue(float(found[0]), why=why)
+        interval = expanded_interval(float(found[0]), found[1:], n_seeds)
+        low, high = interval or (None, None)
+        return MetricValue(float(found[0]), low, high, "" if interval else _UNSTABLE)
+
+    def link(dose: Dose, values: Floats, left: Floats) -> DoseLink:
+        correlations = value(rank_correlation(values, reward)), value(rank_correlation(values, collapsed))
+        return DoseLink(dose, *correlations, value(left))
+
+    links = link("ess_seq", ess, left[0]), link("mean_abs_logprob_diff", mean_abs, left[1])
+    return links, _seed_share(tables[2]), value(left[0] - left[1])
+
+
+def _seed_share(rewards: Floats) -> MetricValue:
+    if rewards.shape[1] < 2:
+        return MetricValue(None, why="one seed alone says nothing about the spread between seeds")
+    if np.ptp(rewards.mean(axis=1)) == 0:
+        return MetricValue(None, why=_EQUAL)
+    return MetricValue(seed_share(rewards), why="no interval: an estimate of noise")
+
+
+def _not_judged(why: str) -> tuple[tuple[DoseLink, DoseLink], MetricValue, MetricValue]:
+    none = MetricValue(None, why=why)
+    links = DoseLink("ess_seq", none, none, none), DoseLink("mean_abs_logprob_diff", none, none, none)
+    return links, none, none
+
+
+def _matched(arms: Sequence[DosedArm], worst: float, tolerance: float) -> tuple[MatchedArms, ...]:
+    def alike(one: DosedArm, other: DosedArm) -> bool:
+        low, high = sorted(float(np.mean(dosed.ess_seq)) for dosed in (one, other))
+        return one.structure != other.structure and high <= (1 + tolerance) * low
+
+    pairs = [(one, other) for one, other in combinations(arms, 2) if alike(one, other)]
+    comparisons = compare_sweep([(one.arm, other.arm) for one, other in pairs], worst=worst)
+    return tuple(
+        MatchedArms(
+            structures=(one.structure, other.structure),
+            ess_seq=(float(np.mean(one.ess_seq)), float(np.mean(other.ess_seq))),
+            mean_abs_logprob_diff=(
+                float(np.mean(one.mean_abs_logprob_diff)),
+                float(np.mean(other.mean_abs_logprob_diff)),
+            ),
+            comparison=comparison,
+        )
+        for (one, other), comparison in zip(pairs, comparisons, strict=True)
+    )
