@@ -127,7 +127,7 @@ class WeightSync:
         """Stops on a gap that the dtype does not explain, or that a fault explains. Returns the gap."""
         ours = self._logprobs(new)
         gap = float(np.abs(seen - ours).mean())
-        limit = FP32_LIMIT if self._dtype == "float32" else GROWTH_LIMIT * self._clean_gap
+        limit = FP32_LIMIT if self._dtype == "float32" else max(FP32_LIMIT, GROWTH_LIMIT * self._clean_gap)
         suspicious = not gap <= limit  # NaN is suspicious
         changed = any(not torch.equal(new[name], old[name]) for name in new)
         self._changes += changed
