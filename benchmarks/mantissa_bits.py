@@ -63,14 +63,6 @@ class Fit:
     scatter: float
 
 
-def round_mantissa(values: Any, bits: int) -> Any:
-    """A tensor's nearest numbers with so many stored mantissa bits, ties to even; the exponent is not limited."""
-    import torch
-
-    mantissa, exponent = torch.frexp(values)
-    return torch.ldexp(torch.round(mantissa * 2.0 ** (bits + 1)) * 2.0 ** -(bits + 1), exponent)
-
-
 def filled(values: Any, bits: int, generator: Any) -> Any:
     """FP32 weights of which a format of so many mantissa bits keeps `values`, uniformly at random."""
     import torch
@@ -282,6 +274,7 @@ def collect(model: Path, num_prompts: int, max_tokens: int, scratch: Path) -> di
     from mismatch_probe.engines.base import EncodeJob
     from mismatch_probe.engines.encoding import encode
     from mismatch_probe.prompts import load_prompts
+    from mismatch_probe.rl.stress import round_mantissa
 
     base = save_fp32(model, scratch / "base")
     prompts = [

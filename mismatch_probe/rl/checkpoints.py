@@ -15,11 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mismatch_probe.errors import DiskFull, TableError
 
-_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
 Weights = Mapping[str, torch.Tensor]
 
 
@@ -95,7 +106,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         history = [load_file(folder / f"history-{index}.st") for index in range(int(state["n_history"]))]
         return Checkpoint(load_file(folder / "masters.st"), load_file(folder / "optimizer.st"), history, state)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise TableError(
             f"The checkpoint {folder} cannot be read ({type(error).__name__}).",
             "Delete it to resume from an earlier one.",

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
 
 _LOST = 0.5
-_SIGMAS = 4.0
+_SIGMAS = 6.0
 _SILENT_STEPS = 20
 
 
@@ -39,8 +40,10 @@ class CollapseDetector:
     """Fed the mean reward of every step; see `rule`.
 
     The windows do not overlap. The standard error is that of a difference of two means over steps, from the spread of
-    the rewards between steps within each window, and no smaller than what binomial rewards would have: the best of many
-    windows is good by luck, too.
+    the rewards between steps within each window. It is no smaller than what binomial rewards would have, nor than what
+    half the mean square of the change from step to step gives over the whole run (von Neumann 1941), which a slow trend
+    hardly touches: of many windows the best is good by luck, and the spread within a few steps small by luck. Flat
+    rewards ended less than 0.1 % of simulated runs of 1000 steps, with equal and with very unequal problems.
 
     Args:
         window: Steps of either mean.
@@ -53,6 +56,7 @@ class CollapseDetector:
         self._best_end: int | None = None
         self._silent = 0
         self._said = False
+        self._squared_changes = 0.0
 
     @property
     def last_healthy_step(self) -> int | None:
@@ -64,11 +68,14 @@ class CollapseDetector:
 
         Args:
             step: Its number, counted from 0.
-            reward: Mean over its responses.
+            reward: Mean over its responses, between 0 and 1.
             n_responses: How many there were.
             equal: Whether all rewards of the step were the same; if not given, whether they are all 0 or all 1.
         """
         assert step == len(self._rewards)
+        assert math.isfinite(reward)
+        if self._rewards:
+            self._squared_changes += (reward - self._rewards[-1]) ** 2
         self._rewards.append(reward)
         self._responses.append(n_responses)
         window, now = self._window, len(self._rewards)
@@ -111,14 +118,15 @@ class CollapseDetector:
         n = np.array(self._responses[end - self._window + 1 : end + 1])
         mean = float(rewards.mean())
         binomial = mean * (1 - mean) / max(1, n.sum()) if 0 <= mean <= 1 else 0.0
-        return max(float(rewards.var(ddof=1)) / self._window, binomial)
+        changes = self._squared_changes / 2 / (len(self._rewards) - 1)
+        return max(float(rewards.var(ddof=1)) / self._window, changes / self._window, binomial)
 
     def state(self) -> dict[str, Any]:
         """As JSON."""
         return {
             "window": self._window,
-            "rewards": self._rewards,
-            "responses": self._responses,
+            "rewards": list(self._rewards),
+            "responses": list(self._responses),
             "best_end": self._best_end,
             "silent": self._silent,
             "said": self._said,
@@ -130,6 +138,8 @@ class CollapseDetector:
         detector = cls(int(state["window"]))
         detector._rewards = [float(reward) for reward in state["rewards"]]
         detector._responses = [int(n) for n in state["responses"]]
+        for before, after in pairwise(detector._rewards):
+            detector._squared_changes += (after - before) ** 2
         detector._best_end = state["best_end"]
         detector._silent, detector._said = int(state["silent"]), bool(state["said"])
         return detector

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from mismatch_probe.rl.plan import Cell, make_cells
 
-DOSES = (0.1, 0.2, 0.3, 0.4)
+# Sequence ESS at 49 tokens: about .9, .7, .3 and .05.
+DOSES = (0.11, 0.13, 0.15, 0.2)
 _BASE = {"steps": 60, "record_rollouts": False}
 
 

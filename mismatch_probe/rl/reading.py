@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mismatch_probe.metrics.arms import ArmComparison
+from mismatch_probe.metrics.dose import DoseResponse
 from mismatch_probe.metrics.seed_tests import MIN_PAIRS
 from mismatch_probe.report.format import number, percent
 from mismatch_probe.report.rl_data import STRESS_NOTE, ArmPoint, Place
@@ -13,7 +14,11 @@ from mismatch_probe.types import MetricValue
 
 
 def reading(
-    arms: Sequence[ArmPoint], comparisons: Sequence[ArmComparison], config: RlConfig, places: Sequence[Place] = ()
+    arms: Sequence[ArmPoint],
+    comparisons: Sequence[ArmComparison],
+    config: RlConfig,
+    response: DoseResponse | None = None,
+    places: Sequence[Place] = (),
 ) -> list[str]:
     """Sentences, the first being the headline; empty where no run has ended."""
     ended = [arm for arm in arms if arm.n_runs and arm.ess_seq.value is not None]
@@ -23,6 +28,8 @@ def reading(
     structures = dict.fromkeys(arm.structure for arm in ended if arm.structure != "none")
     found += [_stress(structure, [arm for arm in ended if arm.structure == structure]) for structure in structures]
     found.append(_tests(comparisons, max(arm.n_runs for arm in ended)))
+    if response is not None:
+        found.append(response.verdict)
     found += [_place(place, ended) for place in places]
     return [text for text in found if text]
 

@@ -14,6 +14,7 @@ from mismatch_probe.engines import devices
 from mismatch_probe.errors import EXIT_ERROR, EXIT_LIMIT, EXIT_OK, ProbeError, TableError
 from mismatch_probe.files import atomic_path, locked, write_json, write_text
 from mismatch_probe.metrics.arms import ArmComparison, compare_sweep
+from mismatch_probe.metrics.dose import DosedArm, DoseResponse, dose_response
 from mismatch_probe.metrics.runs import Arm, Run, mean_over_runs, summarise_arm
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.probes.session import default_folder
@@ -118,6 +119,7 @@ def write_sweep(
             table.to_parquet(temporary, index=False)
     arms = arm_points(directory.cells, runs)
     comparisons = against_reference(directory.cells, runs)
+    response = dose_of(directory.cells, runs)
     config = directory.cells[0].config
     summary: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
@@ -126,7 +128,8 @@ def write_sweep(
         "window": config.pass_window,
         "arms": [_arm_row(arm) for arm in arms],
         "comparisons": [row.as_dict() for row in comparisons],
-        "reading": reading(arms, comparisons, config, places),
+        "dose_response": None if response is None else response.as_dict(),
+        "reading": reading(arms, comparisons, config, response, places),
         "notes": [*notes(arms), *(f"{name} failed: {error}" for name, error in failures.items())],
         "provenance": _provenance(directory),
     }
@@ -134,7 +137,7 @@ def write_sweep(
     folder = directory.path / "figures"
     figures = {
         "dose": save(dose_figure(arms, places), folder / "dose.png"),
-        "equal_ess": save(equal_ess_figure([]), folder / "equal_ess.png"),
+        "equal_ess": save(equal_ess_figure(_matched(response)), folder / "equal_ess.png"),
         "curves": save(curves_figure(steps, arms), folder / "curves.png"),
     }
     write_text(directory.path / "report.html", render_sweep(summary, arms, places, figures))
@@ -202,6 +205,30 @@ def against_reference(cells: Sequence[Cell], runs: pd.DataFrame) -> list[ArmComp
         if other.arm != cell.arm and arms[cell.arm].runs and arms[other.arm].runs:
             pairs.append((arms[cell.arm], arms[other.arm]))
     return compare_sweep(pairs)
+
+
+def dose_of(cells: Sequence[Cell], runs: pd.DataFrame) -> DoseResponse | None:
+    """How the final reward follows the measured dose; None in a sweep without injected stress."""
+    firsts = list({cell.arm: cell for cell in cells}.values())
+    if all(cell.config.stress == "none" for cell in firsts):
+        return None
+    measured = runs[runs["status"].isin(ENDED) & runs["ess_seq"].notna() & runs["mean_abs_logprob_diff"].notna()]
+    found = []
+    for cell, label in zip(firsts, labels([cell.config for cell in firsts]), strict=True):
+        rows = measured[measured["arm"] == cell.arm]
+        arm = _arm(label, rows)
+        rows = rows.set_index("seed").loc[[run.seed for run in arm.runs]]
+        if len(rows):
+            # Means of shares can exceed 1 by rounding.
+            ess = tuple(min(1.0, float(value)) for value in rows["ess_seq"])
+            structure = "precision" if cell.config.stress == "none" else cell.config.stress
+            found.append(DosedArm(arm, structure, ess, tuple(map(float, rows["mean_abs_logprob_diff"]))))
+    return dose_response(found)
+
+
+def _matched(response: DoseResponse | None) -> list[tuple[str, str, MetricValue]]:
+    pairs = [] if response is None else [pair.comparison for pair in response.matched]
+    return [(pair.first, pair.second, pair.difference) for pair in pairs]
 
 
 def _family(cell: Cell) -> tuple[str, float]:

@@ -130,7 +130,7 @@ class WeightSync:
         """Stops on a gap that the dtype does not explain, or that a fault explains. Returns the gap."""
         ours = self._logprobs(new)
         gap = float(np.abs(seen - ours).mean())
-        limit = FP32_LIMIT if self._dtype == "float32" else GROWTH_LIMIT * self._clean_gap
+        limit = FP32_LIMIT if self._dtype == "float32" else max(FP32_LIMIT, GROWTH_LIMIT * self._clean_gap)
         if gap > limit:
             rounded = self._policy.rounded_logprobs(self._batch, new, self._dtype)
             limit = max(limit, ROUNDING_LIMIT * float(np.abs(self._of_probes(rounded) - ours).mean()))

@@ -1,7 +1,8 @@
 """What an RL run trains on: problems with answers that can be checked, and the rewards of responses to them.
 
-- `chain`: a calculation modulo 10, `7+3*4…=`, to be restated step by step as `+30*40…`: operator, operand, result.
-  Short, of low entropy, and right only where every step is; a response must end where the chain does.
+- `chain`: a calculation modulo 10, from left to right, `7+3*4…=`, to be restated step by step as `+30*40…`: operator,
+  operand, result. Short and of low entropy. A response must be as long as the chain and end in the right result; the
+  steps before are not compared, but one that is wrong mostly spoils the result.
 - `reasoning`: the same calculations, `?7+3…=`, with a free form: separators and repetitions are the model's choice, and
   the last digit alone decides. Longer, and of higher entropy.
 - `math`: problems from a JSONL file of `problem` and `answer`, graded by math-verify (`rl.grader`).
@@ -92,14 +93,26 @@ class Calculation:
 
 
 class ChainTask:
-    """`chain`, or `reasoning` where `free` is set."""
+    """`chain`, or `reasoning` where `free` is set.
+
+    Raises:
+        UsageError: There are not so many different problems of that length.
+    """
 
     killed = 0
 
     def __init__(self, n_problems: int, seed: int, operations: int, *, free: bool = False) -> None:
         rng = np.random.default_rng((seed, operations, 0xC4A1))
         self._free = free
-        drawn = [Calculation.draw(rng, operations) for _ in range(n_problems)]
+        possible = 10 * (10 * len(OPERATORS)) ** operations
+        if n_problems > possible:
+            raise UsageError(
+                f"There are {possible} chains of length {operations}, and {n_problems} were asked for.",
+                "Lower n_problems, or raise operations.",
+            )
+        drawn: dict[Calculation, None] = {}  # each once, in their order
+        while len(drawn) < n_problems:
+            drawn[Calculation.draw(rng, operations)] = None
         self._problems = [
             Problem(f"{'reasoning' if free else 'chain'}-{i:04d}", "?" * free + c.text, str(c.results()[-1]))
             for i, c in enumerate(drawn)
@@ -135,7 +148,8 @@ class ChainTask:
         steps = sum(character in OPERATORS for character in problem.prompt)
         if not self._free and len(response.text) != 3 * steps:
             return False
-        return response.text.rstrip(SEPARATORS)[-1:] == problem.answer
+        text = response.text.rstrip(SEPARATORS) if self._free else response.text
+        return text[-1:] == problem.answer
 
     def close(self) -> None:
         """Nothing is held."""

@@ -58,7 +58,7 @@ def test_a_difference_that_shows_is_said_and_one_that_does_not_has_its_size() ->
 )
 def test_a_placed_model_is_said_beside_its_neighbour(ess: float | None, said: str) -> None:
     place = Place("mine", "bfloat16", MetricValue(ess, why="too far"), MetricValue(0.04))
-    sentence = reading(ARMS, [], CONFIG, [place])[-1]
+    sentence = reading(ARMS, [], CONFIG, places=[place])[-1]
     assert said in sentence
     assert ess is None or "is not shown" in sentence
 

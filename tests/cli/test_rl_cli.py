@@ -1,0 +1,183 @@
+"""`mismatch-probe rl`: help, usage errors, and what reaches the configuration. No run is started."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mismatch_probe
+from mismatch_probe.errors import DiskFull
+from mismatch_probe.rl.config import RlConfig
+from tests.conftest import Outcome
+
+Command = Callable[..., Outcome]
+
+
+@dataclass
+class Ended:
+    """Stands for a run that has ended."""
+
+    status: str = "complete"
+    path: Path = Path("runs/here")
+
+    @property
+    def result(self) -> dict[str, Any]:
+        return {"status": self.status, "why": "no \x1b[31mreason"}
+
+    @property
+    def exit_code(self) -> int:
+        return 0 if self.status == "complete" else 3
+
+    def lines(self) -> list[str]:
+        return [f"{self.status} after 3 steps", self.result["why"]]
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What `rl_run` and `rl_resume` were called with, in place of a run."""
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(mismatch_probe, "rl_run", lambda config, out, progress: calls.append((config, out)) or Ended())
+    monkeypatch.setattr(mismatch_probe, "rl_resume", lambda path, progress: calls.append((path,)) or Ended("collapsed"))
+    return calls
+
+
+@pytest.mark.parametrize("words", [["rl"], ["rl", "run"]])
+def test_help_shows_an_example_and_imports_nothing_heavy(command: Command, words: list[str]) -> None:
+    found = command(*words, "-h")
+    assert (found.code, found.err) == (0, "")
+    assert re.search(r"Examples?:\s+mismatch-probe rl run", found.out)
+    code = (
+        "import sys\nfrom mismatch_probe.cli.main import main\n"
+        "try:\n    main(sys.argv[1:])\nfinally:\n    print(*sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words, "-h"], capture_output=True, text=True, check=True)
+    loaded = {name.split(".")[0] for name in done.stderr.split()}
+    assert not loaded & {"torch", "transformers", "vllm", "pandas", "pyarrow", "matplotlib", "scipy"}
+
+
+def test_run_is_listed_and_other_words_are_refused(command: Command) -> None:
+    assert re.search(r"^  run ", command("rl", "-h").out, re.MULTILINE)
+    assert re.search(r"^  rl ", command("-h").out, re.MULTILINE)
+    assert command("rl", "jog").code == 2
+
+
+def test_check_prints_the_configuration_and_runs_nothing(command: Command, started: list[Any], tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text('seed = 3\nsteps = 5\nmodel = "tiny"\n')
+    found = command(
+        *("rl", "run", "--config", path, "--steps", "7", "--trainer-dtype", "fp16", "--set", "max_tokens=32", "--check")
+    )
+    assert (found.code, found.err) == (0, "")
+    expected = {"seed": 3, "steps": 7, "model": "tiny", "trainer_dtype": "float16", "max_tokens": 32}
+    assert json.loads(found.out) == {**RlConfig().as_dict(), **expected}
+    assert started == []
+
+
+def test_defaults_in_the_help_are_those_of_the_configuration(command: Command) -> None:
+    text = " ".join(re.sub(r"-\n\s+", "-", command("rl", "run", "-h").out).split())
+    shown = dict(re.findall(r"--([a-z-]+) (?:[A-Z]+|\[[a-z|]+\]) (?:(?!--)[^\[])*\[default: ([^\],]+)", text))
+    defaults = RlConfig().as_dict()
+    del shown["out"]
+    assert len(shown) >= 10
+    for flag, value in shown.items():
+        default = defaults[flag.replace("-", "_")]
+        assert (float(value) if isinstance(default, float) else value) == (
+            default if isinstance(default, float) else str(default)
+        ), flag
+
+
+@pytest.mark.parametrize(
+    ("setting", "key", "value"),
+    [
+        ("max_tokens=128", "max_tokens", 128),
+        ("temperature=0.5", "temperature", 0.5),
+        ("check_sync=false", "check_sync", False),
+        ("schedule=cosine", "schedule", "cosine"),
+        ('schedule="linear"', "schedule", "linear"),
+        ("rollout_dtype=bf16", "rollout_dtype", "bfloat16"),
+        ("revision=a=b", "revision", "a=b"),
+        ("model=path/with # mark", "model", "path/with # mark"),
+        ("revision=", "revision", ""),
+    ],
+)
+def test_any_key_can_be_set(command: Command, setting: str, key: str, value: Any) -> None:
+    found = command("rl", "run", "--set", setting, "--check")
+    assert found.code == 0, found.err
+    assert json.loads(found.out)[key] == value
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--set", "steps"], "--set 'steps' is not of the form key=value."),
+        (["--set", "=3"], "--set '=3' is not of the form key=value."),
+        (["--set", "a-b=3"], "--set 'a-b=3' is not of the form key=value."),
+        (["--set", "stepps=3"], "The configuration has the unknown key 'stepps'."),
+        (["--set", "temperature=inf"], "temperature should be a finite number"),
+        (["--set", "steps=1\nseed=4"], "steps should be a valid integer"),
+        (["--steps", "0"], "steps should be greater than 0"),
+        (["--steps", "many"], "'many' is not a valid integer"),
+        (["--algorithm", "ppo"], "algorithm knows no 'ppo'"),
+        (["--rollout-dtype", "float64"], "rollout_dtype should be 'bfloat16'"),
+        (["--stress", "stale"], "stress and dose belong together"),
+        (["--dose", "nan"], "dose should be a finite number"),
+        (["--task", "sums"], "'sums' is not one of"),
+        (["--task", "math"], "problems must name a JSONL file"),
+        (["--config", "none.toml"], "The configuration none.toml cannot be read"),
+        (["--resume", "there", "--steps", "3"], "A resumed run goes on as it was configured."),
+        (["--resume", "there", "--set", "steps=3"], "A resumed run goes on as it was configured."),
+        (["--resume", "there", "--out", "here"], "A resumed run goes on as it was configured."),
+        (["--resume", "there", "--config", "c.toml"], "A resumed run goes on as it was configured."),
+        (["--resume", "there", "--check"], "A resumed run goes on as it was configured."),
+    ],
+)
+def test_what_cannot_be_is_a_usage_error(command: Command, started: list[Any], arguments: list[str], said: str) -> None:
+    found = command("rl", "run", *arguments)
+    assert found.code == 2
+    assert said in found.err
+    assert "Traceback" not in found.err
+    assert found.out == ""
+    assert started == []
+
+
+def test_a_folder_of_something_else_is_refused(command: Command, tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "none"):
+        found = command("rl", "run", "--resume", path)
+        assert found.code == 1
+        assert "is no folder of an RL run" in found.err
+        assert "Traceback" not in found.err
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_run_is_started_as_asked(command: Command, started: list[Any]) -> None:
+    found = command("rl", "run", "--stress", "mantissa", "--dose", "5", "--seed", "2", "--out", "here")
+    assert found.code == 0
+    ((config, out),) = started
+    assert (config.stress, config.dose, config.seed, out) == ("mantissa", 5.0, 2, "here")
+    assert "complete after 3 steps" in found.out
+    assert "\x1b" not in found.out
+
+
+def test_a_collapse_is_exit_code_3(command: Command, started: list[Any]) -> None:
+    found = command("rl", "run", "--resume", "there", "--json")
+    assert found.code == 3
+    assert json.loads(found.out) == {"path": "runs/here", **Ended("collapsed").result}
+    assert started == [("there",)]
+
+
+def test_an_error_of_the_run_is_said(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise DiskFull("The disk is full.", "Free some space.")
+
+    monkeypatch.setattr(mismatch_probe, "rl_run", full)
+    found = command("rl", "run")
+    assert (found.code, found.out) == (1, "")
+    assert found.err.endswith("Error: The disk is full.\n  Free some space.\n")

@@ -1,0 +1,224 @@
+"""Checked weight sync against an engine that is the model itself, with its faults planted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM
+
+from mismatch_probe.rl.config import make_config
+from mismatch_probe.rl.policy import TORCH_DTYPES, Batch, Policy, token_logprobs
+from mismatch_probe.rl.sync import SyncError, WeightSync, _left_over, cast, changed_share
+from mismatch_probe.types import Dtype
+
+CPU = torch.device("cpu")
+VICTIM = "model.layers.1.mlp.down_proj.weight"
+every_dtype = pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+Weights = dict[str, torch.Tensor]
+
+
+class Engine:
+    """Computes in its dtype, one sequence at a time, with a head of its own; loads what is given and ignores the rest,
+    as vLLM does.
+    """
+
+    def __init__(self, path: Path, dtype: Dtype) -> None:
+        self._model = AutoModelForCausalLM.from_pretrained(path, dtype=TORCH_DTYPES[dtype]).eval()
+        self._weights: Weights = {name: tensor.clone() for name, tensor in self._model.state_dict().items()}
+        self.drop: set[str] = set()
+        self.through: torch.dtype | None = None
+        self.loads = self.scored = 0
+        self.noise = 0.0
+
+    def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        self.loads += 1
+        for name, tensor in weights.items():
+            if name not in self.drop:
+                through = tensor if self.through is None else tensor.to(self.through)
+                self._weights[name] = through.to(tensor.dtype).clone()
+
+    @torch.no_grad()
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+        self.scored += 1
+        batches = [Batch.of([s[:1]], [s[1:]], CPU) for s in sequences]
+        found = [token_logprobs(self._model, batch, 1.0, self._weights)[0][0].numpy() for batch in batches]
+        return [row + np.float32(self.noise) for row in found]
+
+
+class Setup:
+    """A policy with an engine that has its weights, and the sync between them."""
+
+    def __init__(self, path: Path, dtype: Dtype, **options: Any) -> None:
+        self.policy = Policy(str(path), make_config({"trainer_dtype": "float32", "rollout_dtype": dtype}), CPU)
+        self.engine = Engine(path, dtype)
+        self._draw = torch.Generator().manual_seed(1)
+        probes = torch.randint(4, 100, (6, 16), generator=self._draw).tolist()
+        self.sync = WeightSync(self.engine, self.policy, dtype, probes, **{"check": True, "scan_every": 1, **options})
+
+    def move(self, size: float = 2e-3) -> Weights:
+        with torch.no_grad():
+            for parameter in self.policy.model.parameters():
+                parameter.add_(size * torch.randn(parameter.shape, generator=self._draw))
+        return self.policy.weights()
+
+
+@every_dtype
+@pytest.mark.parametrize("checkpoint", ["tied", "untied"])
+def test_weights_that_arrive_are_accepted(request: pytest.FixtureRequest, checkpoint: str, dtype: Dtype) -> None:
+    setup = Setup(request.getfixturevalue(checkpoint), dtype, scan_every=10)
+    before = setup.policy.clean_logprobs(setup.sync._batch, setup.policy.weights())
+    for _ in range(3):
+        gap = setup.sync.send(setup.move()).gap
+        assert gap is not None
+        assert gap < (1e-5 if dtype == "float32" else 0.05)
+    after = setup.policy.clean_logprobs(setup.sync._batch, setup.policy.weights())
+    assert (after - before).abs().mean() > 0.01
+    # Nothing that changes, nothing to find.
+    again = setup.sync.send(setup.policy.weights()).gap
+    assert again == pytest.approx(gap)
+
+
+@every_dtype
+def test_stale_weights_are_named(tied: Path, dtype: Dtype) -> None:
+    setup = Setup(tied, dtype)
+    setup.sync.send(setup.move())
+    setup.engine.drop = set(setup.policy.weights())
+    with pytest.raises(SyncError, match=r"the weights of the sync before \(stale\)"):
+        setup.sync.send(setup.move())
+
+
+@every_dtype
+@pytest.mark.parametrize("victim", [VICTIM, "lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"])
+def test_a_tensor_that_did_not_arrive_is_named(tied: Path, dtype: Dtype, victim: str) -> None:
+    setup = Setup(tied, dtype)
+    setup.engine.drop = {victim}
+    with pytest.raises(SyncError, match=f"{victim} did not arrive"):
+        setup.sync.send(setup.move(1e-2))
+
+
+@pytest.mark.parametrize(("dtype", "other"), [("float32", "bfloat16"), ("float32", "float16"), ("float16", "bfloat16")])
+def test_a_wrong_cast_is_named(tied: Path, dtype: Dtype, other: str) -> None:
+    setup = Setup(tied, dtype)
+    setup.engine.through = TORCH_DTYPES[other]
+    with pytest.raises(SyncError, match=f"rounded to {other} on the way"):
+        setup.sync.send(setup.move())
+
+
+def test_a_fault_that_no_hypothesis_explains_is_caught(tied: Path) -> None:
+    setup = Setup(tied, "float32")
+    setup.engine.noise = 1e-3
+    with pytest.raises(SyncError, match=r"1\.0e-03 nats .*no single fault explains it"):
+        setup.sync.send(setup.policy.weights())
+
+
+@every_dtype
+def test_nan_is_caught(tied: Path, dtype: Dtype) -> None:
+    setup = Setup(tied, dtype)
+    setup.engine.noise = float("nan")
+    with pytest.raises(SyncError, match="nan nats"):
+        setup.sync.send(setup.move())
+
+
+def test_an_engine_with_other_weights_is_caught_at_once(tied: Path, untied: Path) -> None:
+    policy = Policy(str(tied), make_config({"trainer_dtype": "float32"}), CPU)
+    engine = Engine(tied, "float32")
+    engine.load_weights({name: tensor * 1.01 for name, tensor in policy.weights().items()})
+    with pytest.raises(SyncError):
+        WeightSync(engine, policy, "float32", [[5, 6, 7, 8], [9, 10, 11]], check=True)
+
+
+def test_after_a_fault_is_mended_the_sync_goes_on(tied: Path) -> None:
+    setup = Setup(tied, "float32")
+    setup.engine.drop = {VICTIM}
+    with pytest.raises(SyncError):
+        setup.sync.send(setup.move())
+    setup.engine.drop = set()
+    setup.sync.resend(setup.policy.weights())
+    gap = setup.sync.send(setup.move()).gap
+    assert gap is not None
+    assert gap < 1e-5
+
+
+def test_a_partial_sync_below_the_limit_is_found_at_a_scan_only(tied: Path) -> None:
+    """In 16 bits a tensor that stays behind by little is within rounding; the scan sees its direction."""
+    setup = Setup(tied, "bfloat16", scan_every=3)
+    setup.sync.send(setup.move(1e-3))
+    setup.engine.drop = {VICTIM}
+    for _ in range(2):
+        setup.sync.send(setup.move(1e-3))
+    with pytest.raises(SyncError, match=f"{VICTIM} did not arrive"):
+        setup.sync.send(setup.move(1e-3))
+
+
+def test_rounding_is_no_fault_where_there_was_none_at_first(tied: Path) -> None:
+    """An engine in 16 bits may happen to agree exactly when it starts."""
+    setup = Setup(tied, "bfloat16")
+    setup.sync._clean_gap = 0.0
+    setup.engine.score = lambda probes: [  # type: ignore[method-assign]
+        row.numpy() + np.float32(1e-6)
+        for row in setup.policy.clean_logprobs(setup.sync._batch, cast(setup.policy.weights(), "bfloat16"))
+    ]
+    assert setup.sync.send(setup.policy.weights()).gap == pytest.approx(1e-6, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda w: w.pop("lm_head.weight"), "lacks lm_head.weight"),
+        (lambda w: w.update(extra=torch.ones(1)), "has the unknown extra"),
+    ],
+)
+def test_names_are_compared_before_anything_is_loaded(tied: Path, change: Any, said: str) -> None:
+    setup = Setup(tied, "float32", check=False)
+    weights = dict(setup.move())
+    change(weights)
+    with pytest.raises(SyncError, match=said):
+        setup.sync.send(weights)
+    assert setup.engine.loads == 0
+
+
+def test_unchecked_syncs_score_nothing(tied: Path) -> None:
+    setup = Setup(tied, "float32", check=False)
+    setup.engine.drop = {VICTIM}
+    assert setup.sync.send(setup.move()).gap is None
+    assert (setup.engine.loads, setup.engine.scored) == (1, 0)
+
+
+@every_dtype
+def test_a_cast_copies_and_leaves_whole_numbers(dtype: Dtype) -> None:
+    given = {"a": torch.tensor([1.00001, 3.0]), "n": torch.tensor([1, 2])}
+    found = cast(given, dtype)
+    assert found["a"].dtype == TORCH_DTYPES[dtype]
+    assert torch.equal(found["a"], given["a"].to(TORCH_DTYPES[dtype]))
+    assert found["n"].dtype == torch.int64
+    for name, tensor in found.items():
+        tensor.add_(1)
+        assert not torch.equal(tensor, given[name])
+
+
+def test_the_changed_share_counts_weights() -> None:
+    before = {"a": torch.zeros(2, 3), "b": torch.ones(4)}
+    after = {"a": torch.tensor([[0.0, 1e-9, 0.0], [0.0, 0.0, -1.0]]), "b": torch.ones(4)}
+    assert changed_share(before, after) == 0.2
+    assert changed_share(cast(before, "float16"), cast(after, "float16")) == 0.1
+    assert changed_share({}, {}) == 0.0
+
+
+@given(st.integers(0, 10_000), st.floats(0.0, 1.5))
+def test_noise_hides_a_hypothesis_only_where_it_is_larger(seed: int, noise: float) -> None:
+    rng = np.random.default_rng(seed)
+    delta = rng.normal(0, 1, 400)
+    rest = noise * rng.normal(0, 1, 400)
+    # True, it leaves what is noise; where nothing of it is there, it is not taken.
+    assert _left_over(delta + rest, delta) == pytest.approx(float(rest @ rest), abs=1e-9)
+    assert _left_over(rest * 1e-3, delta) is None
+    assert _left_over(delta, np.zeros(400)) is None
+    assert _left_over(np.full(400, np.nan), delta) is None
