@@ -8,6 +8,7 @@ from mismatch_probe.cli.lazy import LazyGroup
 
 _COMMANDS = {
     "run": "One RL run, instrumented at every step.",
+    "gradient": "The policy gradient of a batch under each correction, without an RL run.",
 }
 
 
@@ -16,6 +17,7 @@ def command() -> None:
     """What does the mismatch do to training?
 
     \b
-    Example:
+    Examples:
       mismatch-probe rl run --rollout-dtype fp16 --trainer-dtype fp16 --steps 50
+      mismatch-probe rl gradient --model ./my-checkpoint
     """
