@@ -34,7 +34,6 @@ _TAKEN = (
     "device",
     "memory_budget_gib",
     "out",
-    "predict_lengths",
 )
 
 
@@ -43,6 +42,14 @@ _TAKEN = (
     epilog="Exit codes: 0 done, 1 error, 2 usage, 130 interrupted (the same command on RUN goes on).",
 )
 @click.argument("run", type=click.Path(), required=False)
+@click.option(
+    "--predict-length",
+    "predict_lengths",
+    multiple=True,
+    type=int,
+    metavar="TOKENS",
+    help="Predict ESS at this response length; repeatable.  [default: the run's, or its longest response]",
+)
 @json_option
 def command(run: str | None, out: str | None, as_json: bool, predict_lengths: tuple[int, ...], **options: Any) -> None:
     """What does the mismatch do to the policy gradient of a batch?

@@ -142,10 +142,12 @@ def sign_draws(vectors: Floats, consistent: Floats, signs: Floats) -> tuple[Floa
     Returns:
         Two `[R]`.
     """
-    g, h = signs @ vectors, signs @ consistent
-    norm, size = (np.sqrt(np.einsum("rk,rk->r", x, x)) for x in (g, h))
     with np.errstate(all="ignore"):
-        return np.einsum("rk,rk->r", g, h) / (norm * size), norm / size
+        # Through n × n products, as K is most often far larger than n.
+        pairs = ((vectors, consistent), (vectors, vectors), (consistent, consistent))
+        gh, gg, hh = (np.einsum("rn,rn->r", signs @ (v @ u.T), signs) for v, u in pairs)
+        norm, size = np.sqrt(gg), np.sqrt(hh)
+        return gh / (norm * size), norm / size
 
 
 def random_walk_ess(

@@ -41,8 +41,8 @@ _LEGEND = (
     "Each row is an estimate from the same sequences and scores in FP32, with other weights; [95 % interval over "
     "prompts], the others in gradient.csv. cosine, norm: against one weight π/μ a sequence, π that of the FP32 trainer "
     "(FP32-consistent). added var.: variance against weights of 1, less 1. ESS of weights: Kish's share, of tokens or "
-    "of sequences. effective batch: share of an unweighted batch with the same ratio of signal to noise. Advantages are "
-    "synthetic ({advantages}), so this is the noise that weights bring, not a bias towards a reward. Gradients are "
+    "of sequences. effective batch: share of an unweighted batch with the same ratio of signal to noise. Advantages "
+    "are synthetic ({advantages}), so this is the noise that weights bring, not a bias towards a reward. Gradients are "
     "projected on {directions:,} components: a cosine c has a standard error of about (1 − c²)/{root:.0f} from that."
 )
 
@@ -83,8 +83,7 @@ def _draw(axes: Axes, passes: list[dict[str, Any]], corrections: list[str], key:
                 continue
             slot = slots.index((found["rollout_pass"], own))
             x = corrections.index(arm["correction"]) + _WIDTH * ((slot + 0.5) / len(slots) - 0.5)
-            label = f"{visible(found['rollout_dtype'])} rollouts, weights of "
-            label += "its own trainer" if own else "the FP32 trainer"
+            label = f"{visible(found['rollout_dtype'])} rollouts, {'own' if own else 'FP32'} trainer's weights"
             _mark(axes, x, metric, mark, own, label)
             drawn = True
     return drawn

@@ -172,7 +172,8 @@ class PassVectors:
     def load(cls, path: Path, key: str) -> PassVectors | None:
         """Reads the file; None where there is none, it is damaged, or it was made of something else."""
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            # Opened here: of a damaged file numpy would leave its own handle open.
+            with path.open("rb") as handle, np.load(handle, allow_pickle=False) as arrays:
                 about = json.loads(str(arrays["about"]))
                 if about["key"] != key:
                     return None
