@@ -164,14 +164,15 @@ class TestSketch:
 
     def test_it_is_unbiased_and_as_precise_as_it_says(self, monkeypatch: pytest.MonkeyPatch) -> None:
         draw = torch.Generator().manual_seed(2)
-        x, y = torch.randn(2, 3000, generator=draw)
+        # Of one sign, so that components would add up without signs of their own; more than K, so that they meet.
+        x, y = torch.randn(2, 3 * DIRECTIONS, generator=draw).abs()
         y = x + y
         errors = []
         for seed in range(60):
             monkeypatch.setattr(gradient_vectors, "_SEED", seed)
             sketch = Sketch([x])
             errors.append(sketch.project([x]) @ sketch.project([y]) - float(x.double() @ y.double()))
-        exact, squares = float(x @ y), float((x @ x) * (y @ y))
+        exact, squares = float(x.double() @ y.double()), float((x @ x) * (y @ y))
         standard_error = np.sqrt((squares + exact**2) / DIRECTIONS)
         assert abs(np.mean(errors)) < 4 * standard_error / np.sqrt(len(errors))
         assert 0.6 * standard_error < np.std(errors) < 1.2 * standard_error
