@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mismatch_probe.probes.progress import Progress
     from mismatch_probe.probes.session import RunResult
     from mismatch_probe.rl.config import RlConfig
+    from mismatch_probe.rl.gradient import GradientResult
     from mismatch_probe.rl.plan import Cell
     from mismatch_probe.rl.run import RlResult
     from mismatch_probe.rl.sanity.run import SanityResult
@@ -36,6 +37,7 @@ __all__ = [
     "read_rl_plan",
     "resume",
     "rl_demo",
+    "rl_gradient",
     "rl_report",
     "rl_resume",
     "rl_run",
@@ -303,3 +305,26 @@ def rl_sanity_set_resume(path: str | Path, *, progress: Progress | None = None) 
     from mismatch_probe.rl.sanity.run import resume_sanity_set
 
     return resume_sanity_set(Path(path), progress)
+
+
+def rl_gradient(
+    source: str | Path | CompareConfig,
+    *,
+    out: str | Path | None = None,
+    predict_lengths: Sequence[int] | None = None,
+    progress: Progress | None = None,
+) -> GradientResult:
+    """What the mismatch does to the policy gradient of a batch, under each correction: the command `rl gradient`.
+
+    Args:
+        source: The folder of a finished comparison, or what to compare first.
+        out: A new folder for that comparison; by default one under `runs/`.
+        predict_lengths: Response lengths at which ESS is predicted; by default the longest that was asked for.
+        progress: Told about every pass.
+
+    Raises:
+        ProbeError: See `mismatch_probe.errors`; finished passes stay in the run directory.
+    """
+    from mismatch_probe.rl.gradient import measure_gradient
+
+    return measure_gradient(source, out, predict_lengths, progress)

@@ -12,6 +12,7 @@ _COMMANDS = {
     "sweep": "A grid of runs: precision, algorithm, stress, seed.",
     "report": "A sweep's page again, with your own model placed on it.",
     "sanity-set": "The problems that a model solves sometimes, which RL must be able to learn.",
+    "gradient": "The policy gradient of a batch under each correction, without an RL run.",
 }
 
 
@@ -20,6 +21,7 @@ def command() -> None:
     """What does the mismatch do to training?
 
     \b
-    Example:
+    Examples:
       mismatch-probe rl run --rollout-dtype fp16 --trainer-dtype fp16 --steps 50
+      mismatch-probe rl gradient --model ./my-checkpoint
     """

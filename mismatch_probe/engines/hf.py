@@ -75,6 +75,11 @@ class HfTrainer:
         if job.layout == "packed":
             self._check_packing()
 
+    @property
+    def model(self) -> Any:
+        """The network, on its device, for whoever needs its gradients; none of its weights asks for them yet."""
+        return self._model
+
     def plan(self, requests: Sequence[ScoreRequest]) -> list[list[ScoreRequest]]:
         return plan_batches(requests, self._job.layout, self._footprint, self._job.memory_budget, self._device.type)
 

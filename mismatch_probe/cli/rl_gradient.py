@@ -1,0 +1,80 @@
+"""`mismatch-probe rl gradient`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+import mismatch_probe
+from mismatch_probe.cli.compare import command as compare
+from mismatch_probe.cli.compare import json_option
+from mismatch_probe.cli.output import print_json
+from mismatch_probe.cli.progress import shown_progress
+from mismatch_probe.config import CompareConfig
+from mismatch_probe.errors import UsageError
+
+# Of `compare`, what it takes to make a run; here the rollout dtypes sample for themselves.
+_TAKEN = (
+    "model",
+    "revision",
+    "trust_remote_code",
+    "prompts",
+    "chat",
+    "num_prompts",
+    "samples_per_prompt",
+    "max_tokens",
+    "temperature",
+    "seed",
+    "rollout_dtypes",
+    "trainer_dtypes",
+    "trainer_modes",
+    "trainer_attn",
+    "device",
+    "memory_budget_gib",
+    "out",
+)
+
+
+@click.command(
+    params=[parameter for parameter in compare.params if parameter.name in _TAKEN],
+    epilog="Exit codes: 0 done, 1 error, 2 usage, 130 interrupted (the same command on RUN goes on).",
+)
+@click.argument("run", type=click.Path(), required=False)
+@click.option(
+    "--predict-length",
+    "predict_lengths",
+    multiple=True,
+    type=int,
+    metavar="TOKENS",
+    help="Predict ESS at this response length; repeatable.  [default: the run's, or its longest response]",
+)
+@json_option
+def command(run: str | None, out: str | None, as_json: bool, predict_lengths: tuple[int, ...], **options: Any) -> None:
+    """What does the mismatch do to the policy gradient of a batch?
+
+    Takes the rollouts and log-probs of a finished RUN of `compare`, or runs that first, adds one backward pass of the
+    trainer in FP32 per sequence and weighting, and compares the gradient under each correction with the
+    FP32-consistent one. No task is needed: advantages are synthetic.
+
+    \b
+    Examples:
+      mismatch-probe rl gradient runs/smollm2-135m-20260101-120000
+      mismatch-probe rl gradient --model ./my-checkpoint --num-prompts 32 --max-tokens 128
+    """
+    from rich.console import Console
+
+    from mismatch_probe.report.gradient import print_gradient
+
+    given = {name: value for name, value in options.items() if value is not None and value != ()}
+    if run is not None and (given or out is not None):
+        raise UsageError("RUN is finished, so nothing of how it was made can be chosen.", "Give RUN alone.")
+    source: str | CompareConfig = CompareConfig(**given) if run is None else run
+    with shown_progress("sequences") as progress:
+        result = mismatch_probe.rl_gradient(source, out=out, predict_lengths=predict_lengths, progress=progress)
+    if as_json:
+        print_json(result.document)
+    else:
+        print_gradient(result.document, Console())
+    click.echo(f"Figure: {Path(result.figure)}", err=True)

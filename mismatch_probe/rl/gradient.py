@@ -1,0 +1,227 @@
+"""What the mismatch does to the policy gradient of a batch, without an RL run: from the tables of a comparison.
+
+The comparison has the rollouts and everybody's log-probs of them; one more pass, of the trainer in FP32, adds the
+gradients of each sequence. All of a rollout dtype's estimates are made of the same sequences and the same scores in
+FP32, so that they differ in their weights alone: what a 16-bit backward pass rounds away is not in here.
+
+Imports no engine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mismatch_probe.config import CompareConfig, check_lengths
+from mismatch_probe.engines import devices
+from mismatch_probe.engines.base import TrainerJob
+from mismatch_probe.engines.models import ModelRef, resolve
+from mismatch_probe.engines.process import EngineProcess
+from mismatch_probe.errors import Interrupted, TableError, UsageError
+from mismatch_probe.files import locked, write_json, write_text
+from mismatch_probe.metrics.frame import pair_arrays
+from mismatch_probe.probes.pairs import Cell, why_missing
+from mismatch_probe.probes.planning import passes_of
+from mismatch_probe.probes.progress import Progress
+from mismatch_probe.probes.session import new_run
+from mismatch_probe.rl.gradient_job import DIRECTIONS, GradientJob, PassTask, PassVectors, SequenceTask
+from mismatch_probe.rl.gradient_table import CONSISTENT, PassData, document_of, frame_of
+from mismatch_probe.tables import RunDirectory
+
+FOLDER = "gradient"
+Source = str | Path | CompareConfig
+
+
+@dataclass(frozen=True)
+class GradientResult:
+    """A finished measurement.
+
+    Attributes:
+        path: The run directory; everything of this lies in its folder `gradient`.
+        document: The content of `gradient.json`.
+        figure: The figure's file.
+    """
+
+    path: Path
+    document: dict[str, Any]
+    figure: Path
+
+    def frame(self) -> pd.DataFrame:
+        """A row per rollout pass, correction and metric, as in `gradient.csv`."""
+        return frame_of(self.document)
+
+
+def measure_gradient(
+    source: Source, out: str | Path | None, predict_lengths: Sequence[int] | None, progress: Progress | None
+) -> GradientResult:
+    """Compares where it has to, makes the gradients that are missing, and computes.
+
+    Raises:
+        ProbeError: The run has no log-probs of an FP32 trainer, its model has changed, or an engine failed.
+    """
+    progress = progress or Progress()
+    check_lengths(predict_lengths or ())
+    if isinstance(source, CompareConfig):
+        if CONSISTENT.dtype not in source.trainer_dtypes:
+            raise UsageError("The gradient needs the trainer in float32.", "Put float32 among --trainer-dtypes.")
+        path = new_run(source, out, (), progress).path
+    else:
+        path = Path(source)
+    RunDirectory.open(path)  # before the lock, which would make the folder
+    with locked(path):
+        run = RunDirectory.open(path)
+        data, missing = pass_data(run)
+        config = CompareConfig.from_dict(run.manifest["config"])
+        tasks = {name: _task(run, config, found) for name, found in data.items()}
+        _make_missing(run, config, list(tasks.values()), progress)
+        progress.message("computing metrics and figure")
+        vectors = {}
+        for name, task in tasks.items():
+            loaded = PassVectors.load(Path(task.path), task.key)
+            if loaded is None:
+                raise TableError(f"{task.path} cannot be read.", "Run the command again, which makes it anew.")
+            vectors[name] = loaded
+        lengths = tuple(predict_lengths or config.predict_lengths or (run.manifest["sizes"]["max_tokens"],))
+        sequences = {name: task.sequences for name, task in tasks.items()}
+        document = document_of(run, data, vectors, sequences, missing, lengths)
+        return GradientResult(path, document, _write(run.path / FOLDER, document))
+
+
+def pass_data(run: RunDirectory) -> tuple[dict[str, PassData], dict[str, str]]:
+    """What the run has of each rollout pass that sampled for itself, and why it has nothing of the others.
+
+    Raises:
+        UsageError: The run has no log-probs of a trainer in FP32.
+        TableError: A table is missing or corrupt, or no rollout pass can be used.
+    """
+    config = CompareConfig.from_dict(run.manifest["config"])
+    passes = passes_of(config, run.manifest.get("recorded"))
+    if CONSISTENT not in passes.trainers:
+        raise UsageError(
+            "This run has no log-probs of the trainer in float32, which the gradient is compared with.",
+            "Run compare again with float32 among --trainer-dtypes.",
+        )
+    found: dict[str, PassData] = {}
+    missing: dict[str, str] = {}
+    for rollout in passes.rollouts:
+        name = rollout.pass_id
+        missing[name] = why_missing(run, name, CONSISTENT.pass_id)
+        if run.source_of(name) != name:
+            missing[name] = "it decoded the sequences of another pass, so it is not the policy that sampled them"
+        if missing[name]:
+            continue
+        own = [
+            trainer
+            for trainer in passes.trainers
+            if Cell(rollout, trainer).diagonal and not why_missing(run, name, trainer.pass_id)
+        ]
+        # Of several trainer modes the first one stands for the dtype.
+        trainers = dict.fromkeys([*own[:1], CONSISTENT])
+        data = PassData.of(rollout, {trainer: pair_arrays(run, name, trainer.pass_id) for trainer in trainers})
+        if len(data.kept):
+            found[name] = data
+        else:
+            missing[name] = "none of its sequences has tokens with finite log-probs throughout"
+    missing = {name: why for name, why in missing.items() if why}
+    if not found:
+        reasons = "; ".join(f"{name}: {why.rstrip('.')}" for name, why in missing.items())
+        raise TableError(f"There is no gradient to measure ({reasons}).", "Mend that, and continue the comparison.")
+    return found, missing
+
+
+def _task(run: RunDirectory, config: CompareConfig, data: PassData) -> PassTask:
+    """The worker's task of a rollout pass."""
+    name = data.rollout.pass_id
+    table = run.sequences(name).sort_by("sequence_id")
+    prompts, responses = (table[column].to_pylist() for column in ("prompt_token_ids", "response_token_ids"))
+    sequences = [
+        SequenceTask(
+            prompts[index],
+            responses[index],
+            data.pairs[CONSISTENT].position[rows],
+            data.pairs[CONSISTENT].rollout_logprob[rows],
+            {trainer.pass_id: pair.trainer_logprob[rows] for trainer, pair in data.pairs.items()},
+        )
+        for index, rows in zip(data.kept, data.rows, strict=True)
+    ]
+    about = [version("mismatch-probe"), DIRECTIONS, _device(run), config.temperature, config.trainer_attn]
+    digest = hashlib.sha256(json.dumps([*about, run.manifest["model"].get("files")]).encode())
+    for sequence in sequences:
+        digest.update(json.dumps([sequence.prompt, sequence.response, list(sequence.trainers)]).encode())
+        for values in (sequence.positions, sequence.rollout, *sequence.trainers.values()):
+            digest.update(np.ascontiguousarray(values).tobytes())
+    return PassTask(str(run.path / FOLDER / f"{name}.npz"), digest.hexdigest(), sequences, CONSISTENT.pass_id)
+
+
+def _device(run: RunDirectory) -> devices.Device:
+    return "cuda" if run.manifest["device"] == "cuda" and devices.gpu_present() else "cpu"
+
+
+def _make_missing(run: RunDirectory, config: CompareConfig, tasks: Sequence[PassTask], progress: Progress) -> None:
+    """Makes the files that are not there yet, in a process of its own."""
+    missing = [task for task in tasks if PassVectors.load(Path(task.path), task.key) is None]
+    if not missing:
+        return
+    model = _model(run, config, progress)
+    settings = devices.trainer_settings(_device(run), "float32")
+    trainer = TrainerJob(
+        engine="hf",
+        model_path=str(model.path),
+        dtype="float32",
+        mode="cast",
+        layout="single",
+        attention=config.trainer_attn,
+        device=_device(run),
+        temperature=config.temperature,
+        requests=(),
+        null_sequences=0,
+        memory_budget=0,
+        trust_remote_code=config.trust_remote_code,
+        flags=settings.arguments,
+    )
+
+    def on_event(name: str, payload: Any) -> None:
+        if name == "total":
+            progress.total(FOLDER, payload)
+        elif name == "progress":
+            progress.advance(FOLDER, payload)
+
+    progress.begin(FOLDER, "gradients")
+    process = EngineProcess("hf", settings.environment, run.path / "logs" / "gradient.log")
+    try:
+        process.run(GradientJob(trainer, missing), on_event)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            "Stopped; finished rollout passes are kept.", f"Continue with: mismatch-probe rl gradient {run.path}"
+        ) from None
+    progress.end(FOLDER, "done")
+
+
+def _model(run: RunDirectory, config: CompareConfig, progress: Progress) -> ModelRef:
+    model = resolve(
+        config.model,
+        revision=run.manifest["model"]["revision"],
+        trust_remote_code=config.trust_remote_code,
+        log=progress.message,
+    )
+    if model.scripted:
+        raise UsageError("The scripted model has no weights, hence no gradient.", "Measure a real one.")
+    if model.file_hashes() != run.manifest["model"].get("files"):
+        raise TableError("The model's files have changed since this run began.", "Start a new run.")
+    return model
+
+
+def _write(folder: Path, document: dict[str, Any]) -> Path:
+    from mismatch_probe.report.gradient import draw_gradient
+
+    write_json(folder / "gradient.json", document)
+    write_text(folder / "gradient.csv", frame_of(document).to_csv(index=False, lineterminator="\n"))
+    return draw_gradient(document, folder / "gradient.png")

@@ -1,0 +1,238 @@
+"""`rl gradient` above the engine: which passes count, what is reused, what is refused, and what is shown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import mismatch_probe
+from mismatch_probe.config import CompareConfig
+from mismatch_probe.errors import ProbeError, TableError, UsageError
+from mismatch_probe.metrics.gradient import GRADIENT_KEYS
+from mismatch_probe.rl import gradient
+from mismatch_probe.rl.gradient import pass_data
+from mismatch_probe.rl.gradient_job import DIRECTIONS, PassTask, PassVectors, SequenceTask, Vectors
+from mismatch_probe.rl.gradient_table import CONSISTENT, PassData
+from mismatch_probe.tables import RunDirectory
+from mismatch_probe.types import PairArrays
+from tests.conftest import SMALL, MakeModel, Outcome
+
+CORRECTIONS = ("token-tis", "icepop", "seq-is", "seq-tis", "seq-mis")
+
+
+def vectors_of(task: SequenceTask, row: int) -> Vectors:
+    """As the worker would give them, of scores that are drawn."""
+    score = np.random.default_rng(row).normal(size=DIRECTIONS)
+    of_tokens, weights = {}, {}
+    for name in CORRECTIONS:
+        for trainer, logprobs in task.trainers.items():
+            ratio = np.exp(logprobs - task.rollout)
+            if name.startswith("seq"):
+                weights[name, trainer] = ratio.prod(keepdims=True)
+            else:
+                weights[name, trainer], of_tokens[name, trainer] = ratio, ratio.mean() * score
+    return Vectors(score, of_tokens, weights, task.trainers[CONSISTENT.pass_id])
+
+
+def save(task: PassTask) -> None:
+    rows = [vectors_of(sequence, row) for row, sequence in enumerate(task.sequences)]
+    PassVectors.of(rows, task).save(Path(task.path), task.key)
+
+
+@pytest.fixture
+def measured(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A finished 3×3 run, with a worker that draws its gradients."""
+    monkeypatch.setattr(gradient, "_make_missing", lambda run, config, tasks, progress: [save(t) for t in tasks])
+    return run_copy
+
+
+def test_every_rollout_dtype_has_its_own_trainer_and_the_one_in_fp32(run_copy: Path) -> None:
+    found, missing = pass_data(RunDirectory.open(run_copy))
+    assert {name: [trainer.pass_id for trainer in data.pairs] for name, data in found.items()} == {
+        "vllm-bfloat16-decode": ["hf-bfloat16-cast", "hf-float32-cast"],
+        "vllm-float16-decode": ["hf-float16-cast", "hf-float32-cast"],
+        "vllm-float32-decode": ["hf-float32-cast"],
+    }
+    assert missing == {}
+
+
+def test_document_csv_and_files(measured: Path) -> None:
+    result = mismatch_probe.rl_gradient(measured, predict_lengths=(9, 17))
+    assert json.loads((measured / "gradient" / "gradient.json").read_text()) == result.document
+    passes = {found["rollout_dtype"]: found for found in result.document["passes"]}
+    assert [len(found["arms"]) for found in passes.values()] == [11, 11, 6]
+    for found in passes.values():
+        assert found["arms"][0]["correction"] == "none"
+        assert found["n_tokens"] == 40 * 6
+        for pair in found["pairs"]:
+            assert [row["length"] for row in pair["lengths"]] == [9, 17]
+            assert pair["mean_length"] == 6
+    # A BF16 rollout is off by more than an FP16 one, and both by more than FP32.
+    ess = [found["arms"][0]["metrics"]["cosine"]["value"] for found in passes.values()]
+    assert ess[0] < ess[1] < ess[2] <= 1
+    own = {arm["trainer_dtype"]: arm for arm in passes["bfloat16"]["arms"] if arm["correction"] == "seq-is"}
+    assert own["float32"]["metrics"]["cosine"]["value"] == 1
+    assert own["float32"]["draws"] == {"cosine": pytest.approx([1, 1]), "norm_ratio": pytest.approx([1, 1])}
+    assert own["bfloat16"]["metrics"]["cosine"]["value"] < 1
+    low, high = own["bfloat16"]["draws"]["cosine"]
+    assert low < own["bfloat16"]["metrics"]["cosine"]["value"] < high
+    rows = pd.read_csv(measured / "gradient" / "gradient.csv")
+    assert len(rows) == len(result.frame()) == (11 + 11 + 6) * len(GRADIENT_KEYS)
+    row = rows.query("rollout_dtype == 'bfloat16' and trainer_pass == 'hf-bfloat16-cast' and metric == 'cosine'")
+    assert row.set_index("correction").loc["seq-is", "value"] == own["bfloat16"]["metrics"]["cosine"]["value"]
+
+
+def test_measured_ess_is_that_of_the_comparison(measured: Path) -> None:
+    result = mismatch_probe.rl_gradient(measured)
+    summary = json.loads((measured / "summary.json").read_text())
+    for found in result.document["passes"]:
+        for pair in found["pairs"]:
+            (row,) = [
+                row
+                for row in summary["pairs"]
+                if (row["rollout_pass"], row["trainer_pass"]) == (found["rollout_pass"], pair["trainer_pass"])
+            ]
+            for key in ("mean_abs_logprob_diff", "ess_seq", "ess_seq_gaussian"):
+                assert pair["metrics"][key] == row["metrics"][key]
+
+
+@pytest.fixture
+def task(run_copy: Path) -> PassTask:
+    """What the worker would be asked for the first rollout pass."""
+    run = RunDirectory.open(run_copy)
+    (data, *_) = pass_data(run)[0].values()
+    return gradient._task(run, CompareConfig.from_dict(run.manifest["config"]), data)
+
+
+class TestReuse:
+    def test_finished_files_are_kept_whatever_else_is_asked(
+        self, measured: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        mismatch_probe.rl_gradient(measured)
+        asked: list[PassTask] = []
+        monkeypatch.setattr(gradient, "_make_missing", lambda run, config, tasks, progress: asked.extend(tasks))
+        mismatch_probe.rl_gradient(measured, predict_lengths=(50,))
+        assert all(PassVectors.load(Path(task.path), task.key) is not None for task in asked)
+
+    def test_other_log_probs_are_other_gradients(self, run_copy: Path) -> None:
+        run = RunDirectory.open(run_copy)
+        config = CompareConfig.from_dict(run.manifest["config"])
+        (data, *_) = pass_data(run)[0].values()
+        task = gradient._task(run, config, data)
+        pairs = {trainer: _shifted(pair, 1e-12) for trainer, pair in data.pairs.items()}
+        other = gradient._task(run, config, PassData.of(data.rollout, pairs))
+        assert task.key == gradient._task(run, config, data).key != other.key
+
+    @pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"PK"])
+    def test_a_damaged_file_is_none(self, task: PassTask, damage: Callable[[bytes], bytes]) -> None:
+        save(task)
+        path = Path(task.path)
+        assert PassVectors.load(path, task.key) is not None
+        assert PassVectors.load(path, "another") is None
+        path.write_bytes(damage(path.read_bytes()))
+        assert PassVectors.load(path, task.key) is None
+
+    def test_a_file_holds_what_was_computed(self, task: PassTask) -> None:
+        rows = [vectors_of(sequence, row) for row, sequence in enumerate(task.sequences)]
+        made = PassVectors.of(rows, task)
+        made.save(Path(task.path), task.key)
+        read = PassVectors.load(Path(task.path), task.key)
+        assert read is not None
+        assert list(read.sums) == list(made.sums)
+        for arm in made.sums:
+            one, other = made.weighted(arm), read.weighted(arm)
+            for name in ("vectors", "n_weights", "excess", "squared_excess"):
+                np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+            first = rows[3].of_tokens.get(arm, rows[3].weights[arm][0] * rows[3].score)
+            np.testing.assert_allclose(one.vectors[3], first, rtol=1e-6)
+            assert one.n_weights[3] == len(rows[3].weights[arm])
+
+
+def _shifted(pair: PairArrays, by: float) -> PairArrays:
+    return replace(pair, trainer_logprob=pair.trainer_logprob + by)
+
+
+def test_sequences_that_are_empty_or_not_finite_are_counted_and_left_out() -> None:
+    pair = PairArrays(
+        rollout_logprob=np.array([-1.0, -2.0, np.nan, -1.0, -3.0]),
+        trainer_logprob=np.full(5, -1.0),
+        sequence=np.array([0, 0, 2, 2, 3]),
+        position=np.array([0, 1, 0, 1, 0]),
+        prompt=np.array([0, 0, 1, 1]),
+    )
+    data = PassData.of(CONSISTENT, {CONSISTENT: pair})  # type: ignore[arg-type]
+    assert data.kept.tolist() == [0, 3]
+    assert list(data.rows) == [slice(0, 2), slice(4, 5)]
+    assert (data.n_empty, data.n_nonfinite) == (1, 1)
+
+
+class TestRefusals:
+    def test_a_run_without_the_fp32_trainer(self, scripted_model: MakeModel, tmp_path: Path, no_figures: None) -> None:
+        run = mismatch_probe.compare(CompareConfig(model=str(scripted_model()), **SMALL), out=tmp_path / "run")
+        with pytest.raises(UsageError, match="no log-probs of the trainer in float32"):
+            mismatch_probe.rl_gradient(run.path)
+        with pytest.raises(UsageError, match="needs the trainer in float32"):
+            mismatch_probe.rl_gradient(CompareConfig(model=str(scripted_model()), **SMALL), out=tmp_path / "other")
+        assert not (tmp_path / "other").exists()
+
+    def test_a_model_without_weights(self, run_copy: Path) -> None:
+        with pytest.raises(UsageError, match="no gradient"):
+            mismatch_probe.rl_gradient(run_copy)
+
+    def test_no_run(self, tmp_path: Path) -> None:
+        with pytest.raises(TableError):
+            mismatch_probe.rl_gradient(tmp_path / "nothing")
+        assert not (tmp_path / "nothing").exists()
+
+    def test_a_length_that_cannot_be(self, run_copy: Path) -> None:
+        with pytest.raises(ProbeError, match="predict-length"):
+            mismatch_probe.rl_gradient(run_copy, predict_lengths=(0,))
+
+    def test_passes_that_decoded_foreign_sequences_are_named(
+        self, scripted_model: MakeModel, tmp_path: Path, no_figures: None
+    ) -> None:
+        config = CompareConfig(
+            model=str(scripted_model()),
+            num_prompts=4,
+            max_tokens=4,
+            sequences="shared",
+            rollout_dtypes=("bfloat16", "float16"),
+            trainer_dtypes=("bfloat16", "float32"),
+        )
+        run = mismatch_probe.compare(config, out=tmp_path / "run")
+        found, missing = pass_data(RunDirectory.open(run.path))
+        assert list(found) == ["vllm-bfloat16-decode"]
+        assert "not the policy that sampled them" in missing["vllm-float16-replay"]
+
+
+class TestCommand:
+    def test_table_and_json(self, measured: Path, command: Callable[..., Outcome]) -> None:
+        found = command("rl", "gradient", measured)
+        assert found.code == 0
+        for words in ("float16 rollouts: 40 sequences of 40 prompts, 240 tokens", "ESS of sequences", "seq-mis"):
+            assert words in found.out
+        assert "gradient.png" in found.err
+
+    def test_json_is_the_file(self, measured: Path, command: Callable[..., Outcome]) -> None:
+        document = json.loads(command("rl", "gradient", measured, "--json").out)
+        assert document == json.loads((measured / "gradient" / "gradient.json").read_text())
+
+    def test_a_finished_run_takes_no_options_of_a_new_one(
+        self, run_copy: Path, command: Callable[..., Outcome]
+    ) -> None:
+        found = command("rl", "gradient", run_copy, "--max-tokens", "5")
+        assert found.code == 2
+        assert "Give RUN alone" in found.err
+
+    def test_help_shows_examples(self, command: Callable[..., Outcome]) -> None:
+        found = command("rl", "gradient", "-h")
+        assert found.code == 0
+        assert "mismatch-probe rl gradient runs/" in found.out
+        assert "--num-prompts" in found.out
+        assert "--resume" not in found.out
