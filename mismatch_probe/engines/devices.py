@@ -160,6 +160,9 @@ def rollout_settings(
         # Compilation on a CPU costs a minute of start-up and is not what RL jobs run.
         arguments["enforce_eager"] = True
         arguments["kv_cache_memory_bytes"] = kv_cache_gib * GIB
+        # A prompt that is split over two steps has a sample discarded and its generator turned back, which a CPU's
+        # generator cannot (v1/worker/gpu_model_runner.py, set_offset): the engine would die of it.
+        arguments["enable_chunked_prefill"] = False
         return EngineSettings(arguments, environment)
     # The trainer's process starts only after this one has ended, so the card is free for both; 0.92 (vLLM's default,
     # config/cache.py) fails where a desktop or another tool holds a little of it.

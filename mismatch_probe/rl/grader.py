@@ -23,7 +23,7 @@ from mismatch_probe.errors import EngineError, EngineMissing
 
 _MODULE = "mismatch_probe.rl.grader"
 _START_SECONDS = 120
-_MEMORY = 2 << 30  # of address space; without a response at work the process has about 0.3 GiB
+_MEMORY = 2 << 30  # of address space; an ordinary response takes less than 0.1 GiB
 
 
 class Grader:

@@ -42,7 +42,11 @@ class TestRolloutSettings:
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_cpu(self, dtype: Dtype) -> None:
         found = settings("cpu", dtype)
-        assert found.arguments == {"enforce_eager": True, "kv_cache_memory_bytes": 3 * GIB}
+        assert found.arguments == {
+            "enforce_eager": True,
+            "kv_cache_memory_bytes": 3 * GIB,
+            "enable_chunked_prefill": False,
+        }
         assert found.environment == {**VLLM_BASE, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

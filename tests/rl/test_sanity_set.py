@@ -149,6 +149,11 @@ class TestFiles:
         tables = [pq.read_table(make(tmp_path / str(s), seed=s).path / "samples.parquet")["reward"] for s in (0, 1)]
         assert not tables[0].equals(tables[1])
 
+    def test_chunks_change_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        first = pq.read_table(make(tmp_path / "first").path / "samples.parquet")
+        monkeypatch.setattr(records, "_CHUNK_RESPONSES", 1)
+        assert pq.read_table(make(tmp_path / "again").path / "samples.parquet").equals(first)
+
     def test_nothing_kept_is_said(self, tmp_path: Path) -> None:
         found = make(tmp_path / "set", keep=(0.999, 0.9995))
         assert found.problems.read_text() == ""
