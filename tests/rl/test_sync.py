@@ -131,9 +131,13 @@ def test_weights_that_never_arrive_are_found_once_it_shows(tied: Path) -> None:
     setup = Setup(tied, "bfloat16")
     setup.sync._clean_gap = 1.0
     setup.engine.drop = set(setup.policy.weights())
-    with pytest.raises(SyncError, match=r"\(stale\)"):
+
+    def send_many() -> None:
         for _ in range(40):
             setup.sync.send(setup.move(5e-4))
+
+    with pytest.raises(SyncError, match=r"\(stale\)"):
+        send_many()
 
 
 def test_a_fault_that_no_hypothesis_explains_is_caught(tied: Path) -> None:
