@@ -1,0 +1,31 @@
+"""Where the time of an RL run's steps goes: the share outside rollout, sync, forward and backward.
+
+Reads finished runs and sweeps; whatever the loop itself does (rewards, advantages, metrics, tables) is `other`.
+
+    python benchmarks/rl_overhead.py runs/rl-demo
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import pandas as pd
+
+PHASES = ("rollout", "sync", "forward_backward", "other")
+
+
+@click.command()
+@click.argument("runs", type=click.Path(path_type=Path, exists=True), nargs=-1, required=True)
+def main(runs: tuple[Path, ...]) -> None:
+    for run in runs:
+        steps = pd.read_parquet(run / "steps.parquet")
+        arms = steps.groupby("arm") if "arm" in steps else [(run.name, steps)]
+        for name, rows in arms:
+            seconds = rows[[f"seconds_{phase}" for phase in PHASES]].median()
+            shares = ", ".join(f"{p} {100 * seconds[f'seconds_{p}'] / seconds.sum():.1f} %" for p in PHASES)
+            print(f"{name}: {seconds.sum():.2f} s a step ({shares}; medians over {len(rows)} steps)")
+
+
+if __name__ == "__main__":
+    main()

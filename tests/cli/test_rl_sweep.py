@@ -1,0 +1,109 @@
+"""`rl sweep`, `rl demo` and `rl report` as commands: what they print, refuse, and end with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mismatch_probe.rl.config import RlConfig
+from mismatch_probe.rl.plan import make_cells
+from mismatch_probe.rl.sweep import SweepDirectory
+from mismatch_probe.rl.sweep_run import write_sweep
+from tests.rl.test_sweep import step_row
+
+Run = Callable[..., Any]
+PLAN = '[base]\nsteps = 2\n[[grid]]\nprecision = ["bf16", "fp32"]\nseeds = 2\n'
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Path:
+    (tmp_path / "plan.toml").write_text(PLAN)
+    return tmp_path / "plan.toml"
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """A sweep of which one arm has ended, and one run of it has collapsed without stress."""
+    environment = {"machine": {"cpu": "x"}, "versions": {"torch": "1"}, "variables": {}}
+    facts = {"tool_version": "0", "created": "now", "device": "cpu", "environment": environment}
+    model = {"name": "chain", "revision": None, "files": {}}
+    cells = make_cells({"steps": 3, "pass_window": 2, "collapse_window": 2}, [{"precision": ["bf16"], "seeds": 2}])
+    directory = SweepDirectory.create(tmp_path / "sweep", cells, {**facts, "model": model})
+    for cell, status in zip(directory.cells, ("complete", "collapsed"), strict=True):
+        run = directory.run_of(cell)
+        for step in range(3):
+            run.append_step(step_row(step, 0.5, 1.0, 1e-4))
+        run.finish({"status": status, "why": "", "steps": 3, "clean_reward": 0.6, "passed_at_step": None})
+    return directory.path
+
+
+def test_check_prints_the_cells_and_runs_nothing(command: Run, plan: Path) -> None:
+    ended = command("rl", "sweep", plan, "--check")
+    assert ended.code == 0
+    cells = json.loads(ended.out)
+    assert [cell["config"]["seed"] for cell in cells] == [0, 0, 1, 1]
+    assert RlConfig(**cells[0]["config"]).steps == 2
+    assert [p.name for p in plan.parent.iterdir()] == ["plan.toml"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "A sweep needs a plan"),
+        (["plan.toml", "--resume", "x"], "not both"),
+        (["--resume", "x", "--out", "y"], "stays in its folder"),
+        (["--resume", "x", "--check"], "--check is for a plan"),
+        (["none.toml"], "cannot be read"),
+    ],
+)
+def test_what_contradicts_itself_is_refused(command: Run, arguments: list[str], said: str) -> None:
+    ended = command("rl", "sweep", *arguments)
+    assert ended.code == 2
+    assert said in ended.err.replace("\n", " ")
+
+
+def test_a_collapse_without_stress_is_exit_3(command: Run, sweep: Path) -> None:
+    ended = command("rl", "report", sweep)
+    assert ended.code == 3
+    assert "BF16" in ended.out
+    assert "50.0 % of the runs collapsed" in ended.out
+    assert (sweep / "report.html").exists()
+
+
+def test_json_is_all_that_is_printed(command: Run, sweep: Path) -> None:
+    ended = command("rl", "report", sweep, "--json")
+    assert json.loads(ended.out)["arms"][0]["n_collapsed"] == 1
+    assert json.loads(ended.out)["dose_response"] is None
+
+
+def test_a_run_of_compare_is_placed(command: Run, sweep: Path, run_copy: Path) -> None:
+    ended = command("rl", "report", sweep, "--place", run_copy, "--planned-tokens", "24")
+    assert ended.code == 3
+    summary = json.loads((sweep / "summary.json").read_text())
+    placed = [text for text in summary["reading"] if "24 tokens" in text]
+    assert len(placed) == 3
+    assert "Placed models" in (sweep / "report.html").read_text()
+
+
+def test_a_folder_that_is_no_sweep_is_an_error(command: Run, tmp_path: Path) -> None:
+    ended = command("rl", "report", tmp_path)
+    assert ended.code == 1
+    assert "no folder of a sweep" in ended.err
+
+
+def test_writing_again_changes_no_byte(sweep: Path) -> None:
+    first, second = (
+        (write_sweep(SweepDirectory.open(sweep)), (sweep / "report.html").read_bytes())[1] for _ in range(2)
+    )
+    assert first == second
+
+
+@pytest.mark.parametrize("name", ["sweep", "demo", "report", "gradient", "sanity-set", "run"])
+def test_help_shows_an_example(command: Run, name: str) -> None:
+    ended = command("rl", name, "-h")
+    assert ended.code == 0
+    assert f"mismatch-probe rl {name}" in ended.out
