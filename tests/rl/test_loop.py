@@ -202,14 +202,14 @@ def test_empty_responses_are_counted_and_harm_nothing(tmp_path: Path) -> None:
 
 
 def test_a_run_that_collapses_says_so_and_keeps_its_healthy_checkpoint(tmp_path: Path, monkeypatch: Any) -> None:
-    rewards = iter([1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0])
+    rewards = iter([1.0] * 8)
     monkeypatch.setattr(SignalTask, "rewards", lambda self, problems, responses: [next(rewards, 0.0)] * len(responses))
-    result = train(tmp_path / "run", TorchEngine(), steps=8, collapse_window=2, checkpoint_every=1)
+    result = train(tmp_path / "run", TorchEngine(), steps=14, collapse_window=4, checkpoint_every=4)
     assert result["status"] == "collapsed"
-    assert result["steps"] == 6
-    assert "step 5: mean reward fell from 1.000 (to step 3) to 0.000" in result["why"]
-    assert result["last_healthy_checkpoint"] == "step-000004"
-    assert (tmp_path / "run" / "checkpoints" / "step-000004" / "model.safetensors").exists()
+    assert result["steps"] == 12
+    assert "step 11: mean reward fell from 1.000 (to step 7) to 0.000" in result["why"]
+    assert result["last_healthy_checkpoint"] == "step-000008"
+    assert (tmp_path / "run" / "checkpoints" / "step-000008" / "model.safetensors").exists()
 
 
 def test_a_full_disk_at_a_checkpoint_loses_nothing_before_it(
