@@ -202,12 +202,12 @@ def test_empty_responses_are_counted_and_harm_nothing(tmp_path: Path) -> None:
 
 
 def test_a_run_that_collapses_says_so_and_keeps_its_healthy_checkpoint(tmp_path: Path, monkeypatch: Any) -> None:
-    rewards = iter([1.0] * 8)
+    rewards = iter([1.0] * 8 + [0.75, 0.5, 0.25])
     monkeypatch.setattr(SignalTask, "rewards", lambda self, problems, responses: [next(rewards, 0.0)] * len(responses))
-    result = train(tmp_path / "run", TorchEngine(), steps=14, collapse_window=4, checkpoint_every=4)
+    result = train(tmp_path / "run", TorchEngine(), steps=16, collapse_window=4, checkpoint_every=2)
     assert result["status"] == "collapsed"
-    assert result["steps"] == 12
-    assert "step 11: mean reward fell from 1.000 (to step 7) to 0.000" in result["why"]
+    assert result["steps"] == 13
+    assert "step 12: mean reward fell from 1.000 (to step 7) to 0.188" in result["why"]
     assert result["last_healthy_checkpoint"] == "step-000008"
     assert (tmp_path / "run" / "checkpoints" / "step-000008" / "model.safetensors").exists()
 

@@ -95,8 +95,14 @@ def test_stale_weights_are_named(tied: Path, dtype: Dtype) -> None:
         setup.sync.send(setup.move())
 
 
-@every_dtype
-@pytest.mark.parametrize("victim", [VICTIM, "lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"])
+@pytest.mark.parametrize(
+    ("victim", "dtype"),
+    [
+        *((name, dtype) for name in (VICTIM, "lm_head.weight", "model.embed_tokens.weight") for dtype in TORCH_DTYPES),
+        # In 16 bits what this one does is lost in rounding.
+        ("model.norm.weight", "float32"),
+    ],
+)
 def test_a_tensor_that_did_not_arrive_is_named(tied: Path, dtype: Dtype, victim: str) -> None:
     setup = Setup(tied, dtype)
     setup.engine.drop = {victim}
@@ -110,6 +116,28 @@ def test_a_wrong_cast_is_named(tied: Path, dtype: Dtype, other: str) -> None:
     setup.engine.through = TORCH_DTYPES[other]
     with pytest.raises(SyncError, match=f"rounded to {other} on the way"):
         setup.sync.send(setup.move())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_small_changes_that_arrive_are_never_accused(tied: Path, dtype: Dtype) -> None:
+    """A hundred hypotheses at every sync, all of them below rounding: correlation alone would accuse some."""
+    setup = Setup(tied, dtype)
+    for size in (1e-5, 1e-4, 3e-4, 1e-3):
+        for _ in range(2):
+            setup.sync.send(setup.move(size))
+
+
+def test_weights_that_never_arrive_are_found_once_it_shows(tied: Path) -> None:
+    setup = Setup(tied, "bfloat16")
+    setup.sync._clean_gap = 1.0
+    setup.engine.drop = set(setup.policy.weights())
+
+    def send_many() -> None:
+        for _ in range(40):
+            setup.sync.send(setup.move(5e-4))
+
+    with pytest.raises(SyncError, match=r"\(stale\)"):
+        send_many()
 
 
 def test_a_fault_that_no_hypothesis_explains_is_caught(tied: Path) -> None:
@@ -148,14 +176,15 @@ def test_after_a_fault_is_mended_the_sync_goes_on(tied: Path) -> None:
 
 
 def test_a_partial_sync_below_the_limit_is_found_at_a_scan_only(tied: Path) -> None:
-    """In 16 bits a tensor that stays behind by little is within rounding; the scan sees its direction."""
+    """In 16 bits a tensor that stays behind can be within the limit; the scan sees that it explains the gap."""
     setup = Setup(tied, "bfloat16", scan_every=3)
+    setup.sync._clean_gap = 1.0
     setup.sync.send(setup.move(1e-3))
     setup.engine.drop = {VICTIM}
     for _ in range(2):
-        setup.sync.send(setup.move(1e-3))
+        setup.sync.send(setup.move(5e-3))
     with pytest.raises(SyncError, match=f"{VICTIM} did not arrive"):
-        setup.sync.send(setup.move(1e-3))
+        setup.sync.send(setup.move(5e-3))
 
 
 def test_rounding_is_no_fault_where_there_was_none_at_first(tied: Path) -> None:
@@ -212,13 +241,18 @@ def test_the_changed_share_counts_weights() -> None:
     assert changed_share({}, {}) == 0.0
 
 
-@given(st.integers(0, 10_000), st.floats(0.0, 1.5))
+@given(st.integers(0, 10_000), st.floats(0.0, 3.0))
 def test_noise_hides_a_hypothesis_only_where_it_is_larger(seed: int, noise: float) -> None:
     rng = np.random.default_rng(seed)
     delta = rng.normal(0, 1, 400)
     rest = noise * rng.normal(0, 1, 400)
     # True, it leaves what is noise; where nothing of it is there, it is not taken.
-    assert _left_over(delta + rest, delta) == pytest.approx(float(rest @ rest), abs=1e-9)
-    assert _left_over(rest * 1e-3, delta) is None
+    left = _left_over(delta + rest, delta)
+    if noise < 0.8:
+        assert left == pytest.approx(float(rest @ rest), abs=1e-9)
+    elif noise > 1.3:
+        assert left is None
+    assert _left_over(rest, delta) is None
+    assert _left_over(delta, 10 * delta) is None
     assert _left_over(delta, np.zeros(400)) is None
     assert _left_over(np.full(400, np.nan), delta) is None

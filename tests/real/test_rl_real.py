@@ -1,0 +1,88 @@
+"""RL runs with the real engine: a killed worker, bit-for-bit resume, and a sweep of two precisions."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import mismatch_probe
+from mismatch_probe.errors import EngineError
+from mismatch_probe.probes.progress import Progress
+from mismatch_probe.rl.config import RlConfig
+from mismatch_probe.rl.plan import make_cells
+from tests.conftest import children
+
+pytestmark = pytest.mark.engine
+
+SMALL: dict[str, Any] = {
+    "steps": 3,
+    "n_problems": 16,
+    "prompts_per_step": 4,
+    "samples_per_prompt": 4,
+    "updates_per_rollout": 2,
+    "checkpoint_every": 1,
+    "rollout_dtype": "float32",
+    "trainer_dtype": "float32",
+}
+
+
+class _Kill(Progress):
+    """Kills the worker once a step has ended."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def advance(self, pass_id: str, tokens: int) -> None:
+        self.left -= 1
+        if not self.left:
+            for pid in children(os.getpid()):
+                os.kill(pid, signal.SIGKILL)
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (path / "steps.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith("seconds_")} for row in rows]
+
+
+def test_a_worker_that_is_killed_costs_one_step_and_no_bit(tmp_path: Path) -> None:
+    config = RlConfig(**SMALL)
+    whole = mismatch_probe.rl_run(config, out=tmp_path / "whole")
+    assert whole.exit_code == 0
+    assert all(row["sync_gap"] < 1e-5 for row in _rows(whole.path))
+    assert all(row["mean_abs_logprob_diff"] < 1e-5 for row in _rows(whole.path))
+    assert (whole.path / "figures" / "run.png").exists()
+    with pytest.raises(EngineError, match=r"killed \(signal 9\)"):
+        mismatch_probe.rl_run(config, out=tmp_path / "cut", progress=_Kill(after=2))
+    assert not (tmp_path / "cut" / "result.json").exists()
+    resumed = mismatch_probe.rl_resume(tmp_path / "cut")
+    assert resumed.result == whole.result
+    assert _rows(tmp_path / "cut") == _rows(whole.path)
+    ours, theirs = (
+        load_file(path / "checkpoints" / "step-000003" / "masters.st") for path in (tmp_path / "cut", whole.path)
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_sweep_runs_two_precisions_beside_each_other(tmp_path: Path) -> None:
+    base = {name: value for name, value in SMALL.items() if "dtype" not in name} | {
+        "steps": 2,
+        "pass_window": 2,
+        "collapse_window": 2,
+    }
+    cells = make_cells(base, [{"precision": ["bf16", "fp32"]}, {"precision": ["fp32"], "stress": ["logit-noise:0.5"]}])
+    result = mismatch_probe.rl_sweep(cells, out=tmp_path / "sweep", workers=len(os.sched_getaffinity(0)))
+    assert result.exit_code == 0
+    runs = result.runs().set_index("arm")
+    exact, rounded, noisy = (
+        float(runs.filter(like=arm, axis=0)["mean_abs_logprob_diff"].iloc[0])
+        for arm in ("fp32-fp32_dr-grpo_lr0.0001", "bf16", "logit-noise")
+    )
+    assert exact < 1e-5 < rounded < 1e-2 < noisy
+    assert (result.path / "report.html").stat().st_size > 50_000
