@@ -73,6 +73,13 @@ def test_windows_do_not_overlap() -> None:
     assert at == 19
 
 
+@pytest.mark.parametrize("window", [2, 3, 5, 10])
+def test_a_sudden_fall_is_seen_after_more_than_36_steps_over_the_window(window: int) -> None:
+    """The fall's own square is in the run's spread: of T steps D² / (2 (T − 1)), and two windows' means have it."""
+    at = first_collapse([*[1.0] * window, *[0.0] * 40], window)
+    assert at == max(2 * window - 1, 36 // window + 1)
+
+
 def test_too_few_steps_say_nothing() -> None:
     detector = CollapseDetector()
     assert feed(detector, [1.0] * 9) == []
