@@ -130,8 +130,21 @@ def print_gradient(document: Mapping[str, Any], console: Console) -> None:
         advantages=document["advantages"], directions=document["directions"], root=document["directions"] ** 0.5
     )
     console.print(Text(legend, style="dim"))
+    for note in _notes(document):
+        console.print(Text(note))
     for row in document["missing"]:
         console.print(Text(f"Missing: {visible(row['rollout_pass'])}: {visible(row['why'])}", style="yellow"))
+
+
+def _notes(document: Mapping[str, Any]) -> list[str]:
+    """What limits the numbers of the tables, each reason once for a rollout dtype."""
+    whys = {
+        (found["rollout_dtype"], arm["metrics"][key].get("why", ""))
+        for found in document["passes"]
+        for arm in found["arms"]
+        for key in _COLUMNS
+    }
+    return [f"Note: {visible(dtype)}: {visible(why)}" for dtype, why in sorted(whys) if why]
 
 
 def _ess_lines(found: Mapping[str, Any]) -> list[str]:

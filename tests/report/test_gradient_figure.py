@@ -125,6 +125,7 @@ def test_the_terminal_shows_everything_whole(document: dict[str, Any], width: in
         "at 183 [152, ∞] tokens",
         "(by growth 0.450 [0.430, 0.470])",
         "(1 − c²)/128",
+        "Note: bfloat16: a weight overflows float64",
         "Missing: vllm-float16-replay⟨U+001B⟩[31m: no",
     ):
         assert words in joined, words
