@@ -62,7 +62,11 @@ def gradient_figure(document: Mapping[str, Any]) -> Figure:
             axes.set_xticks(range(len(corrections)), corrections, rotation=30, ha="right", rotation_mode="anchor")
             axes.axhline(1.0, color="#777777", linewidth=0.8, linestyle=(0, (4, 3)), zorder=0.5)
             axes.grid(visible=True, axis="y", color=_GRID, linewidth=0.6)
-            if not drawn:
+            if drawn:
+                # An interval of few prompts can be longer than everything else; it runs out of the panel then.
+                lowest = min(drawn)
+                axes.set_ylim(bottom=max(axes.get_ylim()[0], lowest - max(0.02, (1 - lowest) / 2)))
+            else:
                 say(axes, "nothing finite was measured")
         handles, labels = panels["cosine"].get_legend_handles_labels()
         unique = dict(zip(labels, handles, strict=True))
@@ -71,10 +75,10 @@ def gradient_figure(document: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _draw(axes: Axes, passes: list[dict[str, Any]], corrections: list[str], key: str) -> bool:
-    """Draws one metric; whether there was any value."""
+def _draw(axes: Axes, passes: list[dict[str, Any]], corrections: list[str], key: str) -> list[float]:
+    """Draws one metric and returns its values."""
     slots = [(found["rollout_pass"], own) for found in passes for own in (True, False)]
-    drawn = False
+    drawn = []
     for index, found in enumerate(passes):
         mark = look(found["rollout_dtype"], index)
         for arm in found["arms"]:
@@ -85,7 +89,7 @@ def _draw(axes: Axes, passes: list[dict[str, Any]], corrections: list[str], key:
             x = corrections.index(arm["correction"]) + _WIDTH * ((slot + 0.5) / len(slots) - 0.5)
             label = f"{visible(found['rollout_dtype'])} rollouts, {'own' if own else 'FP32'} trainer's weights"
             _mark(axes, x, metric, mark, own, label)
-            drawn = True
+            drawn.append(float(metric["value"]))
     return drawn
 
 
@@ -130,8 +134,21 @@ def print_gradient(document: Mapping[str, Any], console: Console) -> None:
         advantages=document["advantages"], directions=document["directions"], root=document["directions"] ** 0.5
     )
     console.print(Text(legend, style="dim"))
+    for note in _notes(document):
+        console.print(Text(note))
     for row in document["missing"]:
         console.print(Text(f"Missing: {visible(row['rollout_pass'])}: {visible(row['why'])}", style="yellow"))
+
+
+def _notes(document: Mapping[str, Any]) -> list[str]:
+    """What limits the numbers of the tables, each reason once for a rollout dtype."""
+    whys = {
+        (found["rollout_dtype"], arm["metrics"][key].get("why", ""))
+        for found in document["passes"]
+        for arm in found["arms"]
+        for key in _COLUMNS
+    }
+    return [f"Note: {visible(dtype)}: {visible(why)}" for dtype, why in sorted(whys) if why]
 
 
 def _ess_lines(found: Mapping[str, Any]) -> list[str]:

@@ -103,6 +103,12 @@ def test_open_marks_are_of_the_fp32_trainer(document: dict[str, Any]) -> None:
     assert len(of) == 5
 
 
+def test_no_interval_hides_the_values(document: dict[str, Any]) -> None:
+    document["passes"][0]["arms"][0]["metrics"]["cosine"]["ci_low"] = -0.9
+    bottom, top = gradient_figure(document).axes[0].get_ylim()
+    assert 0.8 < bottom < 0.9 < 1 < top
+
+
 def test_without_any_value_the_figure_says_so(document: dict[str, Any], tmp_path: Any) -> None:
     for found in document["passes"]:
         found["arms"] = [_arm("seq-is", "float32", None)]
@@ -125,6 +131,7 @@ def test_the_terminal_shows_everything_whole(document: dict[str, Any], width: in
         "at 183 [152, ∞] tokens",
         "(by growth 0.450 [0.430, 0.470])",
         "(1 − c²)/128",
+        "Note: bfloat16: a weight overflows float64",
         "Missing: vllm-float16-replay⟨U+001B⟩[31m: no",
     ):
         assert words in joined, words
