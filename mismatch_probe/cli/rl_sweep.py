@@ -75,11 +75,13 @@ def show_sweep(result: SweepResult, as_json: bool) -> int:
         print_json({"path": str(result.path), **result.summary})
         return result.exit_code
     from rich.console import Console
+    from rich.text import Text
 
     from mismatch_probe.report.rl_page import print_arms
 
-    print_arms(result.arms, Console())
+    console = Console()
+    print_arms(result.arms, console)
     for text in (*result.summary["reading"], *(f"Note: {note}" for note in result.summary["notes"])):
-        click.echo(printable(text))
+        console.print(Text(printable(text)))
     click.echo(f"Report: {result.path / 'report.html'}")
     return result.exit_code

@@ -251,7 +251,7 @@ def _judged(tables: Floats, seed: int, replicates: int) -> tuple[tuple[DoseLink,
         if not np.isfinite(found[0]):
             return MetricValue(None, why=_EQUAL)
         if n_seeds < MIN_SEEDS:
-            why = f"no interval: {n_seeds} seeds are in all arms, {MIN_SEEDS} are needed"
+            why = f"no interval: all arms share {n_seeds} of the {MIN_SEEDS} seeds that it takes"
             return MetricValue(float(found[0]), why=why)
         interval = expanded_interval(float(found[0]), found[1:], n_seeds)
         low, high = interval or (None, None)

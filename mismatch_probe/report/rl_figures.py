@@ -173,9 +173,8 @@ def dose_figure(arms: Sequence[ArmPoint], places: Sequence[Place] = ()) -> Figur
         for panel in axes.flat:
             panel.grid(visible=True, color=_GRID, linewidth=0.6)
         handles = _handles(shown)
-        figure.legend(
-            handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False, fontsize=8
-        )
+        columns = len(handles) if len(handles) <= 6 else 4
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
         _note(figure, shown, "whiskers: 95 % over seeds")
     return figure
 

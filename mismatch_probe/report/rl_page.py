@@ -116,12 +116,13 @@ def _provenance(summary: Mapping[str, Any]) -> Section:
 
 def print_arms(arms: Sequence[ArmPoint], console: Console) -> None:
     """The arms on a terminal of 80 columns, without intervals."""
-    shown = RichTable(box=box.SIMPLE_HEAD)
+    shown = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     shown.add_column("arm")
-    for name in ("runs", "ESS/n", "mean |d|", "reward", "clean", "kept", "collapsed"):
+    for name in ("ESS/n", "mean |d|", "reward", "clean", "kept", "collapsed"):
         shown.add_column(name, justify="right", no_wrap=True)
     for arm in arms:
         values = (arm.ess_seq, arm.mean_abs, arm.reward, arm.clean_reward, arm.reward_kept)
         numbers = [number(value.value) for value in values]
-        shown.add_row(Text(visible(arm.label)), str(arm.n_runs), *numbers, f"{arm.n_collapsed + arm.n_diverged}")
+        lost = f"{arm.n_collapsed + arm.n_diverged} of {arm.n_runs}"
+        shown.add_row(Text(visible(arm.label)), *numbers, lost)
     console.print(shown)

@@ -28,6 +28,8 @@ from mismatch_probe.rl.sweep import Sweep, SweepDirectory, slots
 from mismatch_probe.tables import SCHEMA_VERSION, refuse_occupied
 from mismatch_probe.types import MetricValue
 
+# Arms got the same dose where the larger ESS is at most so much larger.
+SAME_ESS = 0.05
 ENDED = ("complete", "collapsed", "diverged")
 
 
@@ -223,7 +225,7 @@ def dose_of(cells: Sequence[Cell], runs: pd.DataFrame) -> DoseResponse | None:
             ess = tuple(min(1.0, float(value)) for value in rows["ess_seq"])
             structure = "precision" if cell.config.stress == "none" else cell.config.stress
             found.append(DosedArm(arm, structure, ess, tuple(map(float, rows["mean_abs_logprob_diff"]))))
-    return dose_response(found)
+    return dose_response(found, tolerance=SAME_ESS)
 
 
 def _matched(response: DoseResponse | None) -> list[tuple[str, str, MetricValue]]:

@@ -318,9 +318,9 @@ def test_few_seeds_have_values_but_no_intervals() -> None:
     assert response.n_seeds == 5
     assert response.links[0].reward.value is not None
     assert response.links[0].reward.ci_low is None
-    assert response.links[0].reward.why == "no interval: 5 seeds are in all arms, 6 are needed"
+    assert response.links[0].reward.why == "no interval: all arms share 5 of the 6 seeds that it takes"
     assert response.better is None
-    assert response.verdict.startswith("Not judged which dose decides: no interval: 5 seeds are in all arms")
+    assert response.verdict.startswith("Not judged which dose decides: no interval: all arms share 5 of the 6")
     one = [
         DosedArm(Arm(d.arm.name, d.arm.runs[:1]), d.structure, d.ess_seq[:1], d.mean_abs_logprob_diff[:1]) for d in arms
     ]
