@@ -81,7 +81,8 @@ class RolloutRequest:
         prompt_token_ids: The prompt.
         seed: This request's own, so ids do not depend on the batch's order.
         forced_token_ids: The response to decode again, token by token; empty where one is to be sampled.
-        logit_noise: Standard deviation of injected noise on every logit (an RL run's stress); needs `NoiseV1`.
+        logit_noise: Standard deviation of injected noise on every logit (an RL run's stress); the engine's
+            job must allow for it.
     """
 
     sequence_id: int

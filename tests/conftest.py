@@ -16,6 +16,7 @@ import pytest
 
 import mismatch_probe
 from mismatch_probe.config import CompareConfig
+from mismatch_probe.engines.devices import gpu_present
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.probes.session import RunResult
 
@@ -27,6 +28,12 @@ SMALL: dict[str, Any] = {
     "max_tokens": 4,
     "null_tokens": 2,
 }
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not gpu_present():
+            item.add_marker(pytest.mark.skip(reason="gpu: nvidia-smi lists none"))
 
 
 def write_script(folder: Path, faults: dict[str, str] | None = None, **script: Any) -> Path:

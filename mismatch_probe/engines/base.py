@@ -56,7 +56,7 @@ class Capture:
 @dataclass(frozen=True)
 class RolloutJob:
     """Sample (or decode again) every request, at most `batch` at once; then the first `null_tokens` tokens of the first
-    batch once more.
+    batch once more. With `logit_noise` requests may ask for noise, and none keeps rows or replays.
     """
 
     engine: str
@@ -69,6 +69,7 @@ class RolloutJob:
     null_tokens: int
     max_model_len: int
     capture: Capture | None = None
+    logit_noise: bool = False
     in_process: bool = True
     trust_remote_code: bool = False
     arguments: Mapping[str, Any] = field(default_factory=dict)

@@ -43,15 +43,16 @@ class VllmRollout:
         self._in_process = job.in_process
         self._native_replay = False
         replays = any(len(request.forced_token_ids) for request in job.requests)
-        if replays or job.capture is not None:
-            options |= self._own_processors(options, replays)
+        if replays or job.capture is not None or job.logit_noise:
+            options |= self._own_processors(options, replays, "Noise" if job.logit_noise else "Rows")
         self._llm = LLM(**options)
         self._options = options
         self._runs = 0
 
-    def _own_processors(self, options: dict[str, Any], replays: bool) -> dict[str, Any]:
-        """The arguments that let rows be kept and tokens be forced. Which interface a processor must have depends on
-        the model runner, and that on the whole configuration (vllm/config/vllm.py, `use_v2_model_runner`).
+    def _own_processors(self, options: dict[str, Any], replays: bool, kind: str) -> dict[str, Any]:
+        """The arguments that let rows be kept and tokens be forced, or noise be added. Which interface a processor must
+        have depends on the model runner, and that on the whole configuration (vllm/config/vllm.py,
+        `use_v2_model_runner`).
         """
         from vllm import EngineArgs
 
@@ -62,7 +63,7 @@ class VllmRollout:
                 "Model Runner V1 cannot replay at a temperature other than 1.", "Leave --temperature out, or use a GPU."
             )
         self._native_replay = modern and replays
-        name = "RowsV2" if modern else "RowsV1"
+        name = f"{kind}V2" if modern else f"{kind}V1"
         chosen: dict[str, Any] = {"logits_processors": [f"mismatch_probe.engines.vllm_processors:{name}"]}
         return chosen | ({"enable_trace_replay": True} if self._native_replay else {})
 

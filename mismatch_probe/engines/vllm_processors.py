@@ -1,12 +1,13 @@
-"""Logits processors that run inside vLLM's engine: they keep full rows of logits, and force given tokens.
+"""Logits processors that run inside vLLM's engine: they keep full rows of logits, force given tokens, and add noise.
 
 vLLM has two interfaces for them. Model Runner V1 (CPUs) takes `RowsV1`, which also forces the tokens of a replay:
 raw log-probs are taken before processors run, so a forced token's log-prob is the real one. Model Runner V2 (CUDA)
 takes `RowsV2`; there vLLM replays tokens itself (`trace_decode_token_ids`). Both see FP32 rows before the
-temperature. A request says in `extra_args` what it wants, see `request_arguments`.
+temperature. `NoiseV1` and `NoiseV2` are the same pair for injected noise: each runner refuses the other's classes. A
+request says in `extra_args` what it wants, see `request_arguments`.
 
-Line references: vLLM 0.32, v1/sample/logits_processor/ and v1/worker/gpu/sample/logits_processor/. `RowsV2` was
-never run on a GPU; a test drives it with made-up contexts.
+Line references: vLLM 0.32, v1/sample/logits_processor/ and v1/worker/gpu/sample/logits_processor/. A test drives the
+V2 classes with made-up contexts; on a GPU tests marked `gpu` run them.
 """
 
 from __future__ import annotations
@@ -76,10 +77,10 @@ def request_arguments(
         seed: The request's own, which decides with the position what is kept.
         capture: Which rows are kept, and where; None for none.
         forced: Tokens that the processor is to force, V1 only.
-        logit_noise: For `NoiseV1`; such a request neither keeps rows nor replays.
+        logit_noise: Its standard deviation; such a request neither keeps rows nor replays.
     """
     if logit_noise:
-        return {_NOISE: [logit_noise, seed]}
+        return {_NOISE: [logit_noise, seed, prompt_length]}
     if capture is None and not forced:
         return None
     wish: dict[str, Any] = {"sequence_id": sequence_id, "prompt_length": prompt_length, "seed": seed}
@@ -155,12 +156,31 @@ class RowsV1(AdapterLogitsProcessor):  # type: ignore[misc]
         return process
 
 
-class NoiseV1(AdapterLogitsProcessor):  # type: ignore[misc]
-    """Adds noise to the logits of the requests that ask for it: an injected stress of known size, see `rl.stress`.
+@dataclass(frozen=True)
+class _Noise:
+    """An injected stress of known size, see `rl.stress`, that depends on the request's seed and the position alone.
 
-    The engine must report processed log-probs, which are those of the law that was sampled from. The noise depends on
-    the request's seed and the position alone.
+    The engine must report processed log-probs, which are those of the law that was sampled from.
     """
+
+    scale: float
+    seed: int
+    prompt_length: int
+
+    @classmethod
+    def wanted(cls, params: SamplingParams) -> _Noise | None:
+        wish: Sequence[Any] | None = (params.extra_args or {}).get(_NOISE)
+        return None if wish is None else cls(float(wish[0]), int(wish[1]), int(wish[2]))
+
+    def add_to(self, row: torch.Tensor, position: int) -> torch.Tensor:
+        """Changes `[V]` logits in place."""
+        # Drawn on the CPU whatever the device, so that both runners add the same.
+        generator = torch.Generator().manual_seed((self.seed << 20) + position)
+        return row.add_(self.scale * torch.randn(row.shape, generator=generator).to(row))
+
+
+class NoiseV1(AdapterLogitsProcessor):  # type: ignore[misc]
+    """Adds noise for Model Runner V1 to the logits of the requests that ask for it."""
 
     def is_argmax_invariant(self) -> bool:
         return False
@@ -168,16 +188,32 @@ class NoiseV1(AdapterLogitsProcessor):  # type: ignore[misc]
     def new_req_logits_processor(
         self, params: SamplingParams
     ) -> Callable[[list[int], torch.Tensor], torch.Tensor] | None:
-        wish: Sequence[Any] | None = (params.extra_args or {}).get(_NOISE)
-        if wish is None:
-            return None
-        scale, seed = float(wish[0]), int(wish[1])
+        noise = _Noise.wanted(params)
+        return None if noise is None else lambda output_ids, logits: noise.add_to(logits, len(output_ids))
 
-        def process(output_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
-            generator = torch.Generator().manual_seed((seed << 20) + len(output_ids))
-            return logits.add_(scale * torch.randn(logits.shape, generator=generator).to(logits))
 
-        return process
+class NoiseV2(LogitsProcessor):  # type: ignore[misc]
+    """Adds noise for Model Runner V2, without speculative decoding (a request then has one row a step)."""
+
+    def __init__(self, vllm_config: Any, req_states: Any) -> None:
+        self._wanted: dict[int, _Noise] = {}
+
+    def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
+        """Slots are recycled, so whatever the last request there wanted is overwritten."""
+        noise = _Noise.wanted(sampling_params)
+        if noise is None:
+            self._wanted.pop(req_idx, None)
+            return False
+        self._wanted[req_idx] = noise
+        return True
+
+    def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
+        for row, (slot, seen) in enumerate(zip(ctx.idx_mapping_np, ctx.seq_lens_upper_bound_np, strict=True)):
+            noise = self._wanted.get(int(slot))
+            # Before the prompt's last chunk no token of the response is being sampled.
+            if noise is not None and seen >= noise.prompt_length:
+                noise.add_to(logits[row], int(seen) - noise.prompt_length)
+        return logits
 
 
 class RowsV2(LogitsProcessor):  # type: ignore[misc]

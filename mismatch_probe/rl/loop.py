@@ -300,8 +300,9 @@ class Training:
                     raise NonFinite("the loss")
                 self._policy.backward(loss)
                 current |= _rows(rows, batch, logprobs.detach())
-                for name, value in sums.items():
-                    totals[name] = totals.get(name, 0.0) + float(value)
+                # Read together: each read of its own would wait for the device.
+                for name, value in zip(sums, torch.stack([*sums.values()]).tolist(), strict=True):
+                    totals[name] = totals.get(name, 0.0) + value
             facts.append(self._policy.step())
         return facts, totals, [current[i] for i in sorted(current)]
 
@@ -395,7 +396,8 @@ class Training:
         self._policy.restore(checkpoint.weights, checkpoint.moments, checkpoint.state)
         self._detector = CollapseDetector.from_state(checkpoint.state["detector"])
         self._step, self._passed = int(checkpoint.state["step"]), checkpoint.state["passed"]
-        self._history.extend(dict(weights) for weights in checkpoint.history)
+        device = self._p.device
+        self._history.extend({k: tensor.to(device) for k, tensor in weights.items()} for weights in checkpoint.history)
         for hits, counts in checkpoint.state["recent"]:
             self._recent.append((np.array(hits), np.array(counts)))
 

@@ -216,8 +216,6 @@ def _engine_job(directories: Sequence[RlDirectory], job: RlJob, longest_prompt: 
     arguments = {**settings.arguments, "logprobs_mode": "processed_logprobs"}
     if device == "cuda":
         arguments["gpu_memory_utilization"] = first.gpu_memory_utilization
-    if any(config.stress == "logit-noise" for config in configs):
-        arguments["logits_processors"] = ["mismatch_probe.engines.vllm_processors:NoiseV1"]
     return RolloutJob(
         engine="vllm",
         model_path=job.model_path,
@@ -228,6 +226,7 @@ def _engine_job(directories: Sequence[RlDirectory], job: RlJob, longest_prompt: 
         batch=min(MOST_AT_ONCE, max(c.prompts_per_step * c.samples_per_prompt for c in configs)),
         null_tokens=0,
         max_model_len=longest_prompt + max(c.max_tokens for c in configs) + 1,
+        logit_noise=any(config.stress == "logit-noise" for config in configs),
         trust_remote_code=job.trust_remote_code,
         arguments=arguments,
     )

@@ -11,14 +11,6 @@ import pytest
 collect_ignore_glob = [] if find_spec("vllm") and find_spec("torch") else ["test_*.py"]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    from mismatch_probe.engines.devices import gpu_present
-
-    for item in items:
-        if item.get_closest_marker("gpu") and not gpu_present():
-            item.add_marker(pytest.mark.skip(reason="gpu: nvidia-smi lists none"))
-
-
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A tiny checkpoint by architecture, made once."""

@@ -10,28 +10,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mismatch_probe.engines.base import RolloutJob
-from mismatch_probe.engines.devices import rollout_settings
+from mismatch_probe.engines.devices import Device, rollout_settings
 from mismatch_probe.types import Dtype, Sampling
 
 
-def engine_job(model_path: str, dtype: Dtype) -> RolloutJob:
+def engine_job(model_path: str, dtype: Dtype, device: Device = "cpu") -> RolloutJob:
     """vLLM as an RL run starts it."""
-    settings = rollout_settings("cpu", dtype, eager=True, in_process=True, kv_cache_gib=1)
+    settings = rollout_settings(device, dtype, eager=True, in_process=True, kv_cache_gib=1)
     return RolloutJob(
         engine="vllm",
         model_path=model_path,
         dtype=dtype,
-        device="cpu",
+        device=device,
         sampling=Sampling(16),
         requests=(),
         batch=16,
         null_tokens=0,
         max_model_len=64,
-        arguments={
-            **settings.arguments,
-            "logprobs_mode": "processed_logprobs",
-            "logits_processors": ["mismatch_probe.engines.vllm_processors:NoiseV1"],
-        },
+        logit_noise=True,
+        arguments={**settings.arguments, "logprobs_mode": "processed_logprobs"},
     )
 
 
@@ -59,6 +56,7 @@ class SyncFaultsJob:
     model_path: str
     dtype: Dtype
     step_size: float
+    device: Device = "cpu"
     trust_remote_code: bool = False
     subject: str = "The sync test"
 
@@ -70,9 +68,9 @@ class SyncFaultsJob:
         from mismatch_probe.rl.policy import Policy
         from mismatch_probe.rl.sync import SyncError, WeightSync
 
-        engine = Tampering(VllmRollout(engine_job(self.model_path, self.dtype)))
+        engine = Tampering(VllmRollout(engine_job(self.model_path, self.dtype, self.device)))
         config = make_config({"trainer_dtype": "float32", "rollout_dtype": self.dtype})
-        policy = Policy(self.model_path, config, torch.device("cpu"))
+        policy = Policy(self.model_path, config, torch.device(self.device))
         draw = torch.Generator().manual_seed(1)
         probes = torch.randint(4, 100, (8, 24), generator=draw).tolist()
         sync = WeightSync(engine, policy, self.dtype, probes, check=True, scan_every=1)
@@ -80,7 +78,7 @@ class SyncFaultsJob:
         def move() -> None:
             with torch.no_grad():
                 for parameter in policy.model.parameters():
-                    parameter.add_(self.step_size * torch.randn(parameter.shape, generator=draw))
+                    parameter.add_(self.step_size * torch.randn(parameter.shape, generator=draw).to(parameter))
 
         victim = "model.layers.1.mlp.down_proj.weight"
         faults: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,13 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import vllm
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate
 
 from mismatch_probe.engines import vllm_processors
 from mismatch_probe.engines.base import Capture
 from mismatch_probe.engines.rows import RowFile
-from mismatch_probe.engines.vllm_processors import RowsV1, RowsV2, request_arguments
+from mismatch_probe.engines.vllm import VllmRollout
+from mismatch_probe.engines.vllm_processors import NoiseV1, NoiseV2, RowsV1, RowsV2, request_arguments
+from tests.real.rl_jobs import engine_job
 
 pytestmark = pytest.mark.engine
 VOCABULARY = 6
@@ -126,6 +130,47 @@ def test_both_interfaces_keep_the_same_positions(tmp_path: Path) -> None:
     assert len(kept(tmp_path / "v1")) == 12
 
 
+def noisy(scale: float, seed: int, prompt_length: int) -> Any:
+    return SamplingParams(extra_args=request_arguments(0, prompt_length, seed, None, logit_noise=scale))
+
+
+def test_both_interfaces_add_the_same_noise() -> None:
+    second = NoiseV2(None, None)
+    assert second.add_request(5, noisy(0.3, 7, prompt_length=4))
+    assert second.add_request(2, noisy(0.3, 8, prompt_length=6))
+    assert not second.add_request(0, SamplingParams())
+    first, outputs = NoiseV1(None, torch.device("cpu"), False), [[], []]
+    requests = [
+        (i, noisy(0.3, seed, 1), [1], output) for i, (seed, output) in enumerate(zip((7, 8), outputs, strict=True))
+    ]
+    first.update_state(BatchUpdate(batch_size=2, removed=[], added=requests, moved=[]))
+    for t in range(3):
+        ours = second.apply(logits(0.1, 0.2, 0.3), context([2, 0, 5], [6 + t, 9 + t, 4 + t]))
+        theirs = first.apply(logits(0.3, 0.1))
+        assert torch.equal(ours[[2, 0]], theirs)
+        assert torch.equal(ours[1], logits(0.2)[0])
+        for output in outputs:
+            output.append(0)
+
+
+def test_v2_noise_has_its_size_and_is_fresh_at_each_position() -> None:
+    processor = NoiseV2(None, None)
+    processor.add_request(0, noisy(0.5, 7, prompt_length=3))
+    seen = [processor.apply(torch.zeros(1, 20_000), context([0], [3 + t])) for t in range(2)]
+    for values in seen:
+        assert float(values.std()) == pytest.approx(0.5, rel=0.03)
+    assert abs(float((seen[0] * seen[1]).mean())) < 0.01
+    unfinished = processor.apply(torch.zeros(1, 20), context([0], [2]))
+    assert not unfinished.any()
+
+
+def test_v2_noise_forgets_a_recycled_slot() -> None:
+    processor = NoiseV2(None, None)
+    processor.add_request(3, noisy(0.5, 7, prompt_length=2))
+    processor.add_request(3, SamplingParams())
+    assert not processor.apply(torch.zeros(1, 20), context([3], [2])).any()
+
+
 def test_v1_forces_a_token_after_it_has_kept_the_row(tmp_path: Path) -> None:
     processor, output = RowsV1(None, torch.device("cpu"), False), []
     wish = params(Capture(str(tmp_path / "rows"), 9, {7: {1: (0.5, 3.0)}}), 7, prompt_length=3, forced=(4, 2))
@@ -148,3 +193,21 @@ def test_a_request_that_wants_nothing_carries_nothing() -> None:
 def test_a_row_with_nan_is_kept_like_the_least_sure_one() -> None:
     rows = torch.tensor([[0.0, float("nan"), 1.0], [50.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
     assert vllm_processors._weights(rows).tolist() == pytest.approx([1.0, 0.1, 2 / 3])
+
+
+@pytest.mark.parametrize("modern", [True, False])
+@pytest.mark.parametrize("noise", [True, False])
+def test_the_engine_gets_the_class_that_its_model_runner_takes(
+    monkeypatch: pytest.MonkeyPatch, modern: bool, noise: bool
+) -> None:
+    config = SimpleNamespace(use_v2_model_runner=modern)
+    asked: dict[str, Any] = {}
+    # Through the dictionary: vLLM imports both only when they are asked for.
+    arguments = SimpleNamespace(create_engine_config=lambda: config)
+    monkeypatch.setitem(vars(vllm), "EngineArgs", lambda **_: arguments)
+    monkeypatch.setitem(vars(vllm), "LLM", lambda **options: asked.update(options))
+    job = replace(engine_job("a folder", "bfloat16"), logit_noise=noise, capture=None if noise else Capture("rows", 1))
+    VllmRollout(job)
+    name = f"{'Noise' if noise else 'Rows'}{'V2' if modern else 'V1'}"
+    assert asked["logits_processors"] == [f"mismatch_probe.engines.vllm_processors:{name}"]
+    assert hasattr(vllm_processors, name)

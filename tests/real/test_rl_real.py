@@ -86,3 +86,26 @@ def test_a_sweep_runs_two_precisions_beside_each_other(tmp_path: Path) -> None:
     )
     assert exact < 1e-5 < rounded < 1e-2 < noisy
     assert (result.path / "report.html").stat().st_size > 50_000
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("dtype", "limit", "stress"),
+    [
+        ("float32", 1e-5, {}),
+        ("bfloat16", 2e-3, {}),
+        ("float16", 1e-3, {}),
+        # Processors of the other interface than a GPU's model runner takes would end the run at its start. The engine
+        # reports the law that it sampled from, noise included.
+        ("float16", 0.1, {"stress": "logit-noise", "dose": 0.1}),
+    ],
+)
+def test_on_a_gpu_a_run_ends_and_differs_by_rounding(
+    tmp_path: Path, dtype: str, limit: float, stress: dict[str, Any]
+) -> None:
+    options = {**SMALL, "rollout_dtype": dtype, "trainer_dtype": dtype, "device": "cuda", "initial_loss_scale": 256.0}
+    result = mismatch_probe.rl_run(RlConfig(**{**options, **stress}), out=tmp_path / "run")
+    assert result.result["status"] == "complete"
+    gaps = [row["mean_abs_logprob_diff"] for row in _rows(result.path)]
+    assert all(gap < limit for gap in gaps), gaps
+    assert not stress or all(gap > 1e-3 for gap in gaps), gaps

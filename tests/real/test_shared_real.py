@@ -119,3 +119,16 @@ def test_vllms_own_engine_process_replays_and_keeps_rows_too(
     metrics = cell(run, "float32", "float32")["metrics"]
     assert 0 < metrics["kl_exact"]["value"] < 1e-10
     assert len(table(run, "exact")) == 2 * 30
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_replays_and_kept_rows_belong_to_their_tokens(tiny: Tiny, tmp_path: Path) -> None:
+    options = {**OPTIONS, "num_prompts": 16, "max_tokens": 64, "exact_kl": 64, "device": "cuda", "eager": True}
+    run = mismatch_probe.compare(CompareConfig(model=str(tiny("qwen3")), **options), out=tmp_path / "run")
+    tokens = table(run, "tokens")
+    sampled = tokens[tokens["pass_id"] == "vllm-bfloat16-decode"]["token_id"].tolist()
+    for dtype in ("float16", "float32"):
+        assert tokens[tokens["pass_id"] == f"vllm-{dtype}-replay"]["token_id"].tolist() == sampled
+    for dtype in ("bfloat16", "float16", "float32"):
+        metrics = cell(run, dtype, dtype)["metrics"]
+        assert metrics["kl_k3"]["value"] == pytest.approx(metrics["kl_exact"]["value"], rel=0.6)

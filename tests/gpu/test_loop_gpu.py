@@ -1,0 +1,120 @@
+"""The RL loop and its weight sync on a CUDA device, around an engine made of transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mismatch_probe.rl.config import make_config
+from mismatch_probe.rl.policy import Policy
+from mismatch_probe.rl.records import RlDirectory
+from mismatch_probe.rl.sync import SyncError, WeightSync
+from mismatch_probe.rl.worker import RlJob
+from tests.gpu.hf_engine import HfRollout
+from tests.real.rl_jobs import Tampering, engine_job
+
+pytestmark = [pytest.mark.gpu, pytest.mark.engine]
+DTYPES = ["float32", "bfloat16", "float16"]
+SMALL: dict[str, Any] = {
+    "steps": 2,
+    "n_problems": 8,
+    "prompts_per_step": 4,
+    "samples_per_prompt": 4,
+    "updates_per_rollout": 1,
+    "checkpoint_every": 1,
+}
+
+
+class Channel:
+    """Collects what a worker would send."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[str, Any]] = []
+
+    def send(self, name: str, payload: Any = None) -> None:
+        self.sent.append((name, payload))
+
+    def phase(self, name: str) -> None:
+        pass
+
+
+def run(folder: Path, source: Path, **options: Any) -> tuple[dict[str, Any], Any]:
+    """A run from the start, or from the newest checkpoint; how it ended, and its steps."""
+    if not (folder / "config.json").exists():
+        RlDirectory.create(folder, make_config({**SMALL, **options}), {})
+    channel = Channel()
+    RlJob([str(folder)], str(source), "cuda").run(channel)
+    (result,) = [payload[1] for name, payload in channel.sent if name == "result"]
+    return result, RlDirectory.open(folder).steps()
+
+
+@pytest.fixture(autouse=True)
+def without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mismatch_probe.engines.vllm.VllmRollout", HfRollout)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mode"),
+    [("float32", "cast"), ("bfloat16", "autocast"), ("float16", "autocast"), ("bfloat16", "cast"), ("float16", "cast")],
+)
+def test_a_run_ends_and_its_first_update_scores_as_the_pass_before_it(
+    chain: Path, tmp_path: Path, dtype: str, mode: str
+) -> None:
+    options = {"trainer_dtype": dtype, "rollout_dtype": dtype, "trainer_mode": mode, "initial_loss_scale": 256.0}
+    result, steps = run(tmp_path / "run", chain, **options)
+    assert result["status"] == "complete"
+    assert 0 <= result["clean_reward"] <= 1
+    assert (steps["movement_mean_abs"] == 0).all()
+    limit = {"float32": 1e-5, "float16": 2e-2, "bfloat16": 1e-1}[dtype]
+    assert (steps["mean_abs_logprob_diff"] < limit).all()
+    assert (steps["sync_gap"] < limit).all()
+    assert (steps["n_skipped"] == 0).all()
+    assert (steps["grad_norm"] > 0).any()
+
+
+@pytest.mark.parametrize("stress", [{"stress": "stale", "dose": 2}, {"stress": "mantissa", "dose": 7}])
+def test_a_run_resumes_from_its_checkpoint(chain: Path, tmp_path: Path, stress: dict[str, Any]) -> None:
+    exact = {"trainer_dtype": "float32", "rollout_dtype": "float32", "steps": 3, **stress}
+    whole = run(tmp_path / "whole", chain, **exact)[1]
+    part = tmp_path / "part"
+    run(part, chain, **{**exact, "steps": 2})
+    text = (part / "config.json").read_text()
+    (part / "config.json").write_text(text.replace('"steps": 2', '"steps": 3'))
+    (part / "result.json").unlink()
+    resumed = run(part, chain)[1]
+    assert resumed["step"].tolist() == whole["step"].tolist()
+    assert resumed["reward"].tolist() == pytest.approx(whole["reward"].tolist())
+    assert resumed["grad_norm"].tolist() == pytest.approx(whole["grad_norm"].tolist(), rel=1e-3)
+
+
+@pytest.mark.parametrize(("dtype", "step_size"), [("float32", 1e-3), ("bfloat16", 2e-3), ("float16", 1e-3)])
+def test_sync_faults_are_named(chain: Path, dtype: Any, step_size: float) -> None:
+    engine = Tampering(HfRollout(engine_job(str(chain), dtype, "cuda")))
+    policy = Policy(str(chain), make_config({"trainer_dtype": "float32"}), torch.device("cuda"))
+    draw = torch.Generator().manual_seed(1)
+    probes = torch.randint(3, 20, (8, 24), generator=draw).tolist()
+    sync = WeightSync(engine, policy, dtype, probes, check=True, scan_every=1)
+
+    def move() -> None:
+        with torch.no_grad():
+            for parameter in policy.model.parameters():
+                parameter.add_(step_size * torch.randn(parameter.shape, generator=draw).to(parameter))
+
+    move()
+    gap = sync.send(policy.weights()).gap
+    assert gap is not None
+    assert gap < {"float32": 1e-5, "float16": 1e-2, "bfloat16": 1e-1}[dtype]
+    move()
+    engine.tamper = lambda weights: {}
+    with pytest.raises(SyncError, match="stale"):
+        sync.send(policy.weights())
+    victim = "model.layers.1.mlp.down_proj.weight"
+    engine.tamper = lambda weights: weights
+    sync.resend(policy.weights())
+    move()
+    engine.tamper = lambda weights: {k: v for k, v in weights.items() if k != victim}
+    with pytest.raises(SyncError, match=f"{victim} did not arrive"):
+        sync.send(policy.weights())

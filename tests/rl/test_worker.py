@@ -1,0 +1,23 @@
+"""What an RL run asks of its engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mismatch_probe.rl.config import make_config
+from mismatch_probe.rl.records import RlDirectory
+from mismatch_probe.rl.worker import RlJob, _engine_job
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("noise", [True, False])
+def test_noise_is_the_engines_to_add_on_either_model_runner(tmp_path: Path, device: str, noise: bool) -> None:
+    stress = {"stress": "logit-noise", "dose": 0.1} if noise else {}
+    plain = RlDirectory.create(tmp_path / "plain", make_config({}), {})
+    other = RlDirectory.create(tmp_path / "other", make_config(stress), {})
+    job = _engine_job([plain, other], RlJob([], "a folder", device), longest_prompt=10)
+    assert job.logit_noise is noise
+    # A class named here would be of one interface, which the other model runner refuses.
+    assert "logits_processors" not in job.arguments
