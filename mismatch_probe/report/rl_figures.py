@@ -11,7 +11,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from mismatch_probe.report.format import visible
 from mismatch_probe.report.rl_data import STRESS_NOTE, ArmPoint, Place
-from mismatch_probe.report.style import Look, empty_figure, look, plot_settings, say
+from mismatch_probe.report.style import Look, empty_figure, look, plot_settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
+    from mismatch_probe.metrics.arms import ArmComparison
     from mismatch_probe.types import MetricValue
 
 _STRUCTURES = {
@@ -261,28 +262,28 @@ def _note(figure: Figure, arms: Sequence[ArmPoint], text: str) -> None:
     figure.suptitle(f"{text}; stress is {STRESS_NOTE}" if stressed else text, fontsize=8, color="#555555")
 
 
-def equal_ess_figure(pairs: Sequence[tuple[str, str, MetricValue]]) -> Figure:
+def equal_ess_figure(pairs: Sequence[ArmComparison]) -> Figure:
     """Differences of final reward between arms of equal ESS and different structure: is ESS the right dose?
 
     Args:
-        pairs: Both arms' names, and the reward of the first less that of the second.
+        pairs: Of which those without a difference are left out.
     """
+    shown = [(f"{visible(p.first)}\nminus {visible(p.second)}", p.difference) for p in pairs]
+    drawable = [(name, value) for name, value in shown if value.value is not None]
     with plot_settings():
-        drawable = [(f"{visible(a)}\nminus {visible(b)}", value) for a, b, value in pairs if value.value is not None]
         if not drawable:
-            text = "No two arms of different structure have the same ESS: whether ESS is the right dose is not judged."
-            return empty_figure(Figure(figsize=(8.0, 1.6)), text)
+            return empty_figure(Figure(figsize=(8.0, 1.6)), "No pair of arms has a difference.")
         figure = Figure(figsize=(8.0, 1.4 + 0.55 * len(drawable)), layout="constrained")
         axes = figure.subplots()
         for row, (_, value) in enumerate(drawable):
-            assert value.value is not None
             if value.ci_low is not None and value.ci_high is not None:
                 axes.hlines(row, value.ci_low, value.ci_high, color="#333333", linewidth=1.2)
+            assert value.value is not None
             axes.plot(value.value, row, "o", color="#333333", markersize=5)
         axes.axvline(0.0, color="#999999", linewidth=0.8)
         axes.set_yticks(range(len(drawable)), [name for name, _ in drawable], fontsize=8)
         axes.set(xlabel="difference of final reward at equal measured ESS", ylim=(len(drawable) - 0.5, -0.5))
         axes.grid(visible=True, axis="x", color=_GRID, linewidth=0.6)
         if all(value.ci_low is None for _, value in drawable):
-            say(axes, "one seed: no intervals", y=0.06)
+            axes.set_title("one seed: no intervals", fontsize=8, color="#555555")
     return figure

@@ -29,8 +29,8 @@ GUIDES: dict[str, tuple[str, str]] = {
         "Each marker is an arm at its measured mismatch; filled is the sampled policy, hollow the clean weights.",
     ),
     "equal_ess": (
-        "Is ESS the right dose?",
-        "Arms of equal ESS and different structure: a difference away from 0 says that ESS alone does not decide.",
+        "Equal ESS, different structure",
+        "A difference away from 0 says that ESS alone does not decide what becomes of a run.",
     ),
     "curves": (
         "Training, arm by arm",

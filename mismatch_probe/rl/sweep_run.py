@@ -125,7 +125,7 @@ def write_sweep(
     config = directory.cells[0].config
     summary: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
-        "model": {name: directory.manifest["model"][name] for name in ("name", "revision")},
+        "model": {"name": config.model, "revision": directory.manifest["model"]["revision"]},
         "task": config.task,
         "window": config.pass_window,
         "arms": [_arm_row(arm) for arm in arms],
@@ -137,11 +137,10 @@ def write_sweep(
     }
     write_json(directory.path / "summary.json", summary)
     folder = directory.path / "figures"
-    figures = {
-        "dose": save(dose_figure(arms, places), folder / "dose.png"),
-        "equal_ess": save(equal_ess_figure(_matched(response)), folder / "equal_ess.png"),
-        "curves": save(curves_figure(steps, arms), folder / "curves.png"),
-    }
+    drawn = {"dose": dose_figure(arms, places), "curves": curves_figure(steps, arms)}
+    if response is not None and response.matched:
+        drawn["equal_ess"] = equal_ess_figure([pair.comparison for pair in response.matched])
+    figures = {name: save(figure, folder / f"{name}.png") for name, figure in drawn.items()}
     write_text(directory.path / "report.html", render_sweep(summary, arms, places, figures))
     return SweepResult(directory.path, summary, arms, figures, failures)
 
@@ -226,11 +225,6 @@ def dose_of(cells: Sequence[Cell], runs: pd.DataFrame) -> DoseResponse | None:
             structure = "precision" if cell.config.stress == "none" else cell.config.stress
             found.append(DosedArm(arm, structure, ess, tuple(map(float, rows["mean_abs_logprob_diff"]))))
     return dose_response(found, tolerance=SAME_ESS)
-
-
-def _matched(response: DoseResponse | None) -> list[tuple[str, str, MetricValue]]:
-    pairs = [] if response is None else [pair.comparison for pair in response.matched]
-    return [(pair.first, pair.second, pair.difference) for pair in pairs]
 
 
 def _family(cell: Cell) -> tuple[str, float]:

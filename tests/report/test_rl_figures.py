@@ -10,6 +10,8 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
+from mismatch_probe.metrics.arms import compare_sweep
+from mismatch_probe.metrics.runs import Arm, Run
 from mismatch_probe.report.figures import save
 from mismatch_probe.report.rl_data import ArmPoint, Place
 from mismatch_probe.report.rl_figures import curves_figure, dose_figure, equal_ess_figure, run_figure
@@ -146,10 +148,17 @@ def test_curves_are_running_means_over_seeds() -> None:
     np.testing.assert_allclose(figure.axes[0].lines[0].get_ydata(), 0.5)
 
 
-def test_equal_ess_says_when_it_is_not_judged() -> None:
-    assert "not judged" in _texts(equal_ess_figure([]).axes[0])[0]
-    figure = equal_ess_figure([("A", "B", MetricValue(0.1, -0.1, 0.3)), ("A", "C", MetricValue(None, why="x"))])
-    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["A\nminus B"]
+def test_equal_ess_draws_a_row_a_pair() -> None:
+    def runs(name: str, *rewards: float) -> Arm:
+        return Arm(name, tuple(Run(seed, reward, False) for seed, reward in enumerate(rewards)))
+
+    first, second, other = runs("A", 0.5, 0.7), runs("B", 0.4, 0.5), Arm("C", (Run(9, 0.5, False),))
+    pairs = compare_sweep([(first, second), (first, other)])
+    axes = equal_ess_figure(pairs).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["A\nminus B"]  # C shares no seed
+    assert axes.lines[0].get_xdata()[0] == pytest.approx(0.15)
+    assert len(axes.collections) == 1
+    assert "No pair" in _texts(equal_ess_figure([]).axes[0])[0]
 
 
 def _summary() -> dict[str, Any]:
