@@ -11,6 +11,7 @@ import pytest
 
 from mismatch_probe.config import SHORT_DTYPES
 from mismatch_probe.errors import UsageError
+from mismatch_probe.resources import data_path
 from mismatch_probe.rl.config import ALGORITHM_NAMES, RlConfig, make_config, read_config
 from mismatch_probe.rl.losses import ALGORITHMS
 
@@ -228,3 +229,13 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
 def test_a_configuration_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
         RlConfig().steps = 3
+
+
+@pytest.mark.parametrize("name", ["sanity-r1-distill-1.5b", "sanity-qwen3-1.7b"])
+def test_the_shipped_files_are_the_papers_set_up(name: str) -> None:
+    config = read_config(data_path(f"rl/{name}.toml"), {})
+    assert (config.task, config.device, config.chat) == ("math", "cuda", True)
+    assert (config.learning_rate, config.beta1, config.beta2, config.weight_decay) == (1e-6, 0.9, 0.95, 0.0)
+    assert (config.temperature, config.max_grad_norm, config.updates_per_rollout) == (1.0, 1.0, 4)
+    assert config.rollout_dtype == config.trainer_dtype
+    assert config.pass_above == 0.95
