@@ -6,7 +6,7 @@ policy: a policy that has collapsed has a large mismatch for that reason (FACTS.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,10 @@ from mismatch_probe.rl.sweep import SweepDirectory
 # What tells arms apart, as columns of the table of runs.
 AXES = ("rollout_dtype", "trainer_dtype", "trainer_mode", "algorithm", "learning_rate", "stress", "dose")
 DOSES = ("ess_seq", "mean_abs_logprob_diff", "rms_logprob_diff")
+_MEASURED = (
+    *("final_reward", "best_reward", "reward_kept", "clean_reward", "passed_at_step"),
+    *(name for key in DOSES for name in (key, f"{key}_run")),
+)
 _PHASES = ("rollout", "sync", "forward_backward", "other")
 
 
@@ -31,7 +35,9 @@ def runs_table(sweep: SweepDirectory, failures: Mapping[str, Any] | None = None)
     `ess_seq`, `mean_abs_logprob_diff`, `rms_logprob_diff`, means over the first window, each also with `_run`, over the
     whole run; seconds by phase.
     """
-    return pd.DataFrame([_row(cell, sweep.run_of(cell), failures or {}) for cell in sweep.cells])
+    table = pd.DataFrame([_row(cell, sweep.run_of(cell), failures or {}) for cell in sweep.cells])
+    # A column in which no run has a value is one of numbers all the same.
+    return table.astype(dict.fromkeys(_MEASURED, float))
 
 
 def steps_table(sweep: SweepDirectory) -> pd.DataFrame:
@@ -79,8 +85,3 @@ def _doses(steps: pd.DataFrame, window: int) -> dict[str, float | None]:
             part = part[np.isfinite(part)]
             found[name] = float(part.mean()) if len(part) else None
     return found
-
-
-def arm_order(runs: pd.DataFrame) -> Sequence[str]:
-    """Arms in the order of the plan."""
-    return list(dict.fromkeys(runs["arm"]))

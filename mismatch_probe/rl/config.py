@@ -65,7 +65,9 @@ class RlConfig(BaseModel):
         initial_loss_scale, loss_scale_growth_interval, minimum_loss_scale: Of FP16 training.
         stress, dose: Injected stress on the rollout side, see `rl.stress`; never to be mistaken for precision.
         seed: Of everything.
-        evaluate_every: Steps between evaluations of the clean weights under FP32; 0 for none but the last.
+        evaluate_every: Steps between evaluations of the clean weights under FP32, by transformers' own sampling, which
+            is slow for long responses; 0 for none.
+        evaluate_at_end: Whether the last weights are evaluated in any case.
         checkpoint_every: Steps between checkpoints.
         pass_above, pass_window: The sanity test: passed when the lower 95 % limit of the mean reward over so many steps
             exceeds the threshold.
@@ -111,6 +113,7 @@ class RlConfig(BaseModel):
     dose: Annotated[float, Field(ge=0)] = 0.0
     seed: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
     evaluate_every: Count = 0
+    evaluate_at_end: bool = True
     checkpoint_every: Positive = 50
     pass_above: Annotated[float, Field(gt=0, lt=1)] = 0.95
     pass_window: Positive = 10

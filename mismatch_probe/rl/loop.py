@@ -134,12 +134,13 @@ class Training:
             if self._step % config.checkpoint_every == 0 or self._step == config.steps:
                 self._save()
         healthy = self._healthy_checkpoint()
+        clean = self._config.evaluate_at_end and ended["status"] != "diverged"
         return {
             **ended,
             "steps": self._step,
             "last_healthy_checkpoint": healthy,
             "passed_at_step": self._passed,
-            "clean_reward": self._evaluate(self._step) if ended["status"] != "diverged" else None,
+            "clean_reward": self._evaluate(self._step) if clean else None,
         }
 
     def _one_step(self) -> dict[str, Any]:
