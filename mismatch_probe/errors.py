@@ -37,6 +37,10 @@ class UsageError(ProbeError, ValueError):
     exit_code = EXIT_USAGE
 
 
+class FolderBusy(UsageError):
+    """Another process is working on the folder."""
+
+
 class PromptError(ProbeError, ValueError):
     """A prompt file is missing, empty, or has a line that cannot be read."""
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mismatch_probe.errors import DiskFull, TableError, UsageError
+from mismatch_probe.errors import DiskFull, FolderBusy, TableError, UsageError
 
 LOCK = ".lock"
 
@@ -74,7 +74,8 @@ def locked(folder: Path) -> Iterator[None]:
     """Holds a folder against other processes, making it where it is missing; the lock dies with the process.
 
     Raises:
-        UsageError: Another process holds it, or the folder cannot be used.
+        FolderBusy: Another process holds it.
+        UsageError: The folder cannot be used.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -85,7 +86,7 @@ def locked(folder: Path) -> Iterator[None]:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
-        raise UsageError(f"Another process is working on {folder}.", "Wait until it ends, then try again.") from None
+        raise FolderBusy(f"Another process is working on {folder}.", "Wait until it ends, then try again.") from None
     try:
         yield
     finally:

@@ -134,6 +134,10 @@ class OwnJob(Protocol):
     @property
     def trust_remote_code(self) -> bool: ...
 
+    @property
+    def memory_advice(self) -> str:
+        """A sentence on what to lower where memory runs out."""
+
     def run(self, channel: Any) -> None:
         """Does it, in the worker process; `channel` takes events (`send`) and ends phases (`phase`)."""
 

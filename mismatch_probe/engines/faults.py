@@ -26,8 +26,10 @@ def memory_error(job: Job) -> EngineError:
         fix = "Lower --memory-budget, or use --trainer-layout single, then continue with --resume."
     elif isinstance(job, RolloutJob) and job.device == "cuda":
         fix = "Lower --rollout-batch or --max-tokens, or set --engine-arg gpu_memory_utilization=0.7."
-    else:
+    elif isinstance(job, RolloutJob | EncodeJob):
         fix = "Lower --rollout-batch, --max-tokens or --num-prompts, or use a machine with more memory."
+    else:
+        fix = f"{job.memory_advice} Or use a machine with more memory."
     return EngineError(f"{describe(job)} ran out of memory.", fix)
 
 
@@ -65,10 +67,9 @@ def classify(error: BaseException, job: Job) -> ProbeError | None:
             "Run `mismatch-probe env` to see what is missing.",
         )
     if _CODE.search(text) and not job.trust_remote_code:
-        return ModelError(
-            f"The checkpoint {job.model_path} wants to run Python code of its own.",
-            "Read that code, then add --trust-remote-code.",
-        )
+        own = not isinstance(job, EncodeJob | RolloutJob | TrainerJob)
+        fix = "This command runs no such code." if own else "Read that code, then add --trust-remote-code."
+        return ModelError(f"The checkpoint {job.model_path} wants to run Python code of its own.", fix)
     if isinstance(job, EncodeJob) and (_TOKENIZER.search(text) or isinstance(error, OSError)):
         return ModelError(
             f"The tokenizer of {job.model_path} cannot be loaded: {first_line(error)}",

@@ -18,6 +18,7 @@ class ArmPoint:
     Attributes:
         arm: Its name, as in the table of runs.
         label: For people.
+        family: The label of the same arm without stress.
         precision: Rollout dtype where no stress is injected and the trainer has the same one, else empty.
         structure: Of the injected stress, or `none`.
         dose: Its size.
@@ -30,6 +31,7 @@ class ArmPoint:
 
     arm: str
     label: str
+    family: str
     precision: str
     structure: str
     dose: float

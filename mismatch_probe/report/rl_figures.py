@@ -106,7 +106,10 @@ def curves_figure(steps: pd.DataFrame, arms: Sequence[ArmPoint]) -> Figure:
         for arm, mark in zip(arms, _shades(arms), strict=True):
             rows = steps[steps["arm"] == arm.arm]
             for axes, column in ((left, "reward"), (right, "mean_abs_logprob_diff")):
-                mean = rows.groupby("step")[column].mean().rolling(5, min_periods=1).mean()
+                steps_of = rows.groupby("step")[column]
+                # Cut where a run ended early: the mean of those that are left would rise by their absence.
+                whole = steps_of.size() == steps_of.size().max()
+                mean = steps_of.mean()[whole].rolling(5, min_periods=1).mean()
                 values = mean.where(mean > 0) if axes is right else mean
                 axes.plot(
                     values.index.to_numpy(),
@@ -125,7 +128,7 @@ def curves_figure(steps: pd.DataFrame, arms: Sequence[ArmPoint]) -> Figure:
             axes.grid(visible=True, color=_GRID, linewidth=0.6)
         handles, labels = left.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False, fontsize=8)
-        _note(figure, arms, "running means of 5 steps")
+        _note(figure, arms, "running means of 5 steps, up to where the first run of an arm ended")
     return figure
 
 
@@ -181,9 +184,9 @@ def dose_figure(arms: Sequence[ArmPoint], places: Sequence[Place] = ()) -> Figur
 
 
 def _draw_doses(axes: Axes, arms: Sequence[ArmPoint], dose: str, outcome: str, hollow: str = "") -> None:
-    for structure in dict.fromkeys(arm.structure for arm in arms):
+    for family, structure in dict.fromkeys((arm.family, arm.structure) for arm in arms):
         if structure != "none":
-            line = sorted((a for a in arms if a.structure == structure), key=lambda a: a.dose)
+            line = sorted((a for a in arms if (a.family, a.structure) == (family, structure)), key=lambda a: a.dose)
             xs, ys = [_at(a, dose) for a in line], [_at(a, outcome) for a in line]
             axes.plot(xs, ys, color=arm_look(line[0]).color, linestyle=arm_look(line[0]).linestyle, linewidth=0.9)
     for arm in arms:
@@ -208,12 +211,12 @@ def _at(arm: ArmPoint, name: str) -> float:
 
 
 def _mark_ends(axes: Axes, arms: Sequence[ArmPoint], dose: str) -> None:
-    """Says at an arm how many of its runs collapsed or diverged, where any did."""
+    """Says at an arm how many of its runs were lost, that is collapsed or diverged, where any were."""
     for arm in arms:
         ended = arm.n_collapsed + arm.n_diverged
         if ended and arm.reward_kept.value is not None:
             axes.annotate(
-                f"{ended} of {arm.n_runs} collapsed",
+                f"{ended} of {arm.n_runs} lost",
                 (_at(arm, dose), arm.reward_kept.value),
                 (6, 5),
                 textcoords="offset points",
@@ -247,9 +250,11 @@ def _draw_places(panels: Sequence[Axes], places: Sequence[Place], dose: str) -> 
 
 def _handles(arms: Sequence[ArmPoint]) -> list[Line2D]:
     found: dict[str, Line2D] = {}
+    several = len({arm.family for arm in arms if arm.structure != "none"}) > 1
     for arm in arms:
         mark = arm_look(arm)
-        name = f"stress: {arm.structure}" if arm.structure != "none" else visible(arm.label)
+        stress = f"{visible(arm.family)}, {arm.structure}" if several else f"stress: {arm.structure}"
+        name = stress if arm.structure != "none" else visible(arm.label)
         found.setdefault(name, Line2D([], [], color=mark.color, marker=mark.marker, linestyle="none", label=name))
     clean = Line2D(
         [], [], marker="o", markerfacecolor="white", markeredgecolor="#555555", linestyle="none", label="clean weights"

@@ -67,7 +67,7 @@ def render_sweep(
 
 def arms_table(arms: Sequence[ArmPoint]) -> Table:
     """A row per arm."""
-    header = ("arm", "runs", "ESS / n", "mean |d|", "final reward", "clean reward", "kept of the best", "collapsed")
+    header = ("arm", "runs", "ESS / n", "mean |d|", "final reward", "clean reward", "kept of the best", "lost")
     rows = []
     for arm in arms:
         name = stacked(visible(arm.label), STRESS_NOTE if arm.structure != "none" else "")
@@ -118,7 +118,7 @@ def print_arms(arms: Sequence[ArmPoint], console: Console) -> None:
     """The arms on a terminal of 80 columns, without intervals."""
     shown = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     shown.add_column("arm")
-    for name in ("ESS/n", "mean |d|", "reward", "clean", "kept", "collapsed"):
+    for name in ("ESS/n", "mean |d|", "reward", "clean", "kept", "lost"):
         shown.add_column(name, justify="right", no_wrap=True)
     for arm in arms:
         values = (arm.ess_seq, arm.mean_abs, arm.reward, arm.clean_reward, arm.reward_kept)

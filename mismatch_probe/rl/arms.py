@@ -1,12 +1,11 @@
 """What a sweep has found: a row per run, and arms, which are runs that differ in their seed alone.
 
-Where an arm lies on the axes of a dose–response figure is measured in its first steps, before training has moved the
-policy: a policy that has collapsed has a large mismatch for that reason (FACTS.md), which is not the dose.
+Where an arm lies on the axes of a dose–response figure is measured in its first steps, while the policy is still near
+the initial one: a policy that has collapsed has a large mismatch for that reason (FACTS.md), which is not the dose.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -18,24 +17,25 @@ from mismatch_probe.rl.sweep import SweepDirectory
 
 # What tells arms apart, as columns of the table of runs.
 AXES = ("rollout_dtype", "trainer_dtype", "trainer_mode", "algorithm", "learning_rate", "stress", "dose")
-DOSES = ("ess_seq", "mean_abs_logprob_diff", "rms_logprob_diff")
+DOSES = ("ess_seq", "mean_abs_logprob_diff")
 _MEASURED = (
-    *("final_reward", "best_reward", "reward_kept", "clean_reward", "passed_at_step"),
+    *("final_reward", "best_reward", "reward_kept", "clean_reward", "first_above_step"),
     *(name for key in DOSES for name in (key, f"{key}_run")),
 )
 _PHASES = ("rollout", "sync", "forward_backward", "other")
 
 
-def runs_table(sweep: SweepDirectory, failures: Mapping[str, Any] | None = None) -> pd.DataFrame:
+def runs_table(sweep: SweepDirectory) -> pd.DataFrame:
     """A row per cell, ended or not.
 
     Columns: `cell`, `arm`, `AXES`, `seed`, `status` (`complete`, `collapsed`, `diverged`, `failed`, `unfinished`),
     `why`, `steps`; `final_reward`, mean over the last window of the run's configuration; `best_reward`, of its best
-    window; `reward_kept`, the ratio of both; `clean_reward`, of the clean weights at the end; `passed_at_step`;
-    `ess_seq`, `mean_abs_logprob_diff`, `rms_logprob_diff`, means over the first window, each also with `_run`, over the
-    whole run; seconds by phase.
+    window; `reward_kept`, the ratio of both; `clean_reward`, of the clean weights at the end; `passed` and
+    `first_above_step`, the sanity test; `ess_seq` of the first window pooled, 1 / (1 + mean χ²), the same quantity as a
+    prediction's (the sample ESS of one step's few sequences would be too high); `mean_abs_logprob_diff`, mean over the
+    first window; both also with `_run`, over the whole run; seconds by phase.
     """
-    table = pd.DataFrame([_row(cell, sweep.run_of(cell), failures or {}) for cell in sweep.cells])
+    table = pd.DataFrame([_row(cell, sweep.existing(cell), sweep.failure(cell)) for cell in sweep.cells])
     # A column in which no run has a value is one of numbers all the same.
     return table.astype(dict.fromkeys(_MEASURED, float))
 
@@ -44,26 +44,28 @@ def steps_table(sweep: SweepDirectory) -> pd.DataFrame:
     """The steps of all runs, each with its `cell`, `arm` and `seed`."""
     found = []
     for cell in sweep.cells:
-        steps = sweep.run_of(cell).steps()
-        if len(steps):
+        run = sweep.existing(cell)
+        if run is not None and len(steps := run.steps()):
             found.append(steps.assign(cell=cell.name, arm=cell.arm, seed=cell.config.seed))
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
 
 
-def _row(cell: Cell, run: RlDirectory, failures: Mapping[str, Any]) -> dict[str, Any]:
-    config, result, steps = cell.config, run.result() or {}, run.steps()
-    status = result.get("status", "failed" if cell.name in failures else "unfinished")
+def _row(cell: Cell, run: RlDirectory | None, failure: str) -> dict[str, Any]:
+    config = cell.config
+    result, steps = ({}, pd.DataFrame()) if run is None else (run.result() or {}, run.steps())
+    status = result.get("status", "failed" if failure else "unfinished")
     return {
         "cell": cell.name,
         "arm": cell.arm,
         **{axis: getattr(config, axis) for axis in AXES},
         "seed": config.seed,
         "status": status,
-        "why": result.get("why") or str(failures.get(cell.name, "")),
+        "why": result.get("why", failure),
         "steps": len(steps),
         **_rewards(steps, config.pass_window),
         "clean_reward": result.get("clean_reward"),
-        "passed_at_step": result.get("passed_at_step"),
+        "passed": bool(result.get("passed")),
+        "first_above_step": result.get("first_above_step"),
         **_doses(steps, config.pass_window),
         **{f"seconds_{p}": float(steps[f"seconds_{p}"].sum()) if len(steps) else 0.0 for p in _PHASES},
     }
@@ -79,9 +81,14 @@ def _rewards(steps: pd.DataFrame, window: int) -> dict[str, float | None]:
 
 def _doses(steps: pd.DataFrame, window: int) -> dict[str, float | None]:
     found: dict[str, float | None] = {}
-    for key in DOSES:
-        values = steps[key].to_numpy(float) if len(steps) else np.empty(0)
-        for name, part in ((key, values[:window]), (f"{key}_run", values)):
-            part = part[np.isfinite(part)]
-            found[name] = float(part.mean()) if len(part) else None
+    for name, rows in (("", steps.head(window)), ("_run", steps)):
+        excess = _finite_mean(rows, "chi2_seq")
+        found[f"ess_seq{name}"] = None if excess is None else min(1.0, 1 / (1 + excess))
+        found[f"mean_abs_logprob_diff{name}"] = _finite_mean(rows, "mean_abs_logprob_diff")
     return found
+
+
+def _finite_mean(steps: pd.DataFrame, column: str) -> float | None:
+    values = steps[column].to_numpy(float) if len(steps) else np.empty(0)
+    values = values[np.isfinite(values)]
+    return float(values.mean()) if len(values) else None

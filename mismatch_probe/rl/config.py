@@ -69,8 +69,8 @@ class RlConfig(BaseModel):
             is slow for long responses; 0 for none.
         evaluate_at_end: Whether the last weights are evaluated in any case.
         checkpoint_every: Steps between checkpoints.
-        pass_above, pass_window: The sanity test: passed when the lower 95 % limit of the mean reward over so many steps
-            exceeds the threshold.
+        pass_above, pass_window: The sanity test: passed when the lower 95 % limit of the mean reward over the last so
+            many steps exceeds the threshold.
         collapse_window: Steps of the collapse rule, see `rl.collapse`.
         check_sync: Whether every weight sync is checked, see `rl.sync`.
         record_rollouts: Whether every rollout is kept, in the format that `compare --from` reads.

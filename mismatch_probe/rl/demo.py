@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mismatch_probe.rl.plan import Cell, make_cells
 
-# Sequence ESS at 49 tokens: about .9, .7, .3 and .05.
+# From a dose that training hardly feels to one under which the sampled policy is another one.
 DOSES = (0.11, 0.13, 0.15, 0.2)
 _BASE = {"steps": 60, "record_rollouts": False}
 

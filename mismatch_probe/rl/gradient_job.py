@@ -91,6 +91,7 @@ class GradientJob:
     trainer: TrainerJob
     passes: Sequence[PassTask]
     subject: str = field(default="The gradient pass", init=False)
+    memory_advice: str = field(default="Compare with a lower --max-tokens.", init=False)
 
     @property
     def model_path(self) -> str:

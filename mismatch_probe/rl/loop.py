@@ -34,6 +34,8 @@ from mismatch_probe.types import Rollout, RolloutRequest, Sampling
 Floats = NDArray[np.float64]
 _PROBES = 8
 _EVALUATED = 128
+# Micro-batches: an evaluation keeps no gradients.
+_EVALUATED_AT_ONCE = 8
 
 
 class Engine(ScoringEngine, Protocol):
@@ -100,7 +102,7 @@ class Training:
         self._history: deque[dict[str, torch.Tensor]] = deque(maxlen=stale + 1)
         # By problem, successes and responses of each of the last steps: the sanity test's clusters.
         self._recent: deque[tuple[Floats, Floats]] = deque(maxlen=self._config.pass_window)
-        self._passed: int | None = None
+        self._first_above: int | None = None
         found = checkpoints(pieces.directory.checkpoints)
         if found:
             self._restore(load_checkpoint(found[-1]))
@@ -115,7 +117,8 @@ class Training:
 
         Returns:
             How it ended: `status` (`complete`, `collapsed`, `diverged`), `why`, `steps`, `last_healthy_checkpoint`,
-            `passed_at_step`, `clean_reward`.
+            `passed` (the sanity test, over the last window), `first_above_step` (the first window that would have
+            passed), `clean_reward`.
         """
         config, ended = self._config, {"status": "complete", "why": ""}
         self._p.tell("total", config.steps - self._step)
@@ -129,8 +132,8 @@ class Training:
             self._p.tell("step", row)
             self._step += 1
             ended = self._judge(row)
-            if self._passed is None and self._passes():
-                self._passed = row["step"]
+            if self._first_above is None and self._above():
+                self._first_above = row["step"]
             if self._step % config.checkpoint_every == 0 or self._step == config.steps:
                 self._save()
         healthy = self._healthy_checkpoint()
@@ -139,7 +142,8 @@ class Training:
             **ended,
             "steps": self._step,
             "last_healthy_checkpoint": healthy,
-            "passed_at_step": self._passed,
+            "passed": self._above() if ended["status"] == "complete" else False,
+            "first_above_step": self._first_above,
             "clean_reward": self._evaluate(self._step) if clean else None,
         }
 
@@ -340,8 +344,11 @@ class Training:
         n = len(self._p.problems)
         return np.bincount(owners, rewards, n).astype(float), np.bincount(owners, minlength=n).astype(float)
 
-    def _passes(self) -> bool:
-        """The sanity test: the lower 95 % limit of the mean reward over the window, clustered by problem."""
+    def _above(self) -> bool:
+        """The sanity test: whether the lower 95 % limit of the mean reward over the last window, clustered by problem,
+        exceeds the threshold. The level holds for one look, the one at the end; of hundreds of windows the first above
+        is above by luck.
+        """
         if len(self._recent) < self._config.pass_window:
             return False
         hits, counts = (np.sum([part[k] for part in self._recent], axis=0) for k in (0, 1))
@@ -351,12 +358,22 @@ class Training:
     @torch.no_grad()
     def _evaluate(self, step: int) -> float:
         """Mean reward of the clean weights: FP32, no stress, transformers' own sampling, one response a problem."""
-        from transformers import GenerationConfig
-
         problems = list(self._p.problems[:_EVALUATED])
         prompts = [list(ids) for ids in self._p.prompts[:_EVALUATED]]
+        size = _EVALUATED_AT_ONCE * self._config.micro_batch
+        devices = [self._p.device] if self._p.device.type == "cuda" else []
+        answers: list[Response] = []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(self._config.seed * 1_000_003 + step)
+            for start in range(0, len(prompts), size):
+                answers += self._clean_responses(prompts[start : start + size])
+        return float(np.mean(self._p.task.rewards(problems, answers)))
+
+    def _clean_responses(self, prompts: Sequence[Sequence[int]]) -> list[Response]:
+        from transformers import GenerationConfig
+
         longest = max(map(len, prompts))
-        ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=self._p.device)
+        ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=self._p.device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self._p.device)
         sampling = GenerationConfig(
             do_sample=True,
@@ -367,16 +384,13 @@ class Training:
             eos_token_id=list(self._p.end_ids),
             pad_token_id=self._p.end_ids[0],
         )
-        devices = [self._p.device] if self._p.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(self._config.seed * 1_000_003 + step)
-            out = self._policy.model.generate(input_ids=ids, attention_mask=mask, generation_config=sampling)
+        out = self._policy.model.generate(input_ids=ids, attention_mask=mask, generation_config=sampling)
         answers = []
         for row in out[:, longest:].tolist():
             ends = [i for i, token in enumerate(row) if token in self._p.end_ids]
             kept = row[: ends[0] + 1] if ends else row
             answers.append(Response(self._p.decode(kept), "stop" if ends else "length"))
-        return float(np.mean(self._p.task.rewards(problems, answers)))
+        return answers
 
     def _probes(self) -> list[list[int]]:
         """Fixed sequences for the sync check: prompts, which the model has an opinion about."""
@@ -386,7 +400,7 @@ class Training:
         moments, numbers = self._policy.state()
         history = list(self._history)
         state = {"step": self._step, **numbers, "detector": self._detector.state(), "n_history": len(history)}
-        state["passed"] = self._passed
+        state["first_above"] = self._first_above
         state["recent"] = [[part.tolist() for part in parts] for parts in self._recent]
         folder = self._p.directory.checkpoints
         content = Checkpoint(self._policy.weights(), moments, history, state)
@@ -396,7 +410,7 @@ class Training:
     def _restore(self, checkpoint: Checkpoint) -> None:
         self._policy.restore(checkpoint.weights, checkpoint.moments, checkpoint.state)
         self._detector = CollapseDetector.from_state(checkpoint.state["detector"])
-        self._step, self._passed = int(checkpoint.state["step"]), checkpoint.state["passed"]
+        self._step, self._first_above = int(checkpoint.state["step"]), checkpoint.state["first_above"]
         device = self._p.device
         self._history.extend({k: tensor.to(device) for k, tensor in weights.items()} for weights in checkpoint.history)
         for hits, counts in checkpoint.state["recent"]:

@@ -112,11 +112,14 @@ def _unfold(base: Mapping[str, Any], grid: Grid) -> list[Cell]:
     found = []
     for parts in itertools.product(precisions, algorithms, rates, stresses):
         values = dict(base) | {key: value for part in parts for key, value in part.items()}
-        for seed in seeds:
-            config = make_config(values | {"seed": seed})
-            arm = arm_name(config)
-            found.append(Cell(f"{arm}_s{seed}", arm, config))
+        found += [named_cell(make_config(values | {"seed": seed})) for seed in seeds]
     return found
+
+
+def named_cell(config: RlConfig) -> Cell:
+    """The cell of a configuration."""
+    arm = arm_name(config)
+    return Cell(f"{arm}_s{config.seed}", arm, config)
 
 
 def _precision(text: str) -> dict[str, Any]:
@@ -146,6 +149,11 @@ def arm_name(config: RlConfig) -> str:
     precision = f"{_SHORT[config.rollout_dtype]}-{_SHORT[config.trainer_dtype]}{mode}"
     stress = "" if config.stress == "none" else f"_{config.stress}-{config.dose:g}"
     return f"{precision}_{config.algorithm}_lr{config.learning_rate:g}{stress}"
+
+
+def families(configs: Sequence[RlConfig]) -> list[str]:
+    """What each arm is apart from its stress, for people: arms of one family differ in nothing else."""
+    return labels([config.model_copy(update={"stress": "none", "dose": 0.0}) for config in configs])
 
 
 def labels(configs: Sequence[RlConfig]) -> list[str]:

@@ -21,13 +21,15 @@ def reading(
     places: Sequence[Place] = (),
 ) -> list[str]:
     """Sentences, the first being the headline; empty where no run has ended."""
-    ended = [arm for arm in arms if arm.n_runs and arm.ess_seq.value is not None]
+    ended = [arm for arm in arms if arm.n_runs]
     if not ended:
         return ["No run has ended yet."]
     found = [_precisions([arm for arm in ended if arm.structure == "none"], config)]
-    structures = dict.fromkeys(arm.structure for arm in ended if arm.structure != "none")
-    found += [_stress(structure, [arm for arm in ended if arm.structure == structure]) for structure in structures]
-    found.append(_tests(comparisons, max(arm.n_runs for arm in ended)))
+    stressed = [arm for arm in ended if arm.structure != "none"]
+    for family, structure in dict.fromkeys((arm.family, arm.structure) for arm in stressed):
+        same = [arm for arm in stressed if (arm.family, arm.structure) == (family, structure)]
+        found.append(_stress(f"{structure} in {family}", same))
+    found += _tests(comparisons, max(arm.n_runs for arm in ended))
     if response is not None:
         found.append(response.verdict)
     found += [_place(place, ended) for place in places]
@@ -45,14 +47,14 @@ def _precisions(arms: Sequence[ArmPoint], config: RlConfig) -> str:
     return f"Without stress, responses of at most {config.max_tokens} tokens: {'; '.join(each)}."
 
 
-def _stress(structure: str, arms: Sequence[ArmPoint]) -> str:
-    line = sorted(arms, key=lambda arm: -_number(arm.ess_seq))
+def _stress(what: str, arms: Sequence[ArmPoint]) -> str:
+    line = sorted(arms, key=lambda arm: arm.dose)
     each = [
         f"at a dose of {arm.dose:g} ESS {_say(arm.ess_seq)}, reward {_say(arm.reward)} (clean weights "
         f"{_say(arm.clean_reward)}){_lost(arm)}"
         for arm in line
     ]
-    return f"Under {structure} ({STRESS_NOTE}): {'; '.join(each)}."
+    return f"Under {what} ({STRESS_NOTE}): {'; '.join(each)}."
 
 
 def _lost(arm: ArmPoint) -> str:
@@ -60,23 +62,34 @@ def _lost(arm: ArmPoint) -> str:
     return f", {' and '.join(ended)} of {arm.n_runs}" if ended else ""
 
 
-def _tests(comparisons: Sequence[ArmComparison], seeds: int) -> str:
+def _tests(comparisons: Sequence[ArmComparison], seeds: int) -> list[str]:
+    """What was shown, what was not, what could not have been, and what was not tested: each arm in one of them."""
     if not comparisons:
-        return ""
+        return []
     if seeds < 2:
-        return (
+        return [
             "Each arm is one run: what separates two arms can be chance, and nothing was tested. "
             f"{MIN_PAIRS} seeds an arm can support a test."
-        )
-    shown = [c.verdict for c in comparisons if c.reward.differs or c.collapse.differs]
-    if all(c.reward.differs is None for c in comparisons):
-        few = f"Final rewards were not tested: {seeds} seeds an arm are too few, {MIN_PAIRS} seeds can support a test."
-        return " ".join([few, *(c.verdict for c in comparisons if c.collapse.differs)])
-    if shown:
-        return " ".join(shown)
-    detectable = [c.reward.detectable for c in comparisons if c.reward.detectable is not None]
-    rest = f"; differences of {number(max(detectable), 2)} and more would most likely have been" if detectable else ""
-    return f"No difference between an arm and its reference was shown over {seeds} seeds{rest}."
+        ]
+    found = [c.verdict for c in comparisons if c.reward.differs or c.collapse.differs]
+    rest = [c for c in comparisons if not (c.reward.differs or c.collapse.differs)]
+    judged = [c for c in rest if c.reward.differs is False and c.reward.detectable is not None]
+    if judged:
+        largest = number(max(c.reward.detectable or 0.0 for c in judged), 2)
+        absent = f"No difference in final reward from its reference was shown for {_names(judged)}"
+        found.append(f"{absent}; of true differences below {largest} fewer than 8 of 10 would have been.")
+    blind = [c for c in rest if c.reward.differs is False and c.reward.detectable is None]
+    if blind:
+        found.append(f"For {_names(blind)} no difference could have been shown: {blind[0].reward.why}.")
+    untested = [c for c in rest if c.reward.differs is None]
+    if untested:
+        few = f"{min(c.n_pairs for c in untested)} seeds shared with the reference are too few"
+        found.append(f"Final rewards of {_names(untested)} were not tested: {few}, {MIN_PAIRS} can support a test.")
+    return found
+
+
+def _names(comparisons: Sequence[ArmComparison]) -> str:
+    return "; ".join(c.first for c in comparisons)
 
 
 def _place(place: Place, arms: Sequence[ArmPoint]) -> str:
@@ -109,7 +122,10 @@ def notes(arms: Sequence[ArmPoint]) -> list[str]:
     lost = sum(arm.n_collapsed + arm.n_diverged for arm in arms)
     if lost:
         share = percent(lost / sum(arm.n_runs for arm in arms))
-        found.append(f"{share} of the runs collapsed or diverged and ended early; their last steps count as final.")
+        found.append(
+            f"{share} of the runs collapsed or diverged and ended early; the last steps of a collapsed one count as "
+            "final, and a diverged one counts as 0."
+        )
     if any(arm.structure != "none" for arm in arms):
         found.append(f"Stress is {STRESS_NOTE}: it shows what a mismatch of that size does, not where it comes from.")
     return found

@@ -79,8 +79,14 @@ class RlDirectory:
             steps.to_parquet(temporary, index=False)
         parts = sorted((self.path / "rollouts").glob("step-*.parquet"))
         if parts:
-            with atomic_path(self.path / "rollouts.parquet") as temporary:
-                pq.write_table(pa.concat_tables([pq.read_table(part) for part in parts]), temporary)
+            # Part by part: all rollouts of a long run need not fit into memory.
+            schema = pq.read_schema(parts[0])
+            with (
+                atomic_path(self.path / "rollouts.parquet") as temporary,
+                pq.ParquetWriter(temporary, schema) as writer,
+            ):
+                for part in parts:
+                    writer.write_table(pq.read_table(part))
         write_json(self.path / "result.json", {"schema_version": SCHEMA_VERSION, **result})
 
     def steps(self) -> pd.DataFrame:

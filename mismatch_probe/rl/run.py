@@ -64,11 +64,11 @@ class RlResult:
             found.append(f"Last healthy checkpoint: {result['last_healthy_checkpoint'] or 'none was written yet'}")
         if config.stress != "none":
             found.append(f"Stress {config.stress} {config.dose:g}: injected stress, not precision.")
-        threshold = f"{100 * config.pass_above:g} %"
-        passed = result["passed_at_step"]
+        threshold, first = f"{100 * config.pass_above:g} %", result["first_above_step"]
         found.append(
-            f"Sanity test ({config.pass_window} steps, lower 95 % limit above {threshold}): "
-            + ("not passed" if passed is None else f"passed at step {passed}")
+            f"Sanity test (last {config.pass_window} steps, lower 95 % limit above {threshold}): "
+            + ("passed" if result["passed"] else "not passed")
+            + ("" if first is None else f"; the first window above ended at step {first}")
         )
         found.append(f"Figure: {self.path / FIGURE}")
         return found

@@ -22,7 +22,7 @@ from mismatch_probe.errors import DiskFull, EngineError, EngineMissing, Interrup
 from mismatch_probe.files import write_json
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.rl.config import make_config
-from mismatch_probe.rl.plan import Cell
+from mismatch_probe.rl.plan import Cell, named_cell
 from mismatch_probe.rl.records import RlDirectory
 from mismatch_probe.rl.run import worker_environment
 from mismatch_probe.rl.worker import RlJob
@@ -42,9 +42,8 @@ class SweepDirectory:
     logs/               a worker's each
     """
 
-    def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
-        self.path, self.manifest = path, manifest
-        self.cells = [Cell(c["name"], c["arm"], make_config(c["config"])) for c in manifest["cells"]]
+    def __init__(self, path: Path, manifest: Mapping[str, Any], cells: Sequence[Cell]) -> None:
+        self.path, self.manifest, self.cells = path, manifest, list(cells)
 
     @classmethod
     def create(cls, path: Path, cells: Sequence[Cell], facts: Mapping[str, Any]) -> SweepDirectory:
@@ -57,7 +56,7 @@ class SweepDirectory:
         rows = [{"name": cell.name, "arm": cell.arm, "config": cell.config.as_dict()} for cell in cells]
         manifest = {"schema_version": SCHEMA_VERSION, "kind": "rl-sweep", "cells": rows, **facts}
         write_json(path / _FILE, manifest)
-        return cls(path, manifest)
+        return cls(path, manifest, cells)
 
     @classmethod
     def open(cls, path: Path) -> SweepDirectory:
@@ -71,18 +70,40 @@ class SweepDirectory:
             raise TableError(
                 f"{path} is no folder of a sweep.", "Give the folder that `mismatch-probe rl sweep` wrote."
             )
-        return cls(path, manifest)
+        # Names become paths, so they are made again and not read.
+        cells = [named_cell(make_config(row["config"])) for row in manifest.get("cells", ())]
+        if not cells or [cell.name for cell in cells] != [row.get("name") for row in manifest["cells"]]:
+            raise TableError(f"{path / _FILE} is damaged: its cells are not what they are called.", "Restore the file.")
+        return cls(path, manifest, cells)
+
+    def existing(self, cell: Cell) -> RlDirectory | None:
+        """The cell's run folder; None where it has not begun."""
+        path = self.path / "cells" / cell.name
+        return RlDirectory.open(path) if (path / "config.json").exists() else None
 
     def run_of(self, cell: Cell) -> RlDirectory:
         """The cell's run folder, made where it is missing."""
-        path = self.path / "cells" / cell.name
-        if (path / "config.json").exists():
-            return RlDirectory.open(path)
         facts = {name: self.manifest[name] for name in ("tool_version", "created", "device", "model", "environment")}
-        return RlDirectory.create(path, cell.config, facts)
+        return self.existing(cell) or RlDirectory.create(self.path / "cells" / cell.name, cell.config, facts)
 
     def ended(self, cell: Cell) -> bool:
-        return self.run_of(cell).result() is not None
+        run = self.existing(cell)
+        return run is not None and run.result() is not None
+
+    def failure(self, cell: Cell) -> str:
+        """Why the cell's last attempt failed; empty where it did not."""
+        path = self._failure_path(cell)
+        return str(read_json(path)["why"]) if path.exists() else ""
+
+    def note_failure(self, cell: Cell, error: ProbeError | None) -> None:
+        """Keeps why a cell failed, or forgets it."""
+        if error is not None:
+            write_json(self._failure_path(cell), {"schema_version": SCHEMA_VERSION, "why": str(error)})
+        else:
+            self._failure_path(cell).unlink(missing_ok=True)
+
+    def _failure_path(self, cell: Cell) -> Path:
+        return self.path / "cells" / cell.name / "failed.json"
 
 
 def is_sweep(path: Path) -> bool:
@@ -137,7 +158,7 @@ class Sweep:
     """The cells of a sweep that have not ended, worked through by one process a slot.
 
     Args:
-        directory: With its cells.
+        directory: With its cells; what fails is noted in it.
         model: That all runs begin from.
         device: Where.
         at: The workers' places.
@@ -154,18 +175,18 @@ class Sweep:
     ) -> None:
         self._directory, self._model, self._device, self._slots = directory, model, device, at
         self._progress = progress
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._pending = [cell for cell in directory.cells if not directory.ended(cell)]
-        self._active: dict[int, Cell | None] = {}
+        self._active: dict[int, Cell] = {}
         self._engaged: dict[int, str] = {}
         self._attempts: Counter[str] = Counter()
         self._steps_done: Counter[str] = Counter()
+        self._failed: set[str] = set()
         self._processes: dict[int, EngineProcess] = {}
         self._stopped: BaseException | None = None
-        self.failures: dict[str, ProbeError] = {}
 
     def run(self) -> None:
-        """Returns when every cell has ended or has failed; `failures` says by cell why.
+        """Returns when every cell has ended or has failed.
 
         Raises:
             Interrupted: By the user; everything finished is kept.
@@ -214,11 +235,9 @@ class Sweep:
         """The cells of the engine that a slot starts next: one that no other slot has, and with most to do."""
         with self._lock:
             self._engaged.pop(slot.index, None)
-            taken = {cell.name for cell in self._active.values() if cell is not None}
             groups: dict[str, list[Cell]] = {}
-            for cell in self._pending:
-                if cell.name not in taken and cell.name not in self.failures:
-                    groups.setdefault(_engine_of(cell), []).append(cell)
+            for cell in self._free(self._pending):
+                groups.setdefault(_engine_of(cell), []).append(cell)
             if not groups or self._stopped is not None:
                 return []
             engaged = set(self._engaged.values())
@@ -226,31 +245,55 @@ class Sweep:
             self._engaged[slot.index] = best
             return groups[best]
 
+    def _free(self, cells: Iterable[Cell]) -> list[Cell]:
+        """Those that no slot has, and that have neither failed nor ended, by whichever process."""
+        taken = {cell.name for cell in self._active.values()} | self._failed
+        found = []
+        for cell in list(cells):
+            if cell not in self._pending or cell.name in taken:
+                continue
+            if self._directory.ended(cell):
+                self._finish(cell, "ended elsewhere")
+            else:
+                found.append(cell)
+        return found
+
     def _serve(self, slot: Slot, cells: Sequence[Cell]) -> None:
-        folders = [str(self._directory.run_of(cell).path) for cell in cells]
+        with self._lock:  # two slots that share an engine's cells make the same folders
+            folders = [str(self._directory.run_of(cell).path) for cell in cells]
         by_folder = dict(zip(folders, cells, strict=True))
         job = RlJob(folders, str(self._model.path), self._device, slot.cores, shared=True)
         environment = worker_environment(cells[0].config, self._device) | slot.environment()
         process = EngineProcess("vllm", environment, self._directory.path / "logs" / f"worker-{slot.index}.log")
         with self._lock:
             self._processes[slot.index] = process
+            if self._stopped is not None:  # what stopped the others has not seen this one
+                process.close()
+                return
+        begun: list[str] = []
         try:
-            process.run(job, lambda name, payload: self._on_event(slot, by_folder, name, payload))
+            process.run(job, lambda name, payload: self._on_event(slot, by_folder, begun, name, payload))
+            if not begun and (held := self._free(cells)):
+                what = f"Another process is working on {held[0].name}."
+                self._fail(held, ProbeError(what, "Wait until it ends, then continue with --resume."))
         except ProbeError as error:
             if self._stopped is None:
-                self._failed(slot, cells, error)
+                self._judge(slot, cells, error)
         finally:
             with self._lock:
                 self._active.pop(slot.index, None)
                 self._processes.pop(slot.index, None)
 
-    def _on_event(self, slot: Slot, cells: Mapping[str, Cell], name: str, payload: Any) -> None:
+    def _on_event(self, slot: Slot, cells: Mapping[str, Cell], begun: list[str], name: str, payload: Any) -> None:
         if name not in ("run", "total", "step", "message", "result"):
             return
         cell = cells[payload[0]]
         if name == "run":
+            begun.append(cell.name)
             with self._lock:
                 self._active[slot.index] = cell
+                self._failed.discard(cell.name)
+                self._directory.note_failure(cell, None)
             self._progress.begin(cell.name, cell.name)
         elif name == "total":
             self._progress.total(cell.name, payload[1])
@@ -262,10 +305,13 @@ class Sweep:
             self._progress.message(f"{cell.name}: {payload[1]}")
         else:
             with self._lock:
-                self._pending.remove(cell)
-                self._active[slot.index] = None
-            self._advance(cell, cell.config.steps)
-            self._progress.end(cell.name, f"{payload[1]['status']} after {payload[1]['steps']} steps")
+                self._active.pop(slot.index, None)
+                self._finish(cell, f"{payload[1]['status']} after {payload[1]['steps']} steps")
+
+    def _finish(self, cell: Cell, said: str) -> None:
+        self._pending.remove(cell)
+        self._advance(cell, cell.config.steps)
+        self._progress.end(cell.name, said)
 
     def _advance(self, cell: Cell, done: int) -> None:
         """A second attempt counts from where it begins, and a run that ended early as whole."""
@@ -273,20 +319,28 @@ class Sweep:
             more, self._steps_done[cell.name] = done - self._steps_done[cell.name], done
         self._progress.advance("sweep", more)
 
-    def _failed(self, slot: Slot, cells: Iterable[Cell], error: ProbeError) -> None:
-        """One cell's failure, or, before any began, that of all the engine's cells; or the end of everything."""
+    def _judge(self, slot: Slot, cells: Sequence[Cell], error: ProbeError) -> None:
+        """One cell's failure, or, where none was at work, that of the engine; each gets a second try if it is not
+        certain to fail again. Some failures are the end of everything.
+        """
         if isinstance(error, DiskFull | EngineMissing):
             raise error
-        cell = self._active.get(slot.index)
         with self._lock:
-            if cell is None:
-                self.failures |= {c.name: error for c in cells if c in self._pending}
-                return
-            self._attempts[cell.name] += 1
+            cell = self._active.pop(slot.index, None)
+            key = cell.name if cell is not None else f"engine {_engine_of(cells[0])}"
+            self._attempts[key] += 1
             again = isinstance(error, UnexpectedEngineError) or type(error) is EngineError
-            if not again or self._attempts[cell.name] >= _ATTEMPTS:
-                self.failures[cell.name] = error
-        self._progress.end(cell.name, error.what if cell.name in self.failures else f"{error.what} Once more.")
+            if again and self._attempts[key] < _ATTEMPTS:
+                self._progress.end(key, f"{error.what} Once more.")
+            else:
+                self._fail([cell] if cell is not None else self._free(cells), error)
+
+    def _fail(self, cells: Sequence[Cell], error: ProbeError) -> None:
+        for cell in cells:
+            with self._lock:
+                self._failed.add(cell.name)
+                self._directory.note_failure(cell, error)
+            self._progress.end(cell.name, error.what)
 
 
 def _engine_of(cell: Cell) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from mismatch_probe.engines import devices
-from mismatch_probe.errors import EXIT_ERROR, EXIT_LIMIT, EXIT_OK, ProbeError, TableError
+from mismatch_probe.errors import EXIT_ERROR, EXIT_LIMIT, EXIT_OK, TableError
 from mismatch_probe.files import atomic_path, locked, write_json, write_text
 from mismatch_probe.metrics.arms import ArmComparison, compare_sweep
 from mismatch_probe.metrics.dose import DosedArm, DoseResponse, dose_response
@@ -21,7 +21,7 @@ from mismatch_probe.probes.session import default_folder
 from mismatch_probe.report.rl_data import ArmPoint, Place
 from mismatch_probe.rl.arms import runs_table, steps_table
 from mismatch_probe.rl.collapse import rule
-from mismatch_probe.rl.plan import Cell, labels
+from mismatch_probe.rl.plan import Cell, families, labels
 from mismatch_probe.rl.reading import notes, reading
 from mismatch_probe.rl.run import resolve_model, run_facts
 from mismatch_probe.rl.sweep import Sweep, SweepDirectory, slots
@@ -42,14 +42,14 @@ class SweepResult:
         summary: Content of `summary.json`.
         arms: Runs that differ in their seed alone, in the plan's order.
         figures: By name.
-        failures: Of cells that could not be run, by name.
+        failures: Why cells could not be run, by name.
     """
 
     path: Path
     summary: dict[str, Any]
     arms: list[ArmPoint]
     figures: dict[str, Path]
-    failures: Mapping[str, ProbeError]
+    failures: Mapping[str, str]
 
     @property
     def exit_code(self) -> int:
@@ -82,9 +82,8 @@ def new_sweep(
     refuse_occupied(path)
     with locked(path):
         directory = SweepDirectory.create(path, cells, run_facts(model, device))
-        sweep = Sweep(directory, model, device, at, progress)
-        sweep.run()
-        return write_sweep(directory, (), sweep.failures)
+        Sweep(directory, model, device, at, progress).run()
+        return write_sweep(directory)
 
 
 def resume_sweep(path: Path, workers: int | None, progress: Progress | None) -> SweepResult:
@@ -101,21 +100,19 @@ def resume_sweep(path: Path, workers: int | None, progress: Progress | None) -> 
         model, device = resolve_model(first, progress), devices.choose_device(first.device)
         if model.file_hashes() != directory.manifest["model"]["files"]:
             raise TableError("The model's files have changed since this sweep began.", "Start a new one.")
-        sweep = Sweep(directory, model, device, slots(device, workers), progress)
-        sweep.run()
-        return write_sweep(directory, (), sweep.failures)
+        Sweep(directory, model, device, slots(device, workers), progress).run()
+        return write_sweep(directory)
 
 
-def write_sweep(
-    directory: SweepDirectory, places: Sequence[Place] = (), failures: Mapping[str, ProbeError] | None = None
-) -> SweepResult:
+def write_sweep(directory: SweepDirectory, places: Sequence[Place] = ()) -> SweepResult:
     """Tables, statistics, figures and page of a sweep, from what its runs have written."""
     from mismatch_probe.report.figures import save
     from mismatch_probe.report.rl_figures import curves_figure, dose_figure, equal_ess_figure
     from mismatch_probe.report.rl_page import render_sweep
 
-    failures = failures or {}
-    runs, steps = runs_table(directory, failures), steps_table(directory)
+    runs, steps = runs_table(directory), steps_table(directory)
+    failed = runs[runs["status"] == "failed"]
+    failures = dict(zip(failed["cell"], failed["why"], strict=True))
     for name, table in (("runs", runs), ("steps", steps)):
         with atomic_path(directory.path / f"{name}.parquet") as temporary:
             table.to_parquet(temporary, index=False)
@@ -132,7 +129,7 @@ def write_sweep(
         "comparisons": [row.as_dict() for row in comparisons],
         "dose_response": None if response is None else response.as_dict(),
         "reading": reading(arms, comparisons, config, response, places),
-        "notes": [*notes(arms), *(f"{name} failed: {error}" for name, error in failures.items())],
+        "notes": [*notes(arms), *(f"{name} failed: {why}" for name, why in failures.items())],
         "provenance": _provenance(directory),
     }
     write_json(directory.path / "summary.json", summary)
@@ -148,8 +145,9 @@ def write_sweep(
 def arm_points(cells: Sequence[Cell], runs: pd.DataFrame) -> list[ArmPoint]:
     """Arms with means over the seeds of the runs that have ended."""
     firsts = list({cell.arm: cell for cell in cells}.values())
+    configs = [cell.config for cell in firsts]
     found = []
-    for cell, label in zip(firsts, labels([cell.config for cell in firsts]), strict=True):
+    for cell, label, family in zip(firsts, labels(configs), families(configs), strict=True):
         rows = runs[(runs["arm"] == cell.arm) & runs["status"].isin(ENDED)]
         config = cell.config
         alike = config.rollout_dtype == config.trainer_dtype and config.stress == "none"
@@ -158,6 +156,7 @@ def arm_points(cells: Sequence[Cell], runs: pd.DataFrame) -> list[ArmPoint]:
             ArmPoint(
                 arm=cell.arm,
                 label=label,
+                family=family,
                 precision=config.rollout_dtype if alike else "",
                 structure=config.stress,
                 dose=config.dose,
@@ -167,15 +166,18 @@ def arm_points(cells: Sequence[Cell], runs: pd.DataFrame) -> list[ArmPoint]:
                 ess_seq=_mean(rows, "ess_seq"),
                 mean_abs=_mean(rows, "mean_abs_logprob_diff"),
                 reward=summary.reward,
-                clean_reward=_mean(rows, "clean_reward"),
-                reward_kept=_mean(rows, "reward_kept"),
+                clean_reward=_mean(rows, "clean_reward", lost=0.0),
+                reward_kept=_mean(rows, "reward_kept", lost=0.0),
             )
         )
     return found
 
 
-def _mean(rows: pd.DataFrame, column: str) -> MetricValue:
-    values = rows[column].to_numpy(float)
+def _mean(rows: pd.DataFrame, column: str, lost: float | None = None) -> MetricValue:
+    """Over runs; `lost` is what those that diverged count as."""
+    values = rows[column].to_numpy(float).copy()
+    if lost is not None:
+        values[(rows["status"] == "diverged").to_numpy()] = lost
     return mean_over_runs(values[np.isfinite(values)])
 
 
@@ -209,21 +211,25 @@ def against_reference(cells: Sequence[Cell], runs: pd.DataFrame) -> list[ArmComp
 
 
 def dose_of(cells: Sequence[Cell], runs: pd.DataFrame) -> DoseResponse | None:
-    """How the final reward follows the measured dose; None in a sweep without injected stress."""
+    """How the final reward follows the measured dose, among the arms that have algorithm and learning rate of the first
+    stressed one; None in a sweep without injected stress.
+    """
     firsts = list({cell.arm: cell for cell in cells}.values())
-    if all(cell.config.stress == "none" for cell in firsts):
+    stressed = [cell for cell in firsts if cell.config.stress != "none"]
+    if not stressed:
         return None
     measured = runs[runs["status"].isin(ENDED) & runs["ess_seq"].notna() & runs["mean_abs_logprob_diff"].notna()]
     found = []
     for cell, label in zip(firsts, labels([cell.config for cell in firsts]), strict=True):
+        if _family(cell) != _family(stressed[0]):
+            continue
         rows = measured[measured["arm"] == cell.arm]
         arm = _arm(label, rows)
         rows = rows.set_index("seed").loc[[run.seed for run in arm.runs]]
         if len(rows):
-            # Means of shares can exceed 1 by rounding.
-            ess = tuple(min(1.0, float(value)) for value in rows["ess_seq"])
             structure = "precision" if cell.config.stress == "none" else cell.config.stress
-            found.append(DosedArm(arm, structure, ess, tuple(map(float, rows["mean_abs_logprob_diff"]))))
+            ess, gap = (tuple(map(float, rows[name])) for name in ("ess_seq", "mean_abs_logprob_diff"))
+            found.append(DosedArm(arm, structure, ess, gap))
     return dose_response(found, tolerance=SAME_ESS)
 
 

@@ -226,7 +226,8 @@ def read_problems(path: str | Path) -> list[Problem]:
         PromptError: The file cannot be read, is empty, one of its lines is wrong, or an id comes twice.
     """
     try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): it splits at characters that JSON leaves as they are.
+        lines = Path(path).expanduser().read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no text"
         raise PromptError(f"The problem file {path} cannot be read ({reason}).", "Check its path.") from None

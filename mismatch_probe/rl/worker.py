@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from mismatch_probe.engines import devices
 from mismatch_probe.engines.base import EncodeJob, RolloutJob
-from mismatch_probe.errors import UsageError
+from mismatch_probe.errors import FolderBusy
 from mismatch_probe.files import locked
 from mismatch_probe.rl.config import RlConfig
 from mismatch_probe.rl.records import RlDirectory
@@ -40,6 +40,7 @@ class RlJob:
     shared: bool = False
     trust_remote_code: bool = False
     subject: str = "The RL run"
+    memory_advice: str = "Lower max_tokens, micro_batch, prompts_per_step or gpu_memory_utilization."
 
     def run(self, channel: Any) -> None:
         """Runs them in their order. Events: `run`, `total`, `step`, `message`, and `result`, each with its folder."""
@@ -97,7 +98,7 @@ class RlJob:
             if self.shared:
                 try:
                     stack.enter_context(locked(directory.path))
-                except UsageError:
+                except FolderBusy:
                     raise _Taken from None
                 if directory.result() is not None:
                     raise _Taken

@@ -37,7 +37,9 @@ def sweep(tmp_path: Path) -> Path:
         run = directory.run_of(cell)
         for step in range(3):
             run.append_step(step_row(step, 0.5, 1.0, 1e-4))
-        run.finish({"status": status, "why": "", "steps": 3, "clean_reward": 0.6, "passed_at_step": None})
+        run.finish(
+            {"status": status, "why": "", "steps": 3, "clean_reward": 0.6, "passed": False, "first_above_step": None}
+        )
     return directory.path
 
 

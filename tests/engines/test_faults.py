@@ -12,6 +12,7 @@ import pytest
 from mismatch_probe.engines import faults
 from mismatch_probe.engines.base import EncodeJob, RolloutJob, TrainerJob
 from mismatch_probe.errors import DiskFull, DtypeRefused, EngineError, EngineMissing, ModelError, ProbeError
+from mismatch_probe.rl.worker import RlJob
 from mismatch_probe.types import Sampling
 
 ENCODE = EncodeJob("/models/m", [], chat=False, trust_remote_code=False)
@@ -50,6 +51,7 @@ class OutOfMemoryError(RuntimeError):
         (rollout(), "The vllm rollout in float16", "--rollout-batch"),
         (rollout("cuda"), "The vllm rollout in float16", "gpu_memory_utilization=0.7"),
         (trainer(), r"The hf trainer in bfloat16 \(autocast\)", "--memory-budget"),
+        (RlJob([], "", "cuda"), "The RL run", "micro_batch"),
     ],
 )
 def test_out_of_memory_names_the_knob_of_its_pass(error: Exception, job: Any, subject: str, knob: str) -> None:

@@ -59,6 +59,7 @@ class SyncFaultsJob:
     device: Device = "cpu"
     trust_remote_code: bool = False
     subject: str = "The sync test"
+    memory_advice: str = ""
 
     def run(self, channel: Any) -> None:
         import torch

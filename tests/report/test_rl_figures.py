@@ -59,6 +59,7 @@ def arm(
     return ArmPoint(
         arm=name,
         label=name.upper(),
+        family="FAMILY",
         precision=precision if structure == "none" else "",
         structure=structure,
         dose=dose,
@@ -121,7 +122,7 @@ def test_the_dose_figure_places_every_arm_where_it_was_measured() -> None:
     path = next(line for line in reward.lines if len(line.get_xdata()) == 2 and line.get_xdata()[0] == 0.6)
     assert path.get_xdata().tolist() == [0.6, 0.3]  # doses in their order
     assert "0.1" in _texts(reward)
-    assert any("2 of 4 collapsed" in text for text in _texts(figure.axes[2]))
+    assert any("2 of 4 lost" in text for text in _texts(figure.axes[2]))
     assert "injected stress, not precision" in figure.get_suptitle()
     assert figure.axes[1].get_xscale() == "log" or figure.axes[3].get_xscale() == "log"
 

@@ -244,9 +244,9 @@ def test_an_engine_that_fails_leaves_the_steps_before(tmp_path: Path) -> None:
 def test_the_sanity_test_is_passed_where_the_lower_limit_is(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(SignalTask, "rewards", lambda self, problems, responses: [1.0] * len(responses))
     passed = train(tmp_path / "run", TorchEngine(), steps=3, pass_window=2, pass_above=0.5)
-    assert passed["passed_at_step"] == 1
+    assert (passed["passed"], passed["first_above_step"]) == (True, 1)
     never = train(tmp_path / "never", TorchEngine(), steps=3, pass_window=2, pass_above=0.99)
-    assert never["passed_at_step"] is None
+    assert (never["passed"], never["first_above_step"]) == (False, None)
 
 
 def test_gradient_accumulation_changes_nothing_but_rounding(tmp_path: Path, engine: TorchEngine) -> None:

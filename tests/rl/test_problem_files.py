@@ -94,3 +94,9 @@ class TestFiles:
         assert task.rewards(problems, [Response("3", "stop"), Response("2", "stop")]) == [0.0, 1.0]
         assert task.killed == 0
         task.close()
+
+
+def test_line_separators_inside_a_text_are_no_ends_of_lines(tmp_path: Path) -> None:
+    text = "a\u2028b\u2029c\u0085d"
+    (tmp_path / "p.jsonl").write_text(json.dumps({"problem": text, "answer": "1"}, ensure_ascii=False) + "\r\n")
+    assert [problem.prompt for problem in read_problems(tmp_path / "p.jsonl")] == [text]

@@ -27,7 +27,7 @@ def test_each_arm_is_said_with_its_numbers() -> None:
     precisions, noise, mantissa, *_ = reading(ARMS, [], CONFIG)
     assert precisions.startswith("Without stress, responses of at most 64 tokens: BF16 has a mean |d| of 1.0e-2 nats")
     assert "NOISE" not in precisions
-    assert noise.startswith("Under weight-noise (injected stress, not precision): at a dose of 0.1 ESS 0.600")
+    assert noise.startswith("Under weight-noise in FAMILY (injected stress, not precision): at a dose of 0.1 ESS 0.600")
     assert "at a dose of 0.2 ESS 0.300, reward 0.400 (clean weights 0.900), 2 collapsed of 4" in noise
     assert "mantissa" in mantissa
 
@@ -40,8 +40,8 @@ def test_one_run_an_arm_is_no_test() -> None:
 
 def test_too_few_seeds_are_no_test() -> None:
     said = reading(ARMS, _comparison([0.1, 0.2, 0.15, 0.1]), CONFIG)[-1]
-    assert said.startswith("Final rewards were not tested: 4 seeds an arm are too few")
-    assert "8 seeds" in said
+    assert said.startswith("Final rewards of A were not tested: 4 seeds shared with the reference are too few")
+    assert "8 can support a test" in said
 
 
 def test_a_difference_that_shows_is_said_and_one_that_does_not_has_its_size() -> None:
@@ -49,8 +49,25 @@ def test_a_difference_that_shows_is_said_and_one_that_does_not_has_its_size() ->
     assert "Final reward of A is above that of B" in reading(ARMS, _comparison(clear), CONFIG)[-1]
     noise = [0.1, -0.1, 0.12, -0.09, 0.1, -0.13, 0.08, -0.1]
     said = reading(ARMS, _comparison(noise), CONFIG)[-1]
-    assert said.startswith("No difference between an arm and its reference was shown")
-    assert "most likely have been" in said
+    assert said.startswith(
+        "No difference in final reward from its reference was shown for A; of true differences below"
+    )
+
+
+def test_what_could_not_have_been_shown_is_not_called_absent() -> None:
+    """8 pairs and 7 comparisons: after Holm no p can fall below .05."""
+    first = [Arm(name, tuple(Run(i, 0.1, False) for i in range(8))) for name in "ABCDEFG"]
+    reference = Arm("R", tuple(Run(i, 0.5 + 0.01 * i, False) for i in range(8)))
+    *_, said = reading(ARMS, compare_sweep([(arm, reference) for arm in first]), CONFIG)
+    assert said.startswith("For A; B; C; D; E; F; G no difference could have been shown: 8 pairs cannot show any")
+
+
+def test_every_comparison_is_said_once() -> None:
+    few = compare_sweep([(Arm("A", (Run(0, 0.1, False),)), Arm("R", (Run(0, 0.5, False),)))])
+    many = _comparison([0.1, -0.1, 0.12, -0.09, 0.1, -0.13, 0.08, -0.1])
+    said = " ".join(reading(ARMS, [*few, *many], CONFIG))  # type: ignore[list-item]
+    assert "Final rewards of A were not tested: 1 seeds" in said
+    assert "was shown for A;" in said
 
 
 @pytest.mark.parametrize(

@@ -10,16 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from mismatch_probe.rl.sanity.selection import keeps, split_half, statistics
+from mismatch_probe.rl.sanity.selection import keeps, leave_one_out, statistics
 
 KEEP = (0.2, 0.8)
 bounds = st.tuples(st.floats(0, 1), st.floats(0, 1)).map(lambda pair: (min(pair), max(pair)))
 
 
 @given(st.integers(2, 9), st.data(), bounds)
-def test_the_split_is_the_mean_over_every_split(n: int, data: st.DataObject, keep: tuple[float, float]) -> None:
+def test_the_estimate_is_the_mean_over_every_split(n: int, data: st.DataObject, keep: tuple[float, float]) -> None:
     right = data.draw(st.integers(0, n))
-    samples, m = np.arange(n) < right, n - n // 2
+    samples, m = np.arange(n) < right, n - 1
     hits = counts = 0.0
     splits = list(combinations(range(n), m))
     for choosing in splits:
@@ -27,16 +27,16 @@ def test_the_split_is_the_mean_over_every_split(n: int, data: st.DataObject, kee
         if keep[0] <= samples[mask].sum() / m <= keep[1]:
             hits += samples[~mask].sum()
             counts += n - m
-    found = split_half(np.array([right]), n, keep)
+    found = leave_one_out(np.array([right]), n, keep)
     assert np.array(found)[:, 0] == pytest.approx([hits / len(splits), counts / len(splits)], abs=1e-12)
 
 
 @given(st.integers(2, 40), st.integers(0, 100).map(lambda k: k / 100), bounds)
 def test_the_estimate_has_no_bias(n: int, p: float, keep: tuple[float, float]) -> None:
     # Over the binomial law of a problem's right samples: what is counted is expected to be P(chosen)·p per sample.
-    hits, counts = split_half(np.arange(n + 1), n, keep)
+    hits, counts = leave_one_out(np.arange(n + 1), n, keep)
     law = stats.binom.pmf(np.arange(n + 1), n, p)
-    m = n - n // 2
+    m = n - 1
     chosen = float((stats.binom.pmf(np.arange(m + 1), m, p) * keeps(np.arange(m + 1) / m, keep)).sum())
     assert law @ counts == pytest.approx(chosen * (n - m), abs=1e-9)
     assert law @ hits == pytest.approx(chosen * (n - m) * p, abs=1e-9)
@@ -83,3 +83,15 @@ def test_nothing_kept_has_no_accuracy() -> None:
     assert found["accuracy_of_kept_as_sampled"] is None
     assert found["accuracy_of_kept_estimate"]["value"] is None
     assert found["accuracy_of_kept_estimate"]["ci_low"] is None
+
+
+def test_the_estimate_is_that_of_the_kept_set_where_difficulty_is_skewed() -> None:
+    """A choice by half of the samples would let in more hard problems and say .02 less."""
+    rng = np.random.default_rng(1)
+    errors = []
+    for _ in range(40):
+        law = rng.beta(0.3, 2.5, 1000)
+        right = rng.binomial(40, law)
+        found = statistics(right, 40, KEEP, np.ones(40_000, np.int64), np.zeros(40_000, bool))
+        errors.append(found["accuracy_of_kept_estimate"]["value"] - law[keeps(right / 40, KEEP)].mean())
+    assert abs(np.mean(errors)) < 0.006

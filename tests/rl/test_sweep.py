@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -24,16 +25,29 @@ BASE = {"steps": 3, "pass_window": 2, "collapse_window": 2}
 GRID = {"precision": ["bf16", "fp32"], "stress": ["none", "weight-noise:0.3"], "seeds": 2}
 
 
+FACTS = {
+    **dict.fromkeys(("tool_version", "created", "device"), ""),
+    "model": {"name": "m", "revision": None, "files": {}},
+    "environment": {"machine": {}, "versions": {}, "variables": {}},
+}
+MODEL: Any = SimpleNamespace(path=Path("model"))
+
+
 def step_row(step: int, reward: float, ess: float, gap: float) -> dict[str, Any]:
     seconds = {f"seconds_{phase}": 1.0 for phase in ("rollout", "sync", "forward_backward", "other")}
     return {
         "step": step,
         "reward": reward,
         "ess_seq": ess,
+        "chi2_seq": 1 / ess - 1,
         "mean_abs_logprob_diff": gap,
         "rms_logprob_diff": 2 * gap,
         **seconds,
     }
+
+
+def ended(status: str) -> dict[str, Any]:
+    return {"status": status, "why": "", "steps": 3, "clean_reward": 0.6, "passed": False, "first_above_step": None}
 
 
 class Script:
@@ -82,7 +96,14 @@ class Script:
                 directory.append_step(row)
                 on_event("step", (str(path), row))
             status = "collapsed" if noisy and directory.config.seed == 1 else "complete"
-            result = {"status": status, "why": "", "steps": 3, "clean_reward": 0.6, "passed_at_step": None}
+            result = {
+                "status": status,
+                "why": "",
+                "steps": 3,
+                "clean_reward": 0.6,
+                "passed": False,
+                "first_above_step": None,
+            }
             directory.finish(result)
             on_event("result", (str(path), result))
 
@@ -165,6 +186,119 @@ def test_an_engine_that_cannot_start_fails_its_cells_alone(tmp_path: Path, scrip
     assert len(result.failures) == 4
     assert all(name.startswith("bf16") for name in result.failures)
     assert len(result.runs()[result.runs()["status"] == "unfinished"]) == 0
+
+
+def test_an_engine_that_fails_beside_another_fails_no_cell_of_the_other(
+    tmp_path: Path, scripted: Any, monkeypatch: Any
+) -> None:
+    """Slot 1 runs out of memory at each start, while slot 0 trains what both of them were given."""
+    scripted()
+    own, starts = Script._Process.run, []
+    begun, over = threading.Event(), threading.Event()
+
+    def run(self: Any, job: Any, on_event: Any) -> None:
+        def hold(name: str, payload: Any) -> None:
+            begun.set()
+            if name == "total":
+                over.wait(60)
+            on_event(name, payload)
+
+        starts.append(job)
+        if len(starts) == 1:
+            own(self, job, hold)
+            return
+        begun.wait(60)
+        if len(starts) > 2:
+            over.set()
+        raise EngineError("out of memory")
+
+    monkeypatch.setattr(Script._Process, "run", run)
+    cells = make_cells(BASE, [{"precision": ["fp32"], "seeds": 3}])
+    result = mismatch_probe.rl_sweep(cells, out=tmp_path / "sweep", workers=2)
+    assert result.exit_code == 0
+    assert set(result.runs()["status"]) == {"complete"}
+
+
+def test_a_cell_that_another_process_holds_is_not_waited_for_without_end(
+    tmp_path: Path, scripted: Any, monkeypatch: Any
+) -> None:
+    script = scripted()
+    monkeypatch.setattr(Script._Process, "run", lambda self, job, on_event: script.jobs.append(job))
+    result = mismatch_probe.rl_sweep(make_cells(BASE, [{"seeds": 2}]), out=tmp_path / "sweep", workers=1)
+    assert len(script.jobs) == 1
+    assert result.exit_code == 1
+    assert all("Another process is working on" in why for why in result.failures.values())
+
+
+def test_a_cell_that_ended_unheard_is_not_run_again(tmp_path: Path, scripted: Any, monkeypatch: Any) -> None:
+    """The worker writes its result and dies before it can tell."""
+    script = scripted()
+    own = Script._Process.run
+
+    def run(self: Any, job: Any, on_event: Any) -> None:
+        own(self, job, lambda name, payload: None if name == "result" else on_event(name, payload))
+        raise EngineError("killed")
+
+    monkeypatch.setattr(Script._Process, "run", run)
+    cells = make_cells(BASE, [{"seeds": 2}])
+    result = mismatch_probe.rl_sweep(cells, out=tmp_path / "sweep", workers=1)
+    assert script.tries == {cell.name: 1 for cell in cells}
+    assert result.exit_code == 0
+
+
+def test_what_stops_a_sweep_stops_a_worker_that_is_just_starting(
+    tmp_path: Path, scripted: Any, monkeypatch: Any
+) -> None:
+    script = scripted()
+    closed: list[object] = []
+    monkeypatch.setattr(Script._Process, "close", lambda self: closed.append(self))
+    cells = make_cells(BASE, [GRID])
+    directory = SweepDirectory.create(tmp_path / "sweep", cells, FACTS)
+    working = sweep.Sweep(directory, MODEL, "cpu", slots("cpu", 1), Recorder())
+    working._stop(DiskFull("full"))
+    working._serve(slots("cpu", 1)[0], cells)
+    assert len(closed) == 1
+    assert not script.jobs
+
+
+def test_failures_are_kept_for_a_later_report(tmp_path: Path, scripted: Any) -> None:
+    victim = "fp32-fp32_dr-grpo_lr0.0001_s0"
+    scripted(lambda name, tries: ProbeError("no sync", "see") if name == victim else None)
+    mismatch_probe.rl_sweep(make_cells(BASE, [GRID]), out=tmp_path / "sweep", workers=1)
+    again = mismatch_probe.rl_report(tmp_path / "sweep")
+    assert again.failures == {victim: "no sync see"}
+    assert again.exit_code == 1
+
+
+def test_algorithms_are_not_taken_for_structures(tmp_path: Path, scripted: Any) -> None:
+    scripted()
+    grid = {"precision": ["fp32"], "stress": ["none", "mantissa:8"], "algorithm": ["pg", "dr-grpo"]}
+    result = mismatch_probe.rl_sweep(make_cells(BASE, [grid]), out=tmp_path / "sweep", workers=1)
+    pairs = [row["comparison"] for row in result.summary["dose_response"]["matched"]]
+    assert all("dr-grpo" not in row["first"] + row["second"] for row in pairs)
+    assert result.summary["dose_response"]["n_arms"] == 2
+
+
+@pytest.mark.parametrize("cells", [[], [{"name": "../../outside", "config": {"steps": 3}}]])
+def test_a_damaged_sweep_writes_nothing_outside_itself(tmp_path: Path, cells: list[Any]) -> None:
+    (tmp_path / "sweep").mkdir()
+    document = {"schema_version": 1, "kind": "rl-sweep", "cells": cells, **FACTS}
+    (tmp_path / "sweep" / "sweep.json").write_text(json.dumps(document))
+    with pytest.raises(TableError, match="is damaged"):
+        mismatch_probe.rl_report(tmp_path / "sweep")
+    assert [path.name for path in tmp_path.iterdir()] == ["sweep"]
+
+
+def test_runs_that_diverged_count_as_nothing_gained(tmp_path: Path) -> None:
+    cells = make_cells(BASE, [{"precision": ["fp32"], "seeds": 2}])
+    directory = SweepDirectory.create(tmp_path / "sweep", cells, FACTS)
+    for cell in cells:
+        run = directory.run_of(cell)
+        for step in range(3):
+            run.append_step(step_row(step, 0.8, 1.0, 1e-6))
+        run.finish(ended("diverged") | {"clean_reward": None})
+    arm = sweep_run.write_sweep(directory).arms[0]
+    assert (arm.reward.value, arm.reward_kept.value, arm.clean_reward.value) == (0.0, 0.0, 0.0)
 
 
 def test_a_full_disk_ends_the_sweep(tmp_path: Path, scripted: Any) -> None:

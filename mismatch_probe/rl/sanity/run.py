@@ -15,6 +15,7 @@ from mismatch_probe.errors import Interrupted, TableError
 from mismatch_probe.files import locked
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.probes.session import default_folder
+from mismatch_probe.rl.config import RlConfig
 from mismatch_probe.rl.run import resolve_model, run_facts
 from mismatch_probe.rl.sanity.config import SanityConfig
 from mismatch_probe.rl.sanity.records import SET, SanityDirectory
@@ -23,6 +24,8 @@ from mismatch_probe.rl.tasks import read_problems
 from mismatch_probe.tables import refuse_occupied
 
 _PASS = "sanity-set"
+# What a run on the set has to share with its sampling.
+_SHARED = ("revision", "max_tokens", "temperature", "chat", "device")
 
 
 @dataclass(frozen=True)
@@ -64,16 +67,20 @@ class SanityResult:
             interval = "" if estimate["ci_low"] is None else f" [{estimate['ci_low']:.3f}, {estimate['ci_high']:.3f}]"
             lines.append(
                 f"Accuracy of the kept: {found['accuracy_of_kept_as_sampled']:.3f} as sampled; "
-                f"{estimate['value']:.3f}{interval} where one half of the samples chooses and the other is counted"
+                f"{estimate['value']:.3f}{interval} where one sample is counted that had no part in the choice"
             )
         return [*lines, f"Train on it: {self._next(config, found['n_kept'])}"]
 
     def _next(self, config: Mapping[str, Any], n_kept: int) -> str:
         words = ["mismatch-probe", "rl", "run", "--model", config["model"], "--task", config["task"]]
-        words += ["--problems", str(self.problems), "--set", f"n_problems={n_kept}"]
-        for name, default in (("max_tokens", 64), ("chat", False)):
-            if config[name] != default:
-                words += ["--set", f"{name}={str(config[name]).lower()}"]
+        words += ["--problems", str(self.problems), "--rollout-dtype", config["rollout_dtype"]]
+        settings: dict[str, Any] = {"n_problems": n_kept}
+        default = RlConfig()
+        settings |= {n: config[n] for n in _SHARED if config[n] is not None and config[n] != getattr(default, n)}
+        if n_kept < default.prompts_per_step:
+            settings |= {"prompts_per_step": n_kept, "updates_per_rollout": 1}
+        for name, value in settings.items():
+            words += ["--set", f"{name}={str(value).lower() if isinstance(value, bool) else value}"]
         return shlex.join(words)
 
 

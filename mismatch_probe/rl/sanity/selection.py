@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 from mismatch_probe.metrics.intervals import share_interval
 
@@ -21,8 +20,8 @@ Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
 NOTE = (
     "Problems are chosen by a noisy accuracy, so the kept ones' accuracy as sampled regresses to the mean on fresh "
-    "samples. The estimate lets one half of the samples choose and counts the other half, averaged over all ways to "
-    "halve them: without that bias, for a choice by half as many samples."
+    "samples. The estimate lets all samples of a problem but one choose and counts the one, averaged over which it is: "
+    "without that bias, for a choice by one sample less."
 )
 
 
@@ -31,11 +30,12 @@ def keeps(accuracy: Floats, keep: tuple[float, float]) -> NDArray[np.bool_]:
     return np.asarray((accuracy >= keep[0]) & (accuracy <= keep[1]))
 
 
-def split_half(right: Counts, n_samples: int, keep: tuple[float, float]) -> tuple[Floats, Floats]:
-    """Lets ⌈n/2⌉ samples choose and counts the others, in expectation over all ways to split the samples.
+def leave_one_out(right: Counts, n_samples: int, keep: tuple[float, float]) -> tuple[Floats, Floats]:
+    """Lets n − 1 samples choose and counts the other one, in expectation over which it is.
 
-    Of a problem with k right samples, m choosing ones hold J ~ Hypergeometric(n, k, m) of them; the n − m others then
-    hold k − J. The others are independent of the choice, so the ratio of the sums over problems is free of selection.
+    It is right with chance k/n, of a problem with k right samples, and then k − 1 of the choosing ones are. It is
+    independent of the choice, so the ratio of the sums over problems is free of selection. Fewer choosing samples would
+    estimate the accuracy of another set, since a noisier choice lets in more of the problems outside the bounds.
 
     Args:
         right: `[P]` right responses of each problem.
@@ -43,14 +43,12 @@ def split_half(right: Counts, n_samples: int, keep: tuple[float, float]) -> tupl
         keep: The bounds.
 
     Returns:
-        `[P]` right responses among those that count, and `[P]` responses that count; both 0 where no split chooses the
-        problem.
+        `[P]` expected right responses among those that count, and `[P]` expected responses that count, at most 1; both
+        0 where the problem is never chosen.
     """
-    m = n_samples - n_samples // 2
-    chosen = np.arange(m + 1)
-    chance = stats.hypergeom.pmf(chosen, n_samples, right[:, None], m) * keeps(chosen / m, keep)
-    counted = chance.sum(axis=1) * (n_samples - m)
-    return np.asarray((chance * (right[:, None] - chosen)).sum(axis=1)), np.asarray(counted)
+    share, others = right / n_samples, n_samples - 1
+    hits = share * keeps((right - 1) / others, keep)
+    return hits, hits + (1 - share) * keeps(right / others, keep)
 
 
 def statistics(
@@ -71,7 +69,7 @@ def statistics(
     """
     accuracy = right / n_samples
     kept = keeps(accuracy, keep)
-    hits, counts = split_half(right, n_samples, keep)
+    hits, counts = leave_one_out(right, n_samples, keep)
     interval = share_interval(hits, counts) if counts.sum() else None
     return {
         "n_problems": len(right),

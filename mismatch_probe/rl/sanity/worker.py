@@ -42,6 +42,7 @@ class SanityJob:
     device: devices.Device
     trust_remote_code: bool = False
     subject: str = "Sampling for the sanity set"
+    memory_advice: str = "Lower --max-tokens."
 
     def run(self, channel: Any) -> None:
         """Events: `identity`, `total` and `progress` in tokens."""
