@@ -276,7 +276,9 @@ def rl_report(path: str | Path, *, place: Sequence[str | Path] = (), planned_tok
     from mismatch_probe.rl.sweep_run import write_sweep
 
     directory = SweepDirectory.open(Path(path))
-    return write_sweep(directory, [found for run in place for found in places_of(Path(run), planned_tokens)])
+    config = directory.cells[0].config
+    n = config.prompts_per_step * config.samples_per_prompt
+    return write_sweep(directory, [found for run in place for found in places_of(Path(run), planned_tokens, n)])
 
 
 def rl_sanity_set(*, out: str | Path | None = None, progress: Progress | None = None, **settings: Any) -> SanityResult:

@@ -52,11 +52,13 @@ class Place:
     Attributes:
         label: Model, precision and length.
         dtype: Of both sides.
-        ess_seq: Predicted at that length.
+        predicted_ess: Of the policy, at that length.
+        ess_seq: What the sequences of one step of the sweep would show of it, the quantity of `ArmPoint`.
         mean_abs: Measured in the comparison.
     """
 
     label: str
     dtype: str
+    predicted_ess: MetricValue
     ess_seq: MetricValue
     mean_abs: MetricValue

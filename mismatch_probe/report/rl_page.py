@@ -57,6 +57,7 @@ def render_sweep(
         model=visible(summary["model"]["name"]),
         task=visible(summary["task"]),
         window=summary["window"],
+        sequences=summary["sequences"],
         reading=[visible(text) for text in summary["reading"]],
         notes=[visible(text) for text in summary["notes"]],
         arms=arms_table(arms),
@@ -104,9 +105,13 @@ def _comparisons(summary: Mapping[str, Any]) -> Section:
 
 
 def _places(places: Sequence[Place]) -> Section:
-    rows = tuple((visible(place.label), _cell(place.ess_seq), _cell(place.mean_abs)) for place in places)
-    text = "Where comparisons put other models: ESS as predicted at the planned length, mean |d| as measured."
-    return Section("places", "Placed models", text, Table(("model", "predicted ESS / n", "mean |d|"), rows))
+    rows = tuple((visible(p.label), _cell(p.predicted_ess), _cell(p.ess_seq), _cell(p.mean_abs)) for p in places)
+    text = (
+        "Where comparisons put other models: ESS as predicted at the planned length and as a step's sequences would "
+        "show it, mean |d| as measured."
+    )
+    header = ("model", "predicted ESS / n", "of a step's sequences", "mean |d|")
+    return Section("places", "Placed models", text, Table(header, rows))
 
 
 def _provenance(summary: Mapping[str, Any]) -> Section:

@@ -31,9 +31,9 @@ def runs_table(sweep: SweepDirectory) -> pd.DataFrame:
     Columns: `cell`, `arm`, `AXES`, `seed`, `status` (`complete`, `collapsed`, `diverged`, `failed`, `unfinished`),
     `why`, `steps`; `final_reward`, mean over the last window of the run's configuration; `best_reward`, of its best
     window; `reward_kept`, the ratio of both; `clean_reward`, of the clean weights at the end; `passed` and
-    `first_above_step`, the sanity test; `ess_seq` of the first window pooled, 1 / (1 + mean χ²), the same quantity as a
-    prediction's (the sample ESS of one step's few sequences would be too high); `mean_abs_logprob_diff`, mean over the
-    first window; both also with `_run`, over the whole run; seconds by phase.
+    `first_above_step`, the sanity test; `ess_seq` and `mean_abs_logprob_diff`, means over the first window, both also
+    with `_run`, over the whole run; seconds by phase. `ess_seq` is what a step's sequences show: of few of them the
+    sample ESS is above the policy's.
     """
     table = pd.DataFrame([_row(cell, sweep.existing(cell), sweep.failure(cell)) for cell in sweep.cells])
     # A column in which no run has a value is one of numbers all the same.
@@ -82,9 +82,7 @@ def _rewards(steps: pd.DataFrame, window: int) -> dict[str, float | None]:
 def _doses(steps: pd.DataFrame, window: int) -> dict[str, float | None]:
     found: dict[str, float | None] = {}
     for name, rows in (("", steps.head(window)), ("_run", steps)):
-        excess = _finite_mean(rows, "chi2_seq")
-        found[f"ess_seq{name}"] = None if excess is None else min(1.0, 1 / (1 + excess))
-        found[f"mean_abs_logprob_diff{name}"] = _finite_mean(rows, "mean_abs_logprob_diff")
+        found |= {f"{key}{name}": _finite_mean(rows, key) for key in DOSES}
     return found
 
 

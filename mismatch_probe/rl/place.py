@@ -5,21 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mismatch_probe.config import check_lengths
 from mismatch_probe.probes.analysis import analyse
 from mismatch_probe.report.rl_data import Place
 from mismatch_probe.tables import RunDirectory
 from mismatch_probe.types import MetricValue
 
+_DRAWS = 4000
 _SHORT = {"bfloat16": "BF16", "float16": "FP16", "float32": "FP32"}
 
 
-def places_of(path: Path, tokens: int) -> list[Place]:
+def places_of(path: Path, tokens: int, sequences: int) -> list[Place]:
     """A place for every precision that a comparison has on both sides.
 
     Args:
         path: Run directory of `compare`.
         tokens: Planned response length, at which ESS is predicted.
+        sequences: Of a step of the sweep, whose sample ESS the arms show.
 
     Raises:
         TableError: The folder holds no run, or nothing in it can be compared.
@@ -37,8 +41,28 @@ def places_of(path: Path, tokens: int) -> list[Place]:
         prediction = length["predictions"][0]
         label = f"{model}, {_SHORT.get(pairs[0]['rollout_dtype'], dtype)}, {tokens:,} tokens"
         ess, gap = _value(prediction["ess_seq"]), _value(pairs[0]["metrics"]["mean_abs_logprob_diff"])
-        found.append(Place(label, pairs[0]["rollout_dtype"], ess, gap))
+        found.append(Place(label, pairs[0]["rollout_dtype"], ess, _as_seen(ess, sequences), gap))
     return found
+
+
+def sample_ess(ess: float, n: int) -> float:
+    """What n sequences show on average of a policy's ESS, if log weights are normal.
+
+    The sample ESS (Σw)²/(nΣw²) is at least 1/n and above the policy's, the more so the lower that is.
+
+    Args:
+        ess: 1 / E w², in [0, 1].
+        n: Sequences.
+    """
+    variance = -np.log(max(ess, np.finfo(np.float64).tiny))
+    draws = np.random.default_rng(0).standard_normal((_DRAWS, n)) * np.sqrt(variance)
+    weights = np.exp(draws - draws.max(axis=1, keepdims=True))
+    return float((weights.sum(axis=1) ** 2 / (n * (weights**2).sum(axis=1))).mean())
+
+
+def _as_seen(value: MetricValue, n: int) -> MetricValue:
+    seen, low, high = (None if x is None else sample_ess(x, n) for x in (value.value, value.ci_low, value.ci_high))
+    return MetricValue(seen, low, high, value.why)
 
 
 def _value(row: dict[str, Any]) -> MetricValue:

@@ -100,8 +100,8 @@ def _place(place: Place, arms: Sequence[ArmPoint]) -> str:
     nearest = max(below, key=lambda arm: _number(arm.ess_seq)) if below else None
     beside = "below every arm here" if nearest is None else f"next above the arm {nearest.label}"
     return (
-        f"{place.label}: a predicted sequence ESS of {_say(place.ess_seq)} lies {beside}; that another model reacts to "
-        "it as this one does is not shown."
+        f"{place.label}: a predicted sequence ESS of {_say(place.predicted_ess)}, which a step here would show as "
+        f"{_say(place.ess_seq)}, lies {beside}; that another model reacts to it as this one does is not shown."
     )
 
 

@@ -125,6 +125,7 @@ def write_sweep(directory: SweepDirectory, places: Sequence[Place] = ()) -> Swee
         "model": {"name": config.model, "revision": directory.manifest["model"]["revision"]},
         "task": config.task,
         "window": config.pass_window,
+        "sequences": config.prompts_per_step * config.samples_per_prompt,
         "arms": [_arm_row(arm) for arm in arms],
         "comparisons": [row.as_dict() for row in comparisons],
         "dose_response": None if response is None else response.as_dict(),
@@ -228,8 +229,9 @@ def dose_of(cells: Sequence[Cell], runs: pd.DataFrame) -> DoseResponse | None:
         rows = rows.set_index("seed").loc[[run.seed for run in arm.runs]]
         if len(rows):
             structure = "precision" if cell.config.stress == "none" else cell.config.stress
-            ess, gap = (tuple(map(float, rows[name])) for name in ("ess_seq", "mean_abs_logprob_diff"))
-            found.append(DosedArm(arm, structure, ess, gap))
+            # Means of shares can exceed 1 by rounding.
+            ess = tuple(min(1.0, float(value)) for value in rows["ess_seq"])
+            found.append(DosedArm(arm, structure, ess, tuple(map(float, rows["mean_abs_logprob_diff"]))))
     return dose_response(found, tolerance=SAME_ESS)
 
 

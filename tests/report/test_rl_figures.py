@@ -132,7 +132,9 @@ def test_precisions_alone_are_not_called_stress() -> None:
 
 
 def test_a_placed_model_is_a_line_at_its_prediction() -> None:
-    place = Place("mine, BF16, 2,048 tokens", "bfloat16", MetricValue(0.42, 0.3, 0.5), MetricValue(0.04))
+    place = Place(
+        "mine, BF16, 2,048 tokens", "bfloat16", MetricValue(0.3), MetricValue(0.42, 0.3, 0.5), MetricValue(0.04)
+    )
     figure = dose_figure(ARMS, [place])
     lines = [line for line in figure.axes[0].lines if list(line.get_xdata()) == [0.42, 0.42]]
     assert len(lines) == 1
@@ -167,6 +169,7 @@ def _summary() -> dict[str, Any]:
         "model": {"name": HOSTILE, "revision": None},
         "task": HOSTILE,
         "window": 10,
+        "sequences": 64,
         "reading": [HOSTILE, "second"],
         "notes": [HOSTILE],
         "comparisons": [],
@@ -176,7 +179,7 @@ def _summary() -> dict[str, Any]:
 
 def test_a_page_is_whole_and_hostile_text_does_nothing(tmp_path: Path) -> None:
     figures = {"dose": save(dose_figure(ARMS), tmp_path / "dose.png")}
-    place = Place(HOSTILE, "bfloat16", MetricValue(0.4), MetricValue(0.1))
+    place = Place(HOSTILE, "bfloat16", MetricValue(0.3), MetricValue(0.4), MetricValue(0.1))
     page = render_sweep(_summary(), [*ARMS, arm(HOSTILE)], [place], figures)
     assert "<script" not in page
     assert "\x1b" not in page

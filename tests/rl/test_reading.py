@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from mismatch_probe.metrics.arms import compare_sweep
 from mismatch_probe.metrics.runs import Arm, Run
 from mismatch_probe.report.rl_data import Place
 from mismatch_probe.rl.config import RlConfig
+from mismatch_probe.rl.place import sample_ess
 from mismatch_probe.rl.reading import notes, reading
 from mismatch_probe.types import MetricValue
 from tests.report.test_rl_figures import ARMS, arm
@@ -74,7 +76,7 @@ def test_every_comparison_is_said_once() -> None:
     ("ess", "said"), [(0.7, "next above the arm MANTISSA"), (0.1, "below every arm"), (None, "cannot be placed")]
 )
 def test_a_placed_model_is_said_beside_its_neighbour(ess: float | None, said: str) -> None:
-    place = Place("mine", "bfloat16", MetricValue(ess, why="too far"), MetricValue(0.04))
+    place = Place("mine", "bfloat16", MetricValue(ess), MetricValue(ess, why="too far"), MetricValue(0.04))
     sentence = reading(ARMS, [], CONFIG, places=[place])[-1]
     assert said in sentence
     assert ess is None or "is not shown" in sentence
@@ -89,3 +91,18 @@ def test_notes_name_what_limits() -> None:
     assert "No run has ended of: LATER." in found
     assert any(note.startswith("10.0 % of the runs collapsed") for note in found)
     assert any("injected stress, not precision" in note for note in found)
+
+
+@pytest.mark.parametrize(("ess", "n"), [(0.9, 64), (0.5, 64), (0.1, 64), (0.5, 16)])
+def test_few_sequences_show_more_than_there_is(ess: float, n: int) -> None:
+    rng = np.random.default_rng(5)
+    weights = np.exp(rng.normal(0, np.sqrt(-np.log(ess)), (20_000, n)))
+    shown = (weights.sum(axis=1) ** 2 / (n * (weights**2).sum(axis=1))).mean()
+    assert sample_ess(ess, n) == pytest.approx(shown, abs=0.01)
+    assert shown > ess
+
+
+def test_at_the_ends_there_is_nothing_to_show() -> None:
+    assert sample_ess(1.0, 64) == pytest.approx(1.0)
+    assert 1 / 64 <= sample_ess(0.0, 64) < 0.03
+    assert sample_ess(0.3, 5_000) == pytest.approx(0.3, abs=0.03)

@@ -39,7 +39,6 @@ def step_row(step: int, reward: float, ess: float, gap: float) -> dict[str, Any]
         "step": step,
         "reward": reward,
         "ess_seq": ess,
-        "chi2_seq": 1 / ess - 1,
         "mean_abs_logprob_diff": gap,
         "rms_logprob_diff": 2 * gap,
         **seconds,
