@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,8 @@ def sample_ess(ess: float, n: int) -> float:
         ess: 1 / E w², in [0, 1].
         n: Sequences.
     """
-    variance = -np.log(max(ess, np.finfo(np.float64).tiny))
-    draws = np.random.default_rng(0).standard_normal((_DRAWS, n)) * np.sqrt(variance)
+    variance = -math.log(max(ess, 1e-300))
+    draws = np.random.default_rng(0).standard_normal((_DRAWS, n)) * math.sqrt(variance)
     weights = np.exp(draws - draws.max(axis=1, keepdims=True))
     return float((weights.sum(axis=1) ** 2 / (n * (weights**2).sum(axis=1))).mean())
 
