@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.mantissa_bits import round_mantissa
+from mismatch_probe.rl.stress import round_mantissa
 from tests.real.planted import (
     MAX_TOKENS,
     PROMPTS,
