@@ -30,7 +30,7 @@ def _said(checkpoint: Path, folder: Path, dtype: Dtype, step_size: float, device
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize(("dtype", "step_size"), [("float32", 1e-3), ("bfloat16", 2e-3), ("float16", 1e-3)])
+@pytest.mark.parametrize(("dtype", "step_size"), [("float32", 1e-3), ("bfloat16", 6e-3), ("float16", 1e-3)])
 def test_every_fault_is_caught_and_named(
     tiny: Callable[[str], Path], tmp_path: Path, device: Device, dtype: Dtype, step_size: float
 ) -> None:
@@ -40,11 +40,10 @@ def test_every_fault_is_caught_and_named(
         assert float(said["none"].split()[1]) < 1e-5
     assert "stale" in said["stale"], said
     assert "model.layers.1.mlp.down_proj.weight did not arrive" in said["partial"], said
-    # A head that is not packed follows the embedding by itself: vLLM packs none on a GPU, and none in float16.
-    if dtype == "float16" or device == "cuda":
-        assert said["tied"].startswith("gap "), said
-    else:
-        assert "lm_head.weight did not arrive" in said["tied"], said
+    # A head that is not packed follows the embedding by itself: vLLM packs none on a GPU, and in float16 it depends on
+    # the CPU.
+    named = "lm_head.weight did not arrive" in said["tied"]
+    assert named or (said["tied"].startswith("gap ") and (dtype == "float16" or device == "cuda")), said
     if dtype != "bfloat16":  # there it is what the engine does anyway
         assert "bfloat16" in said["cast"], said
     assert "lacks lm_head.weight" in said["names"], said

@@ -49,6 +49,7 @@ EVERYTHING: dict[str, Any] = {
     "dose": 4.0,
     "seed": 5,
     "evaluate_every": 2,
+    "evaluate_at_end": False,
     "checkpoint_every": 3,
     "pass_above": 0.9,
     "pass_window": 4,
