@@ -109,7 +109,12 @@ class Training:
         pieces.directory.rewind(self._step)
         pieces.engine.load_weights(cast(self._policy.weights(), self._config.rollout_dtype))
         self._sync = WeightSync(
-            pieces.engine, self._policy, self._config.rollout_dtype, self._probes(), check=self._config.check_sync
+            pieces.engine,
+            self._policy,
+            self._config.rollout_dtype,
+            self._probes(),
+            check=self._config.check_sync,
+            tell=lambda text: pieces.tell("message", text),
         )
 
     def run(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
+from mismatch_probe.rl import sync
 from mismatch_probe.rl.config import make_config
 from mismatch_probe.rl.policy import TORCH_DTYPES, Batch, Policy, token_logprobs
 from mismatch_probe.rl.sync import SyncError, WeightSync, _left_over, cast, changed_share
@@ -138,6 +139,18 @@ def test_weights_that_never_arrive_are_found_once_it_shows(tied: Path) -> None:
 
     with pytest.raises(SyncError, match=r"\(stale\)"):
         send_many()
+
+
+def test_a_trial_that_takes_its_time_is_announced(tied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    setup = Setup(tied, "float32", scan_every=2, tell=said.append)
+    setup.sync.send(setup.move())
+    assert said == []  # a toy's is over at once
+    monkeypatch.setattr(sync, "_MANY", 3)
+    setup.sync.send(setup.move())
+    assert said == []
+    setup.sync.send(setup.move())
+    assert said == [f"checking the weight sync tensor by tensor, with up to {2 * len(setup.move())} forward passes"]
 
 
 def test_a_fault_that_no_hypothesis_explains_is_caught(tied: Path) -> None:
