@@ -17,7 +17,8 @@ from mismatch_probe.rl.sweep import SweepDirectory
 
 # What tells arms apart, as columns of the table of runs.
 AXES = ("rollout_dtype", "trainer_dtype", "trainer_mode", "algorithm", "learning_rate", "stress", "dose")
-DOSES = ("ess_seq", "mean_abs_logprob_diff")
+# Columns of the table of steps: what takes the rollout from the trained policy, stale weights included.
+DOSES = {"ess_seq": "off_policy_ess_seq", "mean_abs_logprob_diff": "off_policy_mean_abs"}
 _MEASURED = (
     *("final_reward", "best_reward", "reward_kept", "clean_reward", "first_above_step"),
     *(name for key in DOSES for name in (key, f"{key}_run")),
@@ -82,7 +83,7 @@ def _rewards(steps: pd.DataFrame, window: int) -> dict[str, float | None]:
 def _doses(steps: pd.DataFrame, window: int) -> dict[str, float | None]:
     found: dict[str, float | None] = {}
     for name, rows in (("", steps.head(window)), ("_run", steps)):
-        found |= {f"{key}{name}": _finite_mean(rows, key) for key in DOSES}
+        found |= {f"{key}{name}": _finite_mean(rows, column) for key, column in DOSES.items()}
     return found
 
 

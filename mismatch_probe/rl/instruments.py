@@ -68,15 +68,20 @@ class Rolled:
     sampled: Sequence[Floats]
 
     def metrics(self) -> dict[str, float | None]:
-        """Mismatch metrics of the step, and how far staleness and the updates went; None for what has no value."""
-        pair = self._pair(self.sampled)
-        found: dict[str, float | None] = {
-            key: value.value for key, value in compute_metrics(pair, keys=METRICS, replicates=20).items()
-        }
+        """Mismatch metrics of the step, how far staleness and the updates went, and how far both, mismatch and
+        staleness, take the rollout from the trained policy (`off_policy_*`); None for what has no value.
+        """
+        found = self._metrics(self.sampled, METRICS)
+        total = found if self.sampled is self.old else self._metrics(self.old, ("ess_seq", "mean_abs_logprob_diff"))
+        found |= {"off_policy_ess_seq": total["ess_seq"], "off_policy_mean_abs": total["mean_abs_logprob_diff"]}
         tokens = {name: np.concatenate([np.empty(0), *getattr(self, name)]) for name in ("old", "current", "sampled")}
         found["staleness_mean_abs"] = _mean_abs(tokens["old"] - tokens["sampled"])
         found["movement_mean_abs"] = _mean_abs(tokens["current"] - tokens["old"])
         return found
+
+    def _metrics(self, trainer: Sequence[Floats], keys: Sequence[str]) -> dict[str, float | None]:
+        values = compute_metrics(self._pair(trainer), keys=keys, replicates=20)
+        return {key: value.value for key, value in values.items()}
 
     def _pair(self, trainer: Sequence[Floats]) -> PairArrays:
         lengths = [len(response) for response in self.responses]

@@ -43,7 +43,8 @@ def test_every_metric_is_that_of_the_tokens() -> None:
     """The mismatch is of the weights that the engine had; staleness and movement are what comes on top."""
     rolled = make_rolled()
     found = rolled.metrics()
-    assert set(found) == {*METRICS, "staleness_mean_abs", "movement_mean_abs"}
+    beside = {"staleness_mean_abs", "movement_mean_abs", "off_policy_ess_seq", "off_policy_mean_abs"}
+    assert set(found) == {*METRICS, *beside}
     pair = PairArrays(
         rollout_logprob=np.concatenate(rolled.rollout),
         trainer_logprob=np.concatenate(rolled.sampled),
@@ -72,6 +73,7 @@ def test_the_main_ones_by_hand() -> None:
         "ess_seq": weights.sum() ** 2 / (weights**2).sum() / len(weights),
         "staleness_mean_abs": np.abs(np.concatenate(rolled.old) - np.concatenate(rolled.sampled)).mean(),
         "movement_mean_abs": np.abs(np.concatenate(rolled.current) - np.concatenate(rolled.old)).mean(),
+        "off_policy_mean_abs": np.abs(np.concatenate(rolled.old) - np.concatenate(rolled.rollout)).mean(),
     }
     assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-9)
 

@@ -104,6 +104,9 @@ def test_staleness_and_mismatch_are_kept_apart(tmp_path: Path, engine: TorchEngi
     assert steps["staleness_mean_abs"].iloc[0] == 0
     assert (steps["staleness_mean_abs"].iloc[1:] > 1e-4).all()
     assert (steps["mean_abs_logprob_diff"] < 1e-5).all()
+    # Together they are the dose that a sweep places the run by.
+    np.testing.assert_allclose(steps["off_policy_mean_abs"], steps["staleness_mean_abs"], atol=1e-5)
+    assert (steps["off_policy_ess_seq"].iloc[1:] < steps["ess_seq"].iloc[1:]).all()
 
 
 class _Meddling(TorchEngine):

@@ -40,6 +40,8 @@ def step_row(step: int, reward: float, ess: float, gap: float) -> dict[str, Any]
         "reward": reward,
         "ess_seq": ess,
         "mean_abs_logprob_diff": gap,
+        "off_policy_ess_seq": ess,
+        "off_policy_mean_abs": gap,
         "rms_logprob_diff": 2 * gap,
         **seconds,
     }
