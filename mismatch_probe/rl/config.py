@@ -199,13 +199,20 @@ def read_config(path: str | Path | None, overrides: Mapping[str, Any]) -> RlConf
     Raises:
         UsageError: The file is missing or no TOML, a key is unknown, or a value cannot be.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is no text"
-            raise UsageError(f"The configuration {path} cannot be read ({reason}).", "Check its path.") from None
-        except tomllib.TOMLDecodeError as error:
-            raise UsageError(f"The configuration {path} is no TOML: {error}.", "Mend that line.") from None
+    values = {} if path is None else read_toml(path, "configuration")
     return make_config({**values, **overrides})
+
+
+def read_toml(path: str | Path, what: str) -> dict[str, Any]:
+    """Reads a TOML file, which a refusal calls `what`.
+
+    Raises:
+        UsageError: The file is missing or no TOML.
+    """
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text"
+        raise UsageError(f"The {what} {path} cannot be read ({reason}).", "Check its path.") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"The {what} {path} is no TOML: {error}.", "Mend that line.") from None

@@ -11,11 +11,11 @@ import numpy as np
 from mismatch_probe.config import check_lengths
 from mismatch_probe.probes.analysis import analyse
 from mismatch_probe.report.rl_data import Place
+from mismatch_probe.rl.plan import SHORT
 from mismatch_probe.tables import RunDirectory
 from mismatch_probe.types import MetricValue
 
 _DRAWS = 4000
-_SHORT = {"bfloat16": "BF16", "float16": "FP16", "float32": "FP32"}
 
 
 def places_of(path: Path, tokens: int, sequences: int) -> list[Place]:
@@ -40,7 +40,7 @@ def places_of(path: Path, tokens: int, sequences: int) -> list[Place]:
         if not pairs or not length["predictions"]:
             continue
         prediction = length["predictions"][0]
-        label = f"{model}, {_SHORT.get(pairs[0]['rollout_dtype'], dtype)}, {tokens:,} tokens"
+        label = f"{model}, {SHORT[dtype].upper() if dtype in SHORT else dtype}, {tokens:,} tokens"
         ess, gap = _value(prediction["ess_seq"]), _value(pairs[0]["metrics"]["mean_abs_logprob_diff"])
         found.append(Place(label, pairs[0]["rollout_dtype"], ess, _as_seen(ess, sequences), gap))
     return found

@@ -14,7 +14,6 @@ seeds = 8                   # 0 to 7, or a list
 from __future__ import annotations
 
 import itertools
-import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,9 +23,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from mismatch_probe.errors import UsageError
-from mismatch_probe.rl.config import RlConfig, checked, make_config
+from mismatch_probe.rl.config import RlConfig, checked, make_config, read_toml
 
-_SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 # What grids decide, and `base` must not.
 _DECIDED = {"seed": "seeds", "dose": "stress", "stress": "stress"}
 
@@ -71,13 +70,7 @@ def read_plan(path: str | Path) -> list[Cell]:
     Raises:
         UsageError: The file is missing or no TOML, a key is unknown, a value cannot be, or two cells are the same.
     """
-    try:
-        document = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no text"
-        raise UsageError(f"The plan {path} cannot be read ({reason}).", "Check its path.") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"The plan {path} is no TOML: {error}.", "Mend that line.") from None
+    document = read_toml(path, "plan")
     unknown = sorted(set(document) - {"base", "grid"})
     if unknown:
         raise UsageError(f"The plan has the unknown table {unknown[0]!r}.", "Write [base] and [[grid]].")
@@ -146,7 +139,7 @@ def parse_stress(text: str) -> dict[str, Any]:
 def arm_name(config: RlConfig) -> str:
     """What a cell is apart from its seed, fit for a folder's name."""
     mode = "" if config.trainer_dtype == "float32" else f"-{config.trainer_mode}"
-    precision = f"{_SHORT[config.rollout_dtype]}-{_SHORT[config.trainer_dtype]}{mode}"
+    precision = f"{SHORT[config.rollout_dtype]}-{SHORT[config.trainer_dtype]}{mode}"
     stress = "" if config.stress == "none" else f"_{config.stress}-{config.dose:g}"
     return f"{precision}_{config.algorithm}_lr{config.learning_rate:g}{stress}"
 
@@ -166,7 +159,7 @@ def labels(configs: Sequence[RlConfig]) -> list[str]:
 
 
 def _label(config: RlConfig, several: Mapping[str, bool]) -> str:
-    rollout, trainer = _SHORT[config.rollout_dtype].upper(), _SHORT[config.trainer_dtype].upper()
+    rollout, trainer = SHORT[config.rollout_dtype].upper(), SHORT[config.trainer_dtype].upper()
     parts = [rollout if rollout == trainer else f"{rollout}/{trainer}"]
     if several["algorithm"]:
         parts.append(config.algorithm)

@@ -81,6 +81,18 @@ def resolve_model(config: TaskSettings, progress: Progress) -> ModelRef:
     return resolve(str(data_path(f"rl/{CHAIN}/config.json").parent))
 
 
+def same_model(config: TaskSettings, manifest: Mapping[str, Any], progress: Progress) -> ModelRef:
+    """The model of a folder that is gone on with.
+
+    Raises:
+        TableError: Its files are no longer those of the manifest.
+    """
+    model = resolve_model(config, progress)
+    if model.file_hashes() != manifest["model"]["files"]:
+        raise TableError("The model's files have changed since this run began.", "Start a new run.")
+    return model
+
+
 def new_rl_run(config: RlConfig, out: str | Path | None, progress: Progress | None) -> RlResult:
     """Makes a run folder and trains.
 
@@ -108,9 +120,7 @@ def resume_rl_run(path: Path, progress: Progress | None) -> RlResult:
         result = directory.result()
         if result is not None:
             return RlResult(path, result)
-        model = resolve_model(directory.config, progress)
-        if model.file_hashes() != directory.manifest["model"]["files"]:
-            raise TableError("The model's files have changed since this run began.", "Start a new run.")
+        model = same_model(directory.config, directory.manifest, progress)
         return _execute(directory, model, devices.choose_device(directory.config.device), progress)
 
 

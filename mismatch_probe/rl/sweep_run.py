@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from mismatch_probe.engines import devices
-from mismatch_probe.errors import EXIT_ERROR, EXIT_LIMIT, EXIT_OK, TableError
+from mismatch_probe.errors import EXIT_ERROR, EXIT_LIMIT, EXIT_OK
 from mismatch_probe.files import atomic_path, locked, write_json, write_text
 from mismatch_probe.metrics.arms import ArmComparison, compare_sweep
 from mismatch_probe.metrics.dose import DosedArm, DoseResponse, dose_response
@@ -23,7 +23,7 @@ from mismatch_probe.rl.arms import runs_table, steps_table
 from mismatch_probe.rl.collapse import rule
 from mismatch_probe.rl.plan import Cell, families, labels
 from mismatch_probe.rl.reading import notes, reading
-from mismatch_probe.rl.run import resolve_model, run_facts
+from mismatch_probe.rl.run import resolve_model, run_facts, same_model
 from mismatch_probe.rl.sweep import Sweep, SweepDirectory, slots
 from mismatch_probe.tables import SCHEMA_VERSION, refuse_occupied
 from mismatch_probe.types import MetricValue
@@ -97,9 +97,7 @@ def resume_sweep(path: Path, workers: int | None, progress: Progress | None) -> 
     with locked(path):
         directory = SweepDirectory.open(path)
         first = directory.cells[0].config
-        model, device = resolve_model(first, progress), devices.choose_device(first.device)
-        if model.file_hashes() != directory.manifest["model"]["files"]:
-            raise TableError("The model's files have changed since this sweep began.", "Start a new one.")
+        model, device = same_model(first, directory.manifest, progress), devices.choose_device(first.device)
         Sweep(directory, model, device, slots(device, workers), progress).run()
         return write_sweep(directory)
 
@@ -145,7 +143,7 @@ def write_sweep(directory: SweepDirectory, places: Sequence[Place] = ()) -> Swee
 
 def arm_points(cells: Sequence[Cell], runs: pd.DataFrame) -> list[ArmPoint]:
     """Arms with means over the seeds of the runs that have ended."""
-    firsts = list({cell.arm: cell for cell in cells}.values())
+    firsts = _firsts(cells)
     configs = [cell.config for cell in firsts]
     found = []
     for cell, label, family in zip(firsts, labels(configs), families(configs), strict=True):
@@ -197,7 +195,7 @@ def against_reference(cells: Sequence[Cell], runs: pd.DataFrame) -> list[ArmComp
     """Every arm against its reference: of equal algorithm and learning rate FP32 on both sides without stress, or what
     comes closest to that in the plan's order. References are compared with the first one.
     """
-    firsts = list({cell.arm: cell for cell in cells}.values())
+    firsts = _firsts(cells)
     named = dict(zip([cell.arm for cell in firsts], labels([cell.config for cell in firsts]), strict=True))
     ended = runs[runs["status"].isin(ENDED)]
     arms = {arm: _arm(label, ended[ended["arm"] == arm]) for arm, label in named.items()}
@@ -215,7 +213,7 @@ def dose_of(cells: Sequence[Cell], runs: pd.DataFrame) -> DoseResponse | None:
     """How the final reward follows the measured dose, among the arms that have algorithm and learning rate of the first
     stressed one; None in a sweep without injected stress.
     """
-    firsts = list({cell.arm: cell for cell in cells}.values())
+    firsts = _firsts(cells)
     stressed = [cell for cell in firsts if cell.config.stress != "none"]
     if not stressed:
         return None
@@ -233,6 +231,11 @@ def dose_of(cells: Sequence[Cell], runs: pd.DataFrame) -> DoseResponse | None:
             ess = tuple(min(1.0, float(value)) for value in rows["ess_seq"])
             found.append(DosedArm(arm, structure, ess, tuple(map(float, rows["mean_abs_logprob_diff"]))))
     return dose_response(found, tolerance=SAME_ESS)
+
+
+def _firsts(cells: Sequence[Cell]) -> list[Cell]:
+    """A cell of each arm, in the plan's order."""
+    return list({cell.arm: cell for cell in cells}.values())
 
 
 def _family(cell: Cell) -> tuple[str, float]:

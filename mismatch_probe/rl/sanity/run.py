@@ -11,12 +11,12 @@ from typing import Any
 from mismatch_probe.engines import devices
 from mismatch_probe.engines.models import ModelRef
 from mismatch_probe.engines.process import EngineProcess
-from mismatch_probe.errors import Interrupted, TableError
+from mismatch_probe.errors import Interrupted
 from mismatch_probe.files import locked
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.probes.session import default_folder
 from mismatch_probe.rl.config import RlConfig
-from mismatch_probe.rl.run import resolve_model, run_facts
+from mismatch_probe.rl.run import resolve_model, run_facts, same_model
 from mismatch_probe.rl.sanity.config import SanityConfig
 from mismatch_probe.rl.sanity.records import SET, SanityDirectory
 from mismatch_probe.rl.sanity.worker import SanityJob, settings_of
@@ -113,9 +113,7 @@ def resume_sanity_set(path: Path, progress: Progress | None) -> SanityResult:
         found = directory.statistics()
         if found is not None:
             return SanityResult(path, found)
-        model = resolve_model(directory.config, progress)
-        if model.file_hashes() != directory.manifest["model"]["files"]:
-            raise TableError("The model's files have changed since this run began.", "Start a new run.")
+        model = same_model(directory.config, directory.manifest, progress)
         return _execute(directory, model, devices.choose_device(directory.config.device), progress)
 
 
