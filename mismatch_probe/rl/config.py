@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -39,8 +39,8 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Settings = TypeVar("Settings", bound=BaseModel)
 
 
-class RlConfig(BaseModel):
-    """One RL run. Every field is a key of the TOML file.
+class TaskSettings(BaseModel):
+    """What is sampled of which model, whatever else is done with it.
 
     Attributes:
         model: Built-in name, checkpoint folder, or hub id; `chain` is the small checkpoint that comes with the tool.
@@ -48,35 +48,14 @@ class RlConfig(BaseModel):
         task: `chain`, `reasoning` or `math`, see `rl.tasks`.
         problems: JSONL file of problems, which `math` needs; the other tasks draw their own without it.
         chat: Renders problems through the model's chat template.
-        n_problems: Problems that are trained on.
+        n_problems: How many; None for all of a file, or 128 drawn ones.
         operations: Length of a chain.
         rollout_dtype: What vLLM runs in.
-        trainer_dtype: What forward and backward passes compute in; master weights are FP32 in any case.
-        trainer_mode: `autocast` (FP32 weights under torch.autocast) or `cast` (a copy of the weights in the dtype).
-        algorithm: See `rl.losses`.
-        steps: Rollouts, each followed by `updates_per_rollout` optimizer steps.
-        prompts_per_step, samples_per_prompt: Size of a rollout.
-        max_tokens: Response budget.
-        temperature: Sampling temperature, applied on both sides.
-        updates_per_rollout: Minibatches that a rollout is split into, by prompt.
-        micro_batch: Sequences in a forward and backward pass; gradients of a minibatch are accumulated over them.
-        learning_rate, schedule, warmup_steps: Of AdamW; schedules count optimizer steps and end at 0.
-        beta1, beta2, weight_decay, max_grad_norm: Likewise; a norm of 0 switches clipping off.
-        initial_loss_scale, loss_scale_growth_interval, minimum_loss_scale: Of FP16 training.
-        stress, dose: Injected stress on the rollout side, see `rl.stress`; never to be mistaken for precision.
+        max_tokens: Response budget; a response that uses it up is wrong.
+        temperature: Sampling temperature.
         seed: Of everything.
-        evaluate_every: Steps between evaluations of the clean weights under FP32, by transformers' own sampling, which
-            is slow for long responses; 0 for none.
-        evaluate_at_end: Whether the last weights are evaluated in any case.
-        checkpoint_every: Steps between checkpoints.
-        pass_above, pass_window: The sanity test: passed when the lower 95 % limit of the mean reward over the last so
-            many steps exceeds the threshold.
-        collapse_window: Steps of the collapse rule, see `rl.collapse`.
-        check_sync: Whether every weight sync is checked, see `rl.sync`.
-        record_rollouts: Whether every rollout is kept, in the format that `compare --from` reads.
         device: `auto`, `cpu` or `cuda`.
         kv_cache_gib: KV cache on a CPU.
-        gpu_memory_utilization: The engine's share of a GPU that it shares with the trainer.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -86,17 +65,63 @@ class RlConfig(BaseModel):
     task: Literal["chain", "reasoning", "math"] = "chain"
     problems: str | None = None
     chat: bool = False
-    n_problems: Positive = 128
+    n_problems: Positive | None = None
     operations: Positive = 16
     rollout_dtype: Dtype = "bfloat16"
+    max_tokens: Positive = 64
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    seed: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    kv_cache_gib: Positive = 1
+
+    @field_validator("rollout_dtype", "trainer_dtype", mode="before", check_fields=False)
+    @classmethod
+    def _long_name(cls, value: Any) -> Any:
+        return SHORT_DTYPES.get(value, value) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _has_problems(self) -> Self:
+        if self.task == "math" and self.problems is None:
+            raise ValueError("problems must name a JSONL file for the task math")
+        return self
+
+
+class RlConfig(TaskSettings):
+    """One RL run. Every field, those of `TaskSettings` included, is a key of the TOML file; the temperature is applied
+    on both sides.
+
+    Attributes:
+        n_problems: Problems that are trained on.
+        trainer_dtype: What forward and backward passes compute in; master weights are FP32 in any case.
+        trainer_mode: `autocast` (FP32 weights under torch.autocast) or `cast` (a copy of the weights in the dtype).
+        algorithm: See `rl.losses`.
+        steps: Rollouts, each followed by `updates_per_rollout` optimizer steps.
+        prompts_per_step, samples_per_prompt: Size of a rollout.
+        updates_per_rollout: Minibatches that a rollout is split into, by prompt.
+        micro_batch: Sequences in a forward and backward pass; gradients of a minibatch are accumulated over them.
+        learning_rate, schedule, warmup_steps: Of AdamW; schedules count optimizer steps and end at 0.
+        beta1, beta2, weight_decay, max_grad_norm: Likewise; a norm of 0 switches clipping off.
+        initial_loss_scale, loss_scale_growth_interval, minimum_loss_scale: Of FP16 training.
+        stress, dose: Injected stress on the rollout side, see `rl.stress`; never to be mistaken for precision.
+        evaluate_every: Steps between evaluations of the clean weights under FP32, by transformers' own sampling, which
+            is slow for long responses; 0 for none.
+        evaluate_at_end: Whether the last weights are evaluated in any case.
+        checkpoint_every: Steps between checkpoints.
+        pass_above, pass_window: The sanity test: passed when the lower 95 % limit of the mean reward over the last so
+            many steps exceeds the threshold.
+        collapse_window: Steps of the collapse rule, see `rl.collapse`.
+        check_sync: Whether every weight sync is checked, see `rl.sync`.
+        record_rollouts: Whether every rollout is kept, in the format that `compare --from` reads.
+        gpu_memory_utilization: The engine's share of a GPU that it shares with the trainer.
+    """
+
+    n_problems: Positive = 128
     trainer_dtype: Dtype = "bfloat16"
     trainer_mode: TrainerMode = "autocast"
     algorithm: str = "dr-grpo"
     steps: Positive = 100
     prompts_per_step: Positive = 8
     samples_per_prompt: Annotated[int, Field(ge=2)] = 8
-    max_tokens: Positive = 64
-    temperature: Annotated[float, Field(gt=0)] = 1.0
     updates_per_rollout: Positive = 4
     micro_batch: Positive = 16
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
@@ -111,7 +136,6 @@ class RlConfig(BaseModel):
     minimum_loss_scale: Annotated[float, Field(gt=0)] = 1.0
     stress: Structure = "none"
     dose: Annotated[float, Field(ge=0)] = 0.0
-    seed: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
     evaluate_every: Count = 0
     evaluate_at_end: bool = True
     checkpoint_every: Positive = 50
@@ -120,14 +144,7 @@ class RlConfig(BaseModel):
     collapse_window: Annotated[int, Field(ge=2)] = 10
     check_sync: bool = True
     record_rollouts: bool = True
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    kv_cache_gib: Positive = 1
     gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.4
-
-    @field_validator("rollout_dtype", "trainer_dtype", mode="before")
-    @classmethod
-    def _long_name(cls, value: Any) -> Any:
-        return SHORT_DTYPES.get(value, value) if isinstance(value, str) else value
 
     @field_validator("algorithm")
     @classmethod
@@ -151,8 +168,6 @@ class RlConfig(BaseModel):
             raise ValueError(f"dose ({self.dose}) of stale weights is a whole number of steps")
         if self.stress == "mantissa" and not (self.dose == int(self.dose) and 1 <= self.dose <= 22):
             raise ValueError(f"dose ({self.dose}) of mantissa is a number of stored bits, 1 to 22")
-        if self.task == "math" and self.problems is None:
-            raise ValueError("problems must name a JSONL file for the task math")
         if self.minimum_loss_scale > self.initial_loss_scale:
             raise ValueError(
                 f"minimum_loss_scale ({self.minimum_loss_scale:g}) exceeds initial_loss_scale "

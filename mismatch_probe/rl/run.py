@@ -19,9 +19,9 @@ from mismatch_probe.files import locked
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.probes.session import default_folder
 from mismatch_probe.resources import data_path
-from mismatch_probe.rl.config import RlConfig
+from mismatch_probe.rl.config import RlConfig, TaskSettings
 from mismatch_probe.rl.records import RlDirectory
-from mismatch_probe.rl.worker import RlJob, TaskSettings
+from mismatch_probe.rl.worker import RlJob
 from mismatch_probe.tables import refuse_occupied
 
 CHAIN = "chain"

@@ -7,13 +7,13 @@ from collections.abc import Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from mismatch_probe.engines import devices
 from mismatch_probe.engines.base import EncodeJob, RolloutJob
 from mismatch_probe.errors import FolderBusy
 from mismatch_probe.files import locked
-from mismatch_probe.rl.config import RlConfig
+from mismatch_probe.rl.config import RlConfig, TaskSettings
 from mismatch_probe.rl.records import RlDirectory
 from mismatch_probe.types import Prompt, Sampling
 
@@ -117,27 +117,6 @@ class _Teller:
 
     def __call__(self, name: str, payload: Any) -> None:
         self._channel.send(name, (self._path, payload))
-
-
-class TaskSettings(Protocol):
-    """What configurations say of model and task, whatever else is done with them."""
-
-    @property
-    def model(self) -> str: ...
-    @property
-    def revision(self) -> str | None: ...
-    @property
-    def task(self) -> str: ...
-    @property
-    def problems(self) -> str | None: ...
-    @property
-    def chat(self) -> bool: ...
-    @property
-    def n_problems(self) -> int | None: ...
-    @property
-    def operations(self) -> int: ...
-    @property
-    def seed(self) -> int: ...
 
 
 @dataclass(frozen=True)
