@@ -20,11 +20,12 @@ import click
 import numpy as np
 import torch
 
+from mismatch_probe.engines.logprobs import Batch
 from mismatch_probe.engines.models import resolve
 from mismatch_probe.rl.config import RlConfig, make_config
 from mismatch_probe.rl.instruments import Rolled
 from mismatch_probe.rl.loop import Pieces, Training
-from mismatch_probe.rl.policy import TORCH_DTYPES, Batch
+from mismatch_probe.rl.policy import TORCH_DTYPES
 from mismatch_probe.rl.records import RlDirectory
 from mismatch_probe.rl.run import resolve_model
 from mismatch_probe.types import Rollout

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mismatch_probe.engines.logprobs import Batch, entropies
 from mismatch_probe.metrics.intervals import share_interval
 from mismatch_probe.rl.advantages import group_advantages
 from mismatch_probe.rl.checkpoints import Checkpoint, checkpoints, load_checkpoint, prune, save_checkpoint
@@ -24,7 +25,7 @@ from mismatch_probe.rl.collapse import CollapseDetector
 from mismatch_probe.rl.config import RlConfig
 from mismatch_probe.rl.instruments import Rolled, finite
 from mismatch_probe.rl.losses import ALGORITHMS, Scale, policy_loss
-from mismatch_probe.rl.policy import Batch, NonFinite, Policy, StepFacts, entropies
+from mismatch_probe.rl.policy import NonFinite, Policy, StepFacts
 from mismatch_probe.rl.records import RlDirectory
 from mismatch_probe.rl.stress import stressed
 from mismatch_probe.rl.sync import ScoringEngine, WeightSync, cast, changed_share

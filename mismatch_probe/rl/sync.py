@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mismatch_probe.engines.logprobs import Batch
 from mismatch_probe.errors import EngineError
-from mismatch_probe.rl.policy import TORCH_DTYPES, Batch, Policy
+from mismatch_probe.rl.policy import TORCH_DTYPES, Policy
 from mismatch_probe.types import Dtype
 
 # In FP32 both sides compute the same function: METRICS.md and FACTS.md put the floor at 1e-6 nats and below.

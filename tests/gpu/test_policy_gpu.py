@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from mismatch_probe.engines.logprobs import Batch, token_logprobs
 from mismatch_probe.rl.config import make_config
 from mismatch_probe.rl.losses import ALGORITHMS, Scale, policy_loss
-from mismatch_probe.rl.policy import Batch, Policy, token_logprobs
+from mismatch_probe.rl.policy import Policy
 from mismatch_probe.rl.stress import round_mantissa, stressed
 
 pytestmark = [pytest.mark.gpu, pytest.mark.engine]

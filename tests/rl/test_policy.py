@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 from scipy import special
 from transformers import AutoModelForCausalLM
 
+from mismatch_probe.engines.logprobs import Batch, entropies, token_logprobs
 from mismatch_probe.errors import TableError
 from mismatch_probe.rl.config import make_config
-from mismatch_probe.rl.policy import TORCH_DTYPES, Batch, NonFinite, Policy, StepFacts, entropies, token_logprobs
+from mismatch_probe.rl.policy import TORCH_DTYPES, NonFinite, Policy, StepFacts
 from tests.real.tiny import VOCABULARY
 
 CPU = torch.device("cpu")

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
+from mismatch_probe.engines.logprobs import Batch, token_logprobs
 from mismatch_probe.rl import sync
 from mismatch_probe.rl.config import make_config
-from mismatch_probe.rl.policy import TORCH_DTYPES, Batch, Policy, token_logprobs
+from mismatch_probe.rl.policy import TORCH_DTYPES, Policy
 from mismatch_probe.rl.sync import SyncError, WeightSync, _left_over, cast, changed_share
 from mismatch_probe.types import Dtype
 
