@@ -90,7 +90,7 @@ class HfTrainer:
         wanted = self._wanted(batch, [0, *ends[:-1]]) if exact else {}
         columns: list[tuple[torch.Tensor, ...]] = []
         compared: dict[int, dict[str, Any]] = {}
-        with self._precision():
+        with self.precision():
             output = self._decoder(**inputs, use_cache=False)
             hidden = output.last_hidden_state.flatten(0, 1)[rows]
             step = rows_per_chunk(self._vocabulary, self._job.memory_budget, self._device.type)
@@ -157,7 +157,8 @@ class HfTrainer:
             source.close()
         del self._model, self._decoder
 
-    def _precision(self) -> AbstractContextManager[Any]:
+    def precision(self) -> AbstractContextManager[Any]:
+        """What a forward pass in this job's dtype and mode runs under."""
         if self._job.dtype == "float64":
             return keep_float64()
         if self._job.mode == "autocast":
@@ -191,7 +192,7 @@ class HfTrainer:
     def _check_head(self) -> None:
         """Compares the split forward with the plain one on a few tokens: it relies on how transformers is built."""
         ids = torch.arange(8, device=self._device)[None] % self._vocabulary
-        with self._precision():
+        with self.precision():
             plain = _upcast(self._model(input_ids=ids, use_cache=False).logits[0])
             output = self._decoder(input_ids=ids, use_cache=False)
             with self._head_only(type(output)) as head:

@@ -21,13 +21,10 @@ import numpy as np
 import pandas as pd
 
 from mismatch_probe.config import CompareConfig, check_lengths
-from mismatch_probe.engines import devices
-from mismatch_probe.engines.base import TrainerJob
-from mismatch_probe.engines.models import ModelRef, resolve
-from mismatch_probe.engines.process import EngineProcess
-from mismatch_probe.errors import Interrupted, TableError, UsageError
+from mismatch_probe.errors import TableError, UsageError
 from mismatch_probe.files import locked, write_json, write_text
 from mismatch_probe.metrics.frame import pair_arrays
+from mismatch_probe.probes.own_pass import device_of, fp32_trainer, model_of, run_pass
 from mismatch_probe.probes.pairs import Cell, why_missing
 from mismatch_probe.probes.planning import passes_of
 from mismatch_probe.probes.progress import Progress
@@ -152,7 +149,7 @@ def _task(run: RunDirectory, config: CompareConfig, data: PassData) -> PassTask:
         )
         for index, rows in zip(data.kept, data.rows, strict=True)
     ]
-    about = [version("mismatch-probe"), DIRECTIONS, _device(run), config.temperature, config.trainer_attn]
+    about = [version("mismatch-probe"), DIRECTIONS, device_of(run), config.temperature, config.trainer_attn]
     digest = hashlib.sha256(json.dumps([*about, run.manifest["model"].get("files")]).encode())
     for sequence in sequences:
         digest.update(json.dumps([sequence.prompt, sequence.response, list(sequence.trainers)]).encode())
@@ -161,62 +158,14 @@ def _task(run: RunDirectory, config: CompareConfig, data: PassData) -> PassTask:
     return PassTask(str(run.path / FOLDER / f"{name}.npz"), digest.hexdigest(), sequences, CONSISTENT.pass_id)
 
 
-def _device(run: RunDirectory) -> devices.Device:
-    return "cuda" if run.manifest["device"] == "cuda" and devices.gpu_present() else "cpu"
-
-
 def _make_missing(run: RunDirectory, config: CompareConfig, tasks: Sequence[PassTask], progress: Progress) -> None:
-    """Makes the files that are not there yet, in a process of its own."""
+    """Makes the files that are not there yet."""
     missing = [task for task in tasks if PassVectors.load(Path(task.path), task.key) is None]
     if not missing:
         return
-    model = _model(run, config, progress)
-    settings = devices.trainer_settings(_device(run), "float32")
-    trainer = TrainerJob(
-        engine="hf",
-        model_path=str(model.path),
-        dtype="float32",
-        mode="cast",
-        layout="single",
-        attention=config.trainer_attn,
-        device=_device(run),
-        temperature=config.temperature,
-        requests=(),
-        null_sequences=0,
-        memory_budget=0,
-        trust_remote_code=config.trust_remote_code,
-        flags=settings.arguments,
-    )
-
-    def on_event(name: str, payload: Any) -> None:
-        if name == "total":
-            progress.total(FOLDER, payload)
-        elif name == "progress":
-            progress.advance(FOLDER, payload)
-
-    progress.begin(FOLDER, "gradients")
-    process = EngineProcess("hf", settings.environment, run.path / "logs" / "gradient.log")
-    try:
-        process.run(GradientJob(trainer, missing), on_event)
-    except KeyboardInterrupt:
-        raise Interrupted(
-            "Stopped; finished rollout passes are kept.", f"Continue with: mismatch-probe rl gradient {run.path}"
-        ) from None
-    progress.end(FOLDER, "done")
-
-
-def _model(run: RunDirectory, config: CompareConfig, progress: Progress) -> ModelRef:
-    model = resolve(
-        config.model,
-        revision=run.manifest["model"]["revision"],
-        trust_remote_code=config.trust_remote_code,
-        log=progress.message,
-    )
-    if model.scripted:
-        raise UsageError("The scripted model has no weights, hence no gradient.", "Measure a real one.")
-    if model.file_hashes() != run.manifest["model"].get("files"):
-        raise TableError("The model's files have changed since this run began.", "Start a new run.")
-    return model
+    device = device_of(run)
+    job = GradientJob(fp32_trainer(config, model_of(run, config, progress), device), missing)
+    run_pass(run, job, device, FOLDER, "gradients", f"mismatch-probe rl gradient {run.path}", progress)
 
 
 def _write(folder: Path, document: dict[str, Any]) -> Path:

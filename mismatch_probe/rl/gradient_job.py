@@ -7,8 +7,6 @@ Shape legend: `n` sequences, `T` counted response tokens of one, `K` components 
 
 from __future__ import annotations
 
-import json
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mismatch_probe.arrays import load_arrays, save_arrays
 from mismatch_probe.engines.base import TrainerJob
-from mismatch_probe.files import atomic_path
 from mismatch_probe.metrics.gradient import Weighted
 
 Floats = NDArray[np.float64]
@@ -165,28 +163,22 @@ class PassVectors:
             arrays[f"sums-{index}"] = sums
             if arm in self.of_tokens:
                 arrays[f"vectors-{index}"] = self.of_tokens[arm]
-        about = {"key": key, "arms": list(self.sums), "logprob_gap": self.logprob_gap}
-        with atomic_path(path) as partial, partial.open("wb") as handle:
-            np.savez(handle, about=np.array(json.dumps(about)), **arrays)
+        save_arrays(path, key, {"arms": list(self.sums), "logprob_gap": self.logprob_gap}, arrays)
 
     @classmethod
     def load(cls, path: Path, key: str) -> PassVectors | None:
         """Reads the file; None where there is none, it is damaged, or it was made of something else."""
-        try:
-            # Opened here: of a damaged file numpy would leave its own handle open.
-            with path.open("rb") as handle, np.load(handle, allow_pickle=False) as arrays:
-                about = json.loads(str(arrays["about"]))
-                if about["key"] != key:
-                    return None
-                arms = {index: (str(arm[0]), str(arm[1])) for index, arm in enumerate(about["arms"])}
-                return cls(
-                    arrays["score"],
-                    {arm: arrays[f"vectors-{i}"] for i, arm in arms.items() if f"vectors-{i}" in arrays},
-                    {arm: arrays[f"sums-{i}"] for i, arm in arms.items()},
-                    float(about["logprob_gap"]),
-                )
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        found = load_arrays(path, key)
+        if found is None:
             return None
+        facts, arrays = found
+        arms = {index: (str(arm[0]), str(arm[1])) for index, arm in enumerate(facts["arms"])}
+        return cls(
+            arrays["score"],
+            {arm: arrays[f"vectors-{i}"] for i, arm in arms.items() if f"vectors-{i}" in arrays},
+            {arm: arrays[f"sums-{i}"] for i, arm in arms.items()},
+            float(facts["logprob_gap"]),
+        )
 
 
 def _sums(weights: Floats) -> Floats:

@@ -1,0 +1,255 @@
+"""An audit's measurements: what is asked of the worker process, and the files that it leaves, one a part.
+
+Nothing here imports torch before the job runs.
+
+Shape legend: `S` sequences, `M` tensors of a forward pass, `G` tensors with a gradient, `W` sampled weights, `E`
+exponents, `N` response tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mismatch_probe.arrays import save_arrays
+from mismatch_probe.engines.base import TrainerJob
+from mismatch_probe.metrics.floats import ExponentHistogram, scale_range
+from mismatch_probe.metrics.peaks import PeakSums
+from mismatch_probe.types import ScoreRequest, TrainerMode
+
+if TYPE_CHECKING:
+    from mismatch_probe.engines.hf import HfTrainer
+    from mismatch_probe.engines.logprobs import Batch
+
+PARTS = ("weights", "forward", "backward", "lag", "proof")
+# Made in the dtype by eager attention only: fused kernels keep them in FP32.
+FUSED = ("attention product", "softmax input")
+SAMPLED = 512
+LAG_BATCH = 8
+_SEED = 0
+Part = tuple[dict[str, Any], dict[str, NDArray[Any]]]
+
+
+@dataclass(frozen=True)
+class AuditJob:
+    """Measures a model on some sequences of its own.
+
+    Attributes:
+        trainer: The trainer in FP32; its requests are left empty.
+        folder: Where parts go, as `NAME.npz`.
+        keys: By part that is to be made: a digest of all that it depends on.
+        sequences: `S` prompts with responses; the first ones serve where fewer are enough.
+        n_gradients: Sequences of the backward pass.
+        n_lag: Sequences that are scored with masters and with their copies.
+        n_proof: Sequences of the FP16 pass.
+        proof_mode: How the trainer runs in FP16.
+        step_tokens: Response tokens that a step's loss is averaged over.
+        rates: Learning rates.
+    """
+
+    trainer: TrainerJob
+    folder: str
+    keys: Mapping[str, str]
+    sequences: Sequence[ScoreRequest]
+    n_gradients: int
+    n_lag: int
+    n_proof: int
+    proof_mode: TrainerMode
+    step_tokens: int
+    rates: Sequence[float]
+    subject: str = field(default="The audit's pass", init=False)
+    memory_advice: str = field(default="Audit with a lower --max-tokens.", init=False)
+
+    @property
+    def model_path(self) -> str:
+        return self.trainer.model_path
+
+    @property
+    def trust_remote_code(self) -> bool:
+        return self.trainer.trust_remote_code
+
+    def run(self, channel: Any) -> None:
+        """Events: `identity`, `total` and `progress` in tokens; a phase for each part."""
+        from mismatch_probe.engines import devices
+        from mismatch_probe.engines.hf import HfTrainer
+
+        steps = {"forward": len(self.sequences), "backward": self.n_gradients, "lag": self.n_lag, "proof": self.n_proof}
+        channel.send("total", sum(r.length for name in self.keys for r in self.sequences[: steps.get(name, 0)]))
+        wanted = [name for name in PARTS if name in self.keys]
+        engine = HfTrainer(self.trainer) if wanted != ["proof"] else None
+        channel.phase("load")
+        hint: int | None = None
+        for name in wanted:
+            if name == "proof":
+                if engine is not None:
+                    engine.close()
+                engine = HfTrainer(replace(self.trainer, dtype="float16", mode=self.proof_mode))
+                facts, arrays = self._proof(engine, hint, lambda tokens: channel.send("progress", tokens))
+            else:
+                assert engine is not None
+                facts, arrays = getattr(self, f"_{name}")(engine, lambda tokens: channel.send("progress", tokens))
+            if name == "backward":
+                hint = _highest(facts, arrays)
+            channel.send("identity", {name: engine.identity() | devices.running()})
+            save_arrays(Path(self.folder) / f"{name}.npz", self.keys[name], facts, arrays)
+            channel.phase(name)
+        if engine is not None:
+            engine.close()
+
+    def _weights(self, engine: HfTrainer, tick: Callable[[int], None]) -> Part:
+        from mismatch_probe.engines.audit.weights import weight_rows
+
+        return {"rows": weight_rows(engine.model)}, {}
+
+    def _forward(self, engine: HfTrainer, tick: Callable[[int], None]) -> Part:
+        """Peaks of every tensor, see `PeakSums`."""
+        import torch
+
+        from mismatch_probe.engines.audit.forward import ForwardTracker
+        from mismatch_probe.engines.logprobs import token_logprobs
+
+        tracker, sums = ForwardTracker(engine.model), None
+        with torch.inference_mode(), tracker.watching():
+            for request in self.sequences:
+                batch = self._batch(engine, request)
+
+                def run(batch: Batch = batch) -> None:
+                    token_logprobs(engine.model, batch, self.trainer.temperature)
+
+                peaks = tracker.sequence(request.length, run)
+                names = tuple(place.name for place in tracker.places)
+                sums = PeakSums(names) if sums is None else sums.widened(names)
+                rows = np.stack([peaks.get(name, np.zeros(request.length)) for name in names]).astype(np.float64)
+                sums.update(rows, np.array([place.kind not in FUSED for place in tracker.places]))
+                tick(request.length)
+        assert sums is not None
+        facts = {"places": [vars(place) for place in tracker.places], "layers": list(tracker.layers)}
+        return facts, sums.arrays()
+
+    def _backward(self, engine: HfTrainer, tick: Callable[[int], None]) -> Part:
+        """`counts` and `mass` `[G, E]`, `largest` `[G]`, `largest_by_sequence` `[S]` of gradients; and of sampled
+        weights `weights` `[W]`, `tensor` `[W]`, `gradients` `[S, W]`, these of the mean over a sequence's tokens.
+        """
+        from mismatch_probe.engines.audit.backward import GradientTracker
+
+        sample = _Sample(engine.model)
+        tracker = GradientTracker(engine.model.requires_grad_(True))
+        largest, gradients = [], []
+        with tracker.watching():
+            for request, sign in zip(self.sequences[: self.n_gradients], self._signs(), strict=False):
+                self._gradient(engine, request, sign / self.step_tokens)
+                tracker.weights()
+                largest.append(tracker.largest())
+                gradients.append(sample.gradients() * (self.step_tokens / len(request.response_token_ids)))
+                engine.model.zero_grad(set_to_none=True)
+                tick(request.length)
+        engine.model.requires_grad_(False)
+        histograms = tracker.histograms()
+        facts = {
+            "names": list(histograms),
+            "tensors": sample.names,
+            "step_tokens": self.step_tokens,
+            "n_tokens": sum(len(r.response_token_ids) for r in self.sequences[: self.n_gradients]),
+        }
+        return facts, {
+            "counts": np.stack([h.counts for h in histograms.values()]),
+            "mass": np.stack([h.mass for h in histograms.values()]),
+            "largest": np.array([h.largest for h in histograms.values()]),
+            "largest_by_sequence": np.array(largest),
+            "weights": sample.weights,
+            "tensor": sample.tensor,
+            "gradients": np.stack(gradients).astype(np.float32),
+        }
+
+    def _lag(self, engine: HfTrainer, tick: Callable[[int], None]) -> Part:
+        """By case `masters-NAME` and `engine-NAME` `[N]` log-probs; `sequence` `[N]` index of each token's sequence."""
+        from mismatch_probe.engines.audit.lag import LagCase, LagScorer
+        from mismatch_probe.engines.audit.weights import TORCH_FORMATS
+
+        engine.model.requires_grad_(True)
+        batch = self.sequences[:LAG_BATCH]
+        tokens = sum(len(request.response_token_ids) for request in batch)
+        for request, sign in zip(batch, self._signs(), strict=False):
+            self._gradient(engine, request, sign / tokens)
+        found = {name: p.grad for name, p in engine.model.named_parameters() if p.grad is not None}
+        engine.model.zero_grad(set_to_none=True)
+        engine.model.requires_grad_(False)
+        scorer, requests = LagScorer(engine, found), self.sequences[: self.n_lag]
+        cases = [LagCase(dtype, rate) for dtype in TORCH_FORMATS for rate in (None, *self.rates)]
+        arrays: dict[str, NDArray[Any]] = {}
+        about = []
+        for case in cases:
+            masters, copy, changed = scorer.gaps(case, requests, self.trainer.temperature)
+            arrays |= {f"masters-{case.name}": masters, f"engine-{case.name}": copy}
+            about.append({"name": case.name, "dtype": case.dtype, "rate": case.rate, "changed": changed})
+        tick(sum(request.length for request in requests))
+        lengths = [len(request.response_token_ids) for request in requests]
+        return {"cases": about}, arrays | {"sequence": np.repeat(np.arange(len(requests)), lengths)}
+
+    def _proof(self, engine: HfTrainer, hint: int | None, tick: Callable[[int], None]) -> Part:
+        from mismatch_probe.engines.audit.proof import Fp16Proof, prove
+
+        proof = Fp16Proof(engine, self.trainer.temperature, self.step_tokens, hint)
+        batches = [self._batch(engine, request) for request in self.sequences[: self.n_proof]]
+        return {"mode": self.proof_mode, **prove(proof, batches, self._signs()[: len(batches)], tick)}, {}
+
+    def _gradient(self, engine: HfTrainer, request: ScoreRequest, factor: float) -> None:
+        """Adds the gradient of −factor · Σ log π of a sequence to the weights'."""
+        from mismatch_probe.engines.logprobs import token_logprobs
+
+        batch = self._batch(engine, request)
+        logprobs, _ = token_logprobs(engine.model, batch, self.trainer.temperature)
+        (-factor * logprobs[batch.mask].sum()).backward()  # type: ignore[no-untyped-call]
+
+    def _batch(self, engine: HfTrainer, request: ScoreRequest) -> Batch:
+        from mismatch_probe.engines.logprobs import Batch
+
+        device = next(engine.model.parameters()).device
+        return Batch.of([request.prompt_token_ids], [request.response_token_ids], device)
+
+    def _signs(self) -> list[float]:
+        """Advantages of 1 and −1, as a group's normalised ones are on average."""
+        draw = np.random.default_rng(_SEED)
+        return [float(sign) for sign in draw.choice((-1.0, 1.0), size=len(self.sequences))]
+
+
+class _Sample:
+    """Some weights of every tensor, the same for every gradient."""
+
+    def __init__(self, model: Any) -> None:
+        import torch
+
+        generator = torch.Generator().manual_seed(_SEED)
+        self._parameters = dict(model.named_parameters())
+        self.names = list(self._parameters)
+        self._index = {
+            name: torch.randint(p.numel(), (min(SAMPLED, p.numel()),), generator=generator).to(p.device)
+            for name, p in self._parameters.items()
+        }
+        taken = [p.detach().flatten()[self._index[name]].cpu().numpy() for name, p in self._parameters.items()]
+        self.weights: NDArray[np.float32] = np.concatenate(taken)
+        self.tensor: NDArray[np.int64] = np.repeat(np.arange(len(taken)), [len(part) for part in taken])
+
+    def gradients(self) -> NDArray[np.float64]:
+        """`[W]` what backward passes left at the sampled weights."""
+        parts = [
+            np.zeros(len(self._index[name])) if p.grad is None else p.grad.flatten()[self._index[name]].cpu().numpy()
+            for name, p in self._parameters.items()
+        ]
+        return np.asarray(np.concatenate(parts), dtype=np.float64)
+
+
+def histograms_of(facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> dict[str, ExponentHistogram]:
+    """By tensor, from the part `backward`."""
+    columns = zip(arrays["counts"], arrays["mass"], arrays["largest"], strict=True)
+    return {n: ExponentHistogram(c, m, float(top)) for n, (c, m, top) in zip(facts["names"], columns, strict=True)}
+
+
+def _highest(facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> int | None:
+    found = scale_range(histograms_of(facts, arrays))
+    return None if found is None else found.high

@@ -1,0 +1,86 @@
+"""Where in a network a tensor is made: by module names and classes, as transformers builds causal language models."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from mismatch_probe.engines.audit.names import layer_of
+
+_PRODUCT = re.compile(r"(^|\.)(down_proj|fc2|fc_out|dense_4h_to_h|w2|c_proj)$")
+_MLP = re.compile(r"mlp|ffn|feed_forward|expert|fc2|fc_out", re.IGNORECASE)
+_ROUTER = re.compile(r"(^|\.)(gate|router)$")
+_EXPERTS = re.compile(r"experts$")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A tensor of a forward pass.
+
+    Attributes:
+        name: The module's name, with what of it in parentheses where it is not its output.
+        kind: `residual`, `softmax input`, `attention product`, `mlp product`, `router logits`, `logits` or `other`.
+        layer: Index of the decoder layer, None outside of them.
+    """
+
+    name: str
+    kind: str
+    layer: int | None
+
+    @classmethod
+    def of(cls, name: str, kind: str = "other") -> Place:
+        return cls(name, kind, layer_of(name))
+
+
+@dataclass(frozen=True)
+class Network:
+    """The modules of a causal language model that stand out.
+
+    Attributes:
+        layers: Names of the decoder layers, in order.
+        embedding, head: Names of the input embedding and of the head.
+    """
+
+    layers: tuple[str, ...]
+    embedding: str
+    head: str
+
+    @classmethod
+    def of(cls, model: Any) -> Network:
+        """Reads a model: its decoder layers are the longest list of modules of one class, as all decoders have it."""
+        names = {id(module): name for name, module in model.named_modules()}
+        decoder = model.get_decoder()
+        lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
+        count = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
+        layers = next((found for found in lists if len(found) == count), nn.ModuleList())
+        head = model.get_output_embeddings()
+        return cls(
+            tuple(names[id(layer)] for layer in layers),
+            names.get(id(model.get_input_embeddings()), ""),
+            "" if head is None else names[id(head)],
+        )
+
+    def output(self, name: str) -> Place:
+        """The output of a module."""
+        if name in self.layers or name == self.embedding:
+            return Place.of(name, "residual")
+        if name == self.head:
+            return Place.of(name, "logits")
+        return Place.of(name, "router logits" if _ROUTER.search(name) else "other")
+
+    def input(self, name: str, module: nn.Module) -> Place | None:
+        """The input of a module, where no module makes it: a product of the MLP, a sum in the stream."""
+        if isinstance(module, nn.Linear) and _PRODUCT.search(name) and _MLP.search(name):
+            return Place.of(f"{name} (input)", "mlp product")
+        parent = name.rpartition(".")[0]
+        if "norm" in type(module).__name__.lower() and parent in self.layers:
+            return Place.of(f"{name} (input)", "residual")
+        return None
+
+
+def runs_experts(name: str) -> bool:
+    """Whether a module holds all experts of a layer as one, whose products no module of their own makes."""
+    return bool(_EXPERTS.search(name))

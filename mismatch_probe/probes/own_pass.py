@@ -1,0 +1,104 @@
+"""A pass of the trainer in FP32 that is added to a finished comparison, by a job that brings its own work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mismatch_probe.config import CompareConfig
+from mismatch_probe.engines import devices
+from mismatch_probe.engines.base import OwnJob, TrainerJob
+from mismatch_probe.engines.models import ModelRef, resolve
+from mismatch_probe.engines.process import EngineProcess
+from mismatch_probe.errors import Interrupted, ProbeError, TableError, UsageError
+from mismatch_probe.probes.progress import Progress
+from mismatch_probe.tables import RunDirectory
+
+
+def model_of(run: RunDirectory, config: CompareConfig, progress: Progress) -> ModelRef:
+    """The run's own model.
+
+    Raises:
+        UsageError: It has no weights.
+        TableError: Its files are no longer those of the run.
+    """
+    if not config.model:
+        raise UsageError("This run is recorded and names no model to measure.", "Compare it again with --model.")
+    model = resolve(
+        config.model,
+        revision=run.manifest["model"]["revision"],
+        trust_remote_code=config.trust_remote_code,
+        log=progress.message,
+    )
+    if model.scripted:
+        raise UsageError("The scripted model has no weights, so there is nothing to measure.", "Measure a real one.")
+    if model.file_hashes() != run.manifest["model"].get("files"):
+        raise TableError("The model's files have changed since this run began.", "Start a new run.")
+    return model
+
+
+def device_of(run: RunDirectory) -> devices.Device:
+    """Where the pass runs: on the run's device if it is here."""
+    return "cuda" if run.manifest["device"] == "cuda" and devices.gpu_present() else "cpu"
+
+
+def fp32_trainer(config: CompareConfig, model: ModelRef, device: devices.Device) -> TrainerJob:
+    """The trainer in FP32, without requests of its own."""
+    budget = config.memory_budget_gib or devices.default_sizes(device).memory_budget_gib
+    return TrainerJob(
+        engine="hf",
+        model_path=str(model.path),
+        dtype="float32",
+        mode="cast",
+        layout="padded",
+        attention=config.trainer_attn,
+        device=device,
+        temperature=config.temperature,
+        requests=(),
+        null_sequences=0,
+        memory_budget=int(budget * devices.GIB),
+        trust_remote_code=config.trust_remote_code,
+        flags=devices.trainer_settings(device, "float32").arguments,
+    )
+
+
+def run_pass(
+    run: RunDirectory, job: OwnJob, device: devices.Device, name: str, text: str, resume: str, progress: Progress
+) -> Mapping[str, Any]:
+    """Runs the job in a process of its own; returns what it said of its engine.
+
+    Args:
+        run: Whose folder takes the log.
+        job: What to do.
+        device: Where.
+        name: Of the pass; also the log's.
+        text: What its progress is headed with.
+        resume: The command that goes on after an interruption.
+        progress: Told about it.
+
+    Raises:
+        Interrupted: The user stopped it; what is finished stays.
+        ProbeError: The engine failed.
+    """
+    identity: dict[str, Any] = {}
+
+    def on_event(event: str, payload: Any) -> None:
+        if event == "total":
+            progress.total(name, payload)
+        elif event == "progress":
+            progress.advance(name, payload)
+        elif event == "identity":
+            identity.update(payload)
+
+    progress.begin(name, text)
+    settings = devices.trainer_settings(device, "float32")
+    process = EngineProcess("hf", settings.environment, run.path / "logs" / f"{name}.log")
+    try:
+        process.run(job, on_event)
+    except KeyboardInterrupt:
+        raise Interrupted("Stopped; what is finished is kept.", f"Continue with: {resume}") from None
+    except ProbeError as error:
+        progress.end(name, str(error))
+        raise
+    progress.end(name, "done")
+    return identity

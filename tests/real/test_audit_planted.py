@@ -1,0 +1,101 @@
+"""An audit of tiny models with planted outliers names the right module, and says the right thing of it, every time.
+
+Real transformers; the log-probs of the rollout engine are made up, since nothing here depends on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mismatch_probe
+from mismatch_probe.tables import RunDirectory
+from tests.real.gradient_runs import plant_run
+from tests.real.planted_range import LAYER, plant_outlier, plant_steep_backward, plant_subnormal
+
+pytestmark = pytest.mark.engine
+Tiny = Callable[[str], Path]
+# The planted runs are far too short for the rate of rare events that a real audit asks for.
+PROFILE = """
+extends = "default"
+[checks.fp16_overflow_rate]
+event = "fail"
+rate_below = 0.1
+[checks.confident_disagreement_rate]
+event = "warn"
+rate_below = 0.1
+"""
+STEP_TOKENS = 64
+
+
+@pytest.fixture(scope="module")
+def sequences(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
+    """Those of every planted run: they depend on its seed alone."""
+    run = plant_run(tmp_path_factory.mktemp("plain") / "run", tiny("llama"), {"float32": 0.0})
+    rows = run.sequences("vllm-float32-decode").to_pylist()
+    return [row["prompt_token_ids"] + row["response_token_ids"] for row in rows if row["response_token_ids"]]
+
+
+def audit(checkpoint: Path, folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The FP16 pair of the audit, and its checks by name."""
+    run: RunDirectory = plant_run(folder / "run", checkpoint, {"float16": 1e-3, "float32": 0.0})
+    (folder / "profile.toml").write_text(PROFILE)
+    result = mismatch_probe.audit_resume(run.path, profile=str(folder / "profile.toml"), step_tokens=STEP_TOKENS)
+    pair = next(p for p in result.document["pairs"] if p["rollout_dtype"] == p["trainer_dtype"] == "float16")
+    return pair, {check["name"]: check for check in pair["checks"]}
+
+
+def test_a_healthy_model_passes(tiny: Tiny, tmp_path: Path) -> None:
+    pair, checks = audit(tiny("llama"), tmp_path)
+    assert {name for name, check in checks.items() if check["status"] != "pass"} <= {"ess_seq_planned"}
+    assert pair["verdict"] in ("pass", "warn")
+
+
+def test_a_peak_of_40000_warns_where_it_is(tiny: Tiny, tmp_path: Path, sequences: list[list[int]]) -> None:
+    pair, checks = audit(plant_outlier(tiny("llama"), tmp_path / "model", sequences, 40_000), tmp_path)
+    assert pair["verdict"] == "warn"
+    found = checks["fp16_headroom"]
+    assert (found["status"], found["where"]) == ("warn", f"{LAYER}.mlp.down_proj")
+    assert found["value"] == pytest.approx(65504 / 40_000, rel=1e-3)
+    assert checks["fp16_overflow_rate"]["status"] == "pass"
+    assert checks["fp16_pass"]["status"] == "pass"
+
+
+def test_a_peak_of_70000_fails_where_it_is(tiny: Tiny, tmp_path: Path, sequences: list[list[int]]) -> None:
+    pair, checks = audit(plant_outlier(tiny("llama"), tmp_path / "model", sequences, 70_000), tmp_path)
+    assert pair["verdict"] == "fail"
+    for name in ("fp16_headroom", "fp16_overflow_rate", "fp16_pass"):
+        assert (checks[name]["status"], checks[name]["where"]) == ("fail", f"{LAYER}.mlp.down_proj"), name
+    assert "forward pass" in checks["fp16_pass"]["evidence"]
+
+
+def test_a_backward_overflow_alone_warns_with_the_scale_that_serves(tiny: Tiny, tmp_path: Path) -> None:
+    pair, checks = audit(plant_steep_backward(tiny("llama"), tmp_path / "model"), tmp_path)
+    assert pair["verdict"] == "warn"
+    assert [checks[n]["status"] for n in ("fp16_headroom", "fp16_weights", "fp16_loss_scale")] == ["pass"] * 3
+    start = checks["fp16_loss_scale_start"]
+    assert (start["status"], start["where"]) == ("warn", f"{LAYER}.mlp.down_proj (input) (activation)")
+    assert checks["fp16_pass"]["status"] == "pass"
+    assert "2^16" not in checks["fp16_pass"]["evidence"]
+
+
+def test_gradients_too_far_apart_for_any_scale_fail(tiny: Tiny, tmp_path: Path) -> None:
+    pair, checks = audit(plant_steep_backward(tiny("llama"), tmp_path / "model", flat=True), tmp_path)
+    assert pair["verdict"] == "fail"
+    assert (checks["fp16_headroom"]["status"], checks["fp16_weights"]["status"]) == ("pass", "pass")
+    found = checks["fp16_loss_scale"]
+    assert (found["status"], found["where"]) == ("fail", f"{LAYER}.mlp.up_proj.weight")
+    assert "model.layers.2.self_attn" in found["evidence"]
+
+
+def test_subnormal_weights_fail_where_they_are(tiny: Tiny, tmp_path: Path) -> None:
+    pair, checks = audit(plant_subnormal(tiny("llama"), tmp_path / "model"), tmp_path)
+    assert pair["verdict"] == "fail"
+    assert (checks["fp16_weights"]["status"], checks["fp16_weights"]["where"]) == (
+        "fail",
+        f"{LAYER}.self_attn.v_proj.weight",
+    )
+    assert checks["fp16_headroom"]["status"] == "pass"
