@@ -14,6 +14,7 @@ from mismatch_probe.errors import ProbeError
 
 if TYPE_CHECKING:
     from mismatch_probe.engines.models import ModelRef
+    from mismatch_probe.probes.audit.session import AuditResult
     from mismatch_probe.probes.planning import Plan
     from mismatch_probe.probes.progress import Progress
     from mismatch_probe.probes.session import RunResult
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 __all__ = [
     "CompareConfig",
     "ProbeError",
+    "audit",
+    "audit_resume",
+    "audit_run",
     "compare",
     "env",
     "models",
@@ -136,6 +140,59 @@ def plot(path: str | Path) -> dict[str, Path]:
     from mismatch_probe.probes.session import plot_run
 
     return plot_run(Path(path))
+
+
+def audit(
+    config: CompareConfig,
+    *,
+    out: str | Path | None = None,
+    baseline: str | Path | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> AuditResult:
+    """Compares, measures activations, gradients and engine lag, and judges: the command `audit`.
+
+    Args:
+        config: What to compare.
+        out: A new folder for the run; by default one under `runs/`.
+        baseline: An earlier `audit.json`, or the folder of its run, to compare with.
+        progress: Told about every pass.
+        options: Fields of `probes.audit.options.AuditOptions`: `profile`, `planned_tokens`, `step_tokens`,
+            `learning_rates`, `pairs`, `strict`.
+
+    Raises:
+        ProbeError: See `mismatch_probe.errors`; what is finished stays in the run directory.
+    """
+    from mismatch_probe.probes.audit.options import AuditOptions
+    from mismatch_probe.probes.audit.session import new_audit
+
+    return new_audit(config, AuditOptions(**options), out, baseline, progress)
+
+
+def audit_resume(
+    path: str | Path, *, baseline: str | Path | None = None, progress: Progress | None = None, **options: Any
+) -> AuditResult:
+    """Runs what a comparison or an audit still lacks, and judges; arguments as in `audit`.
+
+    Raises:
+        ProbeError: The folder holds no run, its model has changed, or an engine failed.
+    """
+    from mismatch_probe.probes.audit.options import AuditOptions
+    from mismatch_probe.probes.audit.session import resume_audit
+
+    return resume_audit(Path(path), AuditOptions(**options), baseline, progress)
+
+
+def audit_run(path: str | Path, *, baseline: str | Path | None = None, **options: Any) -> AuditResult:
+    """Judges a finished comparison without an engine, as far as it goes, and says what is missing.
+
+    Raises:
+        TableError: The folder holds no run, or a table is missing or corrupt.
+    """
+    from mismatch_probe.probes.audit.options import AuditOptions
+    from mismatch_probe.probes.audit.session import audit_run as judge
+
+    return judge(Path(path), AuditOptions(**options), baseline)
 
 
 def models() -> dict[str, Path | None]:

@@ -300,14 +300,14 @@ class CompareConfig:
         return cls(**values)
 
 
-def check_lengths(lengths: Sequence[int]) -> None:
-    """Checks `--predict-length`.
+def check_lengths(lengths: Sequence[int], option: str = "--predict-length") -> None:
+    """Checks numbers of tokens.
 
     Raises:
         UsageError: A length is not positive.
     """
     if any(length < 1 for length in lengths):
-        raise UsageError("--predict-length must be positive.", "Leave it out for the default.")
+        raise UsageError(f"{option} must be positive.", "Leave it out for the default.")
 
 
 def _with_fields(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -168,7 +169,7 @@ def command(
     """
     given = {name: value for name, value in options.items() if value is not None and value != ()}
     if engine_args:
-        given["engine_args"] = dict(_engine_arg(text) for text in engine_args)
+        given["engine_args"] = engine_args_of(engine_args)
     if resume is not None and (plan_only or out is not None):
         raise UsageError(f"{'--plan' if plan_only else '--out'} cannot be combined with --resume.", "Leave it out.")
     if plan_only:
@@ -182,6 +183,11 @@ def command(
         else:
             result = mismatch_probe.compare(CompareConfig(**given), out=out, fail_on=fail_on, progress=progress)
     return show_result(result, as_json)
+
+
+def engine_args_of(texts: Iterable[str]) -> dict[str, Any]:
+    """What `--engine-arg` asks for."""
+    return dict(_engine_arg(text) for text in texts)
 
 
 def _engine_arg(text: str) -> tuple[str, Any]:

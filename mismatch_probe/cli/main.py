@@ -16,6 +16,7 @@ from mismatch_probe.errors import EXIT_INTERRUPTED, ProbeError
 
 _COMMANDS = {
     "compare": "How large is the mismatch, per dtype pair?",
+    "audit": "May this model go into RL, in which precision, with which correction?",
     "report": "Write summary and report of a finished run again, without engines.",
     "plot": "Draw the figures of a finished run again, without engines.",
     "rl": "What does the mismatch do to training? RL runs with both engines.",

@@ -1,0 +1,121 @@
+"""`mismatch-probe audit`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+import mismatch_probe
+from mismatch_probe.cli.compare import command as compare
+from mismatch_probe.cli.compare import engine_args_of, json_option
+from mismatch_probe.cli.output import print_json
+from mismatch_probe.cli.progress import shown_progress
+from mismatch_probe.config import CompareConfig
+from mismatch_probe.errors import EXIT_LIMIT, EXIT_OK, UsageError
+
+# Of `compare`, what makes a run; an audit wants every dtype to sample for itself.
+_TAKEN = (
+    "model",
+    "revision",
+    "trust_remote_code",
+    "prompts",
+    "chat",
+    "num_prompts",
+    "samples_per_prompt",
+    "max_tokens",
+    "temperature",
+    "seed",
+    "exact_kl",
+    "rollout_dtypes",
+    "trainer_dtypes",
+    "trainer_modes",
+    "trainer_layout",
+    "trainer_attn",
+    "device",
+    "eager",
+    "rollout_batch",
+    "memory_budget_gib",
+    "engine_args",
+    "out",
+)
+
+
+@click.command(
+    params=[parameter for parameter in compare.params if parameter.name in _TAKEN],
+    epilog="Exit codes: 0 pass or warn, 1 error, 2 usage, 3 fail, not judged or worse than the baseline (--strict: a "
+    "warning, too), 130 interrupted.",
+)
+@click.option("--from", "source", type=click.Path(), metavar="RUN", help="Judge this finished run, without engines.")
+@click.option("--resume", type=click.Path(), metavar="RUN", help="Run what this run still lacks, and judge it.")
+@click.option("--profile", help="default, nemo-rl, verl, prime-rl, strict, or a TOML file.  [default: default]")
+@click.option("--planned-tokens", type=int, help="Response length of the RL run.  [default: 8 times the longest here]")
+@click.option(
+    "--step-tokens", type=int, help="Tokens that a step's loss averages over.  [default: 128 planned responses]"
+)
+@click.option(
+    "--learning-rate",
+    "learning_rates",
+    multiple=True,
+    type=float,
+    help="For the engine's lag; repeatable.  [default: 1e-6 and 1e-5]",
+)
+@click.option(
+    "--pair",
+    "pairs",
+    multiple=True,
+    metavar="ROLLOUT/TRAINER",
+    help="This precision pair decides; repeatable.  [default: the recommended one]",
+)
+@click.option("--baseline", type=click.Path(), metavar="AUDIT", help="Compare with this audit.json, or its run.")
+@click.option("--strict", is_flag=True, default=None, help="Exit 3 on a warning, too.")
+@json_option
+def command(
+    source: str | None,
+    resume: str | None,
+    out: str | None,
+    baseline: str | None,
+    as_json: bool,
+    engine_args: tuple[str, ...],
+    **given: Any,
+) -> int:
+    """May this model go into RL, in which precision, with which correction?
+
+    Runs `compare`, measures what FP16 can hold of the model (activations, weights, gradients, a real forward and
+    backward pass) and how far a 16-bit engine lags behind its trainer, and judges every precision pair.
+
+    \b
+    Examples:
+      mismatch-probe audit --model ./my-checkpoint --planned-tokens 4096
+      mismatch-probe audit --model ./my-checkpoint --pair bf16/bf16 --profile nemo-rl --strict
+      mismatch-probe audit --from runs/smollm2-135m-20260101-120000
+      mismatch-probe audit --model ./my-checkpoint --baseline runs/before/audit/audit.json
+    """
+    from rich.console import Console
+
+    from mismatch_probe.report.audit_terminal import print_audit
+
+    chosen = {name: value for name, value in given.items() if value is not None and value != ()}
+    own = ("profile", "planned_tokens", "step_tokens", "learning_rates", "pairs", "strict")
+    options = {name: chosen.pop(name) for name in own if name in chosen}
+    if engine_args:
+        chosen["engine_args"] = engine_args_of(engine_args)
+    if source is not None and resume is not None:
+        raise UsageError("--from runs no engine and --resume runs what is missing.", "Give one of the two.")
+    if (source or resume) and (chosen or out is not None):
+        raise UsageError("The run exists, so nothing of how it is made can be chosen.", "Leave those options out.")
+    with shown_progress() as progress:
+        if source is not None:
+            result = mismatch_probe.audit_run(source, baseline=baseline, **options)
+        elif resume is not None:
+            result = mismatch_probe.audit_resume(resume, baseline=baseline, progress=progress, **options)
+        else:
+            result = mismatch_probe.audit(
+                CompareConfig(**chosen), out=out, baseline=baseline, progress=progress, **options
+            )
+    if as_json:
+        print_json(result.document)
+    else:
+        print_audit(result.document, Console())
+    click.echo(f"Report: {result.path / 'audit' / 'report.html'}", err=True)
+    return EXIT_LIMIT if result.failed else EXIT_OK

@@ -1,0 +1,230 @@
+"""The checks of every precision pair, from a comparison's summary and the model's own numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mismatch_probe.metrics.catalog import CATALOG
+from mismatch_probe.metrics.floats import FP16
+from mismatch_probe.metrics.intervals import poisson_interval
+from mismatch_probe.probes.audit.judge import Check, judged, judged_event, missing
+from mismatch_probe.probes.audit.profile import RARE, Bounds, Profile
+from mismatch_probe.probes.audit.ranges import headroom, scales_of
+from mismatch_probe.types import MetricValue
+
+Document = Mapping[str, Any]
+_FLOOR = "mean_abs_logprob_diff"
+START = 16
+
+
+class Checks:
+    """Makes the checks that a profile asks for.
+
+    Args:
+        profile: Thresholds.
+        summary: Of the comparison, with a prediction at the planned length.
+        ranges: By part, None where it was not measured.
+        why_missing: By part, why it was not measured.
+        planned_tokens: Response length at which sequence weights have to serve.
+    """
+
+    def __init__(
+        self,
+        profile: Profile,
+        summary: Document,
+        ranges: Mapping[str, Document | None],
+        why_missing: Mapping[str, str],
+        planned_tokens: int,
+    ) -> None:
+        self._bounds, self._summary, self._ranges = profile.checks, summary, ranges
+        self._why, self._planned = why_missing, planned_tokens
+
+    def of_pair(self, pair: Document) -> list[Check]:
+        """Every check that concerns a pair of the summary, in the profile's order."""
+        found: dict[str, Check | None] = {}
+        for name, bounds in self._bounds.items():
+            if name.startswith("fp16_"):
+                found[name] = self._fp16(name, bounds, pair)
+            elif name in CATALOG:
+                found[name] = self._metric(name, bounds, pair)
+            else:
+                found[name] = getattr(self, f"_{name}")(bounds, pair)
+        return [check for check in found.values() if check is not None]
+
+    def refused(self, sentence: str) -> list[Check]:
+        """The one check of a pair whose rollout dtype the engine refuses."""
+        bounds = self._bounds.get("fp16_refusal", Bounds(fail_above=0.0, source="the installed vLLM"))
+        return [judged("fp16_refusal", MetricValue(1.0), bounds, sentence, exact=True)]
+
+    def _metric(self, name: str, bounds: Bounds, pair: Document) -> Check:
+        value = _value(pair["metrics"][name])
+        info = CATALOG[name]
+        if value.value is None:
+            return missing(name, bounds, f"{info.title}: {value.why}.")
+        if name in RARE:
+            count = round(value.value * pair["n_tokens"])
+            evidence = f"{info.title}: {count} of {pair['n_tokens']:,} tokens."
+            return judged_event(name, count, value, bounds, evidence)
+        evidence = f"{info.title}: {said(value)}{f' {info.unit}' if info.unit else ''}."
+        return judged(name, value, bounds, evidence, exact=not info.has_interval)
+
+    def _nonfinite_logprobs(self, bounds: Bounds, pair: Document) -> Check:
+        n, total = pair["n_nonfinite"], pair["n_tokens"]
+        low, high = poisson_interval(n)
+        rate = MetricValue(n / total if total else None, low / max(1, total), high / max(1, total))
+        return judged_event("nonfinite_logprobs", n, rate, bounds, f"{n} of {total:,} log-probs are not finite.")
+
+    def _fp32_floor(self, bounds: Bounds, pair: Document) -> Check:
+        floor = next((p for p in self._summary["pairs"] if _dtypes(p) == ("float32", "float32")), None)
+        if floor is None:
+            return missing("fp32_floor", bounds, "The run has no FP32 pair, so a bug could pass for rounding.")
+        value = _value(floor["metrics"][_FLOOR])
+        return judged("fp32_floor", value, bounds, f"In FP32 both engines agree to {said(value)} nats.")
+
+    def _one_sided(self, bounds: Bounds, pair: Document) -> Check | None:
+        if not pair["on_policy"] or _dtypes(pair)[0] != _dtypes(pair)[1]:
+            return None
+        tests = [test for test in pair["ratio_tests"] if test["verdict"] == "violated"]
+        named = any(row["name"] == "one_sided" for row in self._summary["findings"])
+        mean = _value(pair["metrics"]["mean_ratio"])
+        if mean.value is None:
+            return missing("one_sided", bounds, f"Mean importance ratio: {mean.why}.")
+        if not (tests and named):
+            evidence = f"The mean importance ratio is {said(mean)}, and no part of the tokens has another than 1."
+            return judged("one_sided", MetricValue(1.0), bounds, evidence, exact=True)
+        worst = max(tests, key=lambda test: abs(test["mean_ratio"]["value"] - 1))
+        value = _value(worst["mean_ratio"])
+        evidence = f"The mean importance ratio is {said(value)} ({worst['family']}): a fault of one side, not rounding."
+        return judged("one_sided", value, bounds, evidence)
+
+    def _ess_seq_planned(self, bounds: Bounds, pair: Document) -> Check | None:
+        value = planned_ess(self._summary, pair)
+        if value is None:
+            return None
+        if value.value is None:
+            return missing("ess_seq_planned", bounds, f"ESS at {self._planned:,} tokens: {value.why}.")
+        note = f" ({value.why})" if value.why else ""
+        evidence = f"At {self._planned:,} tokens sequence weights leave {said(value)} of the sequences{note}."
+        if "extrapolated" in value.why:
+            value = MetricValue(value.value, None, None, value.why)  # shown, but no ground to judge on
+        return judged("ess_seq_planned", value, bounds, evidence)
+
+    def _fp16(self, name: str, bounds: Bounds, pair: Document) -> Check | None:
+        """A check of FP16's range, where a side of the pair runs in FP16."""
+        rollout, trainer = (dtype == "float16" for dtype in _dtypes(pair))
+        if not (rollout or trainer) or name == "fp16_refusal":
+            return None
+        if not trainer and name in ("fp16_loss_scale", "fp16_loss_scale_start", "fp16_pass"):
+            return None
+        part = {"fp16_weights": "weights", "fp16_pass": "proof"}.get(name)
+        part = part or ("backward" if "loss_scale" in name else "forward")
+        found = self._ranges.get(part)
+        if found is None:
+            return missing(name, bounds, self._why.get(part, "It was not measured."))
+        check: Check = getattr(self, f"_{name}")(bounds, found)
+        return check
+
+    def _fp16_headroom(self, bounds: Bounds, forward: Document) -> Check:
+        top = forward["largest"]
+        room = headroom(top["peak"])
+        where = forward["first_overflow"] or forward["source"]
+        nonfinite = sum(row["n_nonfinite"] for row in forward["tensors"])
+        evidence = (
+            f"The largest activation is {top['peak']:,.0f} at {top['name']} (token {top['position']} of a sequence), "
+            f"from {where}; FP16 ends at {FP16.largest:,.0f}. Longest context seen: {forward['longest']:,} tokens."
+        )
+        if nonfinite:
+            room, evidence = 0.0, f"{evidence} {nonfinite} peaks are not finite even in FP32."
+        return judged("fp16_headroom", MetricValue(room), bounds, evidence, where, exact=True)
+
+    def _fp16_overflow_rate(self, bounds: Bounds, forward: Document) -> Check:
+        rate, n = _value(forward["overflow_tokens"]), forward["overflow_tokens"]["n"]
+        evidence = f"{n} of {forward['n_tokens']:,} tokens have an activation of 65,520 or more."
+        return judged_event("fp16_overflow_rate", n, rate, bounds, evidence, forward["first_overflow"])
+
+    def _fp16_attention_headroom(self, bounds: Bounds, forward: Document) -> Check | None:
+        top = forward["kinds"].get("attention product") or forward["kinds"].get("softmax input")
+        if top is None:
+            return missing("fp16_attention_headroom", bounds, "No product q·k was seen in this architecture.")
+        evidence = f"The largest product q·k is {top['peak']:,.0f} at {top['name']}; fused attention keeps it in FP32."
+        room = MetricValue(headroom(top["peak"]))
+        return judged("fp16_attention_headroom", room, bounds, evidence, top["name"], exact=True)
+
+    def _fp16_weights(self, bounds: Bounds, weights: Document) -> Check:
+        found = weights["float16"]
+        worst = found["worst"]
+        error = 1.0 if worst["n_overflow"] else worst["error"]
+        evidence = (
+            f"{worst['name']} is off by {worst['error']:.2g} of its norm in FP16; of {found['n']:,} weights "
+            f"{found['n_overflow']:,} overflow, {found['n_flushed']:,} become 0, {found['n_subnormal']:,} lose digits."
+        )
+        return judged("fp16_weights", MetricValue(error), bounds, evidence, worst["name"], exact=True)
+
+    def _fp16_loss_scale(self, bounds: Bounds, backward: Document) -> Check:
+        scales = scales_of(backward)
+        if scales is None:
+            return missing("fp16_loss_scale", bounds, "No tensor got a gradient.")
+        evidence = (
+            f"Loss scales from 2^{scales.low} (below, {scales.low_by} loses more than 0.1 %) to 2^{scales.high} "
+            f"(above, {scales.high_by} overflows) serve every tensor, for a loss averaged over "
+            f"{backward['step_tokens']:,} tokens."
+            if not scales.empty
+            else f"No loss scale serves every tensor: {scales.high_by} overflows above 2^{scales.high}, "
+            f"{scales.low_by} loses more than 0.1 % below 2^{scales.low}."
+        )
+        room = MetricValue(float(scales.high - scales.low))
+        return judged("fp16_loss_scale", room, bounds, evidence, scales.high_by, exact=True)
+
+    def _fp16_loss_scale_start(self, bounds: Bounds, backward: Document) -> Check:
+        scales = scales_of(backward)
+        if scales is None:
+            return missing("fp16_loss_scale_start", bounds, "No tensor got a gradient.")
+        first = backward["overflow_at_start"]
+        trace = backward["scaler"]
+        evidence = f"A scaler that starts at 2^{START} skips {trace['skipped_at_start']} steps before it takes one"
+        evidence += f"; {first} is the first to overflow." if first else "."
+        room = MetricValue(float(scales.high - START))
+        return judged("fp16_loss_scale_start", room, bounds, evidence, first, exact=True)
+
+    def _fp16_pass(self, bounds: Bounds, proof: Document) -> Check:
+        first = proof["first_nonfinite_forward"] or proof["first_nonfinite_backward"]
+        if proof["finite"]:
+            evidence = (
+                f"{proof['n_sequences']} sequences ran forward and backward in FP16 ({proof['mode']}) with every "
+                f"tensor finite, at a loss scale of 2^{proof['exponent']}."
+            )
+        else:
+            way = "forward" if proof["first_nonfinite_forward"] else "backward"
+            evidence = f"The {way} pass in FP16 ({proof['mode']}) is not finite, first at {first}."
+        broken = MetricValue(0.0 if proof["finite"] else 1.0)
+        return judged("fp16_pass", broken, bounds, evidence, None if proof["finite"] else first, exact=True)
+
+
+def planned_ess(summary: Document, pair: Document) -> MetricValue | None:
+    """The predicted ESS of a pair's sequence weights; None where the pair has no prediction of its own."""
+    rollout, trainer = _dtypes(pair)
+    name = rollout if rollout == trainer else f"recorded → {trainer}"
+    found = summary["length"].get(name)
+    if found is None or not found["predictions"]:
+        return None
+    return _value(found["predictions"][0]["ess_seq"])
+
+
+def said(value: MetricValue) -> str:
+    """A value with its interval; of what lies near 1 the distance counts, so that it gets more digits."""
+    if value.value is None:
+        return "unknown"
+    digits = 5 if 0.9 < value.value < 1.1 else 3
+    text = f"{value.value:.{digits}g}"
+    if value.ci_low is None or value.ci_high is None:
+        return text
+    return f"{text} [{value.ci_low:.{digits}g}, {value.ci_high:.{digits}g}]"
+
+
+def _value(row: Mapping[str, Any]) -> MetricValue:
+    return MetricValue(row["value"], row["ci_low"], row["ci_high"], row.get("why", ""))
+
+
+def _dtypes(pair: Document) -> Sequence[str]:
+    return (pair["rollout_dtype"], pair["trainer_dtype"])

@@ -1,0 +1,194 @@
+"""From a run and an audit's parts to `audit.json`: verdicts, reasons, recommendation, and what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mismatch_probe.config import CompareConfig
+from mismatch_probe.engines.audit.names import layer_of
+from mismatch_probe.errors import TableError
+from mismatch_probe.metrics.corrections import CORRECTIONS, touched_shares
+from mismatch_probe.metrics.frame import pair_chunks
+from mismatch_probe.probes.analysis import analyse
+from mismatch_probe.probes.audit.advice import advise, best_pair
+from mismatch_probe.probes.audit.checks import Checks
+from mismatch_probe.probes.audit.judge import Check, verdict
+from mismatch_probe.probes.audit.measure import NOT_MEASURED, Calibration, Part
+from mismatch_probe.probes.audit.options import AuditOptions
+from mismatch_probe.probes.audit.profile import Profile
+from mismatch_probe.probes.audit.ranges import backward_document, forward_document, lag_document, weights_document
+from mismatch_probe.probes.audit.snippets import snippets
+from mismatch_probe.tables import RunDirectory
+
+SCHEMA_VERSION = 1
+_GAP = "mean_abs_logprob_diff"
+_PARTS = {
+    "weights": "conversion of the weights to 16 bits",
+    "forward": "range of activations",
+    "backward": "range of gradients",
+    "lag": "lag of the engine behind FP32 masters",
+    "proof": "a real FP16 forward and backward pass",
+}
+
+
+def audit_document(
+    run: RunDirectory,
+    options: AuditOptions,
+    profile: Profile,
+    parts: Mapping[str, Part],
+    calibration: Calibration,
+    refused: Mapping[str, str],
+) -> dict[str, Any]:
+    """Judges a run.
+
+    Args:
+        run: The comparison.
+        options: Of the audit.
+        profile: Its thresholds.
+        parts: What was measured on the model itself.
+        calibration: The sequences that it was measured on.
+        refused: By rollout dtype that the engine refuses, the sentence that says so.
+
+    Raises:
+        TableError: A table is missing or corrupt.
+    """
+    summary = _summary(run, options)
+    ranges = ranges_of(parts, calibration, options)
+    planned = options.planned(run)
+    checks = Checks(profile, summary, ranges, dict.fromkeys(_PARTS, NOT_MEASURED), planned)
+    pairs = [_pair(pair, checks.of_pair(pair)) for pair in summary["pairs"]]
+    pairs += [_pair({**row, "metrics": {}}, checks.refused(why)) for row, why in _refused_pairs(run, refused)]
+    best = best_pair([pair for pair in pairs if pair["n_tokens"]])
+    recommendation: dict[str, Any] | None = None
+    if best is not None:
+        source = next(p for p in summary["pairs"] if _names(p) == _names(best))
+        touched = touched_shares(pair_chunks(run, source["rollout_pass"], source["trainer_pass"]))
+        choice = advise(best, pairs, summary, ranges, touched, planned)
+        recommendation = {
+            **choice.as_dict(),
+            "corrections": [
+                {**vars(c), "touched": touched[c.name].as_dict()} for c in CORRECTIONS if c.name in touched
+            ],
+            "snippets": [snippet.as_dict() for snippet in snippets(choice, run.manifest["model"]["name"])],
+        }
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "model": run.manifest["model"]["name"],
+        "verdict": _overall(pairs, best, options),
+        "decided_by": [_label(pair) for pair in _deciding(pairs, best, options)],
+        "profile": {"name": profile.name, "description": profile.description},
+        "options": options.as_dict() | {"planned_tokens": planned, "step_tokens": options.loss_tokens(run)},
+        "pairs": pairs,
+        "recommendation": recommendation,
+        "range": ranges,
+        "missing": _missing(run, summary, ranges, refused),
+        "provenance": _provenance(run),
+        "baseline": None,
+    }
+
+
+def ranges_of(
+    parts: Mapping[str, Part], calibration: Calibration, options: AuditOptions
+) -> dict[str, dict[str, Any] | None]:
+    """The parts as documents, None for one that was not measured."""
+    found: dict[str, dict[str, Any] | None] = dict.fromkeys(_PARTS)
+    prompts = calibration.prompts
+    if "weights" in parts:
+        found["weights"] = weights_document(parts["weights"][0])
+    if "forward" in parts:
+        found["forward"] = forward_document(*parts["forward"], prompts)
+    if "backward" in parts:
+        found["backward"] = backward_document(*parts["backward"])
+    if "lag" in parts and "backward" in parts:
+        n = int(parts["lag"][1]["sequence"].max()) + 1
+        layers = [layer_of(name) for name in parts["backward"][0]["tensors"]]
+        found["lag"] = lag_document(parts["lag"], parts["backward"], prompts[:n], options.learning_rates, layers)
+    if "proof" in parts:
+        found["proof"] = dict(parts["proof"][0])
+    return found
+
+
+def _summary(run: RunDirectory, options: AuditOptions) -> dict[str, Any]:
+    try:
+        return analyse(run, predict_lengths=(options.planned(run),), extrapolate=True).summary
+    except TableError as error:
+        if not error.what.startswith("Nothing can be compared"):
+            raise
+        return {"pairs": [], "missing": [], "length": {}, "findings": [], "nulls": []}
+
+
+def _pair(pair: Mapping[str, Any], checks: list[Check]) -> dict[str, Any]:
+    none = {"value": None, "ci_low": None, "ci_high": None, "why": "the pair was not run"}
+    return {
+        **{key: pair[key] for key in ("rollout_dtype", "trainer_dtype", "trainer_mode")},
+        "n_tokens": pair.get("n_tokens", 0),
+        "n_prompts": pair.get("n_prompts", 0),
+        "verdict": verdict(checks),
+        _GAP: pair["metrics"].get(_GAP, none),
+        "checks": [check.as_dict() for check in checks],
+    }
+
+
+def _refused_pairs(run: RunDirectory, refused: Mapping[str, str]) -> list[tuple[dict[str, Any], str]]:
+    config = CompareConfig.from_dict(run.manifest["config"])
+    about = [(dtype, "cast" if dtype == "float32" else config.trainer_modes[0]) for dtype in config.trainer_dtypes]
+    return [
+        ({"rollout_dtype": rollout, "trainer_dtype": trainer, "trainer_mode": mode}, why)
+        for rollout, why in refused.items()
+        for trainer, mode in about
+    ]
+
+
+def _deciding(
+    pairs: Sequence[Mapping[str, Any]], best: Mapping[str, Any] | None, options: AuditOptions
+) -> list[Mapping[str, Any]]:
+    """The pairs that the verdict is of: those that were asked for, or the recommended one."""
+    if options.pairs:
+        return [pair for pair in pairs if _names(pair)[:2] in options.wanted_pairs]
+    return [] if best is None else [best]
+
+
+def _overall(pairs: Sequence[Mapping[str, Any]], best: Mapping[str, Any] | None, options: AuditOptions) -> str:
+    found = [pair["verdict"] for pair in _deciding(pairs, best, options)]
+    there = {_names(pair)[:2] for pair in pairs}
+    if any(pair not in there for pair in options.wanted_pairs):
+        found.append("not judged")
+    if not found:
+        return "fail" if pairs else "not judged"
+    return next((level for level in ("fail", "not judged", "warn") if level in found), "pass")
+
+
+def _missing(
+    run: RunDirectory, summary: Mapping[str, Any], ranges: Mapping[str, Any], refused: Mapping[str, str]
+) -> list[dict[str, str]]:
+    rows = [{"what": _label(row), "why": row["why"]} for row in summary["missing"]]
+    rows += [{"what": f"{dtype} rollouts", "why": why} for dtype, why in refused.items()]
+    rows += [{"what": _PARTS[name], "why": NOT_MEASURED} for name, found in ranges.items() if found is None]
+    return rows
+
+
+def _provenance(run: RunDirectory) -> dict[str, Any]:
+    """What could make the same audit come out differently."""
+    manifest = run.manifest
+    environment = manifest.get("environment", {})
+    return {
+        "created": manifest.get("created"),
+        "tool_version": manifest.get("tool_version"),
+        "versions": environment.get("versions", {}),
+        "machine": environment.get("machine", {}),
+        "variables": environment.get("variables", {}),
+        "device": manifest["device"],
+        "config": manifest["config"],
+        "prompts_sha256": manifest["prompts"].get("token_ids_sha256"),
+        "model_files": manifest["model"].get("files", {}),
+    }
+
+
+def _names(pair: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(pair[key] for key in ("rollout_dtype", "trainer_dtype", "trainer_mode"))
+
+
+def _label(pair: Mapping[str, Any]) -> str:
+    rollout, trainer, mode = _names(pair)
+    return f"{rollout} → {trainer}" + (f" ({mode})" if mode == "autocast" else "")

@@ -1,0 +1,129 @@
+"""The engine part of an audit: which measurements a run still lacks, and the process that makes them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mismatch_probe.arrays import load_arrays
+from mismatch_probe.config import CompareConfig
+from mismatch_probe.engines.audit.job import PARTS, AuditJob
+from mismatch_probe.errors import TableError
+from mismatch_probe.probes.audit.options import AuditOptions
+from mismatch_probe.probes.own_pass import device_of, fp32_trainer, model_of, run_pass
+from mismatch_probe.probes.planning import passes_of
+from mismatch_probe.probes.progress import Progress
+from mismatch_probe.tables import RunDirectory
+from mismatch_probe.types import ScoreRequest
+
+FOLDER = "audit"
+N_GRADIENTS, N_LAG, N_PROOF = 16, 32, 4
+NOT_MEASURED = "The run has no measurement of it: `mismatch-probe audit --resume RUN` makes it, with the engine."
+Part = tuple[dict[str, Any], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The sequences that the model's own numbers are taken on.
+
+    Attributes:
+        sequences: Of one rollout pass, first one of every prompt, then the next of every prompt.
+        prompts: Name of each one's prompt.
+    """
+
+    sequences: tuple[ScoreRequest, ...]
+    prompts: tuple[str, ...]
+
+
+def calibration_of(run: RunDirectory) -> Calibration:
+    """The sequences of the run's most precise rollout pass.
+
+    Raises:
+        TableError: No rollout pass has any.
+    """
+    config = CompareConfig.from_dict(run.manifest["config"])
+    names = [rollout.pass_id for rollout in passes_of(config, run.manifest.get("recorded")).rollouts]
+    for name in sorted(names, key=lambda name: "float32" not in name):
+        if not run.finished(name):
+            continue
+        rows = [row for row in run.sequences(name).to_pylist() if row["response_token_ids"] and row["prompt_token_ids"]]
+        rows.sort(key=lambda row: (row["sample_id"], row["sequence_id"]))
+        if rows:
+            return Calibration(
+                tuple(ScoreRequest(i, r["prompt_token_ids"], r["response_token_ids"]) for i, r in enumerate(rows)),
+                tuple(str(row["prompt_id"]) for row in rows),
+            )
+    raise TableError("No rollout pass of this run has sequences.", "Mend the run with `compare --resume`.")
+
+
+class Measurements:
+    """The parts of an audit in a run's folder.
+
+    Args:
+        run: The comparison.
+        options: The audit's.
+    """
+
+    def __init__(self, run: RunDirectory, options: AuditOptions) -> None:
+        self._run, self._options = run, options
+        self._config = CompareConfig.from_dict(run.manifest["config"])
+        self.calibration = calibration_of(run)
+        self._device = device_of(run)
+        self._keys = {name: self._key(name) for name in PARTS}
+
+    def load(self) -> dict[str, Part]:
+        """The parts that are there and were made of this run with these options."""
+        found = {name: load_arrays(self._file(name), key) for name, key in self._keys.items()}
+        return {name: part for name, part in found.items() if part is not None}
+
+    def make_missing(self, progress: Progress) -> Mapping[str, Any]:
+        """Makes the parts that are not there yet, in a process of its own; returns what ran.
+
+        Raises:
+            ProbeError: The engine failed; finished parts stay.
+        """
+        there = self.load()
+        keys = {name: key for name, key in self._keys.items() if name not in there}
+        if not keys:
+            return {}
+        sequences = self.calibration.sequences
+        job = AuditJob(
+            fp32_trainer(self._config, model_of(self._run, self._config, progress), self._device),
+            folder=str(self._run.path / FOLDER),
+            keys=keys,
+            sequences=sequences,
+            n_gradients=min(N_GRADIENTS, len(sequences)),
+            n_lag=min(N_LAG, len(sequences)),
+            n_proof=min(N_PROOF, len(sequences)),
+            proof_mode=self._config.trainer_modes[0],
+            step_tokens=self._options.loss_tokens(self._run),
+            rates=self._options.learning_rates,
+        )
+        resume = f"mismatch-probe audit --resume {self._run.path}"
+        return run_pass(self._run, job, self._device, FOLDER, "activations, gradients, lag", resume, progress)
+
+    def _file(self, name: str) -> Path:
+        return self._run.path / FOLDER / f"{name}.npz"
+
+    def _key(self, part: str) -> str:
+        """A digest of all that a part depends on; a proof also on how the trainer runs."""
+        config, options = self._config, self._options
+        about: list[Any] = [version("mismatch-probe"), part, self._device, config.temperature, config.trainer_attn]
+        about += [self._run.manifest["model"].get("files")]
+        if part in ("backward", "proof"):
+            about += [options.loss_tokens(self._run)]
+        if part == "lag":
+            about += [options.learning_rates]
+        if part == "proof":
+            about += [config.trainer_modes[0]]
+        about += [] if part == "weights" else _ids(self.calibration.sequences)
+        return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+
+
+def _ids(sequences: Sequence[ScoreRequest]) -> list[Any]:
+    return [[list(s.prompt_token_ids), list(s.response_token_ids)] for s in sequences]

@@ -1,0 +1,154 @@
+"""One audit from beginning to end: refusals, comparison, measurements, verdict, files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mismatch_probe.config import DEFAULT_MODEL, CompareConfig
+from mismatch_probe.engines.models import resolve
+from mismatch_probe.engines.refusals import refusal
+from mismatch_probe.errors import DtypeRefused
+from mismatch_probe.files import locked, write_json, write_text
+from mismatch_probe.probes.audit.baseline import compare_audits, read_audit
+from mismatch_probe.probes.audit.document import audit_document
+from mismatch_probe.probes.audit.junit import junit_xml
+from mismatch_probe.probes.audit.measure import FOLDER, Measurements
+from mismatch_probe.probes.audit.options import AuditOptions
+from mismatch_probe.probes.audit.profile import load_profile
+from mismatch_probe.probes.progress import Progress
+from mismatch_probe.probes.session import new_run, resume_run
+from mismatch_probe.tables import RunDirectory
+
+
+@dataclass(frozen=True)
+class AuditResult:
+    """A finished audit.
+
+    Attributes:
+        path: The run directory; everything of the audit lies in its folder `audit`.
+        document: The content of `audit.json`.
+        figures: Figure files by name.
+        strict: Whether a warning counts as a failure.
+    """
+
+    path: Path
+    document: dict[str, Any]
+    figures: dict[str, Path]
+    strict: bool
+
+    @property
+    def verdict(self) -> str:
+        """`pass`, `warn`, `fail` or `not judged`."""
+        return str(self.document["verdict"])
+
+    @property
+    def regressed(self) -> bool:
+        """Whether a baseline was given, and something is worse than it was there."""
+        baseline = self.document["baseline"]
+        return bool(baseline and baseline["regressions"])
+
+    @property
+    def failed(self) -> bool:
+        """Whether a gate has to close: a failure, what cannot be judged, a regression, or under `strict` a warning."""
+        bad = ("fail", "not judged", "warn") if self.strict else ("fail", "not judged")
+        return self.verdict in bad or self.regressed
+
+
+def new_audit(
+    config: CompareConfig,
+    options: AuditOptions,
+    out: str | Path | None,
+    baseline: str | Path | None,
+    progress: Progress | None,
+) -> AuditResult:
+    """Compares, measures and judges.
+
+    Raises:
+        DtypeRefused: The engine refuses the model in every dtype that was asked for; nothing was loaded.
+        ProbeError: See `mismatch_probe.errors`; what is finished stays on disk.
+    """
+    progress = progress or Progress()
+    load_profile(options.profile)  # its mistakes are told before minutes of work
+    if baseline is not None:
+        read_audit(baseline)
+    refused = _refused(config)
+    for why in refused.values():
+        progress.message(why)
+    dtypes = tuple(dtype for dtype in config.rollout_dtypes if dtype not in refused)
+    if not dtypes:
+        raise DtypeRefused(" ".join(refused.values()), "Audit it with --rollout-dtypes bf16.")
+    run = new_run(replace(config, rollout_dtypes=dtypes), out, (), progress)
+    return _finish(run.path, options, baseline, progress, refused, engines=True)
+
+
+def resume_audit(
+    path: Path, options: AuditOptions, baseline: str | Path | None, progress: Progress | None
+) -> AuditResult:
+    """Goes on with the passes and the measurements that a run lacks, and judges.
+
+    Raises:
+        ProbeError: The folder holds no run, its model has changed, or an engine failed.
+    """
+    progress = progress or Progress()
+    load_profile(options.profile)
+    if RunDirectory.open(path).manifest["status"] != "complete":
+        resume_run(path, (), progress, {})
+    return _finish(path, options, baseline, progress, _refused(_config(path)), engines=True)
+
+
+def audit_run(path: Path, options: AuditOptions, baseline: str | Path | None) -> AuditResult:
+    """Judges a finished comparison without an engine, as far as it goes.
+
+    Raises:
+        TableError: The folder holds no run, or a table is missing or corrupt.
+    """
+    return _finish(path, options, baseline, Progress(), {}, engines=False)
+
+
+def _finish(
+    path: Path,
+    options: AuditOptions,
+    baseline: str | Path | None,
+    progress: Progress,
+    refused: Mapping[str, str],
+    *,
+    engines: bool,
+) -> AuditResult:
+    profile = load_profile(options.profile)
+    old = None if baseline is None else read_audit(baseline)
+    RunDirectory.open(path)  # before the lock, which would make the folder
+    with locked(path):
+        run = RunDirectory.open(path)
+        measurements = Measurements(run, options)
+        if engines:
+            measurements.make_missing(progress)
+            progress.message("computing verdict and figures")
+        document = audit_document(run, options, profile, measurements.load(), measurements.calibration, refused)
+        document["baseline"] = None if old is None else compare_audits(old, document, str(baseline))
+        return AuditResult(path, document, _write(path / FOLDER, document, options), options.strict)
+
+
+def _write(folder: Path, document: dict[str, Any], options: AuditOptions) -> dict[str, Path]:
+    from mismatch_probe.report.audit_figures import draw_audit
+    from mismatch_probe.report.audit_page import render_audit
+
+    write_json(folder / "audit.json", document)
+    write_text(folder / "junit.xml", junit_xml(document, strict=options.strict))
+    figures = draw_audit(document, folder / "figures")
+    write_text(folder / "report.html", render_audit(document, figures))
+    return figures
+
+
+def _refused(config: CompareConfig) -> dict[str, str]:
+    """By rollout dtype that vLLM is known to refuse for the model, the sentence; read without loading anything."""
+    if config.source is not None and not config.model:
+        return {}
+    known = resolve(config.model or DEFAULT_MODEL, revision=config.revision, weights=False)
+    return {dtype: why for dtype in config.rollout_dtypes if (why := refusal(known.config, dtype))}
+
+
+def _config(path: Path) -> CompareConfig:
+    return CompareConfig.from_dict(RunDirectory.open(path).manifest["config"])

@@ -1,0 +1,266 @@
+"""An audit of finished runs of the scripted engine: the document, its files, and a comparison with an older one."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import jsonschema
+import pytest
+
+import mismatch_probe
+from mismatch_probe.config import CompareConfig
+from mismatch_probe.errors import DtypeRefused, TableError, UsageError
+from mismatch_probe.probes.audit.baseline import compare_audits, read_audit
+from mismatch_probe.probes.audit.junit import junit_xml
+from mismatch_probe.probes.audit.options import AuditOptions
+from mismatch_probe.resources import data_path
+from tests.conftest import MakeModel
+
+Document = dict[str, Any]
+SCHEMA = json.loads(data_path("audit.schema.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures take most of the time, and few tests look at them."""
+    monkeypatch.setattr("mismatch_probe.report.audit_figures.draw_audit", lambda document, folder: {})
+
+
+@pytest.fixture
+def document(run_copy: Path, no_pictures: None) -> Document:
+    return mismatch_probe.audit_run(run_copy).document
+
+
+def valid(document: Document) -> None:
+    jsonschema.Draft202012Validator(SCHEMA).validate(document)
+
+
+def pair_of(document: Document, rollout: str, trainer: str) -> Document:
+    return next(p for p in document["pairs"] if (p["rollout_dtype"], p["trainer_dtype"]) == (rollout, trainer))
+
+
+def check_of(pair: Document, name: str) -> Document:
+    return next(check for check in pair["checks"] if check["name"] == name)
+
+
+def test_a_finished_run_is_judged_as_far_as_it_goes(run_copy: Path, no_pictures: None) -> None:
+    result = mismatch_probe.audit_run(run_copy)
+    document = result.document
+    valid(document)
+    assert len(document["pairs"]) == 9
+    assert all(found is None for found in document["range"].values())
+    whats = [row["what"] for row in document["missing"]]
+    assert "range of activations" in whats
+    assert "--resume" in document["missing"][-1]["why"]
+    fp16 = pair_of(document, "float16", "float16")
+    assert check_of(fp16, "fp16_headroom")["status"] == "not judged"
+    assert fp16["verdict"] in ("not judged", "fail")
+    assert not any(check["name"].startswith("fp16") for check in pair_of(document, "bfloat16", "float32")["checks"])
+    assert json.loads((run_copy / "audit" / "audit.json").read_text()) == document
+    assert (run_copy / "audit" / "report.html").read_text().startswith("<!doctype html>")
+    ElementTree.parse(run_copy / "audit" / "junit.xml")
+
+
+def test_metrics_are_those_of_the_comparison(document: Document, finished: Any) -> None:
+    for pair in document["pairs"]:
+        source = next(
+            p
+            for p in finished.summary["pairs"]
+            if (p["rollout_dtype"], p["trainer_dtype"]) == (pair["rollout_dtype"], pair["trainer_dtype"])
+        )
+        for check in pair["checks"]:
+            if check["name"] in source["metrics"]:
+                metric = source["metrics"][check["name"]]
+                assert (check["value"], check["ci_low"]) == (metric["value"], metric["ci_low"])
+
+
+def test_the_asked_for_pair_decides(run_copy: Path, no_pictures: None) -> None:
+    found = mismatch_probe.audit_run(run_copy, pairs=("fp16/fp16",))
+    assert found.document["decided_by"] == ["float16 → float16"]
+    assert found.verdict == pair_of(found.document, "float16", "float16")["verdict"]
+    assert found.failed
+
+
+def test_a_pair_that_was_not_run_cannot_pass(scripted_model: MakeModel, tmp_path: Path, no_pictures: None) -> None:
+    config = CompareConfig(
+        model=str(scripted_model()),
+        num_prompts=4,
+        max_tokens=4,
+        rollout_dtypes=("bfloat16",),
+        trainer_dtypes=("bfloat16",),
+    )
+    run = mismatch_probe.compare(config, out=tmp_path / "run")
+    found = mismatch_probe.audit_run(run.path, pairs=("fp16",))
+    assert found.verdict == "not judged"
+    assert found.document["decided_by"] == []
+    valid(found.document)
+
+
+def test_a_run_without_fp32_says_that_a_bug_could_pass_for_rounding(
+    scripted_model: MakeModel, tmp_path: Path, no_pictures: None
+) -> None:
+    config = CompareConfig(
+        model=str(scripted_model()),
+        num_prompts=4,
+        max_tokens=4,
+        rollout_dtypes=("bfloat16",),
+        trainer_dtypes=("bfloat16",),
+    )
+    run = mismatch_probe.compare(config, out=tmp_path / "run")
+    pair = mismatch_probe.audit_run(run.path).document["pairs"][0]
+    assert check_of(pair, "fp32_floor")["status"] == "not judged"
+    assert "bug" in check_of(pair, "fp32_floor")["evidence"]
+
+
+def test_a_failed_pass_leaves_its_pairs_missing(
+    scripted_model: MakeModel, tmp_path: Path, no_pictures: None, no_figures: None
+) -> None:
+    config = CompareConfig(
+        model=str(scripted_model({"rollout-float16": "refuse"})),
+        num_prompts=4,
+        max_tokens=4,
+        rollout_dtypes=("bfloat16", "float16"),
+        trainer_dtypes=("bfloat16",),
+    )
+    run = mismatch_probe.compare(config, out=tmp_path / "run")
+    document = mismatch_probe.audit_run(run.path).document
+    valid(document)
+    assert document["missing"][0]["what"] == "float16 → bfloat16"
+
+
+def test_a_scripted_model_has_nothing_to_measure(run_copy: Path) -> None:
+    with pytest.raises(UsageError, match="no weights"):
+        mismatch_probe.audit_resume(run_copy)
+
+
+def test_a_refused_dtype_is_told_before_anything_is_loaded(scripted_model: MakeModel, tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    model = scripted_model()
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "model_type": "gemma3"}))
+    with pytest.raises(DtypeRefused, match="vLLM refuses float16 for model type gemma3"):
+        mismatch_probe.audit(
+            CompareConfig(model=str(model), rollout_dtypes=("float16",)), out=tmp_path / "run", profile="default"
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_options_are_checked() -> None:
+    for given, message in (
+        ({"planned_tokens": 0}, "--planned-tokens must be positive"),
+        ({"step_tokens": -1}, "--step-tokens must be positive"),
+        ({"learning_rates": (0.0,)}, "--learning-rate"),
+        ({"pairs": ("bf16/fp8",)}, "is not rollout/trainer"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            AuditOptions(**given)
+    assert AuditOptions(pairs=("bf16", "fp16/fp32")).wanted_pairs == (("bfloat16", "bfloat16"), ("float16", "float32"))
+
+
+def test_junit_has_a_case_a_check(document: Document) -> None:
+    root = ElementTree.fromstring(junit_xml(document))
+    assert root[0].get("name") == "bfloat16/bfloat16"
+    checks = [check for pair in document["pairs"] for check in pair["checks"]]
+    assert int(root.get("tests") or 0) == len(checks)
+    assert int(root.get("failures") or 0) == sum(check["status"] == "fail" for check in checks)
+    assert int(root.get("skipped") or 0) == sum(check["status"] == "not judged" for check in checks)
+    strict = ElementTree.fromstring(junit_xml(document, strict=True))
+    assert int(strict.get("failures") or 0) == sum(check["status"] in ("fail", "warn") for check in checks)
+
+
+def test_junit_holds_hostile_text(document: Document) -> None:
+    document["pairs"][0]["checks"][0]["evidence"] = "a\x1b[31m <b> & \x00 ]]>"
+    root = ElementTree.fromstring(junit_xml(document))
+    out = root[0][0].find("system-out")
+    assert out is not None
+    assert "a[31m <b> &  ]]>" in (out.text or "")
+
+
+def test_an_audit_against_itself_has_not_changed(document: Document) -> None:
+    found = compare_audits(document, copy.deepcopy(document), "old")
+    assert found["regressions"] == []
+    assert found["changed"] == []
+    assert found["gone"] == []
+    assert all(row["change"] is None or row["change"]["value"] in (0, 1) for row in found["checks"])
+    valid({**document, "baseline": found})
+
+
+def changed(document: Document, name: str, factor: float, **more: Any) -> Document:
+    other = copy.deepcopy(document)
+    check = check_of(pair_of(other, "bfloat16", "bfloat16"), name)
+    for key in ("value", "ci_low", "ci_high"):
+        check[key] = None if check[key] is None else check[key] * factor
+    check.update(more)
+    return other
+
+
+def test_a_gap_that_is_certainly_larger_is_a_regression(document: Document) -> None:
+    worse = compare_audits(document, changed(document, "kl_k3", 20.0), "old")
+    (row,) = worse["regressions"]
+    assert (row["name"], row["change"]["kind"], row["change"]["value"]) == ("kl_k3", "ratio", pytest.approx(20.0))
+    assert row["change"]["ci_low"] > 1
+    assert compare_audits(document, changed(document, "kl_k3", 1 / 20), "old")["regressions"] == []
+    assert compare_audits(document, changed(document, "kl_k3", 1.01), "old")["regressions"] == []
+
+
+def test_the_interval_of_a_ratio_is_that_of_two_independent_estimates(document: Document) -> None:
+    first = changed(document, "kl_k3", 1.0, value=1.0, ci_low=0.8, ci_high=1.25)
+    second = changed(document, "kl_k3", 1.0, value=2.0, ci_low=1.6, ci_high=2.5)
+    rows = compare_audits(first, second, "old")["checks"]
+    row = next(r for r in rows if r["name"] == "kl_k3" and r["rollout_dtype"] == r["trainer_dtype"] == "bfloat16")
+    spread = 1.25 ** (2**0.5)
+    assert row["change"]["ci_low"] == pytest.approx(2 / spread)
+    assert row["change"]["ci_high"] == pytest.approx(2 * spread)
+
+
+def test_a_status_that_got_worse_is_a_regression_only_where_the_value_changed_for_certain(document: Document) -> None:
+    first = changed(document, "kl_k3", 1.0, value=0.9e-3, ci_low=0.8e-3, ci_high=0.99e-3, status="pass", best="pass")
+    near = changed(document, "kl_k3", 1.0, value=1.1e-3, ci_low=1.01e-3, ci_high=1.3e-3, status="warn", best="warn")
+    far = changed(document, "kl_k3", 1.0, value=9e-3, ci_low=8e-3, ci_high=9.9e-3, status="warn", best="warn")
+    assert [row["name"] for row in compare_audits(first, far, "old")["regressions"]] == ["kl_k3"]
+    wide = changed(document, "kl_k3", 1.0, value=0.9e-3, ci_low=0.4e-3, ci_high=1.9e-3, status="pass", best="pass")
+    assert compare_audits(wide, near, "old")["regressions"] == []
+
+
+def test_a_counted_event_that_was_not_there_before_is_a_regression(document: Document) -> None:
+    name = "nonfinite_logprobs"
+    other = changed(document, name, 1.0, value=0.01, ci_low=0.001, ci_high=0.05, status="fail", best="fail")
+    before = changed(document, name, 1.0, value=0.0, ci_low=0.0, ci_high=0.005, status="pass", best="pass")
+    rows = compare_audits(before, other, "old")["regressions"]
+    assert [row["name"] for row in rows] == [name]
+
+
+def test_what_was_made_differently_is_listed(document: Document) -> None:
+    other = copy.deepcopy(document)
+    other["provenance"]["versions"]["vllm"] = "99"
+    other["provenance"]["config"]["eager"] = True
+    found = compare_audits(document, other, "old")["changed"]
+    assert {row["what"] for row in found} == {"versions.vllm", "config.eager"}
+    other["pairs"].pop()
+    assert len(compare_audits(document, other, "old")["gone"]) == len(document["pairs"][-1]["checks"])
+
+
+def test_a_baseline_closes_the_gate(run_copy: Path, document: Document, tmp_path: Path, no_pictures: None) -> None:
+    better = changed(document, "kl_k3", 1 / 50)
+    (tmp_path / "old.json").write_text(json.dumps(better))
+    found = mismatch_probe.audit_run(run_copy, baseline=tmp_path / "old.json", pairs=("bf16",))
+    assert found.regressed
+    assert found.failed
+    valid(found.document)
+
+
+def test_a_baseline_is_found_by_its_file_or_folder(run_copy: Path, document: Document, tmp_path: Path) -> None:
+    for place in (run_copy, run_copy / "audit", run_copy / "audit" / "audit.json"):
+        assert read_audit(place) == document
+    with pytest.raises(TableError, match="There is no audit"):
+        read_audit(tmp_path)
+    (tmp_path / "audit.json").write_text('{"schema_version": 9}')
+    with pytest.raises(TableError, match="no audit that this release reads"):
+        read_audit(tmp_path / "audit.json")
+    (tmp_path / "audit.json").write_text("{")
+    with pytest.raises(TableError, match="cannot be read"):
+        read_audit(tmp_path)
