@@ -153,7 +153,8 @@ def _correction(
         ]
     band = f"{said(ess)} of the sequences at {planned:,} tokens" + (f" ({ess.why})" if ess.why else "")
     if ess.ci_low >= ALL_BUT_ONE:
-        return None, [f"No correction is needed: sequence weights would leave {band}, so they are nearly 1."]
+        text = f"{said(ess)} of the sequences at {planned:,} tokens"
+        return None, [f"No correction is needed: sequence weights would leave {text}, so they are nearly 1."]
     if ess.ci_low >= HALF:
         found = by_name["seq-tis"]
         return found, [

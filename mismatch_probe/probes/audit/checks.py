@@ -10,12 +10,11 @@ from mismatch_probe.metrics.floats import FP16
 from mismatch_probe.metrics.intervals import poisson_interval
 from mismatch_probe.probes.audit.judge import Check, judged, judged_event, missing
 from mismatch_probe.probes.audit.profile import RARE, Bounds, Profile
-from mismatch_probe.probes.audit.ranges import headroom, scales_of
+from mismatch_probe.probes.audit.ranges import START, headroom, scales_of
 from mismatch_probe.types import MetricValue
 
 Document = Mapping[str, Any]
 _FLOOR = "mean_abs_logprob_diff"
-START = 16
 
 
 class Checks:
@@ -92,11 +91,11 @@ class Checks:
             return missing("one_sided", bounds, f"Mean importance ratio: {mean.why}.")
         if not (tests and named):
             evidence = f"The mean importance ratio is {said(mean)}, and no part of the tokens has another than 1."
-            return judged("one_sided", MetricValue(1.0), bounds, evidence, exact=True)
+            return judged_event("one_sided", 0, mean, bounds, evidence)
         worst = max(tests, key=lambda test: abs(test["mean_ratio"]["value"] - 1))
         value = _value(worst["mean_ratio"])
         evidence = f"The mean importance ratio is {said(value)} ({worst['family']}): a fault of one side, not rounding."
-        return judged("one_sided", value, bounds, evidence)
+        return judged_event("one_sided", len(tests), value, bounds, evidence)
 
     def _ess_seq_planned(self, bounds: Bounds, pair: Document) -> Check | None:
         value = planned_ess(self._summary, pair)

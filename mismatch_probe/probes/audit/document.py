@@ -59,7 +59,9 @@ def audit_document(
     checks = Checks(profile, summary, ranges, dict.fromkeys(_PARTS, NOT_MEASURED), planned)
     pairs = [_pair(pair, checks.of_pair(pair)) for pair in summary["pairs"]]
     pairs += [_pair({**row, "metrics": {}}, checks.refused(why)) for row, why in _refused_pairs(run, refused)]
-    best = best_pair([pair for pair in pairs if pair["n_tokens"]])
+    # Of pairs that were asked for, one of these is recommended.
+    asked = [pair for pair in pairs if _names(pair)[:2] in options.wanted_pairs] if options.pairs else pairs
+    best = best_pair([pair for pair in asked if pair["n_tokens"]])
     recommendation: dict[str, Any] | None = None
     if best is not None:
         source = next(p for p in summary["pairs"] if _names(p) == _names(best))
@@ -82,7 +84,7 @@ def audit_document(
         "pairs": pairs,
         "recommendation": recommendation,
         "range": ranges,
-        "missing": _missing(run, summary, ranges, refused),
+        "missing": _missing(summary, ranges, refused, options),
         "provenance": _provenance(run),
         "baseline": None,
     }
@@ -160,10 +162,16 @@ def _overall(pairs: Sequence[Mapping[str, Any]], best: Mapping[str, Any] | None,
 
 
 def _missing(
-    run: RunDirectory, summary: Mapping[str, Any], ranges: Mapping[str, Any], refused: Mapping[str, str]
+    summary: Mapping[str, Any], ranges: Mapping[str, Any], refused: Mapping[str, str], options: AuditOptions
 ) -> list[dict[str, str]]:
     rows = [{"what": _label(row), "why": row["why"]} for row in summary["missing"]]
     rows += [{"what": f"{dtype} rollouts", "why": why} for dtype, why in refused.items()]
+    there = {_names(row)[:2] for row in (*summary["pairs"], *summary["missing"])}
+    rows += [
+        {"what": f"{rollout} → {trainer}", "why": "It was asked for, and the run has no such pair."}
+        for rollout, trainer in options.wanted_pairs
+        if (rollout, trainer) not in there and rollout not in refused
+    ]
     rows += [{"what": _PARTS[name], "why": NOT_MEASURED} for name, found in ranges.items() if found is None]
     return rows
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mismatch_probe.probes.audit.profile import Bounds
+from mismatch_probe.probes.audit.profile import Bounds, title_of
 from mismatch_probe.types import MetricValue
 
 Level = Literal["pass", "warn", "fail"]
@@ -44,6 +44,7 @@ class Check:
     def as_dict(self) -> dict[str, Any]:
         return {
             "name": self.name,
+            "title": title_of(self.name),
             "status": self.status,
             "best": self.best,
             "worst": self.worst,

@@ -14,7 +14,7 @@ from mismatch_probe.metrics.catalog import CATALOG
 from mismatch_probe.resources import data_path
 
 PROFILES = ("default", "nemo-rl", "verl", "prime-rl", "strict")
-# Checks beside the metrics of the catalog, with what their value is. Rare events are judged by their rate.
+# Checks beside the metrics of the catalog, with what their value is. Events are judged by whether they occur.
 OWN_CHECKS: dict[str, str] = {
     "nonfinite_logprobs": "log-probs that are not finite",
     "fp32_floor": "mean |d| of the FP32 pair, nats",
@@ -29,7 +29,12 @@ OWN_CHECKS: dict[str, str] = {
     "fp16_loss_scale_start": "room above the usual first loss scale of 2^16, powers of two",
     "fp16_pass": "tensors that are not finite in a real FP16 forward and backward pass",
 }
-RARE = ("nonfinite_logprobs", "fp16_overflow_rate", "confident_disagreement_rate")
+RARE = ("nonfinite_logprobs", "one_sided", "fp16_overflow_rate", "confident_disagreement_rate")
+
+
+def title_of(check: str) -> str:
+    """A check in a few words."""
+    return CATALOG[check].title if check in CATALOG else OWN_CHECKS.get(check, check)
 
 
 class Bounds(BaseModel):

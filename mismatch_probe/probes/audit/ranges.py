@@ -32,6 +32,8 @@ KINDS = (
 )
 _GAP = ("mean_abs_logprob_diff", "kl_k3")
 _FLUSHED = 1e-3
+# Of torch's GradScaler.
+START = 16
 
 
 def forward_document(facts: Document, arrays: Arrays, prompts: Sequence[str]) -> Document:
@@ -126,7 +128,7 @@ def backward_document(facts: Document, arrays: Arrays) -> Document:
             }
         )
     largest = [float(value) for value in arrays["largest_by_sequence"] if np.isfinite(value)]
-    trace = simulate_scaler(largest) if any(largest) else None
+    trace = simulate_scaler(largest, initial=START) if any(largest) else None
     by_exponent = {
         side: _by_exponent(
             [h for name, h in histograms.items() if name.endswith(" (activation)") == (side != "weight")]
@@ -141,7 +143,9 @@ def backward_document(facts: Document, arrays: Arrays) -> Document:
         "largest": max((h.largest for h in histograms.values()), default=0.0),
         "flushed_unscaled": lost / total if total else 0.0,
         "scales": None if scales is None else vars(scales),
-        "overflow_at_start": _first_over(histograms, 16),
+        "flushed_allowed": _FLUSHED,
+        "start_exponent": START,
+        "overflow_at_start": _first_over(histograms, START),
         "scaler": None if trace is None else vars(trace) | {"settled": list(trace.settled)},
         "mass_by_exponent": by_exponent,
         "tensors": rows,
@@ -188,7 +192,8 @@ def _motion(backward: tuple[Document, Arrays], rates: Sequence[float], layers: S
         ulp = form.ulp(form.rounded(weights))
         for rate in rates:
             passed = motion.passed[form.name, rate][alive]
-            steady, first = (rate * u[alive] / ulp[alive] for u in (motion.steady, motion.first))
+            # A move of more than a unit reaches the engine as surely as one of a unit, however near to 0 the weight is.
+            steady, first = (np.minimum(rate * u[alive] / ulp[alive], 1.0) for u in (motion.steady, motion.first))
             rows.append(
                 {
                     "dtype": form.name,
