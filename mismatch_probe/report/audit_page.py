@@ -37,7 +37,7 @@ GUIDES: dict[str, tuple[str, str]] = {
     ),
     "lag": (
         "What the engine does not see of a step",
-        "Left, how small a step is beside the distance of the engine's numbers (a move of more than one counts as one); "
+        "Left, how small a step is beside the distance of the engine's numbers (a larger move counts as one); "
         "right, what the difference between FP32 masters and their 16-bit copy does to log-probs, with 95 % intervals.",
     ),
 }
