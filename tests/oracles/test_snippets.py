@@ -71,7 +71,13 @@ def test_verl_takes_its_overrides_and_touches_the_tokens_that_we_say(tmp_path: P
         overrides=np.array(json.dumps(overrides)),
     )
     done = subprocess.run(
-        [str(PYTHON.absolute()), "-I", str(HERE / "verl_snippets.py"), str(tmp_path / "in.npz"), str(tmp_path / "out.json")],
+        [
+            str(PYTHON.absolute()),
+            "-I",
+            str(HERE / "verl_snippets.py"),
+            str(tmp_path / "in.npz"),
+            str(tmp_path / "out.json"),
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -1,0 +1,72 @@
+"""An audit's measurements on a CUDA device, against the same on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mismatch_probe.arrays import load_arrays
+from mismatch_probe.engines.audit.job import PARTS, AuditJob, histograms_of
+from mismatch_probe.engines.base import TrainerJob
+from mismatch_probe.engines.devices import trainer_settings
+from tests.real.test_hf_trainer import requests
+
+pytestmark = [pytest.mark.gpu, pytest.mark.engine]
+Tiny = Callable[[str], Path]
+
+
+class Silent:
+    """Takes a job's events."""
+
+    def send(self, name: str, payload: Any = None) -> None: ...
+
+    def phase(self, name: str) -> None: ...
+
+
+def parts(path: Path, folder: Path, device: str) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    flags = trainer_settings(device, "float32").arguments if device == "cuda" else {}
+    trainer = TrainerJob("hf", str(path), "float32", "cast", "padded", None, device, 1.0, (), 0, 1 << 28, flags=flags)
+    job = AuditJob(trainer, str(folder), dict.fromkeys(PARTS, "k"), requests(6), 4, 4, 2, "cast", 64, (1e-5,))
+    job.run(Silent())
+    found = {name: load_arrays(folder / f"{name}.npz", "k") for name in PARTS}
+    return {name: part for name, part in found.items() if part is not None}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3_moe", "gptj"])
+def test_a_card_measures_what_the_cpu_measures(tiny: Tiny, tmp_path: Path, architecture: str) -> None:
+    cpu, cuda = (parts(tiny(architecture), tmp_path / device, device) for device in ("cpu", "cuda"))
+    assert set(cpu) == set(cuda) == set(PARTS)
+    names = [place["name"] for place in cpu["forward"][0]["places"]]
+    there = {place["name"]: i for i, place in enumerate(cuda["forward"][0]["places"])}
+    # Fused experts are multiplied by other functions on a card.
+    shared = [name for name in names if "experts" not in name]
+    assert set(shared) <= set(there)
+    for key in ("first", "rest"):
+        ours = cuda["forward"][1][key][[there[name] for name in shared]]
+        theirs = cpu["forward"][1][key][[names.index(name) for name in shared]]
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+    assert cuda["weights"][0] == cpu["weights"][0]
+    mine, other = (histograms_of(*found["backward"]) for found in (cuda, cpu))
+    for name in set(mine) & set(other):
+        assert mine[name].largest == pytest.approx(other[name].largest, rel=1e-3)
+        assert mine[name].mass.sum() == pytest.approx(other[name].mass.sum(), rel=1e-3)
+    assert cuda["proof"][0]["finite"]
+    for name in (case["name"] for case in cpu["lag"][0]["cases"]):
+        gaps = [np.abs(f["lag"][1][f"masters-{name}"] - f["lag"][1][f"engine-{name}"]).mean() for f in (cuda, cpu)]
+        assert gaps[0] == pytest.approx(gaps[1], rel=0.2)
+
+
+def test_autocast_is_proven_too(tiny: Tiny, tmp_path: Path) -> None:
+    trainer = TrainerJob(
+        "hf", str(tiny("llama")), "float32", "cast", "padded", None, "cuda", 1.0, (), 0, 1 << 28, flags={}
+    )
+    job = AuditJob(trainer, str(tmp_path), {"proof": "k"}, requests(3), 2, 2, 2, "autocast", 64, (1e-5,))
+    job.run(Silent())
+    found = load_arrays(tmp_path / "proof.npz", "k")
+    assert found is not None
+    assert found[0]["finite"]
+    assert found[0]["mode"] == "autocast"
