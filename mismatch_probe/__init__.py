@@ -163,36 +163,35 @@ def audit(
     Raises:
         ProbeError: See `mismatch_probe.errors`; what is finished stays in the run directory.
     """
-    from mismatch_probe.probes.audit.options import AuditOptions
     from mismatch_probe.probes.audit.session import new_audit
 
-    return new_audit(config, AuditOptions(**options), out, baseline, progress)
+    return new_audit(config, options, out, baseline, progress)
 
 
 def audit_resume(
     path: str | Path, *, baseline: str | Path | None = None, progress: Progress | None = None, **options: Any
 ) -> AuditResult:
-    """Runs what a comparison or an audit still lacks, and judges; arguments as in `audit`.
+    """Runs what a comparison or an audit still lacks, and judges; arguments as in `audit`. Profile, lengths and rates
+    that are not given are those of the run's last audit.
 
     Raises:
         ProbeError: The folder holds no run, its model has changed, or an engine failed.
     """
-    from mismatch_probe.probes.audit.options import AuditOptions
     from mismatch_probe.probes.audit.session import resume_audit
 
-    return resume_audit(Path(path), AuditOptions(**options), baseline, progress)
+    return resume_audit(Path(path), options, baseline, progress)
 
 
 def audit_run(path: str | Path, *, baseline: str | Path | None = None, **options: Any) -> AuditResult:
-    """Judges a finished comparison without an engine, as far as it goes, and says what is missing.
+    """Judges a finished comparison without an engine, as far as it goes, and says what is missing; arguments as in
+    `audit_resume`.
 
     Raises:
         TableError: The folder holds no run, or a table is missing or corrupt.
     """
-    from mismatch_probe.probes.audit.options import AuditOptions
     from mismatch_probe.probes.audit.session import audit_run as judge
 
-    return judge(Path(path), AuditOptions(**options), baseline)
+    return judge(Path(path), options, baseline)
 
 
 def models() -> dict[str, Path | None]:

@@ -2,8 +2,8 @@
 
 A step of Adam moves a weight by the learning rate times u = m̂ / (√v̂ + ε), whatever the gradient's scale, so u is
 simulated once and serves every learning rate. An engine sees a master only when it rounds to another 16-bit number:
-after half a unit in the last place (ulp) from a checkpoint that lies on the grid, and from a generic master in the
-share |Δw|/ulp of its steps.
+after half a unit in the last place (ulp) from a checkpoint that lies on the grid, and after less or more from a master
+anywhere within that half unit, as after many steps.
 
 Shape legend: `S` sequences, `W` sampled weights, `R` learning rates.
 """
@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from mismatch_probe.metrics.floats import FloatFormat
 
 Floats = NDArray[np.float64]
+# Of the paper's AdamW (arXiv 2510.26788).
+BETAS = (0.9, 0.95)
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class AdamMotion:
         steps: Steps that were simulated.
         passed: Per format and learning rate, `[W]` the first step after which a weight from the grid rounds to another
             number; 0 where none did.
+        passed_generic: The same of a weight that starts anywhere within half a unit of its number.
         alive: `[W]` weights that any sequence gave a gradient.
     """
 
@@ -37,6 +40,7 @@ class AdamMotion:
     steady: Floats
     steps: int
     passed: dict[tuple[str, float], NDArray[np.int64]]
+    passed_generic: dict[tuple[str, float], NDArray[np.int64]]
     alive: NDArray[np.bool_]
 
 
@@ -48,18 +52,19 @@ def simulate_adam(
     *,
     steps: int = 500,
     batch: int = 8,
-    betas: tuple[float, float] = (0.9, 0.95),
+    betas: tuple[float, float] = BETAS,
     epsilon: float = 1e-8,
     seed: int = 0,
 ) -> AdamMotion:
     """Adam on gradients that are drawn from those of some sequences, each with a random sign for its advantage.
 
-    Signs are drawn anew at each step, so gradients are noise without drift, as late in a run: a weight walks at random,
-    and reaches the engine later than one that is always pushed the same way.
+    Signs are drawn anew at each step, so gradients are noise without drift, as late in a run, and a weight walks at
+    random. One that is always pushed the same way moves by the whole learning rate in every step (|u| = 1), and is the
+    first to reach the engine.
 
     Args:
         weights: `[W]` sampled weights; each format's copy of them is where its engine starts.
-        gradients: `[S, W]` their gradients, a row per sequence.
+        gradients: `[S, W]` their gradients, a row per sequence. A weight with one that is not finite counts as without.
         rates: Learning rates.
         formats: Of engines.
         steps: How many to simulate.
@@ -70,7 +75,7 @@ def simulate_adam(
     draw = np.random.default_rng(seed)
     rows = np.asarray(gradients, dtype=np.float64)
     scale = np.abs(rows).max(axis=0)
-    alive = scale > 0
+    alive = np.isfinite(scale) & (scale > 0) & np.isfinite(weights)
     # Adam does not see a gradient's scale, up to ε: taken out so that squares of tiny ones do not vanish.
     rows = rows[:, alive] / scale[alive]
     floor = epsilon / scale[alive]
@@ -78,7 +83,9 @@ def simulate_adam(
     first, total = np.zeros(rows.shape[1]), np.zeros(rows.shape[1])
     live = np.asarray(weights, dtype=np.float64)[alive]
     half = {form.name: form.ulp(form.rounded(live)) / 2 for form in formats}
+    offset = {form.name: half[form.name] * draw.uniform(-1, 1, rows.shape[1]) for form in formats}
     passed = {(form.name, rate): np.zeros(rows.shape[1], np.int64) for form in formats for rate in rates}
+    generic = {key: reached.copy() for key, reached in passed.items()}
     settled = min(steps // 2, 100)
     for step in range(1, steps + 1):
         chosen = draw.integers(len(rows), size=batch)
@@ -91,13 +98,16 @@ def simulate_adam(
             first = np.abs(u)
         if step > settled:
             total += np.abs(u)
-        for (name, rate), reached in passed.items():
-            reached[(reached == 0) & (rate * np.abs(moved) > half[name])] = step
+        for name, rate in passed:
+            for found, at in ((passed, rate * moved), (generic, rate * moved + offset[name])):
+                reached = found[name, rate]
+                reached[(reached == 0) & (np.abs(at) > half[name])] = step
     return AdamMotion(
         _spread(first, alive),
         _spread(total / max(1, steps - settled), alive),
         steps,
         {key: _spread(reached, alive).astype(np.int64) for key, reached in passed.items()},
+        {key: _spread(reached, alive).astype(np.int64) for key, reached in generic.items()},
         alive,
     )
 

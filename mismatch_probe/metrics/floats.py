@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 EXPONENTS = 256
+# Below every exponent of FP32: no loss scale is as small.
+NO_SCALE = -999
 _BIAS = 127
 
 
@@ -133,18 +135,19 @@ class ScaleRange:
 def scale_range(
     histograms: dict[str, ExponentHistogram], *, flushed: float = 1e-3, form: FloatFormat = FP16
 ) -> ScaleRange | None:
-    """The loss scales that neither overflow nor flush more than a share of any tensor's Σ|g|; None without gradients.
+    """The loss scales that neither overflow nor flush more than a share of any tensor's Σ|g|; None without gradients. A
+    tensor that is not finite to begin with leaves none.
 
     Args:
         histograms: Of unscaled gradients, by tensor.
         flushed: The share that may be lost.
         form: What gradients are kept in.
     """
-    live = {name: h for name, h in histograms.items() if h.largest > 0}
+    live = {name: h for name, h in histograms.items() if h.largest > 0 or h.n_nonfinite}
     if not live:
         return None
-    highs = {name: _highest(h.largest, form) for name, h in live.items()}
-    lows = {name: _lowest(h, flushed, form) for name, h in live.items()}
+    highs = {name: NO_SCALE if h.n_nonfinite else _highest(h.largest, form) for name, h in live.items()}
+    lows = {name: _lowest(h, flushed, form) if h.largest > 0 else NO_SCALE + 1 for name, h in live.items()}
     high_by, low_by = min(highs, key=lambda name: highs[name]), max(lows, key=lambda name: lows[name])
     return ScaleRange(lows[low_by], highs[high_by], low_by, high_by)
 

@@ -60,30 +60,38 @@ class PeakSums:
         self.n_overflow, self.n_nonfinite = np.zeros(m, np.int64), np.zeros(m, np.int64)
         self.at = np.zeros((m, 2), np.int64)
 
-    def update(self, peaks: Floats, counted: NDArray[np.bool_]) -> None:
+    def update(self, peaks: Floats, counted: NDArray[np.bool_], placed: NDArray[np.bool_]) -> None:
         """Adds a sequence.
 
         Args:
-            peaks: `[M, T]` token peaks; a tensor whose tokens cannot be told apart has its peak at every position.
+            peaks: `[M, T]` token peaks; a tensor that is not placed has its one peak at every position.
             counted: `[M]` tensors whose overflows make a token one with an overflow.
+            placed: `[M]` whether a tensor's peaks belong to tokens. One that does not has no part in first tokens,
+                positions and quantiles; it counts as one token, and its `at` has the position −1.
         """
         finite = np.isfinite(peaks)
         values = np.where(finite, peaks, 0.0)
-        self.n_nonfinite += (~finite).sum(1)
+        each = np.where(placed, peaks.shape[1], 1)
         over = ~finite | (values >= FP16.overflows_from)
-        self.n_overflow += over.sum(1)
-        self.overflow_by_sequence.append(int(over[counted].any(0).sum()))
+        self.n_nonfinite += np.minimum((~finite).sum(1), each)
+        self.n_overflow += np.minimum(over.sum(1), each)
+        tokens = over[counted & placed].any(0).sum()
+        self.overflow_by_sequence.append(int(max(tokens, over[counted].any())))
         largest = values.max(1)
+        where = np.where(placed, values.argmax(1), -1)
         grown = largest > self.largest
-        self.at[grown] = np.stack([np.full(len(largest), len(self.lengths)), values.argmax(1)], axis=1)[grown]
-        self.first = np.maximum(self.first, values[:, 0])
+        self.at[grown] = np.stack([np.full(len(largest), len(self.lengths)), where], axis=1)[grown]
+        self.first[placed] = np.maximum(self.first, values[:, 0])[placed]
+        self.rest[~placed] = np.maximum(self.rest, largest)[~placed]
         bins = np.frexp(np.arange(values.shape[1], dtype=np.float64))[1]
         for index in np.unique(bins):
-            self.by_context[:, index] = np.maximum(self.by_context[:, index], values[:, bins == index].max(1))
+            seen = np.maximum(self.by_context[:, index], values[:, bins == index].max(1))
+            self.by_context[placed, index] = seen[placed]
         if values.shape[1] > 1:
-            self.rest = np.maximum(self.rest, values[:, 1:].max(1))
-            rows = np.arange(len(self.names))[:, None]
-            np.add.at(self.histogram, (np.broadcast_to(rows, values[:, 1:].shape), _bin_of(values[:, 1:])), 1)
+            rest = values[placed, 1:]
+            self.rest[placed] = np.maximum(self.rest[placed], rest.max(1))
+            rows = np.flatnonzero(placed)[:, None]
+            np.add.at(self.histogram, (np.broadcast_to(rows, rest.shape), _bin_of(rest)), 1)
         self.lengths.append(peaks.shape[1])
 
     def widened(self, names: tuple[str, ...]) -> PeakSums:

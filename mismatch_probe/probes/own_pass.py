@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from mismatch_probe.config import CompareConfig
@@ -63,14 +62,20 @@ def fp32_trainer(config: CompareConfig, model: ModelRef, device: devices.Device)
 
 
 def run_pass(
-    run: RunDirectory, job: OwnJob, device: devices.Device, name: str, text: str, resume: str, progress: Progress
-) -> Mapping[str, Any]:
-    """Runs the job in a process of its own; returns what it said of its engine.
+    run: RunDirectory,
+    job: OwnJob,
+    settings: devices.EngineSettings,
+    name: str,
+    text: str,
+    resume: str,
+    progress: Progress,
+) -> None:
+    """Runs the job in a process of its own.
 
     Args:
         run: Whose folder takes the log.
         job: What to do.
-        device: Where.
+        settings: Of the process.
         name: Of the pass; also the log's.
         text: What its progress is headed with.
         resume: The command that goes on after an interruption.
@@ -80,18 +85,14 @@ def run_pass(
         Interrupted: The user stopped it; what is finished stays.
         ProbeError: The engine failed.
     """
-    identity: dict[str, Any] = {}
 
     def on_event(event: str, payload: Any) -> None:
         if event == "total":
             progress.total(name, payload)
         elif event == "progress":
             progress.advance(name, payload)
-        elif event == "identity":
-            identity.update(payload)
 
     progress.begin(name, text)
-    settings = devices.trainer_settings(device, "float32")
     process = EngineProcess("hf", settings.environment, run.path / "logs" / f"{name}.log")
     try:
         process.run(job, on_event)
@@ -101,4 +102,3 @@ def run_pass(
         progress.end(name, str(error))
         raise
     progress.end(name, "done")
-    return identity

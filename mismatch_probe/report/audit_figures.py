@@ -219,7 +219,8 @@ def _draw_window(strip: Axes, axes: Axes, edges: tuple[float, float], text: str,
 def lag_figure(document: Document) -> Figure:
     """Motion of FP32 masters a step, in units of the engine's numbers, and what their lag does to log-probs."""
     lag = document["range"]["lag"]
-    rows, cases = [row for row in lag["motion"]["rows"] if row["by_layer"]], lag["cases"]
+    motion = lag["motion"] or {"rows": []}
+    rows, cases = [row for row in motion["rows"] if row["by_layer"]], lag["cases"]
     places = list(dict.fromkeys(row["rate"] for row in (*cases, *rows)))
     markers = {rate: _MARKERS[i % len(_MARKERS)] for i, rate in enumerate(sorted(places, key=lambda r: r or 0.0))}
     with plot_settings():

@@ -55,8 +55,8 @@ def _forward(found: Document) -> Content:
     )
     note = (
         "Products q·k and softmax inputs are not counted as overflows: fused attention keeps them in FP32."
-        if {"attention product", "softmax input"} & set(found["kinds"])
-        else ""
+        if found["fused_attention"]
+        else "This trainer's attention makes products q·k and softmax inputs in the dtype, so that they count."
     )
     header = ("tensor", "kind", "peak", "first token", "rest", "overflows", "not finite in FP32", "where")
     worst = sorted(found["tensors"], key=lambda row: (row["n_nonfinite"] == 0, -row["peak"]))[:_TOP]
@@ -67,11 +67,11 @@ def _forward(found: Document) -> Content:
             *(_peak(row[key]) for key in ("peak", "first_token_peak", "rest_peak")),
             count(row["n_overflow"]),
             count(row["n_nonfinite"]),
-            f"sequence {row['sequence']}, token {row['position']}",
+            f"sequence {row['sequence']}" + ("" if row["position"] is None else f", token {row['position']}"),
         )
         for row in worst
     )
-    texts = (text, known, over, *source, *([note] if note else []))
+    texts = (text, known, over, *source, note)
     return texts, (Block("Largest peak by kind", kinds), Block("Largest peaks", Table(header, tensors)))
 
 
@@ -210,18 +210,11 @@ def _proof(found: Document) -> Content:
 
 
 def _lag(found: Document) -> Content:
-    motion = found["motion"]
     text = (
         "A trainer keeps FP32 masters of which the engine has a 16-bit copy. Both sides of a gap compute in FP32, over "
         f"{count(found['n_sequences'])} sequences, so nothing but the cast of the weights is in it. Steady: masters "
         "anywhere within half a unit of the engine's weights, as after many steps; first step: one step of Adam from a "
         f"16-bit checkpoint, on {count(found['batch'])} sequences."
-    )
-    unmoved = f", and {count(motion['n_without_gradient'])} without a gradient" if motion["n_without_gradient"] else ""
-    adam = (
-        f"Motion is that of {count(motion['n_weights'])} sampled weights{unmoved} in {count(motion['steps'])} "
-        "simulated steps of Adam, in units of the last place (ulp) of the engine's format; a random walk draws each "
-        "step's signs anew."
     )
     cases = tuple(
         (
@@ -232,30 +225,49 @@ def _lag(found: Document) -> Content:
         )
         for case in found["cases"]
     )
+    gaps = Table(("engine", "weights that differ from the start", "mean |d| (nats)", "KL k3 (nats)"), cases)
+    block = Block("Gap that the lag makes", gaps)
+    if found["motion"] is None:
+        return (text, "The motion of weights was not measured."), (block,)
+    adam, moves = _motion(found["motion"])
+    return (text, adam), (block, Block("When a step reaches the engine", moves))
+
+
+def _motion(motion: Document) -> tuple[str, Table]:
+    unmoved = f", and {count(motion['n_without_gradient'])} without a gradient" if motion["n_without_gradient"] else ""
+    text = (
+        f"Motion is that of {count(motion['n_weights'])} sampled weights{unmoved} in {count(motion['steps'])} "
+        f"simulated steps of Adam (β = {', '.join(f'{beta:g}' for beta in motion['betas'])}), in units of the last "
+        "place (ulp) of the engine's format. In one direction a weight moves by the learning rate in every step; a "
+        "random walk draws each step's signs anew. From a checkpoint a weight has half a unit to go, in steady state "
+        "it starts anywhere within."
+    )
+
+    def walk(row: Document, suffix: str) -> str:
+        step, share = row[f"walk_steps{suffix}"], percent(row[f"walk_reached{suffix}"])
+        typical = f"over {count(motion['steps'])}" if step is None else count(step)
+        return stacked(typical, f"{share} in {count(motion['steps'])}")
+
     rows = tuple(
         (
             stacked(visible(row["dtype"]), f"rate {row['rate']:g}"),
             stacked(number(row["first_ulp"]), f"{percent(row['first_reached'])} reach the engine"),
             stacked(number(row["steady_ulp"]), f"median {number(row['steady_ulp_median'])}"),
-            stacked(_steps(row["steady_steps"]), f"{_steps(row['straight_steps'])} from a checkpoint"),
-            stacked(_walk(row, motion["steps"]), f"{percent(row['walk_reached'])} in {count(motion['steps'])}"),
+            NONE if row["straight_steps"] is None else f"{row['straight_steps']:,.0f}",
+            walk(row, ""),
+            walk(row, "_generic"),
         )
         for row in motion["rows"]
     )
-    gaps = Table(("engine", "weights that differ from the start", "mean |d| (nats)", "KL k3 (nats)"), cases)
-    moves = ("engine", "first step (ulp)", "mean later step (ulp)", "steps of one direction", "steps of a random walk")
-    return (text, adam), (
-        Block("Gap that the lag makes", gaps),
-        Block("When a step reaches the engine", Table(moves, rows)),
+    header = (
+        "engine",
+        "first step (ulp)",
+        "mean later step (ulp)",
+        "steps in one direction",
+        "random walk from a checkpoint",
+        "random walk, steady",
     )
-
-
-def _steps(value: float | None) -> str:
-    return NONE if value is None else f"{value:,.0f}"
-
-
-def _walk(row: Document, steps: int) -> str:
-    return f"over {count(steps)}" if row["walk_steps"] is None else count(row["walk_steps"])
+    return text, Table(header, rows)
 
 
 def value_cell(value: Document) -> str:

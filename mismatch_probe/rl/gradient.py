@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 
 from mismatch_probe.config import CompareConfig, check_lengths
+from mismatch_probe.engines import devices
 from mismatch_probe.errors import TableError, UsageError
 from mismatch_probe.files import locked, write_json, write_text
 from mismatch_probe.metrics.frame import pair_arrays
@@ -165,7 +166,8 @@ def _make_missing(run: RunDirectory, config: CompareConfig, tasks: Sequence[Pass
         return
     device = device_of(run)
     job = GradientJob(fp32_trainer(config, model_of(run, config, progress), device), missing)
-    run_pass(run, job, device, FOLDER, "gradients", f"mismatch-probe rl gradient {run.path}", progress)
+    settings = devices.trainer_settings(device, "float32")
+    run_pass(run, job, settings, FOLDER, "gradients", f"mismatch-probe rl gradient {run.path}", progress)
 
 
 def _write(folder: Path, document: dict[str, Any]) -> Path:

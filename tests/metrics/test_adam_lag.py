@@ -24,6 +24,7 @@ def test_steps_are_those_of_torchs_adam() -> None:
     parameter = torch.tensor(np.zeros(40), dtype=torch.float64, requires_grad=True)
     adam = torch.optim.Adam([parameter], lr=1.0, betas=(0.9, 0.95), eps=1e-8)
     replay, moved = np.random.default_rng(5), [np.zeros(40)]
+    offsets = {form.name: replay.uniform(-1, 1, 40) for form in (BF16, FP16)}
     for _ in range(steps):
         chosen = replay.integers(3, size=batch)
         signs = replay.choice((-1.0, 1.0), size=batch)
@@ -40,6 +41,10 @@ def test_steps_are_those_of_torchs_adam() -> None:
         first = np.where(changed.any(0), changed.argmax(0), 0)
         # A change of exactly half a unit may round either way.
         assert (found.passed[form.name, rate] == first).mean() > 0.9
+        away = start + offsets[form.name] * form.ulp(start) / 2
+        changed = form.rounded(away + rate * path) != form.rounded(away)
+        first = np.where(changed.any(0), changed.argmax(0), 0)
+        assert (found.passed_generic[form.name, rate] == first).mean() > 0.9
 
 
 def test_pure_noise_moves_a_weight_as_the_closed_form_says() -> None:
@@ -76,3 +81,20 @@ def test_a_finer_format_and_a_larger_rate_reach_the_engine_sooner() -> None:
     shares = {key: (reached > 0).mean() for key, reached in motion.passed.items()}
     assert shares["float16", 1e-6] > shares["bfloat16", 1e-6]
     assert shares["bfloat16", 1e-5] > shares["bfloat16", 1e-6]
+
+
+def test_a_weight_that_is_pushed_one_way_moves_by_the_learning_rate() -> None:
+    torch = pytest.importorskip("torch")
+    parameter = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    adam = torch.optim.Adam([parameter], lr=1e-3, betas=(0.9, 0.95))
+    for _ in range(50):
+        parameter.grad = torch.full((1,), 0.3, dtype=torch.float64)
+        adam.step()
+    assert float(parameter.detach()) == pytest.approx(-50e-3, rel=1e-5)
+
+
+def test_what_is_not_finite_counts_as_without_a_gradient() -> None:
+    gradients = np.array([[np.nan, 1.0, 1.0], [1.0, 1.0, np.inf]])
+    motion = simulate_adam(np.array([1.0, np.inf, 1.0]), gradients, (1e-3,), (BF16,), steps=3)
+    assert motion.alive.tolist() == [False, False, False]
+    assert motion.first.tolist() == [0.0, 0.0, 0.0]

@@ -104,6 +104,17 @@ def test_what_is_not_finite_overflows_at_every_scale() -> None:
     assert h.overflows(-60)
 
 
+def test_a_gradient_that_is_not_finite_leaves_no_scale() -> None:
+    broken, fine = histogram(np.array([1.0, np.inf], np.float32)), histogram(np.ones(2, np.float32))
+    found = scale_range({"fine": fine, "broken": broken})
+    assert found is not None
+    assert found.empty
+    assert found.high_by == "broken"
+    alone = scale_range({"broken": histogram(np.full(2, np.nan, np.float32))})
+    assert alone is not None
+    assert alone.empty
+
+
 def test_the_scaler_is_torchs() -> None:
     torch = pytest.importorskip("torch")
     largest = [3.0, 0.5, 40.0, 1e-3]

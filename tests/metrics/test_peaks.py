@@ -21,7 +21,7 @@ def sequences(seed: int, n: int = 6) -> list[np.ndarray]:
 def sums_of(peaks: list[np.ndarray]) -> PeakSums:
     sums = PeakSums(NAMES)
     for part in peaks:
-        sums.update(part, ALL)
+        sums.update(part, ALL, ALL)
     return sums
 
 
@@ -75,7 +75,7 @@ def test_what_is_not_finite_is_counted_and_leaves_the_rest_alone() -> None:
 
 def test_tensors_that_do_not_count_make_no_token_one_with_an_overflow() -> None:
     sums = PeakSums(NAMES)
-    sums.update(np.array([[1e5, 1.0], [1.0, 1.0], [1.0, 1e6]]), np.array([False, True, True]))
+    sums.update(np.array([[1e5, 1.0], [1.0, 1.0], [1.0, 1e6]]), np.array([False, True, True]), ALL)
     assert sums.n_overflow.tolist() == [1, 0, 1]
     assert sums.overflow_by_sequence == [1]
 
@@ -97,3 +97,18 @@ def test_a_sequence_of_one_token_has_no_rest() -> None:
     assert sums.rest.tolist() == [0, 0, 0]
     assert sums.quantile(0.5).tolist() == [0, 0, 0]
     assert sums.largest.tolist() == pytest.approx([5.0, 6.0, 7.0])
+
+
+def test_a_tensor_without_tokens_has_no_position_and_counts_once_a_sequence() -> None:
+    sums = PeakSums(NAMES)
+    placed = np.array([True, False, True])
+    sums.update(np.array([[1.0, 2.0, 3.0], [7e4, 7e4, 7e4], [3.0, 2.0, 1.0]]), ALL, placed)
+    sums.update(np.array([[1.0, 2.0], [np.inf, np.inf], [3.0, 2.0]]), ALL, placed)
+    assert sums.first.tolist() == [1.0, 0.0, 3.0]
+    assert sums.rest.tolist() == [3.0, 7e4, 2.0]
+    assert sums.by_context[1].max() == 0
+    assert sums.histogram[1].sum() == 0
+    assert sums.n_overflow.tolist() == [0, 2, 0]
+    assert sums.n_nonfinite.tolist() == [0, 1, 0]
+    assert sums.overflow_by_sequence == [1, 1]
+    assert sums.at[1].tolist() == [0, -1]

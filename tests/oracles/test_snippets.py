@@ -1,4 +1,4 @@
-"""The configurations that an audit recommends, read by TRL and by verl: keys exist, and corrections touch what we say."""
+"""The configurations that an audit recommends, read by TRL and by verl: their keys, and what corrections touch."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_verl_takes_its_overrides_and_touches_the_tokens_that_we_say(tmp_path: P
     )
     assert done.returncode == 0, done.stdout
     ours = {name: share.value for name, share in touched_shares([arrays_of(batch)]).items()}
-    assert 0 < min(share for share in ours.values() if share is not None)
+    assert min(share for share in ours.values() if share is not None) > 0
     for (dtype, correction), row in zip(CHOICES, json.loads((tmp_path / "out.json").read_text()), strict=True):
         short = {"float16": "fp16", "bfloat16": "bf16"}[dtype]
         settings = row["settings"]

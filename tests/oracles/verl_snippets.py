@@ -1,9 +1,9 @@
 """What verl makes of overrides of its command line: `python verl_snippets.py INPUT.npz RESULT.json`.
 
 Run by the interpreter of verl's environment. Overrides are composed with verl's own configuration by Hydra, as its
-`main_ppo` does, and the composed rollout correction is applied to log-probs by verl's own function. The result holds, for
-each list of overrides, a few settings of the composed configuration and the share of tokens whose weight is not their
-sequence's or their own importance ratio, or that were taken out of the mask.
+`main_ppo` does, and the composed rollout correction is applied to log-probs by verl's own function. The result holds,
+for each list of overrides, a few settings of the composed configuration and the share of tokens whose weight is not
+their sequence's or their own importance ratio, or that were taken out of the mask.
 """
 
 from __future__ import annotations

@@ -163,19 +163,36 @@ def test_options_are_checked() -> None:
 
 def test_junit_has_a_case_a_check(document: Document) -> None:
     root = ElementTree.fromstring(junit_xml(document))
-    assert root[0].get("name") == "bfloat16/bfloat16"
+    assert [suite.get("name") for suite in root][:2] == ["gate", "bfloat16/bfloat16"]
     checks = [check for pair in document["pairs"] for check in pair["checks"]]
-    assert int(root.get("tests") or 0) == len(checks)
-    assert int(root.get("failures") or 0) == sum(check["status"] == "fail" for check in checks)
-    assert int(root.get("skipped") or 0) == sum(check["status"] == "not judged" for check in checks)
-    strict = ElementTree.fromstring(junit_xml(document, strict=True))
-    assert int(strict.get("failures") or 0) == sum(check["status"] in ("fail", "warn") for check in checks)
+    assert int(root.get("tests") or 0) == len(checks) + 1
+    assert int(root.get("failures") or 0) == 0
+    assert int(root.get("skipped") or 0) == sum(check["status"] in ("fail", "not judged") for check in checks)
+
+
+def failures(document: Document, **options: bool) -> set[tuple[str | None, str | None]]:
+    root = ElementTree.fromstring(junit_xml(document, **options))
+    return {
+        (suite.get("name"), case.get("name")) for suite in root for case in suite if case.find("failure") is not None
+    }
+
+
+def test_junit_fails_where_the_exit_code_does(document: Document) -> None:
+    assert failures(document) == set()
+    assert document["verdict"] == "warn"
+    strict = failures(document, strict=True)
+    assert ("gate", "verdict") in strict
+    assert {suite for suite, _ in strict} <= {"gate", document["decided_by"][0].replace(" → ", "/")}
+    for verdict in ("fail", "not judged"):
+        assert ("gate", "verdict") in failures({**document, "verdict": verdict})
+    worse = compare_audits(document, changed(document, "kl_k3", 20.0), "old")
+    assert ("gate", "baseline") in failures({**document, "baseline": worse})
 
 
 def test_junit_holds_hostile_text(document: Document) -> None:
     document["pairs"][0]["checks"][0]["evidence"] = "a\x1b[31m <b> & \x00 ]]>"
     root = ElementTree.fromstring(junit_xml(document))
-    out = root[0][0].find("system-out")
+    out = root[1][0].find("system-out")
     assert out is not None
     assert "a[31m <b> &  ]]>" in (out.text or "")
 
@@ -186,12 +203,13 @@ def test_an_audit_against_itself_has_not_changed(document: Document) -> None:
     assert found["changed"] == []
     assert found["gone"] == []
     assert all(row["change"] is None or row["change"]["value"] in (0, 1) for row in found["checks"])
+    assert not any(row["regressed"] for row in found["checks"])
     valid({**document, "baseline": found})
 
 
-def changed(document: Document, name: str, factor: float, **more: Any) -> Document:
+def changed(document: Document, check_name: str, factor: float, **more: Any) -> Document:
     other = copy.deepcopy(document)
-    check = check_of(pair_of(other, "bfloat16", "bfloat16"), name)
+    check = check_of(pair_of(other, "bfloat16", "bfloat16"), check_name)
     for key in ("value", "ci_low", "ci_high"):
         check[key] = None if check[key] is None else check[key] * factor
     check.update(more)
@@ -226,12 +244,70 @@ def test_a_status_that_got_worse_is_a_regression_only_where_the_value_changed_fo
     assert compare_audits(wide, near, "old")["regressions"] == []
 
 
+def regressions(before: Document, after: Document) -> list[str]:
+    return [row["name"] for row in compare_audits(before, after, "old")["regressions"]]
+
+
 def test_a_counted_event_that_was_not_there_before_is_a_regression(document: Document) -> None:
     name = "nonfinite_logprobs"
     other = changed(document, name, 1.0, value=0.01, ci_low=0.001, ci_high=0.05, status="fail", best="fail")
     before = changed(document, name, 1.0, value=0.0, ci_low=0.0, ci_high=0.005, status="pass", best="pass")
-    rows = compare_audits(before, other, "old")["regressions"]
-    assert [row["name"] for row in rows] == [name]
+    assert regressions(before, other) == [name]
+    assert regressions(other, before) == []
+
+
+def test_a_fault_that_was_mended_is_none(document: Document) -> None:
+    broken = changed(document, "one_sided", 1.0, value=0.7, ci_low=0.68, ci_high=0.72, status="fail", best="fail")
+    whole = changed(document, "one_sided", 1.0, value=1.0, ci_low=0.99, ci_high=1.01, status="pass", best="pass")
+    assert regressions(broken, whole) == []
+    assert regressions(whole, broken) == ["one_sided"]
+
+
+EXACT = {"ci_low": None, "ci_high": None}
+
+
+def test_what_is_computed_counts_by_its_value_in_the_direction_of_its_limits(document: Document) -> None:
+    # A check of the model's own range, in the place of one that the scripted run has.
+    def headroom(value: float, **more: Any) -> Document:
+        limits = {"warn_below": 4.0, "fail_below": 1.0}
+        return changed(document, "kl_k3", 1.0, value=value, name="fp16_headroom", limits=limits, **EXACT, **more)
+
+    assert regressions(headroom(1000.0), headroom(4.1)) == ["fp16_headroom"]
+    assert regressions(headroom(4.1), headroom(1000.0)) == []
+    assert regressions(headroom(2.29, status="pass", best="pass"), headroom(2.29, status="warn", best="warn")) == []
+    assert regressions(headroom(4.1, best="pass"), headroom(3.9, best="warn")) == ["fp16_headroom"]
+
+
+def test_a_value_near_1_counts_by_the_way_to_its_limit(document: Document) -> None:
+    def error(value: float) -> Document:
+        return changed(
+            document, "token_mult_prob_error", 1.0, value=value, ci_low=value - 1e-4, ci_high=value + 1e-4, best="pass"
+        )
+
+    assert regressions(error(1.001), error(1.049)) == ["token_mult_prob_error"]
+    assert regressions(error(1.049), error(1.001)) == []
+    assert regressions(error(1.001), error(1.0011)) == []
+
+
+def test_a_pair_that_was_usable_and_is_gone_or_open_now_is_a_regression(document: Document) -> None:
+    gone = copy.deepcopy(document)
+    lost = gone["pairs"].pop(0)
+    assert lost["verdict"] in ("pass", "warn")
+    found = compare_audits(document, gone, "old")
+    assert [(row["name"], row["why"]) for row in found["regressions"]] == [("verdict", "the pair is gone")]
+    valid({**document, "baseline": found})
+    unjudged = copy.deepcopy(document)
+    unjudged["pairs"][0]["verdict"] = "not judged"
+    assert regressions(document, unjudged) == ["verdict"]
+    assert regressions(unjudged, document) == []
+    refused = copy.deepcopy(document)
+    refused["pairs"][0] |= {"verdict": "fail", "checks": [{**lost["checks"][0], "name": "fp16_refusal"}]}
+    assert regressions(document, refused) == ["verdict"]
+
+
+def test_a_baseline_that_had_not_measured_a_check_is_not_beaten(document: Document) -> None:
+    unknown = changed(document, "kl_k3", 1.0, value=None, ci_low=None, ci_high=None, status="not judged", best="pass")
+    assert regressions(unknown, changed(document, "kl_k3", 1.0, status="warn", best="warn")) == []
 
 
 def test_what_was_made_differently_is_listed(document: Document) -> None:
@@ -264,3 +340,82 @@ def test_a_baseline_is_found_by_its_file_or_folder(run_copy: Path, document: Doc
     (tmp_path / "audit.json").write_text("{")
     with pytest.raises(TableError, match="cannot be read"):
         read_audit(tmp_path)
+
+
+def test_what_an_audit_was_asked_for_stays_with_its_run(run_copy: Path, no_pictures: None) -> None:
+    first = mismatch_probe.audit_run(run_copy, planned_tokens=17, profile="verl", strict=True)
+    again = mismatch_probe.audit_run(run_copy)
+    assert again.document["options"]["planned_tokens"] == 17
+    assert again.document["profile"] == first.document["profile"]
+    assert not again.strict
+    assert mismatch_probe.audit_run(run_copy, planned_tokens=18).document["options"]["planned_tokens"] == 18
+
+
+def recorded(folder: Path, prompt: list[int], n: int = 40) -> Path:
+    rows = [
+        {
+            "prompt_token_ids": prompt,
+            "response_token_ids": [5, 6, 7],
+            "rollout_logprobs": [-1.0, -2.0, -0.5],
+            "trainer_logprobs": [-1.01, -1.99, -0.5 + 0.001 * i],
+            "prompt_id": f"p{i}",
+        }
+        for i in range(n)
+    ]
+    path = folder / "rollouts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("prompt", [[1, 2], []])
+def test_a_recorded_run_is_judged_by_its_log_probs_and_names_no_dtype(
+    tmp_path: Path, prompt: list[int], no_pictures: None, no_figures: None
+) -> None:
+    run = mismatch_probe.compare(CompareConfig(source=str(recorded(tmp_path, prompt))), out=tmp_path / "run")
+    document = mismatch_probe.audit_run(run.path).document
+    valid(document)
+    (pair,) = document["pairs"]
+    assert check_of(pair, "kl_k3")["status"] == "pass"
+    snippets = document["recommendation"]["snippets"]
+    assert [found["framework"] for found in snippets] == ["trl", "verl"]
+    assert not any("recorded" in found["text"] for found in snippets)
+    with pytest.raises(UsageError, match="names no model"):
+        mismatch_probe.audit_resume(run.path)
+
+
+def test_a_run_whose_rollouts_all_failed_is_not_judged(
+    scripted_model: MakeModel, tmp_path: Path, no_pictures: None, no_figures: None
+) -> None:
+    config = CompareConfig(
+        model=str(scripted_model({"rollout-bfloat16": "refuse"})),
+        num_prompts=4,
+        max_tokens=4,
+        rollout_dtypes=("bfloat16",),
+        trainer_dtypes=("bfloat16",),
+    )
+    with pytest.raises(TableError):
+        mismatch_probe.compare(config, out=tmp_path / "run")
+    found = mismatch_probe.audit_run(tmp_path / "run")
+    valid(found.document)
+    assert (found.verdict, found.failed, found.document["recommendation"]) == ("not judged", True, None)
+
+
+def test_two_trainer_modes_are_two_pairs_and_share_no_prediction(
+    scripted_model: MakeModel, tmp_path: Path, no_pictures: None, no_figures: None
+) -> None:
+    config = CompareConfig(
+        model=str(scripted_model()),
+        num_prompts=12,
+        max_tokens=12,
+        rollout_dtypes=("bfloat16",),
+        trainer_dtypes=("bfloat16",),
+        trainer_modes=("cast", "autocast"),
+    )
+    run = mismatch_probe.compare(config, out=tmp_path / "run")
+    document = mismatch_probe.audit_run(run.path).document
+    valid(document)
+    cast, autocast = document["pairs"]
+    assert (cast["trainer_mode"], autocast["trainer_mode"]) == ("cast", "autocast")
+    assert check_of(autocast, "ess_seq_planned")["status"] == "not judged"
+    assert "only the mode cast was predicted" in check_of(autocast, "ess_seq_planned")["evidence"]
+    assert compare_audits(document, copy.deepcopy(document), "old")["regressions"] == []

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mismatch_probe.probes.audit.judge import Check, judged, judged_event, missing, verdict
+from mismatch_probe.probes.audit.judge import Check, judged, judged_event, judged_extreme, missing, verdict
 from mismatch_probe.probes.audit.profile import Bounds
 from mismatch_probe.types import MetricValue
 
@@ -65,6 +65,16 @@ def test_what_was_not_measured_may_be_anything() -> None:
     assert missing("x", ABOVE, "no engine").worst == "fail"
     assert missing("x", Bounds(warn_above=1.0), "no engine").worst == "warn"
     assert missing("x", RARE, "no engine").worst == "fail"
+
+
+def test_a_maximum_within_its_limits_is_judged_by_the_rate_of_what_was_not_seen() -> None:
+    few, many = MetricValue(0.0, 0.0, 0.05), MetricValue(0.0, 0.0, 1e-4)
+    bounds = Bounds(warn_above=1.0, fail_above=10.0, rate_below=1e-3)
+    assert judged_extreme("max_abs_logprob_diff", MetricValue(0.5), many, bounds, "e").status == "pass"
+    assert judged_extreme("max_abs_logprob_diff", MetricValue(0.5), few, bounds, "e").status == "not judged"
+    assert judged_extreme("max_abs_logprob_diff", MetricValue(11.0), few, bounds, "e").status == "fail"
+    assert judged_extreme("max_abs_logprob_diff", MetricValue(0.5), many, ABOVE, "e").status == "not judged"
+    assert judged_extreme("max_abs_logprob_diff", MetricValue(11.0), few, ABOVE, "e").status == "fail"
 
 
 def test_rare_events() -> None:

@@ -41,8 +41,14 @@ def test_strict_is_never_laxer_than_default() -> None:
     for name, bounds in default.items():
         for limit, value in bounds.limits.items():
             other = getattr(strict[name], limit)
-            if other is not None:
-                assert other <= value if "above" in limit else other >= value, (name, limit)
+            # A limit that strict lacks must be one that it fails before.
+            other = strict[name].limits.get(limit.replace("warn", "fail")) if other is None else other
+            assert other is not None, (name, limit)
+            assert other <= value if "above" in limit else other >= value, (name, limit)
+        order = (None, "warn", "fail")
+        assert order.index(strict[name].event) >= order.index(bounds.event), name
+        if bounds.rate_below is not None:
+            assert (strict[name].rate_below or 1.0) <= bounds.rate_below, name
 
 
 def write(folder: Path, text: str) -> str:
@@ -71,6 +77,8 @@ def test_an_own_profile_extends_and_replaces_and_skips(tmp_path: Path) -> None:
         ("[checks.kl_k3]\nevent = 'fail'\n", "is no rare event"),
         ("[checks.nonfinite_logprobs]\nwarn_above = 1\n", "is a rare event"),
         ("[checks.kl_k3]\nwarn_above = nan\n", "warn_above"),
+        ("[checks.nonfinite_logprobs]\nrate_below = 1e-3\n", "names no limit"),
+        ("[checks.kl_k3]\nwarn_above = 1\nrate_below = 1e-3\n", "is no rare event"),
         ("extends = 'lax'\n", "extends"),
         ("[checks.kl_k3\n", "cannot be read"),
     ],

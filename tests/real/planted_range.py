@@ -49,6 +49,25 @@ def plant_subnormal(checkpoint: Path, folder: Path) -> Path:
     return change_weights(checkpoint, folder, change)
 
 
+def plant_broken(checkpoint: Path, folder: Path, value: float) -> Path:
+    """A weight that is not finite, or so large that FP32 itself overflows behind it."""
+
+    def change(weights: Weights) -> None:
+        weights[f"{LAYER}.mlp.down_proj.weight"][3] = value
+
+    return change_weights(checkpoint, folder, change)
+
+
+def plant_large_scores(checkpoint: Path, folder: Path) -> Path:
+    """Attention whose products q·k leave FP16, while nothing that a module makes does."""
+
+    def change(weights: Weights) -> None:
+        for side in ("q_proj", "k_proj"):
+            weights[f"{LAYER}.self_attn.{side}.weight"] *= 60.0
+
+    return change_weights(checkpoint, folder, change)
+
+
 def _largest(checkpoint: Path, module: str, sequences: list[list[int]], channel: int) -> float:
     from transformers import AutoModelForCausalLM
 

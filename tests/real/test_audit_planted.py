@@ -14,7 +14,14 @@ import pytest
 import mismatch_probe
 from mismatch_probe.tables import RunDirectory
 from tests.real.gradient_runs import plant_run
-from tests.real.planted_range import LAYER, plant_outlier, plant_steep_backward, plant_subnormal
+from tests.real.planted_range import (
+    LAYER,
+    plant_broken,
+    plant_large_scores,
+    plant_outlier,
+    plant_steep_backward,
+    plant_subnormal,
+)
 
 pytestmark = pytest.mark.engine
 Tiny = Callable[[str], Path]
@@ -31,6 +38,21 @@ rate_below = 0.1
 STEP_TOKENS = 64
 
 
+class _Silent:
+    """Takes a job's events."""
+
+    def send(self, name: str, payload: Any = None) -> None: ...
+
+    def phase(self, name: str) -> None: ...
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process of its own costs seconds each time; the whole way is gone in `test_audit_real.py`."""
+    monkeypatch.setattr("mismatch_probe.probes.audit.measure.run_pass", lambda _, job, *__: job.run(_Silent()))
+    monkeypatch.setattr("mismatch_probe.report.audit_figures.draw_audit", lambda document, folder: {})
+
+
 @pytest.fixture(scope="module")
 def sequences(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
     """Those of every planted run: they depend on its seed alone."""
@@ -39,9 +61,14 @@ def sequences(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> list[list
     return [row["prompt_token_ids"] + row["response_token_ids"] for row in rows if row["response_token_ids"]]
 
 
-def audit(checkpoint: Path, folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+def audit(
+    checkpoint: Path, folder: Path, attention: str | None = None
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """The FP16 pair of the audit, and its checks by name."""
+    folder.mkdir(exist_ok=True)
     run: RunDirectory = plant_run(folder / "run", checkpoint, {"float16": 1e-3, "float32": 0.0})
+    run.manifest["config"]["trainer_attn"] = attention
+    run.save()
     (folder / "profile.toml").write_text(PROFILE)
     result = mismatch_probe.audit_resume(run.path, profile=str(folder / "profile.toml"), step_tokens=STEP_TOKENS)
     pair = next(p for p in result.document["pairs"] if p["rollout_dtype"] == p["trainer_dtype"] == "float16")
@@ -99,3 +126,32 @@ def test_subnormal_weights_fail_where_they_are(tiny: Tiny, tmp_path: Path) -> No
         f"{LAYER}.self_attn.v_proj.weight",
     )
     assert checks["fp16_headroom"]["status"] == "pass"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+def test_a_model_that_is_not_finite_fails_where_it_is_and_leaves_a_strict_document(
+    tiny: Tiny, tmp_path: Path, value: float
+) -> None:
+    pair, checks = audit(plant_broken(tiny("llama"), tmp_path / "model", value), tmp_path)
+    assert pair["verdict"] == "fail"
+    for name in ("fp16_headroom", "fp16_overflow_rate", "fp16_loss_scale", "fp16_pass"):
+        assert checks[name]["status"] == "fail", name
+    assert checks["fp16_headroom"]["where"] == f"{LAYER}.mlp.down_proj"
+    assert (checks["fp16_weights"]["status"], checks["fp16_weights"]["where"]) == (
+        "fail",
+        f"{LAYER}.mlp.down_proj.weight",
+    )
+
+
+def test_products_of_attention_count_where_attention_is_eager(tiny: Tiny, tmp_path: Path) -> None:
+    model = plant_large_scores(tiny("llama"), tmp_path / "model")
+    _, eager = audit(model, tmp_path / "eager", "eager")
+    assert eager["fp16_attention_headroom"]["status"] == "warn"
+    assert (eager["fp16_headroom"]["status"], eager["fp16_headroom"]["where"]) == ("fail", f"{LAYER}.self_attn (q·k)")
+    assert eager["fp16_pass"]["status"] == "fail"
+    _, fused = audit(model, tmp_path / "fused", "sdpa")
+    assert fused["fp16_attention_headroom"]["value"] == pytest.approx(
+        eager["fp16_attention_headroom"]["value"], rel=1e-4
+    )
+    assert fused["fp16_headroom"]["status"] == "pass"
+    assert "fused attention keeps it in FP32" in fused["fp16_attention_headroom"]["evidence"]

@@ -20,6 +20,7 @@ def check(name: str, status: str, value: float | None = 0.5, **changes: Any) -> 
         "worst": "warn" if status == "not judged" else level,
         "why": "",
         **metric(value),
+        "limits": {"warn_above": 1.0},
         "threshold": f"warn above {name}",
         "source": f"source of {name}",
         "evidence": f"Evidence of {name}.",
@@ -75,6 +76,7 @@ def _forward() -> dict[str, Any]:
         "n_prompts": 64,
         "n_tokens": 2_607,
         "longest": 48,
+        "fused_attention": True,
         "overflow_tokens": {"value": 0.0, "ci_low": 0.0, "ci_high": 1.41e-3, "n": 0},
         "largest": tensors[4],
         "source": "model.layers.4",
@@ -98,6 +100,8 @@ def _weights() -> dict[str, Any]:
             "name": f"model.layers.{i}.weight",
             "dtype": dtype,
             "n": 1_000_000,
+            "ndim": 2,
+            "n_nonfinite": 0,
             "error": error * (i + 1),
             "largest": 2.5,
             "n_overflow": 0,
@@ -107,7 +111,7 @@ def _weights() -> dict[str, Any]:
         for i in range(12)
         for dtype, error in (("float16", 1e-4), ("bfloat16", 1e-3))
     ]
-    counts = {"n": 12_000_000, "n_overflow": 0, "n_flushed": 66, "n_subnormal": 132}
+    counts = {"n": 12_000_000, "n_overflow": 0, "n_flushed": 66, "n_subnormal": 132, "n_nonfinite": 0}
     return {"float16": {"worst": rows[-2], **counts}, "bfloat16": {"worst": rows[-1], **counts}, "tensors": rows}
 
 
@@ -163,16 +167,17 @@ def _lag() -> dict[str, Any]:
             "first_reached": 0.012,
             "steady_ulp": rate * size,
             "steady_ulp_median": rate * size / 2,
-            "steady_steps": 5453.2,
-            "straight_steps": None,
+            "straight_steps": 5453.2,
             "walk_steps": 26 if rate > 5e-6 else None,
+            "walk_steps_generic": 13,
             "walk_reached": 0.25,
+            "walk_reached_generic": 0.5,
             "by_layer": [{"layer": i, "steady_ulp": rate * size * (i + 1)} for i in range(4)],
         }
         for dtype, size in (("bfloat16", 1e3), ("float16", 8e3))
         for rate in (1e-6, 1e-5)
     ]
-    motion = {"steps": 500, "n_weights": 139_264, "n_without_gradient": 12, "rows": rows}
+    motion = {"steps": 500, "betas": [0.9, 0.95], "n_weights": 139_264, "n_without_gradient": 12, "rows": rows}
     return {"cases": cases, "n_sequences": 32, "batch": 8, "motion": motion}
 
 
@@ -249,7 +254,14 @@ def audit_document(**changes: Any) -> dict[str, Any]:
         "verdict": "warn",
         "decided_by": ["float16 → float16"],
         "profile": {"name": "default", "description": "Limits that frameworks publish."},
-        "options": {"profile": "default", "planned_tokens": 1024, "pairs": [], "strict": False},
+        "options": {
+            "profile": "default",
+            "planned_tokens": 1024,
+            "step_tokens": 131_072,
+            "learning_rates": [1e-6, 1e-5],
+            "pairs": [],
+            "strict": False,
+        },
         "pairs": [pair("float16", "float16", "warn", decides), pair("bfloat16", "bfloat16", "fail", fails, "autocast")],
         "recommendation": {
             "rollout_dtype": "float16",

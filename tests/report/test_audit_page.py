@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import re
 from html.parser import HTMLParser
 from typing import TYPE_CHECKING, Any
 
+import jsonschema
 import pytest
 
 from mismatch_probe.report.audit_page import GUIDES, render_audit
+from mismatch_probe.resources import data_path
 from tests.report.audit_documents import (
     audit_document,
     bare_document,
@@ -141,6 +144,11 @@ def test_no_pair_that_ran_is_said() -> None:
     assert "Evidence of fp16_refusal." in page.text
 
 
+def test_the_document_of_these_tests_is_one() -> None:
+    schema = json.loads(data_path("audit.schema.json").read_text(encoding="utf-8"))
+    jsonschema.Draft202012Validator(schema).validate(audit_document())
+
+
 def test_pairs_and_checks_say_what_was_found() -> None:
     page = Page(render_audit(audit_document(), {}))
     assert page.row("float16 → float16") == [
@@ -262,7 +270,7 @@ def test_gradients_pass_and_lag_are_said_in_words() -> None:
         "2.00e-3 [1.80e-3, 2.20e-3]",
         "4.00e-6 [3.60e-6, 4.40e-6]",
     ]
-    assert page.row("bfloat16 rate 1e-06")[3:] == ["5,453 – from a checkpoint", "over 500 25.0 % in 500"]
+    assert page.row("bfloat16 rate 1e-06")[3:] == ["5,453", "over 500 25.0 % in 500", "13 50.0 % in 500"]
     assert page.row("float16 rate 1e-05")[4] == "26 25.0 % in 500"
 
 

@@ -12,6 +12,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mismatch_probe.engines.audit.places import Network, Place, runs_experts
+from mismatch_probe.engines.audit.places import Network, Place, is_attention, runs_experts
 
 _SCORES_AT_ONCE = 1 << 24
 # What masks attention: neither a score nor an overflow.
@@ -35,6 +36,8 @@ class ForwardTracker:
 
     def __init__(self, model: nn.Module) -> None:
         self._model, self._network = model, Network.of(model)
+        # Whether attention ran as one kernel, which keeps products and scores in FP32 whatever the dtype.
+        self.fused = False
         self._places: dict[str, Place] = {}
         self._peaks: dict[str, Tensor] = {}
         self._tokens = 0
@@ -72,7 +75,8 @@ class ForwardTracker:
                 handle.remove()
 
     def sequence(self, tokens: int, run: Callable[[], None]) -> dict[str, NDArray[np.float32]]:
-        """Runs a forward pass of one sequence, and returns `[T]` peaks by tensor.
+        """Runs a forward pass of one sequence, and returns `[T]` peaks by tensor; of one that is not placed, the same
+        number T times.
 
         Args:
             tokens: Of the sequence.
@@ -90,6 +94,10 @@ class ForwardTracker:
         """Takes the peaks of a tensor: by token where it has them, else one for all."""
         if tensor.ndim == 3 and tensor.shape[1] == self._tokens:  # nearly all of them
             self._keep(place, tensor.detach().abs().amax((0, 2)))
+        elif tensor.ndim == 3 and place.kind == "logits" and tensor.shape[1] < self._tokens:
+            # Of the last tokens only: a head that is asked for no more.
+            rows = tensor.detach().abs().amax((0, 2))
+            self._keep(place, nn.functional.pad(rows, (self._tokens - len(rows), 0)))
         elif tensor.numel() and tensor.is_floating_point():
             kept = next((d for d in range(min(2, tensor.ndim)) if tensor.shape[d] == self._tokens), None)
             others = [d for d in range(tensor.ndim) if d != kept]
@@ -120,19 +128,35 @@ class ForwardTracker:
         """Looks at the arguments of a torch function that is about to be called."""
         if not self._running or self._looking:
             return
+        self._looking = True  # what is computed here is none of the model's
         name = self._running[-1]
         if role == "product":
-            if runs_experts(name) and isinstance(args[0], Tensor):
-                self.observe(Place.of(f"{name} (product)", "mlp product"), args[0])
-            return
-        self._looking = True  # what is computed here is none of the model's
-        if role == "attention":
+            tensors = [argument for argument in args[:2] if isinstance(argument, Tensor)]
+            if runs_experts(name):
+                for tensor in tensors:  # activations and weights come in either order
+                    self.observe(Place.of(f"{name} (product)", "mlp product"), tensor)
+            elif len(tensors) == 2 and is_attention(name):
+                self._observe_product(name, *tensors)
+        elif role == "attention":
+            self.fused = True
             query, key = args[:2] if len(args) > 1 else (kwargs["query"], kwargs["key"])
             self.observe_scores(query, key, kwargs.get("scale"))
         else:
             logits = (args[0] if args else kwargs["input"]).detach()
-            self._observe_rows(Place.of(f"{name} (scores)", "softmax input"), logits.masked_fill(logits < _MASKED, 0.0))
+            kind = "softmax input" if is_attention(name) else "router logits"
+            self._observe_rows(Place.of(f"{name} (scores)", kind), logits.masked_fill(logits < _MASKED, 0.0))
         self._looking = False
+
+    def _observe_product(self, name: str, first: Tensor, second: Tensor) -> None:
+        """Takes the peaks of q·k where attention multiplies them by itself: `[1, H, T, D]` by `[1, H, D, T]`."""
+        if min(first.ndim, second.ndim) < 3 or not first.shape[-2] == second.shape[-1] == self._tokens:
+            return
+        step = max(1, _SCORES_AT_ONCE // (first[..., 0, 0].numel() * self._tokens))
+        parts = [
+            (rows @ second.detach()).abs_().amax((*range(first.ndim - 2), first.ndim - 1))
+            for rows in torch.split(first.detach(), step, dim=-2)
+        ]
+        self._keep(Place.of(f"{name} (q·k)", "attention product"), torch.cat(parts))
 
     def _observe_rows(self, place: Place, rows: Tensor) -> None:
         """Takes the peaks of rows of scores `[1, H, T, …]`, whose tokens are the last but one dimension."""
@@ -142,7 +166,8 @@ class ForwardTracker:
 
     def _keep(self, place: Place, peaks: Tensor) -> None:
         self._latest = peaks
-        self._places.setdefault(place.name, place)
+        if place.name not in self._places:
+            self._places[place.name] = replace(place, placed=bool(peaks.ndim))
         known = self._peaks.get(place.name)
         self._peaks[place.name] = peaks if known is None else torch.maximum(known, peaks)
 
@@ -154,10 +179,10 @@ class ForwardTracker:
             given = args[0] if args else kwargs.get("hidden_states")
             if place is None or not isinstance(given, Tensor):
                 return
-            if given is self._last and self._last_peaks is not None:
-                self._keep(place, self._last_peaks)
-            else:
+            if given is not self._last:
                 self.observe(place, given)
+            elif place.kind != "residual" and self._last_peaks is not None:  # the stream is no module's own output
+                self._keep(place, self._last_peaks)
 
         return hook
 

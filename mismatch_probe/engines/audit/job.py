@@ -9,7 +9,7 @@ exponents, `N` response tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from mismatch_probe.arrays import save_arrays
 from mismatch_probe.engines.base import TrainerJob
-from mismatch_probe.metrics.floats import ExponentHistogram, scale_range
+from mismatch_probe.metrics.floats import ExponentHistogram
 from mismatch_probe.metrics.peaks import PeakSums
-from mismatch_probe.types import ScoreRequest, TrainerMode
+from mismatch_probe.types import ScoreRequest
 
 if TYPE_CHECKING:
     from mismatch_probe.engines.hf import HfTrainer
@@ -40,16 +40,16 @@ class AuditJob:
     """Measures a model on some sequences of its own.
 
     Attributes:
-        trainer: The trainer in FP32; its requests are left empty.
+        trainer: The trainer in FP32, or in FP16 for the proof, which is a job of its own; its requests are left empty.
         folder: Where parts go, as `NAME.npz`.
         keys: By part that is to be made: a digest of all that it depends on.
         sequences: `S` prompts with responses; the first ones serve where fewer are enough.
         n_gradients: Sequences of the backward pass.
         n_lag: Sequences that are scored with masters and with their copies.
         n_proof: Sequences of the FP16 pass.
-        proof_mode: How the trainer runs in FP16.
         step_tokens: Response tokens that a step's loss is averaged over.
         rates: Learning rates.
+        highest: For the proof, the exponent of the largest loss scale that FP32 gradients leave room for.
     """
 
     trainer: TrainerJob
@@ -59,9 +59,9 @@ class AuditJob:
     n_gradients: int
     n_lag: int
     n_proof: int
-    proof_mode: TrainerMode
     step_tokens: int
     rates: Sequence[float]
+    highest: int | None = None
     subject: str = field(default="The audit's pass", init=False)
     memory_advice: str = field(default="Audit with a lower --max-tokens.", init=False)
 
@@ -80,26 +80,16 @@ class AuditJob:
 
         steps = {"forward": len(self.sequences), "backward": self.n_gradients, "lag": self.n_lag, "proof": self.n_proof}
         channel.send("total", sum(r.length for name in self.keys for r in self.sequences[: steps.get(name, 0)]))
-        wanted = [name for name in PARTS if name in self.keys]
-        engine = HfTrainer(self.trainer) if wanted != ["proof"] else None
+        engine = HfTrainer(self.trainer)
         channel.phase("load")
-        hint: int | None = None
-        for name in wanted:
-            if name == "proof":
-                if engine is not None:
-                    engine.close()
-                engine = HfTrainer(replace(self.trainer, dtype="float16", mode=self.proof_mode))
-                facts, arrays = self._proof(engine, hint, lambda tokens: channel.send("progress", tokens))
-            else:
-                assert engine is not None
-                facts, arrays = getattr(self, f"_{name}")(engine, lambda tokens: channel.send("progress", tokens))
-            if name == "backward":
-                hint = _highest(facts, arrays)
-            channel.send("identity", {name: engine.identity() | devices.running()})
-            save_arrays(Path(self.folder) / f"{name}.npz", self.keys[name], facts, arrays)
+        identity = engine.identity() | devices.running()
+        channel.send("identity", identity)
+        for name in (part for part in PARTS if part in self.keys):
+            facts, arrays = getattr(self, f"_{name}")(engine, lambda tokens: channel.send("progress", tokens))
+            file = Path(self.folder) / f"{name}.npz"
+            save_arrays(file, self.keys[name], {**facts, "made_with": identity["versions"]}, arrays)
             channel.phase(name)
-        if engine is not None:
-            engine.close()
+        engine.close()
 
     def _weights(self, engine: HfTrainer, tick: Callable[[int], None]) -> Part:
         from mismatch_probe.engines.audit.weights import weight_rows
@@ -125,11 +115,12 @@ class AuditJob:
                 names = tuple(place.name for place in tracker.places)
                 sums = PeakSums(names) if sums is None else sums.widened(names)
                 rows = np.stack([peaks.get(name, np.zeros(request.length)) for name in names]).astype(np.float64)
-                sums.update(rows, np.array([place.kind not in FUSED for place in tracker.places]))
+                counted = [place.kind not in FUSED or not tracker.fused for place in tracker.places]
+                sums.update(rows, np.array(counted), np.array([place.placed for place in tracker.places]))
                 tick(request.length)
         assert sums is not None
-        facts = {"places": [vars(place) for place in tracker.places], "layers": list(tracker.layers)}
-        return facts, sums.arrays()
+        places = [vars(place) for place in tracker.places]
+        return {"places": places, "layers": list(tracker.layers), "fused": tracker.fused}, sums.arrays()
 
     def _backward(self, engine: HfTrainer, tick: Callable[[int], None]) -> Part:
         """`counts` and `mass` `[G, E]`, `largest` `[G]`, `largest_by_sequence` `[S]` of gradients; and of sampled
@@ -176,7 +167,8 @@ class AuditJob:
         tokens = sum(len(request.response_token_ids) for request in batch)
         for request, sign in zip(batch, self._signs(), strict=False):
             self._gradient(engine, request, sign / tokens)
-        found = {name: p.grad for name, p in engine.model.named_parameters() if p.grad is not None}
+        # On the host: the device may hold the model alone.
+        found = {name: p.grad.to("cpu") for name, p in engine.model.named_parameters() if p.grad is not None}
         engine.model.zero_grad(set_to_none=True)
         engine.model.requires_grad_(False)
         scorer, requests = LagScorer(engine, found), self.sequences[: self.n_lag]
@@ -191,12 +183,12 @@ class AuditJob:
         lengths = [len(request.response_token_ids) for request in requests]
         return {"cases": about}, arrays | {"sequence": np.repeat(np.arange(len(requests)), lengths)}
 
-    def _proof(self, engine: HfTrainer, hint: int | None, tick: Callable[[int], None]) -> Part:
+    def _proof(self, engine: HfTrainer, tick: Callable[[int], None]) -> Part:
         from mismatch_probe.engines.audit.proof import Fp16Proof, prove
 
-        proof = Fp16Proof(engine, self.trainer.temperature, self.step_tokens, hint)
+        proof = Fp16Proof(engine, self.trainer.temperature, self.step_tokens, self.highest)
         batches = [self._batch(engine, request) for request in self.sequences[: self.n_proof]]
-        return {"mode": self.proof_mode, **prove(proof, batches, self._signs()[: len(batches)], tick)}, {}
+        return {"mode": self.trainer.mode, **prove(proof, batches, self._signs()[: len(batches)], tick)}, {}
 
     def _gradient(self, engine: HfTrainer, request: ScoreRequest, factor: float) -> None:
         """Adds the gradient of −factor · Σ log π of a sequence to the weights'."""
@@ -248,8 +240,3 @@ def histograms_of(facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) 
     """By tensor, from the part `backward`."""
     columns = zip(arrays["counts"], arrays["mass"], arrays["largest"], strict=True)
     return {n: ExponentHistogram(c, m, float(top)) for n, (c, m, top) in zip(facts["names"], columns, strict=True)}
-
-
-def _highest(facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> int | None:
-    found = scale_range(histograms_of(facts, arrays))
-    return None if found is None else found.high

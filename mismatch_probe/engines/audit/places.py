@@ -14,6 +14,7 @@ _PRODUCT = re.compile(r"(^|\.)(down_proj|fc2|fc_out|dense_4h_to_h|w2|c_proj)$")
 _MLP = re.compile(r"mlp|ffn|feed_forward|expert|fc2|fc_out", re.IGNORECASE)
 _ROUTER = re.compile(r"(^|\.)(gate|router)$")
 _EXPERTS = re.compile(r"experts$")
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,13 @@ class Place:
         name: The module's name, with what of it in parentheses where it is not its output.
         kind: `residual`, `softmax input`, `attention product`, `mlp product`, `router logits`, `logits` or `other`.
         layer: Index of the decoder layer, None outside of them.
+        placed: Whether its peaks belong to tokens; those of fused experts, whose rows are sorted by expert, do not.
     """
 
     name: str
     kind: str
     layer: int | None
+    placed: bool = True
 
     @classmethod
     def of(cls, name: str, kind: str = "other") -> Place:
@@ -79,6 +82,11 @@ class Network:
         if "norm" in type(module).__name__.lower() and parent in self.layers:
             return Place.of(f"{name} (input)", "residual")
         return None
+
+
+def is_attention(name: str) -> bool:
+    """Whether a module's name is that of an attention block."""
+    return bool(_ATTENTION.search(name.rpartition(".")[2]))
 
 
 def runs_experts(name: str) -> bool:

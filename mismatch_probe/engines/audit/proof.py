@@ -26,13 +26,13 @@ class Fp16Proof:
         engine: In FP16, as it is trained.
         temperature: What logits are divided by.
         step_tokens: Tokens that a step's loss is averaged over.
-        hint: Exponent of the largest scale that FP32 gradients leave room for: between the first try and it no other
+        highest: Exponent of the largest scale that FP32 gradients leave room for: between the first try and it no other
             scale is tried.
     """
 
-    def __init__(self, engine: HfTrainer, temperature: float, step_tokens: int, hint: int | None) -> None:
+    def __init__(self, engine: HfTrainer, temperature: float, step_tokens: int, highest: int | None) -> None:
         self._engine, self._model = engine, engine.model.requires_grad_(True)
-        self._temperature, self._tokens, self._hint = temperature, step_tokens, hint
+        self._temperature, self._tokens, self._highest = temperature, step_tokens, highest
         self.exponent = INITIAL
         self.attempts: list[dict[str, Any]] = []
         self.n_sequences = 0
@@ -56,7 +56,7 @@ class Fp16Proof:
                 return True
             if forward is not None or self.exponent <= _LOWEST:
                 return False
-            self.exponent = min(self.exponent - 1, self._hint if self._hint is not None else self.exponent)
+            self.exponent = min(self.exponent - 1, self._highest if self._highest is not None else self.exponent)
 
     def facts(self) -> dict[str, Any]:
         """`forward` and `backward` name the first tensor that was not finite, None where none was."""

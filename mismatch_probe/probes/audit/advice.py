@@ -20,7 +20,11 @@ _SHORT = {"bfloat16": "BF16", "float16": "FP16", "float32": "FP32"}
 ALL_BUT_ONE, HALF, TENTH = 0.95, 0.5, 0.1
 # The alarm is this many times the upper limit of what was measured: a step's own KL estimate scatters.
 ALARM_FACTOR = 3.0
-_ROOM = 2
+# Left above the first loss scale, powers of two: gradients were measured a sequence at a time, and a trainer that adds
+# up 128 of them in FP16 has sums that are some 2^3.5 times larger.
+_ROOM = 4
+# Shares of tokens that a correction touches.
+MANY, FEW = 0.01, 0.1
 _LARGEST_START = 16
 
 
@@ -145,16 +149,15 @@ def _correction(
     token, masked = by_name["token-tis"], touched.get("token-tis", MetricValue(None))
     if verdict == "fail":
         return None, ["No correction is recommended: it would hide what fails here, and not mend it."]
-    if ess is None or ess.value is None or ess.ci_low is None or ess.ci_high is None:
-        why = "" if ess is None else f" ({ess.why})"
+    if ess is None or ess.ci_low is None or ess.ci_high is None or "extrapolated" in ess.why:
+        why = "" if ess is None or not ess.why else f" ({ess.why})"
         return token, [
             f"Whether sequence weights serve at {planned:,} tokens is not known{why}; cap token weights at "
             f"{token.high:g}, which touches {_share(masked)} of the tokens."
         ]
     band = f"{said(ess)} of the sequences at {planned:,} tokens" + (f" ({ess.why})" if ess.why else "")
     if ess.ci_low >= ALL_BUT_ONE:
-        text = f"{said(ess)} of the sequences at {planned:,} tokens"
-        return None, [f"No correction is needed: sequence weights would leave {text}, so they are nearly 1."]
+        return None, [f"No correction is needed: sequence weights would leave {band}, so they are nearly 1."]
     if ess.ci_low >= HALF:
         found = by_name["seq-tis"]
         return found, [
@@ -168,12 +171,15 @@ def _correction(
             f"{_share(touched[found.name])} of the tokens at the observed length, and more at the planned one."
         ]
     usable = "are not usable" if ess.ci_high < HALF else "cannot be relied on"
-    if (masked.value or 0.0) > 0.01:
-        found = by_name["geometric"]
+    if (masked.value or 0.0) > MANY:
+        # Capping that many tokens is a bias of its own.
+        geometric = by_name["geometric"]
+        found = geometric if (touched[geometric.name].value or 1.0) < FEW else by_name["token-mis"]
+        whose = "sequences by their geometric mean" if found is geometric else "tokens by their weight"
         return found, [
             f"Sequence weights {usable}: they leave {band}; and {_share(masked)} of the tokens have a weight above "
-            f"{token.high:g}. Mask sequences by their geometric mean, outside [{found.low:g}, {found.high:g}]: "
-            f"{_share(touched[found.name])} of the tokens."
+            f"{token.high:g}. Mask {whose}, outside [{found.low:g}, {found.high:g}], which takes out "
+            f"{_share(touched[found.name])}. A mismatch of this size is better mended than corrected."
         ]
     return token, [
         f"Sequence weights {usable}: they leave {band}. Cap token weights at {token.high:g}, which touches "
@@ -186,12 +192,14 @@ def _lag(pair: Document, lag: Document | None) -> str:
     if lag is None or dtype not in ("bfloat16", "float16"):
         return ""
     steady = next(case for case in lag["cases"] if case["dtype"] == dtype and case["rate"] is None)
-    row = next(row for row in lag["motion"]["rows"] if row["dtype"] == dtype)
-    gap = _value(steady["mean_abs_logprob_diff"])
-    steps = f"{row['steady_steps']:,.0f} steps" if row["steady_steps"] is not None else "no step"
+    gap = said(_value(steady["mean_abs_logprob_diff"]))
+    text = f"The {_SHORT[dtype]} engine lags behind FP32 masters by {gap} nats of mean |d|"
+    row = next((row for row in lag["motion"]["rows"] if row["dtype"] == dtype), None) if lag["motion"] else None
+    if row is None or row["straight_steps"] is None:
+        return f"{text}."
     return (
-        f"The {_SHORT[dtype]} engine lags behind FP32 masters by {said(gap)} nats of mean |d|; at a learning "
-        f"rate of {row['rate']:g} a typical weight's change reaches it after {steps} of one direction."
+        f"{text}; at a learning rate of {row['rate']:g} a typical weight's change reaches it after "
+        f"{row['straight_steps']:,.0f} steps in one direction, and later where its gradient is noise."
     )
 
 

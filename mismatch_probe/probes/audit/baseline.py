@@ -10,11 +10,11 @@ from typing import Any
 
 from mismatch_probe.errors import TableError
 from mismatch_probe.metrics.catalog import CATALOG
-from mismatch_probe.probes.audit.profile import RARE
 
 _ORDER = ("pass", "warn", "fail")
 # A change of the value alone is a regression only when it is certainly more than this.
 TOLERATED = 1.1
+_USABLE = ("pass", "warn")
 _NAMES = ("rollout_dtype", "trainer_dtype", "trainer_mode")
 
 
@@ -56,7 +56,7 @@ def compare_audits(old: Mapping[str, Any], new: Mapping[str, Any], source: str) 
         "model": old["model"],
         "changed": _changed(old["provenance"], new["provenance"], old, new),
         "checks": rows,
-        "regressions": [row for row in rows if row["regressed"]],
+        "regressions": [*_lost(old, new), *(row for row in rows if row["regressed"])],
         "gone": _gone(old, new),
     }
 
@@ -72,19 +72,39 @@ def _both(
                 yield pair, before, check
 
 
+def _lost(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Pairs that could be used and now cannot be shown to be: gone, refused, or no longer judged."""
+    there = {_pair(pair): pair for pair in new["pairs"]}
+    rows = []
+    for pair in old["pairs"]:
+        if pair["verdict"] not in _USABLE:
+            continue
+        after = there.get(_pair(pair))
+        # Where a check fails, that check says so.
+        checks = {} if after is None else {check["name"] for check in after["checks"]}
+        shared = any(check["name"] in checks for check in pair["checks"])
+        if after is not None and (after["verdict"] in _USABLE or (after["verdict"] == "fail" and shared)):
+            continue
+        why = "the pair is gone" if after is None else f"{pair['verdict']} before, {after['verdict']} now"
+        rows.append(
+            {
+                **{name: pair[name] for name in _NAMES},
+                "name": "verdict",
+                "before": None,
+                "after": None,
+                "status_before": pair["verdict"],
+                "status_after": "not judged" if after is None else after["verdict"],
+                "change": None,
+                "regressed": True,
+                "why": why,
+            }
+        )
+    return rows
+
+
 def _row(pair: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
     change = _change(before, after)
-    worse = _ORDER.index(after["best"]) > _ORDER.index(before["best"])
-    lost = before["status"] != "not judged" and after["status"] == "not judged"
-    # A value that moved across a threshold by no more than its own uncertainty has not got worse; a rare event has.
-    certain = change is None or change["certain"] or after["name"] in RARE
-    grown = change is not None and change["worse_by"] is not None and change["worse_by"] > TOLERATED
-    why = ""
-    if worse and certain:
-        why = f"{before['status']} before, {after['status']} now"
-    elif grown:
-        assert change is not None
-        why = f"worse by at least {change['worse_by']:.2f} times"
+    why = _why_worse(before, after, change)
     return {
         **{name: pair[name] for name in _NAMES},
         "name": after["name"],
@@ -92,37 +112,60 @@ def _row(pair: Mapping[str, Any], before: Mapping[str, Any], after: Mapping[str,
         "after": after["value"],
         "status_before": before["status"],
         "status_after": after["status"],
-        "change": None if change is None else {key: change[key] for key in ("kind", "value", "ci_low", "ci_high")},
+        "change": change,
         "regressed": bool(why),
-        "why": why or ("it can no longer be judged" if lost else ""),
+        "why": why,
     }
 
 
-def _change(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The ratio of positive values, or the difference of others, with a 95 % interval where both have one.
+def _why_worse(before: Mapping[str, Any], after: Mapping[str, Any], change: Mapping[str, Any] | None) -> str:
+    """Why a check is a regression; empty where it is none.
 
-    `certain` says whether the interval excludes no change, `worse_by` by what factor at least the value got worse.
+    It is one where the status is worse and the value has changed for certain, and where the value alone is worse by
+    more than is tolerated. An event that did not occur before and does now is one in any case.
     """
+    if change is None:
+        return ""
+    worse = _ORDER.index(after["best"]) > _ORDER.index(before["best"])
+    if not after["limits"]:  # an event
+        return f"{before['status']} before, {after['status']} now" if worse else ""
+    unchanged = 1.0 if change["kind"] == "ratio" else 0.0
+    exact = before["ci_low"] is None and after["ci_low"] is None
+    if change["ci_low"] is None and not exact:
+        return ""  # one of the two is no ground to stand on
+    low, high = (change["value"],) * 2 if exact else (change["ci_low"], change["ci_high"])
+    if low <= unchanged <= high:
+        return ""
+    if worse:
+        return f"{before['status']} before, {after['status']} now"
+    rises = any(name.endswith("above") for name in after["limits"])
+    falls = any(name.endswith("below") for name in after["limits"])
+    if rises == falls or (low > unchanged) != rises:  # better, or limits on both sides, where only the status tells
+        return ""
+    near = low if rises else high
+    if change["kind"] == "ratio":
+        by = near if rises else 1 / near
+        return f"worse by at least {by:.2f} times" if by > TOLERATED else ""
+    # Of what is no ratio, against the way that was left to the nearest limit.
+    way = min(abs(limit - before["value"]) for limit in after["limits"].values())
+    return f"worse by at least {abs(near):.3g}" if abs(near) > (TOLERATED - 1) * way else ""
+
+
+def _change(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The ratio of positive values, or the difference of others, with a 95 % interval where both have one."""
     a, b = before["value"], after["value"]
     if a is None or b is None:
         return None
     info = CATALOG.get(after["name"])
-    positive = (info is None or info.positive) and a > 0 and b > 0
-    falls = "below" in after["threshold"].split(",")[0] and "judged" not in after["threshold"].split(",")[0]
     ends = [before["ci_low"], before["ci_high"], after["ci_low"], after["ci_high"]]
-    known = all(end is not None for end in ends) and not (positive and min(ends) <= 0)
-    if positive:
-        value = b / a
+    known = all(end is not None for end in ends)
+    if (info is None or info.positive) and a > 0 and b > 0 and not (known and min(ends) <= 0):
         spread = math.hypot(math.log(ends[1] / ends[0]), math.log(ends[3] / ends[2])) / 2 if known else None
-        low, high = (None, None) if spread is None else (value * math.exp(-spread), value * math.exp(spread))
-        worst = None if low is None or high is None else (1 / high if falls else low)
-        certain = True if low is None or high is None else not low <= 1 <= high
-        return {"kind": "ratio", "value": value, "ci_low": low, "ci_high": high, "certain": certain, "worse_by": worst}
-    value = b - a
+        low, high = (None, None) if spread is None else (b / a * math.exp(-spread), b / a * math.exp(spread))
+        return {"kind": "ratio", "value": b / a, "ci_low": low, "ci_high": high}
     spread = math.hypot(ends[1] - ends[0], ends[3] - ends[2]) / 2 if known else None
-    low, high = (None, None) if spread is None else (value - spread, value + spread)
-    certain = value != 0 if low is None or high is None else not low <= 0 <= high
-    return {"kind": "difference", "value": value, "ci_low": low, "ci_high": high, "certain": certain, "worse_by": None}
+    low, high = (None, None) if spread is None else (b - a - spread, b - a + spread)
+    return {"kind": "difference", "value": b - a, "ci_low": low, "ci_high": high}
 
 
 def _changed(

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mismatch_probe.metrics.catalog import CATALOG
-from mismatch_probe.metrics.floats import FP16
+from mismatch_probe.metrics.floats import FP16, NO_SCALE
 from mismatch_probe.metrics.intervals import poisson_interval
-from mismatch_probe.probes.audit.judge import Check, judged, judged_event, missing
-from mismatch_probe.probes.audit.profile import RARE, Bounds, Profile
+from mismatch_probe.metrics.multiplicity import SIGNIFICANCE, holm
+from mismatch_probe.probes.audit.judge import Check, judged, judged_event, judged_extreme, missing
+from mismatch_probe.probes.audit.profile import RARE, Bounds, Profile, is_extreme
 from mismatch_probe.probes.audit.ranges import START, headroom, scales_of
 from mismatch_probe.types import MetricValue
 
@@ -66,7 +67,9 @@ class Checks:
             evidence = f"{info.title}: {count} of {pair['n_tokens']:,} tokens."
             return judged_event(name, count, value, bounds, evidence)
         evidence = f"{info.title}: {said(value)}{f' {info.unit}' if info.unit else ''}."
-        return judged(name, value, bounds, evidence, exact=not info.has_interval)
+        if is_extreme(name):
+            return judged_extreme(name, value, _unseen(pair["n_tokens"]), bounds, evidence)
+        return judged(name, value, bounds, evidence)
 
     def _nonfinite_logprobs(self, bounds: Bounds, pair: Document) -> Check:
         n, total = pair["n_nonfinite"], pair["n_tokens"]
@@ -84,18 +87,23 @@ class Checks:
     def _one_sided(self, bounds: Bounds, pair: Document) -> Check | None:
         if not pair["on_policy"] or _dtypes(pair)[0] != _dtypes(pair)[1]:
             return None
-        tests = [test for test in pair["ratio_tests"] if test["verdict"] == "violated"]
-        named = any(row["name"] == "one_sided" for row in self._summary["findings"])
         mean = _value(pair["metrics"]["mean_ratio"])
         if mean.value is None:
             return missing("one_sided", bounds, f"Mean importance ratio: {mean.why}.")
-        if not (tests and named):
-            evidence = f"The mean importance ratio is {said(mean)}, and no part of the tokens has another than 1."
+        tests = pair["ratio_tests"]
+        adjusted = holm([test["p_value"] for test in tests])
+        broken = [
+            test
+            for test, p in zip(tests, adjusted, strict=True)
+            if p is not None and p < SIGNIFICANCE and test["verdict"] == "violated"
+        ]
+        if not broken:
+            evidence = f"The mean importance ratio is {said(mean)}; nowhere is it shown to be another than 1."
             return judged_event("one_sided", 0, mean, bounds, evidence)
-        worst = max(tests, key=lambda test: abs(test["mean_ratio"]["value"] - 1))
+        worst = max(broken, key=lambda test: abs(test["mean_ratio"]["value"] - 1))
         value = _value(worst["mean_ratio"])
         evidence = f"The mean importance ratio is {said(value)} ({worst['family']}): a fault of one side, not rounding."
-        return judged_event("one_sided", len(tests), value, bounds, evidence)
+        return judged_event("one_sided", len(broken), value, bounds, evidence)
 
     def _ess_seq_planned(self, bounds: Bounds, pair: Document) -> Check | None:
         value = planned_ess(self._summary, pair)
@@ -114,13 +122,15 @@ class Checks:
         rollout, trainer = (dtype == "float16" for dtype in _dtypes(pair))
         if not (rollout or trainer) or name == "fp16_refusal":
             return None
-        if not trainer and name in ("fp16_loss_scale", "fp16_loss_scale_start", "fp16_pass"):
+        if not trainer and name in ("fp16_loss_scale", "fp16_loss_scale_start", "fp16_pass", "fp16_attention_headroom"):
             return None
         part = {"fp16_weights": "weights", "fp16_pass": "proof"}.get(name)
         part = part or ("backward" if "loss_scale" in name else "forward")
         found = self._ranges.get(part)
         if found is None:
             return missing(name, bounds, self._why.get(part, "It was not measured."))
+        if name == "fp16_pass" and found["mode"] != pair["trainer_mode"]:
+            return missing(name, bounds, f"The pass was made with the trainer in mode {found['mode']}.")
         check: Check = getattr(self, f"_{name}")(bounds, found)
         return check
 
@@ -129,8 +139,9 @@ class Checks:
         room = headroom(top["peak"])
         where = forward["first_overflow"] or forward["source"]
         nonfinite = sum(row["n_nonfinite"] for row in forward["tensors"])
+        place = "" if top["position"] is None else f" (token {top['position']} of a sequence)"
         evidence = (
-            f"The largest activation is {top['peak']:,.0f} at {top['name']} (token {top['position']} of a sequence), "
+            f"The largest activation is {top['peak']:,.0f} at {top['name']}{place}, "
             f"from {where}; FP16 ends at {FP16.largest:,.0f}. Longest context seen: {forward['longest']:,} tokens."
         )
         if nonfinite:
@@ -143,35 +154,48 @@ class Checks:
         return judged_event("fp16_overflow_rate", n, rate, bounds, evidence, forward["first_overflow"])
 
     def _fp16_attention_headroom(self, bounds: Bounds, forward: Document) -> Check | None:
-        top = forward["kinds"].get("attention product") or forward["kinds"].get("softmax input")
+        top = forward["kinds"].get("attention product")
         if top is None:
             return missing("fp16_attention_headroom", bounds, "No product q·k was seen in this architecture.")
-        evidence = f"The largest product q·k is {top['peak']:,.0f} at {top['name']}; fused attention keeps it in FP32."
+        how = (
+            "fused attention keeps it in FP32"
+            if forward["fused_attention"]
+            else "this trainer's attention makes it in the dtype, so that it counts among the activations"
+        )
+        evidence = f"The largest product q·k is {top['peak']:,.0f} at {top['name']}; {how}."
         room = MetricValue(headroom(top["peak"]))
         return judged("fp16_attention_headroom", room, bounds, evidence, top["name"], exact=True)
 
     def _fp16_weights(self, bounds: Bounds, weights: Document) -> Check:
         found = weights["float16"]
         worst = found["worst"]
-        error = 1.0 if worst["n_overflow"] else worst["error"]
+        lost = found["n_nonfinite"] + found["n_overflow"]
         evidence = (
             f"{worst['name']} is off by {worst['error']:.2g} of its norm in FP16; of {found['n']:,} weights "
             f"{found['n_overflow']:,} overflow, {found['n_flushed']:,} become 0, {found['n_subnormal']:,} lose digits."
         )
-        return judged("fp16_weights", MetricValue(error), bounds, evidence, worst["name"], exact=True)
+        if found["n_nonfinite"]:
+            evidence += f" {found['n_nonfinite']:,} are not finite to begin with."
+        error = MetricValue(1.0 if lost else worst["error"])
+        return judged("fp16_weights", error, bounds, evidence, worst["name"], exact=True)
 
     def _fp16_loss_scale(self, bounds: Bounds, backward: Document) -> Check:
         scales = scales_of(backward)
         if scales is None:
             return missing("fp16_loss_scale", bounds, "No tensor got a gradient.")
-        evidence = (
-            f"Loss scales from 2^{scales.low} (below, {scales.low_by} loses more than 0.1 %) to 2^{scales.high} "
-            f"(above, {scales.high_by} overflows) serve every tensor, for a loss averaged over "
-            f"{backward['step_tokens']:,} tokens."
-            if not scales.empty
-            else f"No loss scale serves every tensor: {scales.high_by} overflows above 2^{scales.high}, "
-            f"{scales.low_by} loses more than 0.1 % below 2^{scales.low}."
-        )
+        if scales.high == NO_SCALE:
+            evidence = f"No loss scale serves every tensor: {scales.high_by} is not finite even in FP32."
+        elif scales.empty:
+            evidence = (
+                f"No loss scale serves every tensor: {scales.high_by} overflows above 2^{scales.high}, {scales.low_by} "
+                f"loses more than 0.1 % below 2^{scales.low}."
+            )
+        else:
+            evidence = (
+                f"Loss scales from 2^{scales.low} (below, {scales.low_by} loses more than 0.1 %) to 2^{scales.high} "
+                f"(above, {scales.high_by} overflows) serve every tensor, for a loss averaged over "
+                f"{backward['step_tokens']:,} tokens."
+            )
         room = MetricValue(float(scales.high - scales.low))
         return judged("fp16_loss_scale", room, bounds, evidence, scales.high_by, exact=True)
 
@@ -181,7 +205,8 @@ class Checks:
             return missing("fp16_loss_scale_start", bounds, "No tensor got a gradient.")
         first = backward["overflow_at_start"]
         trace = backward["scaler"]
-        evidence = f"A scaler that starts at 2^{START} skips {trace['skipped_at_start']} steps before it takes one"
+        skipped = "every step" if trace is None else f"{trace['skipped_at_start']} steps before it takes one"
+        evidence = f"A scaler that starts at 2^{START} skips {skipped}"
         evidence += f"; {first} is the first to overflow." if first else "."
         room = MetricValue(float(scales.high - START))
         return judged("fp16_loss_scale_start", room, bounds, evidence, first, exact=True)
@@ -203,11 +228,21 @@ class Checks:
 def planned_ess(summary: Document, pair: Document) -> MetricValue | None:
     """The predicted ESS of a pair's sequence weights; None where the pair has no prediction of its own."""
     rollout, trainer = _dtypes(pair)
+    # Of several trainer modes the first one was predicted.
+    first = next(p for p in summary["pairs"] if _dtypes(p) == _dtypes(pair))
+    if first["trainer_mode"] != pair["trainer_mode"]:
+        return MetricValue(None, why=f"only the mode {first['trainer_mode']} was predicted")
     name = rollout if rollout == trainer else f"recorded → {trainer}"
     found = summary["length"].get(name)
     if found is None or not found["predictions"]:
         return None
     return _value(found["predictions"][0]["ess_seq"])
+
+
+def _unseen(n: int) -> MetricValue:
+    """The rate of what none of n tokens showed."""
+    low, high = poisson_interval(0)
+    return MetricValue(0.0, low / max(1, n), high / max(1, n))
 
 
 def said(value: MetricValue) -> str:

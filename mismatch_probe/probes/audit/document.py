@@ -14,7 +14,7 @@ from mismatch_probe.probes.analysis import analyse
 from mismatch_probe.probes.audit.advice import advise, best_pair
 from mismatch_probe.probes.audit.checks import Checks
 from mismatch_probe.probes.audit.judge import Check, verdict
-from mismatch_probe.probes.audit.measure import NOT_MEASURED, Calibration, Part
+from mismatch_probe.probes.audit.measure import Calibration, Measurements, Part
 from mismatch_probe.probes.audit.options import AuditOptions
 from mismatch_probe.probes.audit.profile import Profile
 from mismatch_probe.probes.audit.ranges import backward_document, forward_document, lag_document, weights_document
@@ -36,8 +36,7 @@ def audit_document(
     run: RunDirectory,
     options: AuditOptions,
     profile: Profile,
-    parts: Mapping[str, Part],
-    calibration: Calibration,
+    measurements: Measurements,
     refused: Mapping[str, str],
 ) -> dict[str, Any]:
     """Judges a run.
@@ -46,17 +45,17 @@ def audit_document(
         run: The comparison.
         options: Of the audit.
         profile: Its thresholds.
-        parts: What was measured on the model itself.
-        calibration: The sequences that it was measured on.
+        measurements: On the model itself.
         refused: By rollout dtype that the engine refuses, the sentence that says so.
 
     Raises:
         TableError: A table is missing or corrupt.
     """
-    summary = _summary(run, options)
-    ranges = ranges_of(parts, calibration, options)
+    summary, config = _summary(run, options), CompareConfig.from_dict(run.manifest["config"])
+    parts = measurements.load()
+    ranges, why = ranges_of(parts, measurements.calibration, options), measurements.why_missing()
     planned = options.planned(run)
-    checks = Checks(profile, summary, ranges, dict.fromkeys(_PARTS, NOT_MEASURED), planned)
+    checks = Checks(profile, summary, ranges, why, planned)
     pairs = [_pair(pair, checks.of_pair(pair)) for pair in summary["pairs"]]
     pairs += [_pair({**row, "metrics": {}}, checks.refused(why)) for row, why in _refused_pairs(run, refused)]
     # Of pairs that were asked for, one of these is recommended.
@@ -72,7 +71,7 @@ def audit_document(
             "corrections": [
                 {**vars(c), "touched": touched[c.name].as_dict()} for c in CORRECTIONS if c.name in touched
             ],
-            "snippets": [snippet.as_dict() for snippet in snippets(choice, run.manifest["model"]["name"])],
+            "snippets": [found.as_dict() for found in snippets(choice, config.model or "MODEL", config.temperature)],
         }
     return {
         "schema_version": SCHEMA_VERSION,
@@ -84,8 +83,8 @@ def audit_document(
         "pairs": pairs,
         "recommendation": recommendation,
         "range": ranges,
-        "missing": _missing(summary, ranges, refused, options),
-        "provenance": _provenance(run),
+        "missing": _missing(summary, ranges, why, refused, options),
+        "provenance": _provenance(run) | {"measured_with": {n: facts["made_with"] for n, (facts, _) in parts.items()}},
         "baseline": None,
     }
 
@@ -102,12 +101,13 @@ def ranges_of(
         found["forward"] = forward_document(*parts["forward"], prompts)
     if "backward" in parts:
         found["backward"] = backward_document(*parts["backward"])
-    if "lag" in parts and "backward" in parts:
+    if "lag" in parts:
         n = int(parts["lag"][1]["sequence"].max()) + 1
-        layers = [layer_of(name) for name in parts["backward"][0]["tensors"]]
-        found["lag"] = lag_document(parts["lag"], parts["backward"], prompts[:n], options.learning_rates, layers)
+        backward = parts.get("backward")
+        layers = [] if backward is None else [layer_of(name) for name in backward[0]["tensors"]]
+        found["lag"] = lag_document(parts["lag"], backward, prompts[:n], options.learning_rates, layers)
     if "proof" in parts:
-        found["proof"] = dict(parts["proof"][0])
+        found["proof"] = {name: value for name, value in parts["proof"][0].items() if name != "made_with"}
     return found
 
 
@@ -162,7 +162,11 @@ def _overall(pairs: Sequence[Mapping[str, Any]], best: Mapping[str, Any] | None,
 
 
 def _missing(
-    summary: Mapping[str, Any], ranges: Mapping[str, Any], refused: Mapping[str, str], options: AuditOptions
+    summary: Mapping[str, Any],
+    ranges: Mapping[str, Any],
+    why: Mapping[str, str],
+    refused: Mapping[str, str],
+    options: AuditOptions,
 ) -> list[dict[str, str]]:
     rows = [{"what": _label(row), "why": row["why"]} for row in summary["missing"]]
     rows += [{"what": f"{dtype} rollouts", "why": why} for dtype, why in refused.items()]
@@ -172,7 +176,7 @@ def _missing(
         for rollout, trainer in options.wanted_pairs
         if (rollout, trainer) not in there and rollout not in refused
     ]
-    rows += [{"what": _PARTS[name], "why": NOT_MEASURED} for name, found in ranges.items() if found is None]
+    rows += [{"what": _PARTS[name], "why": why[name]} for name, found in ranges.items() if found is None]
     return rows
 
 

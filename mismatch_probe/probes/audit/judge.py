@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from mismatch_probe.probes.audit.profile import Bounds, title_of
@@ -22,6 +22,7 @@ class Check:
     Attributes:
         name: A metric of the catalog, or one of `profile.OWN_CHECKS`.
         best, worst: The levels that the value may have: they differ where the data leave it open.
+        limits: Of the value, by name; empty for an event.
         value: With its interval, None where nothing was measured; then `why` says so.
         threshold, source: In words.
         evidence: A sentence.
@@ -32,6 +33,7 @@ class Check:
     best: Level
     worst: Level
     value: MetricValue
+    limits: Mapping[str, float]
     threshold: str
     source: str
     evidence: str
@@ -50,6 +52,7 @@ class Check:
             "worst": self.worst,
             "why": "",
             **self.value.as_dict(),
+            "limits": dict(self.limits),
             "threshold": self.threshold,
             "source": self.source,
             "evidence": self.evidence,
@@ -70,7 +73,7 @@ def judged(
         where: The module that decides.
         exact: Whether the value was counted or computed, so that it needs no interval.
     """
-    about = (bounds.text(), bounds.source)
+    about = (bounds.limits, bounds.text(), bounds.source)
     if value.value is None:
         return Check(name, "pass", _worst(bounds), value, *about, evidence, where)
     ends = (value.value, value.value) if exact else _ends(value)
@@ -89,20 +92,31 @@ def judged_event(
     """Judges a rare event: one that occurred is what its bounds call it, one that did not is judged by the upper limit
     of its rate.
     """
-    about = (bounds.text(), bounds.source)
+    about = (bounds.limits, bounds.text(), bounds.source)
     event: Level = bounds.event or "pass"
     if hits:
         return Check(name, event, event, rate, *about, evidence, where)
-    shown = bounds.rate_below is None or (rate.ci_high is not None and rate.ci_high < bounds.rate_below)
-    if rate.value is None:
-        shown = False
+    shown = rate.value is not None and _is_rare(rate, bounds)
     return Check(name, "pass", "pass" if shown else event, rate, *about, evidence, where)
+
+
+def judged_extreme(name: str, value: MetricValue, rate: MetricValue, bounds: Bounds, evidence: str) -> Check:
+    """Judges a maximum or a count: one beyond a limit is, and of one within them a larger sample may show worse, unless
+    the upper limit of the rate of what was not seen is low enough.
+    """
+    check = judged(name, value, bounds, evidence, exact=True)
+    shown = bounds.rate_below is not None and _is_rare(rate, bounds)
+    return check if shown or check.best == "fail" else replace(check, worst=_worst(bounds))
+
+
+def _is_rare(rate: MetricValue, bounds: Bounds) -> bool:
+    return bounds.rate_below is None or (rate.ci_high is not None and rate.ci_high < bounds.rate_below)
 
 
 def missing(name: str, bounds: Bounds, why: str) -> Check:
     """A check that nothing was measured for."""
     worst = bounds.event or _worst(bounds)
-    return Check(name, "pass", worst, MetricValue(None, why=why), bounds.text(), bounds.source, why)
+    return Check(name, "pass", worst, MetricValue(None, why=why), bounds.limits, bounds.text(), bounds.source, why)
 
 
 def verdict(checks: list[Check]) -> Status:
@@ -138,8 +152,3 @@ def _ends(value: MetricValue) -> tuple[float, float] | None:
     if low > 0:
         return low * low / middle, high * high / middle
     return middle - 2 * (middle - low), middle + 2 * (high - middle)
-
-
-def finite(value: float) -> float | None:
-    """What JSON can hold."""
-    return value if math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""An audit as JUnit XML, which CI systems show check by check: a suite a pair, a case a check."""
+"""An audit as JUnit XML, which CI systems show check by check: the gate, then a suite a pair and a case a check."""
 
 from __future__ import annotations
 
@@ -17,27 +17,54 @@ def junit_xml(document: Mapping[str, Any], *, strict: bool = False) -> str:
         strict: Whether a warning is a failure.
     """
     root = ElementTree.Element("testsuites", name=_text(f"mismatch-probe audit of {document['model']}"))
+    _gate(ElementTree.SubElement(root, "testsuite", name="gate"), document, strict)
     for pair in document["pairs"]:
-        name = f"{pair['rollout_dtype']}/{pair['trainer_dtype']}"
-        name += f" ({pair['trainer_mode']})" if pair["trainer_mode"] == "autocast" else ""
-        suite = ElementTree.SubElement(root, "testsuite", name=_text(name))
+        rollout, trainer, mode = (pair[key] for key in ("rollout_dtype", "trainer_dtype", "trainer_mode"))
+        suffix = f" ({mode})" if mode == "autocast" else ""
+        decides = f"{rollout} → {trainer}{suffix}" in document["decided_by"]
+        suite = ElementTree.SubElement(root, "testsuite", name=_text(f"{rollout}/{trainer}{suffix}"))
         for check in pair["checks"]:
-            _case(suite, name, check, strict)
+            _case(suite, f"{rollout}/{trainer}{suffix}", check, _bad(strict) if decides else ())
         _count(suite)
     _count(root, "testsuite/testcase")
     ElementTree.indent(root)
     return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
 
 
-def _case(suite: ElementTree.Element, pair: str, check: Mapping[str, Any], strict: bool) -> None:
+def _bad(strict: bool) -> tuple[str, ...]:
+    """What closes the gate."""
+    return ("fail", "warn") if strict else ("fail",)
+
+
+def _gate(suite: ElementTree.Element, document: Mapping[str, Any], strict: bool) -> None:
+    """What the exit code says: the verdict, and the comparison with a baseline."""
+    verdict, baseline = document["verdict"], document["baseline"]
+    case = ElementTree.SubElement(suite, "testcase", classname="audit.gate", name="verdict")
+    if verdict in (*_bad(strict), "not judged"):
+        text = _text(f"{verdict}: {', '.join(document['decided_by']) or 'no pair'}")
+        ElementTree.SubElement(case, "failure", message=text, type=verdict).text = text
+    if baseline is not None:
+        case = ElementTree.SubElement(suite, "testcase", classname="audit.gate", name="baseline")
+        worse = [
+            f"{row['name']} of {row['rollout_dtype']}/{row['trainer_dtype']}: {row['why']}"
+            for row in baseline["regressions"]
+        ]
+        if worse:
+            text = _text("; ".join(worse))
+            ElementTree.SubElement(case, "failure", message=text, type="regression").text = text
+    _count(suite)
+
+
+def _case(suite: ElementTree.Element, pair: str, check: Mapping[str, Any], bad: tuple[str, ...]) -> None:
+    """A check; of a pair that does not decide it is never a failure."""
     case = ElementTree.SubElement(suite, "testcase", classname=_text(f"audit.{pair}"), name=_text(check["name"]))
     where = f" Module: {check['where']}." if check["where"] else ""
     detail = _text(f"{check['evidence']}{where} {check['threshold']} ({check['source']})")
     status = check["status"]
-    if status == "fail" or (strict and status == "warn"):
+    if status in bad:
         ElementTree.SubElement(case, "failure", message=_text(check["evidence"]), type=status).text = detail
-    elif status == "not judged":
-        ElementTree.SubElement(case, "skipped", message=_text(f"not judged: {check['evidence']}"))
+    elif status in ("fail", "not judged"):
+        ElementTree.SubElement(case, "skipped", message=_text(f"{status}: {check['evidence']}"))
     ElementTree.SubElement(case, "system-out").text = f"{status}: {detail}"
 
 

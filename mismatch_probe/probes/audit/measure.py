@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from mismatch_probe.arrays import load_arrays
 from mismatch_probe.config import CompareConfig
-from mismatch_probe.engines.audit.job import PARTS, AuditJob
-from mismatch_probe.errors import TableError
+from mismatch_probe.engines import devices
+from mismatch_probe.engines.audit.job import PARTS, AuditJob, histograms_of
+from mismatch_probe.engines.base import TrainerJob
+from mismatch_probe.errors import UsageError
+from mismatch_probe.metrics.floats import scale_range
 from mismatch_probe.probes.audit.options import AuditOptions
 from mismatch_probe.probes.own_pass import device_of, fp32_trainer, model_of, run_pass
 from mismatch_probe.probes.planning import passes_of
@@ -24,6 +27,7 @@ from mismatch_probe.types import ScoreRequest
 FOLDER = "audit"
 N_GRADIENTS, N_LAG, N_PROOF = 16, 32, 4
 NOT_MEASURED = "The run has no measurement of it: `mismatch-probe audit --resume RUN` makes it, with the engine."
+OTHER_SETTINGS = "It was measured with other settings: `mismatch-probe audit --resume RUN` measures it with these."
 Part = tuple[dict[str, Any], dict[str, Any]]
 
 
@@ -41,11 +45,7 @@ class Calibration:
 
 
 def calibration_of(run: RunDirectory) -> Calibration:
-    """The sequences of the run's most precise rollout pass.
-
-    Raises:
-        TableError: No rollout pass has any.
-    """
+    """The sequences of the run's most precise rollout pass; none where no rollout pass has any with a prompt."""
     config = CompareConfig.from_dict(run.manifest["config"])
     names = [rollout.pass_id for rollout in passes_of(config, run.manifest.get("recorded")).rollouts]
     for name in sorted(names, key=lambda name: "float32" not in name):
@@ -58,7 +58,7 @@ def calibration_of(run: RunDirectory) -> Calibration:
                 tuple(ScoreRequest(i, r["prompt_token_ids"], r["response_token_ids"]) for i, r in enumerate(rows)),
                 tuple(str(row["prompt_id"]) for row in rows),
             )
-    raise TableError("No rollout pass of this run has sequences.", "Mend the run with `compare --resume`.")
+    return Calibration((), ())
 
 
 class Measurements:
@@ -81,31 +81,50 @@ class Measurements:
         found = {name: load_arrays(self._file(name), key) for name, key in self._keys.items()}
         return {name: part for name, part in found.items() if part is not None}
 
-    def make_missing(self, progress: Progress) -> Mapping[str, Any]:
-        """Makes the parts that are not there yet, in a process of its own; returns what ran.
+    def why_missing(self) -> dict[str, str]:
+        """By part, why there is none."""
+        return {name: OTHER_SETTINGS if self._file(name).exists() else NOT_MEASURED for name in PARTS}
+
+    def make_missing(self, progress: Progress) -> None:
+        """Makes the parts that are not there yet: those in FP32 in one process, the FP16 pass in another.
 
         Raises:
+            UsageError: The model has no weights, or no sequence of the run has a prompt.
             ProbeError: The engine failed; finished parts stay.
         """
-        there = self.load()
-        keys = {name: key for name, key in self._keys.items() if name not in there}
+        keys = {name: key for name, key in self._keys.items() if name not in self.load()}
         if not keys:
-            return {}
-        sequences = self.calibration.sequences
+            return
+        model = model_of(self._run, self._config, progress)
+        if not self.calibration.sequences:
+            raise UsageError("No sequence of this run has a prompt and a response to measure on.", "Use --from.")
+        trainer = fp32_trainer(self._config, model, self._device)
+        wide = {name: key for name, key in keys.items() if name != "proof"}
+        if wide:
+            self._run_job(trainer, wide, "activations, gradients, lag", progress)
+        if "proof" in keys:
+            flags = devices.trainer_settings(self._device, "float16").arguments
+            half = replace(trainer, dtype="float16", mode=self._config.trainer_modes[0], flags=flags)
+            self._run_job(half, {"proof": keys["proof"]}, "a pass in FP16", progress)
+
+    def _run_job(self, trainer: TrainerJob, keys: Mapping[str, str], text: str, progress: Progress) -> None:
+        sequences, backward = self.calibration.sequences, self.load().get("backward")
+        scales = None if backward is None else scale_range(histograms_of(*backward))
         job = AuditJob(
-            fp32_trainer(self._config, model_of(self._run, self._config, progress), self._device),
+            trainer,
             folder=str(self._run.path / FOLDER),
             keys=keys,
             sequences=sequences,
             n_gradients=min(N_GRADIENTS, len(sequences)),
             n_lag=min(N_LAG, len(sequences)),
             n_proof=min(N_PROOF, len(sequences)),
-            proof_mode=self._config.trainer_modes[0],
             step_tokens=self._options.loss_tokens(self._run),
             rates=self._options.learning_rates,
+            highest=None if scales is None else scales.high,
         )
+        settings = devices.trainer_settings(self._device, trainer.dtype)
         resume = f"mismatch-probe audit --resume {self._run.path}"
-        return run_pass(self._run, job, self._device, FOLDER, "activations, gradients, lag", resume, progress)
+        run_pass(self._run, job, settings, "audit", text, resume, progress)
 
     def _file(self, name: str) -> Path:
         return self._run.path / FOLDER / f"{name}.npz"
@@ -113,7 +132,7 @@ class Measurements:
     def _key(self, part: str) -> str:
         """A digest of all that a part depends on; a proof also on how the trainer runs."""
         config, options = self._config, self._options
-        about: list[Any] = [version("mismatch-probe"), part, self._device, config.temperature, config.trainer_attn]
+        about: list[Any] = [version("mismatch-probe"), part, config.temperature, config.trainer_attn]
         about += [self._run.manifest["model"].get("files")]
         if part in ("backward", "proof"):
             about += [options.loss_tokens(self._run)]

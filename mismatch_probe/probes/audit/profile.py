@@ -37,14 +37,19 @@ def title_of(check: str) -> str:
     return CATALOG[check].title if check in CATALOG else OWN_CHECKS.get(check, check)
 
 
+def is_extreme(check: str) -> bool:
+    """Whether a metric is a maximum, a minimum or a count, of which what was not seen says little."""
+    return check in CATALOG and not CATALOG[check].has_interval
+
+
 class Bounds(BaseModel):
     """When a check warns and fails.
 
     Attributes:
         warn_above, fail_above, warn_below, fail_below: Limits of the value.
         event: Of a rare event: what one occurrence is.
-        rate_below: Of a rare event that did not occur: the upper 95 % limit of its rate has to be below this, or the
-            check is not judged.
+        rate_below: Of a rare event that did not occur, and of a maximum that exceeds no limit: the upper 95 % limit of
+            the rate has to be below this, or the check is not judged.
         source: Who says so.
     """
 
@@ -60,7 +65,7 @@ class Bounds(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if not self.limits and self.event is None and self.rate_below is None:
+        if not self.limits and self.event is None:
             raise ValueError("names no limit")
         for warn, fail, order in (("warn_above", "fail_above", 1), ("warn_below", "fail_below", -1)):
             first, second = getattr(self, warn), getattr(self, fail)
@@ -113,7 +118,7 @@ class Profile(BaseModel):
             rare = name in RARE
             if rare and bounds.limits:
                 raise ValueError(f"{name} is a rare event: give it `event` and `rate_below`")
-            if not rare and (bounds.event or bounds.rate_below):
+            if not rare and (bounds.event or (bounds.rate_below and not is_extreme(name))):
                 raise ValueError(f"{name} is no rare event: give it `warn_above` or the like")
         return self
 

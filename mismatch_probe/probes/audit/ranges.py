@@ -5,14 +5,14 @@ Plain documents, as `audit.json` has them. A magnitude that overflowed FP32 itse
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mismatch_probe.engines.audit.job import FUSED, LAG_BATCH, histograms_of
-from mismatch_probe.metrics.adam_lag import simulate_adam
+from mismatch_probe.metrics.adam_lag import BETAS, simulate_adam
 from mismatch_probe.metrics.floats import FORMATS, FP16, ScaleRange, scale_range, simulate_scaler
 from mismatch_probe.metrics.intervals import rare_share_interval
 from mismatch_probe.metrics.peaks import PeakSums, context_of
@@ -48,7 +48,7 @@ def forward_document(facts: Document, arrays: Arrays, prompts: Sequence[str]) ->
     median, p99, p999 = (sums.quantile(level) for level in (0.5, 0.99, 0.999))
     rows = [
         {
-            **place,
+            **{key: place[key] for key in ("name", "kind", "layer")},
             "peak": float(sums.largest[i]),
             "first_token_peak": float(sums.first[i]),
             "rest_peak": float(sums.rest[i]),
@@ -58,13 +58,15 @@ def forward_document(facts: Document, arrays: Arrays, prompts: Sequence[str]) ->
             "n_overflow": int(sums.n_overflow[i]),
             "n_nonfinite": int(sums.n_nonfinite[i]),
             "sequence": int(sums.at[i, 0]),
-            "position": int(sums.at[i, 1]),
+            "position": int(sums.at[i, 1]) if place["placed"] else None,
         }
         for i, place in enumerate(places)
     ]
-    made = [row for row in rows if row["kind"] not in FUSED]
+    # Fused attention keeps its products in FP32; eager attention makes them in the dtype like everything else.
+    apart = FUSED if facts["fused"] else ()
+    made = [row for row in rows if row["kind"] not in apart]
     residual = [i for i, place in enumerate(places) if place["kind"] == "residual"]
-    context = sums.by_context[[i for i, row in enumerate(rows) if row["kind"] not in FUSED]].max(axis=0)
+    context = sums.by_context[[i for i, row in enumerate(rows) if row["kind"] not in apart]].max(axis=0)
     hits = np.bincount(_index(prompts), weights=sums.overflow_by_sequence).astype(np.float64)
     counts = np.bincount(_index(prompts), weights=sums.lengths).astype(np.float64)
     low, high = rare_share_interval(hits, counts)
@@ -77,6 +79,7 @@ def forward_document(facts: Document, arrays: Arrays, prompts: Sequence[str]) ->
         "n_prompts": len(set(prompts)),
         "n_tokens": sum(sums.lengths),
         "longest": sums.longest,
+        "fused_attention": facts["fused"],
         "overflow_tokens": MetricValue(float(hits.sum() / counts.sum()), low, high).as_dict() | {"n": int(hits.sum())},
         "largest": largest,
         "source": source,
@@ -97,9 +100,11 @@ def weights_document(facts: Document) -> Document:
     found: Document = {}
     for dtype in ("float16", "bfloat16"):
         rows = [row for row in facts["rows"] if row["dtype"] == dtype]
-        worst = max(rows, key=lambda row: (row["n_overflow"] > 0, row["error"]))
+        # Of vectors, a bias near 0 may vanish without a trace, so that a matrix is what can be bad.
+        worst = max(rows, key=lambda row: (row["n_nonfinite"] + row["n_overflow"] > 0, row["ndim"] > 1, row["error"]))
         found[dtype] = {
             "worst": worst,
+            "n_nonfinite": sum(row["n_nonfinite"] for row in rows),
             "n_overflow": sum(row["n_overflow"] for row in rows),
             "n_flushed": sum(row["n_flushed"] for row in rows),
             "n_subnormal": sum(row["n_subnormal"] for row in rows),
@@ -154,7 +159,7 @@ def backward_document(facts: Document, arrays: Arrays) -> Document:
 
 def lag_document(
     lag: tuple[Document, Arrays],
-    backward: tuple[Document, Arrays],
+    backward: tuple[Document, Arrays] | None,
     prompts: Sequence[str],
     rates: Sequence[float],
     layers: Sequence[int | None],
@@ -162,7 +167,7 @@ def lag_document(
     """How far the engine lags behind the masters.
 
     Args:
-        lag, backward: The parts.
+        lag, backward: The parts; without the second one there is no motion.
         prompts: Of each sequence that was scored.
         rates: Learning rates.
         layers: Layer of each tensor that weights were sampled of.
@@ -177,7 +182,8 @@ def lag_document(
         pair = PairArrays(engine, masters, sequence, position, prompt, names, False, "both sides are the trainer's")
         gap = {key: value.as_dict() for key, value in compute_metrics(pair, keys=_GAP).items()}
         cases.append({**case, **gap})
-    return {"cases": cases, "n_sequences": len(prompts), "batch": LAG_BATCH, "motion": _motion(backward, rates, layers)}
+    motion = None if backward is None else _motion(backward, rates, layers)
+    return {"cases": cases, "n_sequences": len(prompts), "batch": LAG_BATCH, "motion": motion}
 
 
 def _motion(backward: tuple[Document, Arrays], rates: Sequence[float], layers: Sequence[int | None]) -> Document:
@@ -189,25 +195,26 @@ def _motion(backward: tuple[Document, Arrays], rates: Sequence[float], layers: S
     layer = np.array([-1 if found is None else found for found in layers])[tensor]
     rows = []
     for form in formats:
-        ulp = form.ulp(form.rounded(weights))
+        ulp = form.ulp(form.rounded(weights[alive]))
         for rate in rates:
-            passed = motion.passed[form.name, rate][alive]
             # A move of more than a unit reaches the engine as surely as one of a unit, however near to 0 the weight is.
-            steady, first = (np.minimum(rate * u[alive] / ulp[alive], 1.0) for u in (motion.steady, motion.first))
+            steady, first = (np.minimum(rate * u[alive] / ulp, 1.0) for u in (motion.steady, motion.first))
+            walk, generic = (found[form.name, rate][alive] for found in (motion.passed, motion.passed_generic))
             rows.append(
                 {
                     "dtype": form.name,
                     "rate": rate,
-                    "first_ulp": float(first.mean()),
-                    "first_reached": float((first > 0.5).mean()),
-                    "steady_ulp": float(steady.mean()),
-                    "steady_ulp_median": float(np.median(steady)),
-                    # A generic master crosses into the next number after 1/steady steps of one direction on average.
-                    "steady_steps": _finite(float(1 / np.median(steady))) if np.median(steady) > 0 else None,
-                    # From the grid, half a unit: all steps in one direction, and a walk at random as simulated.
-                    "straight_steps": _finite(float(0.5 / np.median(steady))) if np.median(steady) > 0 else None,
-                    "walk_steps": _median_step(passed),
-                    "walk_reached": float((passed > 0).mean()),
+                    "first_ulp": _of(np.mean, first),
+                    "first_reached": _of(np.mean, first > 0.5),
+                    "steady_ulp": _of(np.mean, steady),
+                    "steady_ulp_median": _of(np.median, steady),
+                    # Always pushed one way a weight moves by the learning rate, and has half a unit to go: exactly so
+                    # from the grid, on average from anywhere between.
+                    "straight_steps": _of(np.median, np.maximum(0.5 * ulp / rate, 1.0)),
+                    "walk_steps": _median_step(walk),
+                    "walk_steps_generic": _median_step(generic),
+                    "walk_reached": _of(np.mean, walk > 0),
+                    "walk_reached_generic": _of(np.mean, generic > 0),
                     "by_layer": [
                         {"layer": int(i), "steady_ulp": float(steady[layer[alive] == i].mean())}
                         for i in np.unique(layer[alive])
@@ -217,10 +224,16 @@ def _motion(backward: tuple[Document, Arrays], rates: Sequence[float], layers: S
             )
     return {
         "steps": motion.steps,
+        "betas": list(BETAS),
         "n_weights": int(alive.sum()),
         "n_without_gradient": int((~alive).sum()),
         "rows": rows,
     }
+
+
+def _of(statistic: Callable[..., Any], values: NDArray[Any]) -> float | None:
+    """A statistic, None of nothing."""
+    return float(statistic(values)) if len(values) else None
 
 
 def _median_step(passed: NDArray[np.int64]) -> int | None:
@@ -228,10 +241,6 @@ def _median_step(passed: NDArray[np.int64]) -> int | None:
     reached = np.sort(passed[passed > 0])
     half = -(-len(passed) // 2)
     return int(reached[half - 1]) if len(reached) >= half > 0 else None
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
 
 
 def _index(prompts: Sequence[str]) -> NDArray[np.int64]:

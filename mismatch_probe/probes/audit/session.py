@@ -17,10 +17,14 @@ from mismatch_probe.probes.audit.document import audit_document
 from mismatch_probe.probes.audit.junit import junit_xml
 from mismatch_probe.probes.audit.measure import FOLDER, Measurements
 from mismatch_probe.probes.audit.options import AuditOptions
-from mismatch_probe.probes.audit.profile import load_profile
+from mismatch_probe.probes.audit.profile import Profile, load_profile
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.probes.session import new_run, resume_run
 from mismatch_probe.tables import RunDirectory
+
+# Of the manifest: what an audit of the run was asked for.
+_KEY = "audit"
+_KEPT = ("profile", "planned_tokens", "step_tokens", "learning_rates")
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class AuditResult:
 
 def new_audit(
     config: CompareConfig,
-    options: AuditOptions,
+    options: Mapping[str, Any],
     out: str | Path | None,
     baseline: str | Path | None,
     progress: Progress | None,
@@ -71,9 +75,7 @@ def new_audit(
         ProbeError: See `mismatch_probe.errors`; what is finished stays on disk.
     """
     progress = progress or Progress()
-    load_profile(options.profile)  # its mistakes are told before minutes of work
-    if baseline is not None:
-        read_audit(baseline)
+    _check(AuditOptions(**options), baseline)  # mistakes are told before minutes of work
     refused = _refused(config)
     for why in refused.values():
         progress.message(why)
@@ -85,7 +87,7 @@ def new_audit(
 
 
 def resume_audit(
-    path: Path, options: AuditOptions, baseline: str | Path | None, progress: Progress | None
+    path: Path, options: Mapping[str, Any], baseline: str | Path | None, progress: Progress | None
 ) -> AuditResult:
     """Goes on with the passes and the measurements that a run lacks, and judges.
 
@@ -93,42 +95,67 @@ def resume_audit(
         ProbeError: The folder holds no run, its model has changed, or an engine failed.
     """
     progress = progress or Progress()
-    load_profile(options.profile)
-    if RunDirectory.open(path).manifest["status"] != "complete":
+    run = RunDirectory.open(path)
+    _check(_options(run, options), baseline)
+    if run.manifest["status"] != "complete":
         resume_run(path, (), progress, {})
-    return _finish(path, options, baseline, progress, _refused(_config(path)), engines=True)
+    return _finish(path, options, baseline, progress, None, engines=True)
 
 
-def audit_run(path: Path, options: AuditOptions, baseline: str | Path | None) -> AuditResult:
+def audit_run(path: Path, options: Mapping[str, Any], baseline: str | Path | None) -> AuditResult:
     """Judges a finished comparison without an engine, as far as it goes.
 
     Raises:
         TableError: The folder holds no run, or a table is missing or corrupt.
     """
-    return _finish(path, options, baseline, Progress(), {}, engines=False)
+    return _finish(path, options, baseline, Progress(), None, engines=False)
 
 
 def _finish(
     path: Path,
-    options: AuditOptions,
+    given: Mapping[str, Any],
     baseline: str | Path | None,
     progress: Progress,
-    refused: Mapping[str, str],
+    refused: Mapping[str, str] | None,
     *,
     engines: bool,
 ) -> AuditResult:
-    profile = load_profile(options.profile)
-    old = None if baseline is None else read_audit(baseline)
-    RunDirectory.open(path)  # before the lock, which would make the folder
+    """Judges a run.
+
+    Args:
+        path: Its folder.
+        given: Options; of those that decide what is measured, the ones that are not given are an earlier audit's.
+        baseline: An older audit.
+        progress: Told what is done.
+        refused: By rollout dtype the engine's refusal; None for what an earlier audit of the run knew.
+        engines: Whether to measure what is missing.
+    """
+    run = RunDirectory.open(path)  # before the lock, which would make the folder
+    options = _options(run, given)
+    profile, old = _check(options, baseline)
     with locked(path):
         run = RunDirectory.open(path)
+        known = run.manifest.get(_KEY, {}).get("refused", {}) if refused is None else refused
+        run.manifest[_KEY] = {"options": options.as_dict(), "refused": dict(known)}
+        run.save()
         measurements = Measurements(run, options)
         if engines:
             measurements.make_missing(progress)
             progress.message("computing verdict and figures")
-        document = audit_document(run, options, profile, measurements.load(), measurements.calibration, refused)
+        document = audit_document(run, options, profile, measurements, known)
         document["baseline"] = None if old is None else compare_audits(old, document, str(baseline))
         return AuditResult(path, document, _write(path / FOLDER, document, options), options.strict)
+
+
+def _options(run: RunDirectory, given: Mapping[str, Any]) -> AuditOptions:
+    """The options of an earlier audit of the run, with those that are given in their place."""
+    kept = run.manifest.get(_KEY, {}).get("options", {})
+    found = {name: tuple(v) if isinstance(v, list) else v for name, v in kept.items() if name in _KEPT}
+    return AuditOptions(**{**found, **given})
+
+
+def _check(options: AuditOptions, baseline: str | Path | None) -> tuple[Profile, dict[str, Any] | None]:
+    return load_profile(options.profile), None if baseline is None else read_audit(baseline)
 
 
 def _write(folder: Path, document: dict[str, Any], options: AuditOptions) -> dict[str, Path]:
@@ -148,7 +175,3 @@ def _refused(config: CompareConfig) -> dict[str, str]:
         return {}
     known = resolve(config.model or DEFAULT_MODEL, revision=config.revision, weights=False)
     return {dtype: why for dtype in config.rollout_dtypes if (why := refusal(known.config, dtype))}
-
-
-def _config(path: Path) -> CompareConfig:
-    return CompareConfig.from_dict(RunDirectory.open(path).manifest["config"])

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mismatch_probe.config import RECORDED
 from mismatch_probe.metrics.corrections import Correction
 from mismatch_probe.probes.audit.advice import Choice
 
@@ -22,6 +23,8 @@ _TRL_MODES = {
     "seq-mis": "sequence_mask",
 }
 _RC = "algorithm.rollout_correction"
+_MIXED = "fsdp_config.mixed_precision"
+_HALVES = ("bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -44,34 +47,38 @@ class Snippet:
         return {"framework": self.framework, "text": self.text, "note": self.note}
 
 
-def snippets(choice: Choice, model: str) -> list[Snippet]:
+def snippets(choice: Choice, model: str, temperature: float = 1.0) -> list[Snippet]:
     """The recommendation in each framework's own terms.
 
     Args:
         choice: The recommendation.
         model: The checkpoint's name.
+        temperature: That was audited.
     """
-    return [_trl(choice), _verl(choice), _vllm(choice, model)]
+    found = [_trl(choice, temperature), _verl(choice, temperature)]
+    return found if choice.pair["rollout_dtype"] == RECORDED else [*found, _vllm(choice, model)]
 
 
-def _trl(choice: Choice) -> Snippet:
+def _trl(choice: Choice, temperature: float) -> Snippet:
     """Fields of `GRPOConfig`; weights are loaded in FP32, since mixed precision trains on FP32 masters."""
     dtype, correction = choice.pair["trainer_dtype"], choice.correction
+    precision = {} if dtype == RECORDED else {"bf16": dtype == "bfloat16", "fp16": dtype == "float16"}
     values: dict[str, Any] = {
-        "bf16": dtype == "bfloat16",
-        "fp16": dtype == "float16",
+        **precision,
         "model_init_kwargs": {"dtype": "float32"},
         "use_vllm": True,
         "vllm_mode": "server",
-        "temperature": 1.0,
+        "temperature": temperature,
         "top_p": 1.0,
         "top_k": 0,
         "vllm_importance_sampling_correction": correction is not None and correction.name in _TRL_MODES,
     }
-    notes = [
-        "TRL has no key for vLLM's dtype: start its server with "
-        f"`trl vllm-serve --model MODEL --dtype {choice.pair['rollout_dtype']}`."
-    ]
+    served = "" if choice.pair["rollout_dtype"] == RECORDED else f" --dtype {choice.pair['rollout_dtype']}"
+    notes = [f"TRL has no key for vLLM's dtype: start its server with `trl vllm-serve --model MODEL{served}`."]
+    if choice.pair["trainer_mode"] == "cast" and dtype in _HALVES:
+        notes.append(
+            "TRL trains under autocast with FP32 masters, and `cast` was audited: add --trainer-mode autocast."
+        )
     if correction is not None and correction.name in _TRL_MODES:
         values["vllm_importance_sampling_mode"] = _TRL_MODES[correction.name]
         values["vllm_importance_sampling_clip_max"] = correction.high
@@ -87,20 +94,20 @@ def _trl(choice: Choice) -> Snippet:
     return Snippet("trl", values, f"GRPOConfig(\n{body})", " ".join(notes))
 
 
-def _verl(choice: Choice) -> Snippet:
+def _verl(choice: Choice, temperature: float) -> Snippet:
     """Overrides for `python3 -m verl.trainer.main_ppo`; `+` adds a key that its YAML does not spell out."""
-    trainer, correction = _VERL_SHORT[choice.pair["trainer_dtype"]], choice.correction
-    mixed = f"{{param_dtype:{trainer},reduce_dtype:fp32,buffer_dtype:fp32}}"
+    rollout, trainer = choice.pair["rollout_dtype"], choice.pair["trainer_dtype"]
+    correction = choice.correction
+    mixed = f"{{param_dtype:{_VERL_SHORT.get(trainer)},reduce_dtype:fp32,buffer_dtype:fp32}}"
     values: dict[str, Any] = {
         "actor_rollout_ref.rollout.name": "vllm",
-        "actor_rollout_ref.rollout.dtype": choice.pair["rollout_dtype"],
+        **({} if rollout == RECORDED else {"actor_rollout_ref.rollout.dtype": rollout}),
         "actor_rollout_ref.rollout.calculate_log_probs": True,
         "actor_rollout_ref.rollout.logprobs_mode": "processed_logprobs",
-        "actor_rollout_ref.rollout.temperature": 1.0,
+        "actor_rollout_ref.rollout.temperature": temperature,
         "actor_rollout_ref.rollout.top_p": 1.0,
         "actor_rollout_ref.rollout.top_k": -1,
-        "+actor_rollout_ref.actor.fsdp_config.mixed_precision": mixed,
-        "+actor_rollout_ref.ref.fsdp_config.mixed_precision": mixed,
+        **({} if trainer == RECORDED else {f"+actor_rollout_ref.{side}.{_MIXED}": mixed for side in ("actor", "ref")}),
         **_verl_correction(correction),
     }
     notes = ["FSDP takes its precision from mixed_precision; fsdp_config.dtype changes nothing there."]
