@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -17,6 +18,7 @@ from mismatch_probe.errors import DtypeRefused, TableError, UsageError
 from mismatch_probe.probes.audit.baseline import compare_audits, read_audit
 from mismatch_probe.probes.audit.junit import junit_xml
 from mismatch_probe.probes.audit.options import AuditOptions
+from mismatch_probe.probes.session import RunResult
 from mismatch_probe.resources import data_path
 from tests.conftest import MakeModel
 
@@ -30,9 +32,16 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mismatch_probe.report.audit_figures.draw_audit", lambda document, folder: {})
 
 
+@pytest.fixture(scope="module")
+def audited(finished: RunResult, tmp_path_factory: pytest.TempPathFactory) -> Document:
+    """Of the finished run; read it, never change it."""
+    copied = Path(shutil.copytree(finished.path, tmp_path_factory.mktemp("audited") / "run"))
+    return mismatch_probe.audit_run(copied).document
+
+
 @pytest.fixture
-def document(run_copy: Path, no_pictures: None) -> Document:
-    return mismatch_probe.audit_run(run_copy).document
+def document(audited: Document) -> Document:
+    return copy.deepcopy(audited)
 
 
 def valid(document: Document) -> None:
@@ -329,7 +338,8 @@ def test_a_baseline_closes_the_gate(run_copy: Path, document: Document, tmp_path
     valid(found.document)
 
 
-def test_a_baseline_is_found_by_its_file_or_folder(run_copy: Path, document: Document, tmp_path: Path) -> None:
+def test_a_baseline_is_found_by_its_file_or_folder(run_copy: Path, tmp_path: Path, no_pictures: None) -> None:
+    document = mismatch_probe.audit_run(run_copy).document
     for place in (run_copy, run_copy / "audit", run_copy / "audit" / "audit.json"):
         assert read_audit(place) == document
     with pytest.raises(TableError, match="There is no audit"):

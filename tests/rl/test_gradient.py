@@ -182,7 +182,7 @@ class TestRefusals:
         assert not (tmp_path / "other").exists()
 
     def test_a_model_without_weights(self, run_copy: Path) -> None:
-        with pytest.raises(UsageError, match="no gradient"):
+        with pytest.raises(UsageError, match="no weights"):
             mismatch_probe.rl_gradient(run_copy)
 
     def test_no_run(self, tmp_path: Path) -> None:
