@@ -287,6 +287,16 @@ def test_what_is_computed_counts_by_its_value_in_the_direction_of_its_limits(doc
     assert regressions(headroom(4.1, best="pass"), headroom(3.9, best="warn")) == ["fp16_headroom"]
 
 
+def test_loss_scales_are_compared_by_powers_of_two(document: Document) -> None:
+    def room(value: float) -> Document:
+        limits = {"warn_below": 2.0, "fail_below": 0.0}
+        return changed(document, "kl_k3", 1.0, value=value, name="fp16_loss_scale", limits=limits, best="pass", **EXACT)
+
+    (row,) = compare_audits(room(13.0), room(8.0), "old")["regressions"]
+    assert (row["change"]["kind"], row["change"]["value"], row["why"]) == ("difference", -5.0, "worse by at least 5")
+    assert regressions(room(13.0), room(12.0)) == []
+
+
 def test_a_value_near_1_counts_by_the_way_to_its_limit(document: Document) -> None:
     def error(value: float) -> Document:
         return changed(

@@ -159,7 +159,9 @@ def _change(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, An
     info = CATALOG.get(after["name"])
     ends = [before["ci_low"], before["ci_high"], after["ci_low"], after["ci_high"]]
     known = all(end is not None for end in ends)
-    if (info is None or info.positive) and a > 0 and b > 0 and not (known and min(ends) <= 0):
+    # Of exponents it is the difference that tells.
+    scaled = info.positive if info is not None else not after["name"].startswith("fp16_loss_scale")
+    if scaled and a > 0 and b > 0 and not (known and min(ends) <= 0):
         spread = math.hypot(math.log(ends[1] / ends[0]), math.log(ends[3] / ends[2])) / 2 if known else None
         low, high = (None, None) if spread is None else (b / a * math.exp(-spread), b / a * math.exp(spread))
         return {"kind": "ratio", "value": b / a, "ci_low": low, "ci_high": high}
