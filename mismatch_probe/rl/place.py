@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -41,7 +40,10 @@ def places_of(path: Path, tokens: int, sequences: int) -> list[Place]:
             continue
         prediction = length["predictions"][0]
         label = f"{model}, {SHORT[dtype].upper() if dtype in SHORT else dtype}, {tokens:,} tokens"
-        ess, gap = _value(prediction["ess_seq"]), _value(pairs[0]["metrics"]["mean_abs_logprob_diff"])
+        ess, gap = (
+            MetricValue.of_dict(prediction["ess_seq"]),
+            MetricValue.of_dict(pairs[0]["metrics"]["mean_abs_logprob_diff"]),
+        )
         found.append(Place(label, pairs[0]["rollout_dtype"], ess, _as_seen(ess, sequences), gap))
     return found
 
@@ -64,7 +66,3 @@ def sample_ess(ess: float, n: int) -> float:
 def _as_seen(value: MetricValue, n: int) -> MetricValue:
     seen, low, high = (None if x is None else sample_ess(x, n) for x in (value.value, value.ci_low, value.ci_high))
     return MetricValue(seen, low, high, value.why)
-
-
-def _value(row: dict[str, Any]) -> MetricValue:
-    return MetricValue(row["value"], row["ci_low"], row["ci_high"], row.get("why", ""))

@@ -14,10 +14,11 @@ import pytest
 
 import mismatch_probe
 from mismatch_probe.config import CompareConfig
-from mismatch_probe.errors import DtypeRefused, TableError, UsageError
+from mismatch_probe.errors import DtypeRefused, Interrupted, TableError, UsageError
 from mismatch_probe.probes.audit.baseline import compare_audits, read_audit
 from mismatch_probe.probes.audit.junit import junit_xml
 from mismatch_probe.probes.audit.options import AuditOptions
+from mismatch_probe.probes.progress import Progress
 from mismatch_probe.probes.session import RunResult
 from mismatch_probe.resources import data_path
 from tests.conftest import MakeModel
@@ -439,3 +440,19 @@ def test_two_trainer_modes_are_two_pairs_and_share_no_prediction(
     assert check_of(autocast, "ess_seq_planned")["status"] == "not judged"
     assert "only the mode cast was predicted" in check_of(autocast, "ess_seq_planned")["evidence"]
     assert compare_audits(document, copy.deepcopy(document), "old")["regressions"] == []
+
+
+def test_an_interrupted_audit_goes_on_as_an_audit_and_keeps_what_it_was_asked_for(
+    scripted_model: MakeModel, tmp_path: Path, no_pictures: None, no_figures: None
+) -> None:
+    class Impatient(Progress):
+        def begin(self, pass_id: str, text: str) -> None:
+            if pass_id.startswith("hf"):
+                raise KeyboardInterrupt
+
+    config = CompareConfig(model=str(scripted_model()), num_prompts=4, max_tokens=4)
+    with pytest.raises(Interrupted) as error:
+        mismatch_probe.audit(config, out=tmp_path / "run", planned_tokens=99, progress=Impatient())
+    assert error.value.fix == f"Continue with: mismatch-probe audit --resume {tmp_path / 'run'}"
+    mismatch_probe.resume(tmp_path / "run")
+    assert mismatch_probe.audit_run(tmp_path / "run").document["options"]["planned_tokens"] == 99

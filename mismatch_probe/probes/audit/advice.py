@@ -100,7 +100,7 @@ def advise(
     sentences += texts
     lag = _lag(pair, ranges.get("lag"))
     sentences += [lag] if lag else []
-    kl = _value(source["metrics"]["kl_k3"])
+    kl = MetricValue.of_dict(source["metrics"]["kl_k3"])
     alarm = None
     if kl.value is not None and kl.ci_high is not None:
         alarm = ALARM_FACTOR * kl.ci_high
@@ -113,7 +113,7 @@ def advise(
 
 def _precision(pair: Document, pairs: Sequence[Document]) -> str:
     name = _name(pair)
-    gap = _value(pair["mean_abs_logprob_diff"])
+    gap = MetricValue.of_dict(pair["mean_abs_logprob_diff"])
     text = f"{name}: {pair['verdict']}" + ("" if gap.value is None else f", mean |d| {said(gap)} nats")
     others = [
         f"{_name(other)} {other['verdict']}"
@@ -192,7 +192,7 @@ def _lag(pair: Document, lag: Document | None) -> str:
     if lag is None or dtype not in ("bfloat16", "float16"):
         return ""
     steady = next(case for case in lag["cases"] if case["dtype"] == dtype and case["rate"] is None)
-    gap = said(_value(steady["mean_abs_logprob_diff"]))
+    gap = said(MetricValue.of_dict(steady["mean_abs_logprob_diff"]))
     text = f"The {_SHORT[dtype]} engine lags behind FP32 masters by {gap} nats of mean |d|"
     row = next((row for row in lag["motion"]["rows"] if row["dtype"] == dtype), None) if lag["motion"] else None
     if row is None or row["straight_steps"] is None:
@@ -221,7 +221,3 @@ def _name(pair: Document) -> str:
 
 def _same(pair: Document, other: Document) -> bool:
     return all(pair[key] == other[key] for key in ("rollout_dtype", "trainer_dtype", "trainer_mode"))
-
-
-def _value(row: Mapping[str, Any]) -> MetricValue:
-    return MetricValue(row["value"], row["ci_low"], row["ci_high"], row.get("why", ""))

@@ -58,7 +58,7 @@ class Checks:
         return [judged("fp16_refusal", MetricValue(1.0), bounds, sentence, exact=True)]
 
     def _metric(self, name: str, bounds: Bounds, pair: Document) -> Check:
-        value = _value(pair["metrics"][name])
+        value = MetricValue.of_dict(pair["metrics"][name])
         info = CATALOG[name]
         if value.value is None:
             return missing(name, bounds, f"{info.title}: {value.why}.")
@@ -81,13 +81,13 @@ class Checks:
         floor = next((p for p in self._summary["pairs"] if _dtypes(p) == ("float32", "float32")), None)
         if floor is None:
             return missing("fp32_floor", bounds, "The run has no FP32 pair, so a bug could pass for rounding.")
-        value = _value(floor["metrics"][_FLOOR])
+        value = MetricValue.of_dict(floor["metrics"][_FLOOR])
         return judged("fp32_floor", value, bounds, f"In FP32 both engines agree to {said(value)} nats.")
 
     def _one_sided(self, bounds: Bounds, pair: Document) -> Check | None:
         if not pair["on_policy"] or _dtypes(pair)[0] != _dtypes(pair)[1]:
             return None
-        mean = _value(pair["metrics"]["mean_ratio"])
+        mean = MetricValue.of_dict(pair["metrics"]["mean_ratio"])
         if mean.value is None:
             return missing("one_sided", bounds, f"Mean importance ratio: {mean.why}.")
         tests = pair["ratio_tests"]
@@ -101,7 +101,7 @@ class Checks:
             evidence = f"The mean importance ratio is {said(mean)}; nowhere is it shown to be another than 1."
             return judged_event("one_sided", 0, mean, bounds, evidence)
         worst = max(broken, key=lambda test: abs(test["mean_ratio"]["value"] - 1))
-        value = _value(worst["mean_ratio"])
+        value = MetricValue.of_dict(worst["mean_ratio"])
         evidence = f"The mean importance ratio is {said(value)} ({worst['family']}): a fault of one side, not rounding."
         return judged_event("one_sided", len(broken), value, bounds, evidence)
 
@@ -149,7 +149,7 @@ class Checks:
         return judged("fp16_headroom", MetricValue(room), bounds, evidence, where, exact=True)
 
     def _fp16_overflow_rate(self, bounds: Bounds, forward: Document) -> Check:
-        rate, n = _value(forward["overflow_tokens"]), forward["overflow_tokens"]["n"]
+        rate, n = MetricValue.of_dict(forward["overflow_tokens"]), forward["overflow_tokens"]["n"]
         evidence = f"{n} of {forward['n_tokens']:,} tokens have an activation of 65,520 or more."
         return judged_event("fp16_overflow_rate", n, rate, bounds, evidence, forward["first_overflow"])
 
@@ -236,7 +236,7 @@ def planned_ess(summary: Document, pair: Document) -> MetricValue | None:
     found = summary["length"].get(name)
     if found is None or not found["predictions"]:
         return None
-    return _value(found["predictions"][0]["ess_seq"])
+    return MetricValue.of_dict(found["predictions"][0]["ess_seq"])
 
 
 def _unseen(n: int) -> MetricValue:
@@ -254,10 +254,6 @@ def said(value: MetricValue) -> str:
     if value.ci_low is None or value.ci_high is None:
         return text
     return f"{text} [{value.ci_low:.{digits}g}, {value.ci_high:.{digits}g}]"
-
-
-def _value(row: Mapping[str, Any]) -> MetricValue:
-    return MetricValue(row["value"], row["ci_low"], row["ci_high"], row.get("why", ""))
 
 
 def _dtypes(pair: Document) -> Sequence[str]:

@@ -53,9 +53,9 @@ def audit_document(
     """
     summary, config = _summary(run, options), CompareConfig.from_dict(run.manifest["config"])
     parts = measurements.load()
-    ranges, why = ranges_of(parts, measurements.calibration, options), measurements.why_missing()
+    ranges, why_missing = ranges_of(parts, measurements.calibration, options), measurements.why_missing()
     planned = options.planned(run)
-    checks = Checks(profile, summary, ranges, why, planned)
+    checks = Checks(profile, summary, ranges, why_missing, planned)
     pairs = [_pair(pair, checks.of_pair(pair)) for pair in summary["pairs"]]
     pairs += [_pair({**row, "metrics": {}}, checks.refused(why)) for row, why in _refused_pairs(run, refused)]
     # Of pairs that were asked for, one of these is recommended.
@@ -83,7 +83,7 @@ def audit_document(
         "pairs": pairs,
         "recommendation": recommendation,
         "range": ranges,
-        "missing": _missing(summary, ranges, why, refused, options),
+        "missing": _missing(summary, ranges, why_missing, refused, options),
         "provenance": _provenance(run) | {"measured_with": {n: facts["made_with"] for n, (facts, _) in parts.items()}},
         "baseline": None,
     }
@@ -164,7 +164,7 @@ def _overall(pairs: Sequence[Mapping[str, Any]], best: Mapping[str, Any] | None,
 def _missing(
     summary: Mapping[str, Any],
     ranges: Mapping[str, Any],
-    why: Mapping[str, str],
+    why_missing: Mapping[str, str],
     refused: Mapping[str, str],
     options: AuditOptions,
 ) -> list[dict[str, str]]:
@@ -176,7 +176,7 @@ def _missing(
         for rollout, trainer in options.wanted_pairs
         if (rollout, trainer) not in there and rollout not in refused
     ]
-    rows += [{"what": _PARTS[name], "why": why[name]} for name, found in ranges.items() if found is None]
+    rows += [{"what": _PARTS[name], "why": why_missing[name]} for name, found in ranges.items() if found is None]
     return rows
 
 

@@ -1,6 +1,6 @@
 """What the parts of an audit say of a model's numbers: peaks, converted weights, gradients, the FP16 pass, engine lag.
 
-Plain documents, as `audit.json` has them. A magnitude that overflowed FP32 itself is None, and counted.
+Plain documents, as `audit.json` has them. Peaks are of what is finite; what is not, even in FP32, is counted.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import Any
 from mismatch_probe.config import DEFAULT_MODEL, CompareConfig
 from mismatch_probe.engines.models import resolve
 from mismatch_probe.engines.refusals import refusal
-from mismatch_probe.errors import DtypeRefused
+from mismatch_probe.errors import DtypeRefused, Interrupted
 from mismatch_probe.files import locked, write_json, write_text
 from mismatch_probe.probes.audit.baseline import compare_audits, read_audit
 from mismatch_probe.probes.audit.document import audit_document
@@ -19,11 +19,12 @@ from mismatch_probe.probes.audit.measure import FOLDER, Measurements
 from mismatch_probe.probes.audit.options import AuditOptions
 from mismatch_probe.probes.audit.profile import Profile, load_profile
 from mismatch_probe.probes.progress import Progress
-from mismatch_probe.probes.session import new_run, resume_run
+from mismatch_probe.probes.session import default_folder, new_run, resume_run
 from mismatch_probe.tables import RunDirectory
 
 # Of the manifest: what an audit of the run was asked for.
 _KEY = "audit"
+_RESUME = "Continue with: mismatch-probe audit --resume {}"
 _KEPT = ("profile", "planned_tokens", "step_tokens", "learning_rates")
 
 
@@ -82,8 +83,13 @@ def new_audit(
     dtypes = tuple(dtype for dtype in config.rollout_dtypes if dtype not in refused)
     if not dtypes:
         raise DtypeRefused(" ".join(refused.values()), "Audit it with --rollout-dtypes bf16.")
-    run = new_run(replace(config, rollout_dtypes=dtypes), out, (), progress)
-    return _finish(run.path, options, baseline, progress, refused, engines=True)
+    path = Path(out) if out is not None else default_folder(config.source or config.model or DEFAULT_MODEL)
+    try:
+        new_run(replace(config, rollout_dtypes=dtypes), path, (), progress)
+    except Interrupted as error:
+        _remember(RunDirectory.open(path), AuditOptions(**options), refused)
+        raise Interrupted(error.what, _RESUME.format(path)) from None
+    return _finish(path, options, baseline, progress, refused, engines=True)
 
 
 def resume_audit(
@@ -98,7 +104,10 @@ def resume_audit(
     run = RunDirectory.open(path)
     _check(_options(run, options), baseline)
     if run.manifest["status"] != "complete":
-        resume_run(path, (), progress, {})
+        try:
+            resume_run(path, (), progress, {})
+        except Interrupted as error:
+            raise Interrupted(error.what, _RESUME.format(path)) from None
     return _finish(path, options, baseline, progress, None, engines=True)
 
 
@@ -136,8 +145,7 @@ def _finish(
     with locked(path):
         run = RunDirectory.open(path)
         known = run.manifest.get(_KEY, {}).get("refused", {}) if refused is None else refused
-        run.manifest[_KEY] = {"options": options.as_dict(), "refused": dict(known)}
-        run.save()
+        _remember(run, options, known)
         measurements = Measurements(run, options)
         if engines:
             measurements.make_missing(progress)
@@ -145,6 +153,12 @@ def _finish(
         document = audit_document(run, options, profile, measurements, known)
         document["baseline"] = None if old is None else compare_audits(old, document, str(baseline))
         return AuditResult(path, document, _write(path / FOLDER, document, options), options.strict)
+
+
+def _remember(run: RunDirectory, options: AuditOptions, refused: Mapping[str, str]) -> None:
+    """Keeps with the run what its audit was asked for."""
+    run.manifest[_KEY] = {"options": options.as_dict(), "refused": dict(refused)}
+    run.save()
 
 
 def _options(run: RunDirectory, given: Mapping[str, Any]) -> AuditOptions:
