@@ -7,42 +7,15 @@ from typing import Any
 import click
 
 import mismatch_probe
-from mismatch_probe.cli.compare import command as compare
-from mismatch_probe.cli.compare import engine_args_of, json_option
+from mismatch_probe.cli.compare import engine_args_of, json_option, run_parameters
 from mismatch_probe.cli.output import print_json
 from mismatch_probe.cli.progress import shown_progress
 from mismatch_probe.config import CompareConfig
 from mismatch_probe.errors import EXIT_LIMIT, EXIT_OK, UsageError
 
-# Of `compare`, what makes a run; an audit wants every dtype to sample for itself.
-_TAKEN = (
-    "model",
-    "revision",
-    "trust_remote_code",
-    "prompts",
-    "chat",
-    "num_prompts",
-    "samples_per_prompt",
-    "max_tokens",
-    "temperature",
-    "seed",
-    "exact_kl",
-    "rollout_dtypes",
-    "trainer_dtypes",
-    "trainer_modes",
-    "trainer_layout",
-    "trainer_attn",
-    "device",
-    "eager",
-    "rollout_batch",
-    "memory_budget_gib",
-    "engine_args",
-    "out",
-)
-
 
 @click.command(
-    params=[parameter for parameter in compare.params if parameter.name in _TAKEN],
+    params=run_parameters("exact_kl", "trainer_layout", "eager", "rollout_batch", "engine_args"),
     epilog="Exit codes: 0 pass or warn, 1 error, 2 usage, 3 fail, not judged or worse than the baseline (--strict: a "
     "warning, too), 130 interrupted.",
 )

@@ -253,3 +253,30 @@ def _show_plan(plan: Plan, as_json: bool) -> None:
 
 def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+# What makes a run in which every rollout dtype samples for itself.
+_RUN = (
+    "model",
+    "revision",
+    "trust_remote_code",
+    "prompts",
+    "chat",
+    "num_prompts",
+    "samples_per_prompt",
+    "max_tokens",
+    "temperature",
+    "seed",
+    "rollout_dtypes",
+    "trainer_dtypes",
+    "trainer_modes",
+    "trainer_attn",
+    "device",
+    "memory_budget_gib",
+    "out",
+)
+
+
+def run_parameters(*others: str) -> list[click.Parameter]:
+    """The options of this command that make a run, for commands that begin with one; and `others`, by name."""
+    return [parameter for parameter in command.params if parameter.name in (*_RUN, *others)]

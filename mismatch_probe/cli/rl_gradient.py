@@ -8,37 +8,15 @@ from typing import Any
 import click
 
 import mismatch_probe
-from mismatch_probe.cli.compare import command as compare
-from mismatch_probe.cli.compare import json_option
+from mismatch_probe.cli.compare import json_option, run_parameters
 from mismatch_probe.cli.output import print_json
 from mismatch_probe.cli.progress import shown_progress
 from mismatch_probe.config import CompareConfig
 from mismatch_probe.errors import UsageError
 
-# Of `compare`, what it takes to make a run; here the rollout dtypes sample for themselves.
-_TAKEN = (
-    "model",
-    "revision",
-    "trust_remote_code",
-    "prompts",
-    "chat",
-    "num_prompts",
-    "samples_per_prompt",
-    "max_tokens",
-    "temperature",
-    "seed",
-    "rollout_dtypes",
-    "trainer_dtypes",
-    "trainer_modes",
-    "trainer_attn",
-    "device",
-    "memory_budget_gib",
-    "out",
-)
-
 
 @click.command(
-    params=[parameter for parameter in compare.params if parameter.name in _TAKEN],
+    params=run_parameters(),
     epilog="Exit codes: 0 done, 1 error, 2 usage, 130 interrupted (the same command on RUN goes on).",
 )
 @click.argument("run", type=click.Path(), required=False)

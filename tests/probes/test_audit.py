@@ -24,6 +24,12 @@ from mismatch_probe.resources import data_path
 from tests.conftest import MakeModel
 
 Document = dict[str, Any]
+ONE_PAIR: dict[str, Any] = {
+    "num_prompts": 4,
+    "max_tokens": 4,
+    "rollout_dtypes": ("bfloat16",),
+    "trainer_dtypes": ("bfloat16",),
+}
 SCHEMA = json.loads(data_path("audit.schema.json").read_text(encoding="utf-8"))
 
 
@@ -96,13 +102,7 @@ def test_the_asked_for_pair_decides(run_copy: Path, no_pictures: None) -> None:
 
 
 def test_a_pair_that_was_not_run_cannot_pass(scripted_model: MakeModel, tmp_path: Path, no_pictures: None) -> None:
-    config = CompareConfig(
-        model=str(scripted_model()),
-        num_prompts=4,
-        max_tokens=4,
-        rollout_dtypes=("bfloat16",),
-        trainer_dtypes=("bfloat16",),
-    )
+    config = CompareConfig(model=str(scripted_model()), **ONE_PAIR)
     run = mismatch_probe.compare(config, out=tmp_path / "run")
     found = mismatch_probe.audit_run(run.path, pairs=("fp16",))
     assert found.verdict == "not judged"
@@ -113,13 +113,7 @@ def test_a_pair_that_was_not_run_cannot_pass(scripted_model: MakeModel, tmp_path
 def test_a_run_without_fp32_says_that_a_bug_could_pass_for_rounding(
     scripted_model: MakeModel, tmp_path: Path, no_pictures: None
 ) -> None:
-    config = CompareConfig(
-        model=str(scripted_model()),
-        num_prompts=4,
-        max_tokens=4,
-        rollout_dtypes=("bfloat16",),
-        trainer_dtypes=("bfloat16",),
-    )
+    config = CompareConfig(model=str(scripted_model()), **ONE_PAIR)
     run = mismatch_probe.compare(config, out=tmp_path / "run")
     pair = mismatch_probe.audit_run(run.path).document["pairs"][0]
     assert check_of(pair, "fp32_floor")["status"] == "not judged"
@@ -129,13 +123,8 @@ def test_a_run_without_fp32_says_that_a_bug_could_pass_for_rounding(
 def test_a_failed_pass_leaves_its_pairs_missing(
     scripted_model: MakeModel, tmp_path: Path, no_pictures: None, no_figures: None
 ) -> None:
-    config = CompareConfig(
-        model=str(scripted_model({"rollout-float16": "refuse"})),
-        num_prompts=4,
-        max_tokens=4,
-        rollout_dtypes=("bfloat16", "float16"),
-        trainer_dtypes=("bfloat16",),
-    )
+    model = str(scripted_model({"rollout-float16": "refuse"}))
+    config = CompareConfig(model=model, **{**ONE_PAIR, "rollout_dtypes": ("bfloat16", "float16")})
     run = mismatch_probe.compare(config, out=tmp_path / "run")
     document = mismatch_probe.audit_run(run.path).document
     valid(document)
@@ -407,13 +396,7 @@ def test_a_recorded_run_is_judged_by_its_log_probs_and_names_no_dtype(
 def test_a_run_whose_rollouts_all_failed_is_not_judged(
     scripted_model: MakeModel, tmp_path: Path, no_pictures: None, no_figures: None
 ) -> None:
-    config = CompareConfig(
-        model=str(scripted_model({"rollout-bfloat16": "refuse"})),
-        num_prompts=4,
-        max_tokens=4,
-        rollout_dtypes=("bfloat16",),
-        trainer_dtypes=("bfloat16",),
-    )
+    config = CompareConfig(model=str(scripted_model({"rollout-bfloat16": "refuse"})), **ONE_PAIR)
     with pytest.raises(TableError):
         mismatch_probe.compare(config, out=tmp_path / "run")
     found = mismatch_probe.audit_run(tmp_path / "run")
@@ -424,14 +407,8 @@ def test_a_run_whose_rollouts_all_failed_is_not_judged(
 def test_two_trainer_modes_are_two_pairs_and_share_no_prediction(
     scripted_model: MakeModel, tmp_path: Path, no_pictures: None, no_figures: None
 ) -> None:
-    config = CompareConfig(
-        model=str(scripted_model()),
-        num_prompts=12,
-        max_tokens=12,
-        rollout_dtypes=("bfloat16",),
-        trainer_dtypes=("bfloat16",),
-        trainer_modes=("cast", "autocast"),
-    )
+    sizes = {**ONE_PAIR, "num_prompts": 12, "max_tokens": 12}
+    config = CompareConfig(model=str(scripted_model()), trainer_modes=("cast", "autocast"), **sizes)
     run = mismatch_probe.compare(config, out=tmp_path / "run")
     document = mismatch_probe.audit_run(run.path).document
     valid(document)
