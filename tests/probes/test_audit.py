@@ -94,6 +94,21 @@ def test_metrics_are_those_of_the_comparison(document: Document, finished: Any) 
                 assert (check["value"], check["ci_low"]) == (metric["value"], metric["ci_low"])
 
 
+def test_the_exact_kl_is_judged_where_rows_were_kept(
+    scripted_model: MakeModel, tmp_path: Path, no_pictures: None, no_figures: None
+) -> None:
+    run = mismatch_probe.compare(
+        CompareConfig(model=str(scripted_model()), exact_kl="all", **ONE_PAIR), out=tmp_path / "run"
+    )
+    document = mismatch_probe.audit_run(run.path).document
+    (pair,) = document["pairs"]
+    value = run.summary["pairs"][0]["metrics"]["kl_exact"]["value"]
+    if value is None:
+        pytest.skip("the scripted engine keeps no rows")
+    assert check_of(pair, "kl_exact")["value"] == value
+    assert any("exact KL" in sentence for sentence in document["recommendation"]["sentences"])
+
+
 def test_the_asked_for_pair_decides(run_copy: Path, no_pictures: None) -> None:
     found = mismatch_probe.audit_run(run_copy, pairs=("fp16/fp16",))
     assert found.document["decided_by"] == ["float16 → float16"]

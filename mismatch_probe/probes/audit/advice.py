@@ -100,12 +100,14 @@ def advise(
     sentences += texts
     lag = _lag(pair, ranges.get("lag"))
     sentences += [lag] if lag else []
-    kl = MetricValue.of_dict(source["metrics"]["kl_k3"])
+    exact = MetricValue.of_dict(source["metrics"]["kl_exact"])
+    kl = MetricValue.of_dict(source["metrics"]["kl_k3"]) if exact.value is None else exact
+    name = "KL k3" if exact.value is None else "exact KL"
     alarm = None
     if kl.value is not None and kl.ci_high is not None:
         alarm = ALARM_FACTOR * kl.ci_high
         sentences.append(
-            f"Expect a KL k3 of {said(kl)} nats per token before the first update, and raise an alarm above "
+            f"Expect a {name} of {said(kl)} nats per token before the first update, and raise an alarm above "
             f"{alarm:.2g} ({ALARM_FACTOR:g} times the upper limit): a mismatch that grows is not this rounding."
         )
     return Choice(pair, scale, correction, tuple(sentences), alarm)

@@ -57,9 +57,11 @@ class Checks:
         bounds = self._bounds.get("fp16_refusal", Bounds(fail_above=0.0, source="the installed vLLM"))
         return [judged("fp16_refusal", MetricValue(1.0), bounds, sentence, exact=True)]
 
-    def _metric(self, name: str, bounds: Bounds, pair: Document) -> Check:
+    def _metric(self, name: str, bounds: Bounds, pair: Document) -> Check | None:
         value = MetricValue.of_dict(pair["metrics"][name])
         info = CATALOG[name]
+        if info.level == "exact" and value.value is None:
+            return None  # a check of runs that kept rows of logits
         if value.value is None:
             return missing(name, bounds, f"{info.title}: {value.why}.")
         if name in RARE:
