@@ -80,7 +80,7 @@ def test_a_healthy_model_passes(tiny: Tiny, tmp_path: Path, architecture: str) -
     pair, checks = audit(tiny(architecture), tmp_path)
     statuses = {name: check["status"] for name, check in checks.items() if name.startswith("fp16")}
     assert set(statuses.values()) == {"pass"}, statuses
-    assert pair["verdict"] in ("pass", "warn")
+    assert pair["verdict"] != "fail"
 
 
 def test_a_peak_of_40000_warns_where_it_is(tiny: Tiny, tmp_path: Path, sequences: list[list[int]]) -> None:
