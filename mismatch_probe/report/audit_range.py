@@ -47,8 +47,7 @@ def _forward(found: Document) -> Content:
         + ("." if first is None else f", first at {visible(first)}.")
     )
     known = f"The longest context seen is {count(found['longest'])} tokens: nothing is known beyond it."
-    rises = found.get("source")
-    source = () if rises is None else (f"Half of the largest peak is first reached at {visible(rises)}.",)
+    source = f"Half of the largest peak is first reached at {visible(found['source'])}."
     kinds = Table(
         ("kind", "peak", "first token", "rest", "rest, 99.9 %", f"{FP16.largest:.0f} / peak", "overflows in"),
         tuple(_kind(name, row) for name, row in found["kinds"].items()),
@@ -71,7 +70,7 @@ def _forward(found: Document) -> Content:
         )
         for row in worst
     )
-    texts = (text, known, over, *source, note)
+    texts = (text, known, over, source, note)
     return texts, (Block("Largest peak by kind", kinds), Block("Largest peaks", Table(header, tensors)))
 
 
@@ -280,7 +279,9 @@ def _upper(rate: Document) -> str:
 
 
 def _peak(value: float) -> str:
-    """A magnitude, from 1,000 on in full, so that it can be compared with FP16's largest number."""
+    """A magnitude, from 1,000 on in full, so that it can be compared with FP16's largest number; 0 was never seen."""
+    if value == 0:
+        return NONE
     return f"{value:,.0f}" if 1e3 <= value < 1e7 else number(value)
 
 

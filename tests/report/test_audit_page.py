@@ -233,13 +233,12 @@ def test_what_is_not_finite_comes_first_and_a_first_overflow_is_named() -> None:
     forward["kinds"]["residual"] |= {"n_nonfinite": 2, "peak": 0.0}
     forward |= {"first_overflow": "model.layers.2.mlp"}
     forward["overflow_tokens"] = {"value": 0.5, "ci_low": None, "ci_high": None, "n": 1300}
-    del forward["source"]
     page = Page(render_audit(document, {}))
     assert (
         "1,300 of 2,607 tokens have an activation of 65,520 or more (50.0 %), first at model.layers.2.mlp." in page.text
     )
     assert page.row("model.layers.2.mlp", "mlp product")[6] == "2"
-    assert page.row("residual")[1:2] + page.row("residual")[5:6] == ["0 2 not finite in FP32", "–"]
+    assert page.row("residual")[1:2] + page.row("residual")[5:6] == ["– 2 not finite in FP32", "–"]
 
 
 def test_tables_hold_the_worst_ten() -> None:
