@@ -129,7 +129,8 @@ def _print_baseline(baseline: Mapping[str, Any], console: Console) -> None:
     _headline(f"Against {visible(baseline['source'])}", console)
     for row in baseline["regressions"]:
         text = f"{visible(row['name'])} of {visible(pair_label(row))}: {visible(row['why'])}"
-        console.print(Text(f"Worse: {text} ({number(row['before'])} → {number(row['after'])})", style=_STYLES["fail"]))
+        values = "" if row["change"] is None else f" ({number(row['before'])} → {number(row['after'])})"
+        console.print(Text(f"Worse: {text}{values}", style=_STYLES["fail"]))
     if not baseline["regressions"]:
         console.print(Text(f"None of {len(baseline['checks'])} checks is worse."))
     for name in baseline["gone"]:

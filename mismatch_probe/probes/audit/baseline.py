@@ -14,6 +14,8 @@ from mismatch_probe.metrics.catalog import CATALOG
 _ORDER = ("pass", "warn", "fail")
 # A change of the value alone is a regression only when it is certainly more than this.
 TOLERATED = 1.1
+# Values that are powers of two; one more or less is what another batch gives.
+_EXPONENTS, _ONE_POWER = "fp16_loss_scale", 1.0
 _USABLE = ("pass", "warn")
 _NAMES = ("rollout_dtype", "trainer_dtype", "trainer_mode")
 
@@ -148,7 +150,8 @@ def _why_worse(before: Mapping[str, Any], after: Mapping[str, Any], change: Mapp
         return f"worse by at least {by:.2f} times" if by > TOLERATED else ""
     # Of what is no ratio, against the way that was left to the nearest limit.
     way = min(abs(limit - before["value"]) for limit in after["limits"].values())
-    return f"worse by at least {abs(near):.3g}" if abs(near) > (TOLERATED - 1) * way else ""
+    least = max((TOLERATED - 1) * way, _ONE_POWER if after["name"].startswith(_EXPONENTS) else 0.0)
+    return f"worse by at least {abs(near):.3g}" if abs(near) > least else ""
 
 
 def _change(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -160,7 +163,7 @@ def _change(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, An
     ends = [before["ci_low"], before["ci_high"], after["ci_low"], after["ci_high"]]
     known = all(end is not None for end in ends)
     # Of exponents it is the difference that tells.
-    scaled = info.positive if info is not None else not after["name"].startswith("fp16_loss_scale")
+    scaled = info.positive if info is not None else not after["name"].startswith(_EXPONENTS)
     if scaled and a > 0 and b > 0 and not (known and min(ends) <= 0):
         spread = math.hypot(math.log(ends[1] / ends[0]), math.log(ends[3] / ends[2])) / 2 if known else None
         low, high = (None, None) if spread is None else (b / a * math.exp(-spread), b / a * math.exp(spread))
