@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mismatch_probe.files import atomic_path
+
+# What zipfile, zlib and numpy raise at bytes that are not theirs.
+_DAMAGE = (
+    OSError,
+    ValueError,
+    KeyError,
+    EOFError,
+    SyntaxError,
+    NotImplementedError,
+    TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 def save_arrays(path: Path, key: str, facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -41,5 +56,5 @@ def load_arrays(path: Path, key: str) -> tuple[dict[str, Any], dict[str, NDArray
             if about["key"] != key:
                 return None
             return about["facts"], {name: found[name] for name in found.files if name != "about"}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except _DAMAGE:
         return None

@@ -277,7 +277,28 @@ def test_a_fault_that_was_mended_is_none(document: Document) -> None:
     assert regressions(whole, broken) == ["one_sided"]
 
 
-EXACT = {"ci_low": None, "ci_high": None}
+EXACT = {"ci_low": None, "ci_high": None, "exact": True}
+OPEN = {"ci_low": None, "ci_high": None, "exact": False}
+
+
+def test_a_value_that_is_no_ground_to_judge_on_is_none_for_a_regression(document: Document) -> None:
+    before, after = (changed(document, "kl_k3", 1.0, value=value, **OPEN) for value in (1e-5, 1e-2))
+    assert regressions(before, after) == []
+    largest = {"name": "max_abs_logprob_diff", **OPEN}
+    before, after = (changed(document, "kl_k3", 1.0, value=value, **largest) for value in (5.0, 6.0))
+    assert regressions(before, after) == []
+    after["pairs"][0]["checks"] = [
+        {**check, "best": "fail"} if check["name"] == "max_abs_logprob_diff" else check
+        for check in after["pairs"][0]["checks"]
+    ]
+    assert regressions(before, after) == ["max_abs_logprob_diff"]
+
+
+def test_a_pair_that_fails_by_a_new_check_is_a_regression(document: Document) -> None:
+    after = copy.deepcopy(document)
+    after["pairs"][0]["verdict"] = "fail"
+    after["pairs"][0]["checks"].append({**after["pairs"][0]["checks"][0], "name": "kl_exact", "best": "fail"})
+    assert regressions(document, after) == ["verdict"]
 
 
 def test_what_is_computed_counts_by_its_value_in_the_direction_of_its_limits(document: Document) -> None:
@@ -362,18 +383,20 @@ def test_a_baseline_is_found_by_its_file_or_folder(run_copy: Path, tmp_path: Pat
     (tmp_path / "audit.json").write_text('{"schema_version": 9}')
     with pytest.raises(TableError, match="no audit that this release reads"):
         read_audit(tmp_path / "audit.json")
+    for damaged in ({"schema_version": 1, "pairs": []}, {**document, "pairs": {}}, {**document, "pairs": [{}]}, []):
+        (tmp_path / "audit.json").write_text(json.dumps(damaged))
+        with pytest.raises(TableError, match="no audit that this release reads"):
+            read_audit(tmp_path / "audit.json")
     (tmp_path / "audit.json").write_text("{")
     with pytest.raises(TableError, match="cannot be read"):
         read_audit(tmp_path)
 
 
-def test_what_an_audit_was_asked_for_stays_with_its_run(run_copy: Path, no_pictures: None) -> None:
-    first = mismatch_probe.audit_run(run_copy, planned_tokens=17, profile="verl", strict=True)
-    again = mismatch_probe.audit_run(run_copy)
-    assert again.document["options"]["planned_tokens"] == 17
-    assert again.document["profile"] == first.document["profile"]
-    assert not again.strict
-    assert mismatch_probe.audit_run(run_copy, planned_tokens=18).document["options"]["planned_tokens"] == 18
+def test_a_look_at_a_run_changes_nothing_of_it(run_copy: Path, no_pictures: None) -> None:
+    before = (run_copy / "manifest.json").read_bytes()
+    mismatch_probe.audit_run(run_copy, planned_tokens=17, profile="verl", strict=True)
+    assert (run_copy / "manifest.json").read_bytes() == before
+    assert mismatch_probe.audit_run(run_copy).document["options"]["planned_tokens"] == 48
 
 
 def recorded(folder: Path, prompt: list[int], n: int = 40) -> Path:
@@ -434,17 +457,48 @@ def test_two_trainer_modes_are_two_pairs_and_share_no_prediction(
     assert compare_audits(document, copy.deepcopy(document), "old")["regressions"] == []
 
 
+class Impatient(Progress):
+    """Stops at the first trainer pass."""
+
+    def __init__(self, error: type[BaseException]) -> None:
+        self._error = error
+
+    def begin(self, pass_id: str, text: str) -> None:
+        if pass_id.startswith("hf"):
+            raise self._error
+
+
+def test_an_audit_that_dies_keeps_what_it_was_asked_for(
+    scripted_model: MakeModel, tmp_path: Path, no_pictures: None, no_figures: None
+) -> None:
+    config = CompareConfig(model=str(scripted_model()), num_prompts=4, max_tokens=4)
+    with pytest.raises(ZeroDivisionError):
+        mismatch_probe.audit(config, out=tmp_path / "run", planned_tokens=99, progress=Impatient(ZeroDivisionError))
+    mismatch_probe.resume(tmp_path / "run")
+    assert mismatch_probe.audit_run(tmp_path / "run").document["options"]["planned_tokens"] == 99
+
+
+def test_an_audit_leaves_another_runs_folder_alone(scripted_model: MakeModel, run_copy: Path) -> None:
+    before = (run_copy / "manifest.json").read_bytes()
+    with pytest.raises(UsageError, match="not empty"):
+        mismatch_probe.audit(CompareConfig(model=str(scripted_model()), **ONE_PAIR), out=run_copy)
+    assert (run_copy / "manifest.json").read_bytes() == before
+
+
 def test_an_interrupted_audit_goes_on_as_an_audit_and_keeps_what_it_was_asked_for(
     scripted_model: MakeModel, tmp_path: Path, no_pictures: None, no_figures: None
 ) -> None:
-    class Impatient(Progress):
-        def begin(self, pass_id: str, text: str) -> None:
-            if pass_id.startswith("hf"):
-                raise KeyboardInterrupt
-
     config = CompareConfig(model=str(scripted_model()), num_prompts=4, max_tokens=4)
     with pytest.raises(Interrupted) as error:
-        mismatch_probe.audit(config, out=tmp_path / "run", planned_tokens=99, progress=Impatient())
-    assert error.value.fix == f"Continue with: mismatch-probe audit --resume {tmp_path / 'run'}"
+        mismatch_probe.audit(
+            config,
+            out=tmp_path / "run",
+            planned_tokens=99,
+            pairs=("bf16",),
+            strict=True,
+            progress=Impatient(KeyboardInterrupt),
+        )
+    resume = f"mismatch-probe audit --resume {tmp_path / 'run'} --pair bf16 --strict"
+    assert error.value.fix == f"Continue with: {resume}"
     mismatch_probe.resume(tmp_path / "run")
     assert mismatch_probe.audit_run(tmp_path / "run").document["options"]["planned_tokens"] == 99

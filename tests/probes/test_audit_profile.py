@@ -8,7 +8,7 @@ import pytest
 
 from mismatch_probe.errors import UsageError
 from mismatch_probe.metrics.catalog import CATALOG
-from mismatch_probe.probes.audit.profile import OWN_CHECKS, PROFILES, RARE, load_profile
+from mismatch_probe.probes.audit.profile import OWN_CHECKS, PROFILES, RARE, is_extreme, load_profile
 
 
 @pytest.mark.parametrize("name", PROFILES)
@@ -21,6 +21,14 @@ def test_shipped_profiles_load_and_say_who_says_so(name: str) -> None:
         assert bounds.source, check
         assert bounds.text()
         assert (check in RARE) == (bounds.event is not None)
+
+
+def test_maxima_and_counts_are_extremes_and_k_hat_is_not() -> None:
+    assert is_extreme("max_abs_logprob_diff")
+    assert is_extreme("seq_log_ratio_min")
+    assert not is_extreme("pareto_k")
+    assert not is_extreme("kl_k3")
+    assert not is_extreme("fp16_headroom")
 
 
 def test_every_own_check_is_in_the_default_profile() -> None:

@@ -20,6 +20,7 @@ def check(name: str, status: str, value: float | None = 0.5, **changes: Any) -> 
         "worst": "warn" if status == "not judged" else level,
         "why": "",
         **metric(value),
+        "exact": False,
         "limits": {"warn_above": 1.0},
         "threshold": f"warn above {name}",
         "source": f"source of {name}",

@@ -56,7 +56,8 @@ class Fp16Proof:
                 return True
             if forward is not None or self.exponent <= _LOWEST:
                 return False
-            self.exponent = min(self.exponent - 1, self._highest if self._highest is not None else self.exponent)
+            room = self.exponent if self._highest is None else max(self._highest, _LOWEST)
+            self.exponent = min(self.exponent - 1, room)
 
     def facts(self) -> dict[str, Any]:
         """`forward` and `backward` name the first tensor that was not finite, None where none was."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mismatch_probe.metrics.corrections import CORRECTIONS, Correction
+from mismatch_probe.metrics.floats import NO_SCALE
 from mismatch_probe.probes.audit.checks import planned_ess, said
 from mismatch_probe.probes.audit.judge import Status
 from mismatch_probe.probes.audit.ranges import scales_of
@@ -135,6 +136,8 @@ def _loss_scale(pair: Document, backward: Document | None) -> tuple[int | None, 
     scales = None if backward is None else scales_of(backward)
     if backward is None or scales is None:
         return None, "No loss scale can be recommended: gradients were not measured."
+    if scales.high == NO_SCALE:
+        return None, f"No loss scale serves every tensor: {scales.high_by} is not finite even in FP32."
     if scales.empty:
         return None, f"No loss scale serves every tensor: {scales.high_by} overflows above 2^{scales.high}."
     start = max(scales.low, min(_LARGEST_START, scales.high - _ROOM))
@@ -176,7 +179,8 @@ def _correction(
     if (masked.value or 0.0) > MANY:
         # Capping that many tokens is a bias of its own.
         geometric = by_name["geometric"]
-        found = geometric if (touched[geometric.name].value or 1.0) < FEW else by_name["token-mis"]
+        out = touched[geometric.name].value
+        found = geometric if out is not None and out < FEW else by_name["token-mis"]
         whose = "sequences by their geometric mean" if found is geometric else "tokens by their weight"
         return found, [
             f"Sequence weights {usable}: they leave {band}; and {_share(masked)} of the tokens have a weight above "

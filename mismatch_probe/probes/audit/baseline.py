@@ -10,6 +10,7 @@ from typing import Any
 
 from mismatch_probe.errors import TableError
 from mismatch_probe.metrics.catalog import CATALOG
+from mismatch_probe.probes.audit.profile import is_extreme
 
 _ORDER = ("pass", "warn", "fail")
 # A change of the value alone is a regression only when it is certainly more than this.
@@ -37,9 +38,17 @@ def read_audit(path: str | Path) -> dict[str, Any]:
         raise TableError(f"There is no audit {file}.", "Name an audit.json, or the folder of its run.") from None
     except (OSError, ValueError) as error:
         raise TableError(f"The audit {file} cannot be read ({error}).", "Restore the file.") from None
-    if not isinstance(document, dict) or document.get("schema_version") != 1 or "pairs" not in document:
+    if not isinstance(document, dict) or not _is_audit(document):
         raise TableError(f"{file} is no audit that this release reads.", "Name an audit.json that `audit` wrote.")
     return document
+
+
+def _is_audit(document: Mapping[str, Any]) -> bool:
+    keys = ("model", "profile", "options", "pairs", "provenance")
+    if document.get("schema_version") != 1 or any(key not in document for key in keys):
+        return False
+    pairs = document["pairs"]
+    return isinstance(pairs, list) and all(isinstance(pair, dict) and "checks" in pair for pair in pairs)
 
 
 def compare_audits(old: Mapping[str, Any], new: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -82,11 +91,11 @@ def _lost(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[dict[str, Any]
         if pair["verdict"] not in _USABLE:
             continue
         after = there.get(_pair(pair))
-        # Where a check fails, that check says so.
-        checks = {} if after is None else {check["name"] for check in after["checks"]}
-        shared = any(check["name"] in checks for check in pair["checks"])
-        if after is not None and (after["verdict"] in _USABLE or (after["verdict"] == "fail" and shared)):
+        if after is not None and after["verdict"] in _USABLE:
             continue
+        known = {check["name"] for check in pair["checks"]}
+        if after is not None and any(check["best"] == "fail" and check["name"] in known for check in after["checks"]):
+            continue  # that check says so itself
         why = "the pair is gone" if after is None else f"{pair['verdict']} before, {after['verdict']} now"
         rows.append(
             {
@@ -132,9 +141,10 @@ def _why_worse(before: Mapping[str, Any], after: Mapping[str, Any], change: Mapp
     if not after["limits"]:  # an event
         return f"{before['status']} before, {after['status']} now" if worse else ""
     unchanged = 1.0 if change["kind"] == "ratio" else 0.0
-    exact = before["ci_low"] is None and after["ci_low"] is None
+    exact = bool(before.get("exact") and after["exact"])
     if change["ci_low"] is None and not exact:
-        return ""  # one of the two is no ground to stand on
+        # Of a maximum the status alone tells; anything else without an interval is no ground to stand on.
+        return f"{before['status']} before, {after['status']} now" if worse and is_extreme(after["name"]) else ""
     low, high = (change["value"],) * 2 if exact else (change["ci_low"], change["ci_high"])
     if low <= unchanged <= high:
         return ""

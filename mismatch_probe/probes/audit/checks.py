@@ -70,8 +70,9 @@ class Checks:
             return judged_event(name, count, value, bounds, evidence)
         evidence = f"{info.title}: {said(value)}{f' {info.unit}' if info.unit else ''}."
         if is_extreme(name):
-            return judged_extreme(name, value, _unseen(pair["n_tokens"]), bounds, evidence)
-        return judged(name, value, bounds, evidence)
+            n = pair["n_sequences" if info.level == "sequence" else "n_tokens"]
+            return judged_extreme(name, value, _unseen(n), bounds, evidence)
+        return judged(name, value, bounds, evidence, exact=not info.has_interval)
 
     def _nonfinite_logprobs(self, bounds: Bounds, pair: Document) -> Check:
         n, total = pair["n_nonfinite"], pair["n_tokens"]
@@ -207,7 +208,8 @@ class Checks:
             return missing("fp16_loss_scale_start", bounds, "No tensor got a gradient.")
         first = backward["overflow_at_start"]
         trace = backward["scaler"]
-        skipped = "every step" if trace is None else f"{trace['skipped_at_start']} steps before it takes one"
+        never = trace is None or scales.high == NO_SCALE
+        skipped = "every step" if never else f"{trace['skipped_at_start']} steps before it takes one"
         evidence = f"A scaler that starts at 2^{START} skips {skipped}"
         evidence += f"; {first} is the first to overflow." if first else "."
         room = MetricValue(float(scales.high - START))

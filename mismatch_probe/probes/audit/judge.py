@@ -27,6 +27,7 @@ class Check:
         threshold, source: In words.
         evidence: A sentence.
         where: The module that decides, where one does.
+        exact: Whether the value was counted or computed, so that it needs no interval.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Check:
     source: str
     evidence: str
     where: str | None = None
+    exact: bool = False
 
     @property
     def status(self) -> Status:
@@ -52,6 +54,7 @@ class Check:
             "worst": self.worst,
             "why": "",
             **self.value.as_dict(),
+            "exact": self.exact,
             "limits": dict(self.limits),
             "threshold": self.threshold,
             "source": self.source,
@@ -83,7 +86,7 @@ def judged(
     # Limits on both sides of an interval make its middle better than either end.
     middle = _level(value.value, bounds)
     best, worst = min([*levels, middle], key=_ORDER.index), max(levels, key=_ORDER.index)
-    return Check(name, best, worst, value, *about, evidence, where)
+    return Check(name, best, worst, value, *about, evidence, where, exact)
 
 
 def judged_event(
@@ -105,6 +108,7 @@ def judged_extreme(name: str, value: MetricValue, rate: MetricValue, bounds: Bou
     the upper limit of the rate of what was not seen is low enough.
     """
     check = judged(name, value, bounds, evidence, exact=True)
+    check = replace(check, exact=False)
     shown = bounds.rate_below is not None and _is_rare(rate, bounds)
     return check if shown or check.best == "fail" else replace(check, worst=_worst(bounds))
 

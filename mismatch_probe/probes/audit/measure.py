@@ -27,7 +27,10 @@ from mismatch_probe.types import ScoreRequest
 FOLDER = "audit"
 N_GRADIENTS, N_LAG, N_PROOF = 16, 32, 4
 NOT_MEASURED = "The run has no measurement of it: `mismatch-probe audit --resume RUN` makes it, with the engine."
-OTHER_SETTINGS = "It was measured with other settings: `mismatch-probe audit --resume RUN` measures it with these."
+OTHER_SETTINGS = (
+    "It was measured with other settings or by another release, or its file is damaged: "
+    "`mismatch-probe audit --resume RUN` measures it with these."
+)
 Part = tuple[dict[str, Any], dict[str, Any]]
 
 
@@ -85,8 +88,12 @@ class Measurements:
         """By part, why there is none."""
         return {name: OTHER_SETTINGS if self._file(name).exists() else NOT_MEASURED for name in PARTS}
 
-    def make_missing(self, progress: Progress) -> None:
+    def make_missing(self, progress: Progress, resume: str) -> None:
         """Makes the parts that are not there yet: those in FP32 in one process, the FP16 pass in another.
+
+        Args:
+            progress: Told about both.
+            resume: The command that goes on after an interruption.
 
         Raises:
             UsageError: The model has no weights, or no sequence of the run has a prompt.
@@ -101,13 +108,15 @@ class Measurements:
         trainer = fp32_trainer(self._config, model, self._device)
         wide = {name: key for name, key in keys.items() if name != "proof"}
         if wide:
-            self._run_job(trainer, wide, "activations, gradients, lag", progress)
+            self._run_job(trainer, wide, "activations, gradients, lag", resume, progress)
         if "proof" in keys:
             flags = devices.trainer_settings(self._device, "float16").arguments
             half = replace(trainer, dtype="float16", mode=self._config.trainer_modes[0], flags=flags)
-            self._run_job(half, {"proof": keys["proof"]}, "a pass in FP16", progress)
+            self._run_job(half, {"proof": keys["proof"]}, "a pass in FP16", resume, progress)
 
-    def _run_job(self, trainer: TrainerJob, keys: Mapping[str, str], text: str, progress: Progress) -> None:
+    def _run_job(
+        self, trainer: TrainerJob, keys: Mapping[str, str], text: str, resume: str, progress: Progress
+    ) -> None:
         sequences, backward = self.calibration.sequences, self.load().get("backward")
         scales = None if backward is None else scale_range(histograms_of(*backward))
         job = AuditJob(
@@ -123,7 +132,6 @@ class Measurements:
             highest=None if scales is None else scales.high,
         )
         settings = devices.trainer_settings(self._device, trainer.dtype)
-        resume = f"mismatch-probe audit --resume {self._run.path}"
         run_pass(self._run, job, settings, "audit", text, resume, progress)
 
     def _file(self, name: str) -> Path:

@@ -72,6 +72,10 @@ class AuditOptions:
             raise UsageError(f"--pair {pair!r} is not rollout/trainer.", "Write for example --pair bf16/bf16.")
         return names[0], names[-1]
 
+    def flags(self) -> str:
+        """What of this a run does not remember, as it stands on the command line."""
+        return "".join(f" --pair {pair}" for pair in self.pairs) + (" --strict" if self.strict else "")
+
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}

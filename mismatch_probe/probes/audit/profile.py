@@ -39,7 +39,7 @@ def title_of(check: str) -> str:
 
 def is_extreme(check: str) -> bool:
     """Whether a metric is a maximum, a minimum or a count, of which what was not seen says little."""
-    return check in CATALOG and not CATALOG[check].has_interval
+    return check in CATALOG and not CATALOG[check].has_interval and check != "pareto_k"
 
 
 class Bounds(BaseModel):

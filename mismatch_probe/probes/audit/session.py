@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from mismatch_probe.config import DEFAULT_MODEL, CompareConfig
 from mismatch_probe.engines.models import resolve
 from mismatch_probe.engines.refusals import refusal
-from mismatch_probe.errors import DtypeRefused, Interrupted
+from mismatch_probe.errors import DtypeRefused, Interrupted, ProbeError, UsageError
 from mismatch_probe.files import locked, write_json, write_text
 from mismatch_probe.probes.audit.baseline import compare_audits, read_audit
 from mismatch_probe.probes.audit.document import audit_document
@@ -24,7 +25,6 @@ from mismatch_probe.tables import RunDirectory
 
 # Of the manifest: what an audit of the run was asked for.
 _KEY = "audit"
-_RESUME = "Continue with: mismatch-probe audit --resume {}"
 _KEPT = ("profile", "planned_tokens", "step_tokens", "learning_rates")
 
 
@@ -84,11 +84,17 @@ def new_audit(
     if not dtypes:
         raise DtypeRefused(" ".join(refused.values()), "Audit it with --rollout-dtypes bf16.")
     path = Path(out) if out is not None else default_folder(config.source or config.model or DEFAULT_MODEL)
+    asked = AuditOptions(**options)
     try:
         new_run(replace(config, rollout_dtypes=dtypes), path, (), progress)
-    except Interrupted as error:
-        _remember(RunDirectory.open(path), AuditOptions(**options), refused)
-        raise Interrupted(error.what, _RESUME.format(path)) from None
+    except UsageError:
+        raise  # nothing was begun; what lies at the path may be somebody else's
+    except BaseException as error:
+        with suppress(ProbeError):
+            _remember(RunDirectory.open(path), asked, refused)
+        if isinstance(error, Interrupted):
+            raise Interrupted(error.what, f"Continue with: {_resume(path, asked, baseline)}") from None
+        raise
     return _finish(path, options, baseline, progress, refused, engines=True)
 
 
@@ -102,12 +108,16 @@ def resume_audit(
     """
     progress = progress or Progress()
     run = RunDirectory.open(path)
-    _check(_options(run, options), baseline)
+    asked = _options(run, options)
+    _check(asked, baseline)
     if run.manifest["status"] != "complete":
+        with locked(path):
+            run = RunDirectory.open(path)
+            _remember(run, asked, _known_refusals(run))
         try:
             resume_run(path, (), progress, {})
         except Interrupted as error:
-            raise Interrupted(error.what, _RESUME.format(path)) from None
+            raise Interrupted(error.what, f"Continue with: {_resume(path, asked, baseline)}") from None
     return _finish(path, options, baseline, progress, None, engines=True)
 
 
@@ -144,15 +154,26 @@ def _finish(
     profile, old = _check(options, baseline)
     with locked(path):
         run = RunDirectory.open(path)
-        known = run.manifest.get(_KEY, {}).get("refused", {}) if refused is None else refused
-        _remember(run, options, known)
+        known = _known_refusals(run) if refused is None else refused
         measurements = Measurements(run, options)
         if engines:
-            measurements.make_missing(progress)
+            _remember(run, options, known)
+            measurements.make_missing(progress, _resume(path, options, baseline))
             progress.message("computing verdict and figures")
         document = audit_document(run, options, profile, measurements, known)
         document["baseline"] = None if old is None else compare_audits(old, document, str(baseline))
         return AuditResult(path, document, _write(path / FOLDER, document, options), options.strict)
+
+
+def _resume(path: Path, options: AuditOptions, baseline: str | Path | None) -> str:
+    """The command that goes on with an audit."""
+    old = "" if baseline is None else f" --baseline {baseline}"
+    return f"mismatch-probe audit --resume {path}{options.flags()}{old}"
+
+
+def _known_refusals(run: RunDirectory) -> dict[str, str]:
+    """What an earlier audit of the run knew of the engine's refusals."""
+    return dict(run.manifest.get(_KEY, {}).get("refused", {}))
 
 
 def _remember(run: RunDirectory, options: AuditOptions, refused: Mapping[str, str]) -> None:
