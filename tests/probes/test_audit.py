@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -152,7 +153,8 @@ def test_a_scripted_model_has_nothing_to_measure(run_copy: Path) -> None:
 
 
 def test_a_refused_dtype_is_told_before_anything_is_loaded(scripted_model: MakeModel, tmp_path: Path) -> None:
-    pytest.importorskip("vllm")
+    if find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed, so its source has no table")
     model = scripted_model()
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "model_type": "gemma3"}))
