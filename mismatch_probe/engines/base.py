@@ -142,6 +142,25 @@ class OwnJob(Protocol):
         """Does it, in the worker process; `channel` takes events (`send`) and ends phases (`phase`)."""
 
 
+@dataclass(frozen=True)
+class OnTrainer:
+    """What an `OwnJob` on a trainer knows of its model.
+
+    Attributes:
+        trainer: The trainer, its requests left empty.
+    """
+
+    trainer: TrainerJob
+
+    @property
+    def model_path(self) -> str:
+        return self.trainer.model_path
+
+    @property
+    def trust_remote_code(self) -> bool:
+        return self.trainer.trust_remote_code
+
+
 class RolloutEngine(Protocol):
     """The sampling side, μ."""
 

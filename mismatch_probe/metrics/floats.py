@@ -19,6 +19,8 @@ Floats = NDArray[np.float64]
 EXPONENTS = 256
 # Below every exponent of FP32: no loss scale is as small.
 NO_SCALE = -999
+# The exponent that torch's GradScaler starts at.
+FIRST_SCALE = 16
 _BIAS = 127
 
 
@@ -186,7 +188,7 @@ class ScalerTrace:
 def simulate_scaler(
     largest: Sequence[float],
     *,
-    initial: int = 16,
+    initial: int = FIRST_SCALE,
     growth_interval: int = 2000,
     intervals: int = 3,
     form: FloatFormat = FP16,

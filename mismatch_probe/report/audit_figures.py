@@ -45,7 +45,6 @@ _SIDES = {
 _MARKERS = ("X", "o", "s", "^", "D", "v")
 # Σ|g| below this share of all is not worth a decade of the axis.
 _LEAST_SHARE = 1e-8
-_START = 16
 _NAME_CHARACTERS = 20
 
 
@@ -151,7 +150,7 @@ def gradients_figure(document: Document) -> Figure:
     """Σ|g| by binary exponent, as a share of each side's, against what FP16 keeps without and with a loss scale."""
     backward, recommendation = document["range"]["backward"], document["recommendation"]
     scale = None if recommendation is None else recommendation["loss_scale"]
-    exponent = round(math.log2(scale)) if scale else _START
+    exponent = round(math.log2(scale)) if scale else backward["start_exponent"]
     with plot_settings():
         figure = Figure(figsize=(9.6, 5.0), layout="constrained")
         strip, axes = figure.subplots(2, 1, sharex=True, height_ratios=(0.22, 1.0))

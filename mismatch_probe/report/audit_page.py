@@ -13,11 +13,11 @@ from mismatch_probe.report.audit_terminal import (
     by_status,
     counts,
     deciding_pairs,
-    pair_label,
     question,
 )
 from mismatch_probe.report.format import NONE, count, interval, number, percent, visible
 from mismatch_probe.report.html import EmbeddedFigure, embedded, render_page
+from mismatch_probe.report.names import precision_label
 from mismatch_probe.report.view import Table, provenance_table, stacked
 
 if TYPE_CHECKING:
@@ -98,7 +98,9 @@ def _reasons(pairs: Sequence[Document]) -> list[tuple[str, str, str, str]]:
         (
             _STATES[check["status"]],
             check["status"],
-            visible(check["name"]) if len(pairs) == 1 else f"{visible(pair_label(pair))}: {visible(check['name'])}",
+            visible(check["name"])
+            if len(pairs) == 1
+            else f"{visible(precision_label(pair))}: {visible(check['name'])}",
             visible(check["evidence"]),
         )
         for pair in pairs
@@ -113,7 +115,7 @@ def _pairs(pairs: Sequence[Document]) -> Table:
         found, gap = counts(pair["checks"]), value_cell(pair["mean_abs_logprob_diff"])
         numbers = (str(found[status]) for status in STATUSES)
         tokens = f"{count(pair['n_tokens'])} of {count(pair['n_prompts'])} prompts"
-        rows.append((visible(pair_label(pair)), pair["verdict"], gap, *numbers, tokens))
+        rows.append((visible(precision_label(pair)), pair["verdict"], gap, *numbers, tokens))
     return Table(("rollout → trainer", "verdict", "mean |d| (nats)", *STATUSES, "tokens"), tuple(rows))
 
 
@@ -168,7 +170,7 @@ def _deciding(pairs: Sequence[Document]) -> Part:
     )
     blocks = tuple(
         Block(
-            visible(pair_label(pair)),
+            visible(precision_label(pair)),
             Table(_CHECK_HEADER, tuple(_check(check) for check in by_status(pair["checks"]))),
             open=True,
         )
@@ -179,7 +181,7 @@ def _deciding(pairs: Sequence[Document]) -> Part:
 
 def _others(pairs: Sequence[Document]) -> Part:
     rows = tuple(
-        (visible(pair_label(pair)), *_check(check))
+        (visible(precision_label(pair)), *_check(check))
         for pair in pairs
         for check in by_status(pair["checks"])
         if check["status"] != "pass"
@@ -223,7 +225,7 @@ def _baseline(found: Document) -> Part:
 def _changes(rows: Sequence[Document]) -> Table:
     cells = tuple(
         (
-            stacked(visible(row["name"]), visible(pair_label(row))),
+            stacked(visible(row["name"]), visible(precision_label(row))),
             stacked(number(row["before"]), row["status_before"]),
             stacked(number(row["after"]), row["status_after"]),
             _change(row["change"]),

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mismatch_probe.report.format import interval, number, visible
+from mismatch_probe.report.names import precision_label
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -37,15 +38,9 @@ def answer(document: Mapping[str, Any]) -> str:
     return f"{_ANSWERS[document['verdict']]}: {names or why}"
 
 
-def pair_label(pair: Mapping[str, Any]) -> str:
-    """`float16 → float16`, as `decided_by` names a pair, not yet made visible."""
-    mode = f" ({pair['trainer_mode']})" if pair["trainer_mode"] == "autocast" else ""
-    return f"{pair['rollout_dtype']} → {pair['trainer_dtype']}{mode}"
-
-
 def deciding_pairs(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The pairs that the verdict is of."""
-    return [pair for pair in document["pairs"] if pair_label(pair) in document["decided_by"]]
+    return [pair for pair in document["pairs"] if precision_label(pair) in document["decided_by"]]
 
 
 def by_status(checks: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -108,14 +103,14 @@ def _pairs_table(pairs: Sequence[Mapping[str, Any]]) -> Table:
         estimate.append(f" {limits}" if limits else "", style="dim")
         verdict = Text(pair["verdict"], style=_STYLES[pair["verdict"]])
         numbers = (str(found[status]) for status in ("fail", "warn", "not judged"))
-        table.add_row(Text(visible(pair_label(pair))), verdict, estimate, *numbers)
+        table.add_row(Text(visible(precision_label(pair))), verdict, estimate, *numbers)
     return table
 
 
 def _print_checks(pair: Mapping[str, Any], console: Console) -> None:
     """A line for each check that is not passed, and how many are."""
     checks = [check for check in by_status(pair["checks"]) if check["status"] != "pass"]
-    _headline(f"Checks of {visible(pair_label(pair))}", console)
+    _headline(f"Checks of {visible(precision_label(pair))}", console)
     rows = []
     for check in checks:
         line = Text(visible(check["name"]), style="bold")
@@ -128,7 +123,7 @@ def _print_checks(pair: Mapping[str, Any], console: Console) -> None:
 def _print_baseline(baseline: Mapping[str, Any], console: Console) -> None:
     _headline(f"Against {visible(baseline['source'])}", console)
     for row in baseline["regressions"]:
-        text = f"{visible(row['name'])} of {visible(pair_label(row))}: {visible(row['why'])}"
+        text = f"{visible(row['name'])} of {visible(precision_label(row))}: {visible(row['why'])}"
         values = "" if row["change"] is None else f" ({number(row['before'])} → {number(row['after'])})"
         console.print(Text(f"Worse: {text}{values}", style=_STYLES["fail"]))
     if not baseline["regressions"]:

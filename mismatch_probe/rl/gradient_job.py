@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mismatch_probe.arrays import load_arrays, save_arrays
-from mismatch_probe.engines.base import TrainerJob
+from mismatch_probe.engines.base import OnTrainer
 from mismatch_probe.metrics.gradient import Weighted
 
 Floats = NDArray[np.float64]
@@ -78,7 +78,7 @@ class PassTask:
 
 
 @dataclass(frozen=True)
-class GradientJob:
+class GradientJob(OnTrainer):
     """Makes the files of some rollout passes, one sequence at a time.
 
     Attributes:
@@ -86,18 +86,9 @@ class GradientJob:
         passes: What to make.
     """
 
-    trainer: TrainerJob
     passes: Sequence[PassTask]
     subject: str = field(default="The gradient pass", init=False)
     memory_advice: str = field(default="Compare with a lower --max-tokens.", init=False)
-
-    @property
-    def model_path(self) -> str:
-        return self.trainer.model_path
-
-    @property
-    def trust_remote_code(self) -> bool:
-        return self.trainer.trust_remote_code
 
     def run(self, channel: Any) -> None:
         """Events: `identity`, `total` and `progress` in sequences."""

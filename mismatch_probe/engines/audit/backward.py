@@ -69,7 +69,7 @@ class GradientTracker:
             yield self
 
     def weights(self) -> None:
-        """Adds the gradients that a sequence left at the weights, and takes them away."""
+        """Adds the gradients that a sequence left at the weights."""
         for name, parameter in self._model.named_parameters():
             if parameter.grad is not None:
                 self._add(name, parameter.grad)

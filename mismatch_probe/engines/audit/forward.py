@@ -113,13 +113,12 @@ class ForwardTracker:
             key: `[1, K, T, D]`, H a multiple of K.
             scale: What products are multiplied by; None for 1/√D.
         """
-        heads, tokens, size = query.shape[-3:]
+        tokens, size = query.shape[-2:]
         if query.ndim != 4 or query.shape[0] != 1 or tokens != self._tokens:
             return
         grouped = query.detach()[0].reshape(key.shape[1], -1, tokens, size)  # [K, H/K, T, D]
         keys = key.detach()[0].transpose(1, 2)[:, None]  # [K, 1, D, T]
-        step = max(1, _SCORES_AT_ONCE // (heads * keys.shape[-1]))
-        peaks = torch.cat([(rows @ keys).abs_().amax((0, 1, 3)) for rows in torch.split(grouped, step, dim=2)])
+        peaks = _product_peaks(grouped, keys)
         name = self._running[-1]
         self._keep(Place.of(f"{name} (q·k)", "attention product"), peaks)
         self._keep(Place.of(f"{name} (scores)", "softmax input"), peaks * (scale or 1 / math.sqrt(size)))
@@ -151,12 +150,7 @@ class ForwardTracker:
         """Takes the peaks of q·k where attention multiplies them by itself: `[1, H, T, D]` by `[1, H, D, T]`."""
         if min(first.ndim, second.ndim) < 3 or not first.shape[-2] == second.shape[-1] == self._tokens:
             return
-        step = max(1, _SCORES_AT_ONCE // (first[..., 0, 0].numel() * self._tokens))
-        parts = [
-            (rows @ second.detach()).abs_().amax((*range(first.ndim - 2), first.ndim - 1))
-            for rows in torch.split(first.detach(), step, dim=-2)
-        ]
-        self._keep(Place.of(f"{name} (q·k)", "attention product"), torch.cat(parts))
+        self._keep(Place.of(f"{name} (q·k)", "attention product"), _product_peaks(first.detach(), second.detach()))
 
     def _observe_rows(self, place: Place, rows: Tensor) -> None:
         """Takes the peaks of rows of scores `[1, H, T, …]`, whose tokens are the last but one dimension."""
@@ -238,6 +232,18 @@ def _watched(look: Callable[..., None]) -> Iterator[None]:
     finally:
         for owner, name, function, _ in found:
             setattr(owner, name, function)
+
+
+def _product_peaks(rows: Tensor, columns: Tensor) -> Tensor:
+    """`[T]` largest magnitude of each row of a product, which is made some rows at a time.
+
+    Args:
+        rows: `[…, T, D]`.
+        columns: `[…, D, T]`.
+    """
+    step = max(1, _SCORES_AT_ONCE // (rows[..., 0, 0].numel() * columns.shape[-1]))
+    others = (*range(rows.ndim - 2), rows.ndim - 1)
+    return torch.cat([(part @ columns).abs_().amax(others) for part in torch.split(rows, step, dim=-2)])
 
 
 def first_tensor(output: Any) -> Tensor | None:

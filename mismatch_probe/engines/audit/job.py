@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mismatch_probe.arrays import save_arrays
-from mismatch_probe.engines.base import TrainerJob
+from mismatch_probe.engines.base import OnTrainer
 from mismatch_probe.metrics.floats import ExponentHistogram
 from mismatch_probe.metrics.peaks import PeakSums
 from mismatch_probe.types import ScoreRequest
@@ -36,7 +36,7 @@ Part = tuple[dict[str, Any], dict[str, NDArray[Any]]]
 
 
 @dataclass(frozen=True)
-class AuditJob:
+class AuditJob(OnTrainer):
     """Measures a model on some sequences of its own.
 
     Attributes:
@@ -52,7 +52,6 @@ class AuditJob:
         highest: For the proof, the exponent of the largest loss scale that FP32 gradients leave room for.
     """
 
-    trainer: TrainerJob
     folder: str
     keys: Mapping[str, str]
     sequences: Sequence[ScoreRequest]
@@ -64,14 +63,6 @@ class AuditJob:
     highest: int | None = None
     subject: str = field(default="The audit's pass", init=False)
     memory_advice: str = field(default="Audit with a lower --max-tokens.", init=False)
-
-    @property
-    def model_path(self) -> str:
-        return self.trainer.model_path
-
-    @property
-    def trust_remote_code(self) -> bool:
-        return self.trainer.trust_remote_code
 
     def run(self, channel: Any) -> None:
         """Events: `identity`, `total` and `progress` in tokens; a phase for each part."""

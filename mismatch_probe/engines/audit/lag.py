@@ -46,7 +46,7 @@ class LagScorer:
 
     Args:
         engine: In FP32; its weights are not what they were afterwards.
-        gradients: Of a batch, by parameter.
+        gradients: Of a batch, by parameter, on the host.
     """
 
     def __init__(self, engine: HfTrainer, gradients: dict[str, Tensor]) -> None:
@@ -79,7 +79,7 @@ class LagScorer:
                 noise = torch.rand(start.shape, generator=generator) - 0.5
                 yield parameter, start + noise * ulp(start, FORMATS[case.dtype])
             elif name in self._gradients:
-                gradient = self._gradients[name].to("cpu")
+                gradient = self._gradients[name]
                 yield parameter, start - case.rate * gradient / (gradient.abs() + _EPSILON)
             else:
                 yield parameter, start

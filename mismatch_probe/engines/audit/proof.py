@@ -13,8 +13,8 @@ from mismatch_probe.engines.audit.backward import output_gradients
 from mismatch_probe.engines.audit.forward import first_tensor
 from mismatch_probe.engines.hf import HfTrainer
 from mismatch_probe.engines.logprobs import Batch, token_logprobs
+from mismatch_probe.metrics.floats import FIRST_SCALE
 
-INITIAL = 16
 # GradScaler goes on for ever; a scale this small flushes everything.
 _LOWEST = -24
 
@@ -33,7 +33,7 @@ class Fp16Proof:
     def __init__(self, engine: HfTrainer, temperature: float, step_tokens: int, highest: int | None) -> None:
         self._engine, self._model = engine, engine.model.requires_grad_(True)
         self._temperature, self._tokens, self._highest = temperature, step_tokens, highest
-        self.exponent = INITIAL
+        self.exponent = FIRST_SCALE
         self.attempts: list[dict[str, Any]] = []
         self.n_sequences = 0
 
@@ -65,7 +65,7 @@ class Fp16Proof:
         finite = last["forward"] is None and (last["backward"] is None or self.exponent < last["exponent"])
         return {
             "n_sequences": self.n_sequences,
-            "initial_exponent": INITIAL,
+            "initial_exponent": FIRST_SCALE,
             "exponent": self.exponent if finite else None,
             "finite": finite,
             "first_nonfinite_forward": next((a["forward"] for a in self.attempts if a["forward"]), None),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mismatch_probe.metrics.corrections import CORRECTIONS, Correction
-from mismatch_probe.metrics.floats import NO_SCALE
+from mismatch_probe.metrics.floats import FIRST_SCALE, NO_SCALE
 from mismatch_probe.probes.audit.checks import planned_ess, said
 from mismatch_probe.probes.audit.judge import Status
 from mismatch_probe.probes.audit.ranges import scales_of
@@ -26,7 +26,6 @@ ALARM_FACTOR = 3.0
 _ROOM = 4
 # Shares of tokens that a correction touches.
 MANY, FEW = 0.01, 0.1
-_LARGEST_START = 16
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ def _loss_scale(pair: Document, backward: Document | None) -> tuple[int | None, 
         return None, f"No loss scale serves every tensor: {scales.high_by} is not finite even in FP32."
     if scales.empty:
         return None, f"No loss scale serves every tensor: {scales.high_by} overflows above 2^{scales.high}."
-    start = max(scales.low, min(_LARGEST_START, scales.high - _ROOM))
+    start = max(scales.low, min(FIRST_SCALE, scales.high - _ROOM))
     return start, (
         f"Start dynamic loss scaling at 2^{start}: 2^{scales.low} to 2^{scales.high} serve every tensor for a loss "
         f"averaged over {backward['step_tokens']:,} tokens; of twice as many the range lies one power of two higher."

@@ -29,9 +29,8 @@ def read_audit(path: str | Path) -> dict[str, Any]:
     """
     file = Path(path)
     if file.is_dir():
-        file = next(
-            (f for f in (file / "audit.json", file / "audit" / "audit.json") if f.is_file()), file / "audit.json"
-        )
+        outer, inner = file / "audit.json", file / "audit" / "audit.json"
+        file = inner if inner.is_file() and not outer.is_file() else outer
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -138,18 +137,19 @@ def _why_worse(before: Mapping[str, Any], after: Mapping[str, Any], change: Mapp
     if change is None:
         return ""
     worse = _ORDER.index(after["best"]) > _ORDER.index(before["best"])
+    fell = f"{before['status']} before, {after['status']} now" if worse else ""
     if not after["limits"]:  # an event
-        return f"{before['status']} before, {after['status']} now" if worse else ""
+        return fell
     unchanged = 1.0 if change["kind"] == "ratio" else 0.0
     exact = bool(before.get("exact") and after["exact"])
     if change["ci_low"] is None and not exact:
         # Of a maximum the status alone tells; anything else without an interval is no ground to stand on.
-        return f"{before['status']} before, {after['status']} now" if worse and is_extreme(after["name"]) else ""
+        return fell if is_extreme(after["name"]) else ""
     low, high = (change["value"],) * 2 if exact else (change["ci_low"], change["ci_high"])
     if low <= unchanged <= high:
         return ""
-    if worse:
-        return f"{before['status']} before, {after['status']} now"
+    if fell:
+        return fell
     rises = any(name.endswith("above") for name in after["limits"])
     falls = any(name.endswith("below") for name in after["limits"])
     if rises == falls or (low > unchanged) != rises:  # better, or limits on both sides, where only the status tells

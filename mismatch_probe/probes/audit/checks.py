@@ -6,16 +6,27 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mismatch_probe.metrics.catalog import CATALOG
-from mismatch_probe.metrics.floats import FP16, NO_SCALE
+from mismatch_probe.metrics.floats import FIRST_SCALE, FP16, NO_SCALE
 from mismatch_probe.metrics.intervals import poisson_interval
 from mismatch_probe.metrics.multiplicity import SIGNIFICANCE, holm
 from mismatch_probe.probes.audit.judge import Check, judged, judged_event, judged_extreme, missing
 from mismatch_probe.probes.audit.profile import RARE, Bounds, Profile, is_extreme
-from mismatch_probe.probes.audit.ranges import START, headroom, scales_of
+from mismatch_probe.probes.audit.ranges import headroom, scales_of
 from mismatch_probe.types import MetricValue
 
 Document = Mapping[str, Any]
 _FLOOR = "mean_abs_logprob_diff"
+# What each check of FP16's range is made of, and which of them ask nothing of an engine that only samples.
+_PART = {
+    "fp16_headroom": "forward",
+    "fp16_overflow_rate": "forward",
+    "fp16_attention_headroom": "forward",
+    "fp16_weights": "weights",
+    "fp16_loss_scale": "backward",
+    "fp16_loss_scale_start": "backward",
+    "fp16_pass": "proof",
+}
+_OF_TRAINERS = ("fp16_attention_headroom", "fp16_loss_scale", "fp16_loss_scale_start", "fp16_pass")
 
 
 class Checks:
@@ -125,10 +136,9 @@ class Checks:
         rollout, trainer = (dtype == "float16" for dtype in _dtypes(pair))
         if not (rollout or trainer) or name == "fp16_refusal":
             return None
-        if not trainer and name in ("fp16_loss_scale", "fp16_loss_scale_start", "fp16_pass", "fp16_attention_headroom"):
+        if not trainer and name in _OF_TRAINERS:
             return None
-        part = {"fp16_weights": "weights", "fp16_pass": "proof"}.get(name)
-        part = part or ("backward" if "loss_scale" in name else "forward")
+        part = _PART[name]
         found = self._ranges.get(part)
         if found is None:
             return missing(name, bounds, self._why.get(part, "It was not measured."))
@@ -210,9 +220,9 @@ class Checks:
         trace = backward["scaler"]
         never = trace is None or scales.high == NO_SCALE
         skipped = "every step" if never else f"{trace['skipped_at_start']} steps before it takes one"
-        evidence = f"A scaler that starts at 2^{START} skips {skipped}"
+        evidence = f"A scaler that starts at 2^{FIRST_SCALE} skips {skipped}"
         evidence += f"; {first} is the first to overflow." if first else "."
-        room = MetricValue(float(scales.high - START))
+        room = MetricValue(float(scales.high - FIRST_SCALE))
         return judged("fp16_loss_scale_start", room, bounds, evidence, first, exact=True)
 
     def _fp16_pass(self, bounds: Bounds, proof: Document) -> Check:

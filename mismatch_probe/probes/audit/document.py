@@ -19,6 +19,7 @@ from mismatch_probe.probes.audit.options import AuditOptions
 from mismatch_probe.probes.audit.profile import Profile
 from mismatch_probe.probes.audit.ranges import backward_document, forward_document, lag_document, weights_document
 from mismatch_probe.probes.audit.snippets import snippets
+from mismatch_probe.report.names import precision_label
 from mismatch_probe.tables import RunDirectory
 
 SCHEMA_VERSION = 1
@@ -77,7 +78,7 @@ def audit_document(
         "schema_version": SCHEMA_VERSION,
         "model": run.manifest["model"]["name"],
         "verdict": _overall(pairs, best, options),
-        "decided_by": [_label(pair) for pair in _deciding(pairs, best, options)],
+        "decided_by": [precision_label(pair) for pair in _deciding(pairs, best, options)],
         "profile": {"name": profile.name, "description": profile.description},
         "options": options.as_dict() | {"planned_tokens": planned, "step_tokens": options.loss_tokens(run)},
         "pairs": pairs,
@@ -168,7 +169,7 @@ def _missing(
     refused: Mapping[str, str],
     options: AuditOptions,
 ) -> list[dict[str, str]]:
-    rows = [{"what": _label(row), "why": row["why"]} for row in summary["missing"]]
+    rows = [{"what": precision_label(row), "why": row["why"]} for row in summary["missing"]]
     rows += [{"what": f"{dtype} rollouts", "why": why} for dtype, why in refused.items()]
     there = {_names(row)[:2] for row in (*summary["pairs"], *summary["missing"])}
     rows += [
@@ -199,8 +200,3 @@ def _provenance(run: RunDirectory) -> dict[str, Any]:
 
 def _names(pair: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(pair[key] for key in ("rollout_dtype", "trainer_dtype", "trainer_mode"))
-
-
-def _label(pair: Mapping[str, Any]) -> str:
-    rollout, trainer, mode = _names(pair)
-    return f"{rollout} → {trainer}" + (f" ({mode})" if mode == "autocast" else "")

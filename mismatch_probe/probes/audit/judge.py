@@ -77,10 +77,8 @@ def judged(
         exact: Whether the value was counted or computed, so that it needs no interval.
     """
     about = (bounds.limits, bounds.text(), bounds.source)
-    if value.value is None:
-        return Check(name, "pass", _worst(bounds), value, *about, evidence, where)
-    ends = (value.value, value.value) if exact else _ends(value)
-    if ends is None:
+    ends = (value.value, value.value) if exact and value.value is not None else _ends(value)
+    if value.value is None or ends is None:
         return Check(name, "pass", _worst(bounds), value, *about, evidence, where)
     levels = [_level(end, bounds) for end in ends]
     # Limits on both sides of an interval make its middle better than either end.
@@ -107,8 +105,7 @@ def judged_extreme(name: str, value: MetricValue, rate: MetricValue, bounds: Bou
     """Judges a maximum or a count: one beyond a limit is, and of one within them a larger sample may show worse, unless
     the upper limit of the rate of what was not seen is low enough.
     """
-    check = judged(name, value, bounds, evidence, exact=True)
-    check = replace(check, exact=False)
+    check = replace(judged(name, value, bounds, evidence, exact=True), exact=False)
     shown = bounds.rate_below is not None and _is_rare(rate, bounds)
     return check if shown or check.best == "fail" else replace(check, worst=_worst(bounds))
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 from xml.etree import ElementTree
 
+from mismatch_probe.report.names import precision_label
+
 _CONTROLS = {code: None for code in range(32) if code not in (9, 10, 13)}
 
 
@@ -19,12 +21,11 @@ def junit_xml(document: Mapping[str, Any], *, strict: bool = False) -> str:
     root = ElementTree.Element("testsuites", name=_text(f"mismatch-probe audit of {document['model']}"))
     _gate(ElementTree.SubElement(root, "testsuite", name="gate"), document, strict)
     for pair in document["pairs"]:
-        rollout, trainer, mode = (pair[key] for key in ("rollout_dtype", "trainer_dtype", "trainer_mode"))
-        suffix = f" ({mode})" if mode == "autocast" else ""
-        decides = f"{rollout} → {trainer}{suffix}" in document["decided_by"]
-        suite = ElementTree.SubElement(root, "testsuite", name=_text(f"{rollout}/{trainer}{suffix}"))
+        label = precision_label(pair)
+        name, decides = label.replace(" → ", "/"), label in document["decided_by"]
+        suite = ElementTree.SubElement(root, "testsuite", name=_text(name))
         for check in pair["checks"]:
-            _case(suite, f"{rollout}/{trainer}{suffix}", check, _bad(strict) if decides else ())
+            _case(suite, name, check, _bad(strict) if decides else ())
         _count(suite)
     _count(root, "testsuite/testcase")
     ElementTree.indent(root)

@@ -81,7 +81,7 @@ class Measurements:
 
     def load(self) -> dict[str, Part]:
         """The parts that are there and were made of this run with these options."""
-        found = {name: load_arrays(self._file(name), key) for name, key in self._keys.items()}
+        found = {name: self._load(name) for name in PARTS}
         return {name: part for name, part in found.items() if part is not None}
 
     def why_missing(self) -> dict[str, str]:
@@ -99,7 +99,7 @@ class Measurements:
             UsageError: The model has no weights, or no sequence of the run has a prompt.
             ProbeError: The engine failed; finished parts stay.
         """
-        keys = {name: key for name, key in self._keys.items() if name not in self.load()}
+        keys = {name: key for name, key in self._keys.items() if self._load(name) is None}
         if not keys:
             return
         model = model_of(self._run, self._config, progress)
@@ -117,7 +117,7 @@ class Measurements:
     def _run_job(
         self, trainer: TrainerJob, keys: Mapping[str, str], text: str, resume: str, progress: Progress
     ) -> None:
-        sequences, backward = self.calibration.sequences, self.load().get("backward")
+        sequences, backward = self.calibration.sequences, self._load("backward")
         scales = None if backward is None else scale_range(histograms_of(*backward))
         job = AuditJob(
             trainer,
@@ -133,6 +133,9 @@ class Measurements:
         )
         settings = devices.trainer_settings(self._device, trainer.dtype)
         run_pass(self._run, job, settings, "audit", text, resume, progress)
+
+    def _load(self, name: str) -> Part | None:
+        return load_arrays(self._file(name), self._keys[name])
 
     def _file(self, name: str) -> Path:
         return self._run.path / FOLDER / f"{name}.npz"

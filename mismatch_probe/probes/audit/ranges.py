@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from mismatch_probe.engines.audit.job import FUSED, LAG_BATCH, histograms_of
 from mismatch_probe.metrics.adam_lag import BETAS, simulate_adam
-from mismatch_probe.metrics.floats import FORMATS, FP16, ScaleRange, scale_range, simulate_scaler
+from mismatch_probe.metrics.floats import FIRST_SCALE, FORMATS, FP16, ScaleRange, scale_range, simulate_scaler
 from mismatch_probe.metrics.intervals import rare_share_interval
 from mismatch_probe.metrics.peaks import PeakSums, context_of
 from mismatch_probe.metrics.summary import compute_metrics
@@ -32,8 +32,6 @@ KINDS = (
 )
 _GAP = ("mean_abs_logprob_diff", "kl_k3")
 _FLUSHED = 1e-3
-# Of torch's GradScaler.
-START = 16
 
 
 def forward_document(facts: Document, arrays: Arrays, prompts: Sequence[str]) -> Document:
@@ -133,7 +131,7 @@ def backward_document(facts: Document, arrays: Arrays) -> Document:
             }
         )
     largest = [float(value) for value in arrays["largest_by_sequence"] if np.isfinite(value)]
-    trace = simulate_scaler(largest, initial=START) if any(largest) else None
+    trace = simulate_scaler(largest) if any(largest) else None
     by_exponent = {
         side: _by_exponent(
             [h for name, h in histograms.items() if name.endswith(" (activation)") == (side != "weight")]
@@ -149,8 +147,8 @@ def backward_document(facts: Document, arrays: Arrays) -> Document:
         "flushed_unscaled": lost / total if total else 0.0,
         "scales": None if scales is None else vars(scales),
         "flushed_allowed": _FLUSHED,
-        "start_exponent": START,
-        "overflow_at_start": _first_over(histograms, START),
+        "start_exponent": FIRST_SCALE,
+        "overflow_at_start": _first_over(histograms, FIRST_SCALE),
         "scaler": None if trace is None else vars(trace) | {"settled": list(trace.settled)},
         "mass_by_exponent": by_exponent,
         "tensors": rows,

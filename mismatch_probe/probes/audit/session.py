@@ -76,7 +76,8 @@ def new_audit(
         ProbeError: See `mismatch_probe.errors`; what is finished stays on disk.
     """
     progress = progress or Progress()
-    _check(AuditOptions(**options), baseline)  # mistakes are told before minutes of work
+    asked = AuditOptions(**options)
+    _check(asked, baseline)  # mistakes are told before minutes of work
     refused = _refused(config)
     for why in refused.values():
         progress.message(why)
@@ -84,7 +85,6 @@ def new_audit(
     if not dtypes:
         raise DtypeRefused(" ".join(refused.values()), "Audit it with --rollout-dtypes bf16.")
     path = Path(out) if out is not None else default_folder(config.source or config.model or DEFAULT_MODEL)
-    asked = AuditOptions(**options)
     try:
         new_run(replace(config, rollout_dtypes=dtypes), path, (), progress)
     except UsageError:
@@ -95,7 +95,7 @@ def new_audit(
         if isinstance(error, Interrupted):
             raise Interrupted(error.what, f"Continue with: {_resume(path, asked, baseline)}") from None
         raise
-    return _finish(path, options, baseline, progress, refused, engines=True)
+    return _finish(path, asked, baseline, progress, refused, engines=True)
 
 
 def resume_audit(
@@ -118,7 +118,7 @@ def resume_audit(
             resume_run(path, (), progress, {})
         except Interrupted as error:
             raise Interrupted(error.what, f"Continue with: {_resume(path, asked, baseline)}") from None
-    return _finish(path, options, baseline, progress, None, engines=True)
+    return _finish(path, asked, baseline, progress, None, engines=True)
 
 
 def audit_run(path: Path, options: Mapping[str, Any], baseline: str | Path | None) -> AuditResult:
@@ -127,12 +127,13 @@ def audit_run(path: Path, options: Mapping[str, Any], baseline: str | Path | Non
     Raises:
         TableError: The folder holds no run, or a table is missing or corrupt.
     """
-    return _finish(path, options, baseline, Progress(), None, engines=False)
+    asked = _options(RunDirectory.open(path), options)
+    return _finish(path, asked, baseline, Progress(), None, engines=False)
 
 
 def _finish(
     path: Path,
-    given: Mapping[str, Any],
+    options: AuditOptions,
     baseline: str | Path | None,
     progress: Progress,
     refused: Mapping[str, str] | None,
@@ -143,14 +144,12 @@ def _finish(
 
     Args:
         path: Its folder.
-        given: Options; of those that decide what is measured, the ones that are not given are an earlier audit's.
+        options: Of the audit.
         baseline: An older audit.
         progress: Told what is done.
         refused: By rollout dtype the engine's refusal; None for what an earlier audit of the run knew.
         engines: Whether to measure what is missing.
     """
-    run = RunDirectory.open(path)  # before the lock, which would make the folder
-    options = _options(run, given)
     profile, old = _check(options, baseline)
     with locked(path):
         run = RunDirectory.open(path)
@@ -183,7 +182,7 @@ def _remember(run: RunDirectory, options: AuditOptions, refused: Mapping[str, st
 
 
 def _options(run: RunDirectory, given: Mapping[str, Any]) -> AuditOptions:
-    """The options of an earlier audit of the run, with those that are given in their place."""
+    """What is given, and of what decides about measurements an earlier audit's where it is not."""
     kept = run.manifest.get(_KEY, {}).get("options", {})
     found = {name: tuple(v) if isinstance(v, list) else v for name, v in kept.items() if name in _KEPT}
     return AuditOptions(**{**found, **given})

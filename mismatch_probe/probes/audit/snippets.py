@@ -12,6 +12,7 @@ from typing import Any
 
 from mismatch_probe.config import RECORDED
 from mismatch_probe.metrics.corrections import Correction
+from mismatch_probe.metrics.floats import FIRST_SCALE
 from mismatch_probe.probes.audit.advice import Choice
 
 FRAMEWORKS = ("trl", "verl", "vllm")
@@ -86,7 +87,7 @@ def _trl(choice: Choice, temperature: float) -> Snippet:
             values["vllm_importance_sampling_clip_min"] = correction.low
     elif correction is not None:
         notes.append(f"TRL has no {correction.title}.")
-    if choice.loss_scale is not None and choice.loss_scale != 16:
+    if choice.loss_scale is not None and choice.loss_scale != FIRST_SCALE:
         notes.append(
             f"For a first loss scale of 2^{choice.loss_scale} hand accelerate a GradScalerKwargs(init_scale=…)."
         )
@@ -111,9 +112,10 @@ def _verl(choice: Choice, temperature: float) -> Snippet:
         **_verl_correction(correction),
     }
     notes = ["FSDP takes its precision from mixed_precision; fsdp_config.dtype changes nothing there."]
-    if choice.loss_scale is not None and choice.loss_scale != 16:
+    if choice.loss_scale is not None and choice.loss_scale != FIRST_SCALE:
         notes.append(
-            f"FSDP has no key for a first loss scale (2^{choice.loss_scale} is recommended); it backs off from 2^16."
+            f"FSDP has no key for a first loss scale (2^{choice.loss_scale} is recommended); it backs off from "
+            f"2^{FIRST_SCALE}."
         )
     lines = " \\\n".join(f"  {shlex.quote(f'{key}={_hydra(value)}')}" for key, value in values.items())
     return Snippet("verl", values, f"python3 -m verl.trainer.main_ppo \\\n{lines}", " ".join(notes))
@@ -142,8 +144,4 @@ def _vllm(choice: Choice, model: str) -> Snippet:
 
 
 def _hydra(value: Any) -> str:
-    return (
-        {None: "null", True: "True", False: "False"}.get(value, str(value))
-        if not isinstance(value, float)
-        else str(value)
-    )
+    return "null" if value is None else str(value)
