@@ -79,6 +79,30 @@ def plan_batches(
     return batches
 
 
+def plan_in_order(
+    requests: Sequence[ScoreRequest], footprint: Footprint, budget: int, most_tokens: int, most_rows: int
+) -> list[list[ScoreRequest]]:
+    """Padded batches of neighbours, in the order of the requests: as many at once as both limits and the budget allow.
+
+    Args:
+        requests: What to score.
+        footprint: The model's.
+        budget: Bytes for activations and mask; a single sequence that exceeds it still gets a batch of its own.
+        most_tokens: Tokens of a batch, padding not counted.
+        most_rows: Sequences of a batch.
+    """
+    batches: list[list[ScoreRequest]] = []
+    for request in requests:
+        grown = [*batches[-1], request] if batches else [request]
+        lengths = [r.length for r in grown]
+        fits = len(grown) <= most_rows and sum(lengths) <= most_tokens
+        if batches and fits and footprint.of_batch(lengths, "padded") <= budget:
+            batches[-1].append(request)
+        else:
+            batches.append([request])
+    return batches
+
+
 def _fits(
     batch: Sequence[ScoreRequest], layout: TrainerLayout, footprint: Footprint, budget: int, most_tokens: int
 ) -> bool:

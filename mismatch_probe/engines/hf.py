@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import accumulate, chain
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 from mismatch_probe.engines.base import ExactPosition, TrainerJob
-from mismatch_probe.engines.batching import Footprint, plan_batches, rows_per_chunk
+from mismatch_probe.engines.batching import Footprint, plan_batches, plan_in_order, rows_per_chunk
 from mismatch_probe.engines.float64 import keep_float64
+from mismatch_probe.engines.layouts import BatchLayout, model_inputs
 from mismatch_probe.engines.rows import RowFile, stacked
 from mismatch_probe.errors import DtypeRefused, EngineError
 from mismatch_probe.metrics.exact import divergences
@@ -48,6 +49,9 @@ class HfTrainer:
             job.model_path, trust_remote_code=job.trust_remote_code, local_files_only=True
         ).get_text_config()
         self._job = job
+        # What of a pass may change between batches; a comparison leaves both alone.
+        self.layout: BatchLayout = job.layout
+        self.softmax_dtype: torch.dtype | None = None
         self._device = torch.device(job.device)
         self._dtype = _TORCH[job.dtype]
         weights = self._dtype if job.mode == "cast" else torch.float32
@@ -73,7 +77,7 @@ class HfTrainer:
         self._sources = [RowFile(Path(path)) for path in job.exact_sources]
         self._check_head()
         if job.layout == "packed":
-            self._check_packing()
+            self.check_packing()
 
     @property
     def model(self) -> Any:
@@ -81,11 +85,18 @@ class HfTrainer:
         return self._model
 
     def plan(self, requests: Sequence[ScoreRequest]) -> list[list[ScoreRequest]]:
-        return plan_batches(requests, self._job.layout, self._footprint, self._job.memory_budget, self._device.type)
+        layout = "padded" if self.layout == "left-padded" else self.layout
+        return plan_batches(requests, layout, self._footprint, self._job.memory_budget, self._device.type)
+
+    def plan_as_rollout(
+        self, requests: Sequence[ScoreRequest], most_tokens: int, most_rows: int
+    ) -> list[list[ScoreRequest]]:
+        """Splits the requests as an engine's scheduler does: in their order, as many at once as it takes."""
+        return plan_in_order(requests, self._footprint, self._job.memory_budget, most_tokens, most_rows)
 
     @torch.inference_mode()
     def score(self, batch: Sequence[ScoreRequest], temperature: float, *, exact: bool = False) -> list[Score]:
-        inputs, rows, targets = _layout(batch, self._job.layout, self._device)
+        inputs, rows, targets = model_inputs(batch, self.layout, self._device)
         ends = list(accumulate(len(request.response_token_ids) for request in batch))
         wanted = self._wanted(batch, [0, *ends[:-1]]) if exact else {}
         columns: list[tuple[torch.Tensor, ...]] = []
@@ -97,6 +108,8 @@ class HfTrainer:
             with self._head_only(type(output)) as head:
                 for start in range(0, len(targets), step):
                     logits = _upcast(head(hidden[start : start + step]))
+                    if self.softmax_dtype is not None:
+                        logits = logits.to(self.softmax_dtype)
                     columns.append(_token_columns(logits, targets[start : start + step], temperature))
                     for row in range(start, start + len(logits)):
                         if row in wanted:
@@ -157,6 +170,11 @@ class HfTrainer:
             source.close()
         del self._model, self._decoder
 
+    @property
+    def autocasting(self) -> bool:
+        """Whether passes run under autocast, on FP32 weights."""
+        return self._job.mode == "autocast"
+
     def precision(self) -> AbstractContextManager[Any]:
         """What a forward pass in this job's dtype and mode runs under."""
         if self._job.dtype == "float64":
@@ -205,7 +223,7 @@ class HfTrainer:
                 "Please report this architecture.",
             )
 
-    def _check_packing(self) -> None:
+    def check_packing(self) -> None:
         """Scores one sequence behind two different ones of equal length: it must not see which of them it was.
 
         Rounding is allowed for, since the rows that an expert of a mixture gets depend on its neighbours; a leak moves
@@ -266,36 +284,4 @@ def _token_columns(
     chosen = logits.gather(1, targets[:, None])
     # In place, since a row is long; a token that cannot occur has the logit −inf, and its 0 · −inf adds nothing.
     expected = (logits - normaliser[:, None]).exp_().mul_(logits).nan_to_num_(0.0).sum(1)
-    return chosen[:, 0] - normaliser, normaliser - expected, (logits > chosen).sum(1)
-
-
-def _layout(
-    batch: Sequence[ScoreRequest], layout: str, device: torch.device
-) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
-    """Model inputs of a batch, the flat rows that predict response tokens `[R]`, and those tokens `[R]`.
-
-    Padded batches are padded on the right, where causal attention makes padding harmless, and carry a mask unless all
-    lengths agree. Packed ones are one row whose position ids start again at each sequence.
-    """
-    sequences = [list(r.prompt_token_ids) + list(r.response_token_ids) for r in batch]
-    targets = torch.tensor([token for r in batch for token in r.response_token_ids], device=device)
-    if layout == "packed":
-        starts = list(accumulate(map(len, sequences), initial=0))[:-1]
-        inputs = {
-            "input_ids": torch.tensor([list(chain.from_iterable(sequences))], device=device),
-            "position_ids": torch.cat([torch.arange(len(s)) for s in sequences])[None].to(device),
-        }
-    else:
-        longest = max(map(len, sequences))
-        starts = [i * longest for i in range(len(sequences))]
-        padded = [s + [0] * (longest - len(s)) for s in sequences]
-        inputs = {"input_ids": torch.tensor(padded, device=device)}
-        if any(len(s) < longest for s in sequences):
-            mask = [[1] * len(s) + [0] * (longest - len(s)) for s in sequences]
-            inputs["attention_mask"] = torch.tensor(mask, device=device)
-    rows = [
-        start + len(r.prompt_token_ids) - 1 + t
-        for start, r in zip(starts, batch, strict=True)
-        for t in range(len(r.response_token_ids))
-    ]
-    return inputs, torch.tensor(rows, device=device), targets
+    return _upcast(chosen[:, 0] - normaliser), _upcast(normaliser - expected), (logits > chosen).sum(1)
