@@ -76,7 +76,8 @@ class Estimate:
 
 
 def evaluate(estimates: Mapping[str, Estimate], *, seed: int, replicates: int) -> dict[str, MetricValue]:
-    """Value and interval of each estimate; all estimates over equally many prompts share their replicates.
+    """Value and interval of each estimate; all estimates over equally many prompts share their replicates. Without
+    replicates the interval is a cluster-t one.
 
     Returns:
         A `MetricValue` per key. Its value is None when it overflows float64; below 2 prompts it has no interval. Where
@@ -160,6 +161,8 @@ def _infer(estimate: Estimate, draws: list[tuple[Floats, Floats]]) -> Inference:
     if n_prompts < BOOTSTRAP_PROMPTS or not np.isfinite(se):
         return Inference(centre, se, n_prompts - 1.0)
     degrees = degrees_of_freedom(excess_kurtosis(pull), n_prompts)
+    if not draws:  # a cluster-t interval alone was asked for
+        return Inference(centre, se, degrees)
     working = np.concatenate([chunk[0] for chunk in draws])
     spread = np.concatenate([chunk[1] for chunk in draws])
     usable = np.isfinite(working) & np.isfinite(spread) & (spread > 0)

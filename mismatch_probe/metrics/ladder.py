@@ -1,0 +1,211 @@
+"""How a gap is made: rung by rung, and what a change does to it.
+
+A ladder is a row of readings of the same tokens, from the rollout's to the trainer's, each with one change against the
+one before. The differences of neighbours, d_rung, add up to d token by token. A rung's share is
+E[d_rung · d] / E[d²], about zero and not about means, so that a bias counts: shares add up to 1, a rung that undoes
+what others did has a negative one, and another order of the same changes gives other shares.
+
+Shape legend: `N` tokens, `P` prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mismatch_probe.metrics import scales
+from mismatch_probe.metrics.chunks import group_sums
+from mismatch_probe.metrics.intervals import Estimate, evaluate
+from mismatch_probe.types import MetricValue
+
+Floats = NDArray[np.float64]
+UNCHANGED = "no token changed"
+NO_TOKENS = "no token is finite in all readings"
+NO_GAP = "there is no gap"
+
+
+@dataclass(frozen=True)
+class TokenPrompts:
+    """Which prompt each token answers: the unit of every interval.
+
+    Attributes:
+        prompt: `[N]` index of each token's prompt.
+        n_prompts: `P`.
+    """
+
+    prompt: NDArray[np.int64]
+    n_prompts: int
+
+    def sums(self, *columns: Floats) -> Floats:
+        """`[P, K]` sums of `[N]` columns."""
+        return np.stack([group_sums(self.prompt, column, self.n_prompts) for column in columns], axis=1)
+
+    def counts(self, width: int) -> Floats:
+        """`[P, width]` tokens."""
+        counts = np.bincount(self.prompt, minlength=self.n_prompts).astype(np.float64)
+        return np.repeat(counts[:, None], width, axis=1)
+
+    def estimate(self, working: Any, metric: Any, *columns: Floats) -> Estimate:
+        """A function of the means of columns."""
+        return Estimate(self.sums(*columns), self.counts(len(columns)), working, metric)
+
+    def where(self, kept: NDArray[np.bool_]) -> TokenPrompts:
+        """Of some of the tokens."""
+        return TokenPrompts(self.prompt[kept], self.n_prompts)
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A step of a ladder.
+
+    Attributes:
+        rms: Of d_rung, nats.
+        mean: Of d_rung, nats: its bias.
+        share: Of E[d²].
+    """
+
+    rms: MetricValue
+    mean: MetricValue
+    share: MetricValue
+
+
+def climb(levels: Sequence[Floats], tokens: TokenPrompts, *, seed: int = 0, replicates: int = 1000) -> list[Rung]:
+    """The rungs between neighbouring levels.
+
+    Args:
+        levels: `[N]` log-probs each, nats, the rollout's first; two or more.
+        tokens: Whose they are.
+        seed: Of the bootstrap.
+        replicates: Of the bootstrap.
+    """
+    readings = np.stack(levels)
+    finite = np.asarray(np.isfinite(readings).all(axis=0))
+    readings, tokens = readings[:, finite], tokens.where(finite)
+    total, steps = readings[-1] - readings[0], np.diff(readings, axis=0)
+    if not finite.any():
+        nothing = MetricValue(None, why=NO_TOKENS)
+        return [Rung(nothing, nothing, nothing) for _ in steps]
+    estimates: dict[str, Estimate] = {}
+    shares: dict[str, Estimate] = {}
+    for index, step in enumerate(steps):
+        if step.any():
+            estimates[f"rms-{index}"] = tokens.estimate(scales.log_root_mean, scales.exp, step**2)
+            estimates[f"mean-{index}"] = tokens.estimate(scales.plain, scales.as_is, step)
+            if total.any():
+                shares[f"share-{index}"] = tokens.estimate(_ratio, scales.as_is, step * total, total**2)
+    found = evaluate(estimates, seed=seed, replicates=replicates)
+    # A share is the same for every prompt where one rung makes all: resampled, it would have no spread to divide by.
+    found |= evaluate(shares, seed=seed, replicates=0)
+    zero = MetricValue(0.0, why=UNCHANGED)
+    none = zero if total.any() else MetricValue(None, why=NO_GAP)
+    return [
+        Rung(found.get(f"rms-{i}", zero), found.get(f"mean-{i}", zero), found.get(f"share-{i}", none))
+        for i in range(len(steps))
+    ]
+
+
+def gap(d: Floats, tokens: TokenPrompts, *, seed: int = 0, replicates: int = 1000) -> dict[str, MetricValue]:
+    """`rms` and `k3` of a gap `[N]`, nats."""
+    finite = np.isfinite(d)
+    d, tokens = d[finite], tokens.where(finite)
+    if not finite.any():
+        return dict.fromkeys(("rms", "k3"), MetricValue(None, why=NO_TOKENS))
+    if not d.any():
+        return dict.fromkeys(("rms", "k3"), MetricValue(0.0, why=NO_GAP))
+    return evaluate(
+        {
+            "rms": tokens.estimate(scales.log_root_mean, scales.exp, d**2),
+            "k3": tokens.estimate(scales.log_mean, scales.exp, scales.k3(d)),
+        },
+        seed=seed,
+        replicates=replicates,
+    )
+
+
+def change(
+    before: Floats, after: Floats, tokens: TokenPrompts, *, seed: int = 0, replicates: int = 1000
+) -> dict[str, MetricValue]:
+    """What a change does to a gap, paired by prompt.
+
+    Args:
+        before: `[N]` d without it, nats.
+        after: `[N]` d with it.
+        tokens: Whose they are.
+        seed: Of the bootstrap.
+        replicates: Of the bootstrap.
+
+    Returns:
+        `rms` and `k3` of the gap with the change, `rms_ratio` and `k3_ratio` over those without it, and `shift`, the
+        RMS by which it moved log-probs.
+    """
+    finite = np.isfinite(before) & np.isfinite(after)
+    before, after, tokens = before[finite], after[finite], tokens.where(finite)
+    found = gap(after, tokens, seed=seed, replicates=replicates)
+    if not finite.any():
+        return found | dict.fromkeys(("rms_ratio", "k3_ratio", "shift"), MetricValue(None, why=NO_TOKENS))
+    if not (after - before).any():
+        one = MetricValue(1.0 if before.any() else None, why=UNCHANGED if before.any() else NO_GAP)
+        return found | {"rms_ratio": one, "k3_ratio": one, "shift": MetricValue(0.0, why=UNCHANGED)}
+    estimates = {"shift": tokens.estimate(scales.log_root_mean, scales.exp, (after - before) ** 2)}
+    if before.any() and after.any():
+        estimates["rms_ratio"] = tokens.estimate(_log_root_ratio, scales.exp, after**2, before**2)
+        estimates["k3_ratio"] = tokens.estimate(_log_ratio, scales.exp, scales.k3(after), scales.k3(before))
+    else:
+        found |= dict.fromkeys(("rms_ratio", "k3_ratio"), MetricValue(None, why=NO_GAP))
+    return found | evaluate(estimates, seed=seed, replicates=replicates)
+
+
+def share_of_squares(d: Floats, chosen: NDArray[np.bool_], tokens: TokenPrompts, *, seed: int = 0) -> MetricValue:
+    """The share of Σ d² that lies on some of the tokens."""
+    finite = np.isfinite(d)
+    d, chosen, tokens = d[finite], chosen[finite], tokens.where(finite)
+    if not d.any():
+        return MetricValue(None, why=NO_GAP if len(d) else NO_TOKENS)
+    if not (d * chosen).any():
+        return MetricValue(0.0, why="none of its tokens differs")
+    estimate = tokens.estimate(_ratio, scales.as_is, d**2 * chosen, d**2)
+    return evaluate({"share": estimate}, seed=seed, replicates=0)["share"]
+
+
+def two_sided(
+    rollout: Mapping[bool, Floats],
+    trainer: Mapping[bool, Floats],
+    tokens: TokenPrompts,
+    *,
+    seed: int = 0,
+    replicates: int = 1000,
+) -> dict[str, dict[str, MetricValue]]:
+    """A change on neither side, one, and both.
+
+    Args:
+        rollout: `[N]` log-probs without (False) and with (True) the change.
+        trainer: The same.
+        tokens: Whose they are.
+        seed: Of the bootstrap.
+        replicates: Of the bootstrap.
+
+    Returns:
+        By `neither`, `rollout`, `trainer`, `both`: what `change` gives against neither.
+    """
+    neither = trainer[False] - rollout[False]
+    sides = {"neither": (False, False), "rollout": (True, False), "trainer": (False, True), "both": (True, True)}
+    return {
+        name: change(neither, trainer[t] - rollout[r], tokens, seed=seed, replicates=replicates)
+        for name, (r, t) in sides.items()
+    }
+
+
+def _ratio(means: NDArray[Any]) -> NDArray[Any]:
+    return np.asarray(means[..., 0] / means[..., 1])
+
+
+def _log_ratio(means: NDArray[Any]) -> NDArray[Any]:
+    return np.asarray(np.log(means[..., 0]) - np.log(means[..., 1]))
+
+
+def _log_root_ratio(means: NDArray[Any]) -> NDArray[Any]:
+    return np.asarray(0.5 * _log_ratio(means))
