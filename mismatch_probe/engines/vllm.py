@@ -73,10 +73,13 @@ class VllmRollout:
         sampling: Sampling,
         on_tokens: Callable[[int], None],
         capture: Capture | None = None,
+        *,
+        keep_cache: bool = False,
     ) -> list[Rollout]:
+        """See `RolloutEngine.generate`; with `keep_cache` from the prefix cache as earlier requests left it."""
         engine = self._llm.llm_engine
         self._runs += 1
-        if not self._llm.reset_prefix_cache():
+        if not keep_cache and not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM could not empty its prefix cache, so this batch would not start as the others did")
         if not self._in_process:
             # Requests reach a running core one at a time; pausing its scheduler admits them together, as in-process.
@@ -137,6 +140,10 @@ class VllmRollout:
             np.array([row[token].logprob for row, token in zip(o.prompt_logprobs[1:], s[1:], strict=True)], np.float32)
             for o, s in zip(found, sequences, strict=True)
         ]
+
+    def on_model(self, function: Callable[[Any], Any]) -> Any:
+        """Runs a function of a module on vLLM's own model, in the worker that holds it; the first worker's answer."""
+        return self._llm.apply_model(function)[0]
 
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
         tokenizer = self._llm.get_tokenizer()

@@ -1,0 +1,312 @@
+"""Changes to a trainer's model that last for a while: classes of modules in FP32, attention, an FP8 round trip.
+
+All of them work on the model object of transformers, by module names and classes, and put everything back.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mismatch_probe.engines.attribute.variants import NotThereError
+from mismatch_probe.engines.audit.places import Network
+
+_MLP = re.compile(r"mlp|ffn|feed_forward|moe|^fc\d|^fc_", re.IGNORECASE)
+_FP8 = torch.float8_e4m3fn
+Attention = Callable[..., Any]
+
+
+def modules_of(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+    """Modules by name."""
+    found = dict(model.named_modules())
+    return [found[name] for name in names]
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm, by its class."""
+    return "norm" in type(module).__name__.lower()
+
+
+@contextmanager
+def in_fp32(model: nn.Module, classes: Sequence[str], dtype: torch.dtype) -> Iterator[None]:
+    """Runs classes of modules in FP32, each of which takes what it is given up and hands its result back in `dtype`.
+
+    Args:
+        model: A causal language model of transformers.
+        classes: Of `variants.FP32_CLASSES`.
+        dtype: What the rest computes in.
+
+    Raises:
+        NotThereError: The model has no such modules.
+    """
+    with ExitStack() as stack:
+        for name in classes:
+            stack.enter_context(_CLASSES[name](model, dtype))
+        yield
+
+
+@contextmanager
+def _norms(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """All norms, those of queries and keys included, their product with the weight, too (Llama's makes it in dtype)."""
+    with _whole([module for module in model.modules() if is_norm(module)], dtype, "norm"):
+        yield
+
+
+@contextmanager
+def _mlp(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    blocks = [
+        child
+        for layer in modules_of(model, Network.of(model).layers)
+        for name, child in layer.named_children()
+        if _MLP.search(name) and not is_norm(child)
+    ]
+    with _whole(blocks, dtype, "MLP"):
+        yield
+
+
+@contextmanager
+def _attention(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """q·k, softmax and their product with v; the projections stay."""
+
+    def wide(function: Attention) -> Attention:
+        def call(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **kwargs: Any) -> Any:
+            if isinstance(mask, Tensor) and mask.is_floating_point():
+                mask = mask.float()
+            with _no_autocast(query):
+                found = function(module, query.float(), key.float(), value.float(), mask, *args, **kwargs)
+            return (found[0].to(dtype), *found[1:])
+
+        return call
+
+    with attention_changed(model, wide):
+        yield
+
+
+@contextmanager
+def _rope(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Cosines and sines stay in FP32, and with them the rotation; queries and keys are rounded once, after it."""
+    modules = [module for module in model.modules() if "rotary" in type(module).__name__.lower()]
+    if not modules:
+        raise NotThereError("the model has no rotary embedding in a module of its own")
+
+    def narrow(function: Attention) -> Attention:
+        def call(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return function(module, query.to(value.dtype), key.to(value.dtype), value, *args, **kwargs)
+
+        return call
+
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(_replaced(module, _with_wide_input(module)))
+        stack.enter_context(attention_changed(model, narrow))
+        yield
+
+
+def _with_wide_input(module: nn.Module) -> Callable[..., Any]:
+    forward = module.forward
+
+    def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return forward(x.float(), *args, **kwargs)  # it answers in the dtype that it is given
+
+    return call
+
+
+@contextmanager
+def _residual(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """The stream between the layers' blocks in FP32; every block still reads and makes what it does in dtype."""
+    network = Network.of(model)
+    if not network.embedding or not network.layers:
+        raise NotThereError("the model's embedding or layers were not found")
+    layers = modules_of(model, network.layers)
+    norms = [child for layer in layers for child in layer.children() if is_norm(child)]
+    norms += [child for child in model.get_decoder().children() if is_norm(child)]  # type: ignore[operator]
+    blocks = [child for layer in layers for child in layer.children() if not is_norm(child)]
+    blocks += modules_of(model, [network.head] if network.head else [])
+
+    def widen(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        return output.float()
+
+    def narrow(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return _cast(args, dtype), {name: _cast(value, dtype) for name, value in kwargs.items()}
+
+    handles = [modules_of(model, [network.embedding])[0].register_forward_hook(widen)]
+    handles += [block.register_forward_pre_hook(narrow, with_kwargs=True) for block in blocks]
+    try:
+        # Norms read the stream, which they must not round first, whatever their class does with wide input.
+        with _whole(norms, dtype, "norm of the stream"):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _head(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """The head alone, its logits left in FP32; weights that it shares with the embedding are copied for it."""
+    name = Network.of(model).head
+    if not name:
+        raise NotThereError("the model's head was not found")
+    (head,) = modules_of(model, [name])
+    wide = copy.deepcopy(head).float()
+
+    def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with _no_autocast(x):
+            return wide(x.float(), *args, **kwargs)
+
+    with _replaced(head, call):
+        yield
+
+
+_CLASSES: dict[str, Callable[[nn.Module, torch.dtype], AbstractContextManager[None]]] = {
+    "norms": _norms,
+    "attention": _attention,
+    "rope": _rope,
+    "mlp": _mlp,
+    "residual": _residual,
+    "head": _head,
+}
+
+
+@contextmanager
+def _whole(modules: Sequence[nn.Module], dtype: torch.dtype, what: str) -> Iterator[None]:
+    """Modules with their weights in FP32. A 16-bit weight comes back as it was; one module may not hold another."""
+    if not modules:
+        raise NotThereError(f"the model has no {what} in a module of its own")
+    held = [(module, next((p.dtype for p in module.parameters()), None)) for module in modules]
+    with ExitStack() as stack:
+        for module, weights in held:
+            module.float()
+            if weights is not None:
+                stack.callback(module.to, weights)
+            stack.enter_context(_replaced(module, _wide(module, dtype)))
+        yield
+
+
+def _wide(module: nn.Module, dtype: torch.dtype) -> Callable[..., Any]:
+    forward = module.forward
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        tensor = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), torch.empty(0))
+        with _no_autocast(tensor):
+            output = forward(*_cast(args, torch.float32), **{k: _cast(v, torch.float32) for k, v in kwargs.items()})
+        return _cast(output, dtype)
+
+    return call
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Floating-point tensors in `dtype`, also inside of tuples; anything else as it is."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    return tuple(_cast(item, dtype) for item in value) if isinstance(value, tuple) else value
+
+
+def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+@contextmanager
+def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """A module with another forward; nested replacements are undone in the reverse order."""
+    own = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+@contextmanager
+def kv_through_fp8(model: nn.Module) -> Iterator[None]:
+    """Keys and values as an FP8 cache with scale 1 hands them to attention (vLLM's default without calibration)."""
+
+    def rounded(function: Attention) -> Attention:
+        def call(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return function(module, query, _through_fp8(key), _through_fp8(value), *args, **kwargs)
+
+        return call
+
+    with attention_changed(model, rounded):
+        yield
+
+
+def _through_fp8(tensor: Tensor) -> Tensor:
+    top = torch.finfo(_FP8).max
+    return tensor.clamp(-top, top).to(_FP8).to(tensor.dtype)
+
+
+@contextmanager
+def attention_changed(model: nn.Module, change: Callable[[Attention], Attention]) -> Iterator[None]:
+    """Wraps the function that the model's layers call for attention.
+
+    Raises:
+        NotThereError: On the way out, where no layer has called it: the architecture computes attention by itself.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    name, calls = model.config._attn_implementation, 0  # type: ignore[union-attr]
+    module = sys.modules[type(model).__module__]
+
+    def counted(function: Attention) -> Attention:
+        changed = change(function)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            return changed(*args, **kwargs)
+
+        return call
+
+    eager = getattr(module, "eager_attention_forward", None)
+    if name == "eager" and eager is None:
+        raise NotThereError(f"{type(model).__name__} computes eager attention by itself")
+    before = None if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
+    if before is None:
+        module.eager_attention_forward = counted(eager)  # type: ignore[attr-defined, arg-type]
+    else:
+        ALL_ATTENTION_FUNCTIONS[name] = counted(before)
+    try:
+        yield
+    finally:
+        if before is None:
+            module.eager_attention_forward = eager  # type: ignore[attr-defined]
+        else:
+            ALL_ATTENTION_FUNCTIONS[name] = before
+    if not calls:
+        raise NotThereError(f"{type(model).__name__} computes attention by itself")
+
+
+@contextmanager
+def attention_of(model: Any, name: str) -> Iterator[None]:
+    """Another attention implementation for the while.
+
+    Raises:
+        NotThereError: The model or the installation does not have it.
+    """
+    before = model.config._attn_implementation
+    try:
+        model.set_attn_implementation(name)
+    except (ValueError, ImportError) as error:
+        raise NotThereError(str(error).splitlines()[0]) from error
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@contextmanager
+def compiled(model: Any) -> Iterator[None]:
+    """The decoder under torch.compile for the while."""
+    decoder = model.get_decoder()
+    with _replaced(decoder, torch.compile(decoder.forward, dynamic=True)):
+        yield

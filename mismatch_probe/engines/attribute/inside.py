@@ -1,0 +1,347 @@
+"""The trainer's inside against a trace of the engine's: over the whole pass, by layer, and module by module.
+
+Three forward passes over the traced sequences, each in the trainer's dtype and in a wider one:
+
+- `stream`: nothing is touched; what differs at a layer has come up from all layers before it.
+- `layer`: every layer is given what the engine's layer was given; what differs is that layer's own.
+- `module`: every leaf is given the engine's input and hands on the engine's output, so that what differs is the
+  module's own, and what reaches a module's input, that of the code between modules.
+
+The wider pass sees the same inputs and says what the engine's and the trainer's results would be without rounding.
+
+Shape legend: `S` sequences, `T` tokens of the longest, `R` tokens of all, `W` width of a module, `V` vocabulary, `Q`
+rows whose logits were kept.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from mismatch_probe.engines.attribute.changes import is_norm
+from mismatch_probe.engines.attribute.trace import OUTSIDE, TraceFiles
+from mismatch_probe.engines.audit.forward import first_tensor
+from mismatch_probe.engines.audit.places import Network
+from mismatch_probe.engines.float64 import keep_float64
+from mismatch_probe.metrics.exact import divergences
+
+if TYPE_CHECKING:
+    from mismatch_probe.engines.hf import HfTrainer
+
+Kind = Literal["stream", "layer", "module", "between"]
+
+
+@dataclass
+class Difference:
+    """Squared relative errors of a tensor, summed over the tokens of each sequence.
+
+    Every token counts alike: the first one's activations can be hundreds of times larger than any other's.
+
+    Attributes:
+        kind: Of `Kind`: `between` is what reaches a module's input in the pass of `module`.
+        name: The trainer's module.
+        layer: Index of its layer, None outside of them.
+        apart: `[S]` engine against trainer.
+        engine: `[S]` engine against the wider pass.
+        trainer: `[S]` trainer against the wider pass.
+        size: `[S]` tokens.
+    """
+
+    kind: Kind
+    name: str
+    layer: int | None
+    apart: NDArray[np.float64]
+    engine: NDArray[np.float64]
+    trainer: NDArray[np.float64]
+    size: NDArray[np.float64]
+
+
+class _Batch:
+    """The traced sequences as one padded batch, and rows back and forth."""
+
+    def __init__(self, sequences: Sequence[Sequence[int]], device: torch.device) -> None:
+        longest = max(map(len, sequences))
+        self.shape = (len(sequences), longest)
+        self.lengths = [len(s) for s in sequences]
+        self.mask = (torch.arange(longest) < torch.tensor(self.lengths)[:, None]).to(device)
+        padded = torch.tensor([[*s, *[0] * (longest - len(s))] for s in sequences], device=device)
+        self.inputs: dict[str, Any] = {"input_ids": padded, "use_cache": False}
+        if not bool(self.mask.all()):
+            self.inputs["attention_mask"] = self.mask.long()
+
+    def rows(self, tensor: Tensor) -> Tensor | None:
+        """`[R, …]` of a tensor `[S, T, …]` or `[S·T, …]`, on the host; None of any other."""
+        count = self.shape[0] * self.shape[1]
+        if tensor.shape[:2] != self.shape and (len(tensor) != count or tensor.ndim < 2):
+            return None
+        flat = tensor.detach().reshape(count, -1)
+        return flat[self.mask.flatten()].to("cpu")
+
+    def padded(self, rows: Tensor, like: Tensor) -> Tensor:
+        """A tensor shaped and placed as `like`, with `[R, …]` rows in it and 0 in the padding."""
+        flat = torch.zeros(self.shape[0] * self.shape[1], rows[0].numel(), dtype=like.dtype, device=like.device)
+        flat[self.mask.flatten()] = rows.reshape(len(rows), -1).to(like)
+        return flat.reshape(like.shape)
+
+    def by_sequence(self, squares: Tensor) -> NDArray[np.float64]:
+        """`[S]` sums of `[R]`."""
+        return np.array([float(part.sum()) for part in torch.split(squares, self.lengths)])
+
+
+class _Trace:
+    """The engine's records by the trainer's module names; fused ones are cut.
+
+    Args:
+        files: The trace.
+        network: The trainer's.
+        widths: Output width of the trainer's modules with weights.
+    """
+
+    def __init__(self, files: TraceFiles, network: Network, widths: Mapping[str, int]) -> None:
+        self._files, self._network, self._widths = files, network, widths
+        self._fused: dict[str, list[str]] = files.facts()["fused"]
+        self._part, self._records = "", dict[str, Tensor]()
+
+    def find(self, name: str, side: str) -> Tensor | None:
+        """The input or output (`in`, `out`) of a module of the trainer, None where the engine has none like it."""
+        layer = layer_index(self._network.layers, name)
+        if layer is None:
+            self._open(OUTSIDE)
+            last = name.rpartition(".")[2]
+            return next((t for n, t in self._records.items() if n.split(".")[-2:] == [last, side]), None)
+        self._open(f"layer-{layer}")
+        relative = name[len(self._network.layers[layer]) :].removeprefix(".")
+        found = self._records.get(f"{relative}.{side}")
+        return found if found is not None else self._cut(name, relative, side)
+
+    def outside(self, name: str) -> Tensor:
+        self._open(OUTSIDE)
+        return self._records[name]
+
+    def _cut(self, name: str, relative: str, side: str) -> Tensor | None:
+        """A module's part of one that the engine has fused of several."""
+        parent, _, last = relative.rpartition(".")
+        whole = next((n for n, parts in self._fused.items() if last in parts), None)
+        if whole is None:
+            return None
+        record = self._records.get(f"{parent}.{whole}.{side}" if parent else f"{whole}.{side}")
+        if record is None or side == "in":
+            return record
+        before = name[: len(name) - len(last)]
+        widths = [self._widths.get(before + part, 0) for part in self._fused[whole]]
+        at = self._fused[whole].index(last)
+        if sum(widths) != record.shape[1]:
+            return None
+        return record[:, sum(widths[:at]) : sum(widths[: at + 1])]
+
+    def _open(self, part: str) -> None:
+        if part != self._part:
+            with torch._C.DisableTorchFunction():  # a float64 pass would widen what is read
+                self._part, self._records = part, self._files.read(part)
+
+
+class InsideComparison:
+    """Compares a trainer's model with a trace.
+
+    Args:
+        engine: The trainer.
+        folder: The trace's.
+    """
+
+    def __init__(self, engine: HfTrainer, folder: str | Path) -> None:
+        model = engine.model
+        files = TraceFiles(folder)
+        self._engine, self._model = engine, model
+        self._network = Network.of(model)
+        self._request = files.facts()["request"]
+        self._leaves = {
+            name: module
+            for name, module in model.named_modules()
+            if any(True for _ in module.parameters(recurse=False)) and name != self._network.head
+        }
+        widths = {name: _width(module) for name, module in self._leaves.items()}
+        self._trace = _Trace(files, self._network, widths)
+        self._batch = _Batch(self._request["sequences"], next(model.parameters()).device)
+        self._blocks = {
+            f"{layer}.{name}"
+            for layer in self._network.layers
+            for name, _ in model.get_submodule(layer).named_children()
+        }
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the decoder layers."""
+        return self._network.layers
+
+    def differences(self, kinds: Sequence[str] = ("stream", "layer", "module")) -> list[Difference]:
+        """What the engine and the trainer are apart, of the passes that are asked for."""
+        narrow = {kind: self._pass(kind) for kind in kinds}
+        logits, dtype = self._logits(), next(self._model.parameters()).dtype
+        wide = torch.float64 if dtype == torch.float32 and not self._engine.autocasting else torch.float32
+        self._model.to(wide)  # exact, and so is the way back
+        try:
+            with keep_float64() if wide == torch.float64 else nullcontext():
+                return [*self._joined(narrow), *self._logit_differences(logits)]
+        finally:
+            self._model.to(dtype)
+
+    def _joined(self, narrow: Mapping[Any, Mapping[tuple[Kind, str], Tensor]]) -> Iterator[Difference]:
+        for kind, records in narrow.items():
+            for (found, name), wide in self._pass(kind, plain=True).items():
+                ours = records.get((found, name))
+                theirs = self._trace.find(name, "in" if found == "between" else "out")
+                if ours is not None and theirs is not None and theirs.numel() == ours.numel() == wide.numel():
+                    yield self._difference(found, name, theirs.reshape(ours.shape), ours, wide)
+
+    def _difference(self, kind: Kind, name: str, theirs: Tensor, ours: Tensor, wide: Tensor) -> Difference:
+        layer = layer_index(self._network.layers, name)
+        t, o, w = (tensor.double().reshape(len(tensor), -1) for tensor in (theirs, ours, wide))
+        parts = [self._batch.by_sequence(row) for row in _relative_squares(t, o, w)]
+        return Difference(kind, name, layer, *parts)
+
+    @torch.inference_mode()
+    def _pass(self, kind: str, *, plain: bool = False) -> dict[tuple[Kind, str], Tensor]:
+        """Records `[R, W]` of one forward pass, see the module's text; `plain` without autocast."""
+        found: dict[tuple[Kind, str], Tensor] = {}
+        handles = []
+        for name, module in self._model.named_modules():
+            if name in self._network.layers:
+                handles += self._watch_layer(kind, name, module, found)
+            elif kind == "module" and name in self._leaves:
+                handles += self._watch_leaf(name, module, found)
+            elif kind == "stream" and (name in self._blocks or name == self._network.embedding):
+                handles.append(module.register_forward_hook(self._recorder("stream", name, found)))
+        try:
+            with nullcontext() if plain else self._engine.precision():
+                self._model.get_decoder()(**self._batch.inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+    def _recorder(self, kind: Kind, name: str, found: dict[tuple[Kind, str], Tensor]) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            tensor = first_tensor(output)
+            rows = None if tensor is None else self._batch.rows(tensor)
+            if rows is not None:
+                found[kind, name] = rows
+
+        return hook
+
+    def _watch_layer(self, kind: str, name: str, module: nn.Module, found: dict[tuple[Kind, str], Tensor]) -> list[Any]:
+        handles = []
+        if kind != "stream":
+            handles.append(module.register_forward_pre_hook(self._given(name, None), with_kwargs=True))
+        if kind != "module":
+            shown: Kind = "stream" if kind == "stream" else "layer"
+            handles.append(module.register_forward_hook(self._recorder(shown, name, found)))
+        return handles
+
+    def _watch_leaf(self, name: str, module: nn.Module, found: dict[tuple[Kind, str], Tensor]) -> list[Any]:
+        record = self._recorder("module", name, found)
+
+        def after(owner: nn.Module, args: Any, output: Any) -> Any:
+            record(owner, args, output)
+            theirs = self._trace.find(name, "out")
+            if not isinstance(output, Tensor) or theirs is None or ("module", name) not in found:
+                return None
+            return self._batch.padded(theirs, output) if theirs.numel() == found["module", name].numel() else None
+
+        return [
+            module.register_forward_pre_hook(self._given(name, found), with_kwargs=True),
+            module.register_forward_hook(after),
+        ]
+
+    def _given(self, name: str, found: dict[tuple[Kind, str], Tensor] | None) -> Callable[..., Any]:
+        """A hook that gives a module the engine's input, and notes in `found` what it would have had."""
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            theirs = self._trace.find(name, "in")
+            own = args[0] if args else kwargs.get("hidden_states")
+            rows = self._batch.rows(own) if isinstance(own, Tensor) and own.is_floating_point() else None
+            if theirs is None or rows is None or theirs.numel() != rows.numel():
+                return None
+            if found is not None:
+                found["between", name] = rows
+            assert isinstance(own, Tensor)
+            given = self._batch.padded(theirs, own)
+            return ((given, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": given})
+
+        return hook
+
+    @torch.inference_mode()
+    def _logits(self) -> Tensor:
+        """`[Q, V]` logits of the trainer's head on the engine's last hidden states."""
+        rows = self._trace.outside("final.out")[self._request["logit_rows"]]
+        device = next(self._model.parameters()).device
+        head = self._model.get_output_embeddings()
+        states = rows.to(device, next(head.parameters()).dtype)
+        with self._engine.precision():
+            logits: Tensor = head(states).to("cpu")
+        return logits
+
+    def _logit_differences(self, ours: Tensor) -> Iterator[Difference]:
+        theirs = self._trace.outside("logits")[:, : ours.shape[1]]
+        with torch.inference_mode():
+            head = self._model.get_output_embeddings()
+            states = self._trace.outside("final.out")[self._request["logit_rows"]]
+            wide = head(states.to(next(head.parameters()))).to("cpu")
+        t, o, w = (tensor.double() for tensor in (theirs, ours, wide))
+        # A shift of all logits changes no probability.
+        t, o, w = (tensor - tensor.mean(1, keepdim=True) for tensor in (t, o, w))
+        # Of all sequences together: a part each, so that their sum is right.
+        count = self._batch.shape[0]
+        sums = [np.full(count, float(row.sum()) / count) for row in _relative_squares(t, o, w)]
+        yield Difference("module", self._network.head or "lm_head", None, *sums)
+
+    @torch.inference_mode()
+    def lens(self) -> dict[str, NDArray[np.float64]]:
+        """By layer `[Q]` KL(engine‖trainer) of what the head makes of both streams there, nats, norm and head in FP32.
+
+        Run before `differences`. Empty where the decoder's last norm was not found.
+        """
+        decoder = self._model.get_decoder()
+        norms = [module for name, module in decoder.named_children() if is_norm(module)]
+        if len(norms) != 1:
+            return {}
+        device = next(self._model.parameters()).device
+        norm = copy.deepcopy(norms[0]).float()
+        head = copy.deepcopy(self._model.get_output_embeddings()).float()
+        chosen, found = self._request["logit_rows"], {}
+        ours = self._pass("stream")
+        for name in self._network.layers:
+            theirs = self._trace.find(name, "out")
+            if theirs is None or ("stream", name) not in ours:
+                continue
+            both = [head(norm(t[chosen].to(device).float())).cpu().numpy() for t in (theirs, ours["stream", name])]
+            found[name] = divergences(both[0], both[1], 1.0)["kl"]
+        return found
+
+
+def layer_index(layers: Sequence[str], name: str) -> int | None:
+    """Index of the layer that a module is or lies in, None outside of them."""
+    return next((i for i, layer in enumerate(layers) if name == layer or name.startswith(f"{layer}.")), None)
+
+
+def _relative_squares(theirs: Tensor, ours: Tensor, wide: Tensor) -> list[Tensor]:
+    """Of rows `[R, W]`: engine against trainer, both against the wider pass, over its squares, and 1: four `[R]`."""
+    size = wide.square().sum(1).clamp(min=torch.finfo(wide.dtype).tiny)
+    differences = (theirs - ours, theirs - wide, ours - wide)
+    return [*(d.square().sum(1) / size for d in differences), torch.ones_like(size)]
+
+
+def _width(module: nn.Module) -> int:
+    """Output width of a projection: `out_features`, or what its weight says (GPT-2's Conv1D keeps `nf`)."""
+    for name in ("out_features", "nf"):
+        if hasattr(module, name):
+            return int(getattr(module, name))
+    return 0

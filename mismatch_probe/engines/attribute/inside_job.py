@@ -1,0 +1,88 @@
+"""The process that compares a trainer's inside with traces of engines, one dtype after another.
+
+Nothing here imports torch before the job runs.
+
+Shape legend: `M` differences, `S` sequences, `L` layers, `Q` rows whose logits were kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mismatch_probe.arrays import save_arrays
+from mismatch_probe.engines import devices, faults
+from mismatch_probe.engines.base import OnTrainer
+from mismatch_probe.types import TrainerDtype, TrainerMode
+
+
+@dataclass(frozen=True)
+class Inside:
+    """A trace, and the trainer that it is compared with.
+
+    Attributes:
+        name: Of the reading.
+        key: A digest of all that it depends on.
+        dtype, mode: The trainer's.
+        trace: The trace's folder.
+    """
+
+    name: str
+    key: str
+    dtype: TrainerDtype
+    mode: TrainerMode
+    trace: str
+
+
+@dataclass(frozen=True)
+class InsideJob(OnTrainer):
+    """Readings `NAME.npz`: `apart`, `engine`, `trainer`, `size` `[M, S]` (see `inside.Difference`), `lens` `[L, Q]`.
+
+    Attributes:
+        trainer: As it is trained, without requests.
+        insides: What to compare.
+        folder: Where readings go.
+    """
+
+    folder: str
+    insides: Sequence[Inside]
+    subject: str = field(default="The comparison of layers", init=False)
+    memory_advice: str = field(default="Leave the layers out with --no-layers.", init=False)
+
+    def run(self, channel: Any) -> None:
+        """Events: `total` and `progress` in dtypes; a phase for each."""
+        from mismatch_probe.engines.attribute.inside import InsideComparison
+        from mismatch_probe.engines.attribute.trace import TraceFiles
+        from mismatch_probe.engines.hf import HfTrainer
+
+        channel.send("total", len(self.insides))
+        for inside in self.insides:
+            device: Any = self.trainer.device
+            flags = devices.trainer_settings(device, inside.dtype).arguments
+            arrays: dict[str, NDArray[Any]] = {}
+            facts: dict[str, Any] = {"made_with": devices.package_versions()}
+            try:
+                engine = HfTrainer(replace(self.trainer, dtype=inside.dtype, mode=inside.mode, flags=flags))
+                comparison = InsideComparison(engine, inside.trace)
+                lens = comparison.lens()
+                found = comparison.differences()
+                facts |= {
+                    "records": [{"kind": d.kind, "name": d.name, "layer": d.layer} for d in found],
+                    "layers": list(lens),
+                    "trained_layers": list(comparison.layers),
+                }
+                arrays["lens"] = np.stack(list(lens.values())) if lens else np.empty((0, 0))
+                arrays |= {n: np.stack([getattr(d, n) for d in found]) for n in ("apart", "engine", "trainer", "size")}
+                engine.close()
+            except Exception as error:  # one dtype that fails leaves the others
+                known = faults.classify(error, self)
+                facts["failed"] = known.what if known else faults.first_line(error)
+            save_arrays(Path(self.folder) / f"{inside.name}.npz", inside.key, facts, arrays)
+            TraceFiles(inside.trace).discard()
+            channel.send("progress", 1)
+            channel.phase(inside.name)

@@ -1,0 +1,179 @@
+"""An engine's process in an attribution: the run's own tokens under one configuration, in one way after another.
+
+Nothing here imports torch or vLLM before the job runs.
+
+Shape legend: `N` response tokens, `L` layers with a router, `R` tokens with their prompts, `K` experts of a token.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mismatch_probe.arrays import save_arrays
+from mismatch_probe.engines import faults
+from mismatch_probe.engines.attribute.memory import peak_bytes, reset_peak
+from mismatch_probe.engines.attribute.trace import TraceRequest
+from mismatch_probe.engines.attribute.variants import Take
+from mismatch_probe.engines.base import RolloutJob
+from mismatch_probe.types import RolloutRequest
+
+if TYPE_CHECKING:
+    from mismatch_probe.engines.vllm import VllmRollout
+
+ROUTES = "routes"
+
+
+@dataclass(frozen=True)
+class Routers:
+    """What a mixture of experts looks like.
+
+    Attributes:
+        layers: Decoder layers of the model.
+        experts: Experts of a layer.
+        chosen: Experts of a token.
+    """
+
+    layers: int
+    experts: int
+    chosen: int
+
+
+@dataclass(frozen=True)
+class RolloutVariants:
+    """Readings of vLLM in one configuration, each a file `NAME.npz` with `logprobs` and `index`.
+
+    Attributes:
+        rollout: The engine; its requests bring the tokens to decode again.
+        takes: By the reading's name, how the engine goes over the tokens.
+        keys: By name, of `ROUTES` too, a digest of all that the reading depends on.
+        folder: Where readings go.
+        alone: How many of the first sequences a take runs that runs one at a time.
+        trace: What is kept of its inside, if anything.
+        routers: Where given, the experts of every token are kept as the reading `ROUTES`.
+    """
+
+    rollout: RolloutJob
+    takes: Mapping[str, Take]
+    keys: Mapping[str, str]
+    folder: str
+    alone: int
+    trace: TraceRequest | None = None
+    routers: Routers | None = None
+    memory_advice: str = field(
+        default="Attribute with a lower --rollout-batch, or leave this knob out of --knobs.", init=False
+    )
+
+    @property
+    def subject(self) -> str:
+        return f"The engine with {', '.join(self.takes) or 'hooks'}"
+
+    @property
+    def model_path(self) -> str:
+        return self.rollout.model_path
+
+    @property
+    def trust_remote_code(self) -> bool:
+        return self.rollout.trust_remote_code
+
+    def run(self, channel: Any) -> None:
+        """Events: `identity`, `total` and `progress` in sequences; a phase for each reading."""
+        import torch
+
+        from mismatch_probe.engines import devices
+        from mismatch_probe.engines.vllm import VllmRollout
+
+        device = torch.device(self.rollout.device)
+        reset_peak(device)
+        engine = VllmRollout(self.rollout)
+        channel.phase("load")
+        identity = engine.identity()
+        channel.send("identity", identity | devices.running())
+        channel.send("total", len(self.takes) + (self.trace is not None) + (self.routers is not None))
+        facts = {"identity": identity, "made_with": devices.package_versions()}
+        for name, take in self.takes.items():
+            requests = list(self.rollout.requests)[: self.alone if take.endswith("alone") else None]
+            started, failed = time.perf_counter(), {}
+            try:
+                found = self._take(engine, take, requests)
+            except Exception as error:
+                # One way that fails leaves the others; where the engine itself is gone, the next one says so.
+                known = faults.classify(error, self)
+                found, requests = [np.empty(0, np.float32)], []
+                failed = {"failed": known.what if known else faults.first_line(error)}
+            about = facts | failed | {"seconds": time.perf_counter() - started, "peak_bytes": peak_bytes(device)}
+            self._save(name, about, {"logprobs": np.concatenate(found), "index": np.arange(len(requests))})
+            channel.send("progress", 1)
+            channel.phase(name)
+        if self.trace is not None:
+            self._trace(engine, self.trace)
+            channel.send("progress", 1)
+            channel.phase("trace")
+        if self.routers is not None:
+            layers, routes = self._routes(engine, self.routers)
+            self._save(ROUTES, facts | {"layers": layers}, {"routes": routes})
+            channel.send("progress", 1)
+            channel.phase(ROUTES)
+        engine.close()
+
+    def _take(
+        self, engine: VllmRollout, take: Take, requests: Sequence[RolloutRequest]
+    ) -> list[NDArray[np.floating[Any]]]:
+        """`[T]` log-probs of each sequence's response."""
+        if take.startswith("prefill"):
+            groups = [[request] for request in requests] if take == "prefill-alone" else [list(requests)]
+            return [reading for group in groups for reading in _prefill(engine, group)]
+        if take == "decode-alone":
+            groups = [[request] for request in requests]
+        else:  # as a comparison's pass does it, so that the same company gives the same bits
+            batch = self.rollout.batch
+            groups = [group for group in (list(requests)[:batch], list(requests)[batch:]) if group]
+        if take == "decode-warm":
+            self._decode(engine, groups, keep_cache=False)
+        return self._decode(engine, groups, keep_cache=take == "decode-warm")
+
+    def _decode(
+        self, engine: VllmRollout, groups: Sequence[list[RolloutRequest]], *, keep_cache: bool
+    ) -> list[NDArray[np.floating[Any]]]:
+        found = [engine.generate(group, self.rollout.sampling, _nothing, keep_cache=keep_cache) for group in groups]
+        return [np.asarray(rollout.logprobs, np.float32) for group in found for rollout in group]
+
+    def _trace(self, engine: VllmRollout, request: TraceRequest) -> None:
+        from mismatch_probe.engines.attribute import vllm_hooks
+
+        engine.on_model(partial(vllm_hooks.start_trace, request))
+        engine.score(request.sequences)
+        engine.on_model(vllm_hooks.finish_trace)
+
+    def _routes(self, engine: VllmRollout, routers: Routers) -> tuple[list[int], NDArray[np.int16]]:
+        from mismatch_probe.engines.attribute import vllm_hooks
+
+        sequences = tuple(_ids(request) for request in self.rollout.requests)
+        begin = partial(vllm_hooks.start_routes, sequences, routers.layers, routers.experts, routers.chosen)
+        engine.on_model(begin)
+        engine.score(sequences)
+        layers, routes = engine.on_model(vllm_hooks.finish_routes)
+        return layers, routes
+
+    def _save(self, name: str, facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
+        save_arrays(Path(self.folder) / f"{name}.npz", self.keys[name], facts, arrays)
+
+
+def _ids(request: RolloutRequest) -> tuple[int, ...]:
+    return (*request.prompt_token_ids, *(int(token) for token in request.forced_token_ids))
+
+
+def _prefill(engine: VllmRollout, requests: Sequence[RolloutRequest]) -> list[NDArray[np.float32]]:
+    found = engine.score([_ids(request) for request in requests])
+    return [row[len(r.prompt_token_ids) - 1 :] for row, r in zip(found, requests, strict=True)]
+
+
+def _nothing(_: int) -> None:
+    """Nobody counts the tokens of a step."""

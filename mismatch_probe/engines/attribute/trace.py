@@ -1,0 +1,123 @@
+"""What an engine computed inside, on disk: one file of tensors a decoder layer, so that no side holds a whole model's.
+
+A record is the input or the output of a module: `[R, W]`, a row per token, sequences one after the other. Its name is
+the module's within its layer, with `.in` or `.out`; the layer's own are `.in` and `.out`.
+
+Activations are the user's data: files are private, sized before they are made, and deleted once compared.
+
+Shape legend: `R` tokens of all traced sequences, `W` width of a module.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mismatch_probe.errors import EngineError
+
+if TYPE_CHECKING:
+    import torch
+
+MOST_BYTES = 1 << 29
+MOST_ROWS = 1024
+LOGIT_ROWS = 32
+OUTSIDE = "outside"
+
+
+@dataclass(frozen=True)
+class TraceRequest:
+    """Sequences whose insides are kept.
+
+    Attributes:
+        folder: Where; made by the engine.
+        sequences: Their ids, prompt and response.
+        layers: How many decoder layers the model has.
+        logit_rows: Rows, of all, whose logits are kept.
+    """
+
+    folder: str
+    sequences: tuple[tuple[int, ...], ...]
+    layers: int
+    logit_rows: tuple[int, ...]
+
+
+def choose_sequences(lengths: Sequence[int], config: Mapping[str, Any], itemsize: int, most_rows: int) -> list[int]:
+    """Indices of the first sequences whose records fit the limits; at least one.
+
+    Args:
+        lengths: Tokens of each.
+        config: The model's `config.json`.
+        itemsize: Bytes of an activation.
+        most_rows: What the engine takes at once.
+    """
+    nested = config.get("text_config") or config
+    hidden = int(nested.get("hidden_size", 4096))
+    inner = int(nested.get("intermediate_size") or 4 * hidden)
+    layers = int(nested.get("num_hidden_layers", 32))
+    # Inputs and outputs of the layer, its blocks, and its projections.
+    a_row = layers * (16 * hidden + 4 * inner) * itemsize
+    limit = max(1, min(most_rows, MOST_ROWS, MOST_BYTES // a_row))
+    chosen, rows = [0], lengths[0]
+    for index, length in enumerate(lengths[1:], start=1):
+        if rows + length > limit:
+            break
+        chosen.append(index)
+        rows += length
+    return chosen
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Raises:
+    EngineError: The disk has not twice the room that a trace takes.
+    """
+    if shutil.disk_usage(folder).free < 2 * needed:
+        raise EngineError(
+            f"A trace of {needed / 2**20:.0f} MiB does not fit on the disk.", "Free some space, then use --resume."
+        )
+
+
+class TraceFiles:
+    """The files of a trace.
+
+    Args:
+        folder: Theirs alone.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self._folder = Path(folder)
+
+    def write(self, part: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Writes the records of a layer, or of what lies `OUTSIDE` of them."""
+        from safetensors.torch import save_file
+
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path = self._folder / f"{part}.safetensors"
+        os.close(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600))
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+    def read(self, part: str) -> dict[str, torch.Tensor]:
+        """Reads them; in a dtype of their own."""
+        from safetensors.torch import load_file
+
+        found: dict[str, torch.Tensor] = load_file(self._folder / f"{part}.safetensors")
+        return found
+
+    def write_facts(self, request: TraceRequest, fused: Mapping[str, Sequence[str]], order: Sequence[str]) -> None:
+        """Writes what was traced, how the engine fuses modules, and in which order modules ended."""
+        about = {"request": asdict(request), "fused": {k: list(v) for k, v in fused.items()}, "order": list(order)}
+        (self._folder / "trace.json").write_text(json.dumps(about), encoding="utf-8")
+
+    def facts(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self._folder / "trace.json").read_text(encoding="utf-8"))
+        return found
+
+    def discard(self) -> None:
+        """Deletes all of them."""
+        with suppress(OSError):
+            shutil.rmtree(self._folder)

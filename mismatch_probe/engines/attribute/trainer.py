@@ -1,0 +1,266 @@
+"""A trainer's process in an attribution: the run's tokens under one change after another, on models loaded once each.
+
+Nothing here imports torch before the job runs.
+
+Shape legend: `S` sequences, `N` response tokens, `L` layers with a router, `R` tokens with their prompts, `K` experts
+of a token.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mismatch_probe.arrays import load_arrays, save_arrays
+from mismatch_probe.engines import devices, faults
+from mismatch_probe.engines.attribute.memory import peak_bytes, reset_peak
+from mismatch_probe.engines.attribute.variants import NotThereError, TrainerVariant
+from mismatch_probe.engines.base import OnTrainer
+from mismatch_probe.metrics.fixes import Fix, next_set
+from mismatch_probe.types import ScoreRequest, TrainerDtype, TrainerMode
+
+if TYPE_CHECKING:
+    from mismatch_probe.engines.attribute.routes import Routing
+    from mismatch_probe.engines.hf import HfTrainer
+
+FIXES = "fixes"
+BASELINE = "trainer"
+
+
+@dataclass(frozen=True)
+class FixSearch:
+    """Which classes of modules to put into FP32 together, the cheapest first.
+
+    Attributes:
+        logprobs: `[N]` the rollout's, nats.
+        target: Part of the gap's RMS that may be left.
+        classes: That have a reading of their own.
+    """
+
+    logprobs: NDArray[np.float64]
+    target: float
+    classes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TrainerVariants(OnTrainer):
+    """Readings of the trainer with changes, each a file `NAME.npz` with `logprobs` `[N]` and `index` `[S]`.
+
+    Attributes:
+        trainer: As it is trained; its requests are left empty.
+        variants: What to read.
+        keys: By a reading's name, a digest of all that it depends on.
+        folder: Where readings go.
+        sequences: `S` of the run.
+        most_tokens, most_rows: What the engine's scheduler takes at once.
+        fixes: Where given, classes are then put together until the target is met.
+        routes: The engine's routes, a file with its key, for variants that follow them.
+    """
+
+    folder: str
+    variants: Sequence[TrainerVariant]
+    keys: Mapping[str, str]
+    sequences: Sequence[ScoreRequest]
+    most_tokens: int
+    most_rows: int
+    fixes: FixSearch | None = None
+    routes: tuple[str, str] | None = None
+    subject: str = field(default="The attribution's trainer", init=False)
+    memory_advice: str = field(default="Attribute with a lower --memory-budget.", init=False)
+
+    def run(self, channel: Any) -> None:
+        """Events: `identity`, `total` and `progress` in readings; a phase for each."""
+        channel.send("total", len(self.variants))
+        groups: dict[tuple[TrainerDtype, TrainerMode], list[TrainerVariant]] = {}
+        for variant in self.variants:
+            own = (variant.dtype or self.trainer.dtype, variant.mode or self.trainer.mode)
+            groups.setdefault(own, []).append(variant)
+        for (dtype, mode), variants in groups.items():
+            engine = self._load(dtype, mode)
+            identity = engine.identity() | devices.running()
+            channel.send("identity", identity)
+            channel.phase("load")
+            # Whatever is set up at first use is not the first variant's.
+            engine.score(engine.plan(self.sequences)[-1], self.trainer.temperature)
+            for variant in variants:
+                self._read(engine, variant)
+                channel.send("progress", 1)
+                channel.phase(variant.name)
+            if self.fixes is not None and (dtype, mode) == (self.trainer.dtype, self.trainer.mode):
+                self._search(engine, self.fixes, channel)
+            engine.close()
+            del engine
+
+    def _load(self, dtype: TrainerDtype, mode: TrainerMode) -> HfTrainer:
+        from mismatch_probe.engines.hf import HfTrainer
+
+        device: Any = self.trainer.device
+        flags = devices.trainer_settings(device, dtype).arguments
+        return HfTrainer(replace(self.trainer, dtype=dtype, mode=mode, flags=flags))
+
+    def _read(self, engine: HfTrainer, variant: TrainerVariant) -> None:
+        """Takes one reading; a change that the model does not allow is one, too."""
+        import torch
+
+        device = next(engine.model.parameters()).device
+        arrays: dict[str, NDArray[Any]] = {}
+        reset_peak(device)
+        seconds = 0.0
+        try:
+            with self._changed(engine, variant):
+                if variant.compiled:  # compilation is not the pass's
+                    self._score(engine, engine.plan(self.sequences))
+                started = time.perf_counter()
+                arrays = self._routed(engine) if variant.routes else self._score(engine, self._plan(engine, variant))
+                seconds = time.perf_counter() - started
+        except NotThereError as error:
+            facts: dict[str, Any] = {"unavailable": str(error)}
+        except Exception as error:  # one change that fails leaves the others
+            known = faults.classify(error, self)
+            facts = {"failed": known.what if known else faults.first_line(error)}
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        else:
+            facts = {"seconds": seconds, "peak_bytes": peak_bytes(device)}
+        if "logprobs" not in arrays:
+            arrays = {"logprobs": np.empty(0, np.float32), "index": np.empty(0, np.int64)}
+        facts["identity"] = engine.identity()
+        self._save(variant.name, facts | {"made_with": devices.package_versions()}, arrays)
+
+    @contextmanager
+    def _changed(self, engine: HfTrainer, variant: TrainerVariant) -> Iterator[None]:
+        """The engine with a variant's change, for the while."""
+        import torch
+
+        from mismatch_probe.engines.attribute import changes
+
+        job, model = self.trainer, engine.model
+        dtype = getattr(torch, variant.dtype or job.dtype)
+        layout = engine.layout
+        with ExitStack() as stack:
+            stack.callback(setattr, engine, "layout", layout)
+            if variant.layout is not None:
+                engine.layout = "padded" if variant.layout == "rollout" else variant.layout  # type: ignore[assignment]
+            if variant.layout == "packed":
+                engine.check_packing()
+            if variant.attention is not None:
+                stack.enter_context(changes.attention_of(model, variant.attention))
+            if variant.kv_fp8:
+                stack.enter_context(changes.kv_through_fp8(model))
+            if variant.softmax_in_dtype:
+                stack.callback(setattr, engine, "softmax_dtype", None)
+                engine.softmax_dtype = dtype
+            if variant.compiled:
+                stack.enter_context(changes.compiled(model))
+            if variant.tf32:
+                stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+                torch.set_float32_matmul_precision("high")
+            stack.enter_context(changes.in_fp32(model, variant.fp32, dtype))
+            yield
+
+    def _plan(self, engine: HfTrainer, variant: TrainerVariant) -> list[list[ScoreRequest]]:
+        if variant.layout == "rollout":
+            return engine.plan_as_rollout(self.sequences, self.most_tokens, self.most_rows)
+        return engine.plan(self.sequences)
+
+    def _score(self, engine: HfTrainer, batches: Sequence[Sequence[ScoreRequest]]) -> dict[str, NDArray[Any]]:
+        scores = {s.sequence_id: s for batch in batches for s in engine.score(batch, self.trainer.temperature)}
+        found = [np.asarray(scores[request.sequence_id].logprobs) for request in self.sequences]
+        return {"logprobs": np.concatenate(found), "index": np.arange(len(self.sequences))}
+
+    def _routed(self, engine: HfTrainer) -> dict[str, NDArray[Any]]:
+        """Readings with the trainer's own experts and with the engine's: `own` and `logprobs` `[N]`, `routes` of the
+        trainer `[L, R, K]`.
+        """
+        from mismatch_probe.engines.attribute.routes import Routing
+
+        assert self.routes is not None
+        part = load_arrays(Path(self.routes[0]), self.routes[1])
+        if part is None:
+            raise NotThereError("the engine's routes are not there")
+        wanted = part[1]["routes"]
+        routing = Routing(engine.model, wanted.shape[2])
+        ends = accumulate((request.length for request in self.sequences), initial=0)
+        starts = dict(zip((request.sequence_id for request in self.sequences), ends, strict=False))
+        seen = np.full_like(wanted, -1)
+        readings: dict[bool, dict[int, NDArray[Any]]] = {False: {}, True: {}}
+        layers = list(routing.layers)
+        with routing.watching():
+            for batch in engine.plan(self.sequences):
+                rows = _rows_of(batch, [starts[r.sequence_id] for r in batch])
+                for follow in (False, True):
+                    routing.choose(_wanted(engine, wanted, layers, rows) if follow else {})
+                    for score in engine.score(batch, self.trainer.temperature):
+                        readings[follow][score.sequence_id] = np.asarray(score.logprobs)
+                    if not follow:
+                        _note(routing, layers, rows, seen)
+        own, followed = (np.concatenate([found[r.sequence_id] for r in self.sequences]) for found in readings.values())
+        return {"own": own, "logprobs": followed, "routes": seen, "index": np.arange(len(self.sequences))}
+
+    def _search(self, engine: HfTrainer, search: FixSearch, channel: Any) -> None:
+        """Reads sets of classes until the target is met or none is left."""
+        base = load_arrays(Path(self.folder) / f"{BASELINE}.npz", self.keys[BASELINE])
+        assert base is not None, "the baseline is read first"
+        fixes = []
+        for name in search.classes:
+            single = load_arrays(Path(self.folder) / f"trainer-fp32-{name}.npz", self.keys[f"trainer-fp32-{name}"])
+            if single is not None and "seconds" in single[0]:
+                fixes.append(Fix.of((name,), search.logprobs, base, single))
+        sets: list[str] = []
+        while (chosen := next_set(fixes, search.target)) is not None:
+            name = set_name(len(sets))
+            self._read(engine, TrainerVariant(name, fp32=chosen))
+            part = load_arrays(Path(self.folder) / f"{name}.npz", self.keys[FIXES])
+            if part is None or "seconds" not in part[0]:
+                break
+            fixes.append(Fix.of(chosen, search.logprobs, base, part))
+            sets.append("+".join(chosen))
+            channel.phase(name)
+        about = {"sets": sets, "target": search.target, "made_with": devices.package_versions()}
+        self._save(FIXES, about, {})
+
+    def _save(self, name: str, facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
+        save_arrays(Path(self.folder) / f"{name}.npz", self.keys[name if name in self.keys else FIXES], facts, arrays)
+
+
+def set_name(index: int) -> str:
+    """File of the reading of a set of classes; they share the search's key."""
+    return f"{FIXES}-{index}"
+
+
+def _rows_of(batch: Sequence[ScoreRequest], starts: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Of each sequence of a padded batch: first flat row, first row among the routes, length."""
+    longest = max(request.length for request in batch)
+    return [(i * longest, start, r.length) for i, (r, start) in enumerate(zip(batch, starts, strict=True))]
+
+
+def _wanted(
+    engine: HfTrainer, routes: NDArray[np.int16], layers: Sequence[int], rows: Sequence[tuple[int, int, int]]
+) -> dict[int, Any]:
+    """By layer `[B · T, K]` routes of a padded batch, −1 in the padding."""
+    import torch
+
+    total = len(rows) * max(length for _, _, length in rows)
+    found = np.full((len(layers), total, routes.shape[2]), -1, np.int64)
+    for first, start, length in rows:
+        found[:, first : first + length] = routes[:, start : start + length]
+    device = next(engine.model.parameters()).device
+    return {layer: torch.from_numpy(found[k]).to(device) for k, layer in enumerate(layers)}
+
+
+def _note(
+    routing: Routing, layers: Sequence[int], rows: Sequence[tuple[int, int, int]], seen: NDArray[np.int16]
+) -> None:
+    """Writes what the routers chose for a padded batch to the sequences' rows of `seen` `[L, R, K]`."""
+    for k, layer in enumerate(layers):
+        chosen = routing.seen[layer].cpu().numpy()
+        for first, start, length in rows:
+            seen[k, start : start + length] = chosen[first : first + length]

@@ -1,0 +1,256 @@
+"""Looks inside vLLM's model while it runs: forward hooks, put there in the worker that holds the model.
+
+Functions of this module travel to the worker by name (`LLM.apply_model`) and keep their state in it. Hooks see nothing
+of compiled code or CUDA graphs, so the engine must be eager, and nothing whole of a model that is split over devices.
+
+vLLM keeps the residual stream in two tensors, which the next norm adds (`vllm/model_executor/models/llama.py`); the
+stream is their sum, rounded as that norm rounds it. Rows of a step belong to whatever the scheduler put there: they are
+told apart by positions that start again at 0, and recognised by their ids.
+
+Shape legend: `N` tokens of a step, `R` tokens of all traced sequences, `K` experts of a token, `L` layers with routers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mismatch_probe.engines.attribute.trace import OUTSIDE, TraceFiles, TraceRequest
+from mismatch_probe.errors import EngineError
+
+_ROUTER = re.compile(r"(^|\.)(gate|router)$")
+_state: dict[str, Any] = {}
+
+
+class _Rows:
+    """Which rows of each step belong to which wanted sequence."""
+
+    def __init__(self, sequences: Sequence[Sequence[int]]) -> None:
+        self._open = {index: list(ids) for index, ids in enumerate(sequences)}
+        self.found: list[tuple[int, int, int]] = []  # sequence, first row and end among all rows that were kept
+        self.index: Tensor | None = None
+        self._kept = self._tokens = 0
+
+    def step(self, ids: Tensor, positions: Tensor) -> None:
+        """Reads a step's ids and positions `[N]`."""
+        rows: list[int] = []
+        known = ids.tolist()
+        self._tokens = len(known)
+        places = (positions[0] if positions.ndim > 1 else positions).tolist()
+        starts = [row for row, place in enumerate(places) if place == 0]
+        for start in starts:
+            match = next((s for s, wanted in self._open.items() if known[start : start + len(wanted)] == wanted), None)
+            if match is None:
+                continue
+            length = len(self._open.pop(match))
+            rows += range(start, start + length)
+            self.found.append((match, self._kept, self._kept + length))
+            self._kept += length
+        self.index = torch.tensor(rows, device=ids.device) if rows else None
+
+    def take(self, tensor: Tensor) -> Tensor | None:
+        """The step's rows of a tensor `[N, …]` or `[N · heads, …]`, on the host, copied: kernels write in place."""
+        if self.index is None or len(tensor) % self._tokens:
+            return None
+        return tensor.detach().reshape(self._tokens, -1).index_select(0, self.index).to("cpu", copy=True)
+
+    def order(self) -> Tensor:
+        """`[R]` where each row lies among what was kept, sequences in their order.
+
+        Raises:
+            EngineError: The engine did not run some sequence in one piece.
+        """
+        if self._open:
+            raise EngineError(
+                f"vLLM ran {len(self._open)} traced sequences in pieces, or their ids did not reach its model.",
+                "Leave out --engine-arg enable_chunked_prefill and max_num_batched_tokens.",
+            )
+        return torch.cat([torch.arange(first, end) for _, first, end in sorted(self.found)])
+
+
+class Tracer:
+    """Keeps inputs and outputs of modules.
+
+    Args:
+        model: vLLM's.
+        request: What to keep.
+    """
+
+    def __init__(self, model: nn.Module, request: TraceRequest) -> None:
+        self._model, self._request = model, request
+        self._rows = _Rows(request.sequences)
+        self._kept: dict[str, dict[str, list[Tensor]]] = {}
+        self._order: list[str] = []
+        names = layer_names(model, request.layers)
+        self._handles = [model.register_forward_pre_hook(_step(self._rows), with_kwargs=True)]
+        self._handles.append(model.register_forward_hook(self._after(OUTSIDE, "final", model)))
+        for name, module in model.named_modules():
+            layer = next((n for n in names if name == n or name.startswith(f"{n}.")), None)
+            part, relative = (OUTSIDE, name) if layer is None else (f"layer-{names.index(layer)}", name[len(layer) :])
+            own = bool(list(module.parameters(recurse=False)))
+            direct = layer is not None and relative.count(".") <= 1
+            if name and name != "lm_head" and (own or direct or relative.endswith(".experts")):
+                self._watch(module, part, relative.removeprefix("."))
+
+    def finish(self) -> None:
+        """Takes the hooks away, and writes what they kept."""
+        for handle in self._handles:
+            handle.remove()
+        order, files = self._rows.order(), TraceFiles(self._request.folder)
+        joined = {
+            part: {name: torch.cat(found)[order] for name, found in records.items() if found}
+            for part, records in self._kept.items()
+        }
+        rows = joined[OUTSIDE]["final.out"][list(self._request.logit_rows)]
+        device = next(self._model.parameters()).device
+        with torch.inference_mode():
+            joined[OUTSIDE]["logits"] = self._model.compute_logits(rows.to(device)).to("cpu")  # type: ignore[operator]
+        for part, records in joined.items():
+            files.write(part, records)
+        fused = getattr(self._model, "packed_modules_mapping", None) or {}
+        files.write_facts(self._request, fused, self._order)
+
+    def _watch(self, module: nn.Module, part: str, name: str) -> None:
+        self._handles.append(module.register_forward_pre_hook(self._before(part, name, module), with_kwargs=True))
+        self._handles.append(module.register_forward_hook(self._after(part, name, module)))
+
+    def _before(self, part: str, name: str, module: nn.Module) -> Callable[..., None]:
+        reads_stream = name == "" or _is_norm(module)
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            tensors = _floats((*args, *kwargs.values()))
+            if tensors:
+                self._keep(part, f"{name}.in", _stream(tensors) if reads_stream else tensors[0])
+
+        return hook
+
+    def _after(self, part: str, name: str, module: nn.Module) -> Callable[..., None]:
+        norm = _is_norm(module)
+
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            tensors = _floats(output if isinstance(output, (tuple, list)) else (output,))
+            if not tensors:
+                return
+            if norm and len(tensors) > 1:
+                self._keep(part, f"{name}.in", tensors[1], again=True)  # the sum as the norm itself rounded it
+            self._keep(part, f"{name}.out", _stream(tensors) if name == "" else tensors[0])
+            if f"{part}:{name}" not in self._order:
+                self._order.append(f"{part}:{name}")
+
+        return hook
+
+    def _keep(self, part: str, name: str, tensor: Tensor, *, again: bool = False) -> None:
+        taken = self._rows.take(tensor)
+        if taken is None:
+            return
+        found = self._kept.setdefault(part, {}).setdefault(name, [])
+        if again:
+            found.pop()
+        found.append(taken)
+
+
+def _step(rows: _Rows) -> Callable[..., None]:
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        positions = kwargs.get("positions", args[1] if len(args) > 1 else None)
+        if ids is not None and positions is not None:
+            rows.step(ids, positions)
+
+    return hook
+
+
+def _floats(values: Sequence[Any]) -> list[Tensor]:
+    return [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower()
+
+
+def _stream(tensors: Sequence[Tensor]) -> Tensor:
+    """A tensor, or the sum of two of one shape: a stream in two parts."""
+    if len(tensors) > 1 and tensors[0].shape == tensors[1].shape:
+        return tensors[0] + tensors[1]
+    return tensors[0]
+
+
+def layer_names(model: nn.Module, count: int) -> list[str]:
+    """Names of the decoder layers: the list of so many modules.
+
+    Raises:
+        EngineError: There is none.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return [f"{name}.{index}" for index in range(count)]
+    raise EngineError("vLLM's model has no list of decoder layers.", "Leave this model's layers out: --no-layers.")
+
+
+class RouteTracer:
+    """Keeps which experts the routers chose, of every wanted sequence.
+
+    Args:
+        model: vLLM's.
+        sequences: Their ids.
+        layers: Of the model.
+        experts: Of each router.
+        chosen: Experts of a token.
+    """
+
+    def __init__(
+        self, model: nn.Module, sequences: Sequence[Sequence[int]], layers: int, experts: int, chosen: int
+    ) -> None:
+        self._rows, self._chosen = _Rows(sequences), chosen
+        self._kept: dict[int, list[Tensor]] = {}
+        self._handles = [model.register_forward_pre_hook(_step(self._rows), with_kwargs=True)]
+        for index, name in enumerate(layer_names(model, layers)):
+            for inner, module in model.get_submodule(name).named_modules():
+                if _ROUTER.search(inner):
+                    self._handles.append(module.register_forward_hook(self._after(index, experts)))
+
+    def finish(self) -> tuple[list[int], Any]:
+        """Takes the hooks away.
+
+        Returns:
+            Indices of the layers, and `[L, R, K]` experts of each token, the likeliest first.
+        """
+        for handle in self._handles:
+            handle.remove()
+        order = self._rows.order()
+        layers = sorted(self._kept)
+        if not layers:
+            raise EngineError("No router of vLLM's model was seen.", "Please report this architecture.")
+        return layers, torch.stack([torch.cat(self._kept[layer])[order] for layer in layers]).numpy()
+
+    def _after(self, layer: int, experts: int) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            found = [t for t in _floats(output if isinstance(output, tuple) else (output,)) if t.shape[-1] == experts]
+            taken = self._rows.take(found[0].float()) if found else None
+            if taken is not None:
+                self._kept.setdefault(layer, []).append(taken.topk(self._chosen).indices.short())
+
+        return hook
+
+
+def start_trace(request: TraceRequest, model: nn.Module) -> None:
+    """Begins a trace in this worker."""
+    _state["trace"] = Tracer(model, request)
+
+
+def finish_trace(model: nn.Module) -> None:
+    """Ends it."""
+    _state.pop("trace").finish()
+
+
+def start_routes(sequences: Sequence[Sequence[int]], layers: int, experts: int, chosen: int, model: nn.Module) -> None:
+    """Begins to keep routes in this worker."""
+    _state["routes"] = RouteTracer(model, sequences, layers, experts, chosen)
+
+
+def finish_routes(model: nn.Module) -> Any:
+    """Ends it; see `RouteTracer.finish`."""
+    return _state.pop("routes").finish()
