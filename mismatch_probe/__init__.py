@@ -14,6 +14,8 @@ from mismatch_probe.errors import ProbeError
 
 if TYPE_CHECKING:
     from mismatch_probe.engines.models import ModelRef
+    from mismatch_probe.probes.attribute.plan import AttributePlan
+    from mismatch_probe.probes.attribute.session import AttributeResult
     from mismatch_probe.probes.audit.session import AuditResult
     from mismatch_probe.probes.planning import Plan
     from mismatch_probe.probes.progress import Progress
@@ -28,6 +30,10 @@ if TYPE_CHECKING:
 __all__ = [
     "CompareConfig",
     "ProbeError",
+    "attribute",
+    "attribute_plan",
+    "attribute_resume",
+    "attribute_run",
     "audit",
     "audit_resume",
     "audit_run",
@@ -140,6 +146,73 @@ def plot(path: str | Path) -> dict[str, Path]:
     from mismatch_probe.probes.session import plot_run
 
     return plot_run(Path(path))
+
+
+def attribute(
+    config: CompareConfig,
+    *,
+    out: str | Path | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> AttributeResult:
+    """Compares one pair of dtypes, then takes its gap apart: rungs, settings, layers, modules. The command `attribute`.
+
+    Args:
+        config: What to compare; its dtypes are those of `pair`.
+        out: A new folder for the run; by default one under `runs/`.
+        progress: Told about every pass.
+        options: Fields of `probes.attribute.options.AttributeOptions`: `pair`, `knobs`, `layers`, `layer_dtypes`,
+            `target`.
+
+    Raises:
+        ProbeError: See `mismatch_probe.errors`; what is finished stays in the run directory.
+    """
+    from mismatch_probe.probes.attribute.session import new_attribution
+
+    return new_attribution(config, out, options, progress)
+
+
+def attribute_resume(path: str | Path, *, progress: Progress | None = None, **options: Any) -> AttributeResult:
+    """Makes what an attribution of a run lacks; works on any comparison that sampled, too. What failed is tried again.
+
+    Args:
+        path: The run directory.
+        progress: Told about every pass.
+        options: As in `attribute`; what is left out is as it was.
+
+    Raises:
+        TableError: The folder holds no run, or a table is missing or corrupt.
+        ProbeError: An engine failed.
+    """
+    from mismatch_probe.probes.attribute.session import resume_attribution
+
+    return resume_attribution(Path(path), options, progress)
+
+
+def attribute_run(path: str | Path, **options: Any) -> AttributeResult:
+    """Computes an attribution again from what a run has, without an engine; arguments as in `attribute_resume`.
+
+    Raises:
+        TableError: The folder holds no run, or a table is missing or corrupt.
+    """
+    from mismatch_probe.probes.attribute.session import attribution_of
+
+    return attribution_of(Path(path), options)
+
+
+def attribute_plan(config: CompareConfig, **options: Any) -> AttributePlan:
+    """What an attribution would run and what it would leave out, with the reason; loads nothing.
+
+    Args:
+        config: What to compare.
+        options: As in `attribute`.
+
+    Raises:
+        ProbeError: The model is not there, or no engine is installed.
+    """
+    from mismatch_probe.probes.attribute.plan import plan_attribution
+
+    return plan_attribution(config, options)
 
 
 def audit(

@@ -38,7 +38,7 @@ extrapolate_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout; all else on stderr.")
 
 
-class _Names(click.ParamType[tuple[str, ...]]):
+class NameList(click.ParamType[tuple[str, ...]]):
     """A comma-separated list out of a fixed set."""
 
     name = "list"
@@ -109,12 +109,12 @@ class _Positions(click.ParamType[int | str]):
 )
 @predict_length_option
 @extrapolate_option
-@click.option("--rollout-dtypes", type=_Names(DTYPES), help="Rows of the matrix.  [default: all three]")
-@click.option("--trainer-dtypes", type=_Names(DTYPES), help="Columns of the matrix.  [default: all three]")
+@click.option("--rollout-dtypes", type=NameList(DTYPES), help="Rows of the matrix.  [default: all three]")
+@click.option("--trainer-dtypes", type=NameList(DTYPES), help="Columns of the matrix.  [default: all three]")
 @click.option(
     "--trainer-mode",
     "trainer_modes",
-    type=_Names(("cast", "autocast")),
+    type=NameList(("cast", "autocast")),
     help="cast, autocast or both.  [default: cast]",
 )
 @click.option("--trainer-layout", type=click.Choice(["single", "padded", "packed"]), help="[default: padded]")
@@ -244,14 +244,15 @@ def _show_plan(plan: Plan, as_json: bool) -> None:
     click.echo(f"{'pass':<28}{'tokens':>12}{'memory':>18}{'time, roughly':>16}")
     for row in rows:
         memory = "share of the card" if row.memory_gib is None else f"{row.memory_gib:.1f} GiB"
-        click.echo(f"{row.pass_id:<28}{row.tokens:>12,}{memory:>18}{_duration(row.seconds):>16}")
-    click.echo(f"{'all':<28}{'':>12}{f'{1024 * disk_gib(plan, rows):.1f} MiB on disk':>18}{_duration(total):>16}")
+        click.echo(f"{row.pass_id:<28}{row.tokens:>12,}{memory:>18}{duration(row.seconds):>16}")
+    click.echo(f"{'all':<28}{'':>12}{f'{1024 * disk_gib(plan, rows):.1f} MiB on disk':>18}{duration(total):>16}")
     click.echo(
         "Lengths are guessed from characters and speed from the device: expect a factor of two or three either way."
     )
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """In the unit that a reader would choose."""
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 

@@ -16,6 +16,7 @@ from mismatch_probe.errors import EXIT_INTERRUPTED, ProbeError
 
 _COMMANDS = {
     "compare": "How large is the mismatch, per dtype pair?",
+    "attribute": "Where does the mismatch come from: which rung, which setting, which layer?",
     "audit": "May this model go into RL, in which precision, with which correction?",
     "report": "Write summary and report of a finished run again, without engines.",
     "plot": "Draw the figures of a finished run again, without engines.",

@@ -1,0 +1,183 @@
+"""Does `attribute` name the module whose weight was altered? Accuracy by dtype, and by the size of the fault.
+
+vLLM runs a model once per dtype and its inside is traced. Then one weight tensor of the trainer's copy after another
+gets a random perturbation of a given relative Frobenius norm, and the trainer's inside is compared with the trace. The
+right answer names the module (and so the layer); on the unaltered model it is "no single layer".
+
+    python benchmarks/planted_faults.py                                  # every weight of a tiny Llama
+    python benchmarks/planted_faults.py --model smollm2-135m --sample 40
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file, this folder's sibling `tests` is not on the path
+
+from mismatch_probe.engines import devices
+from mismatch_probe.engines.attribute.rollout import RolloutVariants
+from mismatch_probe.engines.attribute.trace import TraceRequest
+from mismatch_probe.engines.base import RolloutJob, TrainerJob
+from mismatch_probe.engines.models import read_config, resolve
+from mismatch_probe.engines.process import EngineProcess
+from mismatch_probe.metrics import inside
+from mismatch_probe.metrics.inside import Located
+from mismatch_probe.types import Sampling
+
+SIZES = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.05)
+SEQUENCES, TOKENS = 6, 32
+
+
+def sequences_of(vocabulary: int, seed: int = 0) -> tuple[tuple[int, ...], ...]:
+    """Random ids."""
+    draw = np.random.default_rng(seed)
+    return tuple(tuple(row) for row in draw.integers(3, min(vocabulary, 30_000), (SEQUENCES, TOKENS)).tolist())
+
+
+def rollout_job(checkpoint: Path, dtype: Any) -> RolloutJob:
+    """vLLM on a CPU, without requests."""
+    settings = devices.rollout_settings("cpu", dtype, eager=True, in_process=True, kv_cache_gib=1)
+    return RolloutJob(
+        "vllm", str(checkpoint), dtype, "cpu", Sampling(1), [], SEQUENCES, 0, 2 * TOKENS, arguments=settings.arguments
+    )
+
+
+def trace_request(checkpoint: Path, folder: Path) -> TraceRequest:
+    """Some sequences of random ids."""
+    config = read_config(str(checkpoint))
+    rows = tuple(range(0, SEQUENCES * TOKENS, 8))
+    return TraceRequest(str(folder), sequences_of(config["vocab_size"]), config["num_hidden_layers"], rows)
+
+
+def trace(checkpoint: Path, dtype: Any, folder: Path) -> None:
+    """vLLM's inside, in a process of its own."""
+    settings = devices.rollout_settings("cpu", dtype, eager=True, in_process=True, kv_cache_gib=1)
+    request = trace_request(checkpoint, folder)
+    job = RolloutVariants(rollout_job(checkpoint, dtype), {}, {}, str(folder.parent), 1, request)
+    EngineProcess("vllm", settings.environment, folder.parent / "vllm.log").run(job, lambda *_: None)
+
+
+class Trainer:
+    """A trainer whose weights can be altered for a while.
+
+    Args:
+        checkpoint: Its folder.
+        dtype: Of weights and compute.
+        folder: The trace's.
+    """
+
+    def __init__(self, checkpoint: Path, dtype: Any, folder: Path) -> None:
+        from mismatch_probe.engines.attribute.inside import InsideComparison
+        from mismatch_probe.engines.hf import HfTrainer
+
+        job = TrainerJob("hf", str(checkpoint), dtype, "cast", "padded", None, "cpu", 1.0, (), 0, 1 << 30)
+        self._engine, self._dtype = HfTrainer(job), dtype
+        self._comparison = InsideComparison(self._engine, folder)
+        self.weights = dict(self._engine.model.named_parameters())
+
+    @contextmanager
+    def altered(self, name: str, size: float, seed: int = 0) -> Iterator[None]:
+        """Adds Gaussian noise of relative Frobenius norm `size` to a weight."""
+        weight = self.weights[name].data
+        before = weight.clone()
+        weight += noise(before, size, seed)
+        try:
+            yield
+        finally:
+            self.weights[name].data.copy_(before)
+
+    def locate(self) -> Located:
+        """What stands out."""
+        found = self._comparison.differences(("module",))
+        squares = {key: np.stack([getattr(d, key) for d in found]) for key in ("apart", "trainer", "size")}
+        apart, own = (inside.relative(squares[key], squares["size"]) for key in ("apart", "trainer"))
+        scores = inside.scores(apart, own, self._dtype)
+        return inside.locate([d.name for d in found], [d.layer for d in found], scores, len(self._comparison.layers))
+
+
+def noise(weight: Any, size: float, seed: int = 0) -> Any:
+    """Gaussian noise of a relative Frobenius norm."""
+    import torch
+
+    drawn = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
+    return (drawn * (size * weight.float().norm() / drawn.norm())).to(weight.dtype)
+
+
+def names_it(located: Located, weight: str) -> bool:
+    """Whether the answer is the module of a weight; a tied weight has two of them."""
+    module = weight.removesuffix(".weight").removesuffix(".bias")
+    tied = {"model.embed_tokens": ("model.embed_tokens", "lm_head")}
+    return located.name in tied.get(module, (module,))
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Of one dtype and size.
+
+    Attributes:
+        cases: Weights that were altered.
+        module, layer: Answers that named the module, and its layer.
+    """
+
+    cases: int
+    module: int
+    layer: int
+
+
+def accuracy(trainer: Trainer, weights: Sequence[str], size: float) -> Accuracy:
+    """Alters one weight after another."""
+    from mismatch_probe.engines.audit.names import layer_of
+
+    module = layer = 0
+    for index, name in enumerate(weights):
+        with trainer.altered(name, size, index):
+            found = trainer.locate()
+        module += names_it(found, name)
+        layer += found.verdict != "no single layer" and (found.layer == layer_of(name))
+    return Accuracy(len(weights), module, layer)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="Built-in name or folder; a tiny random Llama where it is left out.")
+    parser.add_argument("--sample", type=int, help="So many weights, drawn at random; all where it is left out.")
+    parser.add_argument("--dtypes", default="bfloat16,float16,float32")
+    parser.add_argument("--sizes", default=",".join(map(str, SIZES)))
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = resolve(options.model).path if options.model else _tiny(Path(folder) / "model")
+        for dtype in options.dtypes.split(","):
+            traced = Path(folder) / f"trace-{dtype}"
+            trace(checkpoint, dtype, traced)
+            trainer = Trainer(checkpoint, dtype, traced)
+            clean = trainer.locate()
+            print(f"{dtype}: unaltered: {clean.verdict}, largest score {clean.score:.2f}", flush=True)
+            weights = list(trainer.weights)
+            if options.sample:
+                weights = np.random.default_rng(0).choice(weights, options.sample, replace=False).tolist()
+            for size in map(float, options.sizes.split(",")):
+                found = accuracy(trainer, weights, size)
+                print(
+                    f"{dtype:<9} {100 * size:>6.2f} %  module {found.module}/{found.cases}  layer "
+                    f"{found.layer}/{found.cases}",
+                    flush=True,
+                )
+
+
+def _tiny(folder: Path) -> Path:
+    from tests.real.tiny import save_tiny
+
+    return save_tiny("llama", folder)
+
+
+if __name__ == "__main__":
+    main()

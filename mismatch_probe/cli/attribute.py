@@ -1,0 +1,122 @@
+"""`mismatch-probe attribute`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import mismatch_probe
+from mismatch_probe.cli.compare import NameList, duration, engine_args_of, json_option, run_parameters
+from mismatch_probe.cli.output import print_json
+from mismatch_probe.cli.progress import shown_progress
+from mismatch_probe.config import CompareConfig
+from mismatch_probe.errors import EXIT_ERROR, EXIT_OK, UsageError
+from mismatch_probe.types import DTYPES
+
+if TYPE_CHECKING:
+    from mismatch_probe.probes.attribute.plan import AttributePlan
+
+# The pair decides these.
+_NOT_HERE = ("rollout_dtypes", "trainer_dtypes", "temperature")
+
+
+@click.command(
+    params=[
+        parameter
+        for parameter in run_parameters("trainer_layout", "eager", "rollout_batch", "engine_args")
+        if parameter.name not in _NOT_HERE
+    ],
+    epilog="Exit codes: 0 done, 1 error or a setting failed, 2 usage, 130 interrupted.",
+)
+@click.option("--pair", metavar="ROLLOUT/TRAINER", help="Whose gap; one dtype means both.  [default: bfloat16]")
+@click.option(
+    "--knobs",
+    metavar="LIST",
+    help="default, all, none, or names (see --plan); rollout: or trainer: before one means that side.",
+)
+@click.option("--layers/--no-layers", default=None, help="Look inside both models.  [default: yes]")
+@click.option("--layer-dtypes", type=NameList(DTYPES), help="In which dtypes.  [default: all three]")
+@click.option(
+    "--target",
+    type=float,
+    metavar="PART",
+    help="Part of the gap that FP32 modules may leave.  [default: 4/5 of what an FP32 trainer closes are to go]",
+)
+@click.option("--from", "source", type=click.Path(), metavar="RUN", help="Compute it again, without engines.")
+@click.option("--resume", type=click.Path(), metavar="RUN", help="Run what this run still lacks.")
+@click.option("--plan", "plan_only", is_flag=True, help="Print processes, settings, what is left out and why.")
+@json_option
+def command(
+    source: str | None,
+    resume: str | None,
+    out: str | None,
+    plan_only: bool,
+    as_json: bool,
+    knobs: str | None,
+    engine_args: tuple[str, ...],
+    **given: Any,
+) -> int:
+    """Where does the mismatch come from: which rung, which setting, which layer?
+
+    Compares one pair of dtypes, then reads the same tokens again: decode against prefill, batching, one setting of
+    vLLM or of the trainer after another, and both models layer by layer and module by module.
+
+    \b
+    Examples:
+      mismatch-probe attribute
+      mismatch-probe attribute --model ./my-checkpoint --pair bf16/bf16 --knobs default,compiled
+      mismatch-probe attribute --model ./my-checkpoint --knobs kv-fp8,trainer:fp32-head --no-layers
+      mismatch-probe attribute --resume runs/smollm2-135m-20260101-120000
+    """
+    from rich.console import Console
+
+    from mismatch_probe.report.attribute_terminal import print_attribution
+
+    chosen = {name: value for name, value in given.items() if value is not None and value != ()}
+    options: dict[str, Any] = {name: chosen.pop(name) for name in ("pair", "layers", "layer_dtypes", "target") if name in chosen}
+    if knobs is not None:
+        options["knobs"] = tuple(part.strip() for part in knobs.split(",") if part.strip())
+    if engine_args:
+        chosen["engine_args"] = engine_args_of(engine_args)
+    if source is not None and resume is not None:
+        raise UsageError("--from runs no engine and --resume runs what is missing.", "Give one of the two.")
+    if (source or resume) and (chosen or out is not None or plan_only):
+        raise UsageError("The run exists, so nothing of how it is made can be chosen.", "Leave those options out.")
+    if plan_only:
+        _show_plan(mismatch_probe.attribute_plan(CompareConfig(**chosen), **options), as_json)
+        return EXIT_OK
+    with shown_progress() as progress:
+        if source is not None:
+            result = mismatch_probe.attribute_run(source, **options)
+        elif resume is not None:
+            result = mismatch_probe.attribute_resume(resume, progress=progress, **options)
+        else:
+            result = mismatch_probe.attribute(CompareConfig(**chosen), out=out, progress=progress, **options)
+    if as_json:
+        print_json(result.document)
+    else:
+        print_attribution(result.document, Console())
+    click.echo(f"Report: {result.path / 'report.html'}", err=True)
+    if result.failed:
+        click.echo(
+            f"{', '.join(result.failed)} failed; try again with: mismatch-probe attribute --resume {result.path}",
+            err=True,
+        )
+        return EXIT_ERROR
+    return EXIT_OK
+
+
+def _show_plan(plan: AttributePlan, as_json: bool) -> None:
+    if as_json:
+        print_json(plan.as_dict())
+        return
+    click.echo(f"{'process':<32}{'readings':>10}{'time, roughly':>16}")
+    for row in plan.passes:
+        click.echo(f"{row.pass_id:<32}{1:>10}{duration(row.seconds):>16}")
+    for name, readings, seconds in plan.processes:
+        click.echo(f"{name:<32}{readings:>10}{duration(seconds):>16}")
+    click.echo(f"{'all':<32}{'':>10}{duration(plan.seconds):>16}")
+    click.echo(f"\nTraces of layers take up to {plan.disk_gib:.1f} GiB of disk while they are compared.\n")
+    for name, change, why in plan.knobs:
+        click.echo(f"{name:<28}{change:<52}{f'not here: {why}' if why else 'measured'}")

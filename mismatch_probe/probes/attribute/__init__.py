@@ -1,0 +1,1 @@
+"""Where does the mismatch come from: which rung, which setting, which layer?"""

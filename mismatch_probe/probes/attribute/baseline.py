@@ -1,0 +1,146 @@
+"""The gap that is taken apart: a pair of a finished comparison, and how its two engines ran.
+
+Shape legend: `N` response tokens of the pair, `S` sequences.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mismatch_probe.config import CompareConfig
+from mismatch_probe.engines import devices
+from mismatch_probe.engines.models import read_config
+from mismatch_probe.errors import EngineError, UsageError
+from mismatch_probe.metrics.frame import pair_arrays
+from mismatch_probe.metrics.ladder import TokenPrompts
+from mismatch_probe.probes.attribute.availability import Context
+from mismatch_probe.probes.attribute.options import AttributeOptions
+from mismatch_probe.probes.own_pass import device_of
+from mismatch_probe.probes.planning import RolloutPass, TrainerPass, passes_of
+from mismatch_probe.tables import RunDirectory
+from mismatch_probe.types import RolloutRequest, ScoreRequest
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A pair, and what is known of its engines.
+
+    Attributes:
+        run: The comparison.
+        config: Its configuration.
+        rollout, trainer: The pair's passes.
+        context: What decides which knobs exist.
+        sequences: `S` prompts with responses, in the order of the pair's tokens.
+        prompts: Name of each one's prompt.
+        rollout_logprobs, trainer_logprobs: `[N]` nats.
+        float32_logprobs: `[N]` of the trainer in FP32, None where the run has no such pass.
+        tokens: Which prompt each token answers.
+    """
+
+    run: RunDirectory
+    config: CompareConfig
+    rollout: RolloutPass
+    trainer: TrainerPass
+    context: Context
+    sequences: tuple[ScoreRequest, ...]
+    prompts: tuple[str, ...]
+    rollout_logprobs: NDArray[np.float64]
+    trainer_logprobs: NDArray[np.float64]
+    float32_logprobs: NDArray[np.float64] | None
+    tokens: TokenPrompts
+
+    @property
+    def engine(self) -> dict[str, Any]:
+        """What the rollout pass said of itself."""
+        found: dict[str, Any] = self.run.manifest["passes"][self.rollout.pass_id]["engine"]
+        return found
+
+    @property
+    def batch(self) -> int:
+        """Requests in the engine at once."""
+        return int(self.run.manifest["sizes"]["rollout_batch"])
+
+    def requests(self) -> list[RolloutRequest]:
+        """The sequences, to be decoded again."""
+        seed = self.config.seed
+        return [RolloutRequest(s.sequence_id, s.prompt_token_ids, seed, s.response_token_ids) for s in self.sequences]
+
+    def starts(self) -> NDArray[np.int64]:
+        """`[S + 1]` index of each sequence's first token, and the end."""
+        return np.cumsum([0, *(len(s.response_token_ids) for s in self.sequences)])
+
+    def key(self, name: str, *about: Any) -> str:
+        """A digest of all that a reading depends on."""
+        config = self.config
+        known: list[Any] = [version("mismatch-probe"), devices.package_versions(), name, *map(repr, about)]
+        known += [self.run.manifest["model"].get("files"), self.rollout.pass_id, self.trainer.pass_id]
+        known += [config.trainer_layout, config.trainer_attn, config.engine_args, config.eager, self.batch]
+        known += [[list(s.prompt_token_ids), list(s.response_token_ids)] for s in self.sequences]
+        return hashlib.sha256(json.dumps(known, default=str).encode()).hexdigest()
+
+
+def open_baseline(run: RunDirectory, options: AttributeOptions) -> Baseline:
+    """Reads a run's pair.
+
+    Raises:
+        UsageError: The run has no such pair, or none that could be run again.
+        EngineError: A pass of it did not finish.
+    """
+    config = CompareConfig.from_dict(run.manifest["config"])
+    wanted_rollout, wanted_trainer = options.dtypes
+    passes = passes_of(config, run.manifest.get("recorded"))
+    rollout = next((r for r in passes.rollouts if r.dtype == wanted_rollout), None)
+    trainer = next((t for t in passes.trainers if t.dtype == wanted_trainer), None)
+    if rollout is None or trainer is None:
+        known = ", ".join(f"{r.dtype}/{t.dtype}" for r in passes.rollouts for t in passes.trainers)
+        raise UsageError(
+            f"This run has no pair {wanted_rollout}/{wanted_trainer}.", f"It has {known}: choose by --pair."
+        )
+    if config.temperature != 1:
+        raise UsageError(
+            "Only temperature 1 can be taken apart: prefill gives no log-probs at another.",
+            "Leave --temperature out.",
+        )
+    for name in (rollout.pass_id, trainer.pass_id):
+        if not run.finished(name):
+            why = run.manifest["passes"].get(name, {}).get("why", "it did not run")
+            raise EngineError(f"Pass {name} has not finished: {why}", "Continue the comparison with --resume.")
+    source = run.source_of(rollout.pass_id)
+    rows = {row["sequence_id"]: row for row in run.sequences(source).to_pylist() if row["response_token_ids"]}
+    if any(not row["prompt_token_ids"] for row in rows.values()):
+        raise UsageError("A sequence of this run has no prompt, so no engine can score it.", "Compare with prompts.")
+    pair = pair_arrays(run, rollout.pass_id, trainer.pass_id)
+    wide = TrainerPass("float32", "cast").pass_id
+    anchor = pair_arrays(run, rollout.pass_id, wide).trainer_logprob if run.finished(wide) else None
+    ordered = [rows[key] for key in sorted(rows)]
+    context = Context(
+        device=device_of(run),
+        gpus=len(devices.gpu_names()),
+        rollout_dtype=str(rollout.dtype),
+        trainer_dtype=str(trainer.dtype),
+        trainer_mode=str(trainer.mode),
+        trainer_layout=config.trainer_layout,
+        model=read_config(run.manifest["model"]["path"]),
+        engine=run.manifest["passes"][rollout.pass_id]["engine"],
+        attention=run.manifest["passes"][trainer.pass_id]["engine"]["attention"],
+    )
+    return Baseline(
+        run,
+        config,
+        rollout,
+        trainer,
+        context,
+        tuple(ScoreRequest(i, r["prompt_token_ids"], r["response_token_ids"]) for i, r in enumerate(ordered)),
+        tuple(str(row["prompt_id"]) for row in ordered),
+        pair.rollout_logprob,
+        pair.trainer_logprob,
+        anchor,
+        TokenPrompts(pair.prompt[pair.sequence], len(pair.prompt_ids)),
+    )

@@ -1,0 +1,110 @@
+"""What the parts of an attribution come to: causes of the gap, the largest first, each with what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+# A share below this is not worth a line of its own.
+LEAST = 0.02
+_RUNG_ACTIONS = {
+    "decode": "Decoding and prefill use other kernels: batch-invariant mode (CUDA), or score rollouts by prefill.",
+    "vLLM": "The engines' kernels round differently: a dtype with more bits on both sides (FP16), or token-level "
+    "importance weights. The tables of layers and modules say where.",
+    "batched": "The trainer's own batching: score as it is batched, or correct for it by importance weights.",
+    "cast": "How the trainer holds its weights: see whether cast serves as well.",
+}
+
+
+def ranked_causes(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rungs by their share of E[d²], changes that close part of the gap by the share that they close, a located fault,
+    and routers.
+
+    Shares of rungs add up to 1. A change's share is 1 − E[d'²]/E[d²], which overlaps with them and with other changes.
+    """
+    found = [*_located(document), *_rungs(document), *_changes(document), *_experts(document)]
+    order = {"fault": 0, "rung": 1, "change": 1, "experts": 1}
+    found.sort(key=lambda cause: (order[cause["kind"]], -(cause["share"] or 0.0)))
+    return [{"rank": index, **cause} for index, cause in enumerate(found, start=1)]
+
+
+def _cause(kind: str, text: str, action: str, share: Mapping[str, Any] | None) -> dict[str, Any]:
+    share = share or {}
+    return {
+        "kind": kind,
+        "text": text,
+        "action": action,
+        "share": share.get("value"),
+        "ci_low": share.get("ci_low"),
+        "ci_high": share.get("ci_high"),
+        "why": share.get("why", ""),
+    }
+
+
+def _rungs(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    rows = document["ladder"]["rungs"]
+    kept = [row for row in rows if abs(row["share"]["value"] or 0.0) >= LEAST]
+    return [_cause("rung", row["change"], _RUNG_ACTIONS[row["change"].split()[0]], row["share"]) for row in kept]
+
+
+def _changes(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Settings whose other value makes the gap smaller, beyond doubt."""
+    found = []
+    for row in document["knobs"]:
+        ratio = row.get("rms_ratio") or {}
+        if row["status"] != "measured" or ratio.get("value") is None or (ratio.get("ci_high") or 1.0) >= 1:
+            continue
+        share = _closed(ratio)
+        if (share["value"] or 0.0) >= LEAST:
+            found.append(_cause("change", f"{row['side']}: {row['change']}", _sentence(row["action"]), share))
+    for row in document["two_sided"]:
+        ratio = (row["cells"].get("both") or {}).get("rms_ratio") or {}
+        if row["best"] == "both" and (ratio.get("ci_high") or 1.0) < 1:
+            found.append(_cause("change", f"{row['name']} on both sides", _BOTH[row["name"]], _closed(ratio)))
+    return found
+
+
+_BOTH = {
+    "FP32 head": "Give both sides an FP32 head; one alone closes less.",
+    "FP16": "Run both sides in FP16 if `mismatch-probe audit` lets the model; one side alone closes less.",
+    "FP8 keys and values": "Round keys and values at the trainer as the engine's cache does, or keep the cache wide.",
+}
+
+
+def _closed(ratio: Mapping[str, Any]) -> dict[str, Any]:
+    """The share of E[d²] that goes, from the ratio of RMS."""
+    ends = [None if ratio.get(k) is None else 1 - ratio[k] ** 2 for k in ("value", "ci_high", "ci_low")]
+    return {"value": ends[0], "ci_low": ends[1], "ci_high": ends[2], "why": ratio.get("why", "")}
+
+
+def _located(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    found = []
+    for dtype, row in document["layers"]["dtypes"].items():
+        located = row.get("located")
+        if located is None or located["verdict"] == "no single layer":
+            continue
+        where = f"{located['name']} of most layers" if located["verdict"] == "everywhere" else located["name"]
+        text = f"in {dtype}, {where} differs {located['score']:.1f} times as much as rounding explains"
+        action = (
+            "Both engines compute this module differently, whatever the weights: compare its definition."
+            if located["verdict"] == "everywhere"
+            else "Compare this module's weights on both sides: a stale or altered tensor is likelier than a kernel."
+        )
+        found.append(_cause("fault", text, action, None))
+    return found
+
+
+def _experts(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    experts = document["experts"]
+    if not experts or not experts["layers"]:
+        return []
+    ratio = experts["engine_routes"]["rms_ratio"]
+    if ratio["value"] is None or ratio["value"] >= 1:
+        return []
+    text = f"routers disagree on {100 * experts['flipped_tokens']:.1f} % of the tokens"
+    action = "Replay the engine's routes in the trainer (R3), or freeze routers; FP32 routers agree more often."
+    return [_cause("experts", text, action, _closed(ratio))]
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:] + "."

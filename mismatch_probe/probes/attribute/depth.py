@@ -1,0 +1,86 @@
+"""Both models layer by layer and module by module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from mismatch_probe.metrics import inside
+from mismatch_probe.probes.attribute.effects import knob_row
+from mismatch_probe.probes.attribute.evidence import Evidence, finite
+from mismatch_probe.probes.attribute.measure import inside_name
+
+
+def layer_rows(evidence: Evidence) -> dict[str, Any]:
+    """Layer curves by dtype, and what the hooks' eager mode is apart from the baseline."""
+    base = evidence.base
+    found = {dtype: _inside(evidence, dtype) for dtype in evidence.readings.layer_dtypes}
+    eager = bool(base.engine["enforce_eager"])
+    knob = next((k for k in evidence.readings.knobs if k.key in ("eager", "compiled") and k.side == "rollout"), None)
+    row = knob_row(evidence, knob) if knob is not None else {}
+    shift = row.get("shift") if row.get("status") == "measured" else None
+    return {
+        "dtypes": found,
+        "rollout_eager": eager,
+        "eager_vs_compiled_shift": shift,
+        "eager_note": "The rollout ran eager, as its layers were looked into."
+        if eager
+        else "Layers were looked into in eager mode, which the rollout did not run in.",
+        "why": "" if found else "left out: --no-layers",
+    }
+
+
+def _inside(evidence: Evidence, dtype: str) -> dict[str, Any]:
+    part = evidence.parts.get(inside_name(dtype))
+    if part is None or "records" not in part[0]:
+        return {"why": evidence.why(inside_name(dtype)), "layers": [], "modules": [], "located": None}
+    facts, arrays = part
+    records, names = facts["records"], list(facts["trained_layers"])
+    apart, engine, trainer = (inside.relative(arrays[k], arrays["size"]) for k in ("apart", "engine", "trainer"))
+    score = inside.scores(apart, trainer, dtype)
+    lens = dict(zip(facts["layers"], arrays["lens"].mean(1).tolist(), strict=True)) if facts["layers"] else {}
+    by = {(record["kind"], record["name"]): index for index, record in enumerate(records)}
+    rows: list[dict[str, Any]] = []
+    for index, name in enumerate(names):
+        stream, own = by.get(("stream", name)), by.get(("layer", name))
+        if stream is not None and own is not None:
+            rows.append(
+                {
+                    "layer": index,
+                    "relative_error": float(apart[stream]),
+                    "step": float(apart[own]),
+                    "step_expected": float(inside.expected(trainer, dtype)[own]),
+                    "score": finite(score[own]),
+                    "lens_kl": lens.get(name),
+                }
+            )
+    modules = [i for i, record in enumerate(records) if record["kind"] in ("module", "between")]
+    located = inside.locate(
+        [records[i]["name"] for i in modules], [records[i]["layer"] for i in modules], score[modules], len(names)
+    )
+    streams = [by["stream", name] for name in names if ("stream", name) in by]
+    step_scores = np.array([row["score"] for row in rows], np.float64)
+    worst = max(rows, key=lambda row: float(row["score"]), default=None)
+    return {
+        "why": "",
+        "n_tokens": int(arrays["size"][streams[0]].sum()) if streams else 0,
+        "n_sequences": int(arrays["size"].shape[1]),
+        "layers": rows,
+        "growth_per_layer": inside.growth(arrays["apart"][streams], arrays["size"][streams]).as_dict(),
+        "first_beyond": inside.first_beyond(step_scores) if len(rows) else None,
+        "worst_layer": None if worst is None else worst["layer"],
+        "modules": [
+            {
+                "name": records[i]["name"],
+                "layer": records[i]["layer"],
+                "kind": records[i]["kind"],
+                "apart": float(apart[i]),
+                "engine_error": float(engine[i]),
+                "trainer_error": float(trainer[i]),
+                "score": finite(score[i]),
+            }
+            for i in modules
+        ],
+        "located": located.as_dict() | {"score": finite(located.score)},
+    }

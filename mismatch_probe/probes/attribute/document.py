@@ -1,0 +1,47 @@
+"""`attribution.json`: what the readings of a run say about where its gap comes from."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+
+from mismatch_probe.metrics import ladder
+from mismatch_probe.probes.attribute.causes import ranked_causes
+from mismatch_probe.probes.attribute.depth import layer_rows
+from mismatch_probe.probes.attribute.effects import knob_row, two_sided_rows
+from mismatch_probe.probes.attribute.evidence import Evidence, values
+from mismatch_probe.probes.attribute.experts import expert_rows
+from mismatch_probe.probes.attribute.fixes import fix_rows
+from mismatch_probe.probes.attribute.rungs import ladder_rows
+
+SCHEMA_VERSION = 1
+
+
+def attribution_document(evidence: Evidence) -> dict[str, Any]:
+    """The whole of it."""
+    base, context = evidence.base, evidence.base.context
+    finite = np.isfinite(base.rollout_logprobs) & np.isfinite(base.trainer_logprobs)
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "tool_version": version("mismatch-probe"),
+        "model": base.run.manifest["model"]["name"],
+        "device": context.device,
+        "rollout_pass": base.rollout.pass_id,
+        "trainer_pass": base.trainer.pass_id,
+        "rollout_dtype": context.rollout_dtype,
+        "trainer_dtype": context.trainer_dtype,
+        "trainer_mode": context.trainer_mode,
+        "n_tokens": len(base.rollout_logprobs),
+        "n_sequences": len(base.sequences),
+        "n_nonfinite": int((~finite).sum()),
+        "gap": values(ladder.gap(evidence.gap, base.tokens, seed=evidence.seed)),
+        "ladder": ladder_rows(evidence),
+        "knobs": [knob_row(evidence, knob) for knob in evidence.readings.knobs],
+        "two_sided": two_sided_rows(evidence),
+        "layers": layer_rows(evidence),
+        "fixes": fix_rows(evidence),
+        "experts": expert_rows(evidence),
+    }
+    return document | {"causes": ranked_causes(document)}

@@ -1,0 +1,117 @@
+"""What each setting does to the gap, and what settings of both sides do together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mismatch_probe.metrics import ladder
+from mismatch_probe.probes.attribute.evidence import NOT_MEASURED, Evidence, values
+from mismatch_probe.probes.attribute.knobs import REPLAY, TRAINER, Knob
+
+# Knobs that exist on both sides, by what they are called together.
+TWO_SIDED = {
+    "FP32 head": ("rollout-fp32-head", "trainer-fp32-head"),
+    "FP16": ("rollout-float16", "trainer-float16"),
+    "FP8 keys and values": ("rollout-kv-fp8", "trainer-kv-fp8"),
+}
+
+
+def knob_row(evidence: Evidence, knob: Knob) -> dict[str, Any]:
+    """A row: measured, or why it is not."""
+    base = evidence.base
+    row: dict[str, Any] = {
+        "name": knob.name,
+        "side": knob.side,
+        "key": knob.key,
+        "change": knob.change,
+        "action": knob.action,
+        "status": "unavailable",
+        "why": knob.why_not(base.context),
+    }
+    if row["why"]:
+        return row
+    if knob not in evidence.readings.wanted:
+        text = "slow, so only with --knobs all, or its name" if knob.slow else "not asked for"
+        return row | {"status": "not asked", "why": text}
+    part = evidence.parts.get(knob.name)
+    if part is None or not evidence.measured(knob.baseline):
+        return row | {"status": "not measured", "why": NOT_MEASURED if part is None else evidence.why(knob.baseline)}
+    if not evidence.measured(knob.name):
+        status = "unavailable" if "unavailable" in part[0] else "failed"
+        return row | {"status": status, "why": evidence.why(knob.name)}
+    return row | {"status": "measured", "why": ""} | _effect(evidence, knob)
+
+
+def _effect(evidence: Evidence, knob: Knob) -> dict[str, Any]:
+    """What a knob does to the gap, and what it costs."""
+    base, part, before = evidence.base, evidence.parts[knob.name], evidence.parts[knob.baseline]
+    mask = np.zeros(len(base.rollout_logprobs), np.bool_)
+    starts = base.starts()
+    for sequence in part[1]["index"]:
+        mask[starts[sequence] : starts[sequence + 1]] = True
+    changed, plain = (np.asarray(p[1]["logprobs"], np.float64) for p in (part, before))
+    same = len(plain) == len(changed)
+    plain = plain if same else plain[mask]
+    if knob.side == "rollout":
+        other = base.trainer_logprobs[mask]
+        gaps = (other - plain, other - changed)
+    else:
+        other = base.rollout_logprobs[mask]
+        gaps = (plain - other, changed - other)
+    peaks = (part[0].get("peak_bytes"), before[0].get("peak_bytes"))
+    return {
+        **values(ladder.change(*gaps, base.tokens.where(mask), seed=evidence.seed)),
+        "n_tokens": int(mask.sum()),
+        "time_ratio": part[0]["seconds"] / before[0]["seconds"] if same else None,
+        "peak_gib": None if peaks[0] is None else peaks[0] / 2**30,
+        "memory_ratio": peaks[0] / peaks[1] if peaks[0] and peaks[1] else None,
+        "confounder": _confounder(part[0].get("identity", {}), before[0].get("identity", {}), knob.key),
+    }
+
+
+def _confounder(after: Mapping[str, Any], before: Mapping[str, Any], key: str) -> str:
+    """What changed along with a setting, or kept it from doing anything."""
+    for name in ("attention_backends", "attention"):
+        if after.get(name) != before.get(name) and not key.startswith("attention"):
+            return f"attention changed with it: {_words(before.get(name))} → {_words(after.get(name))}"
+    if key == "prefix-cache" and "block_size" in after:
+        return f"only whole blocks of {after['block_size']} tokens are cached"
+    return ""
+
+
+def two_sided_rows(evidence: Evidence) -> list[dict[str, Any]]:
+    """Changes that exist on both sides, on neither, one, and both."""
+    rows: list[dict[str, Any]] = []
+    for name, (rollout, trainer) in TWO_SIDED.items():
+        sides = [evidence.reading(reading) for reading in (REPLAY, rollout, TRAINER, trainer)]
+        if any(side is None for side in sides):
+            missing = rollout if sides[1] is None else trainer
+            why = next((knob_row(evidence, k)["why"] for k in evidence.readings.knobs if k.name == missing), "")
+            rows.append({"name": name, "cells": {}, "best": None, "why": why or evidence.why(missing)})
+            continue
+        plain_b, changed_b, plain_a, changed_a = (np.asarray(side) for side in sides)
+        cells = ladder.two_sided(
+            {False: plain_b, True: changed_b},
+            {False: plain_a, True: changed_a},
+            evidence.base.tokens,
+            seed=evidence.seed,
+        )
+        known = {cell: found["rms"].value for cell, found in cells.items() if found["rms"].value is not None}
+        hurts = [cell for cell, found in cells.items() if cell != "neither" and (found["rms_ratio"].ci_low or 0.0) > 1]
+        rows.append(
+            {
+                "name": name,
+                "cells": {cell: values(found) for cell, found in cells.items()},
+                "best": min(known, key=lambda cell: known[cell]) if known else None,
+                "hurts": hurts,
+                "why": "",
+            }
+        )
+    return rows
+
+
+def _words(names: Sequence[str] | str | None) -> str:
+    return names if isinstance(names, str) else ", ".join(names or ()) or "none"

@@ -1,0 +1,69 @@
+"""Classes of a trainer's modules in FP32: what each buys, and what it costs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from mismatch_probe.engines.attribute.trainer import FIXES, set_name
+from mismatch_probe.metrics import ladder
+from mismatch_probe.metrics.fixes import Fix, cheapest
+from mismatch_probe.probes.attribute.evidence import NOT_MEASURED, Evidence, values
+from mismatch_probe.probes.attribute.knobs import TRAINER
+
+
+def fix_rows(evidence: Evidence) -> dict[str, Any]:
+    """Classes of modules in FP32: what each buys, sorted, and the cheapest set that meets the target."""
+    base, parts = evidence.base, evidence.parts
+    if not evidence.readings.fix_classes:
+        return {"rows": [], "target": None, "cheapest": None, "why": "no class of modules in FP32 was asked for"}
+    if FIXES not in parts or TRAINER not in parts:
+        return {"rows": [], "target": None, "cheapest": None, "why": evidence.why(FIXES)}
+    singles = [((name,), parts.get(f"trainer-fp32-{name}")) for name in evidence.readings.fix_classes]
+    sets = parts[FIXES][0]["sets"]
+    tried = singles + [(tuple(text.split("+")), parts.get(set_name(i))) for i, text in enumerate(sets)]
+    plain = np.asarray(parts[TRAINER][1]["logprobs"], np.float64)
+    fixes: list[Fix] = []
+    rows: list[dict[str, Any]] = []
+    for classes, part in tried:
+        if part is None or "seconds" not in part[0]:
+            why = "" if part is None else str(part[0].get("unavailable") or part[0].get("failed"))
+            rows.append({"classes": list(classes), "status": "unavailable", "why": why or NOT_MEASURED})
+            continue
+        fix = Fix.of(classes, base.rollout_logprobs, parts[TRAINER], part)
+        fixes.append(fix)
+        changed = np.asarray(part[1]["logprobs"], np.float64) - base.rollout_logprobs
+        effect = ladder.change(plain - base.rollout_logprobs, changed, base.tokens, seed=evidence.seed)
+        error = None
+        if base.float32_logprobs is not None:
+            wide = base.float32_logprobs
+            own = ladder.change(
+                plain - wide, np.asarray(part[1]["logprobs"], np.float64) - wide, base.tokens, seed=evidence.seed
+            )
+            error = own["rms_ratio"].as_dict()
+        rows.append(
+            {
+                "classes": list(classes),
+                "status": "measured",
+                "why": "",
+                **values(effect),
+                "trainer_error_ratio": error,
+                "added_time": fix.cost,
+            }
+        )
+    rows.sort(key=lambda row: (row["status"] != "measured", (row.get("rms_ratio") or {}).get("value") or 9.0))
+    target = float(parts[FIXES][0]["target"])
+    best = cheapest(fixes, target)
+    whole = None
+    if base.float32_logprobs is not None:
+        after = base.float32_logprobs - base.rollout_logprobs
+        effect = ladder.change(plain - base.rollout_logprobs, after, base.tokens, seed=evidence.seed)
+        whole = effect["rms_ratio"].as_dict()
+    return {
+        "rows": rows,
+        "target": target,
+        "whole_trainer_in_fp32": whole,
+        "cheapest": None if best is None else {"classes": list(best.classes), "left": best.left, "cost": best.cost},
+        "why": "",
+    }

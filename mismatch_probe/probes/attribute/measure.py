@@ -1,0 +1,391 @@
+"""The engine part of an attribution: which readings a run still lacks, and the processes that make them.
+
+Readings that one process can make share it: one engine per configuration of vLLM, and one process for the trainer,
+which holds each of its models once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mismatch_probe.arrays import load_arrays, save_arrays
+from mismatch_probe.engines import devices
+from mismatch_probe.engines.attribute.inside_job import Inside, InsideJob
+from mismatch_probe.engines.attribute.rollout import ROUTES, RolloutVariants, Routers
+from mismatch_probe.engines.attribute.trace import (
+    LOGIT_ROWS,
+    MOST_BYTES,
+    TraceRequest,
+    check_room,
+    choose_sequences,
+)
+from mismatch_probe.engines.attribute.trainer import FIXES, FixSearch, TrainerVariants, set_name
+from mismatch_probe.engines.attribute.variants import FP32_CLASSES, Take, TrainerVariant
+from mismatch_probe.engines.base import RolloutJob, TrainerJob
+from mismatch_probe.engines.models import ModelRef
+from mismatch_probe.engines.process import Kind
+from mismatch_probe.engines.refusals import refusal
+from mismatch_probe.errors import DiskFull, EngineMissing, Interrupted, ProbeError
+from mismatch_probe.probes.attribute.baseline import Baseline
+from mismatch_probe.probes.attribute.knobs import PREFILL, REPLAY, TRAINER, Knob, choose, knobs_of
+from mismatch_probe.probes.attribute.options import AttributeOptions
+from mismatch_probe.probes.own_pass import fp32_trainer, model_of
+from mismatch_probe.probes.progress import Progress
+from mismatch_probe.probes.workers import Workers, drive
+from mismatch_probe.types import Sampling, TrainerMode
+
+FOLDER = "attribute"
+AT_ROLLOUT, CAST = "trainer-at-rollout-batching", "trainer-cast-as-laid-out"
+FOLLOWED = "trainer-routes"
+# Of sequences that run one at a time, whose kernels have nothing to fill a device with.
+ALONE_TOKENS = 4096
+Part = tuple[dict[str, Any], dict[str, NDArray[Any]]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A process and what it makes.
+
+    Attributes:
+        name: Of its progress.
+        kind: What the process imports.
+        environment: Of the process.
+        job: What it does.
+        readings: Names of what it leaves.
+        traces: Dtypes whose layers it traces.
+    """
+
+    name: str
+    kind: Kind
+    environment: Mapping[str, str]
+    job: Any
+    readings: tuple[str, ...]
+    traces: tuple[str, ...] = ()
+
+
+class Readings:
+    """The readings of an attribution in a run's folder.
+
+    Args:
+        base: What is taken apart.
+        options: The attribution's.
+    """
+
+    def __init__(self, base: Baseline, options: AttributeOptions) -> None:
+        self._base, self._options = base, options
+        self.knobs = knobs_of(base.context)
+        chosen = choose(self.knobs, options.knobs)
+        if options.layers and not base.engine["enforce_eager"]:
+            # Layers are seen in eager mode only, so how far that is from the baseline is always told.
+            chosen += [knob for knob in self.knobs if knob.name == "rollout-eager" and knob not in chosen]
+        self.chosen = tuple(chosen)
+        self.wanted = tuple(knob for knob in chosen if not knob.why_not(base.context))
+
+    def load(self) -> dict[str, Part]:
+        """The readings that are there and were made of this run."""
+        found = {name: load_arrays(self._file(name), self._key(name)) for name in self._names()}
+        parts = {name: part for name, part in found.items() if part is not None}
+        for index, _ in enumerate(parts[FIXES][0]["sets"] if FIXES in parts else ()):
+            part = load_arrays(self._file(set_name(index)), self._key(FIXES))
+            if part is not None:
+                parts[set_name(index)] = part
+        return parts
+
+    def steps(self, model: ModelRef | None) -> list[Step]:
+        """What is still to be run, in order.
+
+        Args:
+            model: The model; None for a plan that nobody runs.
+        """
+        there = self.load()
+        missing = [name for name in self._names() if name not in there]
+        job = self._rollout_job(model)
+        steps = self._rollout_steps(job, missing)
+        trainer = self._trainer_step(model, job, missing)
+        insides = self._inside_step(model, missing)
+        return [*steps, *([trainer] if trainer else []), *([insides] if insides else [])]
+
+    def make_missing(self, progress: Progress, resume: str, *, again: bool) -> None:
+        """Makes the readings that are not there yet.
+
+        Args:
+            progress: Told about it.
+            resume: The command that goes on after an interruption.
+            again: Whether what failed gets another try.
+
+        Raises:
+            Interrupted: The user stopped it; finished readings stay.
+            ProbeError: No other engine could run either.
+        """
+        if again:
+            for name, (facts, _) in self.load().items():
+                if "failed" in facts:
+                    self._file(name).unlink()
+        steps = self.steps(None)
+        if not steps:
+            return
+        steps = self.steps(model_of(self._base.run, self._base.config, progress))
+        try:
+            with Workers(self._base.run.path / "logs") as workers:
+                for index, step in enumerate(steps):
+                    process = workers.take(step.kind, step.environment)
+                    if index + 1 < len(steps):
+                        workers.prepare(steps[index + 1].kind, steps[index + 1].environment)
+                    try:
+                        drive(process, step.name, step.job, progress)
+                    except (DiskFull, EngineMissing):
+                        raise
+                    except ProbeError as error:
+                        progress.end(step.name, error.what)
+                        self._fail(step, error)
+        except KeyboardInterrupt:
+            raise Interrupted("Stopped; what is finished is kept.", f"Continue with: {resume}") from None
+
+    def _fail(self, step: Step, error: ProbeError) -> None:
+        """Keeps why readings could not be made; those that the process had finished stay."""
+        there = self.load()
+        lost = [*step.readings, *(inside_name(dtype) for dtype in step.traces)]
+        for name in (name for name in lost if name not in there):
+            empty: dict[str, NDArray[Any]] = {"logprobs": np.empty(0, np.float32), "index": np.empty(0, np.int64)}
+            save_arrays(self._file(name), self._key(name), {"failed": error.what}, empty)
+
+    # What there is to read.
+
+    def _names(self) -> list[str]:
+        names = [REPLAY, PREFILL, TRAINER, AT_ROLLOUT]
+        names += [CAST] if self._base.context.trainer_mode == "autocast" else []
+        names += [knob.name for knob in self.wanted if knob.name not in names]
+        names += [FIXES] if self.fix_classes else []
+        names += [ROUTES, FOLLOWED] if self._base.context.experts else []
+        return names + [inside_name(dtype) for dtype in self.layer_dtypes]
+
+    @property
+    def layer_dtypes(self) -> tuple[str, ...]:
+        """Dtypes whose layers are compared: those that the engine takes."""
+        if not self._options.layers:
+            return ()
+        return tuple(d for d in self._options.layer_dtypes if not refusal(self._base.context.model, d))
+
+    @property
+    def fix_classes(self) -> tuple[str, ...]:
+        """Classes of modules that are read in FP32."""
+        names = {knob.name for knob in self.wanted}
+        return tuple(name for name in FP32_CLASSES if f"trainer-fp32-{name}" in names)
+
+    def _key(self, name: str) -> str:
+        base = self._base
+        knob = next((knob for knob in self.wanted if knob.name == name), None)
+        if knob is not None:
+            return base.key(name, knob.arguments, knob.take, knob.variant, knob.dtype)
+        if name == FIXES:
+            return base.key(name, self.fix_classes, self._options.target)
+        return base.key(name)
+
+    def _file(self, name: str) -> Path:
+        return self._base.run.path / FOLDER / "readings" / f"{name}.npz"
+
+    def _trace(self, dtype: str) -> str:
+        return str(self._base.run.path / FOLDER / f"trace-{dtype}")
+
+    # The processes.
+
+    def _rollout_job(self, model: ModelRef | None) -> RolloutJob:
+        """The engine as the comparison ran it."""
+        base = self._base
+        settings = self._settings(base.context.rollout_dtype)
+        longest = max(s.length for s in base.sequences) + 1  # prefill has one token made behind the sequence
+        return RolloutJob(
+            engine="vllm",
+            model_path="" if model is None else str(model.path),
+            dtype=base.context.rollout_dtype,  # type: ignore[arg-type]
+            device=base.context.device,
+            sampling=Sampling(max(len(s.response_token_ids) for s in base.sequences), 1.0, base.config.seed),
+            requests=base.requests(),
+            batch=base.batch,
+            null_tokens=0,
+            max_model_len=longest,
+            in_process=base.engine["in_process"],
+            trust_remote_code=base.config.trust_remote_code,
+            arguments={**settings.arguments, **base.config.engine_args},
+        )
+
+    def _settings(self, dtype: str) -> devices.EngineSettings:
+        base = self._base
+        cache = int(base.engine["arguments"].get("kv_cache_memory_bytes", devices.GIB)) // devices.GIB
+        return devices.rollout_settings(
+            base.context.device,  # type: ignore[arg-type]
+            dtype,  # type: ignore[arg-type]
+            eager=base.config.eager,
+            in_process=base.engine["in_process"],
+            kv_cache_gib=max(1, cache),
+        )
+
+    def _rollout_steps(self, job: RolloutJob, missing: Sequence[str]) -> list[Step]:
+        """A process for each configuration that a missing reading needs: the baseline's first."""
+        own, others = self._engines(missing)
+        steps = []
+        for name, (knob, takes, dtype, traced) in [*own.items(), *others.items()]:
+            changed = self._changed(job, knob, dtype, eager=bool(traced))
+            settings = self._settings(changed.dtype)
+            environment = {**settings.environment, **(knob.environment if knob else {})}
+            trace = self._trace_request(changed) if traced else None
+            routers = self._routers() if name == "baseline" and ROUTES in missing else None
+            readings = (*takes, *([ROUTES] if routers else []))
+            variants = RolloutVariants(
+                changed,
+                takes,
+                {reading: self._key(reading) for reading in readings},
+                str(self._file("").parent),
+                self._alone(),
+                trace,
+                routers,
+            )
+            label = f"vLLM {name}"
+            steps.append(Step(label, "vllm", environment, variants, readings, (changed.dtype,) if traced else ()))
+        return steps
+
+    def _engines(self, missing: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """By name (knob, takes, dtype, whether it is traced): the baseline's engine, and one for each that differs."""
+        base, eager = self._base.context.rollout_dtype, bool(self._base.engine["enforce_eager"])
+        traced = [dtype for dtype in self.layer_dtypes if inside_name(dtype) in missing]
+        takes: dict[str, Take] = {REPLAY: "decode", PREFILL: "prefill"}
+        takes |= {k.name: k.take for k in self.wanted if k.side == "rollout" and k.arguments is None}
+        takes = {name: take for name, take in takes.items() if name in missing}
+        own: dict[str, Any] = {}
+        if takes or ROUTES in missing or (base in traced and eager):
+            own["baseline"] = (None, takes, base, base in traced and eager)
+        others: dict[str, Any] = {}
+        for knob in self.wanted:
+            if knob.side != "rollout" or knob.arguments is None or knob.name not in missing:
+                continue
+            dtype = knob.dtype or base
+            # Another dtype's layers are traced by the engine that has it anyway.
+            its = (dtype in traced and dtype != base and eager) or (knob.key == "eager" and base in traced)
+            others[knob.key] = (knob, {knob.name: knob.take}, dtype, its)
+        seen = {dtype for _, _, dtype, its in (*own.values(), *others.values()) if its}
+        for dtype in traced:
+            if dtype not in seen:
+                others[f"layers in {dtype}"] = (None, {}, dtype, True)
+        return own, others
+
+    def _changed(self, job: RolloutJob, knob: Knob | None, dtype: str, *, eager: bool) -> RolloutJob:
+        """The baseline's engine with a knob turned; eager where it is looked into."""
+        settings = self._settings(dtype)
+        arguments = {**settings.arguments, **self._base.config.engine_args, **((knob and knob.arguments) or {})}
+        batch = job.batch
+        if "max_num_batched_tokens" in arguments and knob is not None and knob.arguments:
+            batch = min(batch, int(arguments["max_num_batched_tokens"]))
+        if eager:
+            arguments["enforce_eager"] = True
+        return replace(job, dtype=dtype, arguments=arguments, batch=batch)  # type: ignore[arg-type]
+
+    def _alone(self) -> int:
+        """How many sequences run one at a time."""
+        total = np.cumsum([len(s.response_token_ids) for s in self._base.sequences])
+        return max(1, int(np.searchsorted(total, ALONE_TOKENS, side="right")))
+
+    def _routers(self) -> Routers:
+        nested = self._base.context.nested
+        chosen = nested.get("num_experts_per_tok") or nested.get("num_experts_per_token") or 1
+        return Routers(int(nested["num_hidden_layers"]), self._base.context.experts, int(chosen))
+
+    def _trace_request(self, job: RolloutJob) -> TraceRequest:
+        context, lengths = self._base.context, [s.length for s in self._base.sequences]
+        itemsize = 4 if job.dtype == "float32" else 2
+        most = int(self._base.engine["max_num_batched_tokens"])
+        chosen = choose_sequences(lengths, context.model, itemsize, most)
+        rows = sum(lengths[index] for index in chosen)
+        logits = tuple(int(row) for row in np.unique(np.linspace(0, rows - 1, LOGIT_ROWS).astype(int)))
+        check_room(self._base.run.path, MOST_BYTES)
+        ids = tuple(
+            (*self._base.sequences[i].prompt_token_ids, *self._base.sequences[i].response_token_ids) for i in chosen
+        )
+        return TraceRequest(self._trace(job.dtype), ids, int(context.nested["num_hidden_layers"]), logits)
+
+    def _trainer(self, model: ModelRef | None) -> TrainerJob | None:
+        """The trainer as it is trained, without requests."""
+        if model is None:
+            return None
+        base = self._base
+        wide = fp32_trainer(base.config, model, base.context.device)  # type: ignore[arg-type]
+        mode: TrainerMode = base.trainer.mode  # type: ignore[assignment]
+        return replace(wide, dtype=base.trainer.dtype, mode=mode, layout=base.config.trainer_layout)  # type: ignore[arg-type]
+
+    def _trainer_step(self, model: ModelRef | None, rollout: RolloutJob, missing: Sequence[str]) -> Step | None:
+        base, context = self._base, self._base.context
+        autocast = context.trainer_mode == "autocast"
+        plain: TrainerMode | None = "cast" if autocast else None
+        variants = [TrainerVariant(TRAINER), TrainerVariant(AT_ROLLOUT, layout="rollout", mode=plain)]
+        variants += [TrainerVariant(CAST, mode="cast")] if autocast else []
+        variants += [knob.variant for knob in self.wanted if knob.variant is not None]
+        variants += [TrainerVariant(FOLLOWED, layout="padded", routes=True)] if context.experts else []
+        needed = [variant for variant in variants if variant.name in missing]
+        search = None
+        if FIXES in missing and self.fix_classes:
+            names = {TRAINER, *(f"trainer-fp32-{name}" for name in self.fix_classes)}
+            needed = [variant for variant in variants if variant.name in missing or variant.name in names]
+            search = FixSearch(base.rollout_logprobs, self._target(), self.fix_classes)
+        if not needed:
+            return None
+        trainer = self._trainer(model)
+        readings = (*(v.name for v in needed), *([FIXES] if search else []))
+        job = trainer and TrainerVariants(
+            trainer,
+            str(self._file("").parent),
+            needed,
+            {name: self._key(name) for name in readings},
+            base.sequences,
+            int(base.engine["max_num_batched_tokens"]),
+            base.batch,
+            search,
+            (str(self._file(ROUTES)), self._key(ROUTES)) if context.experts else None,
+        )
+        settings = devices.trainer_settings(context.device, base.trainer.dtype)  # type: ignore[arg-type]
+        return Step("trainer, one change at a time", "hf", settings.environment, job, readings)
+
+    def _target(self) -> float:
+        """Part of the gap that fixes may leave."""
+        base = self._base
+        if self._options.target is not None:
+            return self._options.target
+        if base.float32_logprobs is None:
+            return 0.0
+        gaps = [_rms(a - base.rollout_logprobs) for a in (base.float32_logprobs, base.trainer_logprobs)]
+        # Where a trainer in FP32 closes nothing, sets are tried to the last.
+        return 1 - 0.8 * max(0.0, 1 - gaps[0] / gaps[1]) if gaps[1] else 0.0
+
+    def _inside_step(self, model: ModelRef | None, missing: Sequence[str]) -> Step | None:
+        dtypes = [dtype for dtype in self.layer_dtypes if inside_name(dtype) in missing]
+        if not dtypes:
+            return None
+        trainer = self._trainer(model)
+        mode = self._base.context.trainer_mode
+        insides = [
+            Inside(
+                inside_name(dtype),
+                self._key(inside_name(dtype)),
+                dtype,  # type: ignore[arg-type]
+                "cast" if dtype == "float32" else mode,  # type: ignore[arg-type]
+                self._trace(dtype),
+            )
+            for dtype in dtypes
+        ]
+        job = trainer and InsideJob(trainer, str(self._file("").parent), insides)
+        settings = devices.trainer_settings(self._base.context.device, "float32")  # type: ignore[arg-type]
+        return Step("layers and modules", "hf", settings.environment, job, tuple(i.name for i in insides))
+
+
+def inside_name(dtype: str) -> str:
+    """The reading that compares layers in a dtype."""
+    return f"inside-{dtype}"
+
+
+def _rms(values: NDArray[np.float64]) -> float:
+    finite = values[np.isfinite(values)]
+    return float(np.sqrt(np.mean(finite**2))) if len(finite) else 0.0

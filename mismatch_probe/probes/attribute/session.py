@@ -1,0 +1,131 @@
+"""One attribution from beginning to end: comparison, readings, document, files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mismatch_probe.config import CompareConfig
+from mismatch_probe.errors import Interrupted
+from mismatch_probe.files import locked, write_json
+from mismatch_probe.probes.attribute.baseline import open_baseline
+from mismatch_probe.probes.attribute.document import attribution_document
+from mismatch_probe.probes.attribute.evidence import Evidence
+from mismatch_probe.probes.attribute.measure import FOLDER, Readings
+from mismatch_probe.probes.attribute.options import AttributeOptions
+from mismatch_probe.probes.progress import Progress
+from mismatch_probe.probes.session import default_folder, new_run, report_run, resume_run
+from mismatch_probe.tables import RunDirectory
+
+_KEY = "attribute"
+
+
+@dataclass(frozen=True)
+class AttributeResult:
+    """A finished attribution.
+
+    Attributes:
+        path: The run directory.
+        document: The content of `attribute/attribution.json`.
+        figures: Figure files by name.
+    """
+
+    path: Path
+    document: dict[str, Any]
+    figures: dict[str, Path]
+
+    @property
+    def failed(self) -> list[str]:
+        """Settings that were asked for and could not be measured."""
+        return [row["name"] for row in self.document["knobs"] if row["status"] == "failed"]
+
+
+def new_attribution(
+    config: CompareConfig, out: str | Path | None, options: Mapping[str, Any], progress: Progress | None
+) -> AttributeResult:
+    """Compares, then takes the gap apart.
+
+    Raises:
+        ProbeError: What a comparison raises, and what its readings do.
+    """
+    progress, asked = progress or Progress(), AttributeOptions(**options)
+    config = config_of(config, asked)
+    path = Path(out) if out is not None else default_folder(config.model)
+    try:
+        path = new_run(config, path, (), progress).path
+    except Interrupted as error:
+        raise Interrupted(error.what, f"Continue with: {_resume(path, asked)}") from None
+    return _finish(path, asked, progress, engines=True)
+
+
+def resume_attribution(path: Path, options: Mapping[str, Any], progress: Progress | None) -> AttributeResult:
+    """Makes what a run lacks, of the comparison and of the attribution.
+
+    Raises:
+        TableError: The folder holds no run, or a table is missing or corrupt.
+        ProbeError: An engine failed.
+    """
+    progress = progress or Progress()
+    asked = _options(RunDirectory.open(path), options)
+    if RunDirectory.open(path).manifest["status"] != "complete":
+        try:
+            resume_run(path, (), progress, {})
+        except Interrupted as error:
+            raise Interrupted(error.what, f"Continue with: {_resume(path, asked)}") from None
+    return _finish(path, asked, progress, engines=True, again=True)
+
+
+def attribution_of(path: Path, options: Mapping[str, Any]) -> AttributeResult:
+    """Computes the document again, without an engine.
+
+    Raises:
+        TableError: The folder holds no run, or a table is missing or corrupt.
+    """
+    return _finish(path, _options(RunDirectory.open(path), options), Progress(), engines=False)
+
+
+def config_of(config: CompareConfig, options: AttributeOptions) -> CompareConfig:
+    """The comparison that an attribution begins with: the pair, and the trainer in FP32 beside it."""
+    rollout, trainer = options.dtypes
+    trainers = tuple(dict.fromkeys((trainer, "float32")))
+    return replace(config, rollout_dtypes=(rollout,), trainer_dtypes=trainers)  # type: ignore[arg-type]
+
+
+def _finish(
+    path: Path, options: AttributeOptions, progress: Progress, *, engines: bool, again: bool = False
+) -> AttributeResult:
+    with locked(path):
+        run = RunDirectory.open(path)
+        base = open_baseline(run, options)
+        readings = Readings(base, options)
+        if engines:
+            run.manifest[_KEY] = options.as_dict()
+            run.save()
+            readings.make_missing(progress, _resume(path, options), again=again)
+            progress.message("computing shares and figures")
+        document = attribution_document(Evidence(base, readings, readings.load()))
+        write_json(path / FOLDER / "attribution.json", document)
+    # The page of the comparison takes the attribution in.
+    figures = report_run(path, (), None, None).figures
+    return AttributeResult(path, document, figures)
+
+
+def _options(run: RunDirectory, given: Mapping[str, Any]) -> AttributeOptions:
+    """What is given, and an earlier attribution's where it is not."""
+    kept = run.manifest.get(_KEY, {})
+    found = {name: tuple(v) if isinstance(v, list) else v for name, v in kept.items()}
+    return AttributeOptions(**{**found, **given})
+
+
+def _resume(path: Path, options: AttributeOptions) -> str:
+    """The command that goes on; a run remembers its options only once its comparison is finished."""
+    default = AttributeOptions()
+    flags = "" if options.pair == default.pair else f" --pair {options.pair}"
+    flags += "" if options.knobs == default.knobs else f" --knobs {','.join(options.knobs)}"
+    flags += "" if options.layers else " --no-layers"
+    flags += "" if options.target is None else f" --target {options.target:g}"
+    if options.layer_dtypes != default.layer_dtypes:
+        flags += f" --layer-dtypes {','.join(options.layer_dtypes)}"
+    return f"mismatch-probe attribute --resume {path}{flags}"
