@@ -74,7 +74,9 @@ def command(
     from mismatch_probe.report.attribute_terminal import print_attribution
 
     chosen = {name: value for name, value in given.items() if value is not None and value != ()}
-    options: dict[str, Any] = {name: chosen.pop(name) for name in ("pair", "layers", "layer_dtypes", "target") if name in chosen}
+    options: dict[str, Any] = {
+        name: chosen.pop(name) for name in ("pair", "layers", "layer_dtypes", "target") if name in chosen
+    }
     if knobs is not None:
         options["knobs"] = tuple(part.strip() for part in knobs.split(",") if part.strip())
     if engine_args:

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# Times of two passes differ by this much for no reason.
-_NOISE = 0.01
+# Times of two passes differ by this much for no reason: below it a cost is none.
+_NOISE = 0.05
 Part = tuple[Mapping[str, Any], Mapping[str, NDArray[Any]]]
 
 
@@ -63,8 +63,9 @@ def next_set(fixes: Sequence[Fix], target: float) -> tuple[str, ...] | None:
 
 
 def cheapest(fixes: Sequence[Fix], target: float) -> Fix | None:
-    """The set, of those that were tried, that meets the target at the least cost."""
-    return min((fix for fix in fixes if fix.left <= target), key=lambda fix: fix.cost, default=None)
+    """Of the sets that were tried, the one that meets the target at the least cost; where costs tie, the closest."""
+    fit = [fix for fix in fixes if fix.left <= target]
+    return min(fit, key=lambda fix: (max(fix.cost, _NOISE), fix.left), default=None)
 
 
 def _gain_per_time(fix: Fix) -> float:

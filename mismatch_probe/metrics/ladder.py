@@ -19,13 +19,15 @@ from numpy.typing import NDArray
 
 from mismatch_probe.metrics import scales
 from mismatch_probe.metrics.chunks import group_sums
-from mismatch_probe.metrics.intervals import Estimate, evaluate
+from mismatch_probe.metrics.intervals import Estimate, evaluate, join_why
 from mismatch_probe.types import MetricValue
 
 Floats = NDArray[np.float64]
 UNCHANGED = "no token changed"
 NO_TOKENS = "no token is finite in all readings"
 NO_GAP = "there is no gap"
+# An end of an interval that is so many times the value is no end.
+_USELESS = 100.0
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def gap(d: Floats, tokens: TokenPrompts, *, seed: int = 0, replicates: int = 100
         return dict.fromkeys(("rms", "k3"), MetricValue(None, why=NO_TOKENS))
     if not d.any():
         return dict.fromkeys(("rms", "k3"), MetricValue(0.0, why=NO_GAP))
-    return evaluate(
+    measured = evaluate(
         {
             "rms": tokens.estimate(scales.log_root_mean, scales.exp, d**2),
             "k3": tokens.estimate(scales.log_mean, scales.exp, scales.k3(d)),
@@ -124,6 +126,7 @@ def gap(d: Floats, tokens: TokenPrompts, *, seed: int = 0, replicates: int = 100
         seed=seed,
         replicates=replicates,
     )
+    return {name: _bounded(value) for name, value in measured.items()}
 
 
 def change(
@@ -156,7 +159,8 @@ def change(
         estimates["k3_ratio"] = tokens.estimate(_log_ratio, scales.exp, scales.k3(after), scales.k3(before))
     else:
         found |= dict.fromkeys(("rms_ratio", "k3_ratio"), MetricValue(None, why=NO_GAP))
-    return found | evaluate(estimates, seed=seed, replicates=replicates)
+    measured = evaluate(estimates, seed=seed, replicates=replicates)
+    return found | {name: _bounded(value) for name, value in measured.items()}
 
 
 def share_of_squares(d: Floats, chosen: NDArray[np.bool_], tokens: TokenPrompts, *, seed: int = 0) -> MetricValue:
@@ -197,6 +201,15 @@ def two_sided(
         name: change(neither, trainer[t] - rollout[r], tokens, seed=seed, replicates=replicates)
         for name, (r, t) in sides.items()
     }
+
+
+def _bounded(value: MetricValue) -> MetricValue:
+    """Without an interval that says nothing."""
+    if value.value is None or value.ci_low is None or value.ci_high is None or value.value <= 0:
+        return value
+    if value.ci_high <= _USELESS * value.value and value.value <= _USELESS * value.ci_low:
+        return value
+    return MetricValue(value.value, why=join_why(value.why, "no interval: a few tokens make most of it"))
 
 
 def _ratio(means: NDArray[Any]) -> NDArray[Any]:

@@ -122,21 +122,24 @@ def _with_wide_input(module: nn.Module) -> Callable[..., Any]:
 def _residual(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """The stream between the layers' blocks in FP32; every block still reads and makes what it does in dtype."""
     network = Network.of(model)
-    if not network.embedding or not network.layers:
-        raise NotThereError("the model's embedding or layers were not found")
+    if not network.layers:
+        raise NotThereError("the model's layers were not found")
     layers = modules_of(model, network.layers)
     norms = [child for layer in layers for child in layer.children() if is_norm(child)]
     norms += [child for child in model.get_decoder().children() if is_norm(child)]  # type: ignore[operator]
     blocks = [child for layer in layers for child in layer.children() if not is_norm(child)]
     blocks += modules_of(model, [network.head] if network.head else [])
 
-    def widen(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        return output.float()
+    def widen(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = "hidden_states"
+        return (_cast(args[:1], torch.float32) + args[1:]), {
+            key: _cast(value, torch.float32) if key == name else value for key, value in kwargs.items()
+        }
 
     def narrow(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _cast(args, dtype), {name: _cast(value, dtype) for name, value in kwargs.items()}
 
-    handles = [modules_of(model, [network.embedding])[0].register_forward_hook(widen)]
+    handles = [layers[0].register_forward_pre_hook(widen, with_kwargs=True)]
     handles += [block.register_forward_pre_hook(narrow, with_kwargs=True) for block in blocks]
     try:
         # Norms read the stream, which they must not round first, whatever their class does with wide input.
@@ -158,7 +161,8 @@ def _head(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
     def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         with _no_autocast(x):
-            return wide(x.float(), *args, **kwargs)
+            # Not through its hooks, which another change may have put there and the copy has, too.
+            return type(head).forward(wide, x.float(), *args, **kwargs)
 
     with _replaced(head, call):
         yield

@@ -62,6 +62,8 @@ class InsideJob(OnTrainer):
 
         channel.send("total", len(self.insides))
         for inside in self.insides:
+            if not Path(inside.trace).exists():
+                continue  # its engine failed, which is told already
             device: Any = self.trainer.device
             flags = devices.trainer_settings(device, inside.dtype).arguments
             arrays: dict[str, NDArray[Any]] = {}

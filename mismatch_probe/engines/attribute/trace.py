@@ -11,7 +11,6 @@ Shape legend: `R` tokens of all traced sequences, `W` width of a module.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -98,8 +97,8 @@ class TraceFiles:
 
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         path = self._folder / f"{part}.safetensors"
-        os.close(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600))
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        path.chmod(0o600)
 
     def read(self, part: str) -> dict[str, torch.Tensor]:
         """Reads them; in a dtype of their own."""
@@ -111,7 +110,9 @@ class TraceFiles:
     def write_facts(self, request: TraceRequest, fused: Mapping[str, Sequence[str]], order: Sequence[str]) -> None:
         """Writes what was traced, how the engine fuses modules, and in which order modules ended."""
         about = {"request": asdict(request), "fused": {k: list(v) for k, v in fused.items()}, "order": list(order)}
-        (self._folder / "trace.json").write_text(json.dumps(about), encoding="utf-8")
+        path = self._folder / "trace.json"
+        path.write_text(json.dumps(about), encoding="utf-8")
+        path.chmod(0o600)
 
     def facts(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads((self._folder / "trace.json").read_text(encoding="utf-8"))

@@ -41,12 +41,12 @@ class FixSearch:
 
     Attributes:
         logprobs: `[N]` the rollout's, nats.
-        target: Part of the gap's RMS that may be left.
+        target: Part of the gap's RMS that may be left; None where no set is looked for.
         classes: That have a reading of their own.
     """
 
     logprobs: NDArray[np.float64]
-    target: float
+    target: float | None
     classes: tuple[str, ...]
 
 
@@ -88,8 +88,8 @@ class TrainerVariants(OnTrainer):
             identity = engine.identity() | devices.running()
             channel.send("identity", identity)
             channel.phase("load")
-            # Whatever is set up at first use is not the first variant's.
-            engine.score(engine.plan(self.sequences)[-1], self.trainer.temperature)
+            # Whatever is set up at first use, by shape too, is not the first variant's.
+            self._score(engine, engine.plan(self.sequences))
             for variant in variants:
                 self._read(engine, variant)
                 channel.send("progress", 1)
@@ -215,7 +215,8 @@ class TrainerVariants(OnTrainer):
             if single is not None and "seconds" in single[0]:
                 fixes.append(Fix.of((name,), search.logprobs, base, single))
         sets: list[str] = []
-        while (chosen := next_set(fixes, search.target)) is not None:
+        target = search.target
+        while target is not None and (chosen := next_set(fixes, target)) is not None:
             name = set_name(len(sets))
             self._read(engine, TrainerVariant(name, fp32=chosen))
             part = load_arrays(Path(self.folder) / f"{name}.npz", self.keys[FIXES])

@@ -63,6 +63,21 @@ class Baseline:
         return found
 
     @property
+    def eager(self) -> bool:
+        """Whether the rollout ran without compilation and CUDA graphs."""
+        return bool(self.engine.get("enforce_eager", self.context.device == "cpu"))
+
+    @property
+    def in_process(self) -> bool:
+        """Whether vLLM's core ran in the process that called it, as it then does again."""
+        return bool(self.engine.get("in_process", True))
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens that the engine's scheduler takes at once."""
+        return int(self.engine.get("max_num_batched_tokens", 1))
+
+    @property
     def batch(self) -> int:
         """Requests in the engine at once."""
         return int(self.run.manifest["sizes"]["rollout_batch"])
@@ -129,7 +144,7 @@ def open_baseline(run: RunDirectory, options: AttributeOptions) -> Baseline:
         trainer_layout=config.trainer_layout,
         model=read_config(run.manifest["model"]["path"]),
         engine=run.manifest["passes"][rollout.pass_id]["engine"],
-        attention=run.manifest["passes"][trainer.pass_id]["engine"]["attention"],
+        attention=run.manifest["passes"][trainer.pass_id]["engine"].get("attention", ""),
     )
     return Baseline(
         run,

@@ -8,11 +8,11 @@ from typing import Any
 # A share below this is not worth a line of its own.
 LEAST = 0.02
 _RUNG_ACTIONS = {
-    "decode": "Decoding and prefill use other kernels: batch-invariant mode (CUDA), or score rollouts by prefill.",
-    "vLLM": "The engines' kernels round differently: a dtype with more bits on both sides (FP16), or token-level "
+    "prefill": "Decoding and prefill use other kernels: batch-invariant mode (CUDA), or score rollouts by prefill.",
+    "engine": "The engines' kernels round differently: a dtype with more bits on both sides (FP16), or token-level "
     "importance weights. The tables of layers and modules say where.",
-    "batched": "The trainer's own batching: score as it is batched, or correct for it by importance weights.",
-    "cast": "How the trainer holds its weights: see whether cast serves as well.",
+    "layout": "The trainer's own batching: score as it is batched, or correct for it by importance weights.",
+    "mode": "How the trainer holds its weights: see whether cast serves as well.",
 }
 
 
@@ -44,7 +44,7 @@ def _cause(kind: str, text: str, action: str, share: Mapping[str, Any] | None) -
 def _rungs(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = document["ladder"]["rungs"]
     kept = [row for row in rows if abs(row["share"]["value"] or 0.0) >= LEAST]
-    return [_cause("rung", row["change"], _RUNG_ACTIONS[row["change"].split()[0]], row["share"]) for row in kept]
+    return [_cause("rung", row["change"], _RUNG_ACTIONS[row["key"]], row["share"]) for row in kept]
 
 
 def _changes(document: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -56,7 +56,7 @@ def _changes(document: Mapping[str, Any]) -> list[dict[str, Any]]:
             continue
         share = _closed(ratio)
         if (share["value"] or 0.0) >= LEAST:
-            found.append(_cause("change", f"{row['side']}: {row['change']}", _sentence(row["action"]), share))
+            found.append(_cause("change", f"{row['change']} at the {row['side']}", _sentence(row["action"]), share))
     for row in document["two_sided"]:
         ratio = (row["cells"].get("both") or {}).get("rms_ratio") or {}
         if row["best"] == "both" and (ratio.get("ci_high") or 1.0) < 1:
@@ -65,8 +65,8 @@ def _changes(document: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 _BOTH = {
-    "FP32 head": "Give both sides an FP32 head; one alone closes less.",
-    "FP16": "Run both sides in FP16 if `mismatch-probe audit` lets the model; one side alone closes less.",
+    "FP32 head": "Give both sides an FP32 head (vLLM: hf_overrides={'head_dtype': 'float32'}).",
+    "FP16": "Rounding makes this share: run both sides in FP16 if `mismatch-probe audit` lets the model.",
     "FP8 keys and values": "Round keys and values at the trainer as the engine's cache does, or keep the cache wide.",
 }
 
@@ -84,7 +84,7 @@ def _located(document: Mapping[str, Any]) -> list[dict[str, Any]]:
         if located is None or located["verdict"] == "no single layer":
             continue
         where = f"{located['name']} of most layers" if located["verdict"] == "everywhere" else located["name"]
-        text = f"in {dtype}, {where} differs {located['score']:.1f} times as much as rounding explains"
+        text = f"in {dtype}, {where} differs {_times(located['score'])} times as much as rounding explains"
         action = (
             "Both engines compute this module differently, whatever the weights: compare its definition."
             if located["verdict"] == "everywhere"
@@ -104,6 +104,10 @@ def _experts(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     text = f"routers disagree on {100 * experts['flipped_tokens']:.1f} % of the tokens"
     action = "Replay the engine's routes in the trainer (R3), or freeze routers; FP32 routers agree more often."
     return [_cause("experts", text, action, _closed(ratio))]
+
+
+def _times(score: float) -> str:
+    return f"{score:.1f}" if score < 1000 else "over 1,000"
 
 
 def _sentence(text: str) -> str:

@@ -16,12 +16,13 @@ def layer_rows(evidence: Evidence) -> dict[str, Any]:
     """Layer curves by dtype, and what the hooks' eager mode is apart from the baseline."""
     base = evidence.base
     found = {dtype: _inside(evidence, dtype) for dtype in evidence.readings.layer_dtypes}
-    eager = bool(base.engine["enforce_eager"])
+    eager = base.eager
     knob = next((k for k in evidence.readings.knobs if k.key in ("eager", "compiled") and k.side == "rollout"), None)
     row = knob_row(evidence, knob) if knob is not None else {}
     shift = row.get("shift") if row.get("status") == "measured" else None
     return {
         "dtypes": found,
+        "threshold": inside.THRESHOLD,
         "rollout_eager": eager,
         "eager_vs_compiled_shift": shift,
         "eager_note": "The rollout ran eager, as its layers were looked into."

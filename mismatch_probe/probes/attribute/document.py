@@ -43,5 +43,6 @@ def attribution_document(evidence: Evidence) -> dict[str, Any]:
         "layers": layer_rows(evidence),
         "fixes": fix_rows(evidence),
         "experts": expert_rows(evidence),
+        "failed": {name: part[0]["failed"] for name, part in evidence.parts.items() if "failed" in part[0]},
     }
     return document | {"causes": ranked_causes(document)}

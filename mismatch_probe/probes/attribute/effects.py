@@ -68,11 +68,11 @@ def _effect(evidence: Evidence, knob: Knob) -> dict[str, Any]:
         "time_ratio": part[0]["seconds"] / before[0]["seconds"] if same else None,
         "peak_gib": None if peaks[0] is None else peaks[0] / 2**30,
         "memory_ratio": peaks[0] / peaks[1] if peaks[0] and peaks[1] else None,
-        "confounder": _confounder(part[0].get("identity", {}), before[0].get("identity", {}), knob.key),
+        "note": _note(part[0].get("identity", {}), before[0].get("identity", {}), knob.key),
     }
 
 
-def _confounder(after: Mapping[str, Any], before: Mapping[str, Any], key: str) -> str:
+def _note(after: Mapping[str, Any], before: Mapping[str, Any], key: str) -> str:
     """What changed along with a setting, or kept it from doing anything."""
     for name in ("attention_backends", "attention"):
         if after.get(name) != before.get(name) and not key.startswith("attention"):
@@ -90,7 +90,7 @@ def two_sided_rows(evidence: Evidence) -> list[dict[str, Any]]:
         if any(side is None for side in sides):
             missing = rollout if sides[1] is None else trainer
             why = next((knob_row(evidence, k)["why"] for k in evidence.readings.knobs if k.name == missing), "")
-            rows.append({"name": name, "cells": {}, "best": None, "why": why or evidence.why(missing)})
+            rows.append({"name": name, "cells": {}, "best": None, "hurts": [], "why": why or evidence.why(missing)})
             continue
         plain_b, changed_b, plain_a, changed_a = (np.asarray(side) for side in sides)
         cells = ladder.two_sided(

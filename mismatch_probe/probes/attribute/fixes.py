@@ -12,6 +12,8 @@ from mismatch_probe.metrics.fixes import Fix, cheapest
 from mismatch_probe.probes.attribute.evidence import NOT_MEASURED, Evidence, values
 from mismatch_probe.probes.attribute.knobs import TRAINER
 
+NO_TARGET = "a trainer wholly in FP32 closes none of the gap, so no set of modules was looked for"
+
 
 def fix_rows(evidence: Evidence) -> dict[str, Any]:
     """Classes of modules in FP32: what each buys, sorted, and the cheapest set that meets the target."""
@@ -53,8 +55,8 @@ def fix_rows(evidence: Evidence) -> dict[str, Any]:
             }
         )
     rows.sort(key=lambda row: (row["status"] != "measured", (row.get("rms_ratio") or {}).get("value") or 9.0))
-    target = float(parts[FIXES][0]["target"])
-    best = cheapest(fixes, target)
+    target = parts[FIXES][0]["target"]
+    best = None if target is None else cheapest(fixes, target)
     whole = None
     if base.float32_logprobs is not None:
         after = base.float32_logprobs - base.rollout_logprobs
@@ -65,5 +67,5 @@ def fix_rows(evidence: Evidence) -> dict[str, Any]:
         "target": target,
         "whole_trainer_in_fp32": whole,
         "cheapest": None if best is None else {"classes": list(best.classes), "left": best.left, "cost": best.cost},
-        "why": "",
+        "why": "" if target is not None else NO_TARGET,
     }

@@ -163,7 +163,7 @@ def _rollout_knobs(context: Context) -> list[Knob]:
         Knob(
             "rollout",
             "float16",
-            "the engine in FP16",
+            "FP16",
             "16-bit rounding: run both sides in FP16, if `audit` lets the model",
             arguments={},
             dtype="float16",
@@ -281,7 +281,7 @@ def _trainer_knobs(context: Context) -> list[Knob]:
             knob(
                 f"fp32-{name}",
                 f"{_PRECISION[name]} in FP32",
-                f"{_PRECISION[name]}: compute them in FP32 at the trainer",
+                f"in FP32 at the trainer: {_PRECISION[name]}",
                 not_16_bit,
                 fp32=(name,),
             )
@@ -297,7 +297,7 @@ def _trainer_knobs(context: Context) -> list[Knob]:
         knob("kv-fp8", "keys and values rounded through FP8", "keys and values in FP8 on one side alone", kv_fp8=True),
         knob(
             "float16",
-            "the trainer in FP16",
+            "FP16",
             "16-bit rounding: run both sides in FP16, if `audit` lets the model",
             lambda c: same(c.trainer_dtype, "float16"),
             dtype="float16",

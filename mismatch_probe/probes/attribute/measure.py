@@ -43,8 +43,8 @@ from mismatch_probe.types import Sampling, TrainerMode
 FOLDER = "attribute"
 AT_ROLLOUT, CAST = "trainer-at-rollout-batching", "trainer-cast-as-laid-out"
 FOLLOWED = "trainer-routes"
-# Of sequences that run one at a time, whose kernels have nothing to fill a device with.
-ALONE_TOKENS = 4096
+# Response tokens of the sequences that run one at a time, where kernels have nothing to fill a device with.
+ALONE_TOKENS = {"cpu": 1024, "cuda": 8192}
 Part = tuple[dict[str, Any], dict[str, NDArray[Any]]]
 
 
@@ -81,33 +81,41 @@ class Readings:
         self._base, self._options = base, options
         self.knobs = knobs_of(base.context)
         chosen = choose(self.knobs, options.knobs)
-        if options.layers and not base.engine["enforce_eager"]:
+        if options.layers and not base.eager:
             # Layers are seen in eager mode only, so how far that is from the baseline is always told.
             chosen += [knob for knob in self.knobs if knob.name == "rollout-eager" and knob not in chosen]
         self.chosen = tuple(chosen)
         self.wanted = tuple(knob for knob in chosen if not knob.why_not(base.context))
 
+    def key(self, name: str) -> str:
+        """A digest of all that a reading depends on."""
+        base = self._base
+        knob = next((knob for knob in self.wanted if knob.name == name), None)
+        if knob is not None:
+            return base.key(name, knob.arguments, knob.take, knob.variant, knob.dtype)
+        if name == FIXES:
+            return base.key(name, self.fix_classes, self._options.target)
+        return base.key(name)
+
+    def file(self, name: str) -> Path:
+        """Where a reading lies."""
+        return self._base.run.path / FOLDER / "readings" / f"{name}.npz"
+
     def load(self) -> dict[str, Part]:
         """The readings that are there and were made of this run."""
-        found = {name: load_arrays(self._file(name), self._key(name)) for name in self._names()}
+        found = {name: load_arrays(self.file(name), self.key(name)) for name in self._names()}
         parts = {name: part for name, part in found.items() if part is not None}
         for index, _ in enumerate(parts[FIXES][0]["sets"] if FIXES in parts else ()):
-            part = load_arrays(self._file(set_name(index)), self._key(FIXES))
+            part = load_arrays(self.file(set_name(index)), self.key(FIXES))
             if part is not None:
                 parts[set_name(index)] = part
         return parts
 
-    def steps(self, model: ModelRef | None) -> list[Step]:
-        """What is still to be run, in order.
-
-        Args:
-            model: The model; None for a plan that nobody runs.
-        """
-        there = self.load()
-        missing = [name for name in self._names() if name not in there]
+    def _steps(self, model: ModelRef, missing: Sequence[str]) -> list[Step]:
+        """What is to be run for some readings, in order."""
         job = self._rollout_job(model)
         steps = self._rollout_steps(job, missing)
-        trainer = self._trainer_step(model, job, missing)
+        trainer = self._trainer_step(model, missing)
         insides = self._inside_step(model, missing)
         return [*steps, *([trainer] if trainer else []), *([insides] if insides else [])]
 
@@ -126,11 +134,12 @@ class Readings:
         if again:
             for name, (facts, _) in self.load().items():
                 if "failed" in facts:
-                    self._file(name).unlink()
-        steps = self.steps(None)
-        if not steps:
+                    self.file(name).unlink()
+        there = self.load()
+        missing = [name for name in self._names() if name not in there]
+        if not missing:
             return
-        steps = self.steps(model_of(self._base.run, self._base.config, progress))
+        steps = self._steps(model_of(self._base.run, self._base.config, progress), missing)
         try:
             with Workers(self._base.run.path / "logs") as workers:
                 for index, step in enumerate(steps):
@@ -153,7 +162,7 @@ class Readings:
         lost = [*step.readings, *(inside_name(dtype) for dtype in step.traces)]
         for name in (name for name in lost if name not in there):
             empty: dict[str, NDArray[Any]] = {"logprobs": np.empty(0, np.float32), "index": np.empty(0, np.int64)}
-            save_arrays(self._file(name), self._key(name), {"failed": error.what}, empty)
+            save_arrays(self.file(name), self.key(name), {"failed": error.what}, empty)
 
     # What there is to read.
 
@@ -178,31 +187,19 @@ class Readings:
         names = {knob.name for knob in self.wanted}
         return tuple(name for name in FP32_CLASSES if f"trainer-fp32-{name}" in names)
 
-    def _key(self, name: str) -> str:
-        base = self._base
-        knob = next((knob for knob in self.wanted if knob.name == name), None)
-        if knob is not None:
-            return base.key(name, knob.arguments, knob.take, knob.variant, knob.dtype)
-        if name == FIXES:
-            return base.key(name, self.fix_classes, self._options.target)
-        return base.key(name)
-
-    def _file(self, name: str) -> Path:
-        return self._base.run.path / FOLDER / "readings" / f"{name}.npz"
-
     def _trace(self, dtype: str) -> str:
         return str(self._base.run.path / FOLDER / f"trace-{dtype}")
 
     # The processes.
 
-    def _rollout_job(self, model: ModelRef | None) -> RolloutJob:
+    def _rollout_job(self, model: ModelRef) -> RolloutJob:
         """The engine as the comparison ran it."""
         base = self._base
         settings = self._settings(base.context.rollout_dtype)
         longest = max(s.length for s in base.sequences) + 1  # prefill has one token made behind the sequence
         return RolloutJob(
             engine="vllm",
-            model_path="" if model is None else str(model.path),
+            model_path=str(model.path),
             dtype=base.context.rollout_dtype,  # type: ignore[arg-type]
             device=base.context.device,
             sampling=Sampling(max(len(s.response_token_ids) for s in base.sequences), 1.0, base.config.seed),
@@ -210,19 +207,19 @@ class Readings:
             batch=base.batch,
             null_tokens=0,
             max_model_len=longest,
-            in_process=base.engine["in_process"],
+            in_process=base.in_process,
             trust_remote_code=base.config.trust_remote_code,
             arguments={**settings.arguments, **base.config.engine_args},
         )
 
     def _settings(self, dtype: str) -> devices.EngineSettings:
         base = self._base
-        cache = int(base.engine["arguments"].get("kv_cache_memory_bytes", devices.GIB)) // devices.GIB
+        cache = int(base.engine.get("arguments", {}).get("kv_cache_memory_bytes", devices.GIB)) // devices.GIB
         return devices.rollout_settings(
             base.context.device,  # type: ignore[arg-type]
             dtype,  # type: ignore[arg-type]
             eager=base.config.eager,
-            in_process=base.engine["in_process"],
+            in_process=base.in_process,
             kv_cache_gib=max(1, cache),
         )
 
@@ -240,8 +237,8 @@ class Readings:
             variants = RolloutVariants(
                 changed,
                 takes,
-                {reading: self._key(reading) for reading in readings},
-                str(self._file("").parent),
+                {reading: self.key(reading) for reading in readings},
+                str(self.file("").parent),
                 self._alone(),
                 trace,
                 routers,
@@ -252,7 +249,7 @@ class Readings:
 
     def _engines(self, missing: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         """By name (knob, takes, dtype, whether it is traced): the baseline's engine, and one for each that differs."""
-        base, eager = self._base.context.rollout_dtype, bool(self._base.engine["enforce_eager"])
+        base, eager = self._base.context.rollout_dtype, self._base.eager
         traced = [dtype for dtype in self.layer_dtypes if inside_name(dtype) in missing]
         takes: dict[str, Take] = {REPLAY: "decode", PREFILL: "prefill"}
         takes |= {k.name: k.take for k in self.wanted if k.side == "rollout" and k.arguments is None}
@@ -288,7 +285,7 @@ class Readings:
     def _alone(self) -> int:
         """How many sequences run one at a time."""
         total = np.cumsum([len(s.response_token_ids) for s in self._base.sequences])
-        return max(1, int(np.searchsorted(total, ALONE_TOKENS, side="right")))
+        return max(1, int(np.searchsorted(total, ALONE_TOKENS[self._base.context.device], side="right")))
 
     def _routers(self) -> Routers:
         nested = self._base.context.nested
@@ -298,7 +295,7 @@ class Readings:
     def _trace_request(self, job: RolloutJob) -> TraceRequest:
         context, lengths = self._base.context, [s.length for s in self._base.sequences]
         itemsize = 4 if job.dtype == "float32" else 2
-        most = int(self._base.engine["max_num_batched_tokens"])
+        most = self._base.most_tokens
         chosen = choose_sequences(lengths, context.model, itemsize, most)
         rows = sum(lengths[index] for index in chosen)
         logits = tuple(int(row) for row in np.unique(np.linspace(0, rows - 1, LOGIT_ROWS).astype(int)))
@@ -308,16 +305,14 @@ class Readings:
         )
         return TraceRequest(self._trace(job.dtype), ids, int(context.nested["num_hidden_layers"]), logits)
 
-    def _trainer(self, model: ModelRef | None) -> TrainerJob | None:
+    def _trainer(self, model: ModelRef) -> TrainerJob:
         """The trainer as it is trained, without requests."""
-        if model is None:
-            return None
         base = self._base
         wide = fp32_trainer(base.config, model, base.context.device)  # type: ignore[arg-type]
         mode: TrainerMode = base.trainer.mode  # type: ignore[assignment]
         return replace(wide, dtype=base.trainer.dtype, mode=mode, layout=base.config.trainer_layout)  # type: ignore[arg-type]
 
-    def _trainer_step(self, model: ModelRef | None, rollout: RolloutJob, missing: Sequence[str]) -> Step | None:
+    def _trainer_step(self, model: ModelRef, missing: Sequence[str]) -> Step | None:
         base, context = self._base, self._base.context
         autocast = context.trainer_mode == "autocast"
         plain: TrainerMode | None = "cast" if autocast else None
@@ -335,32 +330,31 @@ class Readings:
             return None
         trainer = self._trainer(model)
         readings = (*(v.name for v in needed), *([FIXES] if search else []))
-        job = trainer and TrainerVariants(
+        job = TrainerVariants(
             trainer,
-            str(self._file("").parent),
+            str(self.file("").parent),
             needed,
-            {name: self._key(name) for name in readings},
+            {name: self.key(name) for name in readings},
             base.sequences,
-            int(base.engine["max_num_batched_tokens"]),
+            base.most_tokens,
             base.batch,
             search,
-            (str(self._file(ROUTES)), self._key(ROUTES)) if context.experts else None,
+            (str(self.file(ROUTES)), self.key(ROUTES)) if context.experts else None,
         )
         settings = devices.trainer_settings(context.device, base.trainer.dtype)  # type: ignore[arg-type]
         return Step("trainer, one change at a time", "hf", settings.environment, job, readings)
 
-    def _target(self) -> float:
-        """Part of the gap that fixes may leave."""
+    def _target(self) -> float | None:
+        """Part of the gap that fixes may leave; None where a trainer in FP32 would close none of it."""
         base = self._base
         if self._options.target is not None:
             return self._options.target
         if base.float32_logprobs is None:
-            return 0.0
+            return None
         gaps = [_rms(a - base.rollout_logprobs) for a in (base.float32_logprobs, base.trainer_logprobs)]
-        # Where a trainer in FP32 closes nothing, sets are tried to the last.
-        return 1 - 0.8 * max(0.0, 1 - gaps[0] / gaps[1]) if gaps[1] else 0.0
+        return 1 - 0.8 * (1 - gaps[0] / gaps[1]) if gaps[0] < gaps[1] else None
 
-    def _inside_step(self, model: ModelRef | None, missing: Sequence[str]) -> Step | None:
+    def _inside_step(self, model: ModelRef, missing: Sequence[str]) -> Step | None:
         dtypes = [dtype for dtype in self.layer_dtypes if inside_name(dtype) in missing]
         if not dtypes:
             return None
@@ -369,14 +363,14 @@ class Readings:
         insides = [
             Inside(
                 inside_name(dtype),
-                self._key(inside_name(dtype)),
+                self.key(inside_name(dtype)),
                 dtype,  # type: ignore[arg-type]
                 "cast" if dtype == "float32" else mode,  # type: ignore[arg-type]
                 self._trace(dtype),
             )
             for dtype in dtypes
         ]
-        job = trainer and InsideJob(trainer, str(self._file("").parent), insides)
+        job = InsideJob(trainer, str(self.file("").parent), insides)
         settings = devices.trainer_settings(self._base.context.device, "float32")  # type: ignore[arg-type]
         return Step("layers and modules", "hf", settings.environment, job, tuple(i.name for i in insides))
 

@@ -2,45 +2,90 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from mismatch_probe.metrics import ladder
-from mismatch_probe.probes.attribute.evidence import Evidence
+from mismatch_probe.probes.attribute.evidence import Evidence, Floats
 from mismatch_probe.probes.attribute.knobs import PREFILL
 from mismatch_probe.probes.attribute.measure import AT_ROLLOUT, CAST
 
 
+@dataclass(frozen=True)
+class _Level:
+    """A reading on the ladder.
+
+    Attributes:
+        text: What it is.
+        key, change: The rung that leads to it: its name, and what changes on it.
+        logprobs: `[N]` nats; None where it is not there.
+        name: Of the reading; empty where it is the comparison's own.
+    """
+
+    text: str
+    key: str
+    change: str
+    logprobs: Floats | None
+    name: str = ""
+
+
 def ladder_rows(evidence: Evidence) -> dict[str, Any]:
     """The rungs from the rollout's log-probs to the trainer's, and each level's error against the trainer in FP32."""
-    base, autocast = evidence.base, evidence.base.context.trainer_mode == "autocast"
-    names = [(PREFILL, "the engine by prefill", "decode → prefill of the same ids")]
-    names += [(AT_ROLLOUT, "the trainer, batched as the rollout", "vLLM → Hugging Face, batched alike")]
-    layout = f"batched as the rollout → {base.config.trainer_layout}, as it is trained"
-    if autocast:
-        names += [(CAST, "the trainer in the same dtype, as it is laid out", layout)]
-    last = "cast → autocast" if autocast else layout
-    levels = [("", "the engine as it sampled", base.rollout_logprobs, "")]
-    for name, text, step in names:
-        found = evidence.reading(name)
-        if found is None:
-            return {"rungs": [], "anchor": [], "why": evidence.why(name)}
-        levels.append((name, text, found, step))
-    levels.append(("", "the trainer as it is trained", base.trainer_logprobs, last))
-    rungs = ladder.climb([level[2] for level in levels], base.tokens, seed=evidence.seed)
+    base, levels = evidence.base, _levels(evidence)
+    missing = next((level.name for level in levels if level.logprobs is None), None)
+    if missing is not None:
+        return {"rungs": [], "anchor": [], "squares_over_gap": None, "why": evidence.why(missing)}
+    readings = [np.asarray(level.logprobs) for level in levels]
+    rungs = ladder.climb(readings, base.tokens, seed=evidence.seed)
     rows = [
         {
-            "from": before[1],
-            "to": after[1],
-            "change": after[3],
+            "key": level.key,
+            "from": before.text,
+            "to": level.text,
+            "change": level.change,
             "rms": rung.rms.as_dict(),
             "mean": rung.mean.as_dict(),
             "share": rung.share.as_dict(),
         }
-        for before, after, rung in zip(levels, levels[1:], rungs, strict=False)
+        for before, level, rung in zip(levels, levels[1:], rungs, strict=False)
     ]
     anchor = []
     if base.float32_logprobs is not None:
-        for _, text, found, _ in levels:
-            error = ladder.gap(found - base.float32_logprobs, base.tokens, seed=evidence.seed)
-            anchor.append({"level": text, "error_rms": error["rms"].as_dict()})
-    return {"rungs": rows, "anchor": anchor, "why": ""}
+        for level, reading in zip(levels, readings, strict=True):
+            error = ladder.gap(reading - base.float32_logprobs, base.tokens, seed=evidence.seed)
+            anchor.append({"level": level.text, "error_rms": error["rms"].as_dict()})
+    gap = evidence.gap[np.isfinite(evidence.gap)]
+    squares = sum((rung.rms.value or 0.0) ** 2 for rung in rungs)
+    return {
+        "rungs": rows,
+        "anchor": anchor,
+        # 1 where rungs are independent; above it the more they undo each other.
+        "squares_over_gap": float(squares / np.mean(gap**2)) if gap.any() else None,
+        "why": "",
+    }
+
+
+def _levels(evidence: Evidence) -> list[_Level]:
+    """From the engine to the trainer."""
+    base = evidence.base
+    layout = ("layout", f"batched as the rollout → {base.config.trainer_layout}, as it is trained")
+    found = [
+        _Level("the engine as it sampled", "", "", base.rollout_logprobs),
+        _Level(
+            "the engine by prefill", "prefill", "decode → prefill of the same ids", evidence.reading(PREFILL), PREFILL
+        ),
+        _Level(
+            "the trainer, batched as the rollout",
+            "engine",
+            "vLLM → Hugging Face, batched alike",
+            evidence.reading(AT_ROLLOUT),
+            AT_ROLLOUT,
+        ),
+    ]
+    last = layout
+    if base.context.trainer_mode == "autocast":
+        found.append(_Level("the trainer cast, as it is laid out", *layout, evidence.reading(CAST), CAST))
+        last = ("mode", "cast → autocast")
+    return [*found, _Level("the trainer as it is trained", *last, base.trainer_logprobs)]

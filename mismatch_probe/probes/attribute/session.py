@@ -38,8 +38,8 @@ class AttributeResult:
 
     @property
     def failed(self) -> list[str]:
-        """Settings that were asked for and could not be measured."""
-        return [row["name"] for row in self.document["knobs"] if row["status"] == "failed"]
+        """Readings that were asked for and could not be made."""
+        return list(self.document["failed"])
 
 
 def new_attribution(
