@@ -21,7 +21,10 @@ from mismatch_probe.probes.pairs import Cell, PairResult, analyse_pair, why_miss
 from mismatch_probe.probes.planning import null_pass_id, passes_of
 from mismatch_probe.probes.worst import worst_tokens
 from mismatch_probe.report.data import Curves, ReportData
-from mismatch_probe.tables import SCHEMA_VERSION, RunDirectory
+from mismatch_probe.tables import SCHEMA_VERSION, RunDirectory, read_json
+
+# What a report shows of an attribution.
+_ATTRIBUTED = {"gap", "ladder", "knobs", "two_sided", "layers", "fixes", "experts", "causes"}
 
 
 def analyse(
@@ -83,7 +86,33 @@ def analyse(
         "limits": [row for limit in limits for row in judge(limit, pairs, missing)],
     }
     worst = [token for name, result in diagonal.items() for token in worst_tokens(run, name, result)]
-    return ReportData(summary=summary, manifest=run.manifest, curves=_curves(diagonal, forecasts), worst_tokens=worst)
+    return ReportData(
+        summary=summary,
+        manifest=run.manifest,
+        curves=_curves(diagonal, forecasts),
+        worst_tokens=worst,
+        attribution=read_attribution(run),
+    )
+
+
+def read_attribution(run: RunDirectory) -> dict[str, Any] | None:
+    """The content of a run's `attribute/attribution.json`; None where there is none.
+
+    Raises:
+        TableError: It is damaged, or of an unknown schema version.
+    """
+    path = run.path / "attribute" / "attribution.json"
+    if not path.exists():
+        return None
+    fix = f"Run `mismatch-probe attribute --from {run.path}` again."
+    try:
+        document: dict[str, Any] = read_json(path)
+    except TableError as error:
+        raise TableError(error.what, fix) from None
+    lacking = _ATTRIBUTED - document.keys()
+    if lacking:
+        raise TableError(f"{path} lacks {', '.join(sorted(lacking))}.", fix)
+    return document
 
 
 def _sums(diagonal: Mapping[str, PairResult]) -> dict[str, PairSums]:

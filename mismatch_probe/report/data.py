@@ -72,9 +72,11 @@ class ReportData:
         manifest: Content of `manifest.json`; any field may be absent.
         curves: Curves of the diagonal pairs.
         worst_tokens: Worst first within each pair.
+        attribution: Content of `attribute/attribution.json`, None where the gap has not been taken apart.
     """
 
     summary: dict[str, Any]
     manifest: dict[str, Any]
     curves: Curves
     worst_tokens: list[WorstToken]
+    attribution: dict[str, Any] | None = None

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from mismatch_probe.report import view, view_exact
-from mismatch_probe.report.names import FIGURE_GUIDES
+from mismatch_probe.report.attribute_sections import attribution_view
+from mismatch_probe.report.names import ATTRIBUTE_GUIDES, FIGURE_GUIDES
 from mismatch_probe.report.notes import notes
 from mismatch_probe.report.sections import sections
 
@@ -27,7 +28,8 @@ def render_markdown(data: ReportData, figures: Mapping[str, str | PurePath]) -> 
 
     Args:
         data: What to show; model text in it may be hostile.
-        figures: Figure name (as in `FIGURES`) to its path relative to the document; absent ones are left out.
+        figures: Figure name (as in `FIGURES` or `ATTRIBUTE_GUIDES`) to its path relative to the document; absent ones
+            are left out.
     """
     blocks = [f"# Rollout–trainer mismatch of {escape(view.model_name(data))}"]
     findings = [escape(text) for text in view.findings(data)]
@@ -44,9 +46,11 @@ def render_markdown(data: ReportData, figures: Mapping[str, str | PurePath]) -> 
         _bullets(f"{escape(pair)} is missing: {escape(why)}" for pair, why in view.missing_lines(data.summary))
     )
     blocks += _exact_blocks(data.summary)
+    if data.attribution is not None:
+        blocks += _attribution_blocks(data.attribution, figures)
     for name, (title, guide) in FIGURE_GUIDES.items():
         if name in figures:
-            blocks += [f"## {title}", f"![{title}]({quote(PurePath(figures[name]).as_posix())})", escape(guide)]
+            blocks += [f"## {title}", _image(title, figures[name]), escape(guide)]
     blocks += ["## Where the gap lies", _table(view_exact.where_table(data.summary), view_exact.TEXTS["no_where"])]
     for section in sections(data.summary):
         blocks += [f"## {section.title}", escape(section.text), _table(section.table, "")]
@@ -76,6 +80,26 @@ def _exact_blocks(summary: Mapping[str, Any]) -> list[str]:
     else:
         blocks.append(escape(texts["no_budget"]))
     return blocks
+
+
+def _attribution_blocks(document: Mapping[str, Any], figures: Mapping[str, str | PurePath]) -> list[str]:
+    """Where the gap comes from; details of layers and modules are left to the HTML page."""
+    found = attribution_view(document)
+    blocks = ["## Where it comes from", *(escape(text) for text in found.texts)]
+    blocks.append(_bullets(f"note: {escape(note)}" for note in found.notes))
+    for section in found.sections:
+        if section.brief:
+            blocks += [f"### {escape(section.title)}", escape(section.text)]
+            for name in section.figures:
+                if name in figures:
+                    title, guide = ATTRIBUTE_GUIDES[name]
+                    blocks += [_image(title, figures[name]), escape(guide)]
+            blocks.append(_table(section.table, ""))
+    return blocks
+
+
+def _image(title: str, path: str | PurePath) -> str:
+    return f"![{title}]({quote(PurePath(path).as_posix())})"
 
 
 def escape(text: str) -> str:
