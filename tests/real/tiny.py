@@ -53,6 +53,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gpt_neox": ("GPTNeoXConfig", {**_COMMON, "rotary_pct": 0.5, "use_parallel_residual": True}),
     "qwen3_moe": ("Qwen3MoeConfig", _EXPERTS),
+    "mixtral": ("MixtralConfig", {**_GROUPED, "num_local_experts": 8, "num_experts_per_tok": 2}),
     "olmo2": ("Olmo2Config", {**_COMMON, "num_key_value_heads": 4}),
     # Scored by the trainer only: these change logits behind the head.
     "gemma2": ("Gemma2Config", {**_GROUPED, "final_logit_softcapping": 5.0, "sliding_window": 64}),

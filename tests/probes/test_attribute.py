@@ -1,0 +1,290 @@
+"""An attribution of a finished run of the scripted engine, with readings that are planted: its document and files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import mismatch_probe
+from mismatch_probe.arrays import save_arrays
+from mismatch_probe.config import CompareConfig
+from mismatch_probe.engines.attribute.trace import MOST_ROWS, choose_sequences
+from mismatch_probe.errors import EngineError, TableError, UsageError
+from mismatch_probe.probes.attribute.availability import Context
+from mismatch_probe.probes.attribute.baseline import Baseline, open_baseline
+from mismatch_probe.probes.attribute.knobs import PREFILL, REPLAY, TRAINER, choose, knobs_of
+from mismatch_probe.probes.attribute.measure import AT_ROLLOUT, Readings
+from mismatch_probe.probes.attribute.options import AttributeOptions
+from mismatch_probe.tables import RunDirectory
+from tests.conftest import MakeModel
+
+pytestmark = pytest.mark.usefixtures("no_figures")
+CPU = Context("cpu", 0, "bfloat16", "bfloat16", "cast", "padded", {"num_hidden_layers": 2}, attention="sdpa")
+NOISE = 0.01
+
+
+class Planted:
+    """Readings of a run as an engine would leave them."""
+
+    def __init__(self, path: Path, **options: Any) -> None:
+        self.options = AttributeOptions(layers=False, **options)
+        self.base: Baseline = open_baseline(RunDirectory.open(path), self.options)
+        self.readings = Readings(self.base, self.options)
+        self._draw = np.random.default_rng(0)
+
+    def put(self, name: str, logprobs: NDArray[np.float64], seconds: float = 1.0, **facts: Any) -> None:
+        about = {"seconds": seconds, "peak_bytes": 2**30, "identity": {}, **facts}
+        self._save(name, about, logprobs, np.arange(len(self.base.sequences)))
+
+    def fail(self, name: str, **facts: Any) -> None:
+        self._save(name, facts, np.empty(0), np.empty(0, np.int64))
+
+    def noisy(self, logprobs: NDArray[np.float64], scale: float = NOISE) -> NDArray[np.float64]:
+        return logprobs + scale * self._draw.standard_normal(len(logprobs))
+
+    def ladder(self) -> None:
+        """What every attribution has."""
+        self.put(REPLAY, self.base.rollout_logprobs)
+        self.put(PREFILL, self.noisy(self.base.rollout_logprobs))
+        self.put(AT_ROLLOUT, self.noisy(self.base.trainer_logprobs))
+        self.put(TRAINER, self.base.trainer_logprobs)
+
+    def _save(self, name: str, facts: Any, logprobs: NDArray[Any], index: NDArray[Any]) -> None:
+        arrays = {"logprobs": logprobs.astype(np.float32), "index": index}
+        save_arrays(self.readings.file(name), self.readings.key(name), facts, arrays)
+
+
+@pytest.fixture
+def plant(run_copy: Path) -> Callable[..., Planted]:
+    """Readings of the finished run, its ladder there."""
+
+    def make(**options: Any) -> Planted:
+        planted = Planted(run_copy, **options)
+        planted.ladder()
+        return planted
+
+    return make
+
+
+def document_of(planted: Planted) -> dict[str, Any]:
+    options = {"knobs": planted.options.knobs, "pair": planted.options.pair, "layers": False}
+    return mismatch_probe.attribute_run(planted.base.run.path, **options).document
+
+
+def knob_of(document: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(row for row in document["knobs"] if row["name"] == name)
+
+
+def test_without_readings_everything_says_what_makes_it(run_copy: Path) -> None:
+    document = mismatch_probe.attribute_run(run_copy).document
+    assert document["ladder"]["rungs"] == []
+    assert "attribute --resume" in document["ladder"]["why"]
+    assert knob_of(document, "rollout-kv-fp8")["status"] == "not measured"
+    assert "attribute --resume" in document["layers"]["dtypes"]["bfloat16"]["why"]
+    assert document["gap"]["rms"]["value"] > 0
+    assert document["experts"] is None
+    assert document["causes"] == []
+
+
+def test_a_ladder_of_planted_readings(plant: Callable[..., Planted]) -> None:
+    planted = plant(knobs=("none",))
+    document = document_of(planted)
+    rows = document["ladder"]["rungs"]
+    assert sum(row["share"]["value"] for row in rows) == pytest.approx(1, abs=1e-9)
+    assert rows[0]["rms"]["value"] == pytest.approx(NOISE, rel=0.2)
+    assert rows[2]["rms"]["value"] == pytest.approx(NOISE, rel=0.2)
+    assert next(level["level"] for level in document["ladder"]["anchor"]) == "the engine as it sampled"
+    assert {row["status"] for row in document["knobs"]} <= {"not asked", "unavailable"}
+    kinds = [cause["kind"] for cause in document["causes"]]
+    assert kinds == ["rung"] * len(kinds)
+    assert json.loads((planted.base.run.path / "attribute" / "attribution.json").read_text()) == document
+
+
+def test_autocast_has_a_rung_of_its_own(scripted_model: MakeModel, tmp_path: Path) -> None:
+    config = CompareConfig(
+        model=str(scripted_model()),
+        num_prompts=6,
+        max_tokens=4,
+        rollout_dtypes=("bfloat16",),
+        trainer_dtypes=("bfloat16", "float32"),
+        trainer_modes=("autocast",),
+    )
+    planted = Planted(mismatch_probe.compare(config, out=tmp_path / "run").path, knobs=("none",))
+    planted.ladder()
+    planted.put("trainer-cast-as-laid-out", planted.base.trainer_logprobs)
+    rows = document_of(planted)["ladder"]["rungs"]
+    assert [row["change"] for row in rows][-1] == "cast → autocast"
+    assert rows[-1]["share"]["value"] == pytest.approx(0, abs=1e-6)
+    assert sum(row["share"]["value"] for row in rows) == pytest.approx(1, abs=1e-9)
+
+
+def test_a_knob_that_halves_the_gap(plant: Callable[..., Planted]) -> None:
+    planted = plant(knobs=("rollout:fp32-head", "trainer:fp32-head"))
+    base = planted.base
+    middle = (base.rollout_logprobs + base.trainer_logprobs) / 2
+    planted.put("rollout-fp32-head", middle, 2.0, identity={"attention_backends": ["OTHER"]})
+    planted.put("trainer-fp32-head", middle, 1.5)
+    document = document_of(planted)
+    row = knob_of(document, "rollout-fp32-head")
+    assert row["rms_ratio"]["value"] == pytest.approx(0.5, rel=1e-4)
+    assert (row["time_ratio"], row["peak_gib"], row["memory_ratio"]) == (2.0, 1.0, 1.0)
+    assert row["note"] == "attention changed with it: none → OTHER"
+    assert knob_of(document, "trainer-fp32-head")["rms_ratio"]["value"] == pytest.approx(0.5, rel=1e-4)
+    cells = next(row for row in document["two_sided"] if row["name"] == "FP32 head")
+    assert cells["best"] == "both"
+    assert cells["cells"]["both"]["rms"]["value"] == pytest.approx(0, abs=1e-6)
+    causes = [cause for cause in document["causes"] if cause["kind"] == "change"]
+    assert causes[0]["share"] >= 0.74
+    assert document["fixes"]["why"]
+
+
+def test_a_knob_on_some_of_the_sequences_is_compared_on_those(plant: Callable[..., Planted]) -> None:
+    planted = plant(knobs=("batch-1",))
+    count = int(planted.base.starts()[5])
+    arrays = {"logprobs": planted.base.rollout_logprobs[:count].astype(np.float32), "index": np.arange(5)}
+    name = "rollout-batch-1"
+    save_arrays(planted.readings.file(name), planted.readings.key(name), {"seconds": 9.0}, arrays)
+    row = knob_of(document_of(planted), name)
+    assert (row["n_tokens"], row["time_ratio"], row["shift"]["value"]) == (count, None, 0.0)
+
+
+def test_what_failed_and_what_does_not_apply_says_why(plant: Callable[..., Planted]) -> None:
+    planted = plant(knobs=("kv-fp8", "fp32-rope"))
+    planted.fail("rollout-kv-fp8", failed="The engine with kv-fp8 ran out of memory.")
+    planted.fail("trainer-fp32-rope", unavailable="the model has no rotary embedding in a module of its own")
+    path = planted.base.run.path
+    result = mismatch_probe.attribute_run(path, knobs=planted.options.knobs, layers=False)
+    assert result.failed == ["rollout-kv-fp8"]
+    assert knob_of(result.document, "rollout-kv-fp8")["why"] == "The engine with kv-fp8 ran out of memory."
+    row = knob_of(result.document, "trainer-fp32-rope")
+    assert (row["status"], row["why"][:12]) == ("unavailable", "the model ha")
+
+
+def test_readings_of_another_pair_are_not_taken(plant: Callable[..., Planted], run_copy: Path) -> None:
+    plant(knobs=("none",))
+    other = mismatch_probe.attribute_run(run_copy, pair="fp16", knobs=("none",), layers=False).document
+    assert (other["rollout_dtype"], other["trainer_dtype"]) == ("float16", "float16")
+    assert other["ladder"]["rungs"] == []
+
+
+def test_a_pair_that_the_run_lacks_and_a_pass_that_failed(scripted_model: MakeModel, tmp_path: Path) -> None:
+    config = CompareConfig(
+        model=str(scripted_model({"trainer-bfloat16": "refuse"})),
+        num_prompts=4,
+        max_tokens=4,
+        rollout_dtypes=("bfloat16",),
+        trainer_dtypes=("bfloat16", "float32"),
+    )
+    run = mismatch_probe.compare(config, out=tmp_path / "run")
+    with pytest.raises(UsageError, match="no pair float16/float16"):
+        mismatch_probe.attribute_run(run.path, pair="fp16")
+    with pytest.raises(EngineError, match="hf-bfloat16-cast has not finished"):
+        mismatch_probe.attribute_run(run.path)
+
+
+def test_no_run_and_another_temperature(scripted_model: MakeModel, tmp_path: Path) -> None:
+    with pytest.raises(TableError):
+        mismatch_probe.attribute_run(tmp_path)
+    config = CompareConfig(
+        model=str(scripted_model()),
+        num_prompts=4,
+        max_tokens=4,
+        temperature=0.7,
+        rollout_dtypes=("bfloat16",),
+        trainer_dtypes=("bfloat16",),
+    )
+    run = mismatch_probe.compare(config, out=tmp_path / "run")
+    with pytest.raises(UsageError, match="temperature 1"):
+        mismatch_probe.attribute_run(run.path)
+
+
+def test_the_scripted_model_has_no_inside(run_copy: Path) -> None:
+    with pytest.raises(UsageError, match="scripted"):
+        mismatch_probe.attribute_resume(run_copy)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"pair": "bf16/fp64"}, "--pair"),
+        ({"layer_dtypes": ("int8",)}, "--layer-dtypes"),
+        ({"target": 1.5}, "--target"),
+        ({"target": float("nan")}, "--target"),
+    ],
+)
+def test_options_are_checked(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        AttributeOptions(**options)
+
+
+def test_knobs_by_name() -> None:
+    knobs = knobs_of(CPU)
+    assert len({knob.name for knob in knobs}) == len(knobs)
+    assert {k.side for k in choose(knobs, ["kv-fp8"])} == {"rollout", "trainer"}
+    assert [k.name for k in choose(knobs, ["trainer:kv-fp8", "kv-fp8"])] == ["trainer-kv-fp8", "rollout-kv-fp8"]
+    assert choose(knobs, ["none"]) == []
+    default, everything = choose(knobs, ["default"]), choose(knobs, ["all"])
+    assert {k.name for k in everything} - {k.name for k in default} == {"rollout-compiled", "trainer-compiled"}
+    with pytest.raises(UsageError, match="knows no 'kv-fp9'"):
+        choose(knobs, ["kv-fp9"])
+    with pytest.raises(UsageError, match="knows no 'trainer:batch-1'"):
+        choose(knobs, ["trainer:batch-1"])
+
+
+def test_every_knob_that_a_cpu_lacks_says_why() -> None:
+    reasons = {knob.name: knob.why_not(CPU) for knob in knobs_of(CPU)}
+    for name in ("rollout-batch-invariant", "rollout-weights-fp8", "rollout-tensor-parallel", "trainer-tf32"):
+        assert reasons[name], name
+    assert all(reasons[f"rollout-attention-{b}"] for b in ("flash_attn", "flashinfer", "triton_attn"))
+    for name in ("rollout-batch-1", "rollout-kv-fp8", "trainer-layout-left-padded", "trainer-fp32-mlp"):
+        assert reasons[name] == "", name
+
+
+def test_a_gpu_has_other_knobs() -> None:
+    engine = {"enforce_eager": False, "attention_backends": ["FLASH_ATTN"], "prefix_caching": False}
+    gpu = Context("cuda", 2, "bfloat16", "bfloat16", "autocast", "packed", {}, engine, "sdpa")
+    knobs = {knob.name: knob for knob in knobs_of(gpu)}
+    reasons = {name: knob.why_not(gpu) for name, knob in knobs.items()}
+    assert reasons["rollout-attention-flash_attn"] == "it is the baseline's"
+    assert reasons["rollout-attention-triton_attn"] == ""
+    assert reasons["rollout-tensor-parallel"] == reasons["rollout-weights-fp8"] == ""
+    assert reasons["rollout-eager"] == ""
+    assert "rollout-compiled" not in knobs
+    assert reasons["trainer-layout-packed"] == "it is the baseline's"
+    assert reasons["trainer-cast"] == ""
+    assert knobs["rollout-prefix-cache"].arguments == {"enable_prefix_caching": True}
+    assert reasons["trainer-tf32"].startswith("it concerns float32")
+
+
+def test_a_trainer_in_fp32_has_nothing_to_widen() -> None:
+    wide = Context("cpu", 0, "float32", "float32", "cast", "padded", {})
+    reasons = {knob.name: knob.why_not(wide) for knob in knobs_of(wide)}
+    assert reasons["trainer-fp32-mlp"]
+    assert reasons["rollout-fp32-head"]
+    assert reasons["trainer-autocast"]
+
+
+def test_sequences_of_a_trace_fit_its_limits() -> None:
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    assert choose_sequences([400, 400, 400], small, 2, 10_000) == [0, 1]
+    assert choose_sequences([400] * 9, small, 2, 800) == [0, 1]
+    assert choose_sequences([MOST_ROWS + 5, 3], small, 2, 10_000) == [0]
+    large = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
+    assert choose_sequences([10, 10, 10], large, 4, 10_000) == [0]
+
+
+def test_a_plan_says_what_would_run(scripted_model: MakeModel) -> None:
+    plan = mismatch_probe.attribute_plan(CompareConfig(model=str(scripted_model())), knobs=("kv-fp8", "compiled"))
+    names = [name for name, _, _ in plan.processes]
+    assert names[:2] == ["vLLM baseline", "vLLM kv-fp8"]
+    reasons = {name: why for name, _, why in plan.knobs}
+    assert reasons["rollout-kv-fp8"] == ""
+    assert reasons["rollout-batch-1"] == "not asked for"
+    assert plan.seconds > 0
+    json.dumps(plan.as_dict())

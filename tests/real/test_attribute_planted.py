@@ -1,0 +1,83 @@
+"""Faults that were planted in one weight of one side: which module is named, in real vLLM and real transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from benchmarks.planted_faults import Trainer, accuracy, names_it, rollout_job, trace_request
+from mismatch_probe.engines import devices
+from mismatch_probe.engines.attribute.trace import TraceFiles
+from mismatch_probe.engines.process import EngineProcess
+from tests.real.attribute_jobs import TraceFaults
+
+pytestmark = pytest.mark.engine
+SIZE = 0.01
+
+
+def names_of(checkpoint: Path) -> list[str]:
+    from safetensors import safe_open
+
+    with safe_open(checkpoint / "model.safetensors", "pt") as handle:
+        return sorted(handle.keys())
+
+
+@pytest.fixture(scope="module")
+def traces(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One engine in BF16: its clean trace, and one for each weight of it that was altered."""
+    checkpoint, folder = tiny("llama"), tmp_path_factory.mktemp("traces")
+    settings = devices.rollout_settings("cpu", "bfloat16", eager=True, in_process=True, kv_cache_gib=1)
+    job = TraceFaults(
+        rollout_job(checkpoint, "bfloat16"), trace_request(checkpoint, folder), ["", *names_of(checkpoint)], SIZE
+    )
+    EngineProcess("vllm", settings.environment, folder / "vllm.log").run(job, lambda *_: None)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trainer(tiny: Callable[[str], Path], traces: Path) -> Trainer:
+    return Trainer(tiny("llama"), "bfloat16", traces / "clean")
+
+
+def test_no_single_layer_of_clean_engines_stands_out(trainer: Trainer) -> None:
+    found = trainer.locate()
+    assert found.verdict == "no single layer"
+    assert found.score < 1.3
+
+
+def test_a_fault_of_the_trainer_is_named(trainer: Trainer) -> None:
+    found = accuracy(trainer, list(trainer.weights), SIZE)
+    assert found.cases == 30  # three layers of nine weights, embedding, last norm, head
+    assert found.module >= 0.95 * found.cases
+    assert found.layer >= 0.95 * found.cases
+
+
+def test_a_fault_of_the_engine_is_named(tiny: Callable[[str], Path], traces: Path) -> None:
+    right = {
+        name: names_it(Trainer(tiny("llama"), "bfloat16", traces / name).locate(), name)
+        for name in names_of(tiny("llama"))
+    }
+    assert sum(right.values()) >= 0.95 * len(right), [name for name, named in right.items() if not named]
+
+
+def test_a_fault_below_rounding_is_not_made_up(trainer: Trainer) -> None:
+    """At a tenth of what BF16 rounds, no module may be blamed."""
+    assert accuracy(trainer, list(trainer.weights), 2e-4).module == 0
+
+
+def test_the_altered_weight_is_put_back(trainer: Trainer) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
+    before = trainer.weights[name].detach().clone()
+    with trainer.altered(name, 0.5):
+        assert not before.equal(trainer.weights[name].data)
+        trainer.locate()
+    assert before.equal(trainer.weights[name].data)
+
+
+def test_traces_are_private(traces: Path) -> None:
+    files = list((traces / "clean").iterdir())
+    assert len(files) > 4
+    assert all(file.stat().st_mode & 0o077 == 0 for file in files)
+    TraceFiles(traces / "nowhere").discard()  # which is not there
