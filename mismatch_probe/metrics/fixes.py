@@ -47,16 +47,18 @@ def _mean_square(gap: NDArray[Any]) -> float:
 def next_set(fixes: Sequence[Fix], target: float) -> tuple[str, ...] | None:
     """The set to try after those that were tried: the largest tried one, and the next class by gain per time.
 
+    Classes that close nothing by themselves come last, and come: rounding elsewhere can hide what they would do.
+
     Args:
         fixes: Every class by itself, and the sets so far.
         target: Part of the gap's RMS that may be left.
 
     Returns:
-        None where a set meets the target, or no class is left that closes any of the gap.
+        None where a set meets the target, or no class is left.
     """
     if any(fix.left <= target for fix in fixes):
         return None
-    singles = [fix for fix in fixes if len(fix.classes) == 1 and fix.left < 1]
+    singles = [fix for fix in fixes if len(fix.classes) == 1]
     order = [fix.classes[0] for fix in sorted(singles, key=_gain_per_time, reverse=True)]
     tried = max((len(fix.classes) for fix in fixes), default=0)
     return tuple(order[: tried + 1]) if tried < len(order) else None

@@ -93,6 +93,9 @@ def _ladder(document: Document) -> AttributedSection:
         "E[d_rung · d] / E[d²]; it is negative where a rung undoes what others did. The RMS of rungs do not add up, "
         "and can each be as large as the gap's, where one rung's rounding undoes another's."
     )
+    ratio = document["ladder"]["squares_over_gap"]
+    if ratio is not None:
+        text += f" Here their squares add up to {number(ratio)} times the gap's; independent rungs would give 1."
     if not rows:
         text = nothing(document["ladder"]["why"])
     table = Table(("rung", "share of E[d²]", "RMS (nats)", "mean (nats)"), rows)

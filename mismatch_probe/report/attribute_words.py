@@ -144,9 +144,7 @@ def warnings(document: Document) -> list[str]:
         found.append(f"Intervals are {visible(why)}.")
     if document["n_nonfinite"]:
         found.append(f"{count(document['n_nonfinite'])} tokens are not finite on one side and are left out.")
-    failed = [row for row in document["knobs"] if row["status"] == "failed"]
-    found += [f"{visible(row['name'])} failed: {visible(row['why'])}" for row in failed]
-    return found
+    return [*found, *(f"{visible(name)} failed: {visible(why)}" for name, why in document["failed"].items())]
 
 
 def unmeasured(document: Document) -> list[Document]:

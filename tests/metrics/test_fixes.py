@@ -21,8 +21,10 @@ def test_classes_are_added_by_gain_for_their_time() -> None:
     assert next_set(singles, 0.5) == ("head", "mlp")
     both = [*singles, Fix(("head", "mlp"), 0.7, 1.0)]
     assert next_set(both, 0.5) == ("head", "mlp", "rope")
-    # A class that makes the gap larger is never added.
-    assert next_set([*both, Fix(("head", "mlp", "rope"), 0.69, 1.5)], 0.5) is None
+    # A class that closes nothing by itself comes last.
+    three = [*both, Fix(("head", "mlp", "rope"), 0.69, 1.5)]
+    assert next_set(three, 0.5) == ("head", "mlp", "rope", "norms")
+    assert next_set([*three, Fix(("head", "mlp", "rope", "norms"), 0.6, 1.5)], 0.5) is None
 
 
 def test_a_target_that_is_met_ends_the_search() -> None:
@@ -36,4 +38,4 @@ def test_a_target_that_is_met_ends_the_search() -> None:
 
 def test_nothing_to_add() -> None:
     assert next_set([], 0.5) is None
-    assert next_set([Fix(("mlp",), 1.0, 0.0)], 0.5) is None
+    assert next_set([Fix(("mlp",), 1.0, 0.0)], 0.5) is None  # the only class there is

@@ -86,6 +86,18 @@ def test_everything_but_the_projections_in_fp32_is_closer_to_fp32(
     assert np.sqrt(np.mean((most - own) ** 2)) < 0.9 * np.sqrt(np.mean((plain - own) ** 2))
 
 
+def test_one_class_does_not_undo_another(tiny: Callable[[str], Path]) -> None:
+    engine, requests = trainer(tiny("llama")), sequences()
+    found = []
+    for names in (["residual"], ["residual", "rope"], ["rope", "residual"], ["residual", "attention"]):
+        with in_fp32(engine.model, names, torch.bfloat16):
+            found.append(logprobs(engine, requests))
+    alone, both, turned, attention = found
+    assert not np.array_equal(alone, both)
+    assert not np.array_equal(alone, attention)
+    assert np.array_equal(both, turned)
+
+
 def test_an_fp32_head_is_the_product_in_fp32(tiny: Callable[[str], Path]) -> None:
     engine = trainer(tiny("qwen3"))  # tied: the embedding must stay as it is
     states = torch.randn(3, 128, generator=torch.Generator().manual_seed(0)).bfloat16()

@@ -58,7 +58,7 @@ def _ladder() -> dict[str, Any]:
     ]
     levels = ("sampled", "prefilled", "batched alike", "trained")
     anchor = [{"level": name, "error_rms": metric(0.05 + 0.001 * i)} for i, name in enumerate(levels)]
-    return {"rungs": rungs, "anchor": anchor, "why": ""}
+    return {"rungs": rungs, "anchor": anchor, "squares_over_gap": 2.7, "why": ""}
 
 
 def _inside(scale: float) -> dict[str, Any]:
@@ -193,6 +193,7 @@ def attribution(**changes: Any) -> dict[str, Any]:
         },
         "fixes": _fixes(),
         "experts": None,
+        "failed": {"trainer-packed": "EngineError: it died"},
         "causes": causes,
     } | changes
 
@@ -214,7 +215,7 @@ def empty() -> dict[str, Any]:
     why = "not measured: resume it"
     return attribution(
         gap={"rms": bare(None, "no token is finite"), "k3": bare(None, "no token is finite")},
-        ladder={"rungs": [], "anchor": [], "why": why},
+        ladder={"rungs": [], "anchor": [], "squares_over_gap": None, "why": why},
         knobs=[],
         two_sided=[],
         layers={

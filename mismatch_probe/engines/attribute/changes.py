@@ -130,17 +130,16 @@ def _residual(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     blocks = [child for layer in layers for child in layer.children() if not is_norm(child)]
     blocks += modules_of(model, [network.head] if network.head else [])
 
-    def widen(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        name = "hidden_states"
-        return (_cast(args[:1], torch.float32) + args[1:]), {
-            key: _cast(value, torch.float32) if key == name else value for key, value in kwargs.items()
-        }
+    def states_in(kind: torch.dtype) -> Callable[..., Any]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            # The states alone: angles and masks that come with them are none of the stream.
+            states = {key: _cast(value, kind) for key, value in kwargs.items() if key == "hidden_states"}
+            return _cast(args[:1], kind) + args[1:], kwargs | states
 
-    def narrow(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return _cast(args, dtype), {name: _cast(value, dtype) for name, value in kwargs.items()}
+        return hook
 
-    handles = [layers[0].register_forward_pre_hook(widen, with_kwargs=True)]
-    handles += [block.register_forward_pre_hook(narrow, with_kwargs=True) for block in blocks]
+    handles = [layers[0].register_forward_pre_hook(states_in(torch.float32), with_kwargs=True)]
+    handles += [block.register_forward_pre_hook(states_in(dtype), with_kwargs=True) for block in blocks]
     try:
         # Norms read the stream, which they must not round first, whatever their class does with wide input.
         with _whole(norms, dtype, "norm of the stream"):

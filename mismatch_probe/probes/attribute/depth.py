@@ -28,7 +28,7 @@ def layer_rows(evidence: Evidence) -> dict[str, Any]:
         "eager_note": "The rollout ran eager, as its layers were looked into."
         if eager
         else "Layers were looked into in eager mode, which the rollout did not run in.",
-        "why": "" if found else "left out: --no-layers",
+        "why": evidence.readings.why_no_layers,
     }
 
 

@@ -175,9 +175,17 @@ class Readings:
         return names + [inside_name(dtype) for dtype in self.layer_dtypes]
 
     @property
+    def why_no_layers(self) -> str:
+        """Why no layer can be compared; empty where they can."""
+        if not self._options.layers:
+            return "left out: --no-layers"
+        ranks = self._base.engine.get("tensor_parallel_size", 1)
+        return f"a model that is split over {ranks} GPUs has no whole tensors to look at" if ranks > 1 else ""
+
+    @property
     def layer_dtypes(self) -> tuple[str, ...]:
         """Dtypes whose layers are compared: those that the engine takes."""
-        if not self._options.layers:
+        if self.why_no_layers:
             return ()
         return tuple(d for d in self._options.layer_dtypes if not refusal(self._base.context.model, d))
 
