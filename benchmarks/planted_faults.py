@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file, this folder
 
 from mismatch_probe.engines import devices
 from mismatch_probe.engines.attribute.rollout import RolloutVariants
-from mismatch_probe.engines.attribute.trace import TraceRequest
+from mismatch_probe.engines.attribute.trace import TraceRequest, layers_of
 from mismatch_probe.engines.base import RolloutJob, TrainerJob
 from mismatch_probe.engines.models import read_config, resolve
 from mismatch_probe.engines.process import EngineProcess
@@ -55,14 +55,14 @@ def trace_request(checkpoint: Path, folder: Path) -> TraceRequest:
     """Some sequences of random ids."""
     config = read_config(str(checkpoint))
     rows = tuple(range(0, SEQUENCES * TOKENS, 8))
-    return TraceRequest(str(folder), sequences_of(config["vocab_size"]), config["num_hidden_layers"], rows)
+    return TraceRequest(str(folder), sequences_of(config["vocab_size"]), layers_of(config), rows)
 
 
 def trace(checkpoint: Path, dtype: Any, folder: Path) -> None:
     """vLLM's inside, in a process of its own."""
     settings = devices.rollout_settings("cpu", dtype, eager=True, in_process=True, kv_cache_gib=1)
     request = trace_request(checkpoint, folder)
-    job = RolloutVariants(rollout_job(checkpoint, dtype), {}, {}, str(folder.parent), 1, request)
+    job = RolloutVariants(rollout_job(checkpoint, dtype), {}, {}, str(folder.parent), [], request)
     EngineProcess("vllm", settings.environment, folder.parent / "vllm.log").run(job, lambda *_: None)
 
 
@@ -101,7 +101,8 @@ class Trainer:
         squares = {key: np.stack([getattr(d, key) for d in found]) for key in ("apart", "trainer", "size")}
         apart, own = (inside.relative(squares[key], squares["size"]) for key in ("apart", "trainer"))
         scores = inside.scores(apart, own, self._dtype)
-        return inside.locate([d.name for d in found], [d.layer for d in found], scores, len(self._comparison.layers))
+        names, layers, kinds = zip(*((d.name, d.layer, d.kind) for d in found), strict=True)
+        return inside.locate(names, layers, kinds, scores, len(self._comparison.layers))
 
 
 def noise(weight: Any, size: float, seed: int = 0) -> Any:
@@ -115,6 +116,8 @@ def noise(weight: Any, size: float, seed: int = 0) -> Any:
 def names_it(located: Located, weight: str) -> bool:
     """Whether the answer is the module of a weight; a tied weight has two of them."""
     module = weight.removesuffix(".weight").removesuffix(".bias")
+    if module.endswith((".experts.gate_up_proj", ".experts.down_proj")):  # all experts of a layer, in one module
+        module = module.rpartition(".")[0]
     tied = {"model.embed_tokens": ("model.embed_tokens", "lm_head")}
     return located.name in tied.get(module, (module,))
 

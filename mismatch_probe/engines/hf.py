@@ -67,13 +67,12 @@ class HfTrainer:
         self._model.requires_grad_(False).eval().to(self._device)
         self._decoder = self._model.get_decoder()
         self._vocabulary = int(config.vocab_size)
-        self._footprint = Footprint.of_model(
-            hidden=config.hidden_size,
-            intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
-            heads=getattr(config, "num_attention_heads", 1),  # a state-space model has none
-            itemsize=weights.itemsize,
-            attention=self._model.config._attn_implementation,
-        )
+        self._shape = {
+            "hidden": config.hidden_size,
+            "intermediate": getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+            "heads": getattr(config, "num_attention_heads", 1),  # a state-space model has none
+            "itemsize": weights.itemsize,
+        }
         self._sources = [RowFile(Path(path)) for path in job.exact_sources]
         self._check_head()
         if job.layout == "packed":
@@ -86,13 +85,23 @@ class HfTrainer:
 
     def plan(self, requests: Sequence[ScoreRequest]) -> list[list[ScoreRequest]]:
         layout = "padded" if self.layout == "left-padded" else self.layout
-        return plan_batches(requests, layout, self._footprint, self._job.memory_budget, self._device.type)
+        return plan_batches(requests, layout, self._footprint(), self._job.memory_budget, self._device.type)
 
     def plan_as_rollout(
         self, requests: Sequence[ScoreRequest], most_tokens: int, most_rows: int
     ) -> list[list[ScoreRequest]]:
         """Splits the requests as an engine's scheduler does: in their order, as many at once as it takes."""
-        return plan_in_order(requests, self._footprint, self._job.memory_budget, most_tokens, most_rows)
+        return plan_in_order(requests, self._footprint(), self._job.memory_budget, most_tokens, most_rows)
+
+    def _footprint(self) -> Footprint:
+        return Footprint.of_model(**self._shape, attention=self._model.config._attn_implementation)
+
+    @torch.inference_mode()
+    def head_logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Logits `[R, V]` that the model's own forward makes of the decoder's last states `[R, H]`."""
+        with self.precision(), self._head_only(self._output_type) as head:
+            logits: torch.Tensor = head(states)
+        return logits
 
     @torch.inference_mode()
     def score(self, batch: Sequence[ScoreRequest], temperature: float, *, exact: bool = False) -> list[Score]:
@@ -105,7 +114,7 @@ class HfTrainer:
             output = self._decoder(**inputs, use_cache=False)
             hidden = output.last_hidden_state.flatten(0, 1)[rows]
             step = rows_per_chunk(self._vocabulary, self._job.memory_budget, self._device.type)
-            with self._head_only(type(output)) as head:
+            with self._head_only(self._output_type) as head:
                 for start in range(0, len(targets), step):
                     logits = _upcast(head(hidden[start : start + step]))
                     if self.softmax_dtype is not None:
@@ -200,11 +209,15 @@ class HfTrainer:
             logits: torch.Tensor = self._model(inputs_embeds=states[None], use_cache=False).logits[0]
             return logits
 
+        own = self._decoder.__dict__.get("forward")  # of a decoder that somebody has changed
         self._decoder.forward = answer
         try:
             yield head
         finally:
-            del self._decoder.forward
+            if own is None:
+                del self._decoder.forward
+            else:
+                self._decoder.forward = own
 
     @torch.inference_mode()
     def _check_head(self) -> None:
@@ -213,7 +226,8 @@ class HfTrainer:
         with self.precision():
             plain = _upcast(self._model(input_ids=ids, use_cache=False).logits[0])
             output = self._decoder(input_ids=ids, use_cache=False)
-            with self._head_only(type(output)) as head:
+            self._output_type = type(output)
+            with self._head_only(self._output_type) as head:
                 split = _upcast(head(output.last_hidden_state[0]))
         tolerance = 8 * torch.finfo(self._dtype).eps * plain.abs().max().clamp(min=1)
         if not torch.isnan(plain).any() and (plain - split).abs().max() > tolerance:

@@ -33,15 +33,13 @@ class Fix:
 
     @classmethod
     def of(cls, classes: tuple[str, ...], rollout_logprobs: NDArray[np.float64], base: Part, part: Part) -> Fix:
-        """From two readings: facts with `seconds`, and `logprobs` `[N]`."""
-        gaps = [_mean_square(reading[1]["logprobs"] - rollout_logprobs) for reading in (part, base)]
+        """From two readings (facts with `seconds`, and `logprobs` `[N]`); what breaks tokens closes nothing."""
+        after, before = (np.asarray(reading[1]["logprobs"], np.float64) - rollout_logprobs for reading in (part, base))
+        finite = np.isfinite(before)
+        gaps = [float(np.mean(gap[finite] ** 2)) if finite.any() else 0.0 for gap in (after, before)]
         left = float(np.sqrt(gaps[0] / gaps[1])) if gaps[1] > 0 else 1.0
+        left = left if np.isfinite(left) else np.inf
         return cls(classes, left, float(part[0]["seconds"]) / float(base[0]["seconds"]) - 1)
-
-
-def _mean_square(gap: NDArray[Any]) -> float:
-    finite = gap[np.isfinite(gap)]
-    return float(np.mean(np.square(finite, dtype=np.float64))) if len(finite) else 0.0
 
 
 def next_set(fixes: Sequence[Fix], target: float) -> tuple[str, ...] | None:

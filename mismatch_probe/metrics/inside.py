@@ -34,14 +34,16 @@ class Located:
 
     Attributes:
         verdict: `layer` where one layer does, `everywhere` where the same module of most layers does, `outside` where
-            a module outside of the layers does, `no single layer` otherwise.
+            a module outside of the layers does, `not finite` where a tensor is not, `no single layer` otherwise.
         name: The module, or for `everywhere` its name within a layer; empty for no single layer.
+        kind: `module` where its own result differs, `between` where what reaches it does.
         layer: Index of the layer.
         score: Of the module, or the largest of all.
     """
 
     verdict: str
     name: str
+    kind: str
     layer: int | None
     score: float
 
@@ -71,28 +73,35 @@ def scores(apart: Floats, trainer: Floats, dtype: str) -> Floats:
     return np.asarray(np.where(np.isfinite(found), found, np.inf))
 
 
-def locate(names: Sequence[str], layers: Sequence[int | None], found: Floats, count: int) -> Located:
+def locate(
+    names: Sequence[str], layers: Sequence[int | None], kinds: Sequence[str], found: Floats, count: int
+) -> Located:
     """The module that stands out.
 
     Args:
         names: `M` modules, each compared on an input that both sides share.
         layers: Index of each one's layer, None outside of them.
-        found: `[M]` scores.
+        kinds: `module` or `between`, of each.
+        found: `[M]` scores; infinite where a tensor is not finite.
         count: Decoder layers of the model.
     """
     if not len(found):
-        return Located("no single layer", "", None, 0.0)
-    worst = int(np.argmax(found))
-    top = float(found[worst])
+        return Located("no single layer", "", "", None, 0.0)
+    worst = int(np.argmax(found))  # the first of equals: of tensors that are not finite the one that was made first
+    top, kind = float(found[worst]), kinds[worst]
+    if np.isinf(top):
+        return Located("not finite", names[worst], kind, layers[worst], top)
     if top <= THRESHOLD:
-        return Located("no single layer", "", None, top)
-    beyond = [i for i in range(len(found)) if found[i] > THRESHOLD]
-    # Of what both inputs and weights of several modules change, the strongest is the place.
+        return Located("no single layer", "", "", None, top)
     own = names[worst].rpartition(".")[2]
-    kin = {layers[i] for i in beyond if names[i].rpartition(".")[2] == own and layers[i] is not None}
+    kin = {
+        layers[i]
+        for i in np.flatnonzero(found > THRESHOLD)
+        if names[i].rpartition(".")[2] == own and kinds[i] == kind and layers[i] is not None
+    }
     if count > 2 and len(kin) > count / 2:
-        return Located("everywhere", own, None, top)
-    return Located("outside" if layers[worst] is None else "layer", names[worst], layers[worst], top)
+        return Located("everywhere", own, kind, None, top)
+    return Located("outside" if layers[worst] is None else "layer", names[worst], kind, layers[worst], top)
 
 
 def first_beyond(found: Floats) -> int | None:

@@ -143,8 +143,13 @@ def change(
 
     Returns:
         `rms` and `k3` of the gap with the change, `rms_ratio` and `k3_ratio` over those without it, and `shift`, the
-        RMS by which it moved log-probs.
+        RMS by which it moved log-probs. None of them has a value where the change makes a token not finite that was
+        finite without it: its hardest tokens would be missing.
     """
+    lost = int((np.isfinite(before) & ~np.isfinite(after)).sum())
+    if lost:
+        broken = MetricValue(None, why=f"the change makes {lost} tokens not finite")
+        return dict.fromkeys(("rms", "k3", "rms_ratio", "k3_ratio", "shift"), broken)
     finite = np.isfinite(before) & np.isfinite(after)
     before, after, tokens = before[finite], after[finite], tokens.where(finite)
     found = gap(after, tokens, seed=seed, replicates=replicates)

@@ -24,7 +24,7 @@ from mismatch_probe.report.data import Curves, ReportData
 from mismatch_probe.tables import SCHEMA_VERSION, RunDirectory, read_json
 
 # What a report shows of an attribution.
-_ATTRIBUTED = {"gap", "ladder", "knobs", "two_sided", "layers", "fixes", "experts", "failed", "causes"}
+_ATTRIBUTED = {"gap", "ladder", "knobs", "two_sided", "layers", "fixes", "experts", "failed", "nulls", "causes"}
 
 
 def analyse(

@@ -95,6 +95,19 @@ def new_run(
         return _finish(plan, RunDirectory.create(path, _manifest(plan)), limits, progress)
 
 
+def new_passes(config: CompareConfig, out: str | Path, progress: Progress) -> Path:
+    """The engine passes of a new run, and nothing of what is computed from them: for commands that go on with it.
+
+    Raises:
+        ProbeError: What `new_run` raises.
+    """
+    plan, path = make_plan(config, progress), Path(out)
+    refuse_occupied(path)
+    with locked(path):
+        _execute(plan, RunDirectory.create(path, _manifest(plan)), progress)
+    return path
+
+
 def resume_run(path: Path, fail_on: Sequence[str], progress: Progress | None, changes: Mapping[str, Any]) -> RunResult:
     RunDirectory.open(path)  # before the lock, which would make the folder
     with locked(path):
@@ -188,6 +201,14 @@ def default_folder(model: str) -> Path:
 
 
 def _finish(plan: Plan, run: RunDirectory, limits: list[Limit], progress: Progress) -> RunResult:
+    _execute(plan, run, progress)
+    progress.message("computing metrics and figures")
+    data = analyse(run, limits)
+    return RunResult(run.path, data, write_outputs(run, data))
+
+
+def _execute(plan: Plan, run: RunDirectory, progress: Progress) -> None:
+    """Runs the passes that are missing, and sees to it that they are all of one model."""
     hashes, model = _in_background(plan.model.file_hashes), run.manifest["model"]
     if "files" in model:
         progress.message("checking that the model is still the same")
@@ -200,11 +221,8 @@ def _finish(plan: Plan, run: RunDirectory, limits: list[Limit], progress: Progre
         if hashes.done() and hashes.exception() is None and run.finished_passes():
             model["files"] = hashes.result()
             run.save()
-    progress.message("computing metrics and figures")
     model["files"] = hashes.result()
     run.save()
-    data = analyse(run, limits)
-    return RunResult(run.path, data, write_outputs(run, data))
 
 
 def _in_background(work: Callable[[], dict[str, str]]) -> Future[dict[str, str]]:

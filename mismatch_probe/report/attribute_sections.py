@@ -117,13 +117,22 @@ def _knobs(document: Document) -> AttributedSection:
     measured.sort(key=lambda row: (order.get(row["side"], 2), _value(row["rms_ratio"])))
     text = (
         "One setting changed at a time, against the same readings without it. A ratio below 1 is a smaller gap; the "
-        "shift is how far the setting moves log-probs, towards the other side or not."
+        "shift is how far the setting moves log-probs, towards the other side or not. " + _nulls(document)
         if measured
         else "No setting was measured."
     )
     header = ("setting", "side", "RMS of the gap, ratio", "KL k3, ratio", "shift (nats)", "time", "peak memory", "note")
     table = Table(header, tuple(_knob_row(row) for row in measured))
     return AttributedSection("knobs", "Settings", text, table, ("attribute-knobs",), wide=(7,))
+
+
+def _nulls(document: Document) -> str:
+    """What cannot be told from noise."""
+    shown = {side: number(null["value"]) for side, null in document["nulls"].items() if null["value"] is not None}
+    if not shown:
+        return ""
+    sides = " and ".join(f"the {side} by an RMS of {value} nats" for side, value in shown.items())
+    return f"Run again without a change, log-probs move at {sides}: a shift of that size is none."
 
 
 def _value(metric: Document) -> float:

@@ -16,6 +16,14 @@ def test_what_a_fix_leaves_and_costs() -> None:
     assert (fix.left, fix.cost) == (pytest.approx(0.5), pytest.approx(0.5))
 
 
+def test_a_fix_that_breaks_tokens_closes_nothing() -> None:
+    base = ({"seconds": 1.0}, {"logprobs": np.array([2.0, 2.0])})
+    part = ({"seconds": 1.0}, {"logprobs": np.array([0.0, np.nan])})
+    fix = Fix.of(("head",), np.zeros(2), base, part)
+    assert np.isinf(fix.left)
+    assert cheapest([fix], 0.9) is None
+
+
 def test_classes_are_added_by_gain_for_their_time() -> None:
     singles = [Fix(("mlp",), 0.8, 1.0), Fix(("head",), 0.9, 0.0), Fix(("rope",), 0.99, 0.5), Fix(("norms",), 1.1, 0.0)]
     assert next_set(singles, 0.5) == ("head", "mlp")

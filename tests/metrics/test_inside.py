@@ -10,6 +10,8 @@ from mismatch_probe.metrics.inside import THRESHOLD, UNIT, expected, first_beyon
 LAYERS = [*range(4), *range(4)]  # two modules a layer
 NAMES = [f"model.layers.{layer}.{module}" for module in ("q_proj", "o_proj") for layer in range(4)]
 
+KINDS = ["module"] * 8
+
 
 @pytest.mark.parametrize(("dtype", "rounded"), [("float16", np.float16), ("float32", np.float32)])
 def test_two_roundings_of_one_number_are_as_far_apart_as_expected(dtype: str, rounded: type) -> None:
@@ -33,27 +35,41 @@ def test_relative_errors_pool_sequences() -> None:
 
 
 def test_nothing_stands_out_below_the_threshold() -> None:
-    found = locate(NAMES, LAYERS, np.full(8, THRESHOLD), 4)
+    found = locate(NAMES, LAYERS, KINDS, np.full(8, THRESHOLD), 4)
     assert (found.verdict, found.name, found.layer, found.score) == ("no single layer", "", None, THRESHOLD)
-    assert locate([], [], np.empty(0), 4).verdict == "no single layer"
+    assert locate([], [], [], np.empty(0), 4).verdict == "no single layer"
 
 
 def test_one_module_stands_out() -> None:
     values = np.ones(8)
     values[5] = 4.0
-    found = locate(NAMES, LAYERS, values, 4)
+    found = locate(NAMES, LAYERS, KINDS, values, 4)
     assert (found.verdict, found.name, found.layer) == ("layer", "model.layers.1.o_proj", 1)
 
 
 def test_the_same_module_of_most_layers_is_no_single_layer() -> None:
     values = np.ones(8)
     values[4:7] = 4.0
-    found = locate(NAMES, LAYERS, values, 4)
+    found = locate(NAMES, LAYERS, KINDS, values, 4)
     assert (found.verdict, found.name, found.layer) == ("everywhere", "o_proj", None)
 
 
+def test_the_first_tensor_that_is_not_finite_is_named() -> None:
+    values = np.ones(8)
+    values[[3, 6]] = np.inf
+    found = locate(NAMES, LAYERS, KINDS, values, 4)
+    assert (found.verdict, found.name, found.layer) == ("not finite", "model.layers.3.q_proj", 3)
+
+
+def test_what_reaches_a_module_is_told_from_the_module() -> None:
+    values, kinds = np.ones(8), [*KINDS[:4], *["between"] * 4]
+    values[4:] = 3.0
+    found = locate(NAMES, LAYERS, kinds, values, 4)
+    assert (found.verdict, found.name, found.kind) == ("everywhere", "o_proj", "between")
+
+
 def test_a_module_outside_of_the_layers() -> None:
-    found = locate([*NAMES, "lm_head"], [*LAYERS, None], np.array([*np.ones(8), 3.0]), 4)
+    found = locate([*NAMES, "lm_head"], [*LAYERS, None], [*KINDS, "module"], np.array([*np.ones(8), 3.0]), 4)
     assert (found.verdict, found.name, found.layer) == ("outside", "lm_head", None)
 
 

@@ -133,6 +133,17 @@ def test_an_interval_holds_a_ratio_that_is_one() -> None:
     assert ratio.ci_low < 1 < ratio.ci_high
 
 
+def test_a_change_that_breaks_tokens_has_no_ratio() -> None:
+    before = np.ones(50)
+    after = 0.1 * before
+    after[:5] = np.nan
+    found = change(before, after, tokens_of(2, 25))
+    assert all(value.value is None for value in found.values())
+    assert found["rms_ratio"].why == "the change makes 5 tokens not finite"
+    # What was broken before is nothing that the change does.
+    assert change(np.where(np.isnan(after), np.nan, before), after, tokens_of(2, 25))["rms_ratio"].value is not None
+
+
 def test_a_gap_of_nothing() -> None:
     assert gap(np.zeros(50), tokens_of(2, 25))["rms"].value == 0
     assert change(np.zeros(50), np.zeros(50), tokens_of(2, 25))["rms_ratio"].value is None

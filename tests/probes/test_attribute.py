@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 import mismatch_probe
 from mismatch_probe.arrays import save_arrays
 from mismatch_probe.config import CompareConfig
-from mismatch_probe.engines.attribute.trace import MOST_ROWS, choose_sequences
+from mismatch_probe.engines.attribute.trace import MOST_BYTES, MOST_ROWS, choose_sequences, row_bytes
 from mismatch_probe.errors import EngineError, TableError, UsageError
 from mismatch_probe.probes.attribute.availability import Context
 from mismatch_probe.probes.attribute.baseline import Baseline, open_baseline
@@ -86,7 +86,7 @@ def test_without_readings_everything_says_what_makes_it(run_copy: Path) -> None:
     assert document["ladder"]["rungs"] == []
     assert "attribute --resume" in document["ladder"]["why"]
     assert knob_of(document, "rollout-kv-fp8")["status"] == "not measured"
-    assert "attribute --resume" in document["layers"]["dtypes"]["bfloat16"]["why"]
+    assert document["layers"]["why"].startswith("the checkpoint's config.json does not say how many layers")
     assert document["gap"]["rms"]["value"] > 0
     assert document["experts"] is None
     assert document["causes"] == []
@@ -152,6 +152,71 @@ def test_a_knob_on_some_of_the_sequences_is_compared_on_those(plant: Callable[..
     save_arrays(planted.readings.file(name), planted.readings.key(name), {"seconds": 9.0}, arrays)
     row = knob_of(document_of(planted), name)
     assert (row["n_tokens"], row["time_ratio"], row["shift"]["value"]) == (count, None, 0.0)
+
+
+def test_a_trainer_that_died_leaves_a_run_that_can_be_read(plant: Callable[..., Planted]) -> None:
+    planted = plant(knobs=("trainer:fp32-head", "trainer:fp32-mlp"))
+    for name in (TRAINER, "trainer-fp32-head", "fixes"):
+        planted.fail(name, failed="The attribution's trainer was killed (signal 9).")
+    document = document_of(planted)
+    assert document["fixes"]["why"].startswith("The attribution's trainer was killed")
+    assert knob_of(document, "trainer-fp32-head")["status"] == "not measured"
+    assert set(document["failed"]) == {TRAINER, "trainer-fp32-head", "fixes"}
+
+
+def test_a_setting_that_breaks_tokens_is_no_remedy(plant: Callable[..., Planted]) -> None:
+    planted = plant(knobs=("trainer:float16",), pair="bf16")
+    broken = planted.base.rollout_logprobs.copy()  # else it would close all of the gap
+    broken[::9] = np.nan
+    planted.put("trainer-float16", broken)
+    document = document_of(planted)
+    row = knob_of(document, "trainer-float16")
+    assert row["rms_ratio"]["value"] is None
+    assert "not finite" in row["rms_ratio"]["why"]
+    assert row["n_nonfinite"] == len(broken[::9])
+    assert not any(cause["kind"] == "change" for cause in document["causes"])
+
+
+def test_two_dtypes_have_a_rung_of_their_own(plant: Callable[..., Planted]) -> None:
+    planted = plant(knobs=("none",), pair="bf16/fp16")
+    planted.put("trainer-in-rollout-dtype", planted.noisy(planted.base.trainer_logprobs))
+    rows = document_of(planted)["ladder"]["rungs"]
+    assert [row["key"] for row in rows] == ["prefill", "engine", "dtype", "layout"]
+    assert rows[2]["change"] == "bfloat16 → float16 at the trainer"
+
+
+def test_a_reading_that_cannot_be_made_here_is_still_read(plant: Callable[..., Planted]) -> None:
+    """A run of a GPU, read on a CPU: what is unavailable here was available there."""
+    planted = plant(knobs=("batch-invariant",))
+    assert planted.readings.wanted == ()
+    name = "rollout-batch-invariant"
+    planted.put(name, planted.noisy(planted.base.rollout_logprobs))
+    assert knob_of(document_of(planted), name)["status"] == "measured"
+
+
+def test_tensors_that_are_not_finite_are_told(scripted_model: MakeModel, tmp_path: Path) -> None:
+    config = CompareConfig(
+        model=str(scripted_model(num_hidden_layers=1)),
+        num_prompts=4,
+        max_tokens=4,
+        rollout_dtypes=("bfloat16",),
+        trainer_dtypes=("bfloat16",),
+    )
+    base = Planted(mismatch_probe.compare(config, out=tmp_path / "run").path, knobs=("none",)).base
+    readings = Readings(base, AttributeOptions(knobs=("none",), layer_dtypes=("float16",)))
+    records = [
+        {"kind": kind, "name": name, "layer": layer}
+        for kind, name, layer in (("stream", "m.0", 0), ("layer", "m.0", 0), ("module", "m.0.down_proj", 0))
+    ]
+    facts = {"records": records, "layers": [], "trained_layers": ["m.0"]}
+    sums = np.full((3, 2), np.nan)
+    arrays = {"apart": sums, "engine": sums, "trainer": sums, "size": np.ones((3, 2)), "lens": np.empty((0, 0))}
+    save_arrays(readings.file("inside-float16"), readings.key("inside-float16"), facts, arrays)
+    result = mismatch_probe.attribute_run(base.run.path, knobs=("none",), layer_dtypes=("float16",))
+    found = result.document["layers"]["dtypes"]["float16"]
+    assert (found["located"]["verdict"], found["located"]["name"]) == ("not finite", "m.0.down_proj")
+    assert found["layers"][0]["relative_error"] is None
+    assert result.document["causes"][0]["text"] == "in float16, m.0.down_proj is not finite"
 
 
 def test_what_failed_and_what_does_not_apply_says_why(plant: Callable[..., Planted]) -> None:
@@ -238,7 +303,7 @@ def test_knobs_by_name() -> None:
 
 
 def test_every_knob_that_a_cpu_lacks_says_why() -> None:
-    reasons = {knob.name: knob.why_not(CPU) for knob in knobs_of(CPU)}
+    reasons = {knob.name: knob.why_missing(CPU) for knob in knobs_of(CPU)}
     for name in ("rollout-batch-invariant", "rollout-weights-fp8", "rollout-tensor-parallel", "trainer-tf32"):
         assert reasons[name], name
     assert all(reasons[f"rollout-attention-{b}"] for b in ("flash_attn", "flashinfer", "triton_attn"))
@@ -250,7 +315,7 @@ def test_a_gpu_has_other_knobs() -> None:
     engine = {"enforce_eager": False, "attention_backends": ["FLASH_ATTN"], "prefix_caching": False}
     gpu = Context("cuda", 2, "bfloat16", "bfloat16", "autocast", "packed", {}, engine, "sdpa")
     knobs = {knob.name: knob for knob in knobs_of(gpu)}
-    reasons = {name: knob.why_not(gpu) for name, knob in knobs.items()}
+    reasons = {name: knob.why_missing(gpu) for name, knob in knobs.items()}
     assert reasons["rollout-attention-flash_attn"] == "it is the baseline's"
     assert reasons["rollout-attention-triton_attn"] == ""
     assert reasons["rollout-tensor-parallel"] == reasons["rollout-weights-fp8"] == ""
@@ -264,7 +329,7 @@ def test_a_gpu_has_other_knobs() -> None:
 
 def test_a_trainer_in_fp32_has_nothing_to_widen() -> None:
     wide = Context("cpu", 0, "float32", "float32", "cast", "padded", {})
-    reasons = {knob.name: knob.why_not(wide) for knob in knobs_of(wide)}
+    reasons = {knob.name: knob.why_missing(wide) for knob in knobs_of(wide)}
     assert reasons["trainer-fp32-mlp"]
     assert reasons["rollout-fp32-head"]
     assert reasons["trainer-autocast"]
@@ -272,17 +337,17 @@ def test_a_trainer_in_fp32_has_nothing_to_widen() -> None:
 
 def test_sequences_of_a_trace_fit_its_limits() -> None:
     small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    assert choose_sequences([400, 400, 400], small, 2, 10_000) == [0, 1]
-    assert choose_sequences([400] * 9, small, 2, 800) == [0, 1]
-    assert choose_sequences([MOST_ROWS + 5, 3], small, 2, 10_000) == [0]
+    assert choose_sequences([400, 400, 400], small, 2, 10_000) == [(0, 400), (1, 400)]
+    assert choose_sequences([400] * 9, small, 2, 800) == [(0, 400), (1, 400)]
+    assert choose_sequences([MOST_ROWS + 5, 3], small, 2, 10_000) == [(0, MOST_ROWS)]
     large = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
-    assert choose_sequences([10, 10, 10], large, 4, 10_000) == [0]
+    assert choose_sequences([3000, 10, 10], large, 4, 10_000) == [(0, MOST_BYTES // row_bytes(large, 4))]
 
 
 def test_a_plan_says_what_would_run(scripted_model: MakeModel) -> None:
     plan = mismatch_probe.attribute_plan(CompareConfig(model=str(scripted_model())), knobs=("kv-fp8", "compiled"))
     names = [name for name, _, _ in plan.processes]
-    assert names[:2] == ["vLLM baseline", "vLLM kv-fp8"]
+    assert {"vLLM baseline", "vLLM kv-fp8", "vLLM compiled"} <= set(names)
     reasons = {name: why for name, _, why in plan.knobs}
     assert reasons["rollout-kv-fp8"] == ""
     assert reasons["rollout-batch-1"] == "not asked for"

@@ -40,7 +40,7 @@ def test_the_trainer_follows_mixtrals_routes(tiny: Callable[[str], Path], tmp_pa
     job = RolloutJob(
         "vllm", checkpoint, "bfloat16", "cpu", Sampling(24), requests, 12, 0, 64, arguments=settings.arguments
     )
-    engine = RolloutVariants(job, {"prefill": "prefill"}, KEYS, str(tmp_path), 1, routers=Routers(3, 8, 2))
+    engine = RolloutVariants(job, {"prefill": "prefill"}, KEYS, str(tmp_path), [], routers=Routers(3, 8, 2, 4096))
     EngineProcess("vllm", settings.environment, tmp_path / "vllm.log").run(engine, lambda *_: None)
     trainer = TrainerJob("hf", checkpoint, "bfloat16", "cast", "padded", None, "cpu", 1.0, (), 0, 1 << 30)
     variant = TrainerVariant("followed", layout="padded", routes=True)

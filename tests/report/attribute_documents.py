@@ -58,7 +58,7 @@ def _ladder() -> dict[str, Any]:
     ]
     levels = ("sampled", "prefilled", "batched alike", "trained")
     anchor = [{"level": name, "error_rms": metric(0.05 + 0.001 * i)} for i, name in enumerate(levels)]
-    return {"rungs": rungs, "anchor": anchor, "squares_over_gap": 2.7, "why": ""}
+    return {"rungs": rungs, "anchor": anchor, "n_nonfinite": 0, "squares_over_gap": 2.7, "why": ""}
 
 
 def _inside(scale: float) -> dict[str, Any]:
@@ -193,6 +193,7 @@ def attribution(**changes: Any) -> dict[str, Any]:
         },
         "fixes": _fixes(),
         "experts": None,
+        "nulls": {"rollout": bare(0.0, "there is no gap"), "trainer": metric(1e-4)},
         "failed": {"trainer-packed": "EngineError: it died"},
         "causes": causes,
     } | changes

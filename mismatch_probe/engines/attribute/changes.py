@@ -74,6 +74,8 @@ def _mlp(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 @contextmanager
 def _attention(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """q·k, softmax and their product with v; the projections stay."""
+    if str(model.config._attn_implementation).startswith("flash"):  # type: ignore[union-attr]
+        raise NotThereError("FlashAttention takes no FP32")
 
     def wide(function: Attention) -> Attention:
         def call(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **kwargs: Any) -> Any:
@@ -179,27 +181,44 @@ _CLASSES: dict[str, Callable[[nn.Module, torch.dtype], AbstractContextManager[No
 
 @contextmanager
 def _whole(modules: Sequence[nn.Module], dtype: torch.dtype, what: str) -> Iterator[None]:
-    """Modules with their weights in FP32. A 16-bit weight comes back as it was; one module may not hold another."""
+    """Modules with their weights in FP32; `dtype` is what they hand back, where they would not hand back FP32 anyway.
+
+    Weights and buffers come back as they were, tensor by tensor: some architectures keep a few in FP32.
+    """
     if not modules:
         raise NotThereError(f"the model has no {what} in a module of its own")
-    held = [(module, next((p.dtype for p in module.parameters()), None)) for module in modules]
     with ExitStack() as stack:
-        for module, weights in held:
+        for module in modules:
+            stack.enter_context(tensors_kept(module))
             module.float()
-            if weights is not None:
-                stack.callback(module.to, weights)
             stack.enter_context(_replaced(module, _wide(module, dtype)))
         yield
+
+
+@contextmanager
+def tensors_kept(module: nn.Module) -> Iterator[None]:
+    """Whatever happens to a module's dtypes meanwhile, its parameters and buffers are the same tensors afterwards."""
+    parameters = [(p, p.data) for p in module.parameters()]
+    buffers = [(owner, name, b) for owner in module.modules() for name, b in owner.named_buffers(recurse=False)]
+    try:
+        yield
+    finally:
+        for parameter, data in parameters:
+            parameter.data = data
+        for owner, name, buffer in buffers:
+            owner._buffers[name] = buffer
 
 
 def _wide(module: nn.Module, dtype: torch.dtype) -> Callable[..., Any]:
     forward = module.forward
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        tensor = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), torch.empty(0))
-        with _no_autocast(tensor):
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        with _no_autocast(tensors[0]):
             output = forward(*_cast(args, torch.float32), **{k: _cast(v, torch.float32) for k, v in kwargs.items()})
-        return _cast(output, dtype)
+        # Under autocast a norm's weights are FP32, and what it gives, too.
+        keep = is_norm(module) and torch.is_autocast_enabled(tensors[0].device.type)
+        return output if keep else _cast(output, dtype)
 
     return call
 
@@ -313,3 +332,17 @@ def compiled(model: Any) -> Iterator[None]:
     decoder = model.get_decoder()
     with _replaced(decoder, torch.compile(decoder.forward, dynamic=True)):
         yield
+
+
+@contextmanager
+def experts_one_by_one(model: Any) -> Iterator[None]:
+    """Experts run one after the other for the while: torch's grouped product takes no float64."""
+    before = getattr(model.config, "_experts_implementation", None)
+    if before in (None, "eager"):
+        yield
+        return
+    model.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)

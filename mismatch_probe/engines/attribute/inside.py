@@ -15,9 +15,8 @@ rows whose logits were kept.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mismatch_probe.engines.attribute.changes import is_norm
+from mismatch_probe.engines.attribute.changes import attention_of, experts_one_by_one, is_norm, tensors_kept
 from mismatch_probe.engines.attribute.trace import OUTSIDE, TraceFiles
 from mismatch_probe.engines.audit.forward import first_tensor
 from mismatch_probe.engines.audit.places import Network
@@ -37,6 +36,8 @@ from mismatch_probe.metrics.exact import divergences
 if TYPE_CHECKING:
     from mismatch_probe.engines.hf import HfTrainer
 
+# Blocks that vLLM calls otherwise than transformers.
+_OTHER_NAMES = (("mlp", "block_sparse_moe"), ("mlp", "feed_forward"))
 Kind = Literal["stream", "layer", "module", "between"]
 
 
@@ -120,8 +121,12 @@ class _Trace:
             return next((t for n, t in self._records.items() if n.split(".")[-2:] == [last, side]), None)
         self._open(f"layer-{layer}")
         relative = name[len(self._network.layers[layer]) :].removeprefix(".")
-        found = self._records.get(f"{relative}.{side}")
-        return found if found is not None else self._cut(name, relative, side)
+        for there in dict.fromkeys((relative, *(relative.replace(ours, other) for ours, other in _OTHER_NAMES))):
+            found = self._records.get(f"{there}.{side}")
+            found = self._cut(name, there, side) if found is None else found
+            if found is not None:
+                return found
+        return None
 
     def outside(self, name: str) -> Tensor:
         self._open(OUTSIDE)
@@ -162,11 +167,13 @@ class InsideComparison:
         files = TraceFiles(folder)
         self._engine, self._model = engine, model
         self._network = Network.of(model)
+        self._choices: dict[tuple[str, str], tuple[Tensor, ...]] = {}
         self._request = files.facts()["request"]
         self._leaves = {
             name: module
             for name, module in model.named_modules()
-            if any(True for _ in module.parameters(recurse=False)) and name != self._network.head
+            if any(True for _ in module.parameters(recurse=False))
+            and name not in (self._network.head, self._network.embedding)
         }
         widths = {name: _width(module) for name, module in self._leaves.items()}
         self._trace = _Trace(files, self._network, widths)
@@ -187,18 +194,24 @@ class InsideComparison:
         narrow = {kind: self._pass(kind) for kind in kinds}
         logits, dtype = self._logits(), next(self._model.parameters()).dtype
         wide = torch.float64 if dtype == torch.float32 and not self._engine.autocasting else torch.float32
-        self._model.to(wide)  # exact, and so is the way back
-        try:
-            with keep_float64() if wide == torch.float64 else nullcontext():
-                return [*self._joined(narrow), *self._logit_differences(logits)]
-        finally:
-            self._model.to(dtype)
+        with ExitStack() as stack:
+            stack.enter_context(tensors_kept(self._model))
+            if self._model.config._attn_implementation.startswith("flash"):  # which takes no FP32
+                stack.enter_context(attention_of(self._model, "sdpa"))
+            self._model.to(wide)
+            if wide == torch.float64:
+                stack.enter_context(experts_one_by_one(self._model))
+                stack.enter_context(keep_float64())
+            return [*self._joined(narrow), *self._logit_differences(logits)]
 
     def _joined(self, narrow: Mapping[Any, Mapping[tuple[Kind, str], Tensor]]) -> Iterator[Difference]:
         for kind, records in narrow.items():
             for (found, name), wide in self._pass(kind, plain=True).items():
                 ours = records.get((found, name))
-                theirs = self._trace.find(name, "in" if found == "between" else "out")
+                if name == self._network.embedding and found == "module":
+                    theirs = self._trace.find(self._network.layers[0], "in")
+                else:
+                    theirs = self._trace.find(name, "in" if found == "between" else "out")
                 if ours is not None and theirs is not None and theirs.numel() == ours.numel() == wide.numel():
                     yield self._difference(found, name, theirs.reshape(ours.shape), ours, wide)
 
@@ -214,6 +227,8 @@ class InsideComparison:
         found: dict[tuple[Kind, str], Tensor] = {}
         handles = []
         for name, module in self._model.named_modules():
+            if name.rpartition(".")[2] in ("gate", "router"):
+                handles.append(module.register_forward_hook(self._same_experts(kind, name, again=plain)))
             if name in self._network.layers:
                 handles += self._watch_layer(kind, name, module, found)
             elif kind == "module" and name in self._leaves:
@@ -228,6 +243,23 @@ class InsideComparison:
                 handle.remove()
         return found
 
+    def _same_experts(self, kind: str, name: str, *, again: bool) -> Callable[..., Any]:
+        """A hook on a router: the wider pass takes the other's experts, or it would be that of another model."""
+
+        def hook(_: nn.Module, __: Any, output: Any) -> Any:
+            if not isinstance(output, tuple):
+                return None
+            if not again:
+                self._choices[kind, name] = output
+                return None
+            kept = self._choices[kind, name]
+            return tuple(
+                own if i == 0 else before.to(own.dtype)  # logits are the pass's own
+                for i, (own, before) in enumerate(zip(output, kept, strict=True))
+            )
+
+        return hook
+
     def _recorder(self, kind: Kind, name: str, found: dict[tuple[Kind, str], Tensor]) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             tensor = first_tensor(output)
@@ -239,12 +271,24 @@ class InsideComparison:
 
     def _watch_layer(self, kind: str, name: str, module: nn.Module, found: dict[tuple[Kind, str], Tensor]) -> list[Any]:
         handles = []
+        if kind == "module" and name == self._network.layers[0]:
+            # What enters the first layer is the embedding's, with whatever either side multiplies it by.
+            handles.append(module.register_forward_pre_hook(self._embedded(found), with_kwargs=True))
         if kind != "stream":
             handles.append(module.register_forward_pre_hook(self._given(name, None), with_kwargs=True))
         if kind != "module":
             shown: Kind = "stream" if kind == "stream" else "layer"
             handles.append(module.register_forward_hook(self._recorder(shown, name, found)))
         return handles
+
+    def _embedded(self, found: dict[tuple[Kind, str], Tensor]) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            own = args[0] if args else kwargs.get("hidden_states")
+            rows = self._batch.rows(own) if isinstance(own, Tensor) else None
+            if rows is not None:
+                found["module", self._network.embedding] = rows
+
+        return hook
 
     def _watch_leaf(self, name: str, module: nn.Module, found: dict[tuple[Kind, str], Tensor]) -> list[Any]:
         record = self._recorder("module", name, found)
@@ -278,52 +322,49 @@ class InsideComparison:
 
         return hook
 
-    @torch.inference_mode()
     def _logits(self) -> Tensor:
-        """`[Q, V]` logits of the trainer's head on the engine's last hidden states."""
+        """`[Q, V]` logits that the trainer's own forward makes of the engine's last hidden states."""
         rows = self._trace.outside("final.out")[self._request["logit_rows"]]
-        device = next(self._model.parameters()).device
-        head = self._model.get_output_embeddings()
-        states = rows.to(device, next(head.parameters()).dtype)
-        with self._engine.precision():
-            logits: Tensor = head(states).to("cpu")
-        return logits
+        weight = next(self._model.parameters())
+        return self._engine.head_logits(rows.to(weight.device, weight.dtype)).to("cpu")
 
     def _logit_differences(self, ours: Tensor) -> Iterator[Difference]:
+        wide = self._logits()
         theirs = self._trace.outside("logits")[:, : ours.shape[1]]
-        with torch.inference_mode():
-            head = self._model.get_output_embeddings()
-            states = self._trace.outside("final.out")[self._request["logit_rows"]]
-            wide = head(states.to(next(head.parameters()))).to("cpu")
-        t, o, w = (tensor.double() for tensor in (theirs, ours, wide))
         # A shift of all logits changes no probability.
-        t, o, w = (tensor - tensor.mean(1, keepdim=True) for tensor in (t, o, w))
+        t, o, w = (x.double() - x.double().mean(1, keepdim=True) for x in (theirs, ours, wide))
         # Of all sequences together: a part each, so that their sum is right.
         count = self._batch.shape[0]
         sums = [np.full(count, float(row.sum()) / count) for row in _relative_squares(t, o, w)]
         yield Difference("module", self._network.head or "lm_head", None, *sums)
 
+    def _projected(self, width: int) -> bool:
+        """Whether the decoder changes its states' width behind the last norm (OPT)."""
+        stream = self._trace.find(self._network.layers[-1], "out")
+        return stream is None or stream.shape[1] != width
+
     @torch.inference_mode()
     def lens(self) -> dict[str, NDArray[np.float64]]:
-        """By layer `[Q]` KL(engine‖trainer) of what the head makes of both streams there, nats, norm and head in FP32.
+        """By layer `[Q]` KL(engine‖trainer) of what the trainer's last norm and head make of both streams, nats.
 
-        Run before `differences`. Empty where the decoder's last norm was not found.
+        Norm and logits are in the trainer's dtype for both, so that only the streams differ. Empty where the decoder's
+        last norm was not found.
         """
         decoder = self._model.get_decoder()
         norms = [module for name, module in decoder.named_children() if is_norm(module)]
-        if len(norms) != 1:
+        width = self._trace.outside("final.out").shape[1]
+        if len(norms) != 1 or self._projected(width):
             return {}
-        device = next(self._model.parameters()).device
-        norm = copy.deepcopy(norms[0]).float()
-        head = copy.deepcopy(self._model.get_output_embeddings()).float()
+        weight = next(self._model.parameters())
         chosen, found = self._request["logit_rows"], {}
         ours = self._pass("stream")
         for name in self._network.layers:
             theirs = self._trace.find(name, "out")
             if theirs is None or ("stream", name) not in ours:
                 continue
-            both = [head(norm(t[chosen].to(device).float())).cpu().numpy() for t in (theirs, ours["stream", name])]
-            found[name] = divergences(both[0], both[1], 1.0)["kl"]
+            states = [t[chosen].to(weight.device, weight.dtype) for t in (theirs, ours["stream", name])]
+            logits = [self._engine.head_logits(norms[0](s)).float().cpu().numpy() for s in states]
+            found[name] = divergences(logits[0], logits[1], 1.0)["kl"]
         return found
 
 

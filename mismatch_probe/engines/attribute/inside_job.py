@@ -56,35 +56,35 @@ class InsideJob(OnTrainer):
 
     def run(self, channel: Any) -> None:
         """Events: `total` and `progress` in dtypes; a phase for each."""
-        from mismatch_probe.engines.attribute.inside import InsideComparison
         from mismatch_probe.engines.attribute.trace import TraceFiles
-        from mismatch_probe.engines.hf import HfTrainer
 
         channel.send("total", len(self.insides))
         for inside in self.insides:
-            if not Path(inside.trace).exists():
-                continue  # its engine failed, which is told already
-            device: Any = self.trainer.device
-            flags = devices.trainer_settings(device, inside.dtype).arguments
-            arrays: dict[str, NDArray[Any]] = {}
-            facts: dict[str, Any] = {"made_with": devices.package_versions()}
-            try:
-                engine = HfTrainer(replace(self.trainer, dtype=inside.dtype, mode=inside.mode, flags=flags))
-                comparison = InsideComparison(engine, inside.trace)
-                lens = comparison.lens()
-                found = comparison.differences()
-                facts |= {
-                    "records": [{"kind": d.kind, "name": d.name, "layer": d.layer} for d in found],
-                    "layers": list(lens),
-                    "trained_layers": list(comparison.layers),
-                }
-                arrays["lens"] = np.stack(list(lens.values())) if lens else np.empty((0, 0))
-                arrays |= {n: np.stack([getattr(d, n) for d in found]) for n in ("apart", "engine", "trainer", "size")}
-                engine.close()
-            except Exception as error:  # one dtype that fails leaves the others
-                known = faults.classify(error, self)
-                facts["failed"] = known.what if known else faults.first_line(error)
-            save_arrays(Path(self.folder) / f"{inside.name}.npz", inside.key, facts, arrays)
-            TraceFiles(inside.trace).discard()
+            if TraceFiles(inside.trace).whole:  # else its engine failed, which is told already
+                save_arrays(Path(self.folder) / f"{inside.name}.npz", inside.key, *self._compare(inside))
+                TraceFiles(inside.trace).discard()
             channel.send("progress", 1)
             channel.phase(inside.name)
+
+    def _compare(self, inside: Inside) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+        """Facts and arrays of one dtype; one that fails leaves the others."""
+        from mismatch_probe.engines.attribute.inside import InsideComparison
+        from mismatch_probe.engines.hf import HfTrainer
+
+        device: Any = self.trainer.device
+        flags = devices.trainer_settings(device, inside.dtype).arguments
+        facts: dict[str, Any] = {"made_with": devices.package_versions()}
+        try:
+            engine = HfTrainer(replace(self.trainer, dtype=inside.dtype, mode=inside.mode, flags=flags))
+            comparison = InsideComparison(engine, inside.trace)
+            lens, found = comparison.lens(), comparison.differences()
+            facts |= {
+                "records": [{"kind": d.kind, "name": d.name, "layer": d.layer} for d in found],
+                "layers": list(lens),
+                "trained_layers": list(comparison.layers),
+            }
+            arrays = {n: np.stack([getattr(d, n) for d in found]) for n in ("apart", "engine", "trainer", "size")}
+            return facts, {**arrays, "lens": np.stack(list(lens.values())) if lens else np.empty((0, 0))}
+        except Exception as error:
+            known = faults.classify(error, self)
+            return facts | {"failed": known.what if known else faults.first_line(error)}, {}

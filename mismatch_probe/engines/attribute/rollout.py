@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,23 +39,26 @@ class Routers:
         layers: Decoder layers of the model.
         experts: Experts of a layer.
         chosen: Experts of a token.
+        most_tokens: What the engine's scheduler takes at once.
     """
 
     layers: int
     experts: int
     chosen: int
+    most_tokens: int
 
 
 @dataclass(frozen=True)
 class RolloutVariants:
-    """Readings of vLLM in one configuration, each a file `NAME.npz` with `logprobs` and `index`.
+    """Readings of vLLM in one configuration, each a file `NAME.npz` with `logprobs` `[N]`, `index` of its sequences and
+    how many response `tokens` it has of each.
 
     Attributes:
         rollout: The engine; its requests bring the tokens to decode again.
         takes: By the reading's name, how the engine goes over the tokens.
         keys: By name, of `ROUTES` too, a digest of all that the reading depends on.
         folder: Where readings go.
-        alone: How many of the first sequences a take runs that runs one at a time.
+        alone: Of a take that runs one sequence at a time: response tokens of each of the first sequences.
         trace: What is kept of its inside, if anything.
         routers: Where given, the experts of every token are kept as the reading `ROUTES`.
     """
@@ -64,7 +67,7 @@ class RolloutVariants:
     takes: Mapping[str, Take]
     keys: Mapping[str, str]
     folder: str
-    alone: int
+    alone: Sequence[int]
     trace: TraceRequest | None = None
     routers: Routers | None = None
     memory_advice: str = field(
@@ -93,23 +96,39 @@ class RolloutVariants:
         device = torch.device(self.rollout.device)
         reset_peak(device)
         engine = VllmRollout(self.rollout)
+        self._warm(engine)
         channel.phase("load")
         identity = engine.identity()
         channel.send("identity", identity | devices.running())
         channel.send("total", len(self.takes) + (self.trace is not None) + (self.routers is not None))
         facts = {"identity": identity, "made_with": devices.package_versions()}
         for name, take in self.takes.items():
-            requests = list(self.rollout.requests)[: self.alone if take.endswith("alone") else None]
-            started, failed = time.perf_counter(), {}
+            requests = list(self.rollout.requests)
+            if take.endswith("alone"):
+                requests = [
+                    replace(request, forced_token_ids=request.forced_token_ids[:tokens])
+                    for request, tokens in zip(requests, self.alone, strict=False)
+                ]
+            failed = {}
             try:
+                if take == "decode-warm":
+                    self._decode(engine, requests)
+                started = time.perf_counter()
                 found = self._take(engine, take, requests)
             except Exception as error:
                 # One way that fails leaves the others; where the engine itself is gone, the next one says so.
                 known = faults.classify(error, self)
                 found, requests = [np.empty(0, np.float32)], []
                 failed = {"failed": known.what if known else faults.first_line(error)}
-            about = facts | failed | {"seconds": time.perf_counter() - started, "peak_bytes": peak_bytes(device)}
-            self._save(name, about, {"logprobs": np.concatenate(found), "index": np.arange(len(requests))})
+            # On a card vLLM takes its share whatever it needs, so that its peak says nothing.
+            peak = peak_bytes(device) if device.type == "cpu" else None
+            about = facts | failed | {"seconds": time.perf_counter() - started, "peak_bytes": peak}
+            arrays = {
+                "logprobs": np.concatenate(found),
+                "index": np.arange(len(requests)),
+                "tokens": np.array([len(request.forced_token_ids) for request in requests], np.int64),
+            }
+            self._save(name, about, arrays)
             channel.send("progress", 1)
             channel.phase(name)
         if self.trace is not None:
@@ -117,11 +136,19 @@ class RolloutVariants:
             channel.send("progress", 1)
             channel.phase("trace")
         if self.routers is not None:
-            layers, routes = self._routes(engine, self.routers)
-            self._save(ROUTES, facts | {"layers": layers}, {"routes": routes})
+            layers, routes, logprobs = self._routes(engine, self.routers)
+            self._save(ROUTES, facts | {"layers": layers}, {"routes": routes, "logprobs": logprobs})
             channel.send("progress", 1)
             channel.phase(ROUTES)
         engine.close()
+
+    def _warm(self, engine: VllmRollout) -> None:
+        """Sets up whatever is set up at first use, which is not the first reading's."""
+        first = list(self.rollout.requests)[: self.rollout.batch]
+        if any(take.startswith("decode") for take in self.takes.values()):
+            engine.generate(first, replace(self.rollout.sampling, max_tokens=1), _nothing)
+        elif self.takes:  # an engine that splits prompts may not be able to decode with seeds (see `devices`)
+            _prefill(engine, first)
 
     def _take(
         self, engine: VllmRollout, take: Take, requests: Sequence[RolloutRequest]
@@ -131,17 +158,15 @@ class RolloutVariants:
             groups = [[request] for request in requests] if take == "prefill-alone" else [list(requests)]
             return [reading for group in groups for reading in _prefill(engine, group)]
         if take == "decode-alone":
-            groups = [[request] for request in requests]
-        else:  # as a comparison's pass does it, so that the same company gives the same bits
-            batch = self.rollout.batch
-            groups = [group for group in (list(requests)[:batch], list(requests)[batch:]) if group]
-        if take == "decode-warm":
-            self._decode(engine, groups, keep_cache=False)
-        return self._decode(engine, groups, keep_cache=take == "decode-warm")
+            return [reading for request in requests for reading in self._decode(engine, [request])]
+        return self._decode(engine, requests, keep_cache=take == "decode-warm")
 
     def _decode(
-        self, engine: VllmRollout, groups: Sequence[list[RolloutRequest]], *, keep_cache: bool
+        self, engine: VllmRollout, requests: Sequence[RolloutRequest], *, keep_cache: bool = False
     ) -> list[NDArray[np.floating[Any]]]:
+        """As a comparison's pass does it, so that the same company gives the same bits."""
+        batch = self.rollout.batch
+        groups = [group for group in (list(requests)[:batch], list(requests)[batch:]) if group]
         found = [engine.generate(group, self.rollout.sampling, _nothing, keep_cache=keep_cache) for group in groups]
         return [np.asarray(rollout.logprobs, np.float32) for group in found for rollout in group]
 
@@ -152,15 +177,27 @@ class RolloutVariants:
         engine.score(request.sequences)
         engine.on_model(vllm_hooks.finish_trace)
 
-    def _routes(self, engine: VllmRollout, routers: Routers) -> tuple[list[int], NDArray[np.int16]]:
+    def _routes(
+        self, engine: VllmRollout, routers: Routers
+    ) -> tuple[list[int], NDArray[np.int16], NDArray[np.float32]]:
+        """Layers with a router, `[L, R, K]` experts, and the `[N]` log-probs of the same prefill."""
         from mismatch_probe.engines.attribute import vllm_hooks
 
-        sequences = tuple(_ids(request) for request in self.rollout.requests)
-        begin = partial(vllm_hooks.start_routes, sequences, routers.layers, routers.experts, routers.chosen)
+        requests = list(self.rollout.requests)
+        ids = tuple(_ids(request) for request in requests)
+        begin = partial(vllm_hooks.start_routes, ids, routers.layers, routers.experts, routers.chosen)
         engine.on_model(begin)
-        engine.score(sequences)
+        # No more at once than one step takes: a sequence that is split over two is in no step as a whole.
+        groups: list[list[RolloutRequest]] = []
+        for request in requests:
+            room = routers.most_tokens - sum(len(_ids(r)) for r in groups[-1]) if groups else 0
+            if len(_ids(request)) <= room and len(groups[-1]) < self.rollout.batch:
+                groups[-1].append(request)
+            else:
+                groups.append([request])
+        found = [reading for group in groups for reading in _prefill(engine, group)]
         layers, routes = engine.on_model(vllm_hooks.finish_routes)
-        return layers, routes
+        return layers, routes, np.concatenate(found)
 
     def _save(self, name: str, facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
         save_arrays(Path(self.folder) / f"{name}.npz", self.keys[name], facts, arrays)

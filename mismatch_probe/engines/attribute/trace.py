@@ -27,6 +27,7 @@ MOST_BYTES = 1 << 29
 MOST_ROWS = 1024
 LOGIT_ROWS = 32
 OUTSIDE = "outside"
+_FACTS = "trace.json"
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,10 @@ class TraceRequest:
     logit_rows: tuple[int, ...]
 
 
-def choose_sequences(lengths: Sequence[int], config: Mapping[str, Any], itemsize: int, most_rows: int) -> list[int]:
-    """Indices of the first sequences whose records fit the limits; at least one.
+def choose_sequences(
+    lengths: Sequence[int], config: Mapping[str, Any], itemsize: int, most_rows: int
+) -> list[tuple[int, int]]:
+    """(index, tokens) of the first sequences whose records fit the limits; of the very first a beginning, at least.
 
     Args:
         lengths: Tokens of each.
@@ -55,20 +58,29 @@ def choose_sequences(lengths: Sequence[int], config: Mapping[str, Any], itemsize
         itemsize: Bytes of an activation.
         most_rows: What the engine takes at once.
     """
-    nested = config.get("text_config") or config
-    hidden = int(nested.get("hidden_size", 4096))
-    inner = int(nested.get("intermediate_size") or 4 * hidden)
-    layers = int(nested.get("num_hidden_layers", 32))
-    # Inputs and outputs of the layer, its blocks, and its projections.
-    a_row = layers * (16 * hidden + 4 * inner) * itemsize
-    limit = max(1, min(most_rows, MOST_ROWS, MOST_BYTES // a_row))
-    chosen, rows = [0], lengths[0]
+    limit = max(2, min(most_rows, MOST_ROWS, MOST_BYTES // row_bytes(config, itemsize)))
+    chosen, rows = [(0, min(lengths[0], limit))], lengths[0]
     for index, length in enumerate(lengths[1:], start=1):
         if rows + length > limit:
             break
-        chosen.append(index)
+        chosen.append((index, length))
         rows += length
     return chosen
+
+
+def row_bytes(config: Mapping[str, Any], itemsize: int) -> int:
+    """Bytes of a token's records: inputs and outputs of every layer, its blocks, and its projections."""
+    nested = config.get("text_config") or config
+    hidden = int(nested.get("hidden_size") or nested.get("n_embd") or 4096)
+    inner = int(nested.get("intermediate_size") or 4 * hidden)
+    return (layers_of(config) or 32) * (16 * hidden + 4 * inner) * itemsize
+
+
+def layers_of(config: Mapping[str, Any]) -> int:
+    """Decoder layers by `config.json`, under whatever name an architecture has for them; 0 where it has none."""
+    nested = config.get("text_config") or config
+    names = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+    return next((int(nested[name]) for name in names if nested.get(name)), 0)
 
 
 def check_room(folder: Path, needed: int) -> None:
@@ -101,21 +113,27 @@ class TraceFiles:
         path.chmod(0o600)
 
     def read(self, part: str) -> dict[str, torch.Tensor]:
-        """Reads them; in a dtype of their own."""
+        """Reads them; in a dtype of their own. Empty where nothing of the part was kept."""
         from safetensors.torch import load_file
 
-        found: dict[str, torch.Tensor] = load_file(self._folder / f"{part}.safetensors")
+        path = self._folder / f"{part}.safetensors"
+        found: dict[str, torch.Tensor] = load_file(path) if path.exists() else {}
         return found
 
-    def write_facts(self, request: TraceRequest, fused: Mapping[str, Sequence[str]], order: Sequence[str]) -> None:
-        """Writes what was traced, how the engine fuses modules, and in which order modules ended."""
-        about = {"request": asdict(request), "fused": {k: list(v) for k, v in fused.items()}, "order": list(order)}
-        path = self._folder / "trace.json"
+    def write_facts(self, request: TraceRequest, fused: Mapping[str, Sequence[str]]) -> None:
+        """Writes what was traced, and how the engine fuses modules; the last file, which makes the trace whole."""
+        about = {"request": asdict(request), "fused": {k: list(v) for k, v in fused.items()}}
+        path = self._folder / _FACTS
         path.write_text(json.dumps(about), encoding="utf-8")
         path.chmod(0o600)
 
+    @property
+    def whole(self) -> bool:
+        """Whether the trace was finished."""
+        return (self._folder / _FACTS).exists()
+
     def facts(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((self._folder / "trace.json").read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads((self._folder / _FACTS).read_text(encoding="utf-8"))
         return found
 
     def discard(self) -> None:

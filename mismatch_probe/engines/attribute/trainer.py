@@ -24,6 +24,7 @@ from mismatch_probe.engines import devices, faults
 from mismatch_probe.engines.attribute.memory import peak_bytes, reset_peak
 from mismatch_probe.engines.attribute.variants import NotThereError, TrainerVariant
 from mismatch_probe.engines.base import OnTrainer
+from mismatch_probe.errors import EngineError
 from mismatch_probe.metrics.fixes import Fix, next_set
 from mismatch_probe.types import ScoreRequest, TrainerDtype, TrainerMode
 
@@ -84,17 +85,22 @@ class TrainerVariants(OnTrainer):
             own = (variant.dtype or self.trainer.dtype, variant.mode or self.trainer.mode)
             groups.setdefault(own, []).append(variant)
         for (dtype, mode), variants in groups.items():
-            engine = self._load(dtype, mode)
-            identity = engine.identity() | devices.running()
-            channel.send("identity", identity)
+            trained = (dtype, mode) == (self.trainer.dtype, self.trainer.mode)
+            try:
+                engine = self._load(dtype, mode)
+                # Whatever is set up at first use, by shape too, is not the first variant's.
+                self._warm(engine, engine.plan(self.sequences)[: None if trained else 1])
+            except Exception as error:  # one dtype that fails leaves the others
+                for variant in variants:
+                    self._save(variant.name, self._failure(error), _nothing())
+                continue
+            channel.send("identity", engine.identity() | devices.running())
             channel.phase("load")
-            # Whatever is set up at first use, by shape too, is not the first variant's.
-            self._score(engine, engine.plan(self.sequences))
             for variant in variants:
                 self._read(engine, variant)
                 channel.send("progress", 1)
                 channel.phase(variant.name)
-            if self.fixes is not None and (dtype, mode) == (self.trainer.dtype, self.trainer.mode):
+            if self.fixes is not None and trained:
                 self._search(engine, self.fixes, channel)
             engine.close()
             del engine
@@ -111,29 +117,33 @@ class TrainerVariants(OnTrainer):
         import torch
 
         device = next(engine.model.parameters()).device
-        arrays: dict[str, NDArray[Any]] = {}
         reset_peak(device)
-        seconds = 0.0
         try:
             with self._changed(engine, variant):
+                identity, batches = engine.identity(), self._plan(engine, variant)
                 if variant.compiled:  # compilation is not the pass's
-                    self._score(engine, engine.plan(self.sequences))
+                    self._warm(engine, batches)
                 started = time.perf_counter()
-                arrays = self._routed(engine) if variant.routes else self._score(engine, self._plan(engine, variant))
+                arrays = self._routed(engine) if variant.routes else self._score(engine, batches)
                 seconds = time.perf_counter() - started
-        except NotThereError as error:
-            facts: dict[str, Any] = {"unavailable": str(error)}
         except Exception as error:  # one change that fails leaves the others
-            known = faults.classify(error, self)
-            facts = {"failed": known.what if known else faults.first_line(error)}
+            facts, arrays = self._failure(error), _nothing()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
         else:
-            facts = {"seconds": seconds, "peak_bytes": peak_bytes(device)}
-        if "logprobs" not in arrays:
-            arrays = {"logprobs": np.empty(0, np.float32), "index": np.empty(0, np.int64)}
-        facts["identity"] = engine.identity()
+            facts = {"seconds": seconds, "peak_bytes": peak_bytes(device), "identity": identity}
         self._save(variant.name, facts | {"made_with": devices.package_versions()}, arrays)
+
+    def _failure(self, error: Exception) -> dict[str, Any]:
+        """Whether a change does not exist for this model, or failed, and why."""
+        if isinstance(error, NotThereError):
+            return {"unavailable": str(error)}
+        if isinstance(error, EngineError):  # a refusal in so many words
+            return {"unavailable": error.what}
+        if isinstance(error, TypeError) and "position_ids" in str(error):
+            return {"unavailable": "the model numbers positions by itself"}
+        known = faults.classify(error, self)
+        return {"failed": known.what if known else faults.first_line(error)}
 
     @contextmanager
     def _changed(self, engine: HfTrainer, variant: TrainerVariant) -> Iterator[None]:
@@ -171,6 +181,10 @@ class TrainerVariants(OnTrainer):
             return engine.plan_as_rollout(self.sequences, self.most_tokens, self.most_rows)
         return engine.plan(self.sequences)
 
+    def _warm(self, engine: HfTrainer, batches: Sequence[Sequence[ScoreRequest]]) -> None:
+        for batch in batches:
+            engine.score(batch, self.trainer.temperature)
+
     def _score(self, engine: HfTrainer, batches: Sequence[Sequence[ScoreRequest]]) -> dict[str, NDArray[Any]]:
         scores = {s.sequence_id: s for batch in batches for s in engine.score(batch, self.trainer.temperature)}
         found = [np.asarray(scores[request.sequence_id].logprobs) for request in self.sequences]
@@ -186,7 +200,7 @@ class TrainerVariants(OnTrainer):
         part = load_arrays(Path(self.routes[0]), self.routes[1])
         if part is None:
             raise NotThereError("the engine's routes are not there")
-        wanted = part[1]["routes"]
+        wanted = part[1]["routes"]  # UNKNOWN, which is −1, where a token keeps its own
         routing = Routing(engine.model, wanted.shape[2])
         ends = accumulate((request.length for request in self.sequences), initial=0)
         starts = dict(zip((request.sequence_id for request in self.sequences), ends, strict=False))
@@ -209,6 +223,9 @@ class TrainerVariants(OnTrainer):
         """Reads sets of classes until the target is met or none is left."""
         base = load_arrays(Path(self.folder) / f"{BASELINE}.npz", self.keys[BASELINE])
         assert base is not None, "the baseline is read first"
+        if "seconds" not in base[0]:
+            self._save(FIXES, {"failed": "the trainer without a change could not be read"}, {})
+            return
         fixes = []
         for name in search.classes:
             single = load_arrays(Path(self.folder) / f"trainer-fp32-{name}.npz", self.keys[f"trainer-fp32-{name}"])
@@ -230,6 +247,11 @@ class TrainerVariants(OnTrainer):
 
     def _save(self, name: str, facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
         save_arrays(Path(self.folder) / f"{name}.npz", self.keys[name if name in self.keys else FIXES], facts, arrays)
+
+
+def _nothing() -> dict[str, NDArray[Any]]:
+    """The arrays of a reading that there is not."""
+    return {"logprobs": np.empty(0, np.float32), "index": np.empty(0, np.int64)}
 
 
 def set_name(index: int) -> str:

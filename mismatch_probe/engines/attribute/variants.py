@@ -14,6 +14,8 @@ from mismatch_probe.types import TrainerDtype, TrainerMode
 # sequence in the engine at a time; `warm` from the prefix cache that decoding left.
 Take = Literal["decode", "prefill", "decode-alone", "prefill-alone", "decode-warm"]
 # Classes of a trainer's modules that can run in FP32 for themselves.
+# In routes, where two experts tie for the last place.
+UNKNOWN = -1
 FP32_CLASSES = ("norms", "attention", "rope", "mlp", "residual", "head")
 
 

@@ -20,8 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from mismatch_probe.engines.attribute.trace import OUTSIDE, TraceFiles, TraceRequest
+from mismatch_probe.engines.attribute.variants import UNKNOWN
 from mismatch_probe.errors import EngineError
 
+_OTHER_TOWER = re.compile(r"vision|visual|audio|image", re.IGNORECASE)
 _ROUTER = re.compile(r"(^|\.)(gate|router)$")
 _state: dict[str, Any] = {}
 
@@ -53,7 +55,11 @@ class _Rows:
         self.index = torch.tensor(rows, device=ids.device) if rows else None
 
     def take(self, tensor: Tensor) -> Tensor | None:
-        """The step's rows of a tensor `[N, …]` or `[N · heads, …]`, on the host, copied: kernels write in place."""
+        """The step's rows of a tensor `[N, …]`, `[1, N, …]` or `[N · heads, …]`, on the host, copied: kernels write in
+        place.
+        """
+        if tensor.shape[:2] == (1, self._tokens):  # transformers' own modules, which vLLM can run, too
+            tensor = tensor[0]
         if self.index is None or len(tensor) % self._tokens:
             return None
         return tensor.detach().reshape(self._tokens, -1).index_select(0, self.index).to("cpu", copy=True)
@@ -66,8 +72,8 @@ class _Rows:
         """
         if self._open:
             raise EngineError(
-                f"vLLM ran {len(self._open)} traced sequences in pieces, or their ids did not reach its model.",
-                "Leave out --engine-arg enable_chunked_prefill and max_num_batched_tokens.",
+                f"vLLM ran {len(self._open)} sequences in pieces, or their ids did not reach its model.",
+                "Leave the layers out: --no-layers.",
             )
         return torch.cat([torch.arange(first, end) for _, first, end in sorted(self.found)])
 
@@ -84,7 +90,6 @@ class Tracer:
         self._model, self._request = model, request
         self._rows = _Rows(request.sequences)
         self._kept: dict[str, dict[str, list[Tensor]]] = {}
-        self._order: list[str] = []
         names = layer_names(model, request.layers)
         self._handles = [model.register_forward_pre_hook(_step(self._rows), with_kwargs=True)]
         self._handles.append(model.register_forward_hook(self._after(OUTSIDE, "final", model)))
@@ -112,7 +117,7 @@ class Tracer:
         for part, records in joined.items():
             files.write(part, records)
         fused = getattr(self._model, "packed_modules_mapping", None) or {}
-        files.write_facts(self._request, fused, self._order)
+        files.write_facts(self._request, fused)
 
     def _watch(self, module: nn.Module, part: str, name: str) -> None:
         self._handles.append(module.register_forward_pre_hook(self._before(part, name, module), with_kwargs=True))
@@ -138,8 +143,6 @@ class Tracer:
             if norm and len(tensors) > 1:
                 self._keep(part, f"{name}.in", tensors[1], again=True)  # the sum as the norm itself rounded it
             self._keep(part, f"{name}.out", _stream(tensors) if name == "" else tensors[0])
-            if f"{part}:{name}" not in self._order:
-                self._order.append(f"{part}:{name}")
 
         return hook
 
@@ -185,7 +188,7 @@ def layer_names(model: nn.Module, count: int) -> list[str]:
         EngineError: There is none.
     """
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
+        if isinstance(module, nn.ModuleList) and len(module) == count and not _OTHER_TOWER.search(name):
             return [f"{name}.{index}" for index in range(count)]
     raise EngineError("vLLM's model has no list of decoder layers.", "Leave this model's layers out: --no-layers.")
 
@@ -216,7 +219,8 @@ class RouteTracer:
         """Takes the hooks away.
 
         Returns:
-            Indices of the layers, and `[L, R, K]` experts of each token, the likeliest first.
+            Indices of the layers, and `[L, R, K]` experts of each token, the likeliest first; `UNKNOWN` where two
+            experts tie for the last place.
         """
         for handle in self._handles:
             handle.remove()
@@ -230,8 +234,13 @@ class RouteTracer:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             found = [t for t in _floats(output if isinstance(output, tuple) else (output,)) if t.shape[-1] == experts]
             taken = self._rows.take(found[0].float()) if found else None
-            if taken is not None:
-                self._kept.setdefault(layer, []).append(taken.topk(self._chosen).indices.short())
+            if taken is None:
+                return
+            values, indices = taken.topk(min(self._chosen + 1, experts))
+            routes = indices[:, : self._chosen].short()
+            if self._chosen < experts:  # 16-bit logits tie, and which expert a tie goes to is the kernel's own affair
+                routes[values[:, self._chosen - 1] == values[:, self._chosen]] = UNKNOWN
+            self._kept.setdefault(layer, []).append(routes)
 
         return hook
 

@@ -13,6 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from mismatch_probe.engines.attribute.trace import layers_of
+
 
 @dataclass(frozen=True)
 class Context:
@@ -44,6 +46,32 @@ class Context:
         """The text model's part of the configuration."""
         found: Mapping[str, Any] = self.model.get("text_config") or self.model
         return found
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the two sides have different dtypes."""
+        return self.rollout_dtype != self.trainer_dtype
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers, 0 where the configuration does not say."""
+        return layers_of(self.model)
+
+    @property
+    def experts_per_token(self) -> int:
+        """Experts of a token, 0 where the configuration does not say."""
+        names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk")
+        return next((int(self.nested[name]) for name in names if self.nested.get(name)), 0)
+
+    @property
+    def why_no_routes(self) -> str:
+        """Why routes cannot be read off a router's logits; empty where they can."""
+        if not self.experts_per_token or not self.layers:
+            return "the checkpoint's config.json does not say how many experts a token has"
+        grouped = int(self.nested.get("n_group") or 1) > 1 or self.nested.get("scoring_func") == "sigmoid"
+        if grouped or self.nested.get("topk_method") == "noaux_tc":
+            return "its routers choose by more than their logits (groups, a correction), which is not read here"
+        return ""
 
     @property
     def experts(self) -> int:
@@ -82,6 +110,8 @@ def no_invariance(context: Context) -> str:
 
 
 def no_head_dtype(context: Context) -> str:
+    if "head_dtype" in (context.engine.get("arguments", {}).get("hf_overrides") or {}):
+        return "the baseline chooses it"
     if context.rollout_dtype == "float32":
         return "it is in float32 already"
     return "" if "def head_dtype" in _vllm_source("config/model.py") else "the installed vLLM has no head_dtype"

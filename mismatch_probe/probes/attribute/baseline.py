@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -22,10 +21,12 @@ from mismatch_probe.metrics.frame import pair_arrays
 from mismatch_probe.metrics.ladder import TokenPrompts
 from mismatch_probe.probes.attribute.availability import Context
 from mismatch_probe.probes.attribute.options import AttributeOptions
-from mismatch_probe.probes.own_pass import device_of
 from mismatch_probe.probes.planning import RolloutPass, TrainerPass, passes_of
 from mismatch_probe.tables import RunDirectory
 from mismatch_probe.types import RolloutRequest, ScoreRequest
+
+# Of what a reading is; another number makes all of them anew.
+READINGS = 1
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,11 @@ class Baseline:
     def key(self, name: str, *about: Any) -> str:
         """A digest of all that a reading depends on."""
         config = self.config
-        known: list[Any] = [version("mismatch-probe"), devices.package_versions(), name, *map(repr, about)]
+        # Not the versions of packages: a run is read elsewhere and later, and every reading says what made it.
+        known: list[Any] = [READINGS, name, *map(repr, about), self.run.manifest["device"]]
         known += [self.run.manifest["model"].get("files"), self.rollout.pass_id, self.trainer.pass_id]
-        known += [config.trainer_layout, config.trainer_attn, config.engine_args, config.eager, self.batch]
+        known += [config.trainer_layout, config.trainer_attn, config.memory_budget_gib]
+        known += [config.engine_args, config.eager, self.batch, self.in_process]
         known += [[list(s.prompt_token_ids), list(s.response_token_ids)] for s in self.sequences]
         return hashlib.sha256(json.dumps(known, default=str).encode()).hexdigest()
 
@@ -132,11 +135,13 @@ def open_baseline(run: RunDirectory, options: AttributeOptions) -> Baseline:
     if any(not row["prompt_token_ids"] for row in rows.values()):
         raise UsageError("A sequence of this run has no prompt, so no engine can score it.", "Compare with prompts.")
     pair = pair_arrays(run, rollout.pass_id, trainer.pass_id)
+    if len(pair.rollout_logprob) != sum(len(row["response_token_ids"]) for row in rows.values()):
+        raise UsageError("Some tokens of this run were left out of the comparison.", "Compare the model's own samples.")
     wide = TrainerPass("float32", "cast").pass_id
     anchor = pair_arrays(run, rollout.pass_id, wide).trainer_logprob if run.finished(wide) else None
     ordered = [rows[key] for key in sorted(rows)]
     context = Context(
-        device=device_of(run),
+        device=str(run.manifest["device"]),
         gpus=len(devices.gpu_names()),
         rollout_dtype=str(rollout.dtype),
         trainer_dtype=str(trainer.dtype),

@@ -11,6 +11,7 @@ _RUNG_ACTIONS = {
     "prefill": "Decoding and prefill use other kernels: batch-invariant mode (CUDA), or score rollouts by prefill.",
     "engine": "The engines' kernels round differently: a dtype with more bits on both sides (FP16), or token-level "
     "importance weights. The tables of layers and modules say where.",
+    "dtype": "The two sides have different dtypes: give them the same one.",
     "layout": "The trainer's own batching: score as it is batched, or correct for it by importance weights.",
     "mode": "How the trainer holds its weights: see whether cast serves as well.",
 }
@@ -48,11 +49,13 @@ def _rungs(document: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _changes(document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Settings whose other value makes the gap smaller, beyond doubt."""
+    """Settings that make the gap smaller, by an interval that leaves 1 out, and move it more than noise does."""
     found = []
     for row in document["knobs"]:
         ratio = row.get("rms_ratio") or {}
         if row["status"] != "measured" or ratio.get("value") is None or (ratio.get("ci_high") or 1.0) >= 1:
+            continue
+        if (row["shift"]["value"] or 0.0) <= (document["nulls"][row["side"]]["value"] or 0.0):
             continue
         share = _closed(ratio)
         if (share["value"] or 0.0) >= LEAST:
@@ -83,13 +86,20 @@ def _located(document: Mapping[str, Any]) -> list[dict[str, Any]]:
         located = row.get("located")
         if located is None or located["verdict"] == "no single layer":
             continue
+        if located["verdict"] == "not finite":
+            text = f"in {dtype}, {located['name']} is not finite"
+            found.append(_cause("fault", text, "The model does not fit this dtype: see `mismatch-probe audit`.", None))
+            continue
         where = f"{located['name']} of most layers" if located["verdict"] == "everywhere" else located["name"]
-        text = f"in {dtype}, {where} differs {_times(located['score'])} times as much as rounding explains"
-        action = (
-            "Both engines compute this module differently, whatever the weights: compare its definition."
-            if located["verdict"] == "everywhere"
-            else "Compare this module's weights on both sides: a stale or altered tensor is likelier than a kernel."
-        )
+        between = located["kind"] == "between"
+        what = f"what reaches {where}" if between else where
+        text = f"in {dtype}, {what} differs {_times(located['score'])} times as much as rounding explains"
+        if between:
+            action = "Look at what is between modules there: rotation, softmax scale, mask or window, activation."
+        elif located["verdict"] == "everywhere":
+            action = "Both engines compute this module differently, whatever the weights: compare its definition."
+        else:
+            action = "Compare this module's weights on both sides: a stale or altered tensor is likelier than a kernel."
         found.append(_cause("fault", text, action, None))
     return found
 
@@ -99,7 +109,7 @@ def _experts(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     if not experts or not experts["layers"]:
         return []
     ratio = experts["engine_routes"]["rms_ratio"]
-    if ratio["value"] is None or ratio["value"] >= 1:
+    if ratio["value"] is None or (ratio["ci_high"] or 1.0) >= 1:
         return []
     text = f"routers disagree on {100 * experts['flipped_tokens']:.1f} % of the tokens"
     action = "Replay the engine's routes in the trainer (R3), or freeze routers; FP32 routers agree more often."

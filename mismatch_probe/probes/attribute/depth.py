@@ -8,7 +8,7 @@ import numpy as np
 
 from mismatch_probe.metrics import inside
 from mismatch_probe.probes.attribute.effects import knob_row
-from mismatch_probe.probes.attribute.evidence import Evidence, finite
+from mismatch_probe.probes.attribute.evidence import Evidence, finite, number
 from mismatch_probe.probes.attribute.measure import inside_name
 
 
@@ -49,19 +49,25 @@ def _inside(evidence: Evidence, dtype: str) -> dict[str, Any]:
             rows.append(
                 {
                     "layer": index,
-                    "relative_error": float(apart[stream]),
-                    "step": float(apart[own]),
-                    "step_expected": float(inside.expected(trainer, dtype)[own]),
+                    "relative_error": number(apart[stream]),
+                    "step": number(apart[own]),
+                    "step_expected": number(inside.expected(trainer, dtype)[own]),
                     "score": finite(score[own]),
-                    "lens_kl": lens.get(name),
+                    "lens_kl": number(lens.get(name, np.nan)),
                 }
             )
     modules = [i for i, record in enumerate(records) if record["kind"] in ("module", "between")]
+    found = [records[i] for i in modules]
     located = inside.locate(
-        [records[i]["name"] for i in modules], [records[i]["layer"] for i in modules], score[modules], len(names)
+        [record["name"] for record in found],
+        [record["layer"] for record in found],
+        [record["kind"] for record in found],
+        score[modules],
+        len(names),
     )
     streams = [by["stream", name] for name in names if ("stream", name) in by]
     step_scores = np.array([row["score"] for row in rows], np.float64)
+    first = inside.first_beyond(step_scores)
     worst = max(rows, key=lambda row: float(row["score"]), default=None)
     return {
         "why": "",
@@ -69,16 +75,16 @@ def _inside(evidence: Evidence, dtype: str) -> dict[str, Any]:
         "n_sequences": int(arrays["size"].shape[1]),
         "layers": rows,
         "growth_per_layer": inside.growth(arrays["apart"][streams], arrays["size"][streams]).as_dict(),
-        "first_beyond": inside.first_beyond(step_scores) if len(rows) else None,
+        "first_beyond": None if first is None else rows[first]["layer"],
         "worst_layer": None if worst is None else worst["layer"],
         "modules": [
             {
                 "name": records[i]["name"],
                 "layer": records[i]["layer"],
                 "kind": records[i]["kind"],
-                "apart": float(apart[i]),
-                "engine_error": float(engine[i]),
-                "trainer_error": float(trainer[i]),
+                "apart": number(apart[i]),
+                "engine_error": number(engine[i]),
+                "trainer_error": number(trainer[i]),
                 "score": finite(score[i]),
             }
             for i in modules

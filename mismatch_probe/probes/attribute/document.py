@@ -14,6 +14,7 @@ from mismatch_probe.probes.attribute.effects import knob_row, two_sided_rows
 from mismatch_probe.probes.attribute.evidence import Evidence, values
 from mismatch_probe.probes.attribute.experts import expert_rows
 from mismatch_probe.probes.attribute.fixes import fix_rows
+from mismatch_probe.probes.attribute.knobs import REPLAY, TRAINER
 from mismatch_probe.probes.attribute.rungs import ladder_rows
 
 SCHEMA_VERSION = 1
@@ -37,6 +38,7 @@ def attribution_document(evidence: Evidence) -> dict[str, Any]:
         "n_sequences": len(base.sequences),
         "n_nonfinite": int((~finite).sum()),
         "gap": values(ladder.gap(evidence.gap, base.tokens, seed=evidence.seed)),
+        "nulls": _nulls(evidence),
         "ladder": ladder_rows(evidence),
         "knobs": [knob_row(evidence, knob) for knob in evidence.readings.knobs],
         "two_sided": two_sided_rows(evidence),
@@ -46,3 +48,17 @@ def attribution_document(evidence: Evidence) -> dict[str, Any]:
         "failed": {name: part[0]["failed"] for name, part in evidence.parts.items() if "failed" in part[0]},
     }
     return document | {"causes": ranked_causes(document)}
+
+
+def _nulls(evidence: Evidence) -> dict[str, Any]:
+    """The RMS by which each side differs from itself, run again without a change: what no setting can be told from."""
+    base = evidence.base
+    sides = {"rollout": (REPLAY, base.rollout_logprobs), "trainer": (TRAINER, base.trainer_logprobs)}
+    found: dict[str, Any] = {}
+    for side, (name, own) in sides.items():
+        again = evidence.reading(name)
+        if again is None:
+            found[side] = {"value": None, "ci_low": None, "ci_high": None, "why": evidence.why(name)}
+        else:
+            found[side] = ladder.gap(again - own, base.tokens, seed=evidence.seed)["rms"].as_dict()
+    return found

@@ -29,11 +29,11 @@ def knob_row(evidence: Evidence, knob: Knob) -> dict[str, Any]:
         "change": knob.change,
         "action": knob.action,
         "status": "unavailable",
-        "why": knob.why_not(base.context),
+        "why": knob.why_missing(base.context),
     }
-    if row["why"]:
+    if row["why"] and not evidence.measured(knob.name):
         return row
-    if knob not in evidence.readings.wanted:
+    if knob not in evidence.readings.chosen:
         text = "slow, so only with --knobs all, or its name" if knob.slow else "not asked for"
         return row | {"status": "not asked", "why": text}
     part = evidence.parts.get(knob.name)
@@ -50,11 +50,12 @@ def _effect(evidence: Evidence, knob: Knob) -> dict[str, Any]:
     base, part, before = evidence.base, evidence.parts[knob.name], evidence.parts[knob.baseline]
     mask = np.zeros(len(base.rollout_logprobs), np.bool_)
     starts = base.starts()
-    for sequence in part[1]["index"]:
-        mask[starts[sequence] : starts[sequence + 1]] = True
+    lengths = part[1].get("tokens", np.diff(starts)[part[1]["index"]])
+    for sequence, length in zip(part[1]["index"], lengths, strict=True):
+        mask[starts[sequence] : starts[sequence] + length] = True
     changed, plain = (np.asarray(p[1]["logprobs"], np.float64) for p in (part, before))
     same = len(plain) == len(changed)
-    plain = plain if same else plain[mask]
+    plain = plain if same else plain[mask]  # the baseline has all tokens, or the same ones
     if knob.side == "rollout":
         other = base.trainer_logprobs[mask]
         gaps = (other - plain, other - changed)
@@ -66,6 +67,7 @@ def _effect(evidence: Evidence, knob: Knob) -> dict[str, Any]:
         **values(ladder.change(*gaps, base.tokens.where(mask), seed=evidence.seed)),
         "n_tokens": int(mask.sum()),
         "time_ratio": part[0]["seconds"] / before[0]["seconds"] if same else None,
+        "n_nonfinite": int((~np.isfinite(changed)).sum()),
         "peak_gib": None if peaks[0] is None else peaks[0] / 2**30,
         "memory_ratio": peaks[0] / peaks[1] if peaks[0] and peaks[1] else None,
         "note": _note(part[0].get("identity", {}), before[0].get("identity", {}), knob.key),

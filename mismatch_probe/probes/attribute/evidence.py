@@ -68,3 +68,8 @@ def values(found: Mapping[str, MetricValue]) -> dict[str, Any]:
 def finite(value: float) -> float:
     """JSON has no infinity."""
     return float(min(value, 1e30))
+
+
+def number(value: float) -> float | None:
+    """JSON has no NaN, either: then there is none."""
+    return float(value) if np.isfinite(value) else None

@@ -11,37 +11,37 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mismatch_probe.engines.attribute.rollout import ROUTES
+from mismatch_probe.engines.attribute.variants import UNKNOWN
 from mismatch_probe.metrics import ladder
 from mismatch_probe.probes.attribute.evidence import Evidence, values
-from mismatch_probe.probes.attribute.knobs import PREFILL
 from mismatch_probe.probes.attribute.measure import FOLLOWED
 
 
 def expert_rows(evidence: Evidence) -> dict[str, Any] | None:
-    """How far the routers of both sides agree, and what their disagreement makes; None for a dense model."""
-    base = evidence.base
+    """How far the routers of both sides agree, and what their disagreement makes; None for a dense model.
+
+    The gap here is the trainer's to the very prefill whose routes were kept.
+    """
+    base, parts = evidence.base, evidence.parts
     if not base.context.experts:
         return None
-    if any("failed" in evidence.parts.get(n, ({"failed": ""}, {}))[0] for n in (ROUTES, FOLLOWED)):
-        return {
-            "layers": [],
-            "why": evidence.why(ROUTES if "failed" in evidence.parts.get(ROUTES, ({"failed": 1},))[0] else FOLLOWED),
-        }
-    followed = evidence.parts[FOLLOWED]
-    if "routes" not in followed[1]:
-        return {"layers": [], "why": evidence.why(FOLLOWED)}
-    theirs, ours = np.sort(evidence.parts[ROUTES][1]["routes"], 2), np.sort(followed[1]["routes"], 2)
-    flips = (theirs != ours).any(2)[:, _predicting_rows(evidence)]
-    own, prefill = np.asarray(followed[1]["own"], np.float64), evidence.reading(PREFILL)
-    if prefill is None:
-        return {"layers": [], "why": evidence.why(PREFILL)}
-    before, after = own - prefill, np.asarray(followed[1]["logprobs"], np.float64) - prefill
+    if base.context.why_no_routes:
+        return {"layers": [], "why": base.context.why_no_routes}
+    for name, array in ((ROUTES, "routes"), (FOLLOWED, "routes")):
+        if name not in parts or array not in parts[name][1]:
+            return {"layers": [], "why": evidence.why(name)}
+    engine, trainer = parts[ROUTES][1], parts[FOLLOWED][1]
+    theirs, ours = np.sort(engine["routes"], 2), np.sort(trainer["routes"], 2)
+    # Where two of the engine's experts tie for the last place nobody can say which it took.
+    flips = ((theirs != ours).any(2) & (theirs != UNKNOWN).all(2))[:, _predicting_rows(evidence)]
+    prefill = np.asarray(engine["logprobs"], np.float64)
+    before, after = (np.asarray(trainer[key], np.float64) - prefill for key in ("own", "logprobs"))
     flipped = flips.any(0)
     return {
         "why": "",
         "layers": [
             {"layer": int(layer), "agreement": float(1 - flips[k].mean())}
-            for k, layer in enumerate(evidence.parts[ROUTES][0]["layers"])
+            for k, layer in enumerate(parts[ROUTES][0]["layers"])
         ],
         "flipped_tokens": float(flipped.mean()),
         "share_of_squares": ladder.share_of_squares(before, flipped, base.tokens, seed=evidence.seed).as_dict(),

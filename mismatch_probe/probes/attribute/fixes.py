@@ -12,6 +12,7 @@ from mismatch_probe.metrics.fixes import Fix, cheapest
 from mismatch_probe.probes.attribute.evidence import NOT_MEASURED, Evidence, values
 from mismatch_probe.probes.attribute.knobs import TRAINER
 
+NO_ANCHOR = "the run has no trainer in FP32 to set a target by: give --target"
 NO_TARGET = "a trainer wholly in FP32 closes none of the gap, so no set of modules was looked for"
 
 
@@ -20,7 +21,7 @@ def fix_rows(evidence: Evidence) -> dict[str, Any]:
     base, parts = evidence.base, evidence.parts
     if not evidence.readings.fix_classes:
         return {"rows": [], "target": None, "cheapest": None, "why": "no class of modules in FP32 was asked for"}
-    if FIXES not in parts or TRAINER not in parts:
+    if "target" not in parts.get(FIXES, ({},))[0] or not evidence.measured(TRAINER):
         return {"rows": [], "target": None, "cheapest": None, "why": evidence.why(FIXES)}
     singles = [((name,), parts.get(f"trainer-fp32-{name}")) for name in evidence.readings.fix_classes]
     sets = parts[FIXES][0]["sets"]
@@ -67,5 +68,5 @@ def fix_rows(evidence: Evidence) -> dict[str, Any]:
         "target": target,
         "whole_trainer_in_fp32": whole,
         "cheapest": None if best is None else {"classes": list(best.classes), "left": best.left, "cost": best.cost},
-        "why": "" if target is not None else NO_TARGET,
+        "why": "" if target is not None else NO_TARGET if base.float32_logprobs is not None else NO_ANCHOR,
     }

@@ -65,6 +65,13 @@ class Knob:
     slow: bool = False
     baseline: str = REPLAY
 
+    def why_missing(self, context: Context) -> str:
+        """Why there is nothing to measure; empty where there is."""
+        given = context.engine.get("arguments", {})
+        if self.arguments and all(given.get(name) == value for name, value in self.arguments.items()):
+            return "it is the baseline's"
+        return self.why_not(context)
+
     @property
     def name(self) -> str:
         """Unique; also its reading's file."""

@@ -20,10 +20,11 @@ from mismatch_probe.engines.attribute.inside_job import Inside, InsideJob
 from mismatch_probe.engines.attribute.rollout import ROUTES, RolloutVariants, Routers
 from mismatch_probe.engines.attribute.trace import (
     LOGIT_ROWS,
-    MOST_BYTES,
+    TraceFiles,
     TraceRequest,
     check_room,
     choose_sequences,
+    row_bytes,
 )
 from mismatch_probe.engines.attribute.trainer import FIXES, FixSearch, TrainerVariants, set_name
 from mismatch_probe.engines.attribute.variants import FP32_CLASSES, Take, TrainerVariant
@@ -42,9 +43,10 @@ from mismatch_probe.types import Sampling, TrainerMode
 
 FOLDER = "attribute"
 AT_ROLLOUT, CAST = "trainer-at-rollout-batching", "trainer-cast-as-laid-out"
+SAME_DTYPE = "trainer-in-rollout-dtype"
 FOLLOWED = "trainer-routes"
-# Response tokens of the sequences that run one at a time, where kernels have nothing to fill a device with.
-ALONE_TOKENS = {"cpu": 1024, "cuda": 8192}
+# Response tokens that run one sequence at a time, where nothing fills a device, and how many of each sequence.
+ALONE_TOKENS, ALONE_EACH = {"cpu": 640, "cuda": 16384}, {"cpu": 16, "cuda": 256}
 Part = tuple[dict[str, Any], dict[str, NDArray[Any]]]
 
 
@@ -69,6 +71,27 @@ class Step:
     traces: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class _Engine:
+    """A configuration of vLLM, and what its process makes.
+
+    Attributes:
+        name: Of its progress.
+        dtype: In which it runs.
+        takes: By reading, how it goes over the tokens.
+        knob: That is turned; None for the baseline's configuration.
+        traced: Whether its layers are looked into.
+        routed: Whether the experts of every token are kept.
+    """
+
+    name: str
+    dtype: str
+    takes: Mapping[str, Take]
+    knob: Knob | None
+    traced: bool
+    routed: bool
+
+
 class Readings:
     """The readings of an attribution in a run's folder.
 
@@ -85,14 +108,14 @@ class Readings:
             # Layers are seen in eager mode only, so how far that is from the baseline is always told.
             chosen += [knob for knob in self.knobs if knob.name == "rollout-eager" and knob not in chosen]
         self.chosen = tuple(chosen)
-        self.wanted = tuple(knob for knob in chosen if not knob.why_not(base.context))
+        self.wanted = tuple(knob for knob in chosen if not knob.why_missing(base.context))
 
     def key(self, name: str) -> str:
         """A digest of all that a reading depends on."""
         base = self._base
-        knob = next((knob for knob in self.wanted if knob.name == name), None)
+        knob = next((knob for knob in self.chosen if knob.name == name), None)
         if knob is not None:
-            return base.key(name, knob.arguments, knob.take, knob.variant, knob.dtype)
+            return base.key(name, knob.arguments, knob.take, knob.variant, knob.dtype, knob.environment)
         if name == FIXES:
             return base.key(name, self.fix_classes, self._options.target)
         return base.key(name)
@@ -102,10 +125,10 @@ class Readings:
         return self._base.run.path / FOLDER / "readings" / f"{name}.npz"
 
     def load(self) -> dict[str, Part]:
-        """The readings that are there and were made of this run."""
-        found = {name: load_arrays(self.file(name), self.key(name)) for name in self._names()}
+        """The readings that are there and were made of this run, also those that could not be made here and now."""
+        found = {name: load_arrays(self.file(name), self.key(name)) for name in self._names(self.chosen)}
         parts = {name: part for name, part in found.items() if part is not None}
-        for index, _ in enumerate(parts[FIXES][0]["sets"] if FIXES in parts else ()):
+        for index, _ in enumerate(parts[FIXES][0].get("sets", ()) if FIXES in parts else ()):
             part = load_arrays(self.file(set_name(index)), self.key(FIXES))
             if part is not None:
                 parts[set_name(index)] = part
@@ -136,7 +159,7 @@ class Readings:
                 if "failed" in facts:
                     self.file(name).unlink()
         there = self.load()
-        missing = [name for name in self._names() if name not in there]
+        missing = [name for name in self._names(self.wanted) if name not in there]
         if not missing:
             return
         steps = self._steps(model_of(self._base.run, self._base.config, progress), missing)
@@ -155,6 +178,9 @@ class Readings:
                         self._fail(step, error)
         except KeyboardInterrupt:
             raise Interrupted("Stopped; what is finished is kept.", f"Continue with: {resume}") from None
+        finally:  # they hold the user's data, and whoever goes on makes them again
+            for folder in (self._base.run.path / FOLDER).glob("trace-*"):
+                TraceFiles(folder).discard()
 
     def _fail(self, step: Step, error: ProbeError) -> None:
         """Keeps why readings could not be made; those that the process had finished stay."""
@@ -166,12 +192,13 @@ class Readings:
 
     # What there is to read.
 
-    def _names(self) -> list[str]:
+    def _names(self, knobs: Sequence[Knob]) -> list[str]:
         names = [REPLAY, PREFILL, TRAINER, AT_ROLLOUT]
         names += [CAST] if self._base.context.trainer_mode == "autocast" else []
-        names += [knob.name for knob in self.wanted if knob.name not in names]
+        names += [SAME_DTYPE] if self._base.context.mixed else []
+        names += [knob.name for knob in knobs]
         names += [FIXES] if self.fix_classes else []
-        names += [ROUTES, FOLLOWED] if self._base.context.experts else []
+        names += [ROUTES, FOLLOWED] if self._base.context.experts and not self._base.context.why_no_routes else []
         return names + [inside_name(dtype) for dtype in self.layer_dtypes]
 
     @property
@@ -179,6 +206,8 @@ class Readings:
         """Why no layer can be compared; empty where they can."""
         if not self._options.layers:
             return "left out: --no-layers"
+        if not self._base.context.layers:
+            return "the checkpoint's config.json does not say how many layers it has"
         ranks = self._base.engine.get("tensor_parallel_size", 1)
         return f"a model that is split over {ranks} GPUs has no whole tensors to look at" if ranks > 1 else ""
 
@@ -204,7 +233,8 @@ class Readings:
         """The engine as the comparison ran it."""
         base = self._base
         settings = self._settings(base.context.rollout_dtype)
-        longest = max(s.length for s in base.sequences) + 1  # prefill has one token made behind the sequence
+        # Prefill has one token made behind the sequence.
+        longest = max(max(s.length for s in base.sequences) + 1, int(base.engine.get("max_model_len", 1)))
         return RolloutJob(
             engine="vllm",
             model_path=str(model.path),
@@ -233,85 +263,87 @@ class Readings:
 
     def _rollout_steps(self, job: RolloutJob, missing: Sequence[str]) -> list[Step]:
         """A process for each configuration that a missing reading needs: the baseline's first."""
-        own, others = self._engines(missing)
         steps = []
-        for name, (knob, takes, dtype, traced) in [*own.items(), *others.items()]:
-            changed = self._changed(job, knob, dtype, eager=bool(traced))
+        for engine in self._engines(missing):
+            changed = self._changed(job, engine)
             settings = self._settings(changed.dtype)
-            environment = {**settings.environment, **(knob.environment if knob else {})}
-            trace = self._trace_request(changed) if traced else None
-            routers = self._routers() if name == "baseline" and ROUTES in missing else None
-            readings = (*takes, *([ROUTES] if routers else []))
+            environment = {**settings.environment, **(engine.knob.environment if engine.knob else {})}
+            readings = (*engine.takes, *([ROUTES] if engine.routed else []))
             variants = RolloutVariants(
                 changed,
-                takes,
+                engine.takes,
                 {reading: self.key(reading) for reading in readings},
                 str(self.file("").parent),
                 self._alone(),
-                trace,
-                routers,
+                self._trace_request(changed) if engine.traced else None,
+                self._routers() if engine.routed else None,
             )
-            label = f"vLLM {name}"
-            steps.append(Step(label, "vllm", environment, variants, readings, (changed.dtype,) if traced else ()))
+            traces = (changed.dtype,) if engine.traced else ()
+            steps.append(Step(f"vLLM {engine.name}", "vllm", environment, variants, readings, traces))
         return steps
 
-    def _engines(self, missing: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """By name (knob, takes, dtype, whether it is traced): the baseline's engine, and one for each that differs."""
+    def _engines(self, missing: Sequence[str]) -> list[_Engine]:
+        """The baseline's engine, and one for each that differs. Hooks, for layers and routes, need an eager one."""
         base, eager = self._base.context.rollout_dtype, self._base.eager
         traced = [dtype for dtype in self.layer_dtypes if inside_name(dtype) in missing]
         takes: dict[str, Take] = {REPLAY: "decode", PREFILL: "prefill"}
         takes |= {k.name: k.take for k in self.wanted if k.side == "rollout" and k.arguments is None}
         takes = {name: take for name, take in takes.items() if name in missing}
-        own: dict[str, Any] = {}
-        if takes or ROUTES in missing or (base in traced and eager):
-            own["baseline"] = (None, takes, base, base in traced and eager)
-        others: dict[str, Any] = {}
+        found = [_Engine("baseline", base, takes, None, eager and base in traced, eager and ROUTES in missing)]
         for knob in self.wanted:
-            if knob.side != "rollout" or knob.arguments is None or knob.name not in missing:
-                continue
-            dtype = knob.dtype or base
-            # Another dtype's layers are traced by the engine that has it anyway.
-            its = (dtype in traced and dtype != base and eager) or (knob.key == "eager" and base in traced)
-            others[knob.key] = (knob, {knob.name: knob.take}, dtype, its)
-        seen = {dtype for _, _, dtype, its in (*own.values(), *others.values()) if its}
-        for dtype in traced:
-            if dtype not in seen:
-                others[f"layers in {dtype}"] = (None, {}, dtype, True)
-        return own, others
+            if knob.side == "rollout" and knob.arguments is not None and knob.name in missing:
+                dtype, is_eager = knob.dtype or base, knob.key == "eager"
+                # Another dtype's layers are traced by the engine that has it anyway.
+                its = dtype in traced and (is_eager or (dtype != base and eager))
+                routed = is_eager and ROUTES in missing
+                found.append(_Engine(knob.key, dtype, {knob.name: knob.take}, knob, its, routed))
+        done = {engine.dtype for engine in found if engine.traced}
+        found += [_Engine(f"layers in {d}", d, {}, None, True, False) for d in traced if d not in done]
+        if ROUTES in missing and not any(engine.routed for engine in found):
+            at = next((i for i, e in enumerate(found) if e.traced and e.dtype == base), None)
+            if at is None:
+                found.append(_Engine("routes", base, {}, None, False, True))
+            else:
+                found[at] = replace(found[at], routed=True)
+        return [engine for engine in found if engine.takes or engine.traced or engine.routed]
 
-    def _changed(self, job: RolloutJob, knob: Knob | None, dtype: str, *, eager: bool) -> RolloutJob:
+    def _changed(self, job: RolloutJob, engine: _Engine) -> RolloutJob:
         """The baseline's engine with a knob turned; eager where it is looked into."""
-        settings = self._settings(dtype)
-        arguments = {**settings.arguments, **self._base.config.engine_args, **((knob and knob.arguments) or {})}
+        knob, settings = engine.knob, self._settings(engine.dtype)
+        arguments = {**settings.arguments, **self._base.config.engine_args}
+        for name, value in ((knob and knob.arguments) or {}).items():
+            before = arguments.get(name)  # what the user set of an object stays
+            arguments[name] = {**before, **value} if isinstance(value, dict) and isinstance(before, dict) else value
         batch = job.batch
         if "max_num_batched_tokens" in arguments and knob is not None and knob.arguments:
             batch = min(batch, int(arguments["max_num_batched_tokens"]))
-        if eager:
+        if engine.traced or engine.routed:
             arguments["enforce_eager"] = True
-        return replace(job, dtype=dtype, arguments=arguments, batch=batch)  # type: ignore[arg-type]
+        return replace(job, dtype=engine.dtype, arguments=arguments, batch=batch)  # type: ignore[arg-type]
 
-    def _alone(self) -> int:
-        """How many sequences run one at a time."""
-        total = np.cumsum([len(s.response_token_ids) for s in self._base.sequences])
-        return max(1, int(np.searchsorted(total, ALONE_TOKENS[self._base.context.device], side="right")))
+    def _alone(self) -> list[int]:
+        """Response tokens of each of the sequences that run one at a time: beginnings of many, rather than few."""
+        device = self._base.context.device
+        each = [min(ALONE_EACH[device], len(s.response_token_ids)) for s in self._base.sequences]
+        return each[: max(1, int(np.searchsorted(np.cumsum(each), ALONE_TOKENS[device], side="right")))]
 
     def _routers(self) -> Routers:
-        nested = self._base.context.nested
-        chosen = nested.get("num_experts_per_tok") or nested.get("num_experts_per_token") or 1
-        return Routers(int(nested["num_hidden_layers"]), self._base.context.experts, int(chosen))
+        context = self._base.context
+        return Routers(context.layers, context.experts, context.experts_per_token, self._base.most_tokens)
 
     def _trace_request(self, job: RolloutJob) -> TraceRequest:
         context, lengths = self._base.context, [s.length for s in self._base.sequences]
         itemsize = 4 if job.dtype == "float32" else 2
         most = self._base.most_tokens
         chosen = choose_sequences(lengths, context.model, itemsize, most)
-        rows = sum(lengths[index] for index in chosen)
+        rows = sum(tokens for _, tokens in chosen)
         logits = tuple(int(row) for row in np.unique(np.linspace(0, rows - 1, LOGIT_ROWS).astype(int)))
-        check_room(self._base.run.path, MOST_BYTES)
+        check_room(self._base.run.path, rows * row_bytes(context.model, itemsize))
+        sequences = self._base.sequences
         ids = tuple(
-            (*self._base.sequences[i].prompt_token_ids, *self._base.sequences[i].response_token_ids) for i in chosen
+            tuple([*sequences[i].prompt_token_ids, *sequences[i].response_token_ids][:tokens]) for i, tokens in chosen
         )
-        return TraceRequest(self._trace(job.dtype), ids, int(context.nested["num_hidden_layers"]), logits)
+        return TraceRequest(self._trace(job.dtype), ids, context.layers, logits)
 
     def _trainer(self, model: ModelRef) -> TrainerJob:
         """The trainer as it is trained, without requests."""
@@ -325,6 +357,9 @@ class Readings:
         autocast = context.trainer_mode == "autocast"
         plain: TrainerMode | None = "cast" if autocast else None
         variants = [TrainerVariant(TRAINER), TrainerVariant(AT_ROLLOUT, layout="rollout", mode=plain)]
+        if context.mixed:
+            same: Any = context.rollout_dtype
+            variants.append(TrainerVariant(SAME_DTYPE, layout="rollout", dtype=same, mode="cast"))
         variants += [TrainerVariant(CAST, mode="cast")] if autocast else []
         variants += [knob.variant for knob in self.wanted if knob.variant is not None]
         variants += [TrainerVariant(FOLLOWED, layout="padded", routes=True)] if context.experts else []
@@ -349,8 +384,10 @@ class Readings:
             search,
             (str(self.file(ROUTES)), self.key(ROUTES)) if context.experts else None,
         )
-        settings = devices.trainer_settings(context.device, base.trainer.dtype)  # type: ignore[arg-type]
-        return Step("trainer, one change at a time", "hf", settings.environment, job, readings)
+        environment = dict(devices.trainer_settings(context.device, base.trainer.dtype).environment)  # type: ignore[arg-type]
+        if any(variant.tf32 for variant in needed):
+            environment.pop("NVIDIA_TF32_OVERRIDE", None)  # torch's own switch keeps FP32 passes in FP32
+        return Step("trainer, one change at a time", "hf", environment, job, readings)
 
     def _target(self) -> float | None:
         """Part of the gap that fixes may leave; None where a trainer in FP32 would close none of it."""

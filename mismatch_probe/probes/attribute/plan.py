@@ -70,11 +70,13 @@ def plan_attribution(config: CompareConfig, options: Mapping[str, Any]) -> Attri
     wanted = choose(knobs, asked.knobs)
     rows = estimate(plan)
     reasons = {
-        knob.name: knob.why_not(context)
+        knob.name: knob.why_missing(context)
         or ("" if knob in wanted else "slow: --knobs all, or its name" if knob.slow else "not asked for")
         for knob in knobs
     }
-    chosen = [knob for knob in wanted if not reasons[knob.name]]
+    if asked.layers and not context.engine["enforce_eager"]:
+        reasons["rollout-eager"] = ""  # always beside the layers
+    chosen = [knob for knob in knobs if not reasons[knob.name]]
     return AttributePlan(
         plan.device,
         tuple(rows),

@@ -10,7 +10,7 @@ import numpy as np
 from mismatch_probe.metrics import ladder
 from mismatch_probe.probes.attribute.evidence import Evidence, Floats
 from mismatch_probe.probes.attribute.knobs import PREFILL
-from mismatch_probe.probes.attribute.measure import AT_ROLLOUT, CAST
+from mismatch_probe.probes.attribute.measure import AT_ROLLOUT, CAST, SAME_DTYPE
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def ladder_rows(evidence: Evidence) -> dict[str, Any]:
     base, levels = evidence.base, _levels(evidence)
     missing = next((level.name for level in levels if level.logprobs is None), None)
     if missing is not None:
-        return {"rungs": [], "anchor": [], "squares_over_gap": None, "why": evidence.why(missing)}
+        return {"rungs": [], "anchor": [], "n_nonfinite": 0, "squares_over_gap": None, "why": evidence.why(missing)}
     readings = [np.asarray(level.logprobs) for level in levels]
     rungs = ladder.climb(readings, base.tokens, seed=evidence.seed)
     rows = [
@@ -56,12 +56,14 @@ def ladder_rows(evidence: Evidence) -> dict[str, Any]:
         for level, reading in zip(levels, readings, strict=True):
             error = ladder.gap(reading - base.float32_logprobs, base.tokens, seed=evidence.seed)
             anchor.append({"level": level.text, "error_rms": error["rms"].as_dict()})
-    gap = evidence.gap[np.isfinite(evidence.gap)]
+    finite = np.isfinite(np.stack(readings)).all(axis=0)
+    gap = (readings[-1] - readings[0])[finite]
     squares = sum((rung.rms.value or 0.0) ** 2 for rung in rungs)
     return {
         "rungs": rows,
         "anchor": anchor,
         # 1 where rungs are independent; above it the more they undo each other.
+        "n_nonfinite": int((~finite).sum()),
         "squares_over_gap": float(squares / np.mean(gap**2)) if gap.any() else None,
         "why": "",
     }
@@ -76,14 +78,13 @@ def _levels(evidence: Evidence) -> list[_Level]:
         _Level(
             "the engine by prefill", "prefill", "decode → prefill of the same ids", evidence.reading(PREFILL), PREFILL
         ),
-        _Level(
-            "the trainer, batched as the rollout",
-            "engine",
-            "vLLM → Hugging Face, batched alike",
-            evidence.reading(AT_ROLLOUT),
-            AT_ROLLOUT,
-        ),
     ]
+    engine, at = ("engine", "vLLM → Hugging Face, batched alike"), evidence.reading(AT_ROLLOUT)
+    if base.context.mixed:
+        same = evidence.reading(SAME_DTYPE)
+        found.append(_Level("the trainer in the rollout's dtype, batched as the rollout", *engine, same, SAME_DTYPE))
+        engine = ("dtype", f"{base.context.rollout_dtype} → {base.context.trainer_dtype} at the trainer")
+    found.append(_Level("the trainer, batched as the rollout", *engine, at, AT_ROLLOUT))
     last = layout
     if base.context.trainer_mode == "autocast":
         found.append(_Level("the trainer cast, as it is laid out", *layout, evidence.reading(CAST), CAST))

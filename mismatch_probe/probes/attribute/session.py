@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mismatch_probe.config import CompareConfig
-from mismatch_probe.errors import Interrupted
+from mismatch_probe.engines import devices
+from mismatch_probe.errors import Interrupted, UsageError
 from mismatch_probe.files import locked, write_json
 from mismatch_probe.probes.attribute.baseline import open_baseline
 from mismatch_probe.probes.attribute.document import attribution_document
@@ -16,7 +17,7 @@ from mismatch_probe.probes.attribute.evidence import Evidence
 from mismatch_probe.probes.attribute.measure import FOLDER, Readings
 from mismatch_probe.probes.attribute.options import AttributeOptions
 from mismatch_probe.probes.progress import Progress
-from mismatch_probe.probes.session import default_folder, new_run, report_run, resume_run
+from mismatch_probe.probes.session import default_folder, new_passes, report_run, resume_run
 from mismatch_probe.tables import RunDirectory
 
 _KEY = "attribute"
@@ -54,7 +55,7 @@ def new_attribution(
     config = config_of(config, asked)
     path = Path(out) if out is not None else default_folder(config.model)
     try:
-        path = new_run(config, path, (), progress).path
+        new_passes(config, path, progress)
     except Interrupted as error:
         raise Interrupted(error.what, f"Continue with: {_resume(path, asked)}") from None
     return _finish(path, asked, progress, engines=True)
@@ -101,15 +102,24 @@ def _finish(
         base = open_baseline(run, options)
         readings = Readings(base, options)
         if engines:
+            _check_device(run)
             run.manifest[_KEY] = options.as_dict()
             run.save()
             readings.make_missing(progress, _resume(path, options), again=again)
             progress.message("computing shares and figures")
         document = attribution_document(Evidence(base, readings, readings.load()))
         write_json(path / FOLDER / "attribution.json", document)
-    # The page of the comparison takes the attribution in.
-    figures = report_run(path, (), None, None).figures
+        # The page of the comparison takes the attribution in.
+        figures = report_run(path, (), None, None).figures
     return AttributeResult(path, document, figures)
+
+
+def _check_device(run: RunDirectory) -> None:
+    """Raises:
+    UsageError: The run's engines ran on a device that is not here, where readings would differ by the device, too.
+    """
+    if run.manifest["device"] == "cuda" and not devices.gpu_present():
+        raise UsageError("This run began on cuda, and this machine has no GPU.", "Use --from, or continue it there.")
 
 
 def _options(run: RunDirectory, given: Mapping[str, Any]) -> AttributeOptions:
