@@ -100,7 +100,7 @@ def _estimate(value: str, limits: str) -> Text:
 
 
 def _top(knobs: Sequence[Document]) -> list[Document]:
-    """Of each side, the settings with the ratios that are furthest from 1 beyond doubt."""
+    """Of each side, the settings with the ratios that are furthest from 1, by intervals that leave 1 out."""
 
     def moves(row: Document) -> float:
         ratio = row["rms_ratio"]

@@ -57,7 +57,9 @@ def _change(document: Document) -> str:
     changes = [cause for cause in document["causes"] if cause["kind"] == "change" and cause["share"] is not None]
     if not changes:
         measured = any(row["status"] == "measured" for row in document["knobs"])
-        return "No setting that was measured makes the gap smaller beyond doubt." if measured else ""
+        return (
+            "No setting that was measured makes the gap smaller by an interval that leaves 1 out." if measured else ""
+        )
     best = max(changes, key=lambda cause: cause["share"])
     share = share_text({"value": best["share"], "ci_low": best["ci_low"], "ci_high": best["ci_high"]})
     return f"The change that closes most of E[d²], {share}, is: {visible(best['text'])}."

@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mismatch_probe.engines.attribute.changes import attention_of, experts_one_by_one, is_norm, tensors_kept
+from mismatch_probe.engines.attribute.changes import attention_of, experts_one_by_one, in_fp32, is_norm, tensors_kept
 from mismatch_probe.engines.attribute.trace import OUTSIDE, TraceFiles
 from mismatch_probe.engines.audit.forward import first_tensor
 from mismatch_probe.engines.audit.places import Network
@@ -347,8 +347,7 @@ class InsideComparison:
     def lens(self) -> dict[str, NDArray[np.float64]]:
         """By layer `[Q]` KL(engine‖trainer) of what the trainer's last norm and head make of both streams, nats.
 
-        Norm and logits are in the trainer's dtype for both, so that only the streams differ. Empty where the decoder's
-        last norm was not found.
+        The head is in FP32 for both, so that the streams alone differ. Empty where the last norm was not found.
         """
         decoder = self._model.get_decoder()
         norms = [module for name, module in decoder.named_children() if is_norm(module)]
@@ -358,13 +357,14 @@ class InsideComparison:
         weight = next(self._model.parameters())
         chosen, found = self._request["logit_rows"], {}
         ours = self._pass("stream")
-        for name in self._network.layers:
-            theirs = self._trace.find(name, "out")
-            if theirs is None or ("stream", name) not in ours:
-                continue
-            states = [t[chosen].to(weight.device, weight.dtype) for t in (theirs, ours["stream", name])]
-            logits = [self._engine.head_logits(norms[0](s)).float().cpu().numpy() for s in states]
-            found[name] = divergences(logits[0], logits[1], 1.0)["kl"]
+        with in_fp32(self._model, ["head"], weight.dtype):
+            for name in self._network.layers:
+                theirs = self._trace.find(name, "out")
+                if theirs is None or ("stream", name) not in ours:
+                    continue
+                states = [t[chosen].to(weight.device, weight.dtype) for t in (theirs, ours["stream", name])]
+                logits = [self._engine.head_logits(norms[0](s)).float().cpu().numpy() for s in states]
+                found[name] = divergences(logits[0], logits[1], 1.0)["kl"]
         return found
 
 
