@@ -219,6 +219,15 @@ def test_tensors_that_are_not_finite_are_told(scripted_model: MakeModel, tmp_pat
     assert result.document["causes"][0]["text"] == "in float16, m.0.down_proj is not finite"
 
 
+def test_a_setting_that_was_measured_is_shown_when_others_are_asked_for(plant: Callable[..., Planted]) -> None:
+    planted = plant(knobs=("rollout:kv-fp8",))
+    planted.put("rollout-kv-fp8", planted.noisy(planted.base.rollout_logprobs))
+    document = mismatch_probe.attribute_run(planted.base.run.path, knobs=("batch-1",), layers=False).document
+    assert knob_of(document, "rollout-kv-fp8")["status"] == "measured"
+    assert knob_of(document, "rollout-batch-1")["status"] == "not measured"
+    assert knob_of(document, "rollout-chunked-prefill")["status"] == "not asked"
+
+
 def test_what_failed_and_what_does_not_apply_says_why(plant: Callable[..., Planted]) -> None:
     planted = plant(knobs=("kv-fp8", "fp32-rope"))
     planted.fail("rollout-kv-fp8", failed="The engine with kv-fp8 ran out of memory.")

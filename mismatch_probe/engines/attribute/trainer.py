@@ -242,7 +242,12 @@ class TrainerVariants(OnTrainer):
             fixes.append(Fix.of(chosen, search.logprobs, base, part))
             sets.append("+".join(chosen))
             channel.phase(name)
-        about = {"sets": sets, "target": search.target, "made_with": devices.package_versions()}
+        about = {
+            "classes": search.classes,
+            "sets": sets,
+            "target": search.target,
+            "made_with": devices.package_versions(),
+        }
         self._save(FIXES, about, {})
 
     def _save(self, name: str, facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:

@@ -33,7 +33,7 @@ def knob_row(evidence: Evidence, knob: Knob) -> dict[str, Any]:
     }
     if row["why"] and not evidence.measured(knob.name):
         return row
-    if knob not in evidence.readings.chosen:
+    if knob not in evidence.readings.chosen and not evidence.measured(knob.name):
         text = "slow, so only with --knobs all, or its name" if knob.slow else "not asked for"
         return row | {"status": "not asked", "why": text}
     part = evidence.parts.get(knob.name)

@@ -19,11 +19,11 @@ NO_TARGET = "a trainer wholly in FP32 closes none of the gap, so no set of modul
 def fix_rows(evidence: Evidence) -> dict[str, Any]:
     """Classes of modules in FP32: what each buys, sorted, and the cheapest set that meets the target."""
     base, parts = evidence.base, evidence.parts
-    if not evidence.readings.fix_classes:
+    if FIXES not in parts and not evidence.readings.fix_classes:
         return {"rows": [], "target": None, "cheapest": None, "why": "no class of modules in FP32 was asked for"}
     if "target" not in parts.get(FIXES, ({},))[0] or not evidence.measured(TRAINER):
         return {"rows": [], "target": None, "cheapest": None, "why": evidence.why(FIXES)}
-    singles = [((name,), parts.get(f"trainer-fp32-{name}")) for name in evidence.readings.fix_classes]
+    singles = [((name,), parts.get(f"trainer-fp32-{name}")) for name in parts[FIXES][0]["classes"]]
     sets = parts[FIXES][0]["sets"]
     tried = singles + [(tuple(text.split("+")), parts.get(set_name(i))) for i, text in enumerate(sets)]
     plain = np.asarray(parts[TRAINER][1]["logprobs"], np.float64)

@@ -113,11 +113,11 @@ class Readings:
     def key(self, name: str) -> str:
         """A digest of all that a reading depends on."""
         base = self._base
-        knob = next((knob for knob in self.chosen if knob.name == name), None)
+        knob = next((knob for knob in self.knobs if knob.name == name), None)
         if knob is not None:
             return base.key(name, knob.arguments, knob.take, knob.variant, knob.dtype, knob.environment)
         if name == FIXES:
-            return base.key(name, self.fix_classes, self._options.target)
+            return base.key(name, self._options.target)
         return base.key(name)
 
     def file(self, name: str) -> Path:
@@ -125,8 +125,9 @@ class Readings:
         return self._base.run.path / FOLDER / "readings" / f"{name}.npz"
 
     def load(self) -> dict[str, Part]:
-        """The readings that are there and were made of this run, also those that could not be made here and now."""
-        found = {name: load_arrays(self.file(name), self.key(name)) for name in self._names(self.chosen)}
+        """The readings that are there and were made of this run, also those that nobody asks for now."""
+        names = dict.fromkeys([*self._names(self.knobs), FIXES])
+        found = {name: load_arrays(self.file(name), self.key(name)) for name in names}
         parts = {name: part for name, part in found.items() if part is not None}
         for index, _ in enumerate(parts[FIXES][0].get("sets", ()) if FIXES in parts else ()):
             part = load_arrays(self.file(set_name(index)), self.key(FIXES))
@@ -159,6 +160,8 @@ class Readings:
                 if "failed" in facts:
                     self.file(name).unlink()
         there = self.load()
+        if FIXES in there and not set(self.fix_classes) <= set(there[FIXES][0].get("classes", self.fix_classes)):
+            del there[FIXES]  # it was looked for among fewer classes
         missing = [name for name in self._names(self.wanted) if name not in there]
         if not missing:
             return
