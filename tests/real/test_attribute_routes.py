@@ -1,4 +1,4 @@
-"""Routes of a second family of experts: kept in real vLLM, followed by the trainer."""
+"""Routes of a second family of experts: kept in real vLLM, its core in a process of its own; followed by the trainer."""
 
 from __future__ import annotations
 
@@ -36,9 +36,19 @@ def test_the_trainer_follows_mixtrals_routes(tiny: Callable[[str], Path], tmp_pa
         ScoreRequest(i, draw.integers(3, 128, 6).tolist(), draw.integers(3, 128, 12 + i).tolist()) for i in range(12)
     ]
     requests = [RolloutRequest(s.sequence_id, s.prompt_token_ids, 0, s.response_token_ids) for s in sequences]
-    settings = devices.rollout_settings("cpu", "bfloat16", eager=True, in_process=True, kv_cache_gib=1)
+    settings = devices.rollout_settings("cpu", "bfloat16", eager=True, in_process=False, kv_cache_gib=1)
     job = RolloutJob(
-        "vllm", checkpoint, "bfloat16", "cpu", Sampling(24), requests, 12, 0, 64, arguments=settings.arguments
+        "vllm",
+        checkpoint,
+        "bfloat16",
+        "cpu",
+        Sampling(24),
+        requests,
+        12,
+        0,
+        64,
+        in_process=False,
+        arguments=settings.arguments,
     )
     engine = RolloutVariants(job, {"prefill": "prefill"}, KEYS, str(tmp_path), [], routers=Routers(3, 8, 2, 4096))
     EngineProcess("vllm", settings.environment, tmp_path / "vllm.log").run(engine, lambda *_: None)

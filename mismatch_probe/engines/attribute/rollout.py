@@ -196,8 +196,9 @@ class RolloutVariants:
             else:
                 groups.append([request])
         found = [reading for group in groups for reading in _prefill(engine, group)]
-        layers, routes = engine.on_model(vllm_hooks.finish_routes)
-        return layers, routes, np.concatenate(found)
+        kept = engine.on_model(vllm_hooks.finish_routes)
+        routes = np.frombuffer(kept["routes"], np.int16).reshape(kept["shape"])
+        return list(kept["layers"]), routes, np.concatenate(found)
 
     def _save(self, name: str, facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
         save_arrays(Path(self.folder) / f"{name}.npz", self.keys[name], facts, arrays)

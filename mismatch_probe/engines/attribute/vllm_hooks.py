@@ -260,6 +260,9 @@ def start_routes(sequences: Sequence[Sequence[int]], layers: int, experts: int, 
     _state["routes"] = RouteTracer(model, sequences, layers, experts, chosen)
 
 
-def finish_routes(model: nn.Module) -> Any:
-    """Ends it; see `RouteTracer.finish`."""
-    return _state.pop("routes").finish()
+def finish_routes(model: nn.Module) -> dict[str, Any]:
+    """Ends it: `layers`, and `routes` of `RouteTracer.finish` as bytes of int16 with their `shape`, since what travels
+    between vLLM's processes is rid of its types.
+    """
+    layers, routes = _state.pop("routes").finish()
+    return {"layers": layers, "shape": list(routes.shape), "routes": routes.tobytes()}
