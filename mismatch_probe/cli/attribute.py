@@ -121,4 +121,4 @@ def _show_plan(plan: AttributePlan, as_json: bool) -> None:
     click.echo(f"{'all':<32}{'':>10}{duration(plan.seconds):>16}")
     click.echo(f"\nTraces of layers take up to {plan.disk_gib:.1f} GiB of disk while they are compared.\n")
     for name, change, why in plan.knobs:
-        click.echo(f"{name:<28}{change:<52}{f'no: {why}' if why else 'yes'}")
+        click.echo(f"{name:<38}{change:<46}{f'no: {why}' if why else 'yes'}")

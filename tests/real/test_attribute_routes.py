@@ -1,4 +1,4 @@
-"""Routes of a second family of experts: kept in real vLLM, its core in a process of its own; followed by the trainer."""
+"""Routes of a second family of experts: kept in real vLLM, its core a process of its own, followed by the trainer."""
 
 from __future__ import annotations
 

@@ -89,6 +89,8 @@ def attribution_of(path: Path, options: Mapping[str, Any]) -> AttributeResult:
 
 def config_of(config: CompareConfig, options: AttributeOptions) -> CompareConfig:
     """The comparison that an attribution begins with: the pair, and the trainer in FP32 beside it."""
+    if len(config.trainer_modes) > 1:
+        raise UsageError("An attribution takes one pair apart, so it needs one --trainer-mode.", "Name one of the two.")
     rollout, trainer = options.dtypes
     trainers = tuple(dict.fromkeys((trainer, "float32")))
     return replace(config, rollout_dtypes=(rollout,), trainer_dtypes=trainers)  # type: ignore[arg-type]
