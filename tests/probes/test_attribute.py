@@ -18,8 +18,9 @@ from mismatch_probe.engines.attribute.trace import MOST_BYTES, MOST_ROWS, choose
 from mismatch_probe.errors import EngineError, TableError, UsageError
 from mismatch_probe.probes.attribute.availability import Context
 from mismatch_probe.probes.attribute.baseline import Baseline, open_baseline
-from mismatch_probe.probes.attribute.knobs import PREFILL, REPLAY, TRAINER, choose, knobs_of
-from mismatch_probe.probes.attribute.measure import AT_ROLLOUT, Readings
+from mismatch_probe.probes.attribute.knobs import choose, knobs_of
+from mismatch_probe.probes.attribute.measure import Readings
+from mismatch_probe.probes.attribute.names import AT_ROLLOUT, PREFILL, REPLAY, TRAINER
 from mismatch_probe.probes.attribute.options import AttributeOptions
 from mismatch_probe.tables import RunDirectory
 from tests.conftest import MakeModel

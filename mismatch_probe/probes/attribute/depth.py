@@ -9,7 +9,7 @@ import numpy as np
 from mismatch_probe.metrics import inside
 from mismatch_probe.probes.attribute.effects import knob_row
 from mismatch_probe.probes.attribute.evidence import Evidence, finite, number
-from mismatch_probe.probes.attribute.measure import inside_name
+from mismatch_probe.probes.attribute.names import inside_name
 
 
 def layer_rows(evidence: Evidence) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from mismatch_probe.probes.attribute.effects import knob_row, two_sided_rows
 from mismatch_probe.probes.attribute.evidence import Evidence, values
 from mismatch_probe.probes.attribute.experts import expert_rows
 from mismatch_probe.probes.attribute.fixes import fix_rows
-from mismatch_probe.probes.attribute.knobs import REPLAY, TRAINER
+from mismatch_probe.probes.attribute.names import REPLAY, TRAINER
 from mismatch_probe.probes.attribute.rungs import ladder_rows
 
 SCHEMA_VERSION = 1

@@ -9,7 +9,8 @@ import numpy as np
 
 from mismatch_probe.metrics import ladder
 from mismatch_probe.probes.attribute.evidence import NOT_MEASURED, Evidence, values
-from mismatch_probe.probes.attribute.knobs import REPLAY, TRAINER, Knob
+from mismatch_probe.probes.attribute.knobs import Knob
+from mismatch_probe.probes.attribute.names import REPLAY, TRAINER
 
 # Knobs that exist on both sides, by what they are called together.
 TWO_SIDED = {

@@ -14,7 +14,7 @@ from mismatch_probe.engines.attribute.rollout import ROUTES
 from mismatch_probe.engines.attribute.variants import UNKNOWN
 from mismatch_probe.metrics import ladder
 from mismatch_probe.probes.attribute.evidence import Evidence, values
-from mismatch_probe.probes.attribute.measure import FOLLOWED
+from mismatch_probe.probes.attribute.names import FOLLOWED
 
 
 def expert_rows(evidence: Evidence) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from mismatch_probe.engines.attribute.trainer import FIXES, set_name
 from mismatch_probe.metrics import ladder
 from mismatch_probe.metrics.fixes import Fix, cheapest
 from mismatch_probe.probes.attribute.evidence import NOT_MEASURED, Evidence, values
-from mismatch_probe.probes.attribute.knobs import TRAINER
+from mismatch_probe.probes.attribute.names import TRAINER
 
 NO_ANCHOR = "the run has no trainer in FP32 to set a target by: give --target"
 NO_TARGET = "a trainer wholly in FP32 closes none of the gap, so no set of modules was looked for"

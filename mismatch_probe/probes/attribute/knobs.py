@@ -24,11 +24,10 @@ from mismatch_probe.probes.attribute.availability import (
     not_the_layout,
     same,
 )
+from mismatch_probe.probes.attribute.names import PREFILL, REPLAY, TRAINER
 
 Side = Literal["rollout", "trainer"]
 CHUNK = 64
-# Readings that others are compared with: decoded again, by prefill, and the trainer once more.
-REPLAY, PREFILL, TRAINER = "rollout-replay", "rollout-prefill", "trainer"
 # vLLM's general backends on CUDA (vllm/v1/attention/backends/registry.py).
 _BACKENDS = ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "FLEX_ATTENTION")
 

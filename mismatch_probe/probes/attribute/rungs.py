@@ -9,8 +9,7 @@ import numpy as np
 
 from mismatch_probe.metrics import ladder
 from mismatch_probe.probes.attribute.evidence import Evidence, Floats
-from mismatch_probe.probes.attribute.knobs import PREFILL
-from mismatch_probe.probes.attribute.measure import AT_ROLLOUT, CAST, SAME_DTYPE
+from mismatch_probe.probes.attribute.names import AT_ROLLOUT, CAST, PREFILL, SAME_DTYPE
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from mismatch_probe.files import locked, write_json
 from mismatch_probe.probes.attribute.baseline import open_baseline
 from mismatch_probe.probes.attribute.document import attribution_document
 from mismatch_probe.probes.attribute.evidence import Evidence
-from mismatch_probe.probes.attribute.measure import FOLDER, Readings
+from mismatch_probe.probes.attribute.measure import Readings
+from mismatch_probe.probes.attribute.names import FOLDER
 from mismatch_probe.probes.attribute.options import AttributeOptions
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.probes.session import default_folder, new_passes, report_run, resume_run

@@ -1,0 +1,16 @@
+"""Names of readings, which are their files', too."""
+
+from __future__ import annotations
+
+FOLDER = "attribute"
+# What others are compared with: decoded again, by prefill, and the trainer once more.
+REPLAY, PREFILL, TRAINER = "rollout-replay", "rollout-prefill", "trainer"
+# Levels of the ladder.
+AT_ROLLOUT, CAST = "trainer-at-rollout-batching", "trainer-cast-as-laid-out"
+SAME_DTYPE = "trainer-in-rollout-dtype"
+FOLLOWED = "trainer-routes"
+
+
+def inside_name(dtype: str) -> str:
+    """The reading that compares layers in a dtype."""
+    return f"inside-{dtype}"
