@@ -78,6 +78,12 @@ def classify(error: BaseException, job: Job) -> ProbeError | None:
     return None
 
 
+def told(error: BaseException, job: Job) -> str:
+    """What went wrong, in a user's words where they are known."""
+    known = classify(error, job)
+    return known.what if known else first_line(error)
+
+
 def first_line(error: BaseException) -> str:
     """The error in one line, with its class."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -19,6 +19,7 @@ from mismatch_probe.engines.base import ExactPosition, TrainerJob
 from mismatch_probe.engines.batching import Footprint, plan_batches, plan_in_order, rows_per_chunk
 from mismatch_probe.engines.float64 import keep_float64
 from mismatch_probe.engines.layouts import BatchLayout, model_inputs
+from mismatch_probe.engines.patching import replaced_forward
 from mismatch_probe.engines.rows import RowFile, stacked
 from mismatch_probe.errors import DtypeRefused, EngineError
 from mismatch_probe.metrics.exact import divergences
@@ -209,15 +210,8 @@ class HfTrainer:
             logits: torch.Tensor = self._model(inputs_embeds=states[None], use_cache=False).logits[0]
             return logits
 
-        own = self._decoder.__dict__.get("forward")  # of a decoder that somebody has changed
-        self._decoder.forward = answer
-        try:
+        with replaced_forward(self._decoder, answer):
             yield head
-        finally:
-            if own is None:
-                del self._decoder.forward
-            else:
-                self._decoder.forward = own
 
     @torch.inference_mode()
     def _check_head(self) -> None:

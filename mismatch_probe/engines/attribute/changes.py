@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from mismatch_probe.engines.attribute.variants import NotThereError
-from mismatch_probe.engines.audit.places import Network
+from mismatch_probe.engines.audit.places import Network, is_norm
+from mismatch_probe.engines.patching import replaced_forward
 
 _MLP = re.compile(r"mlp|ffn|feed_forward|moe|^fc\d|^fc_", re.IGNORECASE)
 _FP8 = torch.float8_e4m3fn
@@ -25,13 +26,7 @@ Attention = Callable[..., Any]
 
 def modules_of(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
     """Modules by name."""
-    found = dict(model.named_modules())
-    return [found[name] for name in names]
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a norm, by its class."""
-    return "norm" in type(module).__name__.lower()
+    return [model.get_submodule(name) for name in names]
 
 
 @contextmanager
@@ -106,7 +101,7 @@ def _rope(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
     with ExitStack() as stack:
         for module in modules:
-            stack.enter_context(_replaced(module, _with_wide_input(module)))
+            stack.enter_context(replaced_forward(module, _with_wide_input(module)))
         stack.enter_context(attention_changed(model, narrow))
         yield
 
@@ -165,7 +160,7 @@ def _head(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
             # Not through its hooks, which another change may have put there and the copy has, too.
             return type(head).forward(wide, x.float(), *args, **kwargs)
 
-    with _replaced(head, call):
+    with replaced_forward(head, call):
         yield
 
 
@@ -191,7 +186,7 @@ def _whole(modules: Sequence[nn.Module], dtype: torch.dtype, what: str) -> Itera
         for module in modules:
             stack.enter_context(tensors_kept(module))
             module.float()
-            stack.enter_context(_replaced(module, _wide(module, dtype)))
+            stack.enter_context(replaced_forward(module, _wide(module, dtype)))
         yield
 
 
@@ -232,20 +227,6 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(tensor.device.type, enabled=False)
-
-
-@contextmanager
-def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """A module with another forward; nested replacements are undone in the reverse order."""
-    own = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
 
 
 @contextmanager
@@ -330,7 +311,7 @@ def attention_of(model: Any, name: str) -> Iterator[None]:
 def compiled(model: Any) -> Iterator[None]:
     """The decoder under torch.compile for the while."""
     decoder = model.get_decoder()
-    with _replaced(decoder, torch.compile(decoder.forward, dynamic=True)):
+    with replaced_forward(decoder, torch.compile(decoder.forward, dynamic=True)):
         yield
 
 

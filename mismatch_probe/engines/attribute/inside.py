@@ -26,10 +26,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mismatch_probe.engines.attribute.changes import attention_of, experts_one_by_one, in_fp32, is_norm, tensors_kept
+from mismatch_probe.engines.attribute.changes import attention_of, experts_one_by_one, in_fp32, tensors_kept
 from mismatch_probe.engines.attribute.trace import OUTSIDE, TraceFiles
 from mismatch_probe.engines.audit.forward import first_tensor
-from mismatch_probe.engines.audit.places import Network
+from mismatch_probe.engines.audit.names import layer_index
+from mismatch_probe.engines.audit.places import Network, is_norm, is_router
 from mismatch_probe.engines.float64 import keep_float64
 from mismatch_probe.metrics.exact import divergences
 
@@ -227,7 +228,7 @@ class InsideComparison:
         found: dict[tuple[Kind, str], Tensor] = {}
         handles = []
         for name, module in self._model.named_modules():
-            if name.rpartition(".")[2] in ("gate", "router"):
+            if is_router(name):
                 handles.append(module.register_forward_hook(self._same_experts(kind, name, again=plain)))
             if name in self._network.layers:
                 handles += self._watch_layer(kind, name, module, found)
@@ -366,11 +367,6 @@ class InsideComparison:
                 logits = [self._engine.head_logits(norms[0](s)).float().cpu().numpy() for s in states]
                 found[name] = divergences(logits[0], logits[1], 1.0)["kl"]
         return found
-
-
-def layer_index(layers: Sequence[str], name: str) -> int | None:
-    """Index of the layer that a module is or lies in, None outside of them."""
-    return next((i for i, layer in enumerate(layers) if name == layer or name.startswith(f"{layer}.")), None)
 
 
 def _relative_squares(theirs: Tensor, ours: Tensor, wide: Tensor) -> list[Tensor]:

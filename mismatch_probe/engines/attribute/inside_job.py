@@ -86,5 +86,4 @@ class InsideJob(OnTrainer):
             arrays = {n: np.stack([getattr(d, n) for d in found]) for n in ("apart", "engine", "trainer", "size")}
             return facts, {**arrays, "lens": np.stack(list(lens.values())) if lens else np.empty((0, 0))}
         except Exception as error:
-            known = faults.classify(error, self)
-            return facts | {"failed": known.what if known else faults.first_line(error)}, {}
+            return facts | {"failed": faults.told(error, self)}, {}

@@ -93,8 +93,7 @@ class RolloutVariants:
         from mismatch_probe.engines import devices
         from mismatch_probe.engines.vllm import VllmRollout
 
-        device = torch.device(self.rollout.device)
-        reset_peak(device)
+        reset_peak(torch.device(self.rollout.device))
         engine = VllmRollout(self.rollout)
         self._warm(engine)
         channel.phase("load")
@@ -103,32 +102,7 @@ class RolloutVariants:
         channel.send("total", len(self.takes) + (self.trace is not None) + (self.routers is not None))
         facts = {"identity": identity, "made_with": devices.package_versions()}
         for name, take in self.takes.items():
-            requests = list(self.rollout.requests)
-            if take.endswith("alone"):
-                requests = [
-                    replace(request, forced_token_ids=request.forced_token_ids[:tokens])
-                    for request, tokens in zip(requests, self.alone, strict=False)
-                ]
-            failed = {}
-            try:
-                if take == "decode-warm":
-                    self._decode(engine, requests)
-                started = time.perf_counter()
-                found = self._take(engine, take, requests)
-            except Exception as error:
-                # One way that fails leaves the others; where the engine itself is gone, the next one says so.
-                known = faults.classify(error, self)
-                found, requests = [np.empty(0, np.float32)], []
-                failed = {"failed": known.what if known else faults.first_line(error)}
-            # On a card vLLM takes its share whatever it needs, so that its peak says nothing.
-            peak = peak_bytes(device) if device.type == "cpu" else None
-            about = facts | failed | {"seconds": time.perf_counter() - started, "peak_bytes": peak}
-            arrays = {
-                "logprobs": np.concatenate(found),
-                "index": np.arange(len(requests)),
-                "tokens": np.array([len(request.forced_token_ids) for request in requests], np.int64),
-            }
-            self._save(name, about, arrays)
+            self._save(name, *self._read(engine, take, facts))
             channel.send("progress", 1)
             channel.phase(name)
         if self.trace is not None:
@@ -141,6 +115,37 @@ class RolloutVariants:
             channel.send("progress", 1)
             channel.phase(ROUTES)
         engine.close()
+
+    def _read(
+        self, engine: VllmRollout, take: Take, facts: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+        """Facts and arrays of one reading; one that fails leaves the others, and where the engine itself is gone, the
+        next one says so.
+        """
+        import torch
+
+        device, requests = torch.device(self.rollout.device), list(self.rollout.requests)
+        if take.endswith("alone"):
+            requests = [
+                replace(request, forced_token_ids=request.forced_token_ids[:tokens])
+                for request, tokens in zip(requests, self.alone, strict=False)
+            ]
+        try:
+            if take == "decode-warm":
+                self._decode(engine, requests)
+            started = time.perf_counter()
+            found = self._take(engine, take, requests)
+            seconds = time.perf_counter() - started
+        except Exception as error:
+            empty: dict[str, NDArray[Any]] = {"logprobs": np.empty(0, np.float32), "index": np.empty(0, np.int64)}
+            return {**facts, "failed": faults.told(error, self)}, empty
+        # On a card vLLM takes its share whatever it needs, so that its peak says nothing.
+        peak = peak_bytes(device) if device.type == "cpu" else None
+        return {**facts, "seconds": seconds, "peak_bytes": peak}, {
+            "logprobs": np.concatenate(found),
+            "index": np.arange(len(requests)),
+            "tokens": np.array([len(request.forced_token_ids) for request in requests], np.int64),
+        }
 
     def _warm(self, engine: VllmRollout) -> None:
         """Sets up whatever is set up at first use, which is not the first reading's."""

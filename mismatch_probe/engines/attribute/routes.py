@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from mismatch_probe.engines.attribute.changes import modules_of
-from mismatch_probe.engines.attribute.variants import NotThereError
-from mismatch_probe.engines.audit.places import Network
+from mismatch_probe.engines.attribute.variants import UNKNOWN, NotThereError
+from mismatch_probe.engines.audit.places import Network, is_router
 
 Rule = Callable[[Tensor, Tensor], Tensor]
 
@@ -55,7 +55,7 @@ class Routing:
         self._routers: dict[int, Any] = {}
         for index, layer in enumerate(modules_of(model, names)):
             for name, module in layer.named_modules():
-                if name.rpartition(".")[2] in ("gate", "router"):
+                if is_router(name):
                     self._routers.setdefault(index, module)
         if not self._routers:
             raise NotThereError("the model has no routers")
@@ -79,7 +79,7 @@ class Routing:
                 handle.remove()
 
     def choose(self, wanted: dict[int, Tensor]) -> None:
-        """From now on: by layer `[N, K]` indices of the next pass's tokens, −1 where a token keeps its own."""
+        """From now on: by layer `[N, K]` indices of the next pass's tokens, `UNKNOWN` where a token keeps its own."""
         self._wanted = wanted
 
     def _after(self, layer: int) -> Callable[..., Any]:
@@ -91,7 +91,7 @@ class Routing:
                 return None
             logits, weights = output[0], output[at[0]]
             rule = _rule(logits, weights, indices)
-            routes = torch.where(wanted < 0, indices, wanted)
+            routes = torch.where(wanted == UNKNOWN, indices, wanted)
             changed = list(output)
             changed[at[0]], changed[at[1]] = rule(logits, routes).to(weights.dtype), routes
             return tuple(changed)

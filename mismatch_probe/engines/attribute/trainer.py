@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from mismatch_probe.arrays import load_arrays, save_arrays
 from mismatch_probe.engines import devices, faults
 from mismatch_probe.engines.attribute.memory import peak_bytes, reset_peak
-from mismatch_probe.engines.attribute.variants import NotThereError, TrainerVariant
+from mismatch_probe.engines.attribute.variants import UNKNOWN, NotThereError, TrainerVariant
 from mismatch_probe.engines.base import OnTrainer
 from mismatch_probe.errors import EngineError
 from mismatch_probe.metrics.fixes import Fix, next_set
@@ -142,8 +142,7 @@ class TrainerVariants(OnTrainer):
             return {"unavailable": error.what}
         if isinstance(error, TypeError) and "position_ids" in str(error):
             return {"unavailable": "the model numbers positions by itself"}
-        known = faults.classify(error, self)
-        return {"failed": known.what if known else faults.first_line(error)}
+        return {"failed": faults.told(error, self)}
 
     @contextmanager
     def _changed(self, engine: HfTrainer, variant: TrainerVariant) -> Iterator[None]:
@@ -200,11 +199,11 @@ class TrainerVariants(OnTrainer):
         part = load_arrays(Path(self.routes[0]), self.routes[1])
         if part is None or "routes" not in part[1]:
             raise NotThereError("the engine's routes could not be kept")
-        wanted = part[1]["routes"]  # UNKNOWN, which is −1, where a token keeps its own
+        wanted = part[1]["routes"]  # `UNKNOWN` where a token keeps its own
         routing = Routing(engine.model, wanted.shape[2])
         ends = accumulate((request.length for request in self.sequences), initial=0)
         starts = dict(zip((request.sequence_id for request in self.sequences), ends, strict=False))
-        seen = np.full_like(wanted, -1)
+        seen = np.full_like(wanted, UNKNOWN)
         readings: dict[bool, dict[int, NDArray[Any]]] = {False: {}, True: {}}
         layers = list(routing.layers)
         with routing.watching():
@@ -228,7 +227,8 @@ class TrainerVariants(OnTrainer):
             return
         fixes = []
         for name in search.classes:
-            single = load_arrays(Path(self.folder) / f"trainer-fp32-{name}.npz", self.keys[f"trainer-fp32-{name}"])
+            reading = single_name(name)
+            single = load_arrays(Path(self.folder) / f"{reading}.npz", self.keys[reading])
             if single is not None and "seconds" in single[0]:
                 fixes.append(Fix.of((name,), search.logprobs, base, single))
         sets: list[str] = []
@@ -259,6 +259,11 @@ def _nothing() -> dict[str, NDArray[Any]]:
     return {"logprobs": np.empty(0, np.float32), "index": np.empty(0, np.int64)}
 
 
+def single_name(name: str) -> str:
+    """The reading with one class of modules in FP32."""
+    return f"{BASELINE}-fp32-{name}"
+
+
 def set_name(index: int) -> str:
     """File of the reading of a set of classes; they share the search's key."""
     return f"{FIXES}-{index}"
@@ -273,11 +278,11 @@ def _rows_of(batch: Sequence[ScoreRequest], starts: Sequence[int]) -> list[tuple
 def _wanted(
     engine: HfTrainer, routes: NDArray[np.int16], layers: Sequence[int], rows: Sequence[tuple[int, int, int]]
 ) -> dict[int, Any]:
-    """By layer `[B · T, K]` routes of a padded batch, −1 in the padding."""
+    """By layer `[B · T, K]` routes of a padded batch, `UNKNOWN` in the padding."""
     import torch
 
     total = len(rows) * max(length for _, _, length in rows)
-    found = np.full((len(layers), total, routes.shape[2]), -1, np.int64)
+    found = np.full((len(layers), total, routes.shape[2]), UNKNOWN, np.int64)
     for first, start, length in rows:
         found[:, first : first + length] = routes[:, start : start + length]
     device = next(engine.model.parameters()).device

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from mismatch_probe.engines.attribute.trace import OUTSIDE, TraceFiles, TraceRequest
 from mismatch_probe.engines.attribute.variants import UNKNOWN
+from mismatch_probe.engines.audit.names import layer_index
+from mismatch_probe.engines.audit.places import is_norm, is_router
 from mismatch_probe.errors import EngineError
 
 _OTHER_TOWER = re.compile(r"vision|visual|audio|image", re.IGNORECASE)
-_ROUTER = re.compile(r"(^|\.)(gate|router)$")
 _state: dict[str, Any] = {}
 
 
@@ -94,8 +95,8 @@ class Tracer:
         self._handles = [model.register_forward_pre_hook(_step(self._rows), with_kwargs=True)]
         self._handles.append(model.register_forward_hook(self._after(OUTSIDE, "final", model)))
         for name, module in model.named_modules():
-            layer = next((n for n in names if name == n or name.startswith(f"{n}.")), None)
-            part, relative = (OUTSIDE, name) if layer is None else (f"layer-{names.index(layer)}", name[len(layer) :])
+            layer = layer_index(names, name)
+            part, relative = (OUTSIDE, name) if layer is None else (f"layer-{layer}", name[len(names[layer]) :])
             own = bool(list(module.parameters(recurse=False)))
             direct = layer is not None and relative.count(".") <= 1
             if name and name != "lm_head" and (own or direct or relative.endswith(".experts")):
@@ -124,7 +125,7 @@ class Tracer:
         self._handles.append(module.register_forward_hook(self._after(part, name, module)))
 
     def _before(self, part: str, name: str, module: nn.Module) -> Callable[..., None]:
-        reads_stream = name == "" or _is_norm(module)
+        reads_stream = name == "" or is_norm(module)
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             tensors = _floats((*args, *kwargs.values()))
@@ -134,7 +135,7 @@ class Tracer:
         return hook
 
     def _after(self, part: str, name: str, module: nn.Module) -> Callable[..., None]:
-        norm = _is_norm(module)
+        norm = is_norm(module)
 
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             tensors = _floats(output if isinstance(output, (tuple, list)) else (output,))
@@ -168,10 +169,6 @@ def _step(rows: _Rows) -> Callable[..., None]:
 
 def _floats(values: Sequence[Any]) -> list[Tensor]:
     return [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return "norm" in type(module).__name__.lower()
 
 
 def _stream(tensors: Sequence[Tensor]) -> Tensor:
@@ -212,7 +209,7 @@ class RouteTracer:
         self._handles = [model.register_forward_pre_hook(_step(self._rows), with_kwargs=True)]
         for index, name in enumerate(layer_names(model, layers)):
             for inner, module in model.get_submodule(name).named_modules():
-                if _ROUTER.search(inner):
+                if is_router(inner):
                     self._handles.append(module.register_forward_hook(self._after(index, experts)))
 
     def finish(self) -> tuple[list[int], Any]:

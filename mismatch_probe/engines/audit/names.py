@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 _LAYER = re.compile(r"\.(\d+)(\.|$)")
+
+
+def layer_index(layers: Sequence[str], name: str) -> int | None:
+    """Index, among named layers, of the one that a module is or lies in; None outside of them."""
+    return next((i for i, layer in enumerate(layers) if name == layer or name.startswith(f"{layer}.")), None)
 
 
 def layer_of(name: str) -> int | None:

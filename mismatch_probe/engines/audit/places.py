@@ -72,16 +72,26 @@ class Network:
             return Place.of(name, "residual")
         if name == self.head:
             return Place.of(name, "logits")
-        return Place.of(name, "router logits" if _ROUTER.search(name) else "other")
+        return Place.of(name, "router logits" if is_router(name) else "other")
 
     def input(self, name: str, module: nn.Module) -> Place | None:
         """The input of a module, where no module makes it: a product of the MLP, a sum in the stream."""
         if isinstance(module, nn.Linear) and _PRODUCT.search(name) and _MLP.search(name):
             return Place.of(f"{name} (input)", "mlp product")
         parent = name.rpartition(".")[0]
-        if "norm" in type(module).__name__.lower() and parent in self.layers:
+        if is_norm(module) and parent in self.layers:
             return Place.of(f"{name} (input)", "residual")
         return None
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm, by its class."""
+    return "norm" in type(module).__name__.lower()
+
+
+def is_router(name: str) -> bool:
+    """Whether a module's name is that of a router of experts."""
+    return bool(_ROUTER.search(name))
 
 
 def is_attention(name: str) -> bool:
