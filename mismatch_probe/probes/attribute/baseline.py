@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -39,7 +41,6 @@ class Baseline:
         rollout, trainer: The pair's passes.
         context: What decides which knobs exist.
         sequences: `S` prompts with responses, in the order of the pair's tokens.
-        prompts: Name of each one's prompt.
         rollout_logprobs, trainer_logprobs: `[N]` nats.
         float32_logprobs: `[N]` of the trainer in FP32, None where the run has no such pass.
         tokens: Which prompt each token answers.
@@ -51,17 +52,15 @@ class Baseline:
     trainer: TrainerPass
     context: Context
     sequences: tuple[ScoreRequest, ...]
-    prompts: tuple[str, ...]
     rollout_logprobs: NDArray[np.float64]
     trainer_logprobs: NDArray[np.float64]
     float32_logprobs: NDArray[np.float64] | None
     tokens: TokenPrompts
 
     @property
-    def engine(self) -> dict[str, Any]:
+    def engine(self) -> Mapping[str, Any]:
         """What the rollout pass said of itself."""
-        found: dict[str, Any] = self.run.manifest["passes"][self.rollout.pass_id]["engine"]
-        return found
+        return self.context.engine
 
     @property
     def eager(self) -> bool:
@@ -100,8 +99,16 @@ class Baseline:
         known += [self.run.manifest["model"].get("files"), self.rollout.pass_id, self.trainer.pass_id]
         known += [config.trainer_layout, config.trainer_attn, config.memory_budget_gib]
         known += [config.engine_args, config.eager, self.batch, self.in_process]
-        known += [[list(s.prompt_token_ids), list(s.response_token_ids)] for s in self.sequences]
-        return hashlib.sha256(json.dumps(known, default=str).encode()).hexdigest()
+        return _digest([*known, self._ids_digest])
+
+    @cached_property
+    def _ids_digest(self) -> str:
+        """Of all tokens, which every key depends on."""
+        return _digest([[list(s.prompt_token_ids), list(s.response_token_ids)] for s in self.sequences])
+
+
+def _digest(known: Any) -> str:
+    return hashlib.sha256(json.dumps(known, default=str).encode()).hexdigest()
 
 
 def open_baseline(run: RunDirectory, options: AttributeOptions) -> Baseline:
@@ -158,7 +165,6 @@ def open_baseline(run: RunDirectory, options: AttributeOptions) -> Baseline:
         trainer,
         context,
         tuple(ScoreRequest(i, r["prompt_token_ids"], r["response_token_ids"]) for i, r in enumerate(ordered)),
-        tuple(str(row["prompt_id"]) for row in ordered),
         pair.rollout_logprob,
         pair.trainer_logprob,
         anchor,

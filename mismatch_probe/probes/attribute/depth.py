@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from mismatch_probe.metrics import inside
-from mismatch_probe.probes.attribute.effects import knob_row
 from mismatch_probe.probes.attribute.evidence import Evidence, finite, number
 from mismatch_probe.probes.attribute.names import inside_name
 
 
-def layer_rows(evidence: Evidence) -> dict[str, Any]:
-    """Layer curves by dtype, and what the hooks' eager mode is apart from the baseline."""
-    base = evidence.base
+def layer_rows(evidence: Evidence, knobs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Layer curves by dtype, and what the hooks' eager mode is apart from the baseline; `knobs` are the rows of all by
+    name.
+    """
     found = {dtype: _inside(evidence, dtype) for dtype in evidence.readings.layer_dtypes}
-    eager = base.eager
-    knob = next((k for k in evidence.readings.knobs if k.key in ("eager", "compiled") and k.side == "rollout"), None)
-    row = knob_row(evidence, knob) if knob is not None else {}
-    shift = row.get("shift") if row.get("status") == "measured" else None
+    eager = evidence.base.eager
+    row = knobs["rollout-compiled" if eager else "rollout-eager"]
+    shift = row["shift"] if row["status"] == "measured" else None
     return {
         "dtypes": found,
         "threshold": inside.THRESHOLD,

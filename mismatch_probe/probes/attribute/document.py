@@ -24,6 +24,7 @@ def attribution_document(evidence: Evidence) -> dict[str, Any]:
     """The whole of it."""
     base, context = evidence.base, evidence.base.context
     finite = np.isfinite(base.rollout_logprobs) & np.isfinite(base.trainer_logprobs)
+    knobs = {knob.name: knob_row(evidence, knob) for knob in evidence.readings.knobs}
     document = {
         "schema_version": SCHEMA_VERSION,
         "tool_version": version("mismatch-probe"),
@@ -40,9 +41,9 @@ def attribution_document(evidence: Evidence) -> dict[str, Any]:
         "gap": values(ladder.gap(evidence.gap, base.tokens, seed=evidence.seed)),
         "nulls": _nulls(evidence),
         "ladder": ladder_rows(evidence),
-        "knobs": [knob_row(evidence, knob) for knob in evidence.readings.knobs],
-        "two_sided": two_sided_rows(evidence),
-        "layers": layer_rows(evidence),
+        "knobs": list(knobs.values()),
+        "two_sided": two_sided_rows(evidence, knobs),
+        "layers": layer_rows(evidence, knobs),
         "fixes": fix_rows(evidence),
         "experts": expert_rows(evidence),
         "failed": {name: part[0]["failed"] for name, part in evidence.parts.items() if "failed" in part[0]},

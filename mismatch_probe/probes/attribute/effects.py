@@ -85,15 +85,15 @@ def _note(after: Mapping[str, Any], before: Mapping[str, Any], key: str) -> str:
     return ""
 
 
-def two_sided_rows(evidence: Evidence) -> list[dict[str, Any]]:
-    """Changes that exist on both sides, on neither, one, and both."""
+def two_sided_rows(evidence: Evidence, knobs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Changes that exist on both sides, on neither, one, and both; `knobs` are the rows of all by name."""
     rows: list[dict[str, Any]] = []
     for name, (rollout, trainer) in TWO_SIDED.items():
         sides = [evidence.reading(reading) for reading in (REPLAY, rollout, TRAINER, trainer)]
         if any(side is None for side in sides):
             missing = rollout if sides[1] is None else trainer
-            why = next((knob_row(evidence, k)["why"] for k in evidence.readings.knobs if k.name == missing), "")
-            rows.append({"name": name, "cells": {}, "best": None, "hurts": [], "why": why or evidence.why(missing)})
+            why = knobs[missing]["why"] or evidence.why(missing)
+            rows.append({"name": name, "cells": {}, "best": None, "hurts": [], "why": why})
             continue
         plain_b, changed_b, plain_a, changed_a = (np.asarray(side) for side in sides)
         cells = ladder.two_sided(

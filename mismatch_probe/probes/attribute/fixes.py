@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mismatch_probe.engines.attribute.trainer import FIXES, set_name
+from mismatch_probe.engines.attribute.trainer import FIXES, set_name, single_name
 from mismatch_probe.metrics import ladder
 from mismatch_probe.metrics.fixes import Fix, cheapest
 from mismatch_probe.probes.attribute.evidence import NOT_MEASURED, Evidence, values
@@ -23,7 +23,7 @@ def fix_rows(evidence: Evidence) -> dict[str, Any]:
         return {"rows": [], "target": None, "cheapest": None, "why": "no class of modules in FP32 was asked for"}
     if "target" not in parts.get(FIXES, ({},))[0] or not evidence.measured(TRAINER):
         return {"rows": [], "target": None, "cheapest": None, "why": evidence.why(FIXES)}
-    singles = [((name,), parts.get(f"trainer-fp32-{name}")) for name in parts[FIXES][0]["classes"]]
+    singles = [((name,), parts.get(single_name(name))) for name in parts[FIXES][0]["classes"]]
     sets = parts[FIXES][0]["sets"]
     tried = singles + [(tuple(text.split("+")), parts.get(set_name(i))) for i, text in enumerate(sets)]
     plain = np.asarray(parts[TRAINER][1]["logprobs"], np.float64)

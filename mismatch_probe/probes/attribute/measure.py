@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from mismatch_probe.arrays import load_arrays, save_arrays
 from mismatch_probe.engines.attribute.rollout import ROUTES
 from mismatch_probe.engines.attribute.trace import TraceFiles
-from mismatch_probe.engines.attribute.trainer import FIXES, set_name
+from mismatch_probe.engines.attribute.trainer import FIXES, set_name, single_name
 from mismatch_probe.engines.attribute.variants import FP32_CLASSES
 from mismatch_probe.engines.refusals import refusal
 from mismatch_probe.errors import DiskFull, EngineMissing, Interrupted, ProbeError
@@ -66,9 +66,14 @@ class Readings:
             return base.key(name, self._options.target)
         return base.key(name)
 
+    @property
+    def folder(self) -> Path:
+        """Where readings lie."""
+        return self._base.run.path / FOLDER / "readings"
+
     def file(self, name: str) -> Path:
         """Where a reading lies."""
-        return self._base.run.path / FOLDER / "readings" / f"{name}.npz"
+        return self.folder / f"{name}.npz"
 
     def load(self) -> dict[str, Part]:
         """The readings that are there and were made of this run, also those that nobody asks for now."""
@@ -93,11 +98,10 @@ class Readings:
             Interrupted: The user stopped it; finished readings stay.
             ProbeError: No other engine could run either.
         """
-        if again:
-            for name, (facts, _) in self.load().items():
-                if "failed" in facts:
-                    self.file(name).unlink()
         there = self.load()
+        for name in [name for name, (facts, _) in there.items() if again and "failed" in facts]:
+            self.file(name).unlink()
+            del there[name]
         if FIXES in there and not set(self.fix_classes) <= set(there[FIXES][0].get("classes", self.fix_classes)):
             del there[FIXES]  # it was looked for among fewer classes
         missing = [name for name in self._names(self.wanted) if name not in there]
@@ -127,9 +131,8 @@ class Readings:
 
     def _fail(self, step: Step, error: ProbeError) -> None:
         """Keeps why readings could not be made; those that the process had finished stay."""
-        there = self.load()
         lost = [*step.readings, *(inside_name(dtype) for dtype in step.traces)]
-        for name in (name for name in lost if name not in there):
+        for name in (name for name in lost if load_arrays(self.file(name), self.key(name)) is None):
             empty: dict[str, NDArray[Any]] = {"logprobs": np.empty(0, np.float32), "index": np.empty(0, np.int64)}
             save_arrays(self.file(name), self.key(name), {"failed": error.what}, empty)
 
@@ -165,4 +168,4 @@ class Readings:
     def fix_classes(self) -> tuple[str, ...]:
         """Classes of modules that are read in FP32."""
         names = {knob.name for knob in self.wanted}
-        return tuple(name for name in FP32_CLASSES if f"trainer-fp32-{name}" in names)
+        return tuple(name for name in FP32_CLASSES if single_name(name) in names)

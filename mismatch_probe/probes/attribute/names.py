@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from mismatch_probe.engines.attribute.trainer import BASELINE
+
 FOLDER = "attribute"
 # What others are compared with: decoded again, by prefill, and the trainer once more.
-REPLAY, PREFILL, TRAINER = "rollout-replay", "rollout-prefill", "trainer"
+REPLAY, PREFILL, TRAINER = "rollout-replay", "rollout-prefill", BASELINE
 # Levels of the ladder.
 AT_ROLLOUT, CAST = "trainer-at-rollout-batching", "trainer-cast-as-laid-out"
 SAME_DTYPE = "trainer-in-rollout-dtype"

@@ -21,7 +21,7 @@ from mismatch_probe.engines.attribute.trace import (
     choose_sequences,
     row_bytes,
 )
-from mismatch_probe.engines.attribute.trainer import FIXES, FixSearch, TrainerVariants
+from mismatch_probe.engines.attribute.trainer import FIXES, FixSearch, TrainerVariants, single_name
 from mismatch_probe.engines.attribute.variants import Take, TrainerVariant
 from mismatch_probe.engines.base import RolloutJob, TrainerJob
 from mismatch_probe.engines.models import ModelRef
@@ -158,7 +158,7 @@ class Steps:
                 changed,
                 engine.takes,
                 {reading: self._readings.key(reading) for reading in readings},
-                str(self._readings.file("").parent),
+                str(self._readings.folder),
                 self._alone(),
                 self._trace_request(changed) if engine.traced else None,
                 self._routers() if engine.routed else None,
@@ -251,7 +251,7 @@ class Steps:
         needed = [variant for variant in variants if variant.name in missing]
         search = None
         if FIXES in missing and self._readings.fix_classes:
-            names = {TRAINER, *(f"trainer-fp32-{name}" for name in self._readings.fix_classes)}
+            names = {TRAINER, *(single_name(name) for name in self._readings.fix_classes)}
             needed = [variant for variant in variants if variant.name in missing or variant.name in names]
             search = FixSearch(base.rollout_logprobs, self._target(), self._readings.fix_classes)
         if not needed:
@@ -260,7 +260,7 @@ class Steps:
         readings = (*(v.name for v in needed), *([FIXES] if search else []))
         job = TrainerVariants(
             trainer,
-            str(self._readings.file("").parent),
+            str(self._readings.folder),
             needed,
             {name: self._readings.key(name) for name in readings},
             base.sequences,
@@ -300,7 +300,7 @@ class Steps:
             )
             for dtype in dtypes
         ]
-        job = InsideJob(trainer, str(self._readings.file("").parent), insides)
+        job = InsideJob(trainer, str(self._readings.folder), insides)
         settings = devices.trainer_settings(self._base.context.device, "float32")  # type: ignore[arg-type]
         return Step("layers and modules", "hf", settings.environment, job, tuple(i.name for i in insides))
 
