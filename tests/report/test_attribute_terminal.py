@@ -7,11 +7,11 @@ import re
 from typing import Any
 
 import pytest
-from rich.cells import cell_len
 from rich.console import Console
 
 from mismatch_probe.report.attribute_terminal import print_attribution
 from tests.report.attribute_documents import attribution, cause, empty, faulty, hostile, nulls, routers
+from tests.report.terminal_text import assert_fits
 
 
 def printed(document: dict[str, Any], width: int = 80, *, color: bool = False) -> str:
@@ -24,9 +24,7 @@ def printed(document: dict[str, Any], width: int = 80, *, color: bool = False) -
 @pytest.mark.parametrize("make", [attribution, faulty, empty, nulls, hostile])
 def test_lines_fit_and_hold_no_control_character(make: Any, width: int) -> None:
     text = printed(make(), width)
-    assert max(cell_len(line) for line in text.split("\n")) <= width
-    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", text)
-    text.encode("utf-8")
+    assert_fits(text, width)
 
 
 def test_the_result_comes_first_and_its_parts_follow() -> None:

@@ -6,11 +6,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
-from rich.cells import cell_len
 from rich.console import Console
 
 from mismatch_probe.report.data import ReportData
 from mismatch_probe.report.terminal import print_summary
+from tests.report.terminal_text import assert_fits
 
 if TYPE_CHECKING:
     from conftest import SummaryFactory
@@ -26,9 +26,7 @@ def _printed(data: ReportData, width: int, *, color: bool = False) -> str:
 @pytest.mark.parametrize("run", ["data", "exact", "hostile", "empty", "sparse"])
 def test_lines_fit_and_hold_no_control_character(run: str, width: int, request: pytest.FixtureRequest) -> None:
     text = _printed(request.getfixturevalue(run), width)
-    assert max(cell_len(line) for line in text.split("\n")) <= width
-    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", text)
-    text.encode("utf-8")
+    assert_fits(text, width)
 
 
 def test_at_100_columns_each_pair_is_one_line(data: ReportData) -> None:
