@@ -65,6 +65,8 @@ def allowed(key: str, value: float, pair: PairArrays) -> float:
     d = d[np.isfinite(d)]
     if key == "kl_k1":
         return TOLERANCE * float(np.abs(d).mean())
+    if key == "mean_ratio":  # its terms are ρ − 1
+        return TOLERANCE * (abs(value) + 1)
     if key == "chi2_token":
         return TOLERANCE * (abs(value) + 2)
     if key == "pearson_prob":  # its terms are divided by the standard deviations
