@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,14 +33,6 @@ def sequences(count: int, vocabulary: int) -> list[tuple[list[int], list[int]]]:
         prompt, response = int(draw.integers(10, 61)), int(16 * 16 ** draw.random())
         made.append((draw.integers(5, vocabulary, prompt).tolist(), draw.integers(5, vocabulary, response).tolist()))
     return made
-
-
-def peak_memory(reset: bool = False) -> int:
-    """Peak resident memory in bytes since the last reset (proc(5), clear_refs 5)."""
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
 
 
 def score_ours(model: str, dtype: str, data: list[tuple[list[int], list[int]]]) -> dict[str, float]:
@@ -98,10 +89,16 @@ def pad(rows: list[list[int]], *, left: bool) -> tuple[Any, Any]:
 
 
 def measured(run: Callable[[], float]) -> dict[str, float]:
-    weights = peak_memory(reset=True)
+    import torch
+
+    from mismatch_probe.engines.attribute.memory import peak_bytes, reset_peak
+
+    cpu = torch.device("cpu")
+    reset_peak(cpu)
+    weights = peak_bytes(cpu) or 0
     start = time.perf_counter()
     total = run()
-    return {"seconds": time.perf_counter() - start, "bytes": float(peak_memory() - weights), "total": total}
+    return {"seconds": time.perf_counter() - start, "bytes": float((peak_bytes(cpu) or 0) - weights), "total": total}
 
 
 @click.command()

@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mismatch_probe.config import CompareConfig
+from mismatch_probe.engines.attribute.memory import resident_peak
 from mismatch_probe.schemas import SEQUENCES_SCHEMA, TOKENS_SCHEMA
 from mismatch_probe.tables import RunDirectory
 
@@ -104,8 +105,10 @@ def make_run(folder: Path, rows: int, prompts: int) -> None:
 
 
 def peak_mib() -> float:
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
-    return int(line.split()[1]) / 1024
+    peak = resident_peak()
+    if peak is None:
+        raise SystemExit("There is no /proc/self/status to read the peak memory from: run this on Linux.")
+    return peak / 2**20
 
 
 def measure(folder: Path) -> dict[str, float]:

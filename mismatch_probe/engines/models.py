@@ -7,7 +7,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,16 +50,16 @@ class ModelRef:
         return self.config.get("model_type") == "scripted"
 
     @property
-    def _text_config(self) -> dict[str, Any]:
-        nested = self.config.get("text_config")
-        return nested if isinstance(nested, dict) else self.config
+    def text_config(self) -> Mapping[str, Any]:
+        """The language model's part of the configuration."""
+        return text_config(self.config)
 
     @property
     def context(self) -> int | None:
         """Longest sequence the model was made for, in tokens."""
         for key in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
-            if isinstance(self._text_config.get(key), int):
-                return int(self._text_config[key])
+            if isinstance(self.text_config.get(key), int):
+                return int(self.text_config[key])
         return None
 
     def parameters(self) -> int:
@@ -81,6 +81,12 @@ class ModelRef:
             return {}
         wanted = (".json", ".safetensors", ".model", ".jinja", ".txt", ".py")
         return {f.name: sha256(f) for f in sorted(self.path.iterdir()) if f.is_file() and f.suffix in wanted}
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of a `config.json`, the language model's part: all of it, unless the model sees or hears, too."""
+    nested = config.get("text_config")
+    return nested if isinstance(nested, dict) and nested else config
 
 
 def read_config(path: str | Path) -> dict[str, Any]:

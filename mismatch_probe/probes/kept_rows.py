@@ -85,8 +85,7 @@ class KeptRows:
         return chosen
 
     def _check_space(self, rows: int) -> None:
-        text = self._plan.model.config.get("text_config") or self._plan.model.config
-        needed = file_bytes(rows, int(text["vocab_size"]))
+        needed = file_bytes(rows, int(self._plan.model.text_config["vocab_size"]))
         free = shutil.disk_usage(self._run.path).free
         if needed > free:
             gib = 1 << 30

@@ -195,17 +195,16 @@ def _seconds(plan: Plan, dtype: str, parameters: int, tokens: int) -> float:
 def disk_gib(plan: Plan, rows: list[PassEstimate]) -> float:
     """Disk of the tables, before compression (about 36 bytes a token row), and of the rows of logits that are kept."""
     engines = [row for row in rows if row.pass_id.startswith("vllm")]
-    nested = plan.model.config.get("text_config") or plan.model.config
     kept = 0
     for row in engines if plan.config.exact_kl else ():
         most = row.tokens if plan.config.exact_kl == "all" else min(row.tokens, int(plan.config.exact_kl))
-        kept += file_bytes(most, int(nested.get("vocab_size", 0)))
+        kept += file_bytes(most, int(plan.model.text_config.get("vocab_size", 0)))
     return (36 * sum(row.tokens for row in rows) + kept) / devices.GIB
 
 
 def kv_cache_gib(plan: Plan) -> int:
     """KV cache for vLLM on a CPU: what the whole batch can need, between 1 and 16 GiB."""
-    config = plan.model.config.get("text_config") or plan.model.config
+    config = plan.model.text_config
     layers = int(config.get("num_hidden_layers", 32))
     heads = int(config.get("num_key_value_heads") or config.get("num_attention_heads", 32))
     size = int(

@@ -39,8 +39,7 @@ def check_recorded(recorded: RecordedRun, model: ModelRef) -> None:
     """
     if not model.config:
         return
-    nested = model.config.get("text_config")
-    vocabulary = int((nested if isinstance(nested, dict) else model.config)["vocab_size"])
+    vocabulary = int(model.text_config["vocab_size"])
     prompts, responses = recorded.prompt_token_ids, recorded.response_token_ids
     total = prompts.lengths + responses.lengths
     empty = np.flatnonzero(prompts.lengths == 0)

@@ -28,6 +28,11 @@ def peak_bytes(device: Any) -> int | None:
         import torch
 
         return int(torch.cuda.max_memory_allocated(device))
+    return resident_peak()
+
+
+def resident_peak() -> int | None:
+    """Bytes that this process had in memory at its most, since it began or `reset_peak`; None where unknown."""
     with suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mismatch_probe.engines.models import text_config
 from mismatch_probe.errors import EngineError
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def choose_sequences(
 
 def row_bytes(config: Mapping[str, Any], itemsize: int) -> int:
     """Bytes of a token's records: inputs and outputs of every layer, its blocks, and its projections."""
-    nested = config.get("text_config") or config
+    nested = text_config(config)
     hidden = int(nested.get("hidden_size") or nested.get("n_embd") or 4096)
     inner = int(nested.get("intermediate_size") or 4 * hidden)
     return (layers_of(config) or 32) * (16 * hidden + 4 * inner) * itemsize
@@ -78,7 +79,7 @@ def row_bytes(config: Mapping[str, Any], itemsize: int) -> int:
 
 def layers_of(config: Mapping[str, Any]) -> int:
     """Decoder layers by `config.json`, under whatever name an architecture has for them; 0 where it has none."""
-    nested = config.get("text_config") or config
+    nested = text_config(config)
     names = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
     return next((int(nested[name]) for name in names if nested.get(name)), 0)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mismatch_probe.engines.attribute.trace import layers_of
+from mismatch_probe.engines.models import text_config
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,7 @@ class Context:
     @property
     def nested(self) -> Mapping[str, Any]:
         """The text model's part of the configuration."""
-        found: Mapping[str, Any] = self.model.get("text_config") or self.model
-        return found
+        return text_config(self.model)
 
     @property
     def mixed(self) -> bool:
