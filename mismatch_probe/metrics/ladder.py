@@ -10,8 +10,8 @@ Shape legend: `N` tokens, `P` prompts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,13 +19,14 @@ from numpy.typing import NDArray
 
 from mismatch_probe.metrics import scales
 from mismatch_probe.metrics.chunks import group_sums
-from mismatch_probe.metrics.intervals import Estimate, evaluate, join_why
+from mismatch_probe.metrics.intervals import Estimate, evaluate, infer, join_why, metric_value
 from mismatch_probe.types import MetricValue
 
 Floats = NDArray[np.float64]
 UNCHANGED = "no token changed"
 NO_TOKENS = "no token is finite in all readings"
 NO_GAP = "there is no gap"
+CLOSED = "no gap is left"
 # An end of an interval that is so many times the value is no end.
 _USELESS = 100.0
 
@@ -73,6 +74,34 @@ class Rung:
     rms: MetricValue
     mean: MetricValue
     share: MetricValue
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a change does to a gap, paired by prompt.
+
+    Attributes:
+        rms: Of the gap with the change, nats.
+        k3: Of the gap with the change, nats.
+        rms_ratio: `rms` over that of the gap without it.
+        k3_ratio: The same of `k3`.
+        shift: RMS by which the change moved log-probs, nats.
+        p_value: Two-sided, of `rms_ratio` being 1: below 0.05 exactly where its interval leaves 1 out; None where it
+            has no interval.
+    """
+
+    rms: MetricValue
+    k3: MetricValue
+    rms_ratio: MetricValue
+    k3_ratio: MetricValue
+    shift: MetricValue
+    p_value: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {
+            name: value.as_dict() if isinstance(value, MetricValue) else value for name, value in vars(self).items()
+        }
 
 
 def climb(levels: Sequence[Floats], tokens: TokenPrompts, *, seed: int = 0, replicates: int = 1000) -> list[Rung]:
@@ -129,10 +158,8 @@ def gap(d: Floats, tokens: TokenPrompts, *, seed: int = 0, replicates: int = 100
     return {name: _bounded(value) for name, value in measured.items()}
 
 
-def change(
-    before: Floats, after: Floats, tokens: TokenPrompts, *, seed: int = 0, replicates: int = 1000
-) -> dict[str, MetricValue]:
-    """What a change does to a gap, paired by prompt.
+def change(before: Floats, after: Floats, tokens: TokenPrompts, *, seed: int = 0, replicates: int = 1000) -> Change:
+    """What a change does to a gap.
 
     Args:
         before: `[N]` d without it, nats.
@@ -142,30 +169,40 @@ def change(
         replicates: Of the bootstrap.
 
     Returns:
-        `rms` and `k3` of the gap with the change, `rms_ratio` and `k3_ratio` over those without it, and `shift`, the
-        RMS by which it moved log-probs. None of them has a value where the change makes a token not finite that was
-        finite without it: its hardest tokens would be missing.
+        Nothing in it has a value where the change makes a token not finite that was finite without it: its hardest
+        tokens would be missing.
     """
     lost = int((np.isfinite(before) & ~np.isfinite(after)).sum())
     if lost:
         broken = MetricValue(None, why=f"the change makes {lost} tokens not finite")
-        return dict.fromkeys(("rms", "k3", "rms_ratio", "k3_ratio", "shift"), broken)
+        return Change(broken, broken, broken, broken, broken)
     finite = np.isfinite(before) & np.isfinite(after)
     before, after, tokens = before[finite], after[finite], tokens.where(finite)
-    found = gap(after, tokens, seed=seed, replicates=replicates)
+    own = gap(after, tokens, seed=seed, replicates=replicates)
+    none = MetricValue(None, why=NO_GAP if finite.any() else NO_TOKENS)
+    found = Change(own["rms"], own["k3"], none, none, none)
     if not finite.any():
-        return found | dict.fromkeys(("rms_ratio", "k3_ratio", "shift"), MetricValue(None, why=NO_TOKENS))
+        return found
     if not (after - before).any():
-        one = MetricValue(1.0 if before.any() else None, why=UNCHANGED if before.any() else NO_GAP)
-        return found | {"rms_ratio": one, "k3_ratio": one, "shift": MetricValue(0.0, why=UNCHANGED)}
+        one = MetricValue(1.0, why=UNCHANGED) if before.any() else none
+        return replace(found, rms_ratio=one, k3_ratio=one, shift=MetricValue(0.0, why=UNCHANGED))
     estimates = {"shift": tokens.estimate(scales.log_root_mean, scales.exp, (after - before) ** 2)}
-    if before.any() and after.any():
+    if before.any() and not after.any():
+        several = len(np.unique(tokens.prompt)) > 1
+        end = 0.0 if several else None
+        closed = MetricValue(0.0, end, end, CLOSED)
+        found = replace(found, rms_ratio=closed, k3_ratio=closed, p_value=0.0 if several else None)
+    elif before.any():
         estimates["rms_ratio"] = tokens.estimate(_log_root_ratio, scales.exp, after**2, before**2)
         estimates["k3_ratio"] = tokens.estimate(_log_ratio, scales.exp, scales.k3(after), scales.k3(before))
-    else:
-        found |= dict.fromkeys(("rms_ratio", "k3_ratio"), MetricValue(None, why=NO_GAP))
-    measured = evaluate(estimates, seed=seed, replicates=replicates)
-    return found | {name: _bounded(value) for name, value in measured.items()}
+    inferred = infer(estimates, seed=seed, replicates=replicates)
+    measured = {name: _bounded(metric_value(name, estimates[name], inferred[name])) for name in estimates}
+    found = replace(found, shift=measured["shift"])
+    if "rms_ratio" not in measured:
+        return found
+    ratio = measured["rms_ratio"]
+    p_value = None if ratio.ci_low is None else inferred["rms_ratio"].p_value(0.0)
+    return replace(found, rms_ratio=ratio, k3_ratio=measured["k3_ratio"], p_value=p_value)
 
 
 def share_of_squares(d: Floats, chosen: NDArray[np.bool_], tokens: TokenPrompts, *, seed: int = 0) -> MetricValue:
@@ -178,34 +215,6 @@ def share_of_squares(d: Floats, chosen: NDArray[np.bool_], tokens: TokenPrompts,
         return MetricValue(0.0, why="none of its tokens differs")
     estimate = tokens.estimate(_ratio, scales.as_is, d**2 * chosen, d**2)
     return evaluate({"share": estimate}, seed=seed, replicates=0)["share"]
-
-
-def two_sided(
-    rollout: Mapping[bool, Floats],
-    trainer: Mapping[bool, Floats],
-    tokens: TokenPrompts,
-    *,
-    seed: int = 0,
-    replicates: int = 1000,
-) -> dict[str, dict[str, MetricValue]]:
-    """A change on neither side, one, and both.
-
-    Args:
-        rollout: `[N]` log-probs without (False) and with (True) the change.
-        trainer: The same.
-        tokens: Whose they are.
-        seed: Of the bootstrap.
-        replicates: Of the bootstrap.
-
-    Returns:
-        By `neither`, `rollout`, `trainer`, `both`: what `change` gives against neither.
-    """
-    neither = trainer[False] - rollout[False]
-    sides = {"neither": (False, False), "rollout": (True, False), "trainer": (False, True), "both": (True, True)}
-    return {
-        name: change(neither, trainer[t] - rollout[r], tokens, seed=seed, replicates=replicates)
-        for name, (r, t) in sides.items()
-    }
 
 
 def _bounded(value: MetricValue) -> MetricValue:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
+from matplotlib.markers import CARETLEFT
 from matplotlib.ticker import MaxNLocator
 
 from mismatch_probe.report.attribute_inside import (
@@ -161,7 +163,7 @@ def knobs_figure(document: Document) -> Figure:
                 axes.get_yticklabels()[y].set_fontweight("bold")
             else:
                 _draw_knob(axes, y, line)
-        axes.set_xlabel("RMS of the gap with the setting / without it; filled where the 95 % interval leaves 1 out")
+        axes.set_xlabel("RMS of the gap with the setting / without it; filled where it differs from 1 (Holm, 5 %)")
         heading_beside(axes, "ratio, 95 % interval", 10)
         heading_beside(axes, "time", _TIME_COLUMN)
         if any(row["note"] for row in measured):
@@ -171,7 +173,11 @@ def knobs_figure(document: Document) -> Figure:
 
 
 def _sorted(rows: Any) -> list[Document]:
-    return sorted(rows, key=lambda row: value_of(row["rms_ratio"]) or float("inf"))
+    def ratio(row: Document) -> float:
+        value = value_of(row["rms_ratio"])
+        return math.inf if value is None else value
+
+    return sorted(rows, key=ratio)
 
 
 def _marked(row: Document) -> str:
@@ -183,9 +189,10 @@ def _draw_knob(axes: Axes, y: int, row: Document) -> None:
     ends, value = limits_of(ratio), value_of(ratio)
     if ends is not None:
         whisker(axes, y, ends, mark.color)
-    if value:
-        sure = ends is not None and not ends[0] <= 1.0 <= ends[1]
-        face = mark.color if sure else "white"
+    if value == 0:  # not on a logarithmic axis
+        axes.plot([axes.get_xlim()[0]], [y], marker=CARETLEFT, color=mark.color, markersize=6)
+    elif value:
+        face = mark.color if row["differs"] else "white"
         axes.plot([value], [y], mark.marker, color=mark.color, markerfacecolor=face, markersize=5.5, zorder=3)
     # A ratio without an interval says why in its place.
     text = f"{number(value)} {_limits(ratio) or row_label(ratio.get('why', ''))[:24]}"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mismatch_probe.report.attribute_tables import AttributedSection, inside_sections, nothing, value_cell
 from mismatch_probe.report.attribute_words import (
     class_names,
+    doubt,
     fix_wanted,
     fixes_text,
     nutshell,
@@ -117,7 +118,9 @@ def _knobs(document: Document) -> AttributedSection:
     measured.sort(key=lambda row: (order.get(row["side"], 2), _value(row["rms_ratio"])))
     text = (
         "One setting changed at a time, against the same readings without it. A ratio below 1 is a smaller gap; the "
-        "shift is how far the setting moves log-probs, towards the other side or not. " + _nulls(document)
+        "shift is how far the setting moves log-probs, towards the other side or not. Whether a setting alters the gap "
+        "at all is tested for all of them together, those on both sides included (Holm); an interval that leaves 1 out "
+        "although that test does not says so. " + _nulls(document)
         if measured
         else "No setting was measured."
     )
@@ -145,7 +148,7 @@ def _knob_row(row: Document) -> tuple[str, ...]:
     return (
         stacked(visible(row["change"]), visible(row["name"])),
         visible(row["side"]),
-        value_cell(row["rms_ratio"]),
+        stacked(value_cell(row["rms_ratio"]), doubt(row)),
         value_cell(row["k3_ratio"]),
         value_cell(row["shift"]),
         _times(row["time_ratio"]),

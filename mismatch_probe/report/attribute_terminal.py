@@ -9,7 +9,15 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from mismatch_probe.report.attribute_words import nutshell, share_percent, share_percents, unmeasured, warnings
+from mismatch_probe.report.attribute_words import (
+    doubt,
+    leaves_one_out,
+    nutshell,
+    share_percent,
+    share_percents,
+    unmeasured,
+    warnings,
+)
 from mismatch_probe.report.format import interval, number, visible
 from mismatch_probe.report.names import precision_label
 
@@ -104,9 +112,9 @@ def _top(knobs: Sequence[Document]) -> list[Document]:
 
     def moves(row: Document) -> float:
         ratio = row["rms_ratio"]
-        low, high = ratio["ci_low"], ratio["ci_high"]
-        sure = low is not None and high is not None and not low <= 1.0 <= high
-        return abs(math.log(ratio["value"])) if sure and ratio["value"] else 0.0
+        if not leaves_one_out(ratio):
+            return 0.0
+        return abs(math.log(ratio["value"])) if ratio["value"] else math.inf
 
     measured = [row for row in knobs if row["status"] == "measured" and moves(row)]
     found: list[Document] = []
@@ -126,7 +134,8 @@ def _knobs(rows: Sequence[Document]) -> Table:
         ratio, time = row["rms_ratio"], row["time_ratio"]
         limits = interval(ratio["ci_low"], ratio["ci_high"])
         name = Text(visible(row["change"]))
-        name.append(f" ({visible(row['note'])})" if row["note"] else "", style="yellow")
+        notes = "; ".join(text for text in (visible(row["note"]), doubt(row)) if text)
+        name.append(f" ({notes})" if notes else "", style="yellow")
         cells = (Text(visible(row["side"])), _estimate(f"{number(ratio['value'])}×", limits))
         table.add_row(name, *cells, Text("–" if time is None else f"{number(time)}×"))
     return table

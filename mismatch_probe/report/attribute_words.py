@@ -58,7 +58,7 @@ def _change(document: Document) -> str:
     if not changes:
         measured = any(row["status"] == "measured" for row in document["knobs"])
         return (
-            "No setting that was measured makes the gap smaller by an interval that leaves 1 out." if measured else ""
+            "No setting that was measured makes the gap smaller, at 5 % for all of them together." if measured else ""
         )
     best = max(changes, key=lambda cause: cause["share"])
     share = share_text({"value": best["share"], "ci_low": best["ci_low"], "ci_high": best["ci_high"]})
@@ -74,6 +74,8 @@ def places(document: Document) -> tuple[list[str], str]:
     }
     quiet = [name for name in dtype_order(found) if found[name]["verdict"] == NO_LAYER]
     faults = [place(found[name], name) for name in dtype_order(found) if name not in quiet]
+    steps = [unexplained(document["layers"]["dtypes"][name], name) for name in quiet]
+    faults += [text for text in steps if text]
     if not quiet:
         return faults, ""
     largest = max(found[name]["score"] for name in quiet)
@@ -81,6 +83,17 @@ def places(document: Document) -> tuple[list[str], str]:
     return faults, (
         f"No single layer stands out in {names}: the largest score of a module is {score_text(largest)}, of a "
         f"threshold of {THRESHOLD:g}."
+    )
+
+
+def unexplained(row: Document, dtype: str) -> str:
+    """What a layer's step says that no module in it does; nothing where they agree."""
+    first = row["first_beyond"]
+    if first is None or row["located"]["verdict"] != NO_LAYER:
+        return ""
+    return (
+        f"In {visible(dtype)}, the step of layer {first} is beyond the threshold though no module is: small "
+        "differences add up, or the layers of this model hand on their result in a way that is not known here."
     )
 
 
@@ -147,6 +160,18 @@ def warnings(document: Document) -> list[str]:
     if document["n_nonfinite"]:
         found.append(f"{count(document['n_nonfinite'])} tokens are not finite on one side and are left out.")
     return [*found, *(f"{visible(name)} failed: {visible(why)}" for name, why in document["failed"].items())]
+
+
+def leaves_one_out(ratio: Document) -> bool:
+    """Whether the interval of a ratio does not hold 1."""
+    low, high = ratio["ci_low"], ratio["ci_high"]
+    return low is not None and high is not None and not low <= 1.0 <= high
+
+
+def doubt(row: Document) -> str:
+    """What is said of a setting whose interval leaves 1 out, but which so many tests may have brought about."""
+    unsure = leaves_one_out(row["rms_ratio"]) and row["differs"] is False
+    return f"p = {number(row['p_holm'])} among all" if unsure else ""
 
 
 def unmeasured(document: Document) -> list[Document]:

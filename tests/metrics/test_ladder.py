@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mismatch_probe.metrics.ladder import (
+    CLOSED,
     NO_GAP,
     UNCHANGED,
     TokenPrompts,
@@ -16,7 +17,6 @@ from mismatch_probe.metrics.ladder import (
     climb,
     gap,
     share_of_squares,
-    two_sided,
 )
 
 PROMPTS, EACH = 40, 25
@@ -106,12 +106,12 @@ def test_a_change_is_paired_by_prompt() -> None:
     # Prompts differ a hundredfold, but the change halves every one of them.
     before = np.repeat(10 ** rng.uniform(-2, 0, PROMPTS), EACH) * rng.standard_normal(PROMPTS * EACH)
     found = change(before, before / 2, tokens_of())
-    ratio = found["rms_ratio"]
+    ratio = found.rms_ratio
     assert ratio.value == pytest.approx(0.5, rel=1e-12)
     assert ratio.ci_low == pytest.approx(0.5, rel=1e-6)
     assert ratio.ci_high == pytest.approx(0.5, rel=1e-6)
-    assert found["shift"].value == pytest.approx(np.sqrt(np.mean(before**2)) / 2)
-    assert found["k3_ratio"].value == pytest.approx(
+    assert found.shift.value == pytest.approx(np.sqrt(np.mean(before**2)) / 2)
+    assert found.k3_ratio.value == pytest.approx(
         np.mean(np.expm1(before / 2) - before / 2) / np.mean(np.expm1(before) - before)
     )
 
@@ -121,13 +121,13 @@ def test_a_change_is_paired_by_prompt() -> None:
 def test_a_change_to_itself_changes_nothing(seed: int, scale: float) -> None:
     d = scale * np.random.default_rng(seed).standard_normal(PROMPTS * EACH)
     found = change(d, d.copy(), tokens_of(), replicates=50)
-    assert (found["rms_ratio"].value, found["shift"].value, found["shift"].why) == (1.0, 0.0, UNCHANGED)
+    assert (found.rms_ratio.value, found.shift.value, found.shift.why) == (1.0, 0.0, UNCHANGED)
 
 
 def test_an_interval_holds_a_ratio_that_is_one() -> None:
     rng = np.random.default_rng(4)
     before, after = rng.standard_normal((2, PROMPTS * EACH))
-    ratio = change(before, after, tokens_of())["rms_ratio"]
+    ratio = change(before, after, tokens_of()).rms_ratio
     assert ratio.ci_low is not None
     assert ratio.ci_high is not None
     assert ratio.ci_low < 1 < ratio.ci_high
@@ -138,18 +138,20 @@ def test_a_change_that_breaks_tokens_has_no_ratio() -> None:
     after = 0.1 * before
     after[:5] = np.nan
     found = change(before, after, tokens_of(2, 25))
-    assert all(value.value is None for value in found.values())
-    assert found["rms_ratio"].why == "the change makes 5 tokens not finite"
+    values = (found.rms, found.k3, found.rms_ratio, found.k3_ratio, found.shift)
+    assert all(value.value is None for value in values)
+    assert found.p_value is None
+    assert found.rms_ratio.why == "the change makes 5 tokens not finite"
     # What was broken before is nothing that the change does.
-    assert change(np.where(np.isnan(after), np.nan, before), after, tokens_of(2, 25))["rms_ratio"].value is not None
+    assert change(np.where(np.isnan(after), np.nan, before), after, tokens_of(2, 25)).rms_ratio.value is not None
 
 
 def test_a_gap_of_nothing() -> None:
     assert gap(np.zeros(50), tokens_of(2, 25))["rms"].value == 0
-    assert change(np.zeros(50), np.zeros(50), tokens_of(2, 25))["rms_ratio"].value is None
+    assert change(np.zeros(50), np.zeros(50), tokens_of(2, 25)).rms_ratio.value is None
     one = change(np.zeros(50), np.ones(50), tokens_of(2, 25))
-    assert one["rms_ratio"].value is None
-    assert one["rms"].value == pytest.approx(1)
+    assert one.rms_ratio.value is None
+    assert one.rms.value == pytest.approx(1)
 
 
 def test_shares_of_squares_of_some_tokens() -> None:
@@ -160,15 +162,27 @@ def test_shares_of_squares_of_some_tokens() -> None:
     assert share_of_squares(d, np.zeros_like(chosen), tokens_of()).value == 0
 
 
-def test_four_cells_of_a_change_on_both_sides() -> None:
-    rng = np.random.default_rng(5)
-    noise = rng.standard_normal((2, PROMPTS * EACH))
-    # Both sides share an error that the change takes away: alone it hurts, together it helps.
-    shared = rng.standard_normal(PROMPTS * EACH)
-    rollout = {False: shared + 0.1 * noise[0], True: np.zeros(PROMPTS * EACH)}
-    trainer = {False: shared + 0.1 * noise[1], True: np.zeros(PROMPTS * EACH)}
-    cells = two_sided(rollout, trainer, tokens_of())
-    assert cells["rollout"]["rms_ratio"].ci_low > 1
-    assert cells["trainer"]["rms_ratio"].ci_low > 1
-    assert cells["both"]["rms"].value == 0
-    assert cells["neither"]["rms_ratio"].value == 1
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 1000), shrink=st.floats(0.9, 1.1))
+def test_a_p_value_says_what_its_interval_says(seed: int, shrink: float) -> None:
+    before, noise = np.random.default_rng(seed).standard_normal((2, PROMPTS * EACH))
+    found = change(before, shrink * before + 0.3 * noise, tokens_of(), replicates=100)
+    assert found.p_value is not None
+    assert found.rms_ratio.ci_low is not None
+    assert found.rms_ratio.ci_high is not None
+    assert (found.p_value < 0.05) == (not found.rms_ratio.ci_low <= 1 <= found.rms_ratio.ci_high)
+
+
+def test_a_change_that_leaves_no_gap() -> None:
+    found = change(np.ones(50), np.zeros(50), tokens_of(2, 25))
+    ratio = found.rms_ratio
+    assert (ratio.value, ratio.ci_low, ratio.ci_high, ratio.why) == (0.0, 0.0, 0.0, CLOSED)
+    assert (found.k3_ratio.value, found.p_value, found.shift.value) == (0.0, 0.0, 1.0)
+    alone = change(np.ones(50), np.zeros(50), tokens_of(1, 50))
+    assert (alone.rms_ratio.value, alone.rms_ratio.ci_low, alone.p_value) == (0.0, None, None)
+
+
+def test_what_has_no_interval_has_no_p_value() -> None:
+    assert change(np.ones(50), np.ones(50), tokens_of(2, 25)).p_value is None
+    assert change(np.zeros(50), np.ones(50), tokens_of(2, 25)).p_value is None
+    assert change(np.ones(50), 2 * np.ones(50), tokens_of(1, 50)).p_value is None

@@ -18,6 +18,7 @@ from mismatch_probe.engines.attribute.trace import MOST_BYTES, MOST_ROWS, choose
 from mismatch_probe.errors import EngineError, TableError, UsageError
 from mismatch_probe.probes.attribute.availability import Context
 from mismatch_probe.probes.attribute.baseline import Baseline, open_baseline
+from mismatch_probe.probes.attribute.effects import TWO_SIDED, alters, judge
 from mismatch_probe.probes.attribute.knobs import choose, knobs_of
 from mismatch_probe.probes.attribute.measure import Readings
 from mismatch_probe.probes.attribute.names import AT_ROLLOUT, PREFILL, REPLAY, TRAINER
@@ -143,6 +144,56 @@ def test_a_knob_that_halves_the_gap(plant: Callable[..., Planted]) -> None:
     causes = [cause for cause in document["causes"] if cause["kind"] == "change"]
     assert causes[0]["share"] >= 0.74
     assert document["fixes"]["why"]
+
+
+def test_what_both_sides_share_hurts_where_one_side_alone_loses_it(plant: Callable[..., Planted]) -> None:
+    planted = plant(knobs=("rollout:fp32-head", "trainer:fp32-head"))
+    base = planted.base
+    largest = float(np.abs(base.trainer_logprobs - base.rollout_logprobs).max())
+    shared = planted.noisy(np.zeros(len(base.rollout_logprobs)), 10 * largest)
+    planted.put("rollout-fp32-head", base.rollout_logprobs - shared)
+    planted.put("trainer-fp32-head", base.trainer_logprobs - shared)
+    document = document_of(planted)
+    row = next(row for row in document["two_sided"] if row["name"] == "FP32 head")
+    assert row["hurts"] == ["rollout", "trainer"]
+    assert row["cells"]["neither"]["rms_ratio"]["value"] == 1
+    assert row["cells"]["rollout"]["rms"] == knob_of(document, "rollout-fp32-head")["rms"]
+    assert row["cells"]["both"]["rms"]["value"] == pytest.approx(document["gap"]["rms"]["value"], rel=1e-3)
+    assert not any(cause["kind"] == "change" for cause in document["causes"])
+
+
+def test_a_setting_that_leaves_no_gap_is_a_cause(plant: Callable[..., Planted]) -> None:
+    planted = plant(knobs=("rollout:fp32-head",))
+    planted.put("rollout-fp32-head", planted.base.trainer_logprobs)
+    document = document_of(planted)
+    row = knob_of(document, "rollout-fp32-head")
+    assert (row["rms_ratio"]["value"], row["differs"]) == (0.0, True)
+    [cause] = [cause for cause in document["causes"] if cause["kind"] == "change"]
+    assert (cause["share"], cause["ci_low"], cause["ci_high"]) == (1.0, 1.0, 1.0)
+
+
+def test_settings_are_judged_together() -> None:
+    def setting(p: float | None, ratio: float = 0.9) -> dict[str, Any]:
+        return {"status": "measured", "p_value": p, "rms_ratio": {"value": ratio}}
+
+    rollout, trainer = TWO_SIDED["FP16"]
+    knobs = {rollout: setting(0.02, 1.1), trainer: setting(0.001), "rollout-batch-1": setting(None)}
+    knobs["rollout-attention-flashinfer"] = {"status": "unavailable"}
+    cells = {"neither": setting(None), "rollout": setting(0.02, 1.1), "trainer": setting(0.001), "both": setting(0.04)}
+    two_sided = [{"name": "FP16", "cells": cells, "hurts": []}, {"name": "FP32 head", "cells": {}, "hurts": []}]
+    judge(knobs, two_sided)
+    # Three tests: 0.001 × 3, 0.02 × 2, and 0.04, which is not below those before it.
+    assert [knobs[name]["p_holm"] for name in (trainer, rollout)] == pytest.approx([0.003, 0.04])
+    assert cells["both"]["p_holm"] == pytest.approx(0.04)
+    assert (cells["rollout"]["differs"], cells["trainer"]["differs"]) == (True, True)
+    assert two_sided[0]["hurts"] == ["rollout"]
+    assert (knobs["rollout-batch-1"]["p_holm"], knobs["rollout-batch-1"]["differs"]) == (None, None)
+    assert knobs["rollout-attention-flashinfer"] == {"status": "unavailable"}
+    # One more test, and 0.02 alone says nothing any more.
+    more = {name: setting(row["p_value"]) for name, row in knobs.items() if "p_value" in row}
+    judge(more | {"trainer-fp32-mlp": setting(0.03), "trainer-fp32-rope": setting(0.5)}, [])
+    assert more[rollout]["p_holm"] == pytest.approx(0.06)
+    assert not alters(more[rollout], larger=False)
 
 
 def test_a_knob_on_some_of_the_sequences_is_compared_on_those(plant: Callable[..., Planted]) -> None:

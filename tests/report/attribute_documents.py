@@ -26,7 +26,13 @@ def effect(ratio: float, share: float = 0.05) -> dict[str, Any]:
         "rms_ratio": metric(ratio, share),
         "k3_ratio": metric(ratio**2, 2 * share),
         "shift": metric(0.03, share),
+        "p_value": 0.01,
     }
+
+
+def judged(p: float | None) -> dict[str, Any]:
+    """What all tests together say of a setting."""
+    return {"p_holm": p, "differs": None if p is None else p < 0.05}
 
 
 def knob(side: str, key: str, ratio: float | None = None, **changes: Any) -> dict[str, Any]:
@@ -40,14 +46,14 @@ def knob(side: str, key: str, ratio: float | None = None, **changes: Any) -> dic
         "why": f"no {key} here" if ratio is None else "",
     }
     if ratio is not None:
-        row |= effect(ratio)
+        row |= effect(ratio) | judged(0.02)
         row |= {"n_tokens": 1949, "time_ratio": 1.5, "peak_gib": 2.25, "memory_ratio": 1.1, "note": ""}
     return row | changes
 
 
 def unchanged() -> dict[str, Any]:
     one, none = bare(1.0, "no token changed"), bare(0.0, "no token changed")
-    return {"rms_ratio": one, "k3_ratio": one, "shift": none}
+    return {"rms_ratio": one, "k3_ratio": one, "shift": none, "p_value": None, **judged(None)}
 
 
 def _ladder() -> dict[str, Any]:
@@ -102,7 +108,8 @@ def _inside(scale: float) -> dict[str, Any]:
 
 
 def _two_sided() -> list[dict[str, Any]]:
-    cells = {"neither": effect(1.0) | unchanged(), "rollout": effect(1.5), "trainer": effect(1.4), "both": effect(0.1)}
+    cells = {"neither": effect(1.0) | unchanged()}
+    cells |= {side: effect(ratio) | judged(0.02) for side, ratio in (("rollout", 1.5), ("trainer", 1.4), ("both", 0.1))}
     known = {"name": "FP16", "cells": cells, "best": "both", "hurts": ["rollout", "trainer"], "why": ""}
     return [known, {"name": "FP8 keys and values", "cells": {}, "best": None, "why": "no kv-fp8 here"}]
 
@@ -149,7 +156,7 @@ def routers() -> dict[str, Any]:
 def attribution(**changes: Any) -> dict[str, Any]:
     """Of a dense model that nothing stands out in; `changes` replace what is at the top."""
     knobs = [
-        knob("rollout", "batch-1", 1.02),
+        knob("rollout", "batch-1", 1.02, **judged(1.0)),
         knob("rollout", "prefix-cache", 1.0, **unchanged()),
         knob("rollout", "kv-fp8", 5.0, rms_ratio={"value": 5.0, "ci_low": 2.0, "ci_high": 150.0}),
         knob("rollout", "fp32-head", 0.8, note="the backend changed with it: A → B"),
@@ -246,7 +253,7 @@ def nulls() -> dict[str, Any]:
         layer |= {"lens_kl": None}
     for row in document["fixes"]["rows"][:3]:
         row |= {"trainer_error_ratio": None}
-    document["knobs"][0] |= {"rms_ratio": bare(None, "there is no gap")}
+    document["knobs"][0] |= {"rms_ratio": bare(None, "there is no gap"), **judged(None)}
     document["fixes"] |= {"whole_trainer_in_fp32": None, "cheapest": None}
     document["experts"]["engine_routes"] |= {"rms": bare(None, "no token is finite"), "rms_ratio": bare(None, "")}
     return document

@@ -12,7 +12,19 @@ from mismatch_probe.report.attribute_figures import draw_attribution, fixes_figu
 from mismatch_probe.report.attribute_inside import experts_figure, layers_figure, lens_figure
 from mismatch_probe.report.attribute_rows import ratio_ticks
 from mismatch_probe.report.names import ATTRIBUTE_GUIDES
-from tests.report.attribute_documents import LAYERS, attribution, bare, empty, faulty, hostile, metric, nulls, routers
+from tests.report.attribute_documents import (
+    LAYERS,
+    attribution,
+    bare,
+    empty,
+    faulty,
+    hostile,
+    judged,
+    knob,
+    metric,
+    nulls,
+    routers,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -129,6 +141,24 @@ def test_what_is_sure_is_filled_and_what_is_not_says_why() -> None:
     assert "1.50×" in text
     assert text.count("–") == 1
     assert figure.get_supxlabel() == "† see its note in the table of settings"
+
+
+def test_a_setting_that_leaves_no_gap_comes_first_as_an_arrow_and_one_in_doubt_is_empty() -> None:
+    document = attribution()
+    document["knobs"] += [
+        knob("rollout", "batch-invariant", 0.0),
+        knob("rollout", "eager", 0.9, **judged(0.13)),
+    ]
+    (axes,) = knobs_figure(document).axes
+    assert names_of(axes)[:4] == [
+        "rollout settings",
+        "batch-invariant changed",
+        "fp32-head changed †",
+        "eager changed",
+    ]
+    assert 1.0 in arrows_of(axes)
+    empty = [line for line in axes.lines if line.get_markerfacecolor() == "white"]
+    assert 3.0 in [float(np.asarray(line.get_ydata())[0]) for line in empty]
 
 
 @pytest.mark.parametrize(

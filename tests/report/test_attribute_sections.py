@@ -13,7 +13,18 @@ from mismatch_probe.report.attribute_tables import AttributedSection
 from mismatch_probe.report.html import render_html
 from mismatch_probe.report.markdown import render_markdown
 from mismatch_probe.report.names import ATTRIBUTE_GUIDES
-from tests.report.attribute_documents import attribution, bare, cause, empty, faulty, hostile, nulls, routers
+from tests.report.attribute_documents import (
+    attribution,
+    bare,
+    cause,
+    empty,
+    faulty,
+    hostile,
+    judged,
+    knob,
+    nulls,
+    routers,
+)
 from tests.report.test_audit_page import Page
 
 if TYPE_CHECKING:
@@ -73,9 +84,17 @@ def test_what_is_everywhere_or_outside_is_said(verdict: str, name: str, words: s
 def test_no_change_that_helps_is_said() -> None:
     document = attribution(causes=[cause(1, "rung", "decode → prefill", 0.7)])
     assert (
-        "No setting that was measured makes the gap smaller by an interval that leaves 1 out."
+        "No setting that was measured makes the gap smaller, at 5 % for all of them together."
         in attribution_view(document).texts
     )
+
+
+def test_an_interval_that_many_tests_do_not_bear_out_says_so() -> None:
+    document = attribution()
+    document["knobs"].append(knob("trainer", "fp32-mlp", 0.9, **judged(0.134)))
+    view = attribution_view(document)
+    assert row(view, "knobs", "fp32-mlp")[2] == "0.900\n[0.855, 0.945]\np = 0.134 among all"
+    assert "among all" not in row(view, "knobs", "fp32-head")[2]
 
 
 def test_a_target_that_no_set_meets_and_one_that_cannot_be_met_are_said() -> None:

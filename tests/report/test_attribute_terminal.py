@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from mismatch_probe.report.attribute_terminal import print_attribution
-from tests.report.attribute_documents import attribution, cause, empty, faulty, hostile, nulls, routers
+from tests.report.attribute_documents import attribution, cause, empty, faulty, hostile, judged, nulls, routers
 from tests.report.terminal_text import assert_fits
 
 
@@ -75,6 +75,12 @@ def test_what_is_missing_says_why_in_place_of_a_table() -> None:
 
 def test_routers_are_part_of_the_result() -> None:
     assert "Routers disagree on 5.00 %" in printed(attribution(experts=routers()))
+
+
+def test_a_large_change_that_many_tests_do_not_bear_out_is_shown_with_its_doubt() -> None:
+    document = attribution()
+    document["knobs"][2] |= judged(0.183)
+    assert "(p = 0.183 among all)" in " ".join(printed(document, 120).split())
 
 
 def test_no_text_is_markup() -> None:

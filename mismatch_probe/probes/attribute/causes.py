@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mismatch_probe.probes.attribute.effects import alters
+
 # A share below this is not worth a line of its own.
 LEAST = 0.02
 _RUNG_ACTIONS = {
@@ -49,21 +51,20 @@ def _rungs(document: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _changes(document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Settings that make the gap smaller, by an interval that leaves 1 out, and move it more than noise does."""
+    """Settings that make the gap smaller, tested as one family, and move log-probs more than noise does."""
     found = []
     for row in document["knobs"]:
-        ratio = row.get("rms_ratio") or {}
-        if row["status"] != "measured" or ratio.get("value") is None or (ratio.get("ci_high") or 1.0) >= 1:
+        if row["status"] != "measured" or not alters(row, larger=False):
             continue
         if (row["shift"]["value"] or 0.0) <= (document["nulls"][row["side"]]["value"] or 0.0):
             continue
-        share = _closed(ratio)
+        share = _closed(row["rms_ratio"])
         if (share["value"] or 0.0) >= LEAST:
             found.append(_cause("change", f"{row['change']} at the {row['side']}", _sentence(row["action"]), share))
     for row in document["two_sided"]:
-        ratio = (row["cells"].get("both") or {}).get("rms_ratio") or {}
-        if row["best"] == "both" and (ratio.get("ci_high") or 1.0) < 1:
-            found.append(_cause("change", f"{row['name']} on both sides", _BOTH[row["name"]], _closed(ratio)))
+        if row["best"] == "both" and alters(row["cells"]["both"], larger=False):
+            share = _closed(row["cells"]["both"]["rms_ratio"])
+            found.append(_cause("change", f"{row['name']} on both sides", _BOTH[row["name"]], share))
     return found
 
 

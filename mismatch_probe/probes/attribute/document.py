@@ -10,7 +10,7 @@ import numpy as np
 from mismatch_probe.metrics import ladder
 from mismatch_probe.probes.attribute.causes import ranked_causes
 from mismatch_probe.probes.attribute.depth import layer_rows
-from mismatch_probe.probes.attribute.effects import knob_row, two_sided_rows
+from mismatch_probe.probes.attribute.effects import judge, knob_row, two_sided_rows
 from mismatch_probe.probes.attribute.evidence import Evidence, values
 from mismatch_probe.probes.attribute.experts import expert_rows
 from mismatch_probe.probes.attribute.fixes import fix_rows
@@ -25,6 +25,8 @@ def attribution_document(evidence: Evidence) -> dict[str, Any]:
     base, context = evidence.base, evidence.base.context
     finite = np.isfinite(base.rollout_logprobs) & np.isfinite(base.trainer_logprobs)
     knobs = {knob.name: knob_row(evidence, knob) for knob in evidence.readings.knobs}
+    two_sided = two_sided_rows(evidence, knobs)
+    judge(knobs, two_sided)
     document = {
         "schema_version": SCHEMA_VERSION,
         "tool_version": version("mismatch-probe"),
@@ -42,9 +44,9 @@ def attribution_document(evidence: Evidence) -> dict[str, Any]:
         "nulls": _nulls(evidence),
         "ladder": ladder_rows(evidence),
         "knobs": list(knobs.values()),
-        "two_sided": two_sided_rows(evidence, knobs),
+        "two_sided": two_sided,
         "layers": layer_rows(evidence, knobs),
-        "fixes": fix_rows(evidence),
+        "fixes": fix_rows(evidence, knobs),
         "experts": expert_rows(evidence),
         "failed": {name: part[0]["failed"] for name, part in evidence.parts.items() if "failed" in part[0]},
     }

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
 
 from mismatch_probe.metrics import ladder
-from mismatch_probe.probes.attribute.evidence import NOT_MEASURED, Evidence, values
+from mismatch_probe.metrics.multiplicity import SIGNIFICANCE, holm
+from mismatch_probe.probes.attribute.evidence import NOT_MEASURED, Evidence
 from mismatch_probe.probes.attribute.knobs import Knob
 from mismatch_probe.probes.attribute.names import REPLAY, TRAINER
 
@@ -65,7 +67,7 @@ def _effect(evidence: Evidence, knob: Knob) -> dict[str, Any]:
         gaps = (plain - other, changed - other)
     peaks = (part[0].get("peak_bytes"), before[0].get("peak_bytes"))
     return {
-        **values(ladder.change(*gaps, base.tokens.where(mask), seed=evidence.seed)),
+        **ladder.change(*gaps, base.tokens.where(mask), seed=evidence.seed).as_dict(),
         "n_tokens": int(mask.sum()),
         "time_ratio": part[0]["seconds"] / before[0]["seconds"] if same else None,
         "n_nonfinite": int((~np.isfinite(changed)).sum()),
@@ -96,24 +98,45 @@ def two_sided_rows(evidence: Evidence, knobs: Mapping[str, Mapping[str, Any]]) -
             rows.append({"name": name, "cells": {}, "best": None, "hurts": [], "why": why})
             continue
         plain_b, changed_b, plain_a, changed_a = (np.asarray(side) for side in sides)
-        cells = ladder.two_sided(
-            {False: plain_b, True: changed_b},
-            {False: plain_a, True: changed_a},
-            evidence.base.tokens,
-            seed=evidence.seed,
-        )
-        known = {cell: found["rms"].value for cell, found in cells.items() if found["rms"].value is not None}
-        hurts = [cell for cell, found in cells.items() if cell != "neither" and (found["rms_ratio"].ci_low or 0.0) > 1]
-        rows.append(
-            {
-                "name": name,
-                "cells": {cell: values(found) for cell, found in cells.items()},
-                "best": min(known, key=lambda cell: known[cell]) if known else None,
-                "hurts": hurts,
-                "why": "",
-            }
-        )
+        neither, tokens, seed = plain_a - plain_b, evidence.base.tokens, evidence.seed
+        cells = {
+            "neither": ladder.change(neither, neither, tokens, seed=seed).as_dict(),
+            "rollout": effect_of(knobs[rollout]),
+            "trainer": effect_of(knobs[trainer]),
+            "both": ladder.change(neither, changed_a - changed_b, tokens, seed=seed).as_dict(),
+        }
+        known = {cell: found["rms"]["value"] for cell, found in cells.items() if found["rms"]["value"] is not None}
+        best = min(known, key=lambda cell: known[cell]) if known else None
+        rows.append({"name": name, "cells": cells, "best": best, "hurts": [], "why": ""})
     return rows
+
+
+def effect_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a measured setting does to the gap, without what it costs."""
+    return {item.name: row[item.name] for item in fields(ladder.Change)}
+
+
+def judge(knobs: Mapping[str, dict[str, Any]], two_sided: Sequence[Mapping[str, Any]]) -> None:
+    """Adds to each setting, and to each change of both sides, whether it alters the gap: all are one family of tests.
+
+    `p_holm` is the p-value adjusted over the family (Holm 1979), `differs` whether it is below 5 %; both are None where
+    there is no test. `hurts` are the cells of a change that make the gap larger.
+    """
+    pairs = [row for row in two_sided if row["cells"]]
+    tests = [row for row in knobs.values() if row["status"] == "measured"]
+    tests += [row["cells"]["both"] for row in pairs]
+    for test, p in zip(tests, holm([test["p_value"] for test in tests]), strict=True):
+        test.update(p_holm=p, differs=None if p is None else p < SIGNIFICANCE)
+    for row in pairs:
+        cells = row["cells"]
+        for side, name in zip(("rollout", "trainer"), TWO_SIDED[row["name"]], strict=True):
+            cells[side] |= {key: knobs[name][key] for key in ("p_holm", "differs")}
+        row["hurts"].extend(cell for cell in ("rollout", "trainer", "both") if alters(cells[cell], larger=True))
+
+
+def alters(row: Mapping[str, Any], *, larger: bool) -> bool:
+    """Whether a judged change makes the gap larger, or smaller."""
+    return bool(row["differs"]) and (row["rms_ratio"]["value"] > 1) == larger
 
 
 def _words(names: Sequence[str] | str | None) -> str:

@@ -46,7 +46,7 @@ def expert_rows(evidence: Evidence) -> dict[str, Any] | None:
         "flipped_tokens": float(flipped.mean()),
         "share_of_squares": ladder.share_of_squares(before, flipped, base.tokens, seed=evidence.seed).as_dict(),
         "own_routes": values(ladder.gap(before, base.tokens, seed=evidence.seed)),
-        "engine_routes": values(ladder.change(before, after, base.tokens, seed=evidence.seed)),
+        "engine_routes": ladder.change(before, after, base.tokens, seed=evidence.seed).as_dict(),
     }
 
 
