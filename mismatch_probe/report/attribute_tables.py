@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mismatch_probe.metrics.inside import THRESHOLD
-from mismatch_probe.report.attribute_words import NO_LAYER, place, score_text
+from mismatch_probe.report.attribute_words import NO_LAYER, place, score_text, unexplained
 from mismatch_probe.report.format import NONE, count, interval, number, visible
 from mismatch_probe.report.matrix import dtype_order
 from mismatch_probe.report.sections import Section
@@ -84,12 +84,11 @@ def _by_dtype(found: Mapping[str, Document], layers: Document) -> AttributedSect
             continue
         tokens = f"{count(row['n_tokens'])} tokens of {count(row['n_sequences'])} sequences"
         error = number(row["layers"][-1]["relative_error"])
-        worst, first = row["worst_layer"], row["first_beyond"]
+        worst = row["worst_layer"]
         scores = {layer["layer"]: layer["score"] for layer in row["layers"]}
         step = NONE if worst is None else stacked(score_text(scores[worst]), f"layer {worst}")
-        text = "" if first is None else f"Layer {first} is the first beyond the threshold. "
-        text += _verdict(row["located"], name)
-        rows.append((stacked(visible(name), tokens), error, value_cell(row["growth_per_layer"]), step, text))
+        cells = (error, value_cell(row["growth_per_layer"]), step, _verdict(row, name))
+        rows.append((stacked(visible(name), tokens), *cells))
     text = (
         "The trainer's forward pass over the engine's recorded activations. The relative error of the residual stream "
         "holds what all layers before have added; a layer's step is what it adds itself when it is given the engine's "
@@ -103,12 +102,15 @@ def _by_dtype(found: Mapping[str, Document], layers: Document) -> AttributedSect
     return AttributedSection("inside", "Inside both models", text, Table(header, tuple(rows)), figures, wide=(4,))
 
 
-def _verdict(located: Document | None, dtype: str) -> str:
+def _verdict(row: Document, dtype: str) -> str:
+    located, first = row["located"], row["first_beyond"]
     if located is None:
         return ""
     if located["verdict"] == NO_LAYER:
-        return f"No single layer stands out; the largest score of a module is {score_text(located['score'])}."
-    return place(located, dtype)
+        text = f"No single layer stands out; the largest score of a module is {score_text(located['score'])}."
+        return f"{text} {unexplained(row, dtype)}".rstrip()
+    beyond = "" if first is None else f"Layer {first} is the first beyond the threshold. "
+    return beyond + place(located, dtype)
 
 
 def _by_layer(found: Mapping[str, Document]) -> AttributedSection:

@@ -55,6 +55,9 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("Qwen3MoeConfig", _EXPERTS),
     "mixtral": ("MixtralConfig", {**_GROUPED, "num_local_experts": 8, "num_experts_per_tok": 2}),
     "olmo2": ("Olmo2Config", {**_COMMON, "num_key_value_heads": 4}),
+    # vLLM's layers hand on a second part of the stream that nobody reads.
+    "cohere": ("CohereConfig", {**_COMMON, "num_key_value_heads": 2, "logit_scale": 1.0}),
+    "stablelm": ("StableLmConfig", {**_COMMON, "num_key_value_heads": 2}),
     # Scored by the trainer only: these change logits behind the head.
     "gemma2": ("Gemma2Config", {**_GROUPED, "final_logit_softcapping": 5.0, "sliding_window": 64}),
     "granite": ("GraniteConfig", {**_GROUPED, "logits_scaling": 4.0}),

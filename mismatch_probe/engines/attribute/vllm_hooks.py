@@ -3,9 +3,12 @@
 Functions of this module travel to the worker by name (`LLM.apply_model`) and keep their state in it. Hooks see nothing
 of compiled code or CUDA graphs, so the engine must be eager, and nothing whole of a model that is split over devices.
 
-vLLM keeps the residual stream in two tensors, which the next norm adds (`vllm/model_executor/models/llama.py`); the
-stream is their sum, rounded as that norm rounds it. Rows of a step belong to whatever the scheduler put there: they are
-told apart by positions that start again at 0, and recognised by their ids.
+Most of vLLM's models keep the residual stream in two tensors, which the next norm adds
+(`vllm/model_executor/models/llama.py`); the stream is their sum, rounded as that norm rounds it. Some hand on a second
+tensor that nobody reads (`commandr.py`, `stablelm.py`): then the norm after it reads the first alone.
+
+Rows of a step belong to whatever the scheduler put there: they are told apart by positions that start again at 0, and
+recognised by their ids.
 
 Shape legend: `N` tokens of a step, `R` tokens of all traced sequences, `K` experts of a token, `L` layers with routers.
 """
@@ -14,6 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -26,6 +30,8 @@ from mismatch_probe.engines.audit.places import is_norm, is_router
 from mismatch_probe.errors import EngineError
 
 _OTHER_TOWER = re.compile(r"vision|visual|audio|image", re.IGNORECASE)
+# Ends the name of what a stream's second part is kept as.
+_SECOND = "+"
 _state: dict[str, Any] = {}
 
 
@@ -91,6 +97,7 @@ class Tracer:
         self._model, self._request = model, request
         self._rows = _Rows(request.sequences)
         self._kept: dict[str, dict[str, list[Tensor]]] = {}
+        self._norms: set[tuple[str, str]] = set()
         names = layer_names(model, request.layers)
         self._handles = [model.register_forward_pre_hook(_step(self._rows), with_kwargs=True)]
         self._handles.append(model.register_forward_hook(self._after(OUTSIDE, "final", model)))
@@ -115,6 +122,7 @@ class Tracer:
         device = next(self._model.parameters()).device
         with torch.inference_mode():
             joined[OUTSIDE]["logits"] = self._model.compute_logits(rows.to(device)).to("cpu")  # type: ignore[operator]
+        _join_streams(joined, self._norms)
         for part, records in joined.items():
             files.write(part, records)
         fused = getattr(self._model, "packed_modules_mapping", None) or {}
@@ -125,36 +133,34 @@ class Tracer:
         self._handles.append(module.register_forward_hook(self._after(part, name, module)))
 
     def _before(self, part: str, name: str, module: nn.Module) -> Callable[..., None]:
-        reads_stream = name == "" or is_norm(module)
+        in_parts = name == "" or is_norm(module)
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             tensors = _floats((*args, *kwargs.values()))
             if tensors:
-                self._keep(part, f"{name}.in", _stream(tensors) if reads_stream else tensors[0])
+                self._keep(part, f"{name}.in", tensors[0])
+            if in_parts and _in_parts(tensors):
+                self._keep(part, f"{name}.in{_SECOND}", tensors[1])
 
         return hook
 
     def _after(self, part: str, name: str, module: nn.Module) -> Callable[..., None]:
-        norm = is_norm(module)
+        if is_norm(module):
+            self._norms.add((part, name))
 
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             tensors = _floats(output if isinstance(output, (tuple, list)) else (output,))
-            if not tensors:
-                return
-            if norm and len(tensors) > 1:
-                self._keep(part, f"{name}.in", tensors[1], again=True)  # the sum as the norm itself rounded it
-            self._keep(part, f"{name}.out", _stream(tensors) if name == "" else tensors[0])
+            if tensors:
+                self._keep(part, f"{name}.out", tensors[0])
+            if _in_parts(tensors):
+                self._keep(part, f"{name}.out{_SECOND}", tensors[1])
 
         return hook
 
-    def _keep(self, part: str, name: str, tensor: Tensor, *, again: bool = False) -> None:
+    def _keep(self, part: str, name: str, tensor: Tensor) -> None:
         taken = self._rows.take(tensor)
-        if taken is None:
-            return
-        found = self._kept.setdefault(part, {}).setdefault(name, [])
-        if again:
-            found.pop()
-        found.append(taken)
+        if taken is not None:
+            self._kept.setdefault(part, {}).setdefault(name, []).append(taken)
 
 
 def _step(rows: _Rows) -> Callable[..., None]:
@@ -171,11 +177,47 @@ def _floats(values: Sequence[Any]) -> list[Tensor]:
     return [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
 
 
-def _stream(tensors: Sequence[Tensor]) -> Tensor:
-    """A tensor, or the sum of two of one shape: a stream in two parts."""
-    if len(tensors) > 1 and tensors[0].shape == tensors[1].shape:
-        return tensors[0] + tensors[1]
-    return tensors[0]
+def _in_parts(tensors: Sequence[Tensor]) -> bool:
+    """Whether these can be a stream in two parts."""
+    return len(tensors) > 1 and tensors[0].shape == tensors[1].shape
+
+
+def _join_streams(joined: dict[str, dict[str, Tensor]], norms: set[tuple[str, str]]) -> None:
+    """Makes one of what was kept in two parts: first what norms read, then what layers read and made."""
+    for part, name in norms:
+        records = joined.get(part, {})
+        second, returned = (records.pop(f"{name}.{end}{_SECOND}", None) for end in ("in", "out"))
+        if second is None:
+            continue
+        first = records[f"{name}.in"]
+        # A norm that adds returns the sum as it rounded it, one that does not its second argument.
+        adds = returned is None or not torch.equal(second, returned) or not first.any()
+        if adds:
+            records[f"{name}.in"] = first + second if returned is None else returned
+    unread = _second_part_is_unread([joined[part] for part in sorted(joined, key=_number) if part != OUTSIDE])
+    for records in joined.values():
+        for name in [name for name in records if name.endswith(_SECOND)]:
+            second, whole = records.pop(name), name.removesuffix(_SECOND)
+            if whole in (".in", ".out") and not unread:
+                records[whole] = records[whole] + second
+
+
+def _second_part_is_unread(layers: Sequence[dict[str, Tensor]]) -> bool:
+    """Whether layers hand on a second part that the next one does not take, or does not add to the first."""
+    for before, after in pairwise(layers):
+        second, first = before.get(f".out{_SECOND}"), before.get(".out")
+        if second is None or first is None or not second.any():
+            continue
+        # Records are in the order in which modules were called.
+        entry = next((records for name, records in after.items() if name.endswith(".in") and name != ".in"), None)
+        if f".in{_SECOND}" not in after or (entry is not None and torch.equal(entry, first)):
+            return True
+    return False
+
+
+def _number(part: str) -> int:
+    """A layer's place, by the name of its part."""
+    return -1 if part == OUTSIDE else int(part.rpartition("-")[2])
 
 
 def layer_names(model: nn.Module, count: int) -> list[str]:
