@@ -97,6 +97,16 @@ def test_an_interval_that_many_tests_do_not_bear_out_says_so() -> None:
     assert "among all" not in row(view, "knobs", "fp32-head")[2]
 
 
+def test_a_layer_that_no_module_explains_is_said() -> None:
+    document = attribution()
+    document["layers"]["dtypes"]["bfloat16"] |= {"first_beyond": 3}
+    view = attribution_view(document)
+    text = "In bfloat16, the step of layer 3 is beyond the threshold though no module is:"
+    assert any(line.startswith(text) for line in view.texts)
+    assert text in row(view, "inside", "bfloat16")[4]
+    assert "though no module is" not in row(view, "inside", "float16")[4]
+
+
 def test_a_target_that_no_set_meets_and_one_that_cannot_be_met_are_said() -> None:
     document = attribution()
     document["fixes"] |= {"target": 0.7, "cheapest": None}
