@@ -110,7 +110,7 @@ def _experts(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     if not experts or not experts["layers"]:
         return []
     ratio = experts["engine_routes"]["rms_ratio"]
-    if ratio["value"] is None or (ratio["ci_high"] or 1.0) >= 1:
+    if ratio["value"] is None or ratio["ci_high"] is None or ratio["ci_high"] >= 1:
         return []
     text = f"routers disagree on {100 * experts['flipped_tokens']:.1f} % of the tokens"
     action = "Replay the engine's routes in the trainer (R3), or freeze routers; FP32 routers agree more often."
