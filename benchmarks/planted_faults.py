@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -32,6 +32,9 @@ from mismatch_probe.engines.process import EngineProcess
 from mismatch_probe.metrics import inside
 from mismatch_probe.metrics.inside import Located
 from mismatch_probe.types import Sampling
+
+if TYPE_CHECKING:
+    from mismatch_probe.engines.attribute.inside import Difference
 
 SIZES = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.05)
 SEQUENCES, TOKENS = 6, 32
@@ -95,9 +98,13 @@ class Trainer:
         finally:
             self.weights[name].data.copy_(before)
 
+    def differences(self, kinds: Sequence[str]) -> list[Difference]:
+        """Of the passes `kinds`."""
+        return self._comparison.differences(kinds)
+
     def locate(self) -> Located:
         """What stands out."""
-        found = self._comparison.differences(("module",))
+        found = self.differences(("module",))
         squares = {key: np.stack([getattr(d, key) for d in found]) for key in ("apart", "trainer", "size")}
         apart, own = (inside.relative(squares[key], squares["size"]) for key in ("apart", "trainer"))
         scores = inside.scores(apart, own, self._dtype)

@@ -58,6 +58,24 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     # vLLM's layers hand on a second part of the stream that nobody reads.
     "cohere": ("CohereConfig", {**_COMMON, "num_key_value_heads": 2, "logit_scale": 1.0}),
     "stablelm": ("StableLmConfig", {**_COMMON, "num_key_value_heads": 2}),
+    # Queries, keys and values are one projection in both engines, each with an order of its own.
+    "falcon": (
+        "FalconConfig",
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 128,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_kv_heads": 2,
+            "new_decoder_architecture": True,
+            "alibi": False,
+            "max_position_embeddings": 512,
+            "initializer_range": 0.12,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        },
+    ),
     # Scored by the trainer only: these change logits behind the head.
     "gemma2": ("Gemma2Config", {**_GROUPED, "final_logit_softcapping": 5.0, "sliding_window": 64}),
     "granite": ("GraniteConfig", {**_GROUPED, "logits_scaling": 4.0}),

@@ -15,6 +15,7 @@ rows whose logits were kept.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
@@ -39,6 +40,11 @@ if TYPE_CHECKING:
 
 # Blocks that vLLM calls otherwise than transformers.
 _OTHER_NAMES = (("mlp", "block_sparse_moe"), ("mlp", "feed_forward"))
+# Projections to queries, keys and values in one, whose rows every implementation lays out in its own way.
+_FUSED = re.compile(r"qkv|query_key_value|c_attn", re.IGNORECASE)
+# From this relative distance on the two can have other layouts.
+_FAR = 0.5
+_COLUMNS = 1024
 Kind = Literal["stream", "layer", "module", "between"]
 
 
@@ -169,6 +175,7 @@ class InsideComparison:
         self._engine, self._model = engine, model
         self._network = Network.of(model)
         self._choices: dict[tuple[str, str], tuple[Tensor, ...]] = {}
+        self._orders: dict[str, Tensor | None] = {}
         self._request = files.facts()["request"]
         self._leaves = {
             name: module
@@ -212,7 +219,7 @@ class InsideComparison:
                 if name == self._network.embedding and found == "module":
                     theirs = self._trace.find(self._network.layers[0], "in")
                 else:
-                    theirs = self._trace.find(name, "in" if found == "between" else "out")
+                    theirs = self._trace.find(name, "in") if found == "between" else self._made(name)
                 if ours is not None and theirs is not None and theirs.numel() == ours.numel() == wide.numel():
                     yield self._difference(found, name, theirs.reshape(ours.shape), ours, wide)
 
@@ -296,7 +303,7 @@ class InsideComparison:
 
         def after(owner: nn.Module, args: Any, output: Any) -> Any:
             record(owner, args, output)
-            theirs = self._trace.find(name, "out")
+            theirs = self._made(name, found.get(("module", name)))
             if not isinstance(output, Tensor) or theirs is None or ("module", name) not in found:
                 return None
             return self._batch.padded(theirs, output) if theirs.numel() == found["module", name].numel() else None
@@ -305,6 +312,16 @@ class InsideComparison:
             module.register_forward_pre_hook(self._given(name, found), with_kwargs=True),
             module.register_forward_hook(after),
         ]
+
+    def _made(self, name: str, ours: Tensor | None = None) -> Tensor | None:
+        """What the engine's module made, its columns in the trainer's order, which `ours` `[R, W]` shows at first."""
+        theirs = self._trace.find(name, "out")
+        if theirs is None or not _FUSED.search(name):
+            return theirs
+        if name not in self._orders and ours is not None and ours.shape == theirs.shape:
+            self._orders[name] = _order(theirs, ours)
+        order = self._orders.get(name)
+        return theirs if order is None else theirs[:, order]
 
     def _given(self, name: str, found: dict[tuple[Kind, str], Tensor] | None) -> Callable[..., Any]:
         """A hook that gives a module the engine's input, and notes in `found` what it would have had."""
@@ -367,6 +384,22 @@ class InsideComparison:
                 logits = [self._engine.head_logits(norms[0](s)).float().cpu().numpy() for s in states]
                 found[name] = divergences(logits[0], logits[1], 1.0)["kl"]
         return found
+
+
+def _order(theirs: Tensor, ours: Tensor) -> Tensor | None:
+    """`[W]` where each of the trainer's columns is among the engine's, None where they are in one order.
+
+    Args:
+        theirs: `[R, W]` what the engine's module made.
+        ours: `[R, W]` what the trainer's made of the same input.
+    """
+    t, o = theirs.float(), ours.float()
+    if not (t - o).norm() > _FAR * o.norm():
+        return None
+    units = [x / x.norm(dim=0).clamp(min=torch.finfo(x.dtype).tiny) for x in (t, o)]
+    best = torch.cat([(columns.T @ units[0]).argmax(1) for columns in units[1].split(_COLUMNS, dim=1)])
+    there = torch.arange(len(best), device=best.device)
+    return None if best.equal(there) or not best.sort().values.equal(there) else best
 
 
 def _relative_squares(theirs: Tensor, ours: Tensor, wide: Tensor) -> list[Tensor]:
