@@ -93,7 +93,8 @@ def unexplained(row: Document, dtype: str) -> str:
         return ""
     return (
         f"In {visible(dtype)}, the step of layer {first} is beyond the threshold though no module is: small "
-        "differences add up or send a router's token elsewhere, or the layers of this model hand on their result in a way that is not known here."
+        "differences add up or send a router's tokens elsewhere, or the layers of this model hand on their result in a "
+        "way that is not known here."
     )
 
 
