@@ -103,9 +103,10 @@ def place(located: Document, dtype: str) -> str:
     name = visible(located["name"])
     where = {"everywhere": f"{name} of most layers", "outside": f"{name}, outside of the layers,"}
     subject = where.get(located["verdict"], name)
+    reaches = "what reaches " if located.get("kind") == "between" else ""
     return (
-        f"In {visible(dtype)}, {subject} stands out: its score is {score_text(located['score'])}, of a threshold of "
-        f"{THRESHOLD:g}."
+        f"In {visible(dtype)}, {reaches}{subject} stands out: its score is "
+        f"{score_text(located['score'])}, of a threshold of {THRESHOLD:g}."
     )
 
 

@@ -13,7 +13,7 @@ from benchmarks.planted_faults import Trainer, trace
 pytestmark = pytest.mark.engine
 
 
-@pytest.mark.parametrize("architecture", ["cohere", "falcon"])
+@pytest.mark.parametrize("architecture", ["cohere2", "falcon"])
 def test_nothing_of_a_clean_model_stands_out(architecture: str, tiny: Callable[[str], Path], tmp_path: Path) -> None:
     trace(tiny(architecture), "float32", tmp_path / "trace")
     trainer = Trainer(tiny(architecture), "float32", tmp_path / "trace")

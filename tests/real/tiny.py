@@ -56,7 +56,15 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("MixtralConfig", {**_GROUPED, "num_local_experts": 8, "num_experts_per_tok": 2}),
     "olmo2": ("Olmo2Config", {**_COMMON, "num_key_value_heads": 4}),
     # vLLM's layers hand on a second part of the stream that nobody reads.
-    "cohere": ("CohereConfig", {**_COMMON, "num_key_value_heads": 2, "logit_scale": 1.0}),
+    "cohere2": (
+        "Cohere2Config",
+        {
+            **_GROUPED,
+            "logit_scale": 1.0,
+            "sliding_window": 64,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        },
+    ),
     "stablelm": ("StableLmConfig", {**_COMMON, "num_key_value_heads": 2}),
     # Queries, keys and values are one projection in both engines, each with an order of its own.
     "falcon": (

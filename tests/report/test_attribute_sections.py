@@ -107,6 +107,13 @@ def test_a_layer_that_no_module_explains_is_said() -> None:
     assert "though no module is" not in row(view, "inside", "float16")[4]
 
 
+def test_what_reaches_a_module_is_told_from_the_module() -> None:
+    document = faulty()
+    document["layers"]["dtypes"]["bfloat16"]["located"] |= {"kind": "between"}
+    assert "In bfloat16, what reaches model.layers.11.mlp stands out:" in attribution_view(document).texts[1]
+    assert "In bfloat16, model.layers.11.mlp stands out:" in attribution_view(faulty()).texts[1]
+
+
 def test_a_target_that_no_set_meets_and_one_that_cannot_be_met_are_said() -> None:
     document = attribution()
     document["fixes"] |= {"target": 0.7, "cheapest": None}
