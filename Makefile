@@ -68,6 +68,7 @@ bench: ## Measure the tool's own speed, also against a bare script and against T
 	@'$(BIN)/python' benchmarks/range_tracking.py
 	@'$(BIN)/python' benchmarks/attribute_vs_compares.py
 	@'$(BIN)/python' benchmarks/planted_faults.py
+	@'$(BIN)/python' benchmarks/clean_families.py
 	@'$(BIN)/python' benchmarks/score_vs_trl.py
 	@'$(BIN)/python' benchmarks/rl_step_vs_plain.py --precision float32-cast --precision bfloat16-autocast
 	@'$(BIN)/python' benchmarks/rl_overhead.py

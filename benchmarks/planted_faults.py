@@ -40,32 +40,32 @@ SIZES = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.05)
 SEQUENCES, TOKENS = 6, 32
 
 
-def sequences_of(vocabulary: int, seed: int = 0) -> tuple[tuple[int, ...], ...]:
+def sequences_of(vocabulary: int, tokens: int) -> tuple[tuple[int, ...], ...]:
     """Random ids."""
-    draw = np.random.default_rng(seed)
-    return tuple(tuple(row) for row in draw.integers(3, min(vocabulary, 30_000), (SEQUENCES, TOKENS)).tolist())
+    draw = np.random.default_rng(0)
+    return tuple(tuple(row) for row in draw.integers(3, min(vocabulary, 30_000), (SEQUENCES, tokens)).tolist())
 
 
-def rollout_job(checkpoint: Path, dtype: Any) -> RolloutJob:
+def rollout_job(checkpoint: Path, dtype: Any, tokens: int = TOKENS) -> RolloutJob:
     """vLLM on a CPU, without requests."""
     settings = devices.rollout_settings("cpu", dtype, eager=True, in_process=True, kv_cache_gib=1)
     return RolloutJob(
-        "vllm", str(checkpoint), dtype, "cpu", Sampling(1), [], SEQUENCES, 0, 2 * TOKENS, arguments=settings.arguments
+        "vllm", str(checkpoint), dtype, "cpu", Sampling(1), [], SEQUENCES, 0, 2 * tokens, arguments=settings.arguments
     )
 
 
-def trace_request(checkpoint: Path, folder: Path) -> TraceRequest:
+def trace_request(checkpoint: Path, folder: Path, tokens: int = TOKENS) -> TraceRequest:
     """Some sequences of random ids."""
     config = read_config(str(checkpoint))
-    rows = tuple(range(0, SEQUENCES * TOKENS, 8))
-    return TraceRequest(str(folder), sequences_of(config["vocab_size"]), layers_of(config), rows)
+    rows = tuple(range(0, SEQUENCES * tokens, 8))
+    return TraceRequest(str(folder), sequences_of(config["vocab_size"], tokens), layers_of(config), rows)
 
 
-def trace(checkpoint: Path, dtype: Any, folder: Path) -> None:
+def trace(checkpoint: Path, dtype: Any, folder: Path, tokens: int = TOKENS) -> None:
     """vLLM's inside, in a process of its own."""
     settings = devices.rollout_settings("cpu", dtype, eager=True, in_process=True, kv_cache_gib=1)
-    request = trace_request(checkpoint, folder)
-    job = RolloutVariants(rollout_job(checkpoint, dtype), {}, {}, str(folder.parent), [], request)
+    request = trace_request(checkpoint, folder, tokens)
+    job = RolloutVariants(rollout_job(checkpoint, dtype, tokens), {}, {}, str(folder.parent), [], request)
     EngineProcess("vllm", settings.environment, folder.parent / "vllm.log").run(job, lambda *_: None)
 
 

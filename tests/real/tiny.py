@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 VOCABULARY = 128
-_COMMON: dict[str, Any] = {
+COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 128,
     "intermediate_size": 256,
@@ -20,9 +20,9 @@ _COMMON: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-_GROUPED = {**_COMMON, "num_key_value_heads": 2, "head_dim": 32}
-_EXPERTS = {
-    **_GROUPED,
+GROUPED = {**COMMON, "num_key_value_heads": 2, "head_dim": 32}
+EXPERTS = {
+    **GROUPED,
     "num_experts": 8,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 64,
@@ -32,8 +32,8 @@ _EXPERTS = {
 }
 
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
-    "qwen3": ("Qwen3Config", {**_GROUPED, "tie_word_embeddings": True}),
-    "llama": ("LlamaConfig", {**_GROUPED, "tie_word_embeddings": False}),
+    "qwen3": ("Qwen3Config", {**GROUPED, "tie_word_embeddings": True}),
+    "llama": ("LlamaConfig", {**GROUPED, "tie_word_embeddings": False}),
     # The one whose head has a bias in both engines.
     "gptj": (
         "GPTJConfig",
@@ -51,21 +51,23 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": False,
         },
     ),
-    "gpt_neox": ("GPTNeoXConfig", {**_COMMON, "rotary_pct": 0.5, "use_parallel_residual": True}),
-    "qwen3_moe": ("Qwen3MoeConfig", _EXPERTS),
-    "mixtral": ("MixtralConfig", {**_GROUPED, "num_local_experts": 8, "num_experts_per_tok": 2}),
-    "olmo2": ("Olmo2Config", {**_COMMON, "num_key_value_heads": 4}),
+    "gpt_neox": ("GPTNeoXConfig", {**COMMON, "rotary_pct": 0.5, "use_parallel_residual": True}),
+    "qwen3_moe": ("Qwen3MoeConfig", EXPERTS),
+    # vLLM's experts add the shared one to their own.
+    "qwen2_moe": ("Qwen2MoeConfig", {**EXPERTS, "shared_expert_intermediate_size": 64}),
+    "mixtral": ("MixtralConfig", {**GROUPED, "num_local_experts": 8, "num_experts_per_tok": 2}),
+    "olmo2": ("Olmo2Config", {**COMMON, "num_key_value_heads": 4}),
     # vLLM's layers hand on a second part of the stream that nobody reads.
     "cohere2": (
         "Cohere2Config",
         {
-            **_GROUPED,
+            **GROUPED,
             "logit_scale": 1.0,
             "sliding_window": 64,
             "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
         },
     ),
-    "stablelm": ("StableLmConfig", {**_COMMON, "num_key_value_heads": 2}),
+    "stablelm": ("StableLmConfig", {**COMMON, "num_key_value_heads": 2}),
     # Queries, keys and values are one projection in both engines, each with an order of its own.
     "falcon": (
         "FalconConfig",
@@ -85,19 +87,23 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     # Scored by the trainer only: these change logits behind the head.
-    "gemma2": ("Gemma2Config", {**_GROUPED, "final_logit_softcapping": 5.0, "sliding_window": 64}),
-    "granite": ("GraniteConfig", {**_GROUPED, "logits_scaling": 4.0}),
-    "opt": ("OPTConfig", {**_COMMON, "ffn_dim": 256, "word_embed_proj_dim": 64}),
+    "gemma2": ("Gemma2Config", {**GROUPED, "final_logit_softcapping": 5.0, "sliding_window": 64}),
+    "granite": ("GraniteConfig", {**GROUPED, "logits_scaling": 4.0}),
+    "opt": ("OPTConfig", {**COMMON, "ffn_dim": 256, "word_embed_proj_dim": 64}),
 }
 
 
 def save_tiny(architecture: str, folder: Path) -> Path:
     """Writes a checkpoint folder and returns it."""
+    return save_model(*ARCHITECTURES[architecture], folder)
+
+
+def save_model(config_class: str, options: dict[str, Any], folder: Path) -> Path:
+    """Writes a checkpoint folder of a configuration of transformers and returns it."""
     import torch
     import transformers
 
-    name, options = ARCHITECTURES[architecture]
-    config = getattr(transformers, name)(**options)
+    config = getattr(transformers, config_class)(**options)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():

@@ -183,6 +183,7 @@ class InsideComparison:
             if any(True for _ in module.parameters(recurse=False))
             and name not in (self._network.head, self._network.embedding)
         }
+        self._mixtures = {name for name, module in model.named_modules() if name and hasattr(module, "experts")}
         widths = {name: _width(module) for name, module in self._leaves.items()}
         self._trace = _Trace(files, self._network, widths)
         self._batch = _Batch(self._request["sequences"], next(model.parameters()).device)
@@ -240,7 +241,10 @@ class InsideComparison:
             if name in self._network.layers:
                 handles += self._watch_layer(kind, name, module, found)
             elif kind == "module" and name in self._leaves:
-                handles += self._watch_leaf(name, module, found)
+                handles.append(module.register_forward_pre_hook(self._given(name, found), with_kwargs=True))
+                handles.append(module.register_forward_hook(self._handing_on(name, found)))
+            elif kind == "module" and name in self._mixtures:
+                handles.append(module.register_forward_hook(self._handing_on(name, found, f"{name}.experts")))
             elif kind == "stream" and (name in self._blocks or name == self._network.embedding):
                 handles.append(module.register_forward_hook(self._recorder("stream", name, found)))
         try:
@@ -298,20 +302,22 @@ class InsideComparison:
 
         return hook
 
-    def _watch_leaf(self, name: str, module: nn.Module, found: dict[tuple[Kind, str], Tensor]) -> list[Any]:
+    def _handing_on(self, name: str, found: dict[tuple[Kind, str], Tensor], unless: str = "") -> Callable[..., Any]:
+        """A hook that notes in `found` what a module made, and hands on what the engine's made; not where the engine
+        has the result of the module `unless`, which stands for it.
+        """
         record = self._recorder("module", name, found)
 
-        def after(owner: nn.Module, args: Any, output: Any) -> Any:
+        def hook(owner: nn.Module, args: Any, output: Any) -> Any:
+            if unless and self._trace.find(unless, "out") is not None:
+                return None
             record(owner, args, output)
             theirs = self._made(name, found.get(("module", name)))
             if not isinstance(output, Tensor) or theirs is None or ("module", name) not in found:
                 return None
             return self._batch.padded(theirs, output) if theirs.numel() == found["module", name].numel() else None
 
-        return [
-            module.register_forward_pre_hook(self._given(name, found), with_kwargs=True),
-            module.register_forward_hook(after),
-        ]
+        return hook
 
     def _made(self, name: str, ours: Tensor | None = None) -> Tensor | None:
         """What the engine's module made, its columns in the trainer's order, which `ours` `[R, W]` shows at first."""
@@ -319,7 +325,7 @@ class InsideComparison:
         if theirs is None or not _FUSED.search(name):
             return theirs
         if name not in self._orders and ours is not None and ours.shape == theirs.shape:
-            self._orders[name] = _order(theirs, ours)
+            self._orders[name] = column_order(theirs, ours)
         order = self._orders.get(name)
         return theirs if order is None else theirs[:, order]
 
@@ -386,7 +392,7 @@ class InsideComparison:
         return found
 
 
-def _order(theirs: Tensor, ours: Tensor) -> Tensor | None:
+def column_order(theirs: Tensor, ours: Tensor) -> Tensor | None:
     """`[W]` where each of the trainer's columns is among the engine's, None where they are in one order.
 
     Args:

@@ -147,10 +147,12 @@ class Tracer:
     def _after(self, part: str, name: str, module: nn.Module) -> Callable[..., None]:
         if is_norm(module):
             self._norms.add((part, name))
+        # Experts that add the shared ones to their own have no counterpart; the block around them has.
+        shared = getattr(module, "shared_experts", None) is not None and name.endswith("experts")
 
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             tensors = _floats(output if isinstance(output, (tuple, list)) else (output,))
-            if tensors:
+            if tensors and not shared:
                 self._keep(part, f"{name}.out", tensors[0])
             if _in_parts(tensors):
                 self._keep(part, f"{name}.out{_SECOND}", tensors[1])
