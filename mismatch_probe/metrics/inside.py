@@ -20,7 +20,7 @@ from scipy import stats
 from mismatch_probe.types import MetricValue
 
 Floats = NDArray[np.float64]
-# Scores of clean pairs of engines stay below 1.4 (benchmarks/planted_faults.py); 2 leaves room for other kernels.
+# Scores of clean pairs of engines stay below 1.5 (benchmarks/clean_families.py); 2 leaves room for other kernels.
 THRESHOLD = 2.0
 # RMS relative error of one rounding of a smooth distribution, in units of the unit roundoff u.
 _ONE_ROUNDING = 0.42

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from mismatch_probe.metrics import scales
 from mismatch_probe.metrics.chunks import group_sums
-from mismatch_probe.metrics.intervals import Estimate, evaluate, infer, join_why, metric_value
+from mismatch_probe.metrics.intervals import Estimate, evaluate, infer, join_why, metric_value, with_interval
+from mismatch_probe.metrics.multiplicity import SIGNIFICANCE
 from mismatch_probe.types import MetricValue
 
 Floats = NDArray[np.float64]
@@ -86,8 +87,8 @@ class Change:
         rms_ratio: `rms` over that of the gap without it.
         k3_ratio: The same of `k3`.
         shift: RMS by which the change moved log-probs, nats.
-        p_value: Two-sided, of `rms_ratio` being 1: below 0.05 exactly where its interval leaves 1 out; None where it
-            has no interval.
+        p_value: Two-sided, of `rms_ratio` being 1: below 0.05 exactly where its interval leaves 1 out; None where
+            nothing can be tested. Where no gap is left, that of a sign test over the prompts that had one.
     """
 
     rms: MetricValue
@@ -187,11 +188,13 @@ def change(before: Floats, after: Floats, tokens: TokenPrompts, *, seed: int = 0
         one = MetricValue(1.0, why=UNCHANGED) if before.any() else none
         return replace(found, rms_ratio=one, k3_ratio=one, shift=MetricValue(0.0, why=UNCHANGED))
     estimates = {"shift": tokens.estimate(scales.log_root_mean, scales.exp, (after - before) ** 2)}
+    active = len(np.unique(tokens.prompt[(before != 0) | (after != 0)]))
     if before.any() and not after.any():
-        several = len(np.unique(tokens.prompt)) > 1
-        end = 0.0 if several else None
-        closed = MetricValue(0.0, end, end, CLOSED)
-        found = replace(found, rms_ratio=closed, k3_ratio=closed, p_value=0.0 if several else None)
+        sign_test = 2.0 ** (1 - active)  # two-sided: no prompt of those that had a gap has one
+        closed = MetricValue(0.0, why=CLOSED)
+        if sign_test < SIGNIFICANCE:
+            closed = with_interval(0.0, (0.0, 0.0), active, CLOSED)
+        found = replace(found, rms_ratio=closed, k3_ratio=closed, p_value=sign_test if active > 1 else None)
     elif before.any():
         estimates["rms_ratio"] = tokens.estimate(_log_root_ratio, scales.exp, after**2, before**2)
         estimates["k3_ratio"] = tokens.estimate(_log_ratio, scales.exp, scales.k3(after), scales.k3(before))
@@ -200,9 +203,10 @@ def change(before: Floats, after: Floats, tokens: TokenPrompts, *, seed: int = 0
     found = replace(found, shift=measured["shift"])
     if "rms_ratio" not in measured:
         return found
-    ratio = measured["rms_ratio"]
-    p_value = None if ratio.ci_low is None else inferred["rms_ratio"].p_value(0.0)
-    return replace(found, rms_ratio=ratio, k3_ratio=measured["k3_ratio"], p_value=p_value)
+    ratios = {name: measured[name] if active > 1 else _alone(measured[name]) for name in ("rms_ratio", "k3_ratio")}
+    tested = ratios["rms_ratio"].ci_low is not None
+    p_value = inferred["rms_ratio"].p_value(0.0) if tested else None
+    return replace(found, rms_ratio=ratios["rms_ratio"], k3_ratio=ratios["k3_ratio"], p_value=p_value)
 
 
 def share_of_squares(d: Floats, chosen: NDArray[np.bool_], tokens: TokenPrompts, *, seed: int = 0) -> MetricValue:
@@ -215,6 +219,11 @@ def share_of_squares(d: Floats, chosen: NDArray[np.bool_], tokens: TokenPrompts,
         return MetricValue(0.0, why="none of its tokens differs")
     estimate = tokens.estimate(_ratio, scales.as_is, d**2 * chosen, d**2)
     return evaluate({"share": estimate}, seed=seed, replicates=0)["share"]
+
+
+def _alone(value: MetricValue) -> MetricValue:
+    """Of a single prompt, which has no spread."""
+    return MetricValue(value.value, why="no interval: one prompt makes all of it")
 
 
 def _bounded(value: MetricValue) -> MetricValue:

@@ -174,12 +174,23 @@ def test_a_p_value_says_what_its_interval_says(seed: int, shrink: float) -> None
 
 
 def test_a_change_that_leaves_no_gap() -> None:
-    found = change(np.ones(50), np.zeros(50), tokens_of(2, 25))
+    found = change(np.ones(1000), np.zeros(1000), tokens_of())
     ratio = found.rms_ratio
     assert (ratio.value, ratio.ci_low, ratio.ci_high, ratio.why) == (0.0, 0.0, 0.0, CLOSED)
-    assert (found.k3_ratio.value, found.p_value, found.shift.value) == (0.0, 0.0, 1.0)
+    assert (found.k3_ratio.value, found.p_value, found.shift.value) == (0.0, 2.0**-39, 1.0)
+    few = change(np.ones(50), np.zeros(50), tokens_of(2, 25))  # as two heads of two coins
+    assert (few.rms_ratio.value, few.rms_ratio.ci_low, few.p_value) == (0.0, None, 0.5)
     alone = change(np.ones(50), np.zeros(50), tokens_of(1, 50))
     assert (alone.rms_ratio.value, alone.rms_ratio.ci_low, alone.p_value) == (0.0, None, None)
+
+
+def test_a_gap_of_one_prompt_has_no_spread() -> None:
+    before = np.zeros(PROMPTS * EACH)
+    before[:EACH] = np.random.default_rng(0).standard_normal(EACH)
+    found = change(before, before / 2, tokens_of())
+    assert found.rms_ratio.value == pytest.approx(0.5)
+    assert (found.rms_ratio.ci_low, found.k3_ratio.ci_low, found.p_value) == (None, None, None)
+    assert "one prompt" in found.rms_ratio.why
 
 
 def test_what_has_no_interval_has_no_p_value() -> None:

@@ -40,10 +40,27 @@ class Norm(nn.Module):
         return hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + 1e-6) * self.weight
 
 
+class GatedNorm(nn.Module):
+    def forward(self, hidden: Tensor, gate: Tensor) -> Tensor:
+        return hidden * torch.sigmoid(gate)
+
+
+class Experts(nn.Module):
+    """As vLLM's with shared experts, which it adds to its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared_experts = nn.Identity()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + self.shared_experts(hidden)
+
+
 class Layer(nn.Module):
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.kind, self.norm, self.mlp = kind, Norm(kind == "adds"), nn.Linear(WIDTH, WIDTH)
+        self.gated_norm, self.experts = GatedNorm(), Experts()
 
     def forward(self, positions: Tensor, hidden: Tensor, residual: Tensor | None = None) -> object:
         if self.kind == "adds":  # llama
@@ -57,6 +74,8 @@ class Layer(nn.Module):
             hidden, residual = self.norm(hidden, hidden)
             return residual + self.mlp(hidden), residual
         whole = hidden + self.mlp(self.norm(hidden))
+        if residual is not None:  # zamba2, and norms as of granitemoehybrid's mixer
+            self.experts(self.gated_norm(hidden, residual))
         return (whole, 2 * hidden) if self.kind == "not taken" else whole  # stablelm, gpt2
 
 
@@ -71,7 +90,7 @@ class Model(nn.Module):
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         hidden, residual = self.embed(input_ids), None
         for layer in self.layers:
-            given = () if layer.kind in ("not taken", "whole") else (residual,)
+            given = {"not taken": (), "whole": (), "beside": (self.embed(input_ids),)}.get(layer.kind, (residual,))
             made = layer(positions, hidden, *given)
             hidden, residual = made if isinstance(made, tuple) else (made, None)
         found = self.norm(hidden, residual) if self.layers[0].kind in ("adds", "unread") else self.norm(hidden)
@@ -88,7 +107,7 @@ class Model(nn.Module):
         return found
 
 
-@pytest.mark.parametrize("kind", ["adds", "unread", "not taken", "whole"])
+@pytest.mark.parametrize("kind", ["adds", "unread", "not taken", "whole", "beside"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_stream_is_kept_however_it_is_handed_on(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = Model(kind).to(dtype)
@@ -102,6 +121,10 @@ def test_the_stream_is_kept_however_it_is_handed_on(kind: str, dtype: torch.dtyp
         assert layer["norm.in"].equal(before)
         assert layer["norm.out"].equal(layer["mlp.in"])
         assert not any(name.endswith("+") for name in layer)
+        if kind == "beside":
+            assert layer["gated_norm.in"].equal(before)
+            assert layer["experts.in"].equal(layer["gated_norm.out"])
+            assert "experts.out" not in layer
     outside = records(OUTSIDE)
     assert outside["norm.in"].equal(streams[-1])
     assert outside["final.out"].equal(model.norm.scaled(streams[-1]))

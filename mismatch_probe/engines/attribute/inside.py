@@ -42,9 +42,11 @@ if TYPE_CHECKING:
 _OTHER_NAMES = (("mlp", "block_sparse_moe"), ("mlp", "feed_forward"))
 # Projections to queries, keys and values in one, whose rows every implementation lays out in its own way.
 _FUSED = re.compile(r"qkv|query_key_value|c_attn", re.IGNORECASE)
-# From this relative distance on the two can have other layouts.
-_FAR = 0.5
+# From this relative distance on a column is another one; from this share of such columns on the two can have other
+# layouts; an order is theirs if it leaves so little of the distance, and so many columns are their own.
+_FAR, _FEW, _NEAR, _OWN = 0.5, 0.01, 0.25, 0.9
 _COLUMNS = 1024
+_LEAST_ROW = 0.1
 Kind = Literal["stream", "layer", "module", "between"]
 
 
@@ -176,6 +178,7 @@ class InsideComparison:
         self._network = Network.of(model)
         self._choices: dict[tuple[str, str], tuple[Tensor, ...]] = {}
         self._orders: dict[str, Tensor | None] = {}
+        self._flips: dict[str, Tensor] = {}
         self._request = files.facts()["request"]
         self._leaves = {
             name: module
@@ -227,7 +230,10 @@ class InsideComparison:
     def _difference(self, kind: Kind, name: str, theirs: Tensor, ours: Tensor, wide: Tensor) -> Difference:
         layer = layer_index(self._network.layers, name)
         t, o, w = (tensor.double().reshape(len(tensor), -1) for tensor in (theirs, ours, wide))
-        parts = [self._batch.by_sequence(row) for row in _relative_squares(t, o, w)]
+        # Tokens that the trainer's router sent elsewhere say nothing of the experts.
+        flips = self._flips.get(name) if kind == "module" else None
+        kept = 1.0 if flips is None or bool(flips.all()) else (~flips).double()
+        parts = [self._batch.by_sequence(row * kept) for row in _relative_squares(t, o, w)]
         return Difference(kind, name, layer, *parts)
 
     @torch.inference_mode()
@@ -263,6 +269,8 @@ class InsideComparison:
                 return None
             if not again:
                 self._choices[kind, name] = output
+                if kind == "module":
+                    self._note_flips(name, output)
                 return None
             kept = self._choices[kind, name]
             return tuple(
@@ -271,6 +279,19 @@ class InsideComparison:
             )
 
         return hook
+
+    def _note_flips(self, name: str, output: tuple[Any, ...]) -> None:
+        """Keeps which tokens the engine's logits of a router send to other experts than the trainer chose."""
+        theirs = self._trace.find(name, "out")
+        rows = [self._batch.rows(tensor) for tensor in output if isinstance(tensor, Tensor)]
+        logits = next((r for r in rows if theirs is not None and r is not None and r.shape == theirs.shape), None)
+        chosen = next((r for r in rows if r is not None and not r.is_floating_point()), None)
+        if theirs is None or logits is None or chosen is None:
+            return
+        flips = flipped(theirs, logits, chosen)
+        if flips is not None:
+            block = name.rpartition(".")[0]
+            self._flips[block] = self._flips[f"{block}.experts"] = flips
 
     def _recorder(self, kind: Kind, name: str, found: dict[tuple[Kind, str], Tensor]) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
@@ -392,25 +413,46 @@ class InsideComparison:
         return found
 
 
+def flipped(theirs: Tensor, ours: Tensor, chosen: Tensor) -> Tensor | None:
+    """`[R]` whether a token's experts are others by the engine's logits; None where a router does not take the largest.
+
+    Args:
+        theirs: `[R, E]` the engine's logits.
+        ours: `[R, E]` the trainer's.
+        chosen: `[R, K]` experts that the trainer chose.
+    """
+    count = chosen.shape[1]
+    largest, other = (logits.topk(count, dim=1).indices.sort(dim=1).values for logits in (ours, theirs))
+    own = chosen.sort(dim=1).values.to(largest.dtype)
+    return (other != own).any(dim=1) if largest.equal(own) else None
+
+
 def column_order(theirs: Tensor, ours: Tensor) -> Tensor | None:
-    """`[W]` where each of the trainer's columns is among the engine's, None where they are in one order.
+    """`[W]` where each of the trainer's columns is among the engine's, None where no other order brings them together.
 
     Args:
         theirs: `[R, W]` what the engine's module made.
         ours: `[R, W]` what the trainer's made of the same input.
     """
-    t, o = theirs.float(), ours.float()
-    if not (t - o).norm() > _FAR * o.norm():
+    t, o = theirs.double(), ours.double()
+    far = (t - o).norm(dim=0) > _FAR * o.norm(dim=0)
+    if not far.double().mean() > _FEW:
         return None
-    units = [x / x.norm(dim=0).clamp(min=torch.finfo(x.dtype).tiny) for x in (t, o)]
-    best = torch.cat([(columns.T @ units[0]).argmax(1) for columns in units[1].split(_COLUMNS, dim=1)])
-    there = torch.arange(len(best), device=best.device)
-    return None if best.equal(there) or not best.sort().values.equal(there) else best
+    squares = t.square().sum(0)
+    best = torch.cat([(squares - 2 * columns.T @ t).argmin(1) for columns in torch.split(o, _COLUMNS, dim=1)])
+    # Columns can be twins: keys of heads that were copied, or dead ones.
+    own = len(torch.unique(best)) >= _OWN * len(best)
+    return best if own and (t[:, best] - o).norm() < _NEAR * (t - o).norm() else None
 
 
 def _relative_squares(theirs: Tensor, ours: Tensor, wide: Tensor) -> list[Tensor]:
-    """Of rows `[R, W]`: engine against trainer, both against the wider pass, over its squares, and 1: four `[R]`."""
-    size = wide.square().sum(1).clamp(min=torch.finfo(wide.dtype).tiny)
+    """Of rows `[R, W]`: engine against trainer, both against the wider pass, over its squares, and 1: four `[R]`.
+
+    A row that is next to nothing is divided by a part of the middle one's squares: where a module has few columns, as
+    the gate of a shared expert has one, a single token near 0 would decide.
+    """
+    size = wide.square().sum(1)
+    size = size.clamp(min=float(_LEAST_ROW * size.median())).clamp(min=torch.finfo(wide.dtype).tiny)
     differences = (theirs - ours, theirs - wide, ours - wide)
     return [*(d.square().sum(1) / size for d in differences), torch.ones_like(size)]
 

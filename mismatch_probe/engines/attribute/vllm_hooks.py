@@ -189,19 +189,24 @@ def _join_streams(joined: dict[str, dict[str, Tensor]], norms: set[tuple[str, st
     for part, name in norms:
         records = joined.get(part, {})
         second, returned = (records.pop(f"{name}.{end}{_SECOND}", None) for end in ("in", "out"))
-        if second is None:
+        if second is None or returned is None:  # the second of a norm that returns one tensor is a gate
             continue
-        first = records[f"{name}.in"]
         # A norm that adds returns the sum as it rounded it, one that does not its second argument.
-        adds = returned is None or not torch.equal(second, returned) or not first.any()
-        if adds:
-            records[f"{name}.in"] = first + second if returned is None else returned
-    unread = _second_part_is_unread([joined[part] for part in sorted(joined, key=_number) if part != OUTSIDE])
+        if not torch.equal(second, returned) or not records[f"{name}.in"].any():
+            records[f"{name}.in"] = returned
+    layers = [joined[part] for part in sorted(joined, key=_number) if part != OUTSIDE]
+    unread, handed_on = _second_part_is_unread(layers), False
+    for records in layers:
+        entering, leaving = (records.get(f"{end}{_SECOND}") for end in (".in", ".out"))
+        # What enters beside a stream that was handed on whole is something else (Zamba2's embedding).
+        if entering is not None and handed_on and not unread:
+            records[".in"] = records[".in"] + entering
+        if leaving is not None and not unread:
+            records[".out"] = records[".out"] + leaving
+        handed_on = leaving is not None
     for records in joined.values():
         for name in [name for name in records if name.endswith(_SECOND)]:
-            second, whole = records.pop(name), name.removesuffix(_SECOND)
-            if whole in (".in", ".out") and not unread:
-                records[whole] = records[whole] + second
+            del records[name]
 
 
 def _second_part_is_unread(layers: Sequence[dict[str, Tensor]]) -> bool:

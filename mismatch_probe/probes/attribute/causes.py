@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mismatch_probe.probes.attribute.effects import alters
@@ -54,18 +54,20 @@ def _changes(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Settings that make the gap smaller, tested as one family, and move log-probs more than noise does."""
     found = []
     for row in document["knobs"]:
-        if row["status"] != "measured" or not alters(row, larger=False):
-            continue
-        if (row["shift"]["value"] or 0.0) <= (document["nulls"][row["side"]]["value"] or 0.0):
-            continue
-        share = _closed(row["rms_ratio"])
-        if (share["value"] or 0.0) >= LEAST:
-            found.append(_cause("change", f"{row['change']} at the {row['side']}", _sentence(row["action"]), share))
+        if row["status"] == "measured" and _helps(row, [document["nulls"][row["side"]]]):
+            text, share = f"{row['change']} at the {row['side']}", _closed(row["rms_ratio"])
+            found.append(_cause("change", text, _sentence(row["action"]), share))
     for row in document["two_sided"]:
-        if row["best"] == "both" and alters(row["cells"]["both"], larger=False):
+        if row["best"] == "both" and _helps(row["cells"]["both"], list(document["nulls"].values())):
             share = _closed(row["cells"]["both"]["rms_ratio"])
             found.append(_cause("change", f"{row['name']} on both sides", _BOTH[row["name"]], share))
     return found
+
+
+def _helps(row: Mapping[str, Any], nulls: Sequence[Mapping[str, Any]]) -> bool:
+    noise = max((null["value"] or 0.0) for null in nulls)
+    moved = (row["shift"]["value"] or 0.0) > noise
+    return alters(row, larger=False) and moved and _closed(row["rms_ratio"])["value"] >= LEAST
 
 
 _BOTH = {
@@ -96,7 +98,10 @@ def _located(document: Mapping[str, Any]) -> list[dict[str, Any]]:
         what = f"what reaches {where}" if between else where
         text = f"in {dtype}, {what} differs {_times(located['score'])} times as much as rounding explains"
         if between:
-            action = "Look at what is between modules there: rotation, softmax scale, mask or window, activation."
+            action = (
+                "Look at what is between modules there: rotation, softmax scale, mask or window, activation, order of "
+                "heads."
+            )
         elif located["verdict"] == "everywhere":
             action = "Both engines compute this module differently, whatever the weights: compare its definition."
         else:

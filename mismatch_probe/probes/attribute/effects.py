@@ -98,12 +98,17 @@ def two_sided_rows(evidence: Evidence, knobs: Mapping[str, Mapping[str, Any]]) -
             rows.append({"name": name, "cells": {}, "best": None, "hurts": [], "why": why})
             continue
         plain_b, changed_b, plain_a, changed_a = (np.asarray(side) for side in sides)
-        neither, tokens, seed = plain_a - plain_b, evidence.base.tokens, evidence.seed
+        # All of readings that were made again, so that the four have one reference.
+        neither = plain_a - plain_b
+        gaps = {
+            "neither": neither,
+            "rollout": plain_a - changed_b,
+            "trainer": changed_a - plain_b,
+            "both": changed_a - changed_b,
+        }
         cells = {
-            "neither": ladder.change(neither, neither, tokens, seed=seed).as_dict(),
-            "rollout": effect_of(knobs[rollout]),
-            "trainer": effect_of(knobs[trainer]),
-            "both": ladder.change(neither, changed_a - changed_b, tokens, seed=seed).as_dict(),
+            cell: ladder.change(neither, gap, evidence.base.tokens, seed=evidence.seed).as_dict()
+            for cell, gap in gaps.items()
         }
         known = {cell: found["rms"]["value"] for cell, found in cells.items() if found["rms"]["value"] is not None}
         best = min(known, key=lambda cell: known[cell]) if known else None
@@ -120,7 +125,8 @@ def judge(knobs: Mapping[str, dict[str, Any]], two_sided: Sequence[Mapping[str, 
     """Adds to each setting, and to each change of both sides, whether it alters the gap: all are one family of tests.
 
     `p_holm` is the p-value adjusted over the family (Holm 1979), `differs` whether it is below 5 %; both are None where
-    there is no test. `hurts` are the cells of a change that make the gap larger.
+    there is no test. A change on one side has those of its setting. `hurts` are the cells of a change that make the gap
+    larger.
     """
     pairs = [row for row in two_sided if row["cells"]]
     tests = [row for row in knobs.values() if row["status"] == "measured"]
