@@ -20,21 +20,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.planted_faults import Trainer, trace
 from mismatch_probe.engines.faults import first_line
-from tests.real.tiny import ARCHITECTURES, COMMON, GROUPED, VOCABULARY, save_model
+from tests.real.tiny import ARCHITECTURES, COMMON, GPT2, GROUPED, save_model
 
 TOKENS = 96
 _WINDOW = {"sliding_window": 64}
-_GPT2 = {
-    "vocab_size": VOCABULARY,
-    "n_embd": 128,
-    "n_layer": 3,
-    "n_head": 4,
-    "n_positions": 512,
-    "initializer_range": 0.12,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = ARCHITECTURES | {
     "apertus": ("ApertusConfig", GROUPED),
     "bloom": ("BloomConfig", {**COMMON, "n_layer": 3, "n_head": 4}),
@@ -43,8 +32,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = ARCHITECTURES | {
     "gemma": ("GemmaConfig", GROUPED),
     "gemma3": ("Gemma3TextConfig", {**GROUPED, **_WINDOW, "query_pre_attn_scalar": 32}),
     "glm4": ("Glm4Config", GROUPED),
-    "gpt2": ("GPT2Config", _GPT2),
-    "gpt_bigcode": ("GPTBigCodeConfig", {**_GPT2, "multi_query": True}),
+    "gpt2": ("GPT2Config", GPT2),
+    "gpt_bigcode": ("GPTBigCodeConfig", {**GPT2, "multi_query": True}),
     "gpt_oss": ("GptOssConfig", {**GROUPED, **_WINDOW, "num_local_experts": 8, "num_experts_per_tok": 2}),
     "granitemoe": (
         "GraniteMoeConfig",

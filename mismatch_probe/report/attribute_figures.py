@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
@@ -31,7 +30,7 @@ from mismatch_probe.report.attribute_rows import (
     value_of,
     whisker,
 )
-from mismatch_probe.report.attribute_words import class_names, fix_wanted, share_percent, share_percents
+from mismatch_probe.report.attribute_words import class_names, fix_wanted, order_of, share_percent, share_percents
 from mismatch_probe.report.figures import save
 from mismatch_probe.report.format import NONE, interval, number, percent
 from mismatch_probe.report.style import plot_settings
@@ -173,11 +172,7 @@ def knobs_figure(document: Document) -> Figure:
 
 
 def _sorted(rows: Any) -> list[Document]:
-    def ratio(row: Document) -> float:
-        value = value_of(row["rms_ratio"])
-        return math.inf if value is None else value
-
-    return sorted(rows, key=ratio)
+    return sorted(rows, key=lambda row: order_of(row["rms_ratio"]))
 
 
 def _marked(row: Document) -> str:

@@ -5,7 +5,6 @@ As in `view`, every string has been through `visible` and none has been escaped.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from mismatch_probe.report.attribute_words import (
     fix_wanted,
     fixes_text,
     nutshell,
+    order_of,
     share_percent,
     share_percents,
     unmeasured,
@@ -115,7 +115,7 @@ def _anchor(document: Document) -> AttributedSection | None:
 def _knobs(document: Document) -> AttributedSection:
     measured = [row for row in document["knobs"] if row["status"] == "measured"]
     order = {"rollout": 0, "trainer": 1}
-    measured.sort(key=lambda row: (order.get(row["side"], 2), _value(row["rms_ratio"])))
+    measured.sort(key=lambda row: (order.get(row["side"], 2), order_of(row["rms_ratio"])))
     text = (
         "One setting changed at a time, against the same readings without it. A ratio below 1 is a smaller gap; the "
         "shift is how far the setting moves log-probs, towards the other side or not. Whether a setting alters the gap "
@@ -136,11 +136,6 @@ def _nulls(document: Document) -> str:
         return ""
     sides = " and ".join(f"the {side} by an RMS of {value} nats" for side, value in shown.items())
     return f"Run again without a change, log-probs move at {sides}: a shift of that size is none."
-
-
-def _value(metric: Document) -> float:
-    value = metric.get("value")
-    return math.inf if value is None else float(value)
 
 
 def _knob_row(row: Document) -> tuple[str, ...]:

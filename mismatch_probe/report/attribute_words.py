@@ -164,6 +164,12 @@ def warnings(document: Document) -> list[str]:
     return [*found, *(f"{visible(name)} failed: {visible(why)}" for name, why in document["failed"].items())]
 
 
+def order_of(ratio: Document) -> float:
+    """What rows are sorted by: those without a ratio come last."""
+    value = ratio.get("value")
+    return math.inf if value is None else float(value)
+
+
 def leaves_one_out(ratio: Document) -> bool:
     """Whether the interval of a ratio does not hold 1."""
     low, high = ratio["ci_low"], ratio["ci_high"]

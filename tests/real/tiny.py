@@ -30,27 +30,23 @@ EXPERTS = {
     "norm_topk_prob": True,
     "mlp_only_layers": [],
 }
+GPT2 = {
+    "vocab_size": VOCABULARY,
+    "n_embd": 128,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 512,
+    "initializer_range": 0.12,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3Config", {**GROUPED, "tie_word_embeddings": True}),
     "llama": ("LlamaConfig", {**GROUPED, "tie_word_embeddings": False}),
     # The one whose head has a bias in both engines.
-    "gptj": (
-        "GPTJConfig",
-        {
-            "vocab_size": VOCABULARY,
-            "n_embd": 128,
-            "n_layer": 3,
-            "n_head": 4,
-            "n_positions": 512,
-            "rotary_dim": 16,
-            "initializer_range": 0.12,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "pad_token_id": 0,
-            "tie_word_embeddings": False,
-        },
-    ),
+    "gptj": ("GPTJConfig", {**GPT2, "rotary_dim": 16, "tie_word_embeddings": False}),
     "gpt_neox": ("GPTNeoXConfig", {**COMMON, "rotary_pct": 0.5, "use_parallel_residual": True}),
     "qwen3_moe": ("Qwen3MoeConfig", EXPERTS),
     # vLLM's experts add the shared one to their own.
@@ -69,23 +65,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "stablelm": ("StableLmConfig", {**COMMON, "num_key_value_heads": 2}),
     # Queries, keys and values are one projection in both engines, each with an order of its own.
-    "falcon": (
-        "FalconConfig",
-        {
-            "vocab_size": VOCABULARY,
-            "hidden_size": 128,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_kv_heads": 2,
-            "new_decoder_architecture": True,
-            "alibi": False,
-            "max_position_embeddings": 512,
-            "initializer_range": 0.12,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "pad_token_id": 0,
-        },
-    ),
+    "falcon": ("FalconConfig", {**COMMON, "num_kv_heads": 2, "new_decoder_architecture": True, "alibi": False}),
     # Scored by the trainer only: these change logits behind the head.
     "gemma2": ("Gemma2Config", {**GROUPED, "final_logit_softcapping": 5.0, "sliding_window": 64}),
     "granite": ("GraniteConfig", {**GROUPED, "logits_scaling": 4.0}),

@@ -178,7 +178,7 @@ class InsideComparison:
         self._network = Network.of(model)
         self._choices: dict[tuple[str, str], tuple[Tensor, ...]] = {}
         self._orders: dict[str, Tensor | None] = {}
-        self._flips: dict[str, Tensor] = {}
+        self._flips: dict[str, Tensor | None] = {}
         self._request = files.facts()["request"]
         self._leaves = {
             name: module
@@ -186,7 +186,6 @@ class InsideComparison:
             if any(True for _ in module.parameters(recurse=False))
             and name not in (self._network.head, self._network.embedding)
         }
-        self._mixtures = {name for name, module in model.named_modules() if name and hasattr(module, "experts")}
         widths = {name: _width(module) for name, module in self._leaves.items()}
         self._trace = _Trace(files, self._network, widths)
         self._batch = _Batch(self._request["sequences"], next(model.parameters()).device)
@@ -249,7 +248,7 @@ class InsideComparison:
             elif kind == "module" and name in self._leaves:
                 handles.append(module.register_forward_pre_hook(self._given(name, found), with_kwargs=True))
                 handles.append(module.register_forward_hook(self._handing_on(name, found)))
-            elif kind == "module" and name in self._mixtures:
+            elif kind == "module" and hasattr(module, "experts"):
                 handles.append(module.register_forward_hook(self._handing_on(name, found, f"{name}.experts")))
             elif kind == "stream" and (name in self._blocks or name == self._network.embedding):
                 handles.append(module.register_forward_hook(self._recorder("stream", name, found)))
@@ -286,12 +285,11 @@ class InsideComparison:
         rows = [self._batch.rows(tensor) for tensor in output if isinstance(tensor, Tensor)]
         logits = next((r for r in rows if theirs is not None and r is not None and r.shape == theirs.shape), None)
         chosen = next((r for r in rows if r is not None and not r.is_floating_point()), None)
-        if theirs is None or logits is None or chosen is None:
-            return
-        flips = flipped(theirs, logits, chosen)
-        if flips is not None:
-            block = name.rpartition(".")[0]
-            self._flips[block] = self._flips[f"{block}.experts"] = flips
+        flips = None
+        if theirs is not None and logits is not None and chosen is not None:
+            flips = flipped(theirs, logits, chosen)
+        block = name.rpartition(".")[0]
+        self._flips[block] = self._flips[f"{block}.experts"] = flips
 
     def _recorder(self, kind: Kind, name: str, found: dict[tuple[Kind, str], Tensor]) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
@@ -333,10 +331,11 @@ class InsideComparison:
             if unless and self._trace.find(unless, "out") is not None:
                 return None
             record(owner, args, output)
-            theirs = self._made(name, found.get(("module", name)))
-            if not isinstance(output, Tensor) or theirs is None or ("module", name) not in found:
+            ours = found.get(("module", name))
+            theirs = None if ours is None else self._made(name, ours)
+            if not isinstance(output, Tensor) or ours is None or theirs is None or theirs.numel() != ours.numel():
                 return None
-            return self._batch.padded(theirs, output) if theirs.numel() == found["module", name].numel() else None
+            return self._batch.padded(theirs, output)
 
         return hook
 

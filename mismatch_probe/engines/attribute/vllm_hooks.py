@@ -133,7 +133,7 @@ class Tracer:
         self._handles.append(module.register_forward_hook(self._after(part, name, module)))
 
     def _before(self, part: str, name: str, module: nn.Module) -> Callable[..., None]:
-        in_parts = name == "" or is_norm(module)
+        in_parts = _reads_stream(name, module)
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             tensors = _floats((*args, *kwargs.values()))
@@ -145,6 +145,7 @@ class Tracer:
         return hook
 
     def _after(self, part: str, name: str, module: nn.Module) -> Callable[..., None]:
+        in_parts = _reads_stream(name, module)
         if is_norm(module):
             self._norms.add((part, name))
         # Experts that add the shared ones to their own have no counterpart; the block around them has.
@@ -154,7 +155,7 @@ class Tracer:
             tensors = _floats(output if isinstance(output, (tuple, list)) else (output,))
             if tensors and not shared:
                 self._keep(part, f"{name}.out", tensors[0])
-            if _in_parts(tensors):
+            if in_parts and _in_parts(tensors):
                 self._keep(part, f"{name}.out{_SECOND}", tensors[1])
 
         return hook
@@ -179,6 +180,11 @@ def _floats(values: Sequence[Any]) -> list[Tensor]:
     return [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
 
 
+def _reads_stream(name: str, module: nn.Module) -> bool:
+    """Whether a module, by its name in its layer, is one that can get and give the stream in two parts."""
+    return name == "" or is_norm(module)
+
+
 def _in_parts(tensors: Sequence[Tensor]) -> bool:
     """Whether these can be a stream in two parts."""
     return len(tensors) > 1 and tensors[0].shape == tensors[1].shape
@@ -194,19 +200,16 @@ def _join_streams(joined: dict[str, dict[str, Tensor]], norms: set[tuple[str, st
         # A norm that adds returns the sum as it rounded it, one that does not its second argument.
         if not torch.equal(second, returned) or not records[f"{name}.in"].any():
             records[f"{name}.in"] = returned
-    layers = [joined[part] for part in sorted(joined, key=_number) if part != OUTSIDE]
+    layers = [records for part, records in joined.items() if part != OUTSIDE]  # in the order of their calls
     unread, handed_on = _second_part_is_unread(layers), False
     for records in layers:
-        entering, leaving = (records.get(f"{end}{_SECOND}") for end in (".in", ".out"))
+        entering, leaving = (records.pop(f"{end}{_SECOND}", None) for end in (".in", ".out"))
         # What enters beside a stream that was handed on whole is something else (Zamba2's embedding).
         if entering is not None and handed_on and not unread:
             records[".in"] = records[".in"] + entering
         if leaving is not None and not unread:
             records[".out"] = records[".out"] + leaving
         handed_on = leaving is not None
-    for records in joined.values():
-        for name in [name for name in records if name.endswith(_SECOND)]:
-            del records[name]
 
 
 def _second_part_is_unread(layers: Sequence[dict[str, Tensor]]) -> bool:
@@ -220,11 +223,6 @@ def _second_part_is_unread(layers: Sequence[dict[str, Tensor]]) -> bool:
         if f".in{_SECOND}" not in after or (entry is not None and torch.equal(entry, first)):
             return True
     return False
-
-
-def _number(part: str) -> int:
-    """A layer's place, by the name of its part."""
-    return -1 if part == OUTSIDE else int(part.rpartition("-")[2])
 
 
 def layer_names(model: nn.Module, count: int) -> list[str]:
