@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 # Prompts from which 95 % intervals cover about 95 % under heavy tails (benchmarks/coverage.py).
 CALIBRATED_PROMPTS = 32
-# Second moments of heavy tails need more, and so do means of exp(D) and its square, which the few sequences with the
-# largest D decide: there, 64 prompts cover 75 % to 95 %.
+# Second moments of heavy tails need more. What a few huge weights decide is marked by these: `sequence.py`.
 _CALIBRATED = {
     "p99_abs_logprob_diff": 64,
     "std_prob_diff": 64,
@@ -19,8 +19,21 @@ _CALIBRATED = {
     "ess_seq_truncated": 64,
     "verl_is_std": 64,
     "verl_ess": 64,
-    "chi2_seq": 1024,
-    "ess_seq": 1024,
+    "chi2_seq": 64,
+    "ess_seq": 64,
+    "ess_weights": 64,
+}
+_BOUNDS = {
+    **dict.fromkeys(("mean_abs_prob_diff", "std_prob_diff", "max_abs_prob_diff", "frac_outside_clip"), (0.0, 1.0)),
+    **dict.fromkeys(("confident_disagreement_rate", "tv_exact", "top1_flip_rate"), (0.0, 1.0)),
+    **dict.fromkeys(("ess_token", "ess_seq", "ess_seq_gaussian", "ess_seq_truncated", "verl_ess"), (0.0, 1.0)),
+    **dict.fromkeys(("chi2_token", "chi2_seq"), (-1.0, math.inf)),
+    **dict.fromkeys(("token_mult_prob_error", "seq_mult_prob_error_max"), (1.0, math.inf)),
+    **dict.fromkeys(("mean_ratio", "ppl_ratio"), (0.0, math.inf)),
+    "pearson_prob": (-1.0, 1.0),
+    "js_exact": (0.0, math.log(2)),
+    "verl_is_mean": (0.0, 2.0),
+    "verl_is_std": (0.0, 1.0),
 }
 
 
@@ -49,9 +62,14 @@ class MetricInfo:
     has_interval: bool = True
 
     @property
-    def calibrated_prompts(self) -> int:
-        """Below this many prompts the interval is marked uncalibrated."""
-        return _CALIBRATED.get(self.key, CALIBRATED_PROMPTS)
+    def bounds(self) -> tuple[float, float]:
+        """What no value can lie beyond."""
+        return _BOUNDS.get(self.key, (0.0 if self.positive else -math.inf, math.inf))
+
+
+def calibrated_prompts(key: str) -> int:
+    """Below this many prompts the interval of metric `key` is marked uncalibrated."""
+    return _CALIBRATED.get(key, CALIBRATED_PROMPTS)
 
 
 _TOKEN = (

@@ -26,6 +26,7 @@ from mismatch_probe.metrics.intervals import (
     Estimate,
     Floats,
     join_why,
+    kish,
     share_interval,
     with_interval,
 )
@@ -207,43 +208,42 @@ NO_ROWS = "no rows of logits were compared; --exact-kl keeps some"
 def exact_metrics(rows: ExactRows | None) -> dict[str, Estimate | MetricValue]:
     """The metrics of METRICS.md, "Exact metrics", over all positions of the pair.
 
-    Positions were sampled with probability proportional to a weight w, so the mean of y over all of them is the mean
-    of w over all of them, which is known, times the ratio of the sums of y and of w over those compared, each counted
-    as often as it stands for others (the ratio estimator of sampling theory, e.g. Cochran 1977, chapter 6).
+    A compared position stands for others, so a prompt's Σ y·stands_for estimates its sum over all of its positions, and
+    what the sums are divided by, tokens or sequences, is known for each prompt (Horvitz and Thompson 1952): that
+    prompts differ in these is part of the spread.
     """
     if rows is None:
         return dict.fromkeys((*_MEANS, "kl_seq_exact"), MetricValue(None, why=NO_ROWS))
-    found = {key: _over_finite(rows, column) for key, column in _MEANS.items()}
-    found["kl_seq_exact"] = _over_finite(rows, "kl", float(rows.tokens.sum() / rows.sequences.sum()))
+    found = {key: _over_finite(rows, column, rows.tokens) for key, column in _MEANS.items()}
+    found["kl_seq_exact"] = _over_finite(rows, "kl", rows.sequences)
     return found
 
 
-def _over_finite(rows: ExactRows, column: str, factor: float = 1.0) -> Estimate | MetricValue:
-    """`factor` times the mean of a column, over the positions at which it is finite."""
+def _over_finite(rows: ExactRows, column: str, units: Floats) -> Estimate | MetricValue:
+    """Sum of a column per unit `[P]`, from the positions at which it is finite."""
     keep = rows.finite(column)
     if not keep.any():
         return MetricValue(None, why=f"finite at none of the {len(keep)} compared positions")
     why = "" if keep.all() else f"computed over the {int(keep.sum())} of {len(keep)} positions that are finite"
     times, prompt, n_prompts = rows.stands_for[keep], rows.prompt[keep], len(rows.tokens)
-    weights = group_sums(prompt, rows.weight[keep] * times, n_prompts)
     sums = group_sums(prompt, rows.values[column][keep] * times, n_prompts)
-    mean_weight = factor * rows.mean_weight
-    return (_share_of if column == "flip" else _mean_of)(sums, weights, mean_weight, why)
-
-
-def _mean_of(sums: Floats, weights: Floats, factor: float, why: str) -> Estimate | MetricValue:
+    weight = rows.weight * rows.stands_for
+    counts = units * (1.0 if keep.all() else float(weight[keep].sum() / weight.sum()))
+    if column == "flip":
+        return _share_of(sums, counts, kish(times), why)
     if not sums.any():
         return MetricValue(0.0, 0.0, 0.0, why)
-    offset = math.log(factor)
-    return Estimate(sums[:, None], weights[:, None], lambda means: scales.log_mean(means) + offset, scales.exp, why)
+    return Estimate(sums[:, None], counts[:, None], scales.log_mean, scales.exp, why)
 
 
-def _share_of(hits: Floats, weights: Floats, factor: float, why: str) -> MetricValue:
-    share = factor * float(hits.sum() / weights.sum())
-    interval = share_interval(hits, weights / factor)
+def _share_of(hits: Floats, counts: Floats, most: float, why: str) -> MetricValue:
+    """A share of hits among positions, of which so many were compared as `most` equal ones amount to."""
+    share = min(1.0, float(hits.sum() / counts.sum()))
+    interval = share_interval(np.minimum(hits, counts), counts, most=most)
     if interval is None:
         return MetricValue(share, why=join_why(why, NO_INTERVAL))
-    return with_interval(share, interval, int(np.count_nonzero(weights)), why)
+    interval = min(interval[0], share), max(interval[1], share)
+    return with_interval(share, interval, int(np.count_nonzero(counts)), why, effective=kish(counts))
 
 
 def estimator_costs(rows: ExactRows) -> list[EstimatorCost]:

@@ -5,7 +5,9 @@ Shape legend: `P` prompts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +15,11 @@ from scipy import special
 
 Floats = NDArray[np.float64]
 Interval = tuple[float, float]
+Working = Callable[[NDArray[Any]], NDArray[Any]]
 
 UPPER_TAIL = 0.975
+# Below this many prompts no test is made: among 2 to 5 prompts 15 to 19 % of tests at 5 % are false alarms (simulated).
+TESTED_PROMPTS = 16
 # The kurtosis of few heavy-tailed values understates that of their law. Stretching the bootstrap's quantiles by this
 # power of what the degrees of freedom do to Student's makes up for it (coverage.py: .93 to .97 at 64 prompts).
 _STRETCH_POWER = 2
@@ -28,15 +33,19 @@ class Inference:
         centre: The estimate.
         se: Its linearised cluster standard error.
         degrees: Degrees of freedom of `se`.
+        n_prompts: P, those with rows.
         stretch_low: How many times longer than Student's the interval is below the centre, at least 1.
         stretch_high: The same above the centre.
+        withheld: Why these prompts support neither limits nor a test; empty where they do.
     """
 
     centre: float
     se: float
     degrees: float
+    n_prompts: int
     stretch_low: float = 1.0
     stretch_high: float = 1.0
+    withheld: str = ""
 
     @property
     def limits(self) -> Interval:
@@ -44,8 +53,13 @@ class Inference:
         half = student(self.degrees) * self.se
         return self.centre - self.stretch_low * half, self.centre + self.stretch_high * half
 
-    def p_value(self, null: float) -> float:
-        """Two-sided p-value of the working value `null`: below 0.05 exactly where the 95 % limits exclude it."""
+    def p_value(self, null: float) -> float | None:
+        """Two-sided p-value of the working value `null`: below 0.05 exactly where the 95 % limits exclude it.
+
+        None below `TESTED_PROMPTS` prompts, and where the limits are withheld.
+        """
+        if self.withheld or self.n_prompts < TESTED_PROMPTS:
+            return None
         if self.se == 0.0:
             return 1.0 if self.centre == null else 0.0
         stretch = self.stretch_low if self.centre > null else self.stretch_high

@@ -19,13 +19,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
-from mismatch_probe.metrics.catalog import CALIBRATED_PROMPTS, CATALOG
+from mismatch_probe.metrics import scales
+from mismatch_probe.metrics.catalog import CALIBRATED_PROMPTS, CATALOG, calibrated_prompts
 from mismatch_probe.metrics.inference import UPPER_TAIL as UPPER_TAIL
 from mismatch_probe.metrics.inference import Floats as Floats
 from mismatch_probe.metrics.inference import (
@@ -36,18 +36,29 @@ from mismatch_probe.metrics.inference import (
     student,
 )
 from mismatch_probe.metrics.inference import Interval as Interval
+from mismatch_probe.metrics.inference import Working as Working
 from mismatch_probe.types import MetricValue
-
-Working = Callable[[NDArray[Any]], NDArray[Any]]
 
 UNCALIBRATED = f"uncalibrated: fewer than {CALIBRATED_PROMPTS} prompts"
 NO_INTERVAL = "no interval: fewer than 2 prompts"
+NO_SPREAD = "no interval: these prompts do not show how far the value varies"
 
 # Below this, too many replicates consist of one or two prompts, whose spread says little: a cluster-t interval serves.
 BOOTSTRAP_PROMPTS = 6
+# One prompt that holds more than this share of the squared influence is all that the standard error knows.
+_DOMINANT = 0.9
+# Samples of normal tokens have bootstrap intervals up to 3 times Student's in 95 %, at most 13 times; one huge token
+# makes them 11 to 57 times as long, on a logarithmic scale, which is no statement any more.
+_LONGEST_STRETCH = 10.0
+# Limits of a positive metric that are further apart than this factor leave it open.
+OPEN_FACTOR = 1000.0
+_OPEN = f"no interval: its limits would differ by a factor of more than {OPEN_FACTOR:,.0f}"
+# Metrics in which a distance on the working scale is a factor.
+_BY_FACTOR = (scales.exp, scales.ess_of_log_squared_variation, scales.exp_minus_exp)
 _USABLE_SHARE = 0.99
 _CHUNK_ELEMENTS = 2_000_000
 _COMPLEX_STEP = 1e-80
+_ROUNDED = 1e-12
 
 
 @dataclass(frozen=True)
@@ -61,6 +72,7 @@ class Estimate:
             differentiates it by a complex step, which loses no digits.
         metric: Monotone map from the working scale to the metric.
         why: What limits the value, if anything.
+        least_prompts: Below this many prompts with rows there is no interval.
     """
 
     sums: Floats
@@ -68,6 +80,7 @@ class Estimate:
     working: Working
     metric: Callable[[float], float]
     why: str = ""
+    least_prompts: int = 2
 
     @property
     def live(self) -> NDArray[np.bool_]:
@@ -80,15 +93,17 @@ def evaluate(estimates: Mapping[str, Estimate], *, seed: int, replicates: int) -
     replicates the interval is a cluster-t one.
 
     Returns:
-        A `MetricValue` per key. Its value is None when it overflows float64; below 2 prompts it has no interval. Where
-        the key is one of the catalog, the metric's own calibrated number of prompts decides whether it is marked.
+        A `MetricValue` per key. Its value is None when it overflows float64. It has no interval below
+        `Estimate.least_prompts`, where one prompt decides the value, and where the limits would leave it open; `why`
+        then says so. Where the key is one of the catalog, the metric's own calibrated number of prompts decides
+        whether the interval is marked.
     """
     inferences = infer(estimates, seed=seed, replicates=replicates)
-    return {key: metric_value(key, estimate, inferences[key]) for key, estimate in estimates.items()}
+    return {key: _bounded(key, metric_value(key, estimate, inferences[key])) for key, estimate in estimates.items()}
 
 
 def infer(estimates: Mapping[str, Estimate], *, seed: int, replicates: int) -> dict[str, Inference]:
-    """The same on the working scale; `se` is NaN below 2 prompts."""
+    """The same on the working scale; `se` is NaN below `Estimate.least_prompts`."""
     live = {key: _live(estimate) for key, estimate in estimates.items()}
     draws: dict[str, list[tuple[Floats, Floats]]] = {key: [] for key in live}
     for n_prompts in sorted({len(estimate.sums) for estimate in live.values()}):
@@ -139,75 +154,176 @@ def _gradient(working: Working, means: Floats) -> Floats:
 
 def influence(estimate: Estimate) -> Floats:
     """`[P]` change of the working value per unit of weight of each live prompt; they sum to 0."""
-    estimate = _live(estimate)
+    return _influence(_live(estimate))[0]
+
+
+def _influence(estimate: Estimate) -> tuple[Floats, float]:
+    """The same of an estimate whose prompts are all live, and the standard error that rounding alone could make."""
     totals = estimate.counts.sum(axis=0, keepdims=True)
     means = estimate.sums.sum(axis=0, keepdims=True) / totals
     with np.errstate(all="ignore"):
         slopes = _gradient(estimate.working, means) / totals
-        return np.asarray((slopes @ estimate.sums.T - (slopes * means) @ estimate.counts.T)[0])
+        pull = (slopes @ estimate.sums.T - (slopes * means) @ estimate.counts.T)[0]
+        size = np.abs(slopes) @ np.abs(estimate.sums).T + np.abs(slopes * means) @ estimate.counts.T
+        rounding = 4 * np.finfo(np.float64).eps * np.sqrt(len(pull)) * size.max()
+    return np.asarray(pull), float(rounding)
 
 
 def _infer(estimate: Estimate, draws: list[tuple[Floats, Floats]]) -> Inference:
     n_prompts = len(estimate.sums)
     with np.errstate(all="ignore"):
         centre = float(estimate.working(estimate.sums.sum(axis=0) / estimate.counts.sum(axis=0)))
-    if n_prompts < 2:
-        return Inference(centre, np.nan, np.nan)
-    pull = influence(estimate)
+    if n_prompts < estimate.least_prompts:
+        why = f"no interval: fewer than {estimate.least_prompts} prompts"
+        return Inference(centre, np.nan, np.nan, n_prompts, withheld=why)
+    pull, rounding = _influence(estimate)
     with np.errstate(all="ignore"):
         se = float(np.sqrt((pull**2).sum() * n_prompts / (n_prompts - 1)))
-    if not np.isfinite(centre) or se == 0.0:  # an exact zero everywhere, e.g. a policy compared with itself
-        return Inference(centre, 0.0, n_prompts - 1.0)
+    if not np.isfinite(centre) or se <= rounding:
+        # An exact zero everywhere, e.g. a policy compared with itself, or the same value in every prompt, which a few
+        # prompts can have by chance.
+        enough = n_prompts >= BOOTSTRAP_PROMPTS or not np.isfinite(centre)
+        alike = rounding == 0.0 or (enough and _alike(estimate, centre))
+        withheld = "" if alike else NO_SPREAD
+        return Inference(centre, 0.0, n_prompts - 1.0, n_prompts, withheld=withheld)
+    relative = pull / np.abs(pull).max()  # squares do not overflow
+    largest = 1 / float((relative**2).sum())
+    if largest > _DOMINANT:
+        withheld = f"no interval: one prompt has {_percent(largest)} of the squared influence"
+        return Inference(centre, se, n_prompts - 1.0, n_prompts, withheld=withheld)
     if n_prompts < BOOTSTRAP_PROMPTS or not np.isfinite(se):
-        return Inference(centre, se, n_prompts - 1.0)
+        return Inference(centre, se, n_prompts - 1.0, n_prompts, withheld="" if np.isfinite(se) else NO_SPREAD)
     degrees = degrees_of_freedom(excess_kurtosis(pull), n_prompts)
     if not draws:  # a cluster-t interval alone was asked for
-        return Inference(centre, se, degrees)
+        return Inference(centre, se, degrees, n_prompts)
     working = np.concatenate([chunk[0] for chunk in draws])
     spread = np.concatenate([chunk[1] for chunk in draws])
     usable = np.isfinite(working) & np.isfinite(spread) & (spread > 0)
     if usable.mean() < _USABLE_SHARE:
-        return Inference(centre, se, degrees)
+        return Inference(centre, se, degrees, n_prompts)
     t = (working[usable] - centre) / spread[usable]
     t_low, t_high = np.quantile(t, (1 - UPPER_TAIL, UPPER_TAIL))
     stretch = heavy_tail_stretch(degrees, n_prompts) / student(degrees)
-    return Inference(centre, se, degrees, max(1.0, float(t_high) * stretch), max(1.0, -float(t_low) * stretch))
+    longest = (max(1.0, float(t_high) * stretch), max(1.0, -float(t_low) * stretch))
+    withheld = ""
+    if max(longest) > _LONGEST_STRETCH:
+        withheld = f"no interval: a few prompts decide it ({max(longest):.0f} times Student's)"
+    return Inference(centre, se, degrees, n_prompts, *longest, withheld)
+
+
+def _alike(estimate: Estimate, centre: float) -> bool:
+    """Whether every prompt that gives a working value alone gives the pooled one."""
+    with np.errstate(all="ignore"):
+        own = estimate.working(estimate.sums / estimate.counts)
+        close = np.abs(own - centre) <= 1e-9 * max(1.0, abs(centre))
+    return bool(((own == centre) | close | np.isnan(own)).all())
+
+
+def _bounded(key: str, value: MetricValue) -> MetricValue:
+    """Without limits that metric `key` cannot have: its scale does not fit these prompts, or log-probs are above 0."""
+    if key not in CATALOG or value.value is None or value.ci_low is None or value.ci_high is None:
+        return value
+    low, high = CATALOG[key].bounds
+    ends = max(low, value.ci_low), min(high, value.ci_high)
+    if max(abs(ends[0] - value.ci_low), abs(ends[1] - value.ci_high)) > _ROUNDED:
+        return MetricValue(
+            value.value, why=join_why(value.why, f"no interval: its limits lie beyond {low:g} … {high:g}")
+        )
+    return replace(value, ci_low=ends[0], ci_high=ends[1])
 
 
 def metric_value(key: str, estimate: Estimate, inference: Inference) -> MetricValue:
     """Value and interval of metric `key` on its own scale."""
-    n_prompts = int(estimate.live.sum())
+    value, limits, why = _on_own_scale(estimate, inference)
+    if value is None or limits is None:
+        if value is not None and inference.n_prompts > estimate.least_prompts and inference.se > 0:
+            why = join_why(why, _without_the_largest(estimate))
+        return MetricValue(value, why=join_why(estimate.why, why))
+    counts = estimate.counts[estimate.live, 0]
+    return with_interval(value, limits, inference.n_prompts, estimate.why, key=key, effective=kish(counts))
+
+
+def _on_own_scale(estimate: Estimate, inference: Inference) -> tuple[float | None, Interval | None, str]:
+    """Value and limits, or why there are none."""
     with np.errstate(all="ignore"):
         value = float(estimate.metric(inference.centre)) + 0.0  # no negative zero
-    if not np.isfinite(value):
-        return MetricValue(None, why=join_why(estimate.why, "overflows float64"))
-    if n_prompts < 2:
-        return MetricValue(value, why=join_why(estimate.why, NO_INTERVAL))
-    with np.errstate(all="ignore"):
         ends = [float(estimate.metric(limit)) for limit in inference.limits]
+    if not np.isfinite(value):
+        return None, None, "overflows float64"
+    if inference.withheld:
+        return value, None, inference.withheld
     if not np.isfinite(ends).all():
-        return MetricValue(value, why=join_why(estimate.why, "no interval: its upper limit overflows float64"))
-    return with_interval(value, (min(*ends, value) + 0.0, max(*ends, value) + 0.0), n_prompts, estimate.why, key=key)
+        return value, None, "no interval: its upper limit overflows float64"
+    # A spread below the resolution of float64 about the value.
+    if inference.se > 0 and min(ends) == max(ends):
+        ends = [float(np.nextafter(value, end)) for end in (-np.inf, np.inf)]
+    lower, upper = min(*ends, value) + 0.0, max(*ends, value) + 0.0
+    if inference.se > 0 and estimate.metric in _BY_FACTOR and upper > OPEN_FACTOR * lower:
+        return value, None, _OPEN
+    return value, (lower, upper), ""
 
 
-def with_interval(value: float, interval: Interval, n_prompts: int, why: str = "", *, key: str = "") -> MetricValue:
-    """A `MetricValue` whose interval is marked below the prompts that the coverage of metric `key` asks for."""
-    needed = CATALOG[key].calibrated_prompts if key in CATALOG else CALIBRATED_PROMPTS
-    note = f"uncalibrated: fewer than {needed} prompts" if n_prompts < needed else ""
+def _without_the_largest(estimate: Estimate) -> str:
+    """What the value is without the prompt that has most influence on it."""
+    live = _live(estimate)
+    kept = np.arange(len(live.sums)) != np.argmax(np.abs(influence(live)))
+    rest = replace(live, sums=live.sums[kept], counts=live.counts[kept])
+    value, limits, _ = _on_own_scale(rest, _infer(rest, []))
+    if value is None:
+        return ""
+    return f"without the prompt of most influence {value:.3g}" + (
+        "" if limits is None else f" [{limits[0]:.3g}, {limits[1]:.3g}]"
+    )
+
+
+def kish(counts: Floats) -> float:
+    """How many equal prompts those with `counts` `[P]` rows amount to, 1 … P (Kish 1965)."""
+    return float(counts.sum() ** 2 / (counts**2).sum())
+
+
+def with_interval(
+    value: float, interval: Interval, n_prompts: int, why: str = "", *, key: str = "", effective: float = np.inf
+) -> MetricValue:
+    """A `MetricValue` whose interval is marked below the prompts that the coverage of metric `key` asks for.
+
+    Args:
+        value: The estimate.
+        interval: Its limits.
+        n_prompts: Prompts with rows.
+        why: What else limits it.
+        key: The metric.
+        effective: How many equal prompts they amount to. Below half of the calibrated number it is marked, too: where
+            one prompt has 90 % of 64 prompts' tokens, the interval of mean |d| covers 79 %.
+    """
+    if key in CATALOG and CATALOG[key].positive and interval[1] > OPEN_FACTOR * interval[0] > 0:
+        return MetricValue(value, why=join_why(why, _OPEN))
+    needed = calibrated_prompts(key)
+    note = ""
+    if n_prompts < needed:
+        note = f"uncalibrated: fewer than {needed} prompts"
+    elif effective < needed / 2:
+        note = f"uncalibrated: unequal prompts, which count as {effective:.3g} of the {needed} needed"
     return MetricValue(value, interval[0], interval[1], join_why(why, note))
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
 
 
 def join_why(*reasons: str) -> str:
     return "; ".join(reason for reason in reasons if reason)
 
 
-def share_interval(hits: Floats, counts: Floats, *, heavy_tailed: bool = False) -> Interval | None:
+def share_interval(
+    hits: Floats, counts: Floats, *, heavy_tailed: bool = False, most: float = np.inf
+) -> Interval | None:
     """Interval of a share, Clopper–Pearson at the effective sample size (Korn and Graubard 1998).
 
     Args:
         hits: `[P]` rows per prompt that have the property.
         counts: `[P]` rows per prompt.
         heavy_tailed: Whether a few prompts can have most hits, so that these have fewer degrees of freedom.
+        most: At most so many independent rows, e.g. those looked at where the rows above stand for others.
 
     Returns:
         Limits in [0, 1], None below 2 prompts. Without any hit the design effect is unknown and taken as 1.
@@ -217,10 +333,10 @@ def share_interval(hits: Floats, counts: Floats, *, heavy_tailed: bool = False) 
     if len(counts) < 2:
         return None
     share = hits.sum() / n
-    effective = n
+    effective = min(n, most)
     squared_half_width = _squared_half_width(hits, counts, heavy_tailed)
     if squared_half_width > 0 and n > 1:
-        effective = min(n, share * (1 - share) * student(float(n) - 1) ** 2 / squared_half_width)
+        effective = min(effective, share * (1 - share) * student(float(n) - 1) ** 2 / squared_half_width)
     k = share * effective
     low = special.betaincinv(k, effective - k + 1, 1 - UPPER_TAIL) if share > 0 else 0.0
     high = special.betaincinv(k + 1, effective - k, UPPER_TAIL) if share < 1 else 1.0
@@ -238,7 +354,7 @@ def rare_share_interval(hits: Floats, counts: Floats) -> Interval:
     if k > 0 and live.sum() > 1:
         inflation = max(1.0, _squared_half_width(hits[live], counts[live], True) * n**2 / (k * student(np.inf) ** 2))
     low, high = poisson_interval(k / inflation)
-    return low * inflation / n, high * inflation / n
+    return min(1.0, low * inflation / n), min(1.0, high * inflation / n)
 
 
 def _squared_half_width(hits: Floats, counts: Floats, heavy_tailed: bool) -> float:
@@ -263,12 +379,34 @@ def quantile_interval(values: Floats, prompt: NDArray[np.int64], level: float) -
         The quantile and its limits, None below 2 prompts. No limit can lie beyond the largest value seen.
     """
     value = float(np.quantile(values, level))
-    above = np.bincount(prompt, weights=values > value).astype(np.float64, copy=False)
-    interval = share_interval(above, np.bincount(prompt).astype(np.float64), heavy_tailed=True)
+    counts = np.bincount(prompt).astype(np.float64)
+
+    def share(chosen: NDArray[np.bool_]) -> Interval | None:
+        hits = np.bincount(prompt, weights=chosen, minlength=len(counts)).astype(np.float64, copy=False)
+        return share_interval(hits, counts, heavy_tailed=True)
+
+    interval = share(values > value)
     if interval is None:
         return value, None
-    low, high = np.quantile(values, (1 - interval[1], 1 - interval[0]))
-    return value, (min(value, float(low)), max(value, float(high)))
+    if np.count_nonzero(values == value) <= 1:
+        low, high = np.quantile(values, (1 - interval[1], 1 - interval[0]))
+        return value, (min(value, float(low)), max(value, float(high)))
+    # Among ties the share above the value is not 1 − level: the limits are the last values that the share of values
+    # beyond them does not exclude.
+    tail, points = 1 - level, np.unique(values)
+    at = int(np.searchsorted(points, value))
+    low = _last(points[: at + 1][::-1], lambda point: (share(values > point) or (0.0, 1.0))[0] <= tail)
+    high = _last(points[at:], lambda point: (share(values >= point) or (0.0, 1.0))[1] > tail)
+    return value, (low, high)
+
+
+def _last(points: Floats, holds: Callable[[float], bool]) -> float:
+    """The last of `points` before the first, after point 0, that does not hold, by bisection."""
+    first, end = 0, len(points)
+    while end - first > 1:
+        middle = (first + end) // 2
+        first, end = (middle, end) if holds(float(points[middle])) else (first, middle)
+    return float(points[first])
 
 
 def poisson_interval(count: float) -> Interval:

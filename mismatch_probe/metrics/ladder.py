@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from mismatch_probe.metrics import scales
 from mismatch_probe.metrics.chunks import group_sums
-from mismatch_probe.metrics.intervals import Estimate, evaluate, infer, join_why, metric_value, with_interval
+from mismatch_probe.metrics.inference import TESTED_PROMPTS
+from mismatch_probe.metrics.intervals import Estimate, evaluate, infer, metric_value, with_interval
 from mismatch_probe.metrics.multiplicity import SIGNIFICANCE
 from mismatch_probe.types import MetricValue
 
@@ -28,8 +29,6 @@ UNCHANGED = "no token changed"
 NO_TOKENS = "no token is finite in all readings"
 NO_GAP = "there is no gap"
 CLOSED = "no gap is left"
-# An end of an interval that is so many times the value is no end.
-_USELESS = 100.0
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,8 @@ class Change:
         k3_ratio: The same of `k3`.
         shift: RMS by which the change moved log-probs, nats.
         p_value: Two-sided, of `rms_ratio` being 1: below 0.05 exactly where its interval leaves 1 out; None where
-            nothing can be tested. Where no gap is left, that of a sign test over the prompts that had one.
+            nothing can be tested, as below 16 prompts. Where no gap is left, that of a sign test over the prompts that
+            had one.
     """
 
     rms: MetricValue
@@ -148,15 +148,11 @@ def gap(d: Floats, tokens: TokenPrompts, *, seed: int = 0, replicates: int = 100
         return dict.fromkeys(("rms", "k3"), MetricValue(None, why=NO_TOKENS))
     if not d.any():
         return dict.fromkeys(("rms", "k3"), MetricValue(0.0, why=NO_GAP))
-    measured = evaluate(
-        {
-            "rms": tokens.estimate(scales.log_root_mean, scales.exp, d**2),
-            "k3": tokens.estimate(scales.log_mean, scales.exp, scales.k3(d)),
-        },
-        seed=seed,
-        replicates=replicates,
-    )
-    return {name: _bounded(value) for name, value in measured.items()}
+    estimates = {
+        "rms": tokens.estimate(scales.log_root_mean, scales.exp, d**2),
+        "k3": tokens.estimate(scales.log_mean, scales.exp, scales.k3(d)),
+    }
+    return evaluate(estimates, seed=seed, replicates=replicates)
 
 
 def change(before: Floats, after: Floats, tokens: TokenPrompts, *, seed: int = 0, replicates: int = 1000) -> Change:
@@ -194,12 +190,14 @@ def change(before: Floats, after: Floats, tokens: TokenPrompts, *, seed: int = 0
         closed = MetricValue(0.0, why=CLOSED)
         if sign_test < SIGNIFICANCE:
             closed = with_interval(0.0, (0.0, 0.0), active, CLOSED)
-        found = replace(found, rms_ratio=closed, k3_ratio=closed, p_value=sign_test if active > 1 else None)
+        found = replace(
+            found, rms_ratio=closed, k3_ratio=closed, p_value=sign_test if active >= TESTED_PROMPTS else None
+        )
     elif before.any():
         estimates["rms_ratio"] = tokens.estimate(_log_root_ratio, scales.exp, after**2, before**2)
         estimates["k3_ratio"] = tokens.estimate(_log_ratio, scales.exp, scales.k3(after), scales.k3(before))
     inferred = infer(estimates, seed=seed, replicates=replicates)
-    measured = {name: _bounded(metric_value(name, estimates[name], inferred[name])) for name in estimates}
+    measured = {name: metric_value(name, estimates[name], inferred[name]) for name in estimates}
     found = replace(found, shift=measured["shift"])
     if "rms_ratio" not in measured:
         return found
@@ -224,15 +222,6 @@ def share_of_squares(d: Floats, chosen: NDArray[np.bool_], tokens: TokenPrompts,
 def _alone(value: MetricValue) -> MetricValue:
     """Of a single prompt, which has no spread."""
     return MetricValue(value.value, why="no interval: one prompt makes all of it")
-
-
-def _bounded(value: MetricValue) -> MetricValue:
-    """Without an interval that says nothing."""
-    if value.value is None or value.ci_low is None or value.ci_high is None or value.value <= 0:
-        return value
-    if value.ci_high <= _USELESS * value.value and value.value <= _USELESS * value.ci_low:
-        return value
-    return MetricValue(value.value, why=join_why(value.why, "no interval: a few tokens make most of it"))
 
 
 def _ratio(means: NDArray[Any]) -> NDArray[Any]:

@@ -47,7 +47,8 @@ class PairedComparison:
         ratio: numerator / denominator with its interval; None with the reason where there is none.
         difference: numerator − denominator with its interval, in the metric's unit.
         n_prompts: Prompts that both pairs have.
-        p_value: Two-sided, of the ratio being 1: below 0.05 exactly where the ratio's interval excludes 1.
+        p_value: Two-sided, of the ratio being 1: below 0.05 exactly where the ratio's interval excludes 1. None below
+            16 prompts and where the ratio has no interval.
         p_holm: The same adjusted over all comparisons of one call (Holm 1979).
         detectable_ratio: Smallest ratio above 1 that these data would have shown (5 % two-sided, unadjusted) with
             80 % probability; its inverse is the largest below 1.
@@ -114,10 +115,11 @@ def compare_pairs(
     of_difference = infer(differences, seed=seed, replicates=replicates)
     for name, inference in of_ratio.items():
         case = cases[int(name)]
-        tested = case.n_prompts > 1 and np.isfinite(inference.centre)
+        ratio = metric_value(case.key, ratios[name], inference)
+        tested = ratio.ci_low is not None and np.isfinite(inference.centre)
         cases[int(name)] = replace(
             case,
-            ratio=metric_value(case.key, ratios[name], inference),
+            ratio=ratio,
             difference=metric_value(case.key, differences[name], of_difference[name]),
             p_value=inference.p_value(0.0) if tested else None,
             detectable_ratio=exp(inference.detectable(POWER)) if tested else None,
@@ -182,7 +184,7 @@ def _joint_or_why(
     def difference(means: NDArray[Any]) -> NDArray[Any]:
         return np.asarray(np.exp(above.working(means[..., :k])) - np.exp(below.working(means[..., k:])))
 
-    ratio = Estimate(sums, counts, log_ratio, exp)
+    ratio = Estimate(sums, counts, log_ratio, exp, least_prompts=max(above.least_prompts, below.least_prompts))
     shared = int(ratio.live.sum())
     if shared == 0:
         return "the pairs share no prompt"

@@ -119,7 +119,7 @@ def mean_over_runs(values: ArrayLike) -> MetricValue:
     spread = spread_of(given)
     if spread == 0:
         return MetricValue(mean, why="no interval: all values are equal")
-    return MetricValue(mean, *Inference(mean, spread / math.sqrt(len(given)), len(given) - 1.0).limits)
+    return MetricValue(mean, *Inference(mean, spread / math.sqrt(len(given)), len(given) - 1.0, len(given)).limits)
 
 
 def share_of_runs(hits: int, n_runs: int) -> MetricValue:

@@ -14,13 +14,16 @@ import numpy as np
 from mismatch_probe.metrics import scales
 from mismatch_probe.metrics.accumulate import PairSums, as_sums
 from mismatch_probe.metrics.chunks import Ints, group_sums
-from mismatch_probe.metrics.intervals import Estimate, Floats, Working
+from mismatch_probe.metrics.inference import Floats, Working
+from mismatch_probe.metrics.intervals import Estimate
 from mismatch_probe.metrics.moments import CentredSums, ShiftedSums
 from mismatch_probe.types import MetricValue, PairArrays
 
 Pair = PairArrays | PairSums
 
 _FEW = MetricValue(None, why="needs at least 2 values")
+# A spread over two prompts has no spread of its own: both are equally far from their mean.
+SPREAD_PROMPTS = 3
 
 
 class Tokens:
@@ -43,46 +46,60 @@ class Tokens:
         return np.repeat(self.pair.sequences.prompt, self.pair.sequences.n_finite)
 
     def estimate(
-        self, sums: Sequence[Floats], working: Working, metric: Callable[[float], float], *, why: str = ""
+        self, sums: Sequence[Floats], working: Working, metric: Callable[[float], float], *, least_prompts: int = 2
     ) -> Estimate:
         """An estimate over the means that belong to `sums`, K arrays `[P]`."""
-        return Estimate(np.stack(sums, axis=1), np.stack([self.sums.counts] * len(sums), axis=1), working, metric, why)
+        counts = np.stack([self.sums.counts] * len(sums), axis=1)
+        return Estimate(np.stack(sums, axis=1), counts, working, metric, least_prompts=least_prompts)
 
     def mean(self, sums: Floats) -> Estimate:
         """The mean of non-negative values with sums `[P]`, with its interval on the log scale."""
         return self.estimate([sums], scales.log_mean, scales.exp)
 
-    def mean_exp(self, excess: ShiftedSums, metric: Callable[[float], float], *, column: int = 0) -> Estimate:
-        """`metric` of log mean exp(x), from the sums of exp(x) − 1."""
+    def mean_power(
+        self, power: float, excess: ShiftedSums, metric: Callable[[float], float], *, column: int = 0
+    ) -> Estimate:
+        """`metric` of log mean ρ^`power`, from the sums of ρ^`power` − 1."""
+        if (weights := self._deep) is not None:
+            return weights.mean_exp(power * weights.log_weight, metric)
         return self.estimate([excess.sums[:, column]], scales.log_mean_exp(excess.shift), metric)
 
-    def ess(self, excess: CentredSums, shift: float) -> Estimate:
-        """(Σw)² / (n Σw²), a fraction of n, from the sums of w − 1 about its mean, both times exp(−shift)."""
+    def ess(self) -> Estimate:
+        """(Σρ)² / (n Σρ²), a fraction of n."""
+        if (weights := self._deep) is not None:
+            return weights.ess(weights.log_weight)
+        excess, shift = self.sums.ratio_excess, self.sums.ratio.shift
         working = scales.log_squared_variation(math.exp(-shift) + float(excess.centre[0]))
-        return self.estimate(excess.of((0,), (0, 0)), working, scales.ess_of_log_squared_variation)
+        sums = excess.of((0,), (0, 0))
+        return self.estimate(sums, working, scales.ess_of_log_squared_variation, least_prompts=SPREAD_PROMPTS)
 
     def variance(self, x: CentredSums, power: float, metric: Callable[[float], float]) -> Estimate | MetricValue:
         """`metric` of log(v^power), v the sample variance (n − 1)."""
-        return self.estimate(x.of((0,), (0, 0)), *_variance(len(self), power, metric)) if len(self) > 1 else _FEW
+        if len(self) < 2:
+            return _FEW
+        working = _variance(len(self), power)
+        return self.estimate(x.of((0,), (0, 0)), working, metric, least_prompts=SPREAD_PROMPTS)
+
+    @property
+    def _deep(self) -> _DeepRatios | None:
+        """The ratios themselves where all are far below 1, so that the sums of ρ − 1 have lost them."""
+        if self.sums.log_ratio.sum() != -self.sums.abs_log_ratio.sum():
+            return None
+        log_ratio = -self.pair.abs_log_ratio
+        return _DeepRatios(self.prompt, self.pair.n_prompts, log_ratio) if scales.deep(log_ratio) else None
 
 
 @dataclass(frozen=True)
-class Sequences:
-    """Sequences that have tokens, all of them finite.
+class _Rows:
+    """Rows of which each belongs to a prompt.
 
     Attributes:
         prompt: `[S]` prompt of each.
         n_prompts: P of the pair, prompts without rows included, so that prompts of two pairs can be matched.
-        seq_log_ratio: `[S]` D_i = Σ_t d_t, nats.
-        length: `[S]` T_i, tokens, as float64.
-        log_mult_error: log of the largest mean of exp|d| − 1 over a sequence.
     """
 
     prompt: Ints
     n_prompts: int
-    seq_log_ratio: Floats
-    length: Floats
-    log_mult_error: float
 
     def __len__(self) -> int:
         return len(self.prompt)
@@ -99,39 +116,75 @@ class Sequences:
         *,
         weight: Floats | None = None,
         why: str = "",
+        least_prompts: int = 2,
     ) -> Estimate:
         """An estimate over the (weighted) means of `columns`, K arrays `[S]`."""
         weights = np.ones(len(self)) if weight is None else weight
         counts = self.per_prompt(weights)
         sums = [self.per_prompt(column if weight is None else column * weight) for column in columns]
-        return Estimate(np.stack(sums, axis=1), np.stack([counts] * len(sums), axis=1), working, metric, why)
+        stacked = np.stack(sums, axis=1), np.stack([counts] * len(sums), axis=1)
+        return Estimate(*stacked, working, metric, why, least_prompts)
 
     def mean_exp(
         self, x: Floats, metric: Callable[[float], float], *, weight: Floats | None = None, why: str = ""
     ) -> Estimate:
-        """`metric` of log mean exp(x), never overflowing on the way."""
+        """`metric` of log mean exp(x), never overflowing on the way and never rounded away."""
+        if scales.deep(x):
+            shift = float(x.max())
+            return self.estimate([np.exp(x - shift)], scales.log_shifted_mean(shift), metric, weight=weight, why=why)
         shift = scales.shift_of(x)
         columns = [scales.shifted_expm1(x, shift)]
         return self.estimate(columns, scales.log_mean_exp(shift), metric, weight=weight, why=why)
 
     def ess(self, log_weight: Floats, *, weight: Floats | None = None, why: str = "") -> Estimate:
         """(Σw)² / (S Σw²), w = exp(log_weight), the sums weighted by `weight`: a fraction of S."""
+        if scales.deep(log_weight):
+            log_weight = log_weight - log_weight.max()
         shift = scales.shift_of(log_weight)
         excess = scales.shifted_expm1(log_weight, shift)
         y = scales.centred(excess)
         working = scales.log_squared_variation(math.exp(-shift) + float(excess.mean()))
-        return self.estimate([y, y**2], working, scales.ess_of_log_squared_variation, weight=weight, why=why)
+        metric = scales.ess_of_log_squared_variation
+        return self.estimate([y, y**2], working, metric, weight=weight, why=why, least_prompts=SPREAD_PROMPTS)
+
+
+@dataclass(frozen=True)
+class _DeepRatios(_Rows):
+    """Tokens whose ratios are all far below 1.
+
+    Attributes:
+        log_weight: `[n]` d, nats.
+    """
+
+    log_weight: Floats
+
+
+@dataclass(frozen=True)
+class Sequences(_Rows):
+    """Sequences that have tokens, all of them finite.
+
+    Attributes:
+        seq_log_ratio: `[S]` D_i = Σ_t d_t, nats.
+        length: `[S]` T_i, tokens, as float64.
+        log_mult_error: log of the largest mean of exp|d| − 1 over a sequence.
+    """
+
+    seq_log_ratio: Floats
+    length: Floats
+    log_mult_error: float
 
     def variance(self, x: Floats, power: float, metric: Callable[[float], float]) -> Estimate | MetricValue:
         """`metric` of log(v^power), v the sample variance (S − 1) of `x`."""
+        if len(self) < 2:
+            return _FEW
         y = scales.centred(x)
-        return self.estimate([y, y**2], *_variance(len(self), power, metric)) if len(self) > 1 else _FEW
+        return self.estimate([y, y**2], _variance(len(self), power), metric, least_prompts=SPREAD_PROMPTS)
 
 
-def _variance(n: int, power: float, metric: Callable[[float], float]) -> tuple[Working, Callable[[float], float]]:
-    """Working scale, over the means of (y, y²), and metric of a sample variance."""
+def _variance(n: int, power: float) -> Working:
+    """log(v^power) of a sample variance v, over the means of (y, y²)."""
     correction = math.log(n / (n - 1))
-    return lambda means: power * (scales.log_variance(means) + correction), metric
+    return lambda means: power * (scales.log_variance(means) + correction)
 
 
 def count_nonfinite(pair: Pair) -> int:

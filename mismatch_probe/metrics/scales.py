@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mismatch_probe.metrics.intervals import Floats, Working
+from mismatch_probe.metrics.inference import Floats, Working
 
 # Exponentials of numbers up to this are summed as they stand; beyond it they carry a common factor exp(-shift).
 _UNSHIFTED = 20.0
+# Where no exponent reaches this, w = exp(x) is kept itself, times a common factor: w − 1 would round w away.
+_DEEP = -1.0
 
 
 def plain(means: NDArray[Any]) -> NDArray[Any]:
@@ -116,6 +118,11 @@ def shift_of(x: Floats) -> float:
     """The common factor's exponent for sums of exp(x): 0 unless exp(x) and its powers could overflow."""
     largest = float(x.max())
     return largest if largest > _UNSHIFTED else 0.0
+
+
+def deep(x: Floats) -> bool:
+    """Whether exp(x) − 1 would lose digits of exp(x), x `[n ≥ 1]`, everywhere."""
+    return bool(x.max() < _DEEP)
 
 
 def shifted_expm1(x: Floats, shift: float) -> Floats:

@@ -10,12 +10,13 @@ from mismatch_probe.metrics import scales
 from mismatch_probe.metrics.intervals import (
     NO_INTERVAL,
     Estimate,
+    kish,
     quantile_interval,
     rare_share_interval,
     share_interval,
     with_interval,
 )
-from mismatch_probe.metrics.sample import Tokens
+from mismatch_probe.metrics.sample import SPREAD_PROMPTS, Tokens
 from mismatch_probe.types import MetricValue
 
 Result = Estimate | MetricValue
@@ -39,9 +40,9 @@ def token_metrics() -> dict[str, Callable[[Tokens], Result]]:
         "kl_k3": _kl_k3,
         "token_mult_prob_error": _token_mult_prob_error,
         "js_k3": lambda tokens: tokens.mean(tokens.sums.js_k3),
-        "chi2_token": lambda tokens: tokens.mean_exp(tokens.sums.squared_ratio, scales.expm1),
-        "ess_token": lambda tokens: tokens.ess(tokens.sums.ratio_excess, tokens.sums.ratio.shift),
-        "mean_ratio": lambda tokens: tokens.mean_exp(tokens.sums.ratio, scales.exp, column=1),
+        "chi2_token": lambda tokens: tokens.mean_power(2, tokens.sums.squared_ratio, scales.expm1),
+        "ess_token": lambda tokens: tokens.ess(),
+        "mean_ratio": lambda tokens: tokens.mean_power(1, tokens.sums.ratio, scales.exp, column=1),
         "frac_outside_clip": _frac_outside_clip,
         "confident_disagreement_rate": _confident_disagreement_rate,
         "confident_disagreement_count": lambda tokens: MetricValue(float(tokens.sums.confident.sum())),
@@ -72,7 +73,8 @@ def _p99_abs_logprob_diff(tokens: Tokens) -> MetricValue:
 def _with_limits(key: str, tokens: Tokens, value: float, interval: tuple[float, float] | None) -> MetricValue:
     if interval is None:
         return MetricValue(value, why=NO_INTERVAL)
-    return with_interval(value, interval, int(np.count_nonzero(tokens.sums.counts)), key=key)
+    counts = tokens.sums.counts
+    return with_interval(value, interval, int(np.count_nonzero(counts)), key=key, effective=kish(counts))
 
 
 def _pearson_prob(tokens: Tokens) -> Result:
@@ -80,7 +82,8 @@ def _pearson_prob(tokens: Tokens) -> Result:
     if not all(seen.varies for seen in probs.ranges):
         return MetricValue(None, why="the probabilities do not vary")
     sums = probs.of((0,), (1,), (0, 0), (0, 1), (1, 1)) + contrasts.of((0,), (1,), (0, 0), (0, 1))
-    return tokens.estimate(sums, scales.log_one_minus_correlation, scales.one_minus_exp)
+    working = scales.log_one_minus_correlation
+    return tokens.estimate(sums, working, scales.one_minus_exp, least_prompts=SPREAD_PROMPTS)
 
 
 def _kl_k3(tokens: Tokens) -> Estimate:
@@ -95,7 +98,7 @@ def _token_mult_prob_error(tokens: Tokens) -> Estimate:
 
 def _frac_outside_clip(tokens: Tokens) -> MetricValue:
     value = float(tokens.sums.outside_clip.sum() / len(tokens))
-    interval = share_interval(tokens.sums.outside_clip, tokens.sums.counts)
+    interval = share_interval(tokens.sums.outside_clip, tokens.sums.counts, heavy_tailed=True)
     return _with_limits("frac_outside_clip", tokens, value, interval)
 
 

@@ -109,29 +109,33 @@ def test_neither_order_nor_rotation_matters(seed: int) -> None:
 
 @given(seeds)
 def test_limits_stay_where_the_metric_lives(seed: int) -> None:
-    corrected, score, consistent = drawn(seed, n=8, spread=2.0)
-    found = gradient_metrics(corrected, score, consistent, np.arange(8), replicates=100)
+    corrected, score, consistent = drawn(seed, n=24, spread=2.0)
+    found = gradient_metrics(corrected, score, consistent, np.arange(24), replicates=100)
     for key, low in (("cosine", -1.0), ("effective_batch", 0.0), ("ess_weights", 0.0)):
         value = found[key]
         assert value.value is not None
-        assert value.ci_low is not None
+        if value.ci_low is None:
+            assert "no interval" in value.why
+            continue
         assert value.ci_high is not None
         assert low <= value.ci_low <= value.value <= value.ci_high <= 1.0, key
 
 
 def test_the_interval_covers_the_long_run_value() -> None:
     # One sequence a prompt, log-normal weights of spread σ on scores of equal length: cos² = exp(−σ²).
-    sigma, n, hits, repeats = 0.3, 48, 0, 120
+    sigma, n, hits, repeats, withheld = 0.3, 48, 0, 120, 0
     draw = np.random.default_rng(1)
     for _ in range(repeats):
         score = draw.normal(size=(n, 64))
         score /= np.linalg.norm(score, axis=1, keepdims=True)
         weights = np.exp(draw.normal(-(sigma**2) / 2, sigma, n))
         cosine = gradient_metrics(per_sequence(weights, score), score, score, np.arange(n), replicates=200)["cosine"]
-        assert cosine.ci_low is not None
-        assert cosine.ci_high is not None
-        hits += cosine.ci_low <= np.exp(-(sigma**2) / 2) <= cosine.ci_high
-    assert hits / repeats > 0.88
+        if cosine.ci_low is None or cosine.ci_high is None:
+            withheld += 1
+        else:
+            hits += cosine.ci_low <= np.exp(-(sigma**2) / 2) <= cosine.ci_high
+    assert withheld <= 6
+    assert hits / (repeats - withheld) > 0.88
 
 
 def test_a_tiny_angle_keeps_its_digits() -> None:

@@ -102,7 +102,7 @@ def test_bins_by_position_cover_every_token_once(make_pair: Any, length: int) ->
 
 
 def test_a_bin_of_one_prompt_has_no_interval(make_pair: Any) -> None:
-    bins = abs_diff_by_position(make_pair(-1.0, [0.1, 0.2, 0.3], [2, 1]))
+    bins = abs_diff_by_position(make_pair(-1.0, [0.19, 0.2, 0.21], [2, 1]))
     assert np.isnan(bins.ci_low).tolist() == [False, True]
     assert bins.mean_abs == pytest.approx([0.2, 0.2])
 
