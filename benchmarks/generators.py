@@ -103,6 +103,35 @@ def outliers(rng: np.random.Generator, n_prompts: int) -> PairArrays:
     return _pair(rng, np.where(hit, rng.normal(-3, 0.3, len(hit)), _normal(rng, np.full(len(hit), 0.02))), lengths)
 
 
+def four_samples(rng: np.random.Generator, n_prompts: int) -> PairArrays:
+    """Four sequences per prompt; a tenth of a token's variance is common to its prompt, whose scale varies."""
+    lengths = rng.integers(20, 60, 4 * n_prompts)
+    prompt = np.repeat(np.arange(4 * n_prompts) // 4, lengths)
+    scale = 0.02 * _prompt_scale(rng, n_prompts)[prompt]
+    common, own = rng.normal(0, 1, n_prompts)[prompt], rng.normal(0, 1, len(prompt))
+    return _pair(rng, scale * (np.sqrt(0.1) * common + np.sqrt(0.9) * own) - 0.5 * scale**2, lengths, samples=4)
+
+
+def unequal(rng: np.random.Generator, n_prompts: int) -> PairArrays:
+    """Lognormal lengths (σ = 1, at most 1,000 tokens), so that prompts amount to about half of their number."""
+    lengths = np.clip(40 * np.exp(rng.normal(0, 1, n_prompts)), 2, 1000).astype(np.int64)
+    scale = 0.02 * np.repeat(_prompt_scale(rng, n_prompts), lengths)
+    return _pair(rng, _normal(rng, scale), lengths)
+
+
+def rare_huge(rng: np.random.Generator, n_prompts: int) -> PairArrays:
+    """Normal tokens, and one of 5,000 that the trainer finds far less likely (d near −3): small samples miss it."""
+    lengths = rng.integers(40, 80, n_prompts)
+    huge = rng.random(int(lengths.sum())) < 2e-4
+    return _pair(rng, np.where(huge, rng.normal(-3, 0.3, len(huge)), _normal(rng, np.full(len(huge), 0.02))), lengths)
+
+
+def low_ess(rng: np.random.Generator, n_prompts: int) -> PairArrays:
+    """Normal tokens of a BF16 mixture over long responses: Var D is 1, the ESS of sequences 0.37."""
+    lengths = rng.integers(40, 80, n_prompts)
+    return _pair(rng, _normal(rng, np.full(int(lengths.sum()), 60.0**-0.5)), lengths)
+
+
 GENERATORS: dict[str, Generator] = {
     "laplace": laplace,
     "student": student,
@@ -111,4 +140,8 @@ GENERATORS: dict[str, Generator] = {
     "correlated": correlated,
     "tiny": tiny,
     "outliers": outliers,
+    "four_samples": four_samples,
+    "unequal": unequal,
+    "rare_huge": rare_huge,
+    "low_ess": low_ess,
 }

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from mismatch_probe.metrics import scales
 from mismatch_probe.metrics.chunks import Ints, group_sums
 from mismatch_probe.metrics.intervals import Estimate, Floats, evaluate
-from mismatch_probe.metrics.sample import Pair, finite_tokens
+from mismatch_probe.metrics.sample import SPREAD_PROMPTS, Pair, few_decide, finite_tokens
 from mismatch_probe.types import MetricValue
 
 GRADIENT_KEYS = ("cosine", "norm_ratio", "added_variance", "effective_batch", "ess_weights")
@@ -80,21 +80,30 @@ def gradient_metrics(
         return dict.fromkeys(GRADIENT_KEYS, MetricValue(None, why="every weighted gradient is 0"))
     n_prompts = int(prompt.max()) + 1
 
-    def estimate(columns: list[Floats], working: Any, metric: Callable[[float], float], counts: Floats) -> Estimate:
+    def estimate(
+        columns: list[Floats], working: Any, metric: Callable[[float], float], counts: Floats, why: str = ""
+    ) -> Estimate:
         sums = np.stack([group_sums(prompt, column, n_prompts) for column in columns], axis=1)
         n = group_sums(prompt, counts, n_prompts)
-        return Estimate(sums, np.stack([n] * len(columns), axis=1), working, metric)
+        return Estimate(sums, np.stack([n] * len(columns), axis=1), working, metric, why, SPREAD_PROMPTS)
 
     ones = np.ones(len(prompt))
     to_consistent, to_plain = _products(corrected.vectors, consistent), _products(corrected.vectors, plain)
-    weights = [corrected.excess, corrected.squared_excess]
+    weights, mean_excess = (
+        [corrected.excess, corrected.squared_excess],
+        corrected.excess / np.maximum(corrected.n_weights, 1),
+    )
     estimates = {
         "cosine": estimate(to_consistent, _log_odds, lambda x: float(-np.tanh(x / 2)), ones),
         "norm_ratio": estimate(to_consistent, lambda means: 0.5 * _log_square_ratio(means), scales.exp, ones),
         "added_variance": estimate(to_plain, _log_square_ratio, scales.expm1, ones),
         "effective_batch": estimate(to_plain, _log_squared_tangent, scales.ess_of_log_squared_variation, ones),
         "ess_weights": estimate(
-            weights, scales.log_squared_variation(1.0), scales.ess_of_log_squared_variation, corrected.n_weights
+            weights,
+            scales.log_squared_variation(1.0),
+            scales.ess_of_log_squared_variation,
+            corrected.n_weights,
+            few_decide(np.log(np.maximum(1 + mean_excess, np.finfo(np.float64).tiny))),
         ),
     }
     return evaluate(estimates, seed=seed, replicates=replicates)

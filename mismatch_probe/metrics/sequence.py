@@ -9,16 +9,13 @@ import numpy as np
 
 from mismatch_probe.metrics import scales
 from mismatch_probe.metrics.intervals import Estimate, Floats, Working, join_why, kish
-from mismatch_probe.metrics.sample import SPREAD_PROMPTS, Sequences
+from mismatch_probe.metrics.sample import SPREAD_PROMPTS, Sequences, few_decide
 from mismatch_probe.types import MetricValue
 
 Result = Estimate | MetricValue
 
 # C of truncated importance sampling.
 TRUNCATION = 2.0
-# As many sequences (half of all, if these are fewer), and such a share of all, must make the sum of squared weights.
-SQUARED_SEQUENCES = 30
-SQUARED_SHARE = 0.2
 # Lengths whose standard deviation is below this share of their mean carry no slope.
 MIN_LENGTH_VARIATION = 0.05
 PARETO_SEQUENCES = 200
@@ -80,31 +77,13 @@ def _rate_per_1k(seqs: Sequences) -> Estimate:
 
 
 def _ess_seq(seqs: Sequences) -> Estimate:
-    effective = _effective(seqs.seq_log_ratio)
+    effective = kish(np.exp(seqs.seq_log_ratio - seqs.seq_log_ratio.max()))
     few = f"biased upwards: ess_seq·N is {effective:.3g}, below 10" if effective < 10 else ""
-    return seqs.ess(seqs.seq_log_ratio, why=join_why(few, _few_decide(seqs)))
+    return seqs.ess(seqs.seq_log_ratio, why=join_why(few, few_decide(seqs.seq_log_ratio)))
 
 
 def _chi2_seq(seqs: Sequences) -> Estimate:
-    return seqs.mean_exp(2 * seqs.seq_log_ratio, scales.expm1, why=_few_decide(seqs))
-
-
-def _effective(log_weight: Floats) -> float:
-    """How many equal weights these `[S]` amount to, 1 … S."""
-    return kish(np.exp(log_weight - log_weight.max()))
-
-
-def _few_decide(seqs: Sequences) -> str:
-    """The mark of what Σ w² decides, whatever the number of prompts.
-
-    The ESS of the squared weights says how many sequences make that sum. With normal D, of one variance or of
-    lognormal ones, intervals cover 89 to 98 % above these limits and fall to 0 below (benchmarks/coverage.py, ess).
-    """
-    effective = _effective(2 * seqs.seq_log_ratio)
-    if effective >= max(min(SQUARED_SEQUENCES, len(seqs) / 2), SQUARED_SHARE * len(seqs)):
-        return ""
-    normal = math.exp(-float(seqs.seq_log_ratio.var()))
-    return f"uncalibrated, optimistic: {effective:.3g} sequences decide it; ess_seq_gaussian is {normal:.3g}"
+    return seqs.mean_exp(2 * seqs.seq_log_ratio, scales.expm1, why=few_decide(seqs.seq_log_ratio))
 
 
 def _truncated(seqs: Sequences) -> Floats:
