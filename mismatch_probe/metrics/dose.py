@@ -111,6 +111,18 @@ class MatchedArms:
     mean_abs_logprob_diff: tuple[float, float]
     comparison: ArmComparison
 
+    @property
+    def against_the_dose(self) -> bool:
+        """Whether the arm of higher ESS ends lower, by more than chance.
+
+        The doses of matched arms differ by up to `TOLERANCE`, and where reward depends on ESS that alone makes the arm
+        of higher ESS end higher: taken as a contradiction, it was one in 19 % of 6-arm sweeps that ESS alone decided.
+        """
+        difference = self.comparison.difference.value
+        if difference is None or not self.comparison.reward.differs:
+            return False
+        return difference * (self.ess_seq[0] - self.ess_seq[1]) <= 0
+
     def as_dict(self) -> dict[str, Any]:
         return {**vars(self), "comparison": self.comparison.as_dict()}
 
@@ -186,8 +198,10 @@ class DoseResponse:
             return f"{found}, none with enough seeds to be tested: not judged whether ESS alone decides."
         differ = sum(bool(test.differs) for test in tests)
         found += f", {len(tests)} were tested and {differ} differ in reward"
+        if against := sum(pair.against_the_dose for pair in self.matched):
+            return f"{found}, {against} against the order of their ESS: ESS alone does not decide."
         if differ:
-            return f"{found}: ESS alone does not decide."
+            return f"{found}, in the order of their ESS, which may be why: not judged whether ESS alone decides."
         detectable = [test.detectable for test in tests if test.detectable is not None]
         limit = "how large one would have to be cannot be told"
         if len(detectable) == len(tests):

@@ -30,7 +30,7 @@ GUIDES: dict[str, tuple[str, str]] = {
     ),
     "equal_ess": (
         "Equal ESS, different structure",
-        "A difference away from 0 says that ESS alone does not decide what becomes of a run.",
+        "Where the arm of higher ESS ends lower, ESS alone does not decide what becomes of a run.",
     ),
     "curves": (
         "Training, arm by arm",

@@ -254,11 +254,33 @@ def test_arms_of_unlike_structure_and_like_dose_are_compared() -> None:
     expected = compare_sweep([(arms[0].arm, arms[1].arm), (arms[3].arm, arms[4].arm)])
     assert [pair.comparison for pair in response.matched] == expected
     assert response.verdict.endswith(
-        "2 pairs of arms of unlike structure agree in ESS, 2 were tested and 2 differ in reward: "
-        "ESS alone does not decide."
+        "2 pairs of arms of unlike structure agree in ESS, 2 were tested and 2 differ in reward, 2 against the order "
+        "of their ESS: ESS alone does not decide."
     )
     wider = dose_response(arms, tolerance=0.25, replicates=200)
     assert len(wider.matched) == 3
+
+
+def sweep_of(draw: np.random.Generator, apart: float) -> DoseResponse:
+    """6 arms of 8 seeds whose reward falls with the ESS below .8; every other one is worse by `apart`."""
+    arms = []
+    for index, ess in enumerate(np.sort(draw.uniform(0.2, 1.0, 6))):
+        seen = np.minimum(1.0, ess * np.exp(draw.normal(0, 0.03, 8)))
+        reward = 0.9 - np.maximum(0.0, 0.8 - seen) + draw.normal(0, 0.03, 8) - apart * (index % 2)
+        runs = tuple(Run(seed, float(value), False) for seed, value in enumerate(reward))
+        structure = ("bfloat16", "logit noise")[index % 2]
+        arms.append(DosedArm(Arm(f"arm {index}", runs), structure, tuple(seen), tuple(-np.log(seen))))
+    return dose_response(arms, worst=-5.0, replicates=20)
+
+
+def test_arms_that_follow_their_ess_are_no_contradiction() -> None:
+    """Matched arms differ in ESS by up to a fifth, so that their rewards differ where ESS alone decides, too."""
+    draw = np.random.default_rng(0)
+    alone = [sweep_of(draw, 0.0) for _ in range(60)]
+    assert sum(any(pair.comparison.reward.differs for pair in found.matched) for found in alone) > 15
+    assert sum("does not decide" in found.verdict for found in alone) <= 3
+    assert any("not judged whether ESS alone decides" in found.verdict for found in alone)
+    assert sum("does not decide" in sweep_of(draw, 0.15).verdict for _ in range(30)) >= 24
 
 
 def test_matched_arms_that_end_alike() -> None:
