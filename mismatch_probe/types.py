@@ -178,6 +178,7 @@ class PairArrays:
         on_policy: True when exp(b) is the law that these tokens were sampled from.
         off_policy_why: The reason when `on_policy` is False.
         columns: Further properties of the tokens, `[N]` each, by name, e.g. `"entropy"`.
+        usable: `[N]` which tokens count, all of them finite on both sides; None where every finite one does.
 
     A pair can be a chunk of a larger one: `sequence`, `prompt` and `prompt_ids` are then those of the whole, and the
     chunk holds all tokens of the sequences that it has tokens of.
@@ -192,3 +193,4 @@ class PairArrays:
     on_policy: bool = True
     off_policy_why: str = ""
     columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    usable: NDArray[np.bool_] | None = None

@@ -65,8 +65,8 @@ class Source:
         n_masked_tokens: Response tokens whose `loss_mask` is 0.
         n_masked_sequences: Sequences of which every token is masked.
         n_empty_prompts: Sequences without a prompt token; no engine can score their first token.
-        n_positive: By side, tokens that are not masked and whose log-prob is finite and above 1e-6, which no
-            probability has. They are kept as they are.
+        n_positive: By side, tokens that are not masked and whose log-prob is finite and above 1e-4, which no
+            probability has. They are kept in the tables and left out of every metric.
         ignored_columns: Names of columns that were not read, sorted, long ones cut.
     """
 

@@ -23,9 +23,8 @@ from mismatch_probe.ingest.chunks import (
     check_values,
 )
 from mismatch_probe.ingest.refusal import Place, quoted, quoted_list
+from mismatch_probe.metrics.accounting import LARGEST
 
-# A log-softmax in low precision may round a certain token's log-prob to just above zero.
-_ROUNDING = 1e-6
 _DIGEST_LENGTH = 16
 _MOST_IGNORED = 100
 _GROWTH = 1.25
@@ -195,7 +194,7 @@ def _true_lists(mask: Ragged[np.bool_]) -> int:
 
 
 def _n_positive(logprobs: Ragged[Any], mask: Ragged[np.bool_] | None) -> int:
-    positive = (logprobs.values > _ROUNDING) & np.isfinite(logprobs.values)
+    positive = (logprobs.values > LARGEST) & np.isfinite(logprobs.values)
     return int(np.sum(positive if mask is None else positive & mask.values))
 
 

@@ -3,7 +3,7 @@
 Chunks are `PairArrays` that hold whole sequences; a pair in memory is one chunk. What is kept grows with prompts and
 sequences, but for one float64 per token: |d|, whose quantiles and tail need every value.
 
-Shape legend: `N` tokens, `n` finite ones, `S` sequences that have tokens, `P` prompts, `K` bins.
+Shape legend: `N` tokens, `n` usable ones, `S` sequences that have tokens, `P` prompts, `K` bins.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import numpy as np
 
 from mismatch_probe.errors import UsageError
 from mismatch_probe.metrics import scales
+from mismatch_probe.metrics.accounting import Exclusions
 from mismatch_probe.metrics.binned import POSITION_EDGES, PROBABILITY_EDGES, BinnedSums
-from mismatch_probe.metrics.chunks import Ints, SequenceRows, TokenChunk, finite_rows, sequence_rows
+from mismatch_probe.metrics.chunks import Ints, SequenceRows, TokenChunk, sequence_rows, usable_rows
 from mismatch_probe.metrics.intervals import Floats
 from mismatch_probe.metrics.largest import LargestTokens
 from mismatch_probe.metrics.token_sums import DEFAULT_CLIP, Clip, TokenSums
@@ -32,9 +33,9 @@ class SequenceTotals:
 
     Attributes:
         prompt: `[S]` prompt of each.
-        length: `[S]` T_i, tokens, non-finite ones included.
-        n_finite: `[S]` tokens that are finite on both sides.
-        log_ratio: `[S]` sum of d over those, nats: D_i where all are finite.
+        length: `[S]` T_i, tokens, unusable ones included.
+        n_finite: `[S]` usable tokens.
+        log_ratio: `[S]` sum of d over those, nats: D_i where all are usable.
     """
 
     prompt: Ints
@@ -59,12 +60,13 @@ class PairSums:
             `off_policy_why` are those of `PairArrays`.
         n_prompts: P, prompts without tokens included, so that prompts of two pairs can be matched.
         n_tokens: N.
-        tokens: Sums over the finite tokens.
+        excluded: What is left out.
+        tokens: Sums over the usable tokens.
         binned: Sums by `"probability"` (of the rollout), by `"position"` and by the columns of `bins`.
         density: `[50, 50]` tokens by rollout and trainer probability in equal bins.
-        longest: Largest position of a finite token, plus 1.
+        longest: Largest position of a usable token, plus 1.
         largest: The tokens that differ most.
-        log_mult_error: log of the largest mean of exp|d| − 1 over a sequence without non-finite tokens.
+        log_mult_error: log of the largest mean of exp|d| − 1 over a sequence without unusable tokens.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class PairSums:
         self.on_policy, self.off_policy_why = pair.on_policy, pair.off_policy_why
         self.n_prompts = max(len(pair.prompt_ids), int(pair.prompt.max(initial=-1)) + 1)
         self.n_tokens = 0
+        self.excluded = Exclusions()
         self.tokens = TokenSums(self.n_prompts, clip)
         self._bins = tuple(bins or ())
         edges = {"probability": PROBABILITY_EDGES, "position": POSITION_EDGES, **(bins or {})}
@@ -98,19 +101,20 @@ class PairSums:
         """
         if len(pair.sequence) == 0:
             return
-        finite = finite_rows(pair)
-        rows = sequence_rows(pair, finite)
+        usable = usable_rows(pair)
+        rows = sequence_rows(pair, usable)
         if rows.sequence[0] <= self._last_sequence or (np.diff(rows.sequence) < 0).any():
             raise ValueError("A chunk must hold whole sequences, and these must come in the order of their indices.")
         log_ratio = np.zeros(len(rows.sequence))
         if rows.n_finite.any():
-            tokens = TokenChunk.of(pair, rows, finite, self.n_prompts)
+            tokens = TokenChunk.of(pair, rows, usable, self.n_prompts)
             log_ratio[rows.n_finite > 0] = tokens.per_sequence(tokens.log_ratio)
             self.tokens.update(tokens)
             self._abs_log_ratio.append(tokens.abs_log_ratio)
             self._update_places(tokens)
             self._update_mult_error(tokens, rows)
-            self.largest = self.largest.joined(LargestTokens.of(pair, finite, self.n_tokens))
+            self.largest = self.largest.joined(LargestTokens.of(pair, usable, self.n_tokens))
+        self.excluded.update(pair, usable)
         self._sequences.append(SequenceTotals(self.prompt[rows.sequence], rows.length, rows.n_finite, log_ratio))
         self._last_sequence = int(rows.sequence[-1])
         self.n_tokens += len(pair.sequence)
@@ -141,12 +145,20 @@ class PairSums:
 
     @property
     def n_finite(self) -> int:
-        """Tokens that are finite on both sides."""
+        """Usable tokens."""
         return sum(map(len, self._abs_log_ratio))
 
     @property
+    def mean_abs_all_finite(self) -> float | None:
+        """Mean |d| with the finite ones of the excluded tokens, nats; None where there are none of those."""
+        extra = self.excluded.n_tokens - self.excluded.n_nonfinite
+        if not extra:
+            return None
+        return (float(self.tokens.abs_log_ratio.sum()) + self.excluded.abs_log_ratio) / (self.n_finite + extra)
+
+    @property
     def abs_log_ratio(self) -> Floats:
-        """`[n]` |d| of the finite tokens, nats."""
+        """`[n]` |d| of the usable tokens, nats."""
         self._abs_log_ratio = [np.concatenate(self._abs_log_ratio)]
         return self._abs_log_ratio[0]
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mismatch_probe.metrics import scales
-from mismatch_probe.metrics.chunks import group_sums
+from mismatch_probe.metrics.chunks import group_sums, usable_rows
 from mismatch_probe.metrics.intervals import Estimate, evaluate
 from mismatch_probe.types import MetricValue, PairArrays
 
@@ -24,7 +24,7 @@ class BudgetSums:
     """Per-prompt sums of the squares and products of both sides' errors; fed chunk by chunk.
 
     Attributes:
-        n_tokens: Tokens that are finite on all three sides.
+        n_tokens: Usable tokens that the reference has finite.
     """
 
     def __init__(self, n_prompts: int) -> None:
@@ -37,7 +37,7 @@ class BudgetSums:
         reference = chunk.columns["reference_logprob"]
         rollout, trainer = chunk.rollout_logprob - reference, chunk.trainer_logprob - reference
         gap = chunk.trainer_logprob - chunk.rollout_logprob
-        finite = np.isfinite(rollout) & np.isfinite(trainer)
+        finite = usable_rows(chunk) & np.isfinite(reference)
         prompt = chunk.prompt[chunk.sequence[finite]]
         n_prompts = len(self._counts)
         self.n_tokens += int(finite.sum())
@@ -55,7 +55,7 @@ class BudgetSums:
         """
         names = ("rollout_error_rms", "trainer_error_rms", "predicted_gap_rms", "measured_gap_rms")
         if self.n_tokens == 0:
-            none = MetricValue(None, why="no token is finite in all three passes")
+            none = MetricValue(None, why="no token has usable log-probs in all three passes")
             return dict.fromkeys((*names, "error_correlation", "measured_over_predicted"), none)
         estimates = {
             "rollout_error_rms": self._estimate([0], scales.log_root_mean, scales.exp),

@@ -1,6 +1,6 @@
-"""The finite tokens of a few whole sequences, and their sums by prompt.
+"""The usable tokens of a few whole sequences, and their sums by prompt.
 
-Shape legend: `n` finite tokens, `s` sequences that have any, `P` prompts.
+Shape legend: `n` usable tokens, `s` sequences that have any, `P` prompts.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class SequenceRows:
     Attributes:
         sequence: `[s]` index in the pair, increasing.
         start: `[s]` the sequence's first row in the chunk.
-        length: `[s]` tokens, non-finite ones included.
-        n_finite: `[s]` tokens that are finite on both sides.
+        length: `[s]` tokens, unusable ones included.
+        n_finite: `[s]` usable tokens.
     """
 
     sequence: Ints
@@ -41,23 +41,25 @@ class SequenceRows:
     n_finite: Ints
 
 
-def sequence_rows(pair: PairArrays, finite: NDArray[np.bool_]) -> SequenceRows:
-    """The sequences of `pair`, of whose tokens `[N]` those are counted as finite that `finite` `[N]` says."""
+def sequence_rows(pair: PairArrays, usable: NDArray[np.bool_]) -> SequenceRows:
+    """The sequences of `pair`, of whose tokens `[N]` those count that `usable` `[N]` says."""
     start = np.flatnonzero(np.diff(pair.sequence, prepend=-1))
     length = np.diff(start, append=len(pair.sequence))
-    whole = len(start) == 0 or bool(finite.all())
-    n_finite = length if whole else np.add.reduceat(finite, start, dtype=np.int64)
+    whole = len(start) == 0 or bool(usable.all())
+    n_finite = length if whole else np.add.reduceat(usable, start, dtype=np.int64)
     return SequenceRows(pair.sequence[start], start, length, n_finite)
 
 
-def finite_rows(pair: PairArrays) -> NDArray[np.bool_]:
-    """`[N]` whether a token is finite on both sides."""
+def usable_rows(pair: PairArrays) -> NDArray[np.bool_]:
+    """`[N]` whether a token counts: as the pair says, or else where it is finite on both sides."""
+    if pair.usable is not None:
+        return pair.usable
     return np.asarray(np.isfinite(pair.rollout_logprob) & np.isfinite(pair.trainer_logprob))
 
 
 @dataclass(frozen=True)
 class TokenChunk:
-    """Tokens that are finite on both sides, those of a sequence next to each other.
+    """Usable tokens, those of a sequence next to each other.
 
     Attributes:
         rollout_logprob: `[n]` b, nats.
@@ -78,8 +80,8 @@ class TokenChunk:
     n_prompts: int
 
     @classmethod
-    def of(cls, pair: PairArrays, rows: SequenceRows, finite: NDArray[np.bool_], n_prompts: int) -> TokenChunk:
-        keep = slice(None) if finite.all() else finite
+    def of(cls, pair: PairArrays, rows: SequenceRows, usable: NDArray[np.bool_], n_prompts: int) -> TokenChunk:
+        keep = slice(None) if usable.all() else usable
         some = rows.n_finite > 0
         counts = rows.n_finite[some]
         return cls(

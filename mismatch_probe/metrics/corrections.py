@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from mismatch_probe.metrics.chunks import usable_rows
 from mismatch_probe.metrics.intervals import rare_share_interval, share_interval
 from mismatch_probe.types import MetricValue, PairArrays
 
@@ -52,10 +53,10 @@ CORRECTIONS = (
 
 
 def touched_shares(chunks: Iterable[PairArrays]) -> dict[str, MetricValue]:
-    """By correction, the share of finite tokens that it touches, with a prompt-clustered interval.
+    """By correction, the share of usable tokens that it touches, with a prompt-clustered interval.
 
     Args:
-        chunks: A pair, in parts that hold whole sequences; a sequence with a token that is not finite is left out.
+        chunks: A pair, in parts that hold whole sequences; a sequence with an unusable token is left out.
     """
     hits: dict[str, NDArray[np.float64]] = {}
     counts: NDArray[np.float64] = np.zeros(0)
@@ -65,7 +66,7 @@ def touched_shares(chunks: Iterable[PairArrays]) -> dict[str, MetricValue]:
             hits = {correction.name: np.zeros(len(chunk.prompt_ids)) for correction in CORRECTIONS}
         if not len(chunk.sequence):
             continue
-        d = chunk.trainer_logprob - chunk.rollout_logprob
+        d = np.where(usable_rows(chunk), chunk.trainer_logprob - chunk.rollout_logprob, np.nan)
         n = np.bincount(chunk.sequence, minlength=len(chunk.prompt)).astype(np.float64)
         with np.errstate(invalid="ignore"):
             total = np.bincount(chunk.sequence, weights=d, minlength=len(chunk.prompt))
@@ -84,7 +85,7 @@ def touched_shares(chunks: Iterable[PairArrays]) -> dict[str, MetricValue]:
 
 def _share(hits: NDArray[np.float64], counts: NDArray[np.float64]) -> MetricValue:
     if counts.sum() == 0:
-        return MetricValue(None, why="no sequence is finite throughout")
+        return MetricValue(None, why="no sequence has usable log-probs throughout")
     share = float(hits.sum() / counts.sum())
     if share < _RARE:
         return MetricValue(share, *rare_share_interval(hits, counts))

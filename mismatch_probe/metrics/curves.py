@@ -1,6 +1,6 @@
 """Plot-ready tables: what figures draw, computed here so that they compute nothing.
 
-Shape legend: `S` sequences, `K` bins or points. Only finite tokens and sequences count.
+Shape legend: `S` sequences, `K` bins or points. Only usable tokens and sequences count.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def length_curve(pair: Pair) -> LengthCurve:
     sequences = finite_sequences(sums)
     slope = line = MetricValue(None, why=off_policy_why(sums, "seq_log_ratio_slope_per_1k"))
     if not slope.why and len(sequences) == 0:
-        slope = line = MetricValue(None, why="no finite sequences")
+        slope = line = MetricValue(None, why="no usable sequences")
     elif not slope.why:
         results = {"slope": slope_per_1k(sequences), "intercept": intercept(sequences)}
         values = {key: result for key, result in results.items() if isinstance(result, MetricValue)}

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from mismatch_probe.errors import TableError
+from mismatch_probe.metrics.accounting import usable
 from mismatch_probe.metrics.accumulate import PairSums
 from mismatch_probe.metrics.chunks import group_sums
 from mismatch_probe.metrics.exact import ExactRows
@@ -219,9 +220,10 @@ _OWN = (*_KEYS, "logprob", "trainer_logprob", "sequence")
 
 def _pair(sequences: PassSequences, rows: Rows, off_policy_why: str) -> PairArrays:
     nothing = np.empty(0)
+    rollout, trainer = (rows.get(name, nothing).astype(np.float64) for name in ("logprob", "trainer_logprob"))
     return PairArrays(
-        rollout_logprob=rows.get("logprob", nothing).astype(np.float64),
-        trainer_logprob=rows.get("trainer_logprob", nothing).astype(np.float64),
+        rollout_logprob=rollout,
+        trainer_logprob=trainer,
         sequence=rows.get("sequence", nothing).astype(np.int64, copy=False),
         position=rows.get("position", nothing).astype(np.int64),
         prompt=sequences.prompt,
@@ -229,6 +231,7 @@ def _pair(sequences: PassSequences, rows: Rows, off_policy_why: str) -> PairArra
         on_policy=not off_policy_why,
         off_policy_why=off_policy_why,
         columns={name: values for name, values in rows.items() if name not in _OWN},
+        usable=usable(rollout, trainer),
     )
 
 

@@ -172,7 +172,7 @@ def random_walk_ess(
     """
     tokens = finite_tokens(pair)
     if not len(tokens):
-        return dict.fromkeys(lengths, MetricValue(None, why="no finite tokens"))
+        return dict.fromkeys(lengths, MetricValue(None, why="no usable tokens"))
 
     def at(length: float) -> Estimate:
         squares = [tokens.sums.squared_log_ratio]

@@ -16,7 +16,7 @@ LARGEST_TOKENS = 5
 
 @dataclass(frozen=True)
 class LargestTokens:
-    """The finite tokens with the largest |d|, largest first, of equal ones the earliest.
+    """The usable tokens with the largest |d|, largest first, of equal ones the earliest.
 
     Attributes:
         row: Index of each among the pair's tokens.
@@ -33,17 +33,17 @@ class LargestTokens:
     trainer_logprob: Floats
 
     @classmethod
-    def of(cls, pair: PairArrays, finite: NDArray[np.bool_], first_row: int) -> LargestTokens:
+    def of(cls, pair: PairArrays, usable: NDArray[np.bool_], first_row: int) -> LargestTokens:
         """Those of a chunk whose first token is the pair's token `first_row`.
 
         Args:
             pair: The chunk.
-            finite: `[N]` which of its tokens are finite on both sides; at least one is.
+            usable: `[N]` which of its tokens count; at least one does.
             first_row: How many tokens the pair has before it.
         """
         with np.errstate(invalid="ignore"):
-            size = np.where(finite, np.abs(pair.trainer_logprob - pair.rollout_logprob), -1.0)
-        place = len(size) - min(LARGEST_TOKENS, int(np.count_nonzero(finite)))
+            size = np.where(usable, np.abs(pair.trainer_logprob - pair.rollout_logprob), -1.0)
+        place = len(size) - min(LARGEST_TOKENS, int(np.count_nonzero(usable)))
         rows = np.flatnonzero(size >= np.partition(size, place)[place])
         rows = rows[np.argsort(-size[rows], kind="stable")][:LARGEST_TOKENS]
         return cls(

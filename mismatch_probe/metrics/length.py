@@ -52,7 +52,7 @@ class LengthFit:
         observed_length: Longest length, in tokens, that enough prompts reach (see `fit_length`); 0 if none.
         n_sequences: Sequences that reach it: the fit's sample.
         n_prompts: Their prompts.
-        n_cut: Sequences of the pair that were cut before a non-finite token.
+        n_cut: Sequences of the pair that were cut before an unusable token.
         variance_exponent: γ of Var D ~ L^γ over the last factor of 8 in length: 1 a random walk, 2 persistent.
         variance_ratio: Var D at the observed length over that of a random walk with the same tokens.
         mean: `seq_log_ratio_mean` at the observed length, nats.

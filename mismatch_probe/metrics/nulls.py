@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mismatch_probe.metrics.accounting import usable
 from mismatch_probe.metrics.chunks import Ints
 from mismatch_probe.metrics.intervals import Floats
 
@@ -18,9 +19,10 @@ class NullStat:
         n_tokens: Tokens of the common prefixes.
         n_sequences: Sequences that both passes have.
         n_diverged_sequences: Sequences whose ids differ within the shared length.
-        mean_abs_logprob_diff: Over the finite tokens of the common prefixes, nats; None without any.
+        mean_abs_logprob_diff: Over the usable tokens of the common prefixes, nats; None without any.
         max_abs_logprob_diff: Likewise.
-        n_nonfinite: Tokens of the common prefixes that are non-finite on either side, left out of both figures.
+        n_nonfinite: Tokens of the common prefixes that are non-finite on either side.
+        n_excluded: Those, and the ones that are otherwise unusable: left out of both figures.
     """
 
     n_tokens: int
@@ -29,6 +31,7 @@ class NullStat:
     mean_abs_logprob_diff: float | None
     max_abs_logprob_diff: float | None
     n_nonfinite: int
+    n_excluded: int
 
 
 def null_stat(
@@ -51,7 +54,8 @@ def null_stat(
     seen = np.cumsum(differs)
     common = seen == (seen - differs)[starts][row]
     finite = common & np.isfinite(first_logprobs) & np.isfinite(second_logprobs)
-    abs_diff = np.abs(first_logprobs[finite].astype(np.float64) - second_logprobs[finite].astype(np.float64))
+    kept = finite & usable(first_logprobs, second_logprobs)
+    abs_diff = np.abs(first_logprobs[kept].astype(np.float64) - second_logprobs[kept].astype(np.float64))
     return NullStat(
         n_tokens=int(common.sum()),
         n_sequences=len(starts),
@@ -59,4 +63,5 @@ def null_stat(
         mean_abs_logprob_diff=float(abs_diff.mean()) if len(abs_diff) else None,
         max_abs_logprob_diff=float(abs_diff.max()) if len(abs_diff) else None,
         n_nonfinite=int(common.sum() - finite.sum()),
+        n_excluded=int(common.sum() - kept.sum()),
     )

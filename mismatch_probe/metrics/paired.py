@@ -17,7 +17,7 @@ from mismatch_probe.errors import UsageError
 from mismatch_probe.metrics.chunks import Ints
 from mismatch_probe.metrics.intervals import Estimate, infer, join_why, metric_value
 from mismatch_probe.metrics.multiplicity import POWER, SIGNIFICANCE, holm
-from mismatch_probe.metrics.sample import Pair, count_nonfinite, finite_sequences, finite_tokens
+from mismatch_probe.metrics.sample import Pair, count_excluded, finite_sequences, finite_tokens
 from mismatch_probe.metrics.scales import as_is, exp
 from mismatch_probe.metrics.sequence import sequence_metrics
 from mismatch_probe.metrics.token import token_metrics
@@ -103,9 +103,9 @@ def compare_pairs(
     differences: dict[str, Estimate] = {}
     for above, below in combinations(pairs, 2):
         rows = _shared_prompts(pairs[above], pairs[below])
-        nonfinite = count_nonfinite(pairs[above]) + count_nonfinite(pairs[below])
+        excluded = count_excluded(pairs[above]) + count_excluded(pairs[below])
         for key in keys:
-            joint = _joint_or_why(key, metrics[above, key], metrics[below, key], rows, nonfinite)
+            joint = _joint_or_why(key, metrics[above, key], metrics[below, key], rows, excluded)
             nothing = MetricValue(None, why=joint if isinstance(joint, str) else "")
             n_prompts = 0 if isinstance(joint, str) else int(joint[0].live.sum())
             if not isinstance(joint, str):
@@ -147,9 +147,9 @@ def _estimate(pair: Pair, key: str) -> Estimate | MetricValue:
     token = token_metrics().get(key)
     if token is not None:
         tokens = finite_tokens(pair)
-        return token(tokens) if len(tokens) else MetricValue(None, why="no finite tokens")
+        return token(tokens) if len(tokens) else MetricValue(None, why="no usable tokens")
     sequences = finite_sequences(pair)
-    return sequence_metrics()[key](sequences) if len(sequences) else MetricValue(None, why="no finite sequences")
+    return sequence_metrics()[key](sequences) if len(sequences) else MetricValue(None, why="no usable sequences")
 
 
 def _shared_prompts(numerator: Pair, denominator: Pair) -> tuple[Ints, Ints]:
@@ -167,7 +167,7 @@ def _joint_or_why(
     above: Estimate | MetricValue,
     below: Estimate | MetricValue,
     rows: tuple[Ints, Ints],
-    nonfinite: int,
+    excluded: int,
 ) -> tuple[Estimate, Estimate] | str:
     """Estimates of the ratio and of the difference, or why there are none."""
     if isinstance(above, MetricValue):
@@ -192,7 +192,7 @@ def _joint_or_why(
         return f"{key} of the denominator is 0"
     notes = (
         f"over the {shared} prompts that both pairs have" if max(above.live.sum(), below.live.sum()) > shared else "",
-        f"without {nonfinite} tokens that are not finite" if nonfinite else "",
+        f"without {excluded} tokens that have no usable log-probs" if excluded else "",
     )
     ratio = replace(ratio, why=join_why(*notes))
     return ratio, replace(ratio, working=difference, metric=as_is)

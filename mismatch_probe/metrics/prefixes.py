@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mismatch_probe.metrics import scales
-from mismatch_probe.metrics.chunks import Ints
+from mismatch_probe.metrics.chunks import Ints, usable_rows
 from mismatch_probe.metrics.intervals import Floats
 from mismatch_probe.types import PairArrays
 
@@ -29,7 +29,7 @@ class Prefixes:
         squares: `[S, G]` Σ d².
         k3: `[S, G]` Σ (expm1(d) − d), nats.
         chi2: `[S, G]` Σ expm1(d)².
-        n_cut: Sequences that end early here, before their first token that is not finite on both sides.
+        n_cut: Sequences that end early here, before their first unusable token.
     """
 
     length: Ints
@@ -63,7 +63,7 @@ class PrefixSums:
         place = np.arange(len(row)) - start[row]
         d = chunk.trainer_logprob.astype(np.float64) - chunk.rollout_logprob.astype(np.float64)
         length = np.diff(start, append=len(row))
-        bad = ~(np.isfinite(chunk.rollout_logprob) & np.isfinite(chunk.trainer_logprob))
+        bad = ~usable_rows(chunk)
         if bad.any():
             first = length.copy()
             np.minimum.at(first, row[bad], place[bad])

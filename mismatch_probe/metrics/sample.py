@@ -1,6 +1,6 @@
-"""The finite part of a pair, as sums over tokens and as sequences, and how estimates are made from either.
+"""The usable part of a pair, as sums over tokens and as sequences, and how estimates are made from either.
 
-Shape legend: `n` finite tokens, `S` sequences, `P` prompts, `K` columns.
+Shape legend: `n` usable tokens, `S` sequences, `P` prompts, `K` columns.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ SQUARED_SHARE = 0.2
 
 
 class Tokens:
-    """The finite tokens of a pair.
+    """The usable tokens of a pair.
 
     Attributes:
         pair: The pair.
-        sums: Per-prompt sums `[P]` over its finite tokens.
+        sums: Per-prompt sums `[P]` over its usable tokens.
     """
 
     def __init__(self, pair: PairSums) -> None:
@@ -164,7 +164,7 @@ class _DeepRatios(_Rows):
 
 @dataclass(frozen=True)
 class Sequences(_Rows):
-    """Sequences that have tokens, all of them finite.
+    """Sequences that have tokens, all of them usable.
 
     Attributes:
         seq_log_ratio: `[S]` D_i = Σ_t d_t, nats.
@@ -203,19 +203,18 @@ def _variance(n: int, power: float) -> Working:
     return lambda means: power * (scales.log_variance(means) + correction)
 
 
-def count_nonfinite(pair: Pair) -> int:
-    """Tokens that are NaN or ±inf on either side."""
-    sums = as_sums(pair)
-    return sums.n_tokens - sums.n_finite
+def count_excluded(pair: Pair) -> int:
+    """Tokens that are left out of every metric."""
+    return as_sums(pair).excluded.n_tokens
 
 
 def finite_tokens(pair: Pair) -> Tokens:
-    """The tokens of `pair` that are finite on both sides."""
+    """The usable tokens of `pair`."""
     return Tokens(as_sums(pair))
 
 
 def finite_sequences(pair: Pair) -> Sequences:
-    """The non-empty sequences of `pair` without any non-finite token."""
+    """The non-empty sequences of `pair` without any unusable token."""
     sums = as_sums(pair)
     every = sums.sequences
     whole = every.n_finite == every.length

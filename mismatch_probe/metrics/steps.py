@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mismatch_probe.metrics.accumulate import PairSums
+from mismatch_probe.metrics.chunks import usable_rows
 from mismatch_probe.metrics.summary import compute_metrics
 from mismatch_probe.types import MetricValue, PairArrays
 
@@ -74,7 +75,8 @@ class StepSums:
         names = ("rollout_logprob", "trainer_logprob", "position")
         tokens = {name: getattr(chunk, name)[rows] for name in names}
         sequence = np.searchsorted(sequences, chunk.sequence[rows])
-        return replace(chunk, **tokens, sequence=sequence, prompt=prompt, prompt_ids=(), columns={})
+        usable = usable_rows(chunk)[rows]
+        return replace(chunk, **tokens, sequence=sequence, prompt=prompt, prompt_ids=(), columns={}, usable=usable)
 
     def results(self, *, seed: int = 0) -> list[StepResult]:
         """By step, in their order."""

@@ -10,7 +10,7 @@ from mismatch_probe.metrics.accumulate import PairSums, as_sums
 from mismatch_probe.metrics.catalog import CATALOG
 from mismatch_probe.metrics.exact import ExactRows, exact_metrics
 from mismatch_probe.metrics.intervals import Estimate, evaluate, join_why
-from mismatch_probe.metrics.sample import Pair, count_nonfinite, finite_sequences, finite_tokens
+from mismatch_probe.metrics.sample import Pair, count_excluded, finite_sequences, finite_tokens
 from mismatch_probe.metrics.sequence import sequence_metrics
 from mismatch_probe.metrics.token import token_metrics
 from mismatch_probe.types import MetricValue
@@ -32,7 +32,7 @@ def compute_metrics(
 ) -> dict[str, MetricValue]:
     """Metrics of the catalog, in its order, each with its value or the reason why it has none.
 
-    Non-finite tokens are left out of token metrics, sequences with any of them out of sequence metrics, and then every
+    Unusable tokens are left out of token metrics, sequences with any of them out of sequence metrics, and then every
     metric says over how many rows it was computed.
 
     Args:
@@ -47,8 +47,8 @@ def compute_metrics(
     if n_tokens == 0:
         return dict.fromkeys((key for key in CATALOG if key in keys), MetricValue(None, why=NO_TOKENS))
     tokens, sequences = finite_tokens(sums), finite_sequences(sums)
-    no_token = f"none of the {n_tokens} tokens is finite"
-    no_sequence = f"none of the {n_sequences} sequences is finite throughout"
+    no_token = f"none of the {n_tokens} tokens has usable log-probs"
+    no_sequence = f"none of the {n_sequences} sequences has usable log-probs throughout"
     of_tokens = {key: metric for key, metric in token_metrics().items() if key in keys}
     of_sequences = {key: metric for key, metric in sequence_metrics().items() if key in keys}
     results = {
@@ -60,9 +60,9 @@ def compute_metrics(
     values = evaluate(estimates, seed=seed, replicates=replicates)
     values |= {key: result for key, result in results.items() if isinstance(result, MetricValue)}
     notes = {"token": "", "sequence": "", "exact": ""}
-    if count_nonfinite(sums):
-        notes["token"] = f"computed over the {len(tokens)} of {n_tokens} tokens that are finite"
-        notes["sequence"] = f"computed over the {len(sequences)} of {n_sequences} sequences that are finite"
+    if count_excluded(sums):
+        notes["token"] = f"computed over the {len(tokens)} of {n_tokens} tokens with usable log-probs"
+        notes["sequence"] = f"computed over the {len(sequences)} of {n_sequences} sequences with usable log-probs"
     return {key: _annotate(values[key], notes[info.level]) for key, info in CATALOG.items() if key in keys}
 
 

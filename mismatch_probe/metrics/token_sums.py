@@ -1,4 +1,4 @@
-"""What token metrics are computed from: per-prompt sums over the finite tokens of a pair.
+"""What token metrics are computed from: per-prompt sums over the usable tokens of a pair.
 
 Shape legend: `P` prompts.
 """
@@ -22,7 +22,7 @@ CONFIDENT_LOG_RATIO = -2.0
 
 
 class TokenSums:
-    """Per-prompt sums `[P]` over the finite tokens, and what else token metrics need.
+    """Per-prompt sums `[P]` over the usable tokens, and what else token metrics need.
 
     Attributes:
         counts: Tokens.

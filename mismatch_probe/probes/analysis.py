@@ -16,7 +16,7 @@ from mismatch_probe.metrics.length import fit_length
 from mismatch_probe.metrics.length_prediction import LengthForecast, forecast
 from mismatch_probe.metrics.paired import compare_pairs
 from mismatch_probe.metrics.where import where
-from mismatch_probe.probes.findings import findings
+from mismatch_probe.probes.findings import excluded_findings, findings
 from mismatch_probe.probes.pairs import Cell, PairResult, analyse_pair, why_missing
 from mismatch_probe.probes.planning import null_pass_id, passes_of
 from mismatch_probe.probes.worst import worst_tokens
@@ -82,7 +82,7 @@ def analyse(
         "where": {name: _where(result) for name, result in diagonal.items()},
         "comparisons": [row.as_dict() for row in compare_pairs(_sums(diagonal), seed=config.seed)],
         "length": {name: found.as_dict() for name, found in forecasts.items()},
-        "findings": findings(diagonal, forecasts, config.seed),
+        "findings": excluded_findings(pairs) + findings(diagonal, forecasts, config.seed),
         "limits": [row for limit in limits for row in judge(limit, pairs, missing)],
     }
     worst = [token for name, result in diagonal.items() for token in worst_tokens(run, name, result)]
@@ -144,11 +144,11 @@ def judge(limit: Limit, pairs: Sequence[dict[str, Any]], missing: Sequence[dict[
             continue
         metric = cell.get("metrics", {}).get(limit.metric, {})
         value, why = metric.get("value"), cell.get("why") or metric.get("why", "")
-        if cell.get("n_nonfinite"):
-            why = f"{cell['n_nonfinite']} of {cell['n_tokens']} log-probs are not finite, so the pair cannot pass"
+        if cell.get("n_excluded"):
+            why = f"{cell['n_excluded']} of {cell['n_tokens']} tokens have no usable log-probs, so the pair cannot pass"
         if CATALOG[limit.metric].level == "exact" and cell.get("n_nonfinite_exact"):
             why = f"the exact KL is not finite at {cell['n_nonfinite_exact']} compared positions, so it cannot pass"
-        broken = cell.get("n_nonfinite") or (CATALOG[limit.metric].level == "exact" and cell.get("n_nonfinite_exact"))
+        broken = cell.get("n_excluded") or (CATALOG[limit.metric].level == "exact" and cell.get("n_nonfinite_exact"))
         exceeded = value is None or bool(broken) or limit.exceeded_by(value)
         kept = {key: cell[key] for key in ("rollout_dtype", "trainer_dtype", "trainer_mode")}
         rows.append({"limit": limit.text, **kept, "value": value, "exceeded": exceeded, "why": why})

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mismatch_probe.metrics.accounting import CONTRADICTED
 from mismatch_probe.metrics.accumulate import PairSums
 from mismatch_probe.metrics.length_prediction import LengthForecast
 from mismatch_probe.metrics.multiplicity import SIGNIFICANCE, holm
 from mismatch_probe.metrics.paired import paired_ratio
 from mismatch_probe.metrics.ratio_test import RatioTest
 from mismatch_probe.probes.pairs import PairResult
+from mismatch_probe.report.format import number
+from mismatch_probe.report.matrix import pair_label, trainer_modes
 from mismatch_probe.types import MetricValue
 
 METRIC = "mean_abs_logprob_diff"
@@ -47,6 +50,31 @@ def findings(
             text = _length_text(name, found)
             rows.append({"name": f"ess_half_length_{name}", "text": text, **half.as_dict()})
     return rows
+
+
+def excluded_findings(pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What of the pairs of a summary is left out of every metric; comes before whatever the metrics say."""
+    modes = trainer_modes({"pairs": pairs})
+    texts = [f"{pair_label(pair, modes)}: {_excluded_text(pair)}" for pair in pairs if pair["n_excluded"]]
+    return [{"name": "excluded", "text": " ".join(texts)}] if texts else []
+
+
+def _excluded_text(pair: Mapping[str, Any]) -> str:
+    parts = [f"{_value_text(row)}: {row['n']:,}" for row in pair["excluded"]]
+    text = (
+        f"{pair['n_excluded']:,} of {pair['n_tokens']:,} tokens have no usable log-probs and are left out of every "
+        f"metric ({'; '.join(parts)}), so this pair cannot pass."
+    )
+    with_them, without = pair["mean_abs_logprob_diff_all_finite"], pair["metrics"][METRIC]["value"]
+    if with_them is None:
+        return text
+    return f"{text} With the finite ones mean |Δlogp| would be {number(with_them)} nats, not {number(without)}."
+
+
+def _value_text(row: Mapping[str, Any]) -> str:
+    other = "trainer" if row["side"] == "rollout" else "rollout"
+    against = f" where the {other} has less than {CONTRADICTED}" if row["value"] == "0" else ""
+    return f"{row['side']} {row['value']}{against}"
 
 
 def _length_text(name: str, found: LengthForecast) -> str:

@@ -15,7 +15,7 @@ from mismatch_probe.tables import RunDirectory
 def summary_frame(summary: dict[str, Any]) -> pd.DataFrame:
     """The pairs' metrics flat, a row per pair and metric: what `summary.csv` holds."""
     about = ["rollout_pass", "trainer_pass", "rollout_dtype", "trainer_dtype", "trainer_mode", "on_policy"]
-    about += ["n_tokens", "n_sequences", "n_nonfinite"]
+    about += ["n_tokens", "n_sequences", "n_nonfinite", "n_excluded"]
     rows = [
         {**{name: pair[name] for name in about}, "metric": key, **metric}
         for pair in summary["pairs"]

@@ -15,7 +15,7 @@ from mismatch_probe.metrics.intervals import Estimate
 from mismatch_probe.metrics.power import PromptsNeeded, prompts_needed
 from mismatch_probe.metrics.prefixes import Prefixes, PrefixSums
 from mismatch_probe.metrics.ratio_test import RatioTest, ratio_tests
-from mismatch_probe.metrics.sample import count_nonfinite, finite_tokens
+from mismatch_probe.metrics.sample import finite_tokens
 from mismatch_probe.metrics.steps import StepResult, StepSums
 from mismatch_probe.metrics.summary import compute_metrics
 from mismatch_probe.metrics.token import token_metrics
@@ -81,14 +81,17 @@ class PairResult:
 
     def as_dict(self) -> dict[str, Any]:
         """The cell as `summary.json` has it."""
-        budget, estimators = self.budget, self.estimators
+        budget, estimators, excluded = self.budget, self.estimators, self.sums.excluded
         return {
             **self.cell.as_dict(),
             "on_policy": self.sums.on_policy,
             "n_tokens": self.sums.n_tokens,
             "n_sequences": len(self.sums.prompt),
             "n_prompts": len(self.sums.prompt_ids),
-            "n_nonfinite": count_nonfinite(self.sums),
+            "n_nonfinite": excluded.n_nonfinite,
+            "n_excluded": excluded.n_tokens,
+            "excluded": [vars(row) for row in excluded.rows()],
+            "mean_abs_logprob_diff_all_finite": self.sums.mean_abs_all_finite,
             "n_nonfinite_exact": self.n_nonfinite_exact,
             "metrics": {key: value.as_dict() for key, value in self.metrics.items()},
             "budget": None if budget is None else {key: value.as_dict() for key, value in budget.items()},

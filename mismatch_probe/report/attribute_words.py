@@ -161,6 +161,8 @@ def warnings(document: Document) -> list[str]:
         found.append(f"Intervals are {visible(why)}.")
     if document["n_nonfinite"]:
         found.append(f"{count(document['n_nonfinite'])} tokens are not finite on one side and are left out.")
+    if document.get("n_impossible"):
+        found.append(f"{count(document['n_impossible'])} tokens have an impossible log-prob and are left out.")
     return [*found, *(f"{visible(name)} failed: {visible(why)}" for name, why in document["failed"].items())]
 
 

@@ -153,9 +153,8 @@ def _notes(document: Mapping[str, Any]) -> list[str]:
 
 def _ess_lines(found: Mapping[str, Any]) -> list[str]:
     """Of each trainer, what sequence weights leave of the batch."""
-    dropped = [
-        f"{found[key]} {what}" for key, what in (("n_empty", "empty"), ("n_nonfinite", "not finite")) if found[key]
-    ]
+    kinds = {"n_empty": "empty", "n_nonfinite": "not finite", "n_impossible": "with impossible log-probs"}
+    dropped = [f"{found[key]} {what}" for key, what in kinds.items() if found.get(key)]
     without = f", without {' and '.join(dropped)}" if dropped else ""
     size = f"{found['n_sequences']} sequences of {found['n_prompts']} prompts, {found['n_tokens']:,} tokens"
     lines = [f"{visible(found['rollout_dtype'])} rollouts: {size}{without}"]

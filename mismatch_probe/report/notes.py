@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mismatch_probe.report.format import count, visible
+from mismatch_probe.report.format import visible
 from mismatch_probe.report.matrix import pair_label, reading, trainer_modes
 from mismatch_probe.report.view import HEADLINE_METRICS
 
@@ -15,16 +15,12 @@ if TYPE_CHECKING:
 
 
 def notes(data: ReportData) -> list[str]:
-    """What limits the numbers: an unfinished run, off-policy or non-finite pairs, reasons beside headline metrics."""
+    """What limits the numbers: an unfinished run, off-policy pairs, reasons beside headline metrics."""
     lines = []
     status = data.manifest.get("status")
     if status and status != "complete":
         lines.append(f"The run is {visible(status)}: numbers cover finished passes only.")
     modes, pairs = trainer_modes(data.summary), data.summary.get("pairs") or []
-    for pair in pairs:
-        if pair.get("n_nonfinite"):
-            label = visible(pair_label(pair, modes))
-            lines.append(f"{label}: {count(pair['n_nonfinite'])} tokens are not finite, so this pair cannot pass.")
     return lines + _off_policy_notes(pairs, modes) + _limiting_notes(pairs, modes)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from mismatch_probe.config import CompareConfig
-from mismatch_probe.metrics.chunks import Ints, finite_rows
+from mismatch_probe.metrics.chunks import Ints, usable_rows
 from mismatch_probe.metrics.gradient import GRADIENT_KEYS, Weighted, gradient_metrics, random_walk_ess, sign_draws
 from mismatch_probe.metrics.intervals import UPPER_TAIL, Floats
 from mismatch_probe.metrics.length_prediction import forecast_pair
@@ -39,10 +39,11 @@ class PassData:
     Attributes:
         rollout: The pass.
         pairs: Its pairs: the trainer of its own dtype where there is one, and the trainer in FP32, the last.
-        kept: `[n]` indices of the sequences that have tokens, all of them finite in every pair.
+        kept: `[n]` indices of the sequences that have tokens, all of them usable in every pair.
         rows: `[n]` their tokens, as slices of the pairs.
         n_empty: Sequences without tokens.
         n_nonfinite: Sequences with a token that is not finite.
+        n_impossible: Others with a token that is not usable.
     """
 
     rollout: RolloutPass
@@ -51,16 +52,21 @@ class PassData:
     rows: Sequence[slice]
     n_empty: int
     n_nonfinite: int
+    n_impossible: int
 
     @classmethod
     def of(cls, rollout: RolloutPass, pairs: Mapping[TrainerPass, PairArrays]) -> PassData:
         first = next(iter(pairs.values()))
-        finite = np.logical_and.reduce([finite_rows(pair) for pair in pairs.values()])
+        usable = np.logical_and.reduce([usable_rows(pair) for pair in pairs.values()])
+        sides = np.stack([side for pair in pairs.values() for side in (pair.rollout_logprob, pair.trainer_logprob)])
+        finite = np.asarray(np.isfinite(sides).all(axis=0))
         starts = np.flatnonzero(np.diff(first.sequence, prepend=-1)).tolist()
         every = [slice(*ends) for ends in zip(starts, [*starts, len(first.sequence)][1:], strict=True)]
-        rows = [row for row in every if finite[row].all()]
+        rows = [row for row in every if usable[row].all()]
+        n_finite = sum(bool(finite[row].all()) for row in every)
         kept = np.array([first.sequence[row.start] for row in rows], dtype=np.int64)
-        return cls(rollout, pairs, kept, rows, len(first.prompt) - len(every), len(every) - len(rows))
+        n_empty = len(first.prompt) - len(every)
+        return cls(rollout, pairs, kept, rows, n_empty, len(every) - n_finite, n_finite - len(rows))
 
 
 def document_of(
@@ -97,6 +103,7 @@ def document_of(
                 "n_tokens": sum(row.stop - row.start for row in found.rows),
                 "n_empty": found.n_empty,
                 "n_nonfinite": found.n_nonfinite,
+                "n_impossible": found.n_impossible,
                 "logprob_gap": vectors[name].logprob_gap,
                 "pairs": [_pair(trainer, pair, lengths, seed) for trainer, pair in found.pairs.items()],
                 "arms": _arms(found, vectors[name], tasks[name], seed),

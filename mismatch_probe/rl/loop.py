@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from mismatch_probe.engines.logprobs import Batch, entropies
+from mismatch_probe.metrics.accounting import possible
 from mismatch_probe.metrics.intervals import share_interval
 from mismatch_probe.rl.advantages import group_advantages
 from mismatch_probe.rl.checkpoints import Checkpoint, checkpoints, load_checkpoint, prune, save_checkpoint
@@ -33,6 +34,7 @@ from mismatch_probe.rl.tasks import Problem, Response, Task
 from mismatch_probe.types import Rollout, RolloutRequest, Sampling
 
 Floats = NDArray[np.float64]
+_NOT_FINITE = "is not finite"
 _PROBES = 8
 _EVALUATED = 128
 # Micro-batches: an evaluation keeps no gradients.
@@ -192,7 +194,7 @@ class Training:
             [np.empty(0)] * len(rollouts),
             sampled,
         )
-        self._check_finite(rolled)
+        self._check_logprobs(rolled)
         facts, sums, current = self._guarded_update(batches, rolled, clock)
         rolled = Rolled(**{**vars(rolled), "current": current})
         if config.record_rollouts:
@@ -317,18 +319,21 @@ class Training:
             facts.append(self._policy.step())
         return facts, totals, [current[i] for i in sorted(current)]
 
-    def _check_finite(self, rolled: Rolled) -> None:
+    def _check_logprobs(self, rolled: Rolled) -> None:
         for name, side in (("rollout", rolled.rollout), ("trainer", rolled.old)):
             for i, values in enumerate(side):
-                if not np.isfinite(values).all():
-                    at = int(np.flatnonzero(~np.isfinite(values))[0])
+                broken = ~possible(values)
+                if broken.any():
+                    at = int(np.flatnonzero(broken)[0])
                     where = f"the {name} log-prob of sequence {i} at position {at}"
-                    raise self._failure(rolled, f"{where} ({self._policy.non_finite() or 'all weights are finite'})")
+                    what = f"{where} ({self._policy.non_finite() or 'all weights are finite'})"
+                    impossible = f"is {values[at]:g}, which no token has" if np.isfinite(values[at]) else _NOT_FINITE
+                    raise self._failure(rolled, what, impossible)
 
-    def _failure(self, rolled: Rolled, what: str) -> NonFinite:
+    def _failure(self, rolled: Rolled, what: str, how: str = _NOT_FINITE) -> NonFinite:
         folder = self._p.directory.save_failure(rolled.table(), {"step": self._step, "what": what})
         self._policy.drop_gradients()
-        return NonFinite(f"step {self._step}: {what} is not finite; its batch lies in {folder.name}/")
+        return NonFinite(f"step {self._step}: {what} {how}; its batch lies in {folder.name}/")
 
     def _judge(self, row: dict[str, Any]) -> dict[str, str]:
         """Whether the run may go on."""

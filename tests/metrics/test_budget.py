@@ -105,4 +105,4 @@ def test_a_side_that_is_the_reference_has_no_correlation() -> None:
 
 def test_nothing_finite_says_so() -> None:
     got = budget(pair(np.full(20, np.nan), np.zeros(20)))
-    assert all(value.value is None and "no token is finite" in value.why for value in got.values())
+    assert all(value.value is None and "no token has usable log-probs" in value.why for value in got.values())

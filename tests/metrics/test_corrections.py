@@ -73,4 +73,4 @@ def test_the_same_policy_is_never_touched() -> None:
 def test_nothing_finite_says_so() -> None:
     found = touched_shares([pair([[float("inf")]], [0])])
     assert found["seq-tis"].value is None
-    assert "finite" in found["seq-tis"].why
+    assert "usable" in found["seq-tis"].why

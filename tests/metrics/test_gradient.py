@@ -195,4 +195,4 @@ def test_random_walk_is_the_formula_and_the_gaussian_ess_of_independent_tokens()
     assert found["far"].value == pytest.approx(np.exp(-(d**2).mean() * 10 * length), rel=1e-9)
     assert found["own"].value == pytest.approx(np.exp(-d.sum(axis=1).var(ddof=1)), abs=0.01)
     nothing = PairArrays(np.empty(0), np.empty(0), np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int64))
-    assert random_walk_ess(nothing, {"own": 1}) == {"own": MetricValue(None, why="no finite tokens")}
+    assert random_walk_ess(nothing, {"own": 1}) == {"own": MetricValue(None, why="no usable tokens")}

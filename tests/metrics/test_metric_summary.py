@@ -10,7 +10,7 @@ import pytest
 
 from mismatch_probe.metrics.catalog import CATALOG, calibrated_prompts
 from mismatch_probe.metrics.intervals import NO_INTERVAL, UNCALIBRATED
-from mismatch_probe.metrics.sample import count_nonfinite
+from mismatch_probe.metrics.sample import count_excluded
 from mismatch_probe.metrics.summary import compute_metrics
 
 SURVIVES_OFF_POLICY = {
@@ -96,30 +96,30 @@ def test_nonfinite_tokens_and_their_sequences_are_left_out(make_pair: Any, bad: 
     d = np.linspace(-0.2, 0.3, 12)
     pair = make_pair(-1.0, d, [3, 3, 3, 3])
     getattr(pair, side)[4] = bad
-    assert count_nonfinite(pair) == 1
+    assert count_excluded(pair) == 1
     metrics = compute_metrics(pair, replicates=20)
     mean, total = metrics["mean_abs_logprob_diff"], metrics["seq_log_ratio_mean"]
     assert mean.value == pytest.approx(np.abs(np.delete(d, 4)).mean())
-    assert mean.why.startswith("computed over the 11 of 12 tokens that are finite")
+    assert mean.why.startswith("computed over the 11 of 12 tokens with usable log-probs")
     assert total.value == pytest.approx(np.delete(d.reshape(4, 3).sum(1), 1).mean())
-    assert total.why.startswith("computed over the 3 of 4 sequences that are finite")
+    assert total.why.startswith("computed over the 3 of 4 sequences with usable log-probs")
 
 
 def test_no_finite_sequence_and_no_finite_token(make_pair: Any) -> None:
     pair = make_pair(-1.0, [0.1, np.nan], [2])
     metrics = compute_metrics(pair)
     assert metrics["max_abs_logprob_diff"].value == pytest.approx(0.1)
-    assert metrics["kl_seq"].why == "none of the 1 sequences is finite throughout"
+    assert metrics["kl_seq"].why == "none of the 1 sequences has usable log-probs throughout"
     metrics = compute_metrics(make_pair(-1.0, [np.nan, np.inf], [2]))
     assert all(metric.value is None and metric.why for metric in metrics.values())
-    assert metrics["kl_k3"].why == "none of the 2 tokens is finite"
+    assert metrics["kl_k3"].why == "none of the 2 tokens has usable log-probs"
 
 
 def test_no_tokens(make_pair: Any) -> None:
     metrics = compute_metrics(make_pair([], [], []))
     assert list(metrics) == list(CATALOG)
     assert {(metric.value, metric.why) for metric in metrics.values()} == {(None, "there are no response tokens")}
-    assert count_nonfinite(make_pair([], [], [])) == 0
+    assert count_excluded(make_pair([], [], [])) == 0
 
 
 def test_one_prompt_has_values_but_no_intervals(make_pair: Any) -> None:

@@ -81,7 +81,7 @@ def test_nonfinite_tokens_are_named(make_pair: Any) -> None:
     spoiled[3] = np.nan
     got = paired_ratio(make_pair(-1.0, spoiled), make_pair(-1.0, d), "kl_k2", replicates=50)
     assert got.value == pytest.approx(1.0)
-    assert "without 1 tokens that are not finite" in got.why
+    assert "without 1 tokens that have no usable log-probs" in got.why
 
 
 def test_what_cannot_be_compared_says_why(make_pair: Any) -> None:
@@ -91,8 +91,8 @@ def test_what_cannot_be_compared_says_why(make_pair: Any) -> None:
     assert paired_ratio(some, zero, "kl_k3").why == "kl_k3 of the denominator is 0"
     assert paired_ratio(zero, some, "kl_k3").value == 0.0
     assert paired_ratio(some, other, "kl_k3").why == "the pairs share no prompt"
-    assert paired_ratio(empty, some, "kl_k3").why == "numerator: no finite tokens"
-    assert paired_ratio(some, empty, "seq_log_ratio_std").why == "denominator: no finite sequences"
+    assert paired_ratio(empty, some, "kl_k3").why == "numerator: no usable tokens"
+    assert paired_ratio(some, empty, "seq_log_ratio_std").why == "denominator: no usable sequences"
     assert "no interval" in paired_ratio(some, some, "kl_k3").why
     with pytest.raises(UsageError, match="kl_k1"):
         paired_ratio(some, some, "kl_k1")

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mismatch_probe.metrics import curves
+from mismatch_probe.metrics.accounting import usable
 from mismatch_probe.metrics.accumulate import accumulate, as_sums
 from mismatch_probe.metrics.binned import BinnedSums
 from mismatch_probe.metrics.catalog import CATALOG
@@ -34,6 +35,7 @@ def cut(pair: PairArrays, bounds: list[int]) -> list[PairArrays]:
             pair,
             **{name: getattr(pair, name)[some] for name in names},
             columns={name: values[some] for name, values in pair.columns.items()},
+            usable=None if pair.usable is None else pair.usable[some],
         )
         for some in rows
     ]
@@ -102,6 +104,26 @@ def test_streamed_is_in_memory(make_pair: Any, case: Any) -> None:
     np.testing.assert_array_equal(streamed.abs_log_ratio, whole.abs_log_ratio)
     for name, column in vars(streamed.largest).items():
         np.testing.assert_array_equal(column, getattr(whole.largest, name))
+
+
+@given(cases(), st.data())
+@settings(max_examples=100, deadline=None)
+def test_what_is_left_out_is_the_same_in_chunks(make_pair: Any, case: Any, data: st.DataObject) -> None:
+    """Placeholders and impossible values on either side, chunk by chunk and at once."""
+    lengths, b, d, prompts, cuts = case
+    pair = make_pair(b, d, lengths, prompts)
+    odd = st.sampled_from([math.nan, math.inf, -math.inf, -9999.0, 1.0, 0.0, 0.1, -1e30, -5000.5, None, None])
+    for side in (pair.rollout_logprob, pair.trainer_logprob):
+        for row, value in enumerate(data.draw(st.lists(odd, min_size=len(b), max_size=len(b)))):
+            side[row] = side[row] if value is None else value
+    pair = replace(pair, usable=usable(pair.rollout_logprob, pair.trainer_logprob))
+    streamed, whole = accumulate(cut(pair, cuts)), as_sums(pair)
+    assert streamed.excluded.rows() == whole.excluded.rows()
+    assert streamed.excluded.n_tokens == whole.excluded.n_tokens == int((~pair.usable).sum())
+    assert streamed.excluded.n_nonfinite == whole.excluded.n_nonfinite
+    assert close(streamed.mean_abs_all_finite, whole.mean_abs_all_finite, rel=1e-12)
+    np.testing.assert_array_equal(streamed.abs_log_ratio, whole.abs_log_ratio)
+    np.testing.assert_array_equal(streamed.sequences.n_finite, whole.sequences.n_finite)
 
 
 def assert_same_bins(got: BinnedSums, want: BinnedSums) -> None:

@@ -23,10 +23,10 @@ from mismatch_probe.tables import RunDirectory
 METRICS = ["kl_k3"]
 
 
-def cell(value: float | None, *, why: str = "", n_nonfinite: int = 0, dtype: str = "bfloat16") -> dict[str, Any]:
+def cell(value: float | None, *, why: str = "", n_excluded: int = 0, dtype: str = "bfloat16") -> dict[str, Any]:
     names = {"rollout_dtype": dtype, "trainer_dtype": "float32", "trainer_mode": "cast"}
     metric = {"value": value, "why": why}
-    return {**names, "n_nonfinite": n_nonfinite, "n_tokens": 10, "metrics": {"kl_k3": metric}}
+    return {**names, "n_excluded": n_excluded, "n_tokens": 10, "metrics": {"kl_k3": metric}}
 
 
 class TestJudge:
@@ -46,11 +46,11 @@ class TestJudge:
     def test_what_cannot_be_judged_does_not_pass(self) -> None:
         limit = Limit.parse("kl_k3>1", METRICS)
         absent = {"rollout_dtype": "float16", "trainer_dtype": "float32", "trainer_mode": "cast", "why": "refused"}
-        rows = judge(limit, [cell(None, why="too few tokens"), cell(0.5, n_nonfinite=2)], [absent])
+        rows = judge(limit, [cell(None, why="too few tokens"), cell(0.5, n_excluded=2)], [absent])
         assert [row["exceeded"] for row in rows] == [True, True, True]
         assert [row["why"] for row in rows] == [
             "too few tokens",
-            "2 of 10 log-probs are not finite, so the pair cannot pass",
+            "2 of 10 tokens have no usable log-probs, so the pair cannot pass",
             "refused",
         ]
 
@@ -73,6 +73,8 @@ class TestSummary:
             "n_tokens",
             "n_sequences",
             "n_nonfinite",
+            "n_excluded",
+            "excluded",
             "metrics",
         }
         for pair in document["pairs"]:

@@ -54,15 +54,13 @@ def test_notes_tell_what_limits_the_numbers_once(make_summary: SummaryFactory) -
     for pair in summary["pairs"]:
         pair["metrics"]["kl_k3"]["why"] = "uncalibrated: 8 prompts"
     summary["pairs"][0]["metrics"]["ess_seq"]["why"] = "fewer than 10 effective sequences"
-    summary["pairs"][0]["n_nonfinite"] = 2
     summary["pairs"][1]["on_policy"] = False
     found = notes(ReportData(summary, {"status": "running"}, Curves(), []))
     assert found[0] == "The run is running: numbers cover finished passes only."
-    assert found[1].startswith("bfloat16 → bfloat16: 2 tokens are not finite")
-    assert found[2].startswith("bfloat16 → float16: the rollout policy did not sample")
+    assert found[1].startswith("bfloat16 → float16: the rollout policy did not sample")
     assert sum("uncalibrated: 8 prompts." in note and "all pairs" in note for note in found) == 1
     assert sum("bfloat16 → bfloat16: fewer than 10 effective" in note for note in found) == 1
-    assert len(found) == 5
+    assert len(found) == 4
 
 
 def test_what_several_pairs_and_metrics_share_is_noted_once(exact: ReportData) -> None:

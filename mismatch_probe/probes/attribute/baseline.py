@@ -19,6 +19,7 @@ from mismatch_probe.config import CompareConfig
 from mismatch_probe.engines import devices
 from mismatch_probe.engines.models import read_config
 from mismatch_probe.errors import EngineError, UsageError
+from mismatch_probe.metrics.chunks import usable_rows
 from mismatch_probe.metrics.frame import pair_arrays
 from mismatch_probe.metrics.ladder import TokenPrompts
 from mismatch_probe.probes.attribute.availability import Context
@@ -41,9 +42,10 @@ class Baseline:
         rollout, trainer: The pair's passes.
         context: What decides which knobs exist.
         sequences: `S` prompts with responses, in the order of the pair's tokens.
-        rollout_logprobs, trainer_logprobs: `[N]` nats.
+        rollout_logprobs, trainer_logprobs: `[N]` nats, NaN on both sides where the pair leaves a token out.
         float32_logprobs: `[N]` of the trainer in FP32, None where the run has no such pass.
         tokens: Which prompt each token answers.
+        n_impossible: Tokens that the pair leaves out though both sides are finite.
     """
 
     run: RunDirectory
@@ -56,6 +58,7 @@ class Baseline:
     trainer_logprobs: NDArray[np.float64]
     float32_logprobs: NDArray[np.float64] | None
     tokens: TokenPrompts
+    n_impossible: int = 0
 
     @property
     def engine(self) -> Mapping[str, Any]:
@@ -146,6 +149,11 @@ def open_baseline(run: RunDirectory, options: AttributeOptions) -> Baseline:
         raise UsageError("Some tokens of this run were left out of the comparison.", "Compare the model's own samples.")
     wide = TrainerPass("float32", "cast").pass_id
     anchor = pair_arrays(run, rollout.pass_id, wide).trainer_logprob if run.finished(wide) else None
+    usable = usable_rows(pair)
+    finite = np.isfinite(pair.rollout_logprob) & np.isfinite(pair.trainer_logprob)
+    rollout_logprobs, trainer_logprobs = (
+        np.where(usable, side, np.nan) for side in (pair.rollout_logprob, pair.trainer_logprob)
+    )
     ordered = [rows[key] for key in sorted(rows)]
     context = Context(
         device=str(run.manifest["device"]),
@@ -165,8 +173,9 @@ def open_baseline(run: RunDirectory, options: AttributeOptions) -> Baseline:
         trainer,
         context,
         tuple(ScoreRequest(i, r["prompt_token_ids"], r["response_token_ids"]) for i, r in enumerate(ordered)),
-        pair.rollout_logprob,
-        pair.trainer_logprob,
+        rollout_logprobs,
+        trainer_logprobs,
         anchor,
         TokenPrompts(pair.prompt[pair.sequence], len(pair.prompt_ids)),
+        int((finite & ~usable).sum()),
     )

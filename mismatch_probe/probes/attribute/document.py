@@ -23,7 +23,7 @@ SCHEMA_VERSION = 1
 def attribution_document(evidence: Evidence) -> dict[str, Any]:
     """The whole of it."""
     base, context = evidence.base, evidence.base.context
-    finite = np.isfinite(base.rollout_logprobs) & np.isfinite(base.trainer_logprobs)
+    usable = np.isfinite(base.rollout_logprobs) & np.isfinite(base.trainer_logprobs)
     knobs = {knob.name: knob_row(evidence, knob) for knob in evidence.readings.knobs}
     two_sided = two_sided_rows(evidence, knobs)
     judge(knobs, two_sided)
@@ -39,7 +39,8 @@ def attribution_document(evidence: Evidence) -> dict[str, Any]:
         "trainer_mode": context.trainer_mode,
         "n_tokens": len(base.rollout_logprobs),
         "n_sequences": len(base.sequences),
-        "n_nonfinite": int((~finite).sum()),
+        "n_nonfinite": int((~usable).sum()) - base.n_impossible,
+        "n_impossible": base.n_impossible,
         "gap": values(ladder.gap(evidence.gap, base.tokens, seed=evidence.seed)),
         "nulls": _nulls(evidence),
         "ladder": ladder_rows(evidence),

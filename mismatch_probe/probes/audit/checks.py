@@ -86,10 +86,13 @@ class Checks:
         return judged(name, value, bounds, evidence, exact=not info.has_interval)
 
     def _nonfinite_logprobs(self, bounds: Bounds, pair: Document) -> Check:
-        n, total = pair["n_nonfinite"], pair["n_tokens"]
+        n, total = pair["n_excluded"], pair["n_tokens"]
         low, high = poisson_interval(n)
         rate = MetricValue(n / total if total else None, low / max(1, total), high / max(1, total))
-        return judged_event("nonfinite_logprobs", n, rate, bounds, f"{n} of {total:,} log-probs are not finite.")
+        values = "; ".join(f"{row['side']} {row['value']}: {row['n']:,}" for row in pair["excluded"])
+        evidence = f"{n} of {total:,} tokens have log-probs that are not finite or impossible"
+        evidence += f" ({values})." if values else "."
+        return judged_event("nonfinite_logprobs", n, rate, bounds, evidence)
 
     def _fp32_floor(self, bounds: Bounds, pair: Document) -> Check:
         floor = next((p for p in self._summary["pairs"] if _dtypes(p) == ("float32", "float32")), None)

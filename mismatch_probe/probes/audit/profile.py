@@ -16,7 +16,7 @@ from mismatch_probe.resources import data_path
 PROFILES = ("default", "nemo-rl", "verl", "prime-rl", "strict")
 # Checks beside the metrics of the catalog, with what their value is. Events are judged by whether they occur.
 OWN_CHECKS: dict[str, str] = {
-    "nonfinite_logprobs": "log-probs that are not finite",
+    "nonfinite_logprobs": "log-probs that are not finite or impossible",
     "fp32_floor": "mean |d| of the FP32 pair, nats",
     "one_sided": "mean importance ratio where it is not 1",
     "ess_seq_planned": "predicted ESS of sequence weights at the planned length",
