@@ -150,7 +150,7 @@ def test_what_both_sides_share_hurts_where_one_side_alone_loses_it(plant: Callab
     planted = plant(knobs=("rollout:fp32-head", "trainer:fp32-head"))
     base = planted.base
     largest = float(np.abs(base.trainer_logprobs - base.rollout_logprobs).max())
-    shared = planted.noisy(np.zeros(len(base.rollout_logprobs)), 10 * largest)
+    shared = np.abs(planted.noisy(np.zeros(len(base.rollout_logprobs)), 10 * largest))
     planted.put("rollout-fp32-head", base.rollout_logprobs - shared)
     planted.put("trainer-fp32-head", base.trainer_logprobs - shared)
     document = document_of(planted)
@@ -227,6 +227,16 @@ def test_a_setting_that_breaks_tokens_is_no_remedy(plant: Callable[..., Planted]
     assert "not finite" in row["rms_ratio"]["why"]
     assert row["n_nonfinite"] == len(broken[::9])
     assert not any(cause["kind"] == "change" for cause in document["causes"])
+
+
+def test_a_setting_that_gives_impossible_log_probs_is_no_remedy(plant: Callable[..., Planted]) -> None:
+    planted = plant(knobs=("trainer:float16",), pair="bf16")
+    broken = planted.base.rollout_logprobs.copy()
+    broken[::9] = 0.125
+    planted.put("trainer-float16", broken)
+    row = knob_of(document_of(planted), "trainer-float16")
+    assert row["rms_ratio"]["value"] is None
+    assert row["n_nonfinite"] == len(broken[::9])
 
 
 def test_two_dtypes_have_a_rung_of_their_own(plant: Callable[..., Planted]) -> None:

@@ -17,8 +17,10 @@ import mismatch_probe
 from mismatch_probe.config import CompareConfig
 from mismatch_probe.errors import DtypeRefused, Interrupted, TableError, UsageError
 from mismatch_probe.probes.audit.baseline import compare_audits, read_audit
+from mismatch_probe.probes.audit.checks import Checks
 from mismatch_probe.probes.audit.junit import junit_xml
 from mismatch_probe.probes.audit.options import AuditOptions
+from mismatch_probe.probes.audit.profile import Bounds, Profile
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.probes.session import RunResult
 from mismatch_probe.resources import data_path
@@ -269,6 +271,18 @@ def test_a_counted_event_that_was_not_there_before_is_a_regression(document: Doc
     before = changed(document, name, 1.0, value=0.0, ci_low=0.0, ci_high=0.005, status="pass", best="pass")
     assert regressions(before, other) == [name]
     assert regressions(other, before) == []
+
+
+def test_impossible_log_probs_fail_the_check_of_those_that_are_not_finite(finished: RunResult) -> None:
+    name = "nonfinite_logprobs"
+    profile = Profile(name="own", checks={name: Bounds(event="fail", source="us")})
+    checks = Checks(profile, finished.summary, {}, {}, 256)
+    pair = finished.summary["pairs"][0]
+    assert [(check.name, check.status) for check in checks.of_pair(pair)] == [(name, "pass")]
+    excluded = [{"side": "rollout", "kind": "sentinel", "value": "-9999", "n": 3}]
+    (check,) = checks.of_pair({**pair, "n_excluded": 3, "excluded": excluded})
+    assert check.status == "fail"
+    assert "rollout -9999: 3" in check.evidence
 
 
 def test_a_fault_that_was_mended_is_none(document: Document) -> None:

@@ -18,7 +18,7 @@ from mismatch_probe.metrics.steps import STEP_KEYS, StepSums
 from mismatch_probe.probes.session import RunResult
 from mismatch_probe.tables import RunDirectory
 from mismatch_probe.types import PairArrays
-from tests.conftest import MakeModel, Recorder
+from tests.conftest import MakeModel, Outcome, Recorder
 
 Record = Callable[..., Path]
 Compare = Callable[..., RunResult]
@@ -122,6 +122,59 @@ class TestBothSides:
 
         (pair,) = compare(record(change=spoil)).summary["pairs"]
         assert pair["n_nonfinite"] == 1
+
+    @pytest.mark.parametrize(
+        ("value", "kind"), [(-9999.0, "sentinel"), (1.0, "sentinel"), (0.0, "sentinel"), (0.125, "positive")]
+    )
+    @pytest.mark.parametrize("side", ["rollout", "trainer"])
+    def test_what_no_token_has_is_counted_first_and_left_out(
+        self, compare: Compare, record: Record, tmp_path: Path, side: str, value: float, kind: str
+    ) -> None:
+        other = "trainer" if side == "rollout" else "rollout"
+
+        def spoil(index: int, row: dict[str, Any]) -> None:
+            row.update({f"{name}_logprobs": [x - 0.5 for x in row[f"{name}_logprobs"]] for name in (side, other)})
+            if index == 2:
+                row[f"{side}_logprobs"][3] = value
+
+        run = compare(record(change=spoil))
+        (pair,) = run.summary["pairs"]
+        assert (pair["n_excluded"], pair["n_nonfinite"]) == (1, 0)
+        text = "> 0" if kind == "positive" else f"{value:g}"
+        assert pair["excluded"] == [{"side": side, "kind": kind, "value": text, "n": 1}]
+        rows = [json.loads(line) for line in (tmp_path / "recorded.jsonl").read_text().splitlines()]
+        d = np.concatenate([np.subtract(r["trainer_logprobs"], r["rollout_logprobs"]) for r in rows])
+        kept = np.delete(d, 3 + 1 + 3)
+        mean = pair["metrics"]["mean_abs_logprob_diff"]
+        assert mean["value"] == pytest.approx(np.abs(kept).mean(), rel=1e-6)
+        assert mean["why"].startswith("computed over the 9 of 10 tokens")
+        assert pair["metrics"]["seq_log_ratio_mean"]["why"].startswith("computed over the 3 of 4 sequences")
+        assert pair["mean_abs_logprob_diff_all_finite"] == pytest.approx(np.abs(d).mean(), rel=1e-6)
+        assert run.summary["findings"][0]["name"] == "excluded"
+        assert f"({side} {text}" in run.summary["findings"][0]["text"]
+        tokens = pq.read_table(run.path / "tokens.parquet").to_pandas()
+        own = tokens[tokens["pass_id"] == f"recorded-{side}"]["logprob"]
+        assert own.iloc[7] == np.float32(value)
+
+    def test_a_pair_with_a_placeholder_cannot_pass(
+        self, command: Callable[..., Outcome], no_figures: None, record: Record, tmp_path: Path
+    ) -> None:
+        """Through the command line: exit 3 though no metric is beyond the limit, and 0 once the token is masked."""
+
+        def spoil(index: int, row: dict[str, Any]) -> None:
+            row["rollout_logprobs"][0] = -9999.0 if index == 2 else row["rollout_logprobs"][0]
+
+        def mask(index: int, row: dict[str, Any]) -> None:
+            spoil(index, row)
+            row["loss_mask"] = [int(not (index == 2 and t == 0)) for t in range(len(row["response_token_ids"]))]
+
+        for name, change, code in (("spoiled", spoil, 3), ("masked", mask, 0)):
+            limit = ("--out", tmp_path / name, "--fail-on", "kl_k3>1e9", "--json")
+            ended = command("compare", "--from", record(change=change), *limit)
+            assert ended.code == code
+            (row,) = json.loads(ended.out)["limits"]
+            assert row["exceeded"] == bool(code)
+            assert ("1 of 10 tokens have no usable log-probs" in row["why"]) == bool(code)
 
     def test_limits_apply(self, tmp_path: Path, no_figures: None, record: Record) -> None:
         config = CompareConfig(source=str(record()))

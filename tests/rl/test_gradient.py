@@ -169,7 +169,21 @@ def test_sequences_that_are_empty_or_not_finite_are_counted_and_left_out() -> No
     data = PassData.of(CONSISTENT, {CONSISTENT: pair})  # type: ignore[arg-type]
     assert data.kept.tolist() == [0, 3]
     assert list(data.rows) == [slice(0, 2), slice(4, 5)]
-    assert (data.n_empty, data.n_nonfinite) == (1, 1)
+    assert (data.n_empty, data.n_nonfinite, data.n_impossible) == (1, 1, 0)
+
+
+def test_sequences_with_an_impossible_log_prob_are_counted_and_left_out() -> None:
+    pair = PairArrays(
+        rollout_logprob=np.array([-1.0, -9999.0, np.nan, -1.0, -3.0]),
+        trainer_logprob=np.full(5, -1.0),
+        sequence=np.array([0, 1, 2, 2, 3]),
+        position=np.array([0, 0, 0, 1, 0]),
+        prompt=np.zeros(4, np.int64),
+        usable=np.array([True, False, False, True, True]),
+    )
+    data = PassData.of(CONSISTENT, {CONSISTENT: pair})  # type: ignore[arg-type]
+    assert data.kept.tolist() == [0, 3]
+    assert (data.n_empty, data.n_nonfinite, data.n_impossible) == (0, 1, 1)
 
 
 class TestRefusals:

@@ -122,16 +122,24 @@ class _Meddling(TorchEngine):
         return [self.meddle(rollout) for rollout in found] if self.calls > self.at else found
 
 
-def _nan(rollout: Rollout) -> Rollout:
-    logprobs = rollout.logprobs.copy()
-    if rollout.sequence_id == 3:
-        logprobs[1] = np.nan
-    return Rollout(rollout.sequence_id, rollout.response_token_ids, logprobs, rollout.finish_reason, rollout.text)
+def _writing(value: float) -> Any:
+    def meddle(rollout: Rollout) -> Rollout:
+        logprobs = rollout.logprobs.copy()
+        if rollout.sequence_id == 3:
+            logprobs[1] = value
+        return Rollout(rollout.sequence_id, rollout.response_token_ids, logprobs, rollout.finish_reason, rollout.text)
+
+    return meddle
 
 
-def test_a_log_prob_that_is_no_number_ends_the_run_and_keeps_its_batch(tmp_path: Path) -> None:
-    result = train(tmp_path / "run", _Meddling(_nan, at=2))
+@pytest.mark.parametrize(
+    ("value", "how"),
+    [(np.nan, "is not finite"), (-9999.0, "is -9999, which no token has"), (0.125, "is 0.125, which no token has")],
+)
+def test_a_log_prob_that_no_token_has_ends_the_run_and_keeps_its_batch(tmp_path: Path, value: float, how: str) -> None:
+    result = train(tmp_path / "run", _Meddling(_writing(value), at=2))
     assert result["status"] == "diverged"
+    assert f"{how}; its batch lies in" in result["why"]
     assert "step 2: the rollout log-prob of sequence 3 at position 1" in result["why"]
     assert "all weights are finite" in result["why"]
     assert result["last_healthy_checkpoint"] == "step-000002"
