@@ -229,14 +229,24 @@ def test_a_setting_that_breaks_tokens_is_no_remedy(plant: Callable[..., Planted]
     assert not any(cause["kind"] == "change" for cause in document["causes"])
 
 
-def test_a_setting_that_gives_impossible_log_probs_is_no_remedy(plant: Callable[..., Planted]) -> None:
-    planted = plant(knobs=("trainer:float16",), pair="bf16")
-    broken = planted.base.rollout_logprobs.copy()
-    broken[::9] = 0.125
-    planted.put("trainer-float16", broken)
-    row = knob_of(document_of(planted), "trainer-float16")
-    assert row["rms_ratio"]["value"] is None
-    assert row["n_nonfinite"] == len(broken[::9])
+def test_what_the_pair_leaves_out_is_left_out_here(run_copy: Path) -> None:
+    """A placeholder among the trainer's log-probs is NaN to every rung and setting, and counted."""
+    run = RunDirectory.open(run_copy)
+    name = open_baseline(run, AttributeOptions(layers=False)).trainer.pass_id
+    before = Planted(run_copy)
+    tokens = run.tokens(name)
+    logprobs = tokens["logprob"].to_numpy().copy()
+    own = {sequence.sequence_id for sequence in before.base.sequences}
+    rows = np.flatnonzero(np.isin(tokens["sequence_id"].to_numpy(), list(own)))
+    logprobs[rows[:2]] = -9999.0
+    column = tokens.schema.get_field_index("logprob")
+    record = run.manifest["passes"][name]
+    run.finish_pass(name, record, {"tokens": tokens.set_column(column, tokens.schema.field(column), [logprobs])})
+    planted = Planted(run_copy)
+    planted.ladder()
+    document = document_of(planted)
+    assert (document["n_nonfinite"], document["n_impossible"]) == (0, 2)
+    assert document["gap"]["rms"]["value"] < 10
 
 
 def test_two_dtypes_have_a_rung_of_their_own(plant: Callable[..., Planted]) -> None:

@@ -16,7 +16,6 @@ from mismatch_probe.engines.attribute.trainer import FIXES, set_name, single_nam
 from mismatch_probe.engines.attribute.variants import FP32_CLASSES
 from mismatch_probe.engines.refusals import refusal
 from mismatch_probe.errors import DiskFull, EngineMissing, Interrupted, ProbeError
-from mismatch_probe.metrics.accounting import possible
 from mismatch_probe.probes.attribute.baseline import Baseline
 from mismatch_probe.probes.attribute.knobs import Knob, choose, knobs_of
 from mismatch_probe.probes.attribute.names import (
@@ -80,11 +79,11 @@ class Readings:
         """The readings that are there and were made of this run, also those that nobody asks for now."""
         names = dict.fromkeys([*self._names(self.knobs), FIXES])
         found = {name: load_arrays(self.file(name), self.key(name)) for name in names}
-        parts = {name: _possible(part) for name, part in found.items() if part is not None}
+        parts = {name: part for name, part in found.items() if part is not None}
         for index, _ in enumerate(parts[FIXES][0].get("sets", ()) if FIXES in parts else ()):
             part = load_arrays(self.file(set_name(index)), self.key(FIXES))
             if part is not None:
-                parts[set_name(index)] = _possible(part)
+                parts[set_name(index)] = part
         return parts
 
     def make_missing(self, progress: Progress, resume: str, *, again: bool) -> None:
@@ -170,12 +169,3 @@ class Readings:
         """Classes of modules that are read in FP32."""
         names = {knob.name for knob in self.wanted}
         return tuple(name for name in FP32_CLASSES if single_name(name) in names)
-
-
-def _possible(part: Part) -> Part:
-    """A reading with NaN where it has no log-prob that a token can have."""
-    facts, arrays = part
-    logprobs = arrays.get("logprobs")
-    if logprobs is None:
-        return part
-    return facts, {**arrays, "logprobs": np.where(possible(logprobs), logprobs, np.nan)}
