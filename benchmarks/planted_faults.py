@@ -1,11 +1,15 @@
-"""Does `attribute` name the module whose weight was altered? Accuracy by dtype, and by the size of the fault.
+"""Does `attribute` name what is at fault in the trainer? Accuracy by dtype, and by the size of the fault.
 
 vLLM runs a model once per dtype and its inside is traced. Then one weight tensor of the trainer's copy after another
 gets a random perturbation of a given relative Frobenius norm, and the trainer's inside is compared with the trace. The
 right answer names the module (and so the layer); on the unaltered model it is "no single layer".
 
+With --code the fault is in the code of one decoder layer instead (`planted_code.py`). The right answer names layer and
+place, or, where FP32 shows it to be less than a 16-bit dtype rounds, that it is not detectable there.
+
     python benchmarks/planted_faults.py                                  # every weight of a tiny Llama
     python benchmarks/planted_faults.py --model smollm2-135m --sample 40
+    python benchmarks/planted_faults.py --code                           # every layer of a tiny Llama, a tiny Mistral
 """
 
 from __future__ import annotations
@@ -13,8 +17,8 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,21 +27,29 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file, this folder's sibling `tests` is not on the path
 
+from benchmarks.planted_code import FAULTS, WINDOW, CodeFault
 from mismatch_probe.engines import devices
+from mismatch_probe.engines.attribute.inside_job import kept_of
 from mismatch_probe.engines.attribute.rollout import RolloutVariants
 from mismatch_probe.engines.attribute.trace import TraceRequest, layers_of
 from mismatch_probe.engines.base import RolloutJob, TrainerJob
 from mismatch_probe.engines.models import read_config, resolve
 from mismatch_probe.engines.process import EngineProcess
 from mismatch_probe.metrics import inside
+from mismatch_probe.metrics.conclusions import Conclusion, conclude
 from mismatch_probe.metrics.inside import Located
+from mismatch_probe.probes.attribute.depth import inside_row
 from mismatch_probe.types import Sampling
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from mismatch_probe.engines.attribute.inside import Difference
 
 SIZES = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.05)
 SEQUENCES, TOKENS = 6, 32
+# Of faults in code: longer than the window, and long enough for angles to lose their fraction in 16 bits.
+CODE_TOKENS = 96
 
 
 def sequences_of(vocabulary: int, tokens: int) -> tuple[tuple[int, ...], ...]:
@@ -102,6 +114,15 @@ class Trainer:
         """Of the passes `kinds`."""
         return self._comparison.differences(kinds)
 
+    def row(self) -> dict[str, Any]:
+        """What `attribution.json` has of the dtype."""
+        return inside_row(*kept_of(self._comparison), self._dtype)
+
+    @property
+    def layers(self) -> list[tuple[str, nn.Module]]:
+        """Name and module of every decoder layer."""
+        return [(name, self._engine.model.get_submodule(name)) for name in self._comparison.layers]
+
     def locate(self) -> Located:
         """What stands out."""
         found = self.differences(("module",))
@@ -156,13 +177,77 @@ def accuracy(trainer: Trainer, weights: Sequence[str], size: float) -> Accuracy:
     return Accuracy(len(weights), module, layer)
 
 
+@dataclass(frozen=True)
+class CodeAnswers:
+    """Of a fault of one strength in one layer after another, the answers of a dtype.
+
+    Attributes:
+        named: That have the layer and the place.
+        hidden: That have the fault below what the dtype rounds, and name nothing.
+        cases: Layers.
+        scores: Of what was named, else the largest of a module, by layer.
+    """
+
+    named: int
+    hidden: int
+    cases: int
+    scores: tuple[float, ...]
+
+    def __str__(self) -> str:
+        answers = [f"{self.named}/{self.cases} named"] if self.named else []
+        answers += [f"{self.hidden}/{self.cases} not detectable"] if self.hidden else []
+        wrong = self.cases - self.named - self.hidden
+        answers += [f"{wrong}/{self.cases} WRONG"] if wrong else []
+        return f"{', '.join(answers)} ({', '.join(f'{score:.3g}' for score in self.scores)})"
+
+
+def code_answers(trainers: Mapping[str, Trainer], fault: CodeFault, strength: float) -> dict[str, CodeAnswers]:
+    """Plants a fault into every layer, one at a time, of the trainers of all dtypes."""
+    found: dict[str, list[Conclusion]] = {dtype: [] for dtype in trainers}
+    places = []
+    for index, (name, _) in enumerate(next(iter(trainers.values())).layers):
+        with ExitStack() as stack:
+            for trainer in trainers.values():
+                stack.enter_context(fault.planted(trainer.layers[index][1], strength))
+            rows = {dtype: trainer.row() for dtype, trainer in trainers.items()}
+        for dtype, conclusion in conclude(rows, ("bfloat16", "bfloat16"), None, routers=False).dtypes.items():
+            found[dtype].append(conclusion)
+        places.append(("layer", fault.kind, name + fault.place))
+    answers = {}
+    for dtype, conclusions in found.items():
+        right = [c.place == place for c, place in zip(conclusions, places, strict=True)]
+        named = sum(c.code == "fault" and same for c, same in zip(conclusions, right, strict=True))
+        hidden = sum(c.code == "hidden" and same for c, same in zip(conclusions, right, strict=True))
+        answers[dtype] = CodeAnswers(named, hidden, len(places), tuple(c.score for c in conclusions))
+    return answers
+
+
+def code_grid(checkpoint: Path, folder: Path, dtypes: Sequence[str], *, windowed: bool) -> None:
+    """Traces a model and prints a row for each fault and strength."""
+    trainers = {}
+    for dtype in dtypes:
+        trace(checkpoint, dtype, folder / dtype / "trace", CODE_TOKENS)
+        trainers[dtype] = Trainer(checkpoint, dtype, folder / dtype / "trace")
+    clean = conclude({d: t.row() for d, t in trainers.items()}, ("bfloat16", "bfloat16"), None, routers=False)
+    print("unaltered:", "; ".join(f"{d} {c.code} ({c.score:.2f})" for d, c in clean.dtypes.items()), flush=True)
+    for fault in FAULTS:
+        for strength in fault.strengths if fault.windowed == windowed else ():
+            answers = code_answers(trainers, fault, strength)
+            cells = "; ".join(f"{dtype} {answer}" for dtype, answer in answers.items())
+            print(f"{fault.name} {strength:g}: {cells}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="Built-in name or folder; a tiny random Llama where it is left out.")
     parser.add_argument("--sample", type=int, help="So many weights, drawn at random; all where it is left out.")
     parser.add_argument("--dtypes", default="bfloat16,float16,float32")
     parser.add_argument("--sizes", default=",".join(map(str, SIZES)))
+    parser.add_argument("--code", action="store_true", help="Faults in the code of layers instead of in weights.")
     options = parser.parse_args()
+    if options.code:
+        _code(options)
+        return
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = resolve(options.model).path if options.model else _tiny(Path(folder) / "model")
         for dtype in options.dtypes.split(","):
@@ -181,6 +266,20 @@ def main() -> None:
                     f"{found.layer}/{found.cases}",
                     flush=True,
                 )
+
+
+def _code(options: argparse.Namespace) -> None:
+    from tests.real.tiny import GROUPED, save_model
+
+    dtypes = options.dtypes.split(",")
+    with tempfile.TemporaryDirectory() as folder:
+        if options.model:
+            path = resolve(options.model).path
+            code_grid(path, Path(folder), dtypes, windowed=bool(read_config(str(path)).get("sliding_window")))
+            return
+        code_grid(_tiny(Path(folder) / "llama"), Path(folder) / "traces-llama", dtypes, windowed=False)
+        windowed = save_model("MistralConfig", {**GROUPED, "sliding_window": WINDOW}, Path(folder) / "mistral")
+        code_grid(windowed, Path(folder) / "traces-mistral", dtypes, windowed=True)
 
 
 def _tiny(folder: Path) -> Path:

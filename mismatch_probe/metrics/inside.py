@@ -35,8 +35,10 @@ class Located:
     Attributes:
         verdict: `layer` where one layer does, `everywhere` where the same module of most layers does, `outside` where
             a module outside of the layers does, `not finite` where a tensor is not, `no single layer` otherwise.
-        name: The module, or for `everywhere` its name within a layer; empty for no single layer.
-        kind: `module` where its own result differs, `between` where what reaches it does.
+        name: The module, or for `everywhere` its name within a layer, of which the end of a layer has none; empty for
+            no single layer.
+        kind: `module` where its own result differs, `between` where what reaches it does, `end` where what a layer
+            makes of its modules' results does.
         layer: Index of the layer.
         score: Of the module, or the largest of all.
     """
@@ -81,7 +83,7 @@ def locate(
     Args:
         names: `M` modules, each compared on an input that both sides share.
         layers: Index of each one's layer, None outside of them.
-        kinds: `module` or `between`, of each.
+        kinds: `module`, `between` or `end`, of each.
         found: `[M]` scores; infinite where a tensor is not finite.
         count: Decoder layers of the model.
     """
@@ -93,15 +95,20 @@ def locate(
         return Located("not finite", names[worst], kind, layers[worst], top)
     if top <= THRESHOLD:
         return Located("no single layer", "", "", None, top)
-    own = names[worst].rpartition(".")[2]
+    own = place_of(names[worst], kind)
     kin = {
         layers[i]
         for i in np.flatnonzero(found > THRESHOLD)
-        if names[i].rpartition(".")[2] == own and kinds[i] == kind and layers[i] is not None
+        if kinds[i] == kind and place_of(names[i], kind) == own and layers[i] is not None
     }
     if count > 2 and len(kin) > count / 2:
         return Located("everywhere", own, kind, None, top)
     return Located("outside" if layers[worst] is None else "layer", names[worst], kind, layers[worst], top)
+
+
+def place_of(name: str, kind: str) -> str:
+    """What a tensor is called in every layer alike: its module, and nothing for the end of a layer."""
+    return "" if kind == "end" else name.rpartition(".")[2]
 
 
 def first_beyond(found: Floats) -> int | None:

@@ -25,6 +25,7 @@ from mismatch_probe.tables import SCHEMA_VERSION, RunDirectory, read_json
 
 # What a report shows of an attribution.
 _ATTRIBUTED = {"gap", "ladder", "knobs", "two_sided", "layers", "fixes", "experts", "failed", "nulls", "causes"}
+_ATTRIBUTED |= {"conclusions", "left_in_fp32"}
 
 
 def analyse(

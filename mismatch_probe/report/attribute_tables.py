@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mismatch_probe.metrics.inside import THRESHOLD
-from mismatch_probe.report.attribute_words import NO_LAYER, place, score_text, unexplained
+from mismatch_probe.report.attribute_words import conclusion, score_text
 from mismatch_probe.report.format import NONE, count, interval, number, visible
 from mismatch_probe.report.matrix import dtype_order
 from mismatch_probe.report.sections import Section
@@ -21,7 +21,11 @@ FILE = "attribute/attribution.json"
 """Where everything is that a table leaves out."""
 # So many layers are all shown; of more, about this many and those that stand out.
 _LAYERS = 12
-_KINDS = {"module": "its own result", "between": "what reaches its input"}
+_KINDS = {
+    "module": "its own result",
+    "between": "what reaches its input",
+    "end": "what it makes of its modules' results",
+}
 _SCORES = (
     "A score is how far the engines are apart, over √2 times the rounding error that one of them makes against a wider "
     f"forward pass of the same input; rounding alone stays below {THRESHOLD:g}."
@@ -64,19 +68,21 @@ def inside_sections(document: Document) -> list[AttributedSection]:
     if not layers["dtypes"]:
         return [AttributedSection("inside", "Inside both models", nothing(layers["why"]), Table((), ()))]
     found = {name: layers["dtypes"][name] for name in dtype_order(layers["dtypes"])}
-    sections = [_by_dtype(found, layers)]
+    concluded = document["conclusions"]["dtypes"]
+    sections = [_by_dtype(found, layers, concluded)]
     shown = {name: row for name, row in found.items() if row["layers"]}
     if shown:
         sections.append(_by_layer(shown))
     name = document["rollout_dtype"]
     # What was looked into may leave the pair's own dtype out.
     looked = [dtype for dtype in (name, *shown) if dtype in shown and shown[dtype]["modules"]]
+    looked.sort(key=lambda dtype: concluded[dtype]["code"] not in ("fault", "not finite"))
     if looked:
         sections.append(_by_module(looked[0], shown[looked[0]]))
     return sections
 
 
-def _by_dtype(found: Mapping[str, Document], layers: Document) -> AttributedSection:
+def _by_dtype(found: Mapping[str, Document], layers: Document, concluded: Mapping[str, Document]) -> AttributedSection:
     rows = []
     for name, row in found.items():
         if not row["layers"]:
@@ -87,7 +93,7 @@ def _by_dtype(found: Mapping[str, Document], layers: Document) -> AttributedSect
         worst = row["worst_layer"]
         scores = {layer["layer"]: layer["score"] for layer in row["layers"]}
         step = NONE if worst is None else stacked(score_text(scores[worst]), f"layer {worst}")
-        cells = (error, value_cell(row["growth_per_layer"]), step, _verdict(row, name))
+        cells = (error, value_cell(row["growth_per_layer"]), step, _verdict(row, concluded[name], name))
         rows.append((stacked(visible(name), tokens), *cells))
     text = (
         "The trainer's forward pass over the engine's recorded activations. The relative error of the residual stream "
@@ -102,15 +108,10 @@ def _by_dtype(found: Mapping[str, Document], layers: Document) -> AttributedSect
     return AttributedSection("inside", "Inside both models", text, Table(header, tuple(rows)), figures, wide=(4,))
 
 
-def _verdict(row: Document, dtype: str) -> str:
-    located, first = row["located"], row["first_beyond"]
-    if located is None:
-        return ""
-    if located["verdict"] == NO_LAYER:
-        text = f"No single layer stands out; the largest score of a module is {score_text(located['score'])}."
-        return f"{text} {unexplained(row, dtype)}".rstrip()
-    beyond = "" if first is None else f"Layer {first} is the first beyond the threshold. "
-    return beyond + place(located, dtype)
+def _verdict(row: Document, concluded: Document, dtype: str) -> str:
+    first = row["first_beyond"]
+    told = concluded["code"] in ("fault", "not finite") and first is not None
+    return (f"Layer {first} is the first beyond the threshold. " if told else "") + conclusion(concluded, dtype)
 
 
 def _by_layer(found: Mapping[str, Document]) -> AttributedSection:

@@ -24,6 +24,8 @@ _ENDLESS = 1e30
 _LARGE_SHARE = 10.0
 NO_LAYER = "no single layer"
 """A verdict on layers: nothing stands out."""
+ELSEWHERE = "nothing that was compared inside both models in float32 stands out, though they differ there"
+"""Of a gap that FP32 shows, and no layer."""
 
 
 def nutshell(document: Document) -> list[str]:
@@ -66,48 +68,89 @@ def _change(document: Document) -> str:
 
 
 def places(document: Document) -> tuple[list[str], str]:
-    """A sentence for each dtype that something stands out in, and one for all the others."""
-    found = {
-        name: row["located"]
-        for name, row in document["layers"]["dtypes"].items()
-        if row["located"] is not None and row["modules"]
-    }
-    quiet = [name for name in dtype_order(found) if found[name]["verdict"] == NO_LAYER]
-    faults = [place(found[name], name) for name in dtype_order(found) if name not in quiet]
-    steps = [unexplained(document["layers"]["dtypes"][name], name) for name in quiet]
-    faults += [text for text in steps if text]
+    """A sentence for each dtype that something stands out in or hides in, one on what FP32 leaves of the gap, and one
+    for all dtypes in which nothing stands out.
+    """
+    found = document["conclusions"]["dtypes"]
+    order = dtype_order(found)
+    shown = [name for name in order if found[name]["code"] in ("fault", "not finite", "step")]
+    unseen = [name for name in order if found[name]["code"] in ("hidden", "absent")]
+    quiet = [name for name in order if found[name]["code"] == "quiet"]
+    texts = [conclusion(found[name], name) for name in (*shown, *unseen)]
+    texts += [text for text in (_left(document),) if text]
     if not quiet:
-        return faults, ""
+        return texts, ""
     largest = max(found[name]["score"] for name in quiet)
-    names = listed([visible(name) for name in quiet])
-    return faults, (
-        f"No single layer stands out in {names}: the largest score of a module is {score_text(largest)}, of a "
-        f"threshold of {THRESHOLD:g}."
-    )
+    return texts, _nothing(f" in {listed([visible(name) for name in quiet])}", largest)
 
 
-def unexplained(row: Document, dtype: str) -> str:
-    """What a layer's step says that no module in it does; nothing where they agree."""
-    first = row["first_beyond"]
-    if first is None or row["located"]["verdict"] != NO_LAYER:
+def conclusion(found: Document, dtype: str) -> str:
+    """What is concluded of a dtype; nothing where it was not compared."""
+    code, name = found["code"], visible(dtype)
+    if code == "quiet":
+        return _nothing("", found["score"])
+    if code == "step":
+        return _step(found, name)
+    if code in ("fault", "not finite"):
+        text = f"In {name}, {visible(where_words(found['located']))}"
+        score = f"its score is {score_text(found['score'])}, of a threshold of {THRESHOLD:g}."
+        return f"{text} is not finite." if code == "not finite" else f"{text} stands out: {score}"
+    if code == "not compared":
         return ""
+    located, wide = found["located"], visible(found["seen_in"])
+    what = step_words(found) if located["verdict"] == NO_LAYER else where_words(located)
+    if code == "absent":
+        return f"In {name}, {visible(what)} does not differ as it does in {wide}."
+    return f"Not detectable in {name}: the fault of {visible(what)} that {wide} shows is no more than {name} rounds."
+
+
+def _nothing(where: str, largest: float) -> str:
     return (
-        f"In {visible(dtype)}, the step of layer {first} is beyond the threshold though no module is: small "
-        "differences add up or send a router's tokens elsewhere, or the layers of this model hand on their result in a "
-        "way that is not known here."
+        f"No single layer stands out{where}: the largest score of a module is {score_text(largest)}, of a threshold of "
+        f"{THRESHOLD:g}."
     )
 
 
-def place(located: Document, dtype: str) -> str:
-    """What stands out in a dtype."""
-    name = visible(located["name"])
+def _step(found: Document, dtype: str) -> str:
+    """What a layer's step says that nothing does that was compared in it."""
+    text = f"In {dtype}, {step_words(found)} is beyond the threshold though no module is: "
+    if found["routers"]:
+        return f"{text}small differences add up or send a router's tokens elsewhere."
+    if found["ends"]:
+        return f"{text}neither is anything between its modules, so that small differences add up."
+    return (
+        f"{text}the difference lies in the layer's own code outside its modules (residual connection, scaling), or its "
+        "layers hand on their result in a way that is not known here."
+    )
+
+
+def step_words(found: Document) -> str:
+    """Layers whose step stands out, the first of many."""
+    layers = found["layers"]
+    more = f" (and of {len(layers) - 1} more)" if len(layers) > 1 else ""
+    return f"the step of layer {layers[0]}{more}"
+
+
+def where_words(located: Document) -> str:
+    """What stands out, as it is in the document."""
+    name, most = located["name"], located["verdict"] == "everywhere"
+    if located["kind"] == "end":
+        return (
+            "what most layers make of their modules' results" if most else f"what {name} makes of its modules' results"
+        )
     where = {"everywhere": f"{name} of most layers", "outside": f"{name}, outside of the layers,"}
-    subject = where.get(located["verdict"], name)
-    reaches = "what reaches " if located.get("kind") == "between" else ""
-    return (
-        f"In {visible(dtype)}, {reaches}{subject} stands out: its score is "
-        f"{score_text(located['score'])}, of a threshold of {THRESHOLD:g}."
-    )
+    return f"{'what reaches ' if located['kind'] == 'between' else ''}{where.get(located['verdict'], name)}"
+
+
+def _left(document: Document) -> str:
+    """What FP32 leaves of the gap, where it leaves something."""
+    rounding, share = document["conclusions"]["rounding"], document["left_in_fp32"]["share"]
+    if rounding["code"] not in ("part", "no cause"):
+        return ""
+    text = "The gap is more than FP32 rounds"
+    if rounding["left"] is not None:
+        text = f"FP32 on both sides leaves {share_text(share)} of E[d²], which is not rounding"
+    return f"{text}; {ELSEWHERE}." if rounding["elsewhere"] else f"{text}."
 
 
 def fix_wanted(fixes: Document) -> Document | None:

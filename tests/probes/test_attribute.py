@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from mismatch_probe.probes.attribute.baseline import Baseline, open_baseline
 from mismatch_probe.probes.attribute.effects import TWO_SIDED, alters, judge
 from mismatch_probe.probes.attribute.knobs import choose, knobs_of
 from mismatch_probe.probes.attribute.measure import Readings
-from mismatch_probe.probes.attribute.names import AT_ROLLOUT, PREFILL, REPLAY, TRAINER
+from mismatch_probe.probes.attribute.names import AT_ROLLOUT, PREFILL, REPLAY, TRAINER, WIDE_PREFILL
 from mismatch_probe.probes.attribute.options import AttributeOptions
 from mismatch_probe.tables import RunDirectory
 from tests.conftest import MakeModel
@@ -289,6 +290,47 @@ def test_tensors_that_are_not_finite_are_told(scripted_model: MakeModel, tmp_pat
     assert (found["located"]["verdict"], found["located"]["name"]) == ("not finite", "m.0.down_proj")
     assert found["layers"][0]["relative_error"] is None
     assert result.document["causes"][0]["text"] == "in float16, m.0.down_proj is not finite"
+
+
+@pytest.fixture
+def layered(scripted_model: MakeModel, tmp_path: Path) -> Planted:
+    """A run of a model that says that it has layers."""
+    config = CompareConfig(
+        model=str(scripted_model(num_hidden_layers=1)),
+        num_prompts=6,
+        max_tokens=4,
+        rollout_dtypes=("bfloat16",),
+        trainer_dtypes=("bfloat16", "float32"),
+    )
+    planted = Planted(mismatch_probe.compare(config, out=tmp_path / "run").path, knobs=("none",))
+    planted.options = replace(planted.options, layers=True)
+    planted.readings = Readings(planted.base, planted.options)
+    planted.ladder()
+    return planted
+
+
+@pytest.mark.parametrize(("left", "action"), [(0.0, "round differently"), (0.9, "not rounding: mend that first")])
+def test_what_fp32_leaves_of_the_gap_is_not_rounding(layered: Planted, left: float, action: str) -> None:
+    base = layered.base
+    gap = base.trainer_logprobs - base.rollout_logprobs
+    assert base.float32_logprobs is not None
+    layered.put(WIDE_PREFILL, base.float32_logprobs - left * gap)
+    document = mismatch_probe.attribute_run(base.run.path, knobs=("none",)).document
+    assert document["left_in_fp32"]["share"]["value"] == pytest.approx(left**2, abs=1e-6)
+    [engine] = [cause for cause in document["causes"] if cause["text"].startswith("vLLM")]
+    assert action in engine["action"]
+    assert document["conclusions"]["rounding"] == {
+        "code": "part" if left else "cause",
+        "left": document["left_in_fp32"]["share"]["value"],
+        "elsewhere": False,
+    }
+
+
+def test_without_fp32_nothing_is_put_down_to_rounding(plant: Callable[..., Planted]) -> None:
+    document = document_of(plant(knobs=("none",)))
+    assert document["conclusions"]["rounding"]["code"] == "unknown"
+    assert document["left_in_fp32"]["share"]["why"]
+    assert not any("round" in cause["action"] for cause in document["causes"])
 
 
 def test_a_setting_that_was_measured_is_shown_when_others_are_asked_for(plant: Callable[..., Planted]) -> None:

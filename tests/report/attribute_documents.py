@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mismatch_probe.metrics.conclusions import conclude
 from tests.report.conftest import HOSTILE
 
 LAYERS = 16
@@ -103,8 +104,21 @@ def _inside(scale: float) -> dict[str, Any]:
         "first_beyond": None,
         "worst_layer": 7,
         "modules": modules,
-        "located": {"verdict": "no single layer", "name": "", "layer": None, "score": 0.9},
+        "end_score": 0.9,
+        "located": located("no single layer", "", None, 0.9, kind=""),
     }
+
+
+def located(verdict: str, name: str, layer: int | None, score: float, kind: str = "module") -> dict[str, Any]:
+    return {"verdict": verdict, "name": name, "kind": kind, "layer": layer, "score": score}
+
+
+def concluded(document: dict[str, Any]) -> dict[str, Any]:
+    """With the conclusions that its layers, and what FP32 leaves of its gap, come to."""
+    pair = (document["rollout_dtype"], document["trainer_dtype"])
+    left = document["left_in_fp32"]["share"]["value"]
+    found = conclude(document["layers"]["dtypes"], pair, left, routers=document["experts"] is not None)
+    return document | {"conclusions": found.as_dict()}
 
 
 def _two_sided() -> list[dict[str, Any]]:
@@ -170,7 +184,7 @@ def attribution(**changes: Any) -> dict[str, Any]:
         cause(2, "change", "FP16 on both sides", 0.99),
         cause(3, "change", "trainer: FP16", 0.51),
     ]
-    return {
+    document = {
         "schema_version": 1,
         "tool_version": "0.1.0",
         "model": "smollm2-135m",
@@ -198,12 +212,14 @@ def attribution(**changes: Any) -> dict[str, Any]:
             "eager_note": "Layers were looked into in eager mode.",
             "why": "",
         },
+        "left_in_fp32": {"rms": metric(1e-5), "share": metric(2e-8)},
         "fixes": _fixes(),
         "experts": None,
         "nulls": {"rollout": bare(0.0, "there is no gap"), "trainer": metric(1e-4)},
         "failed": {"trainer-packed": "EngineError: it died"},
         "causes": causes,
-    } | changes
+    }
+    return concluded(document | changes)
 
 
 def faulty(score: float = 41.3) -> dict[str, Any]:
@@ -213,9 +229,9 @@ def faulty(score: float = 41.3) -> dict[str, Any]:
     found["layers"][11]["score"] = score / 2
     found["modules"][2 + 2 * 11 + 1] |= {"score": score}
     found |= {"first_beyond": 11, "worst_layer": 11}
-    found["located"] = {"verdict": "layer", "name": "model.layers.11.mlp", "layer": 11, "score": score}
+    found["located"] = located("layer", "model.layers.11.mlp", 11, score)
     fault = cause(1, "fault", "in bfloat16, model.layers.11.mlp differs", None)
-    return document | {"causes": [fault, *(row | {"rank": row["rank"] + 1} for row in document["causes"])]}
+    return concluded(document) | {"causes": [fault, *(row | {"rank": row["rank"] + 1} for row in document["causes"])]}
 
 
 def empty() -> dict[str, Any]:
@@ -262,7 +278,7 @@ def nulls() -> dict[str, Any]:
 def hostile() -> dict[str, Any]:
     """Every string that is not one of a few known words is hostile."""
     kept = {"rollout", "trainer", "both", "measured", "unavailable", "not asked", "failed", "rung", "change", "fault"}
-    kept |= {"module", "between", "layer", "cast"}
+    kept |= {"module", "between", "layer", "cast", "quiet", "cause"}
 
     def poisoned(value: Any) -> Any:
         if isinstance(value, dict):
@@ -272,6 +288,7 @@ def hostile() -> dict[str, Any]:
         return f"{value}\n{HOSTILE}" if isinstance(value, str) and value and value not in kept else value
 
     document: dict[str, Any] = poisoned(faulty() | {"experts": routers()})
-    rows = document["layers"]["dtypes"]
-    document["layers"]["dtypes"] = {f"{name}{HOSTILE[:60]}": row for name, row in rows.items()}
+    for part in ("layers", "conclusions"):
+        rows = document[part]["dtypes"]
+        document[part]["dtypes"] = {f"{name}{HOSTILE[:60]}": row for name, row in rows.items()}
     return document

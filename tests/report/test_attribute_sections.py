@@ -17,11 +17,13 @@ from tests.report.attribute_documents import (
     attribution,
     bare,
     cause,
+    concluded,
     empty,
     faulty,
     hostile,
     judged,
     knob,
+    located,
     nulls,
     routers,
 )
@@ -75,10 +77,10 @@ def test_a_fault_is_named_and_the_other_dtypes_are_not() -> None:
 )
 def test_what_is_everywhere_or_outside_is_said(verdict: str, name: str, words: str) -> None:
     document = attribution()
-    located = {"verdict": verdict, "name": name, "layer": None, "score": 1e30}
-    document["layers"]["dtypes"]["float16"]["located"] = located
-    assert any(words in text for text in attribution_view(document).texts)
-    assert words in row(attribution_view(document), "inside", "float16")[4]
+    document["layers"]["dtypes"]["float16"]["located"] = located(verdict, name, None, 1e30)
+    view = attribution_view(concluded(document))
+    assert any(words in text for text in view.texts)
+    assert words in row(view, "inside", "float16")[4]
 
 
 def test_no_change_that_helps_is_said() -> None:
@@ -99,18 +101,22 @@ def test_an_interval_that_many_tests_do_not_bear_out_says_so() -> None:
 
 def test_a_layer_that_no_module_explains_is_said() -> None:
     document = attribution()
-    document["layers"]["dtypes"]["bfloat16"] |= {"first_beyond": 3}
-    view = attribution_view(document)
+    document["layers"]["dtypes"]["bfloat16"]["layers"][3] |= {"score": 2.5}
+    view = attribution_view(concluded(document))
     text = "In bfloat16, the step of layer 3 is beyond the threshold though no module is:"
-    assert any(line.startswith(text) for line in view.texts)
+    assert any(line.startswith(text) and "residual connection" in line for line in view.texts)
     assert text in row(view, "inside", "bfloat16")[4]
     assert "though no module is" not in row(view, "inside", "float16")[4]
+    assert any(line.startswith("No single layer stands out in float16:") for line in view.texts)
+    view = attribution_view(concluded(document | {"experts": routers()}))
+    assert any(line.startswith(text) and "send a router's tokens elsewhere" in line for line in view.texts)
 
 
 def test_what_reaches_a_module_is_told_from_the_module() -> None:
     document = faulty()
     document["layers"]["dtypes"]["bfloat16"]["located"] |= {"kind": "between"}
-    assert "In bfloat16, what reaches model.layers.11.mlp stands out:" in attribution_view(document).texts[1]
+    view = attribution_view(concluded(document))
+    assert "In bfloat16, what reaches model.layers.11.mlp stands out:" in view.texts[1]
     assert "In bfloat16, model.layers.11.mlp stands out:" in attribution_view(faulty()).texts[1]
 
 

@@ -5,7 +5,7 @@ Three forward passes over the traced sequences, each in the trainer's dtype and 
 - `stream`: nothing is touched; what differs at a layer has come up from all layers before it.
 - `layer`: every layer is given what the engine's layer was given; what differs is that layer's own.
 - `module`: every leaf is given the engine's input and hands on the engine's output, so that what differs is the
-  module's own, and what reaches a module's input, that of the code between modules.
+  module's own, and what reaches a module's input, or the end of a layer, that of the code between modules.
 
 The wider pass sees the same inputs and says what the engine's and the trainer's results would be without rounding.
 
@@ -28,7 +28,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mismatch_probe.engines.attribute.changes import attention_of, experts_one_by_one, in_fp32, tensors_kept
-from mismatch_probe.engines.attribute.trace import OUTSIDE, TraceFiles
+from mismatch_probe.engines.attribute.inside_rows import Batch, EngineRecords
+from mismatch_probe.engines.attribute.trace import TraceFiles
 from mismatch_probe.engines.audit.forward import first_tensor
 from mismatch_probe.engines.audit.names import layer_index
 from mismatch_probe.engines.audit.places import Network, is_norm, is_router
@@ -38,8 +39,6 @@ from mismatch_probe.metrics.exact import divergences
 if TYPE_CHECKING:
     from mismatch_probe.engines.hf import HfTrainer
 
-# Blocks that vLLM calls otherwise than transformers.
-_OTHER_NAMES = (("mlp", "block_sparse_moe"), ("mlp", "feed_forward"))
 # Projections to queries, keys and values in one, whose rows every implementation lays out in its own way.
 _FUSED = re.compile(r"qkv|query_key_value|c_attn", re.IGNORECASE)
 # From this relative distance on a column is another one; from this share of such columns on the two can have other
@@ -47,7 +46,7 @@ _FUSED = re.compile(r"qkv|query_key_value|c_attn", re.IGNORECASE)
 _FAR, _FEW, _NEAR, _OWN = 0.5, 0.01, 0.25, 0.9
 _COLUMNS = 1024
 _LEAST_ROW = 0.1
-Kind = Literal["stream", "layer", "module", "between"]
+Kind = Literal["stream", "layer", "module", "between", "end"]
 
 
 @dataclass
@@ -57,7 +56,8 @@ class Difference:
     Every token counts alike: the first one's activations can be hundreds of times larger than any other's.
 
     Attributes:
-        kind: Of `Kind`: `between` is what reaches a module's input in the pass of `module`.
+        kind: Of `Kind`. In the pass of `module`, `between` is what reaches a module's input, and `end` what a layer
+            hands on: the engine's results of its modules, put together by the trainer's own code.
         name: The trainer's module.
         layer: Index of its layer, None outside of them.
         apart: `[S]` engine against trainer.
@@ -73,94 +73,6 @@ class Difference:
     engine: NDArray[np.float64]
     trainer: NDArray[np.float64]
     size: NDArray[np.float64]
-
-
-class _Batch:
-    """The traced sequences as one padded batch, and rows back and forth."""
-
-    def __init__(self, sequences: Sequence[Sequence[int]], device: torch.device) -> None:
-        longest = max(map(len, sequences))
-        self.shape = (len(sequences), longest)
-        self.lengths = [len(s) for s in sequences]
-        self.mask = (torch.arange(longest) < torch.tensor(self.lengths)[:, None]).to(device)
-        padded = torch.tensor([[*s, *[0] * (longest - len(s))] for s in sequences], device=device)
-        self.inputs: dict[str, Any] = {"input_ids": padded, "use_cache": False}
-        if not bool(self.mask.all()):
-            self.inputs["attention_mask"] = self.mask.long()
-
-    def rows(self, tensor: Tensor) -> Tensor | None:
-        """`[R, …]` of a tensor `[S, T, …]` or `[S·T, …]`, on the host; None of any other."""
-        count = self.shape[0] * self.shape[1]
-        if tensor.shape[:2] != self.shape and (len(tensor) != count or tensor.ndim < 2):
-            return None
-        flat = tensor.detach().reshape(count, -1)
-        return flat[self.mask.flatten()].to("cpu")
-
-    def padded(self, rows: Tensor, like: Tensor) -> Tensor:
-        """A tensor shaped and placed as `like`, with `[R, …]` rows in it and 0 in the padding."""
-        flat = torch.zeros(self.shape[0] * self.shape[1], rows[0].numel(), dtype=like.dtype, device=like.device)
-        flat[self.mask.flatten()] = rows.reshape(len(rows), -1).to(like)
-        return flat.reshape(like.shape)
-
-    def by_sequence(self, squares: Tensor) -> NDArray[np.float64]:
-        """`[S]` sums of `[R]`."""
-        return np.array([float(part.sum()) for part in torch.split(squares, self.lengths)])
-
-
-class _Trace:
-    """The engine's records by the trainer's module names; fused ones are cut.
-
-    Args:
-        files: The trace.
-        network: The trainer's.
-        widths: Output width of the trainer's modules with weights.
-    """
-
-    def __init__(self, files: TraceFiles, network: Network, widths: Mapping[str, int]) -> None:
-        self._files, self._network, self._widths = files, network, widths
-        self._fused: dict[str, list[str]] = files.facts()["fused"]
-        self._part, self._records = "", dict[str, Tensor]()
-
-    def find(self, name: str, side: str) -> Tensor | None:
-        """The input or output (`in`, `out`) of a module of the trainer, None where the engine has none like it."""
-        layer = layer_index(self._network.layers, name)
-        if layer is None:
-            self._open(OUTSIDE)
-            last = name.rpartition(".")[2]
-            return next((t for n, t in self._records.items() if n.split(".")[-2:] == [last, side]), None)
-        self._open(f"layer-{layer}")
-        relative = name[len(self._network.layers[layer]) :].removeprefix(".")
-        for there in dict.fromkeys((relative, *(relative.replace(ours, other) for ours, other in _OTHER_NAMES))):
-            found = self._records.get(f"{there}.{side}")
-            found = self._cut(name, there, side) if found is None else found
-            if found is not None:
-                return found
-        return None
-
-    def outside(self, name: str) -> Tensor:
-        self._open(OUTSIDE)
-        return self._records[name]
-
-    def _cut(self, name: str, relative: str, side: str) -> Tensor | None:
-        """A module's part of one that the engine has fused of several."""
-        parent, _, last = relative.rpartition(".")
-        whole = next((n for n, parts in self._fused.items() if last in parts), None)
-        if whole is None:
-            return None
-        record = self._records.get(f"{parent}.{whole}.{side}" if parent else f"{whole}.{side}")
-        if record is None or side == "in":
-            return record
-        before = name[: len(name) - len(last)]
-        widths = [self._widths.get(before + part, 0) for part in self._fused[whole]]
-        at = self._fused[whole].index(last)
-        if sum(widths) != record.shape[1]:
-            return None
-        return record[:, sum(widths[:at]) : sum(widths[: at + 1])]
-
-    def _open(self, part: str) -> None:
-        if part != self._part:
-            with torch._C.DisableTorchFunction():  # a float64 pass would widen what is read
-                self._part, self._records = part, self._files.read(part)
 
 
 class InsideComparison:
@@ -187,8 +99,8 @@ class InsideComparison:
             and name not in (self._network.head, self._network.embedding)
         }
         widths = {name: _width(module) for name, module in self._leaves.items()}
-        self._trace = _Trace(files, self._network, widths)
-        self._batch = _Batch(self._request["sequences"], next(model.parameters()).device)
+        self._trace = EngineRecords(files, self._network, widths)
+        self._batch = Batch(self._request["sequences"], next(model.parameters()).device)
         self._blocks = {
             f"{layer}.{name}"
             for layer in self._network.layers
@@ -307,9 +219,8 @@ class InsideComparison:
             handles.append(module.register_forward_pre_hook(self._embedded(found), with_kwargs=True))
         if kind != "stream":
             handles.append(module.register_forward_pre_hook(self._given(name, None), with_kwargs=True))
-        if kind != "module":
-            shown: Kind = "stream" if kind == "stream" else "layer"
-            handles.append(module.register_forward_hook(self._recorder(shown, name, found)))
+        shown: Kind = {"stream": "stream", "layer": "layer"}.get(kind, "end")  # type: ignore[assignment]
+        handles.append(module.register_forward_hook(self._recorder(shown, name, found)))
         return handles
 
     def _embedded(self, found: dict[tuple[Kind, str], Tensor]) -> Callable[..., None]:
@@ -350,7 +261,12 @@ class InsideComparison:
         return theirs if order is None else theirs[:, order]
 
     def _given(self, name: str, found: dict[tuple[Kind, str], Tensor] | None) -> Callable[..., Any]:
-        """A hook that gives a module the engine's input, and notes in `found` what it would have had."""
+        """A hook that gives a module the engine's input, and notes in `found` what it would have had.
+
+        A norm of a layer reads the residual stream, which goes on beside it: there it becomes the engine's as well, or
+        what the layer did to it before would be found again at its end.
+        """
+        of_stream = name.rpartition(".")[0] in self._network.layers and is_norm(self._model.get_submodule(name))
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             theirs = self._trace.find(name, "in")
@@ -362,6 +278,8 @@ class InsideComparison:
                 found["between", name] = rows
             assert isinstance(own, Tensor)
             given = self._batch.padded(theirs, own)
+            if found is not None and of_stream:
+                own.copy_(given)
             return ((given, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": given})
 
         return hook

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,9 @@ from mismatch_probe.arrays import save_arrays
 from mismatch_probe.engines import devices, faults
 from mismatch_probe.engines.base import OnTrainer
 from mismatch_probe.types import TrainerDtype, TrainerMode
+
+if TYPE_CHECKING:
+    from mismatch_probe.engines.attribute.inside import InsideComparison
 
 
 @dataclass(frozen=True)
@@ -76,14 +79,19 @@ class InsideJob(OnTrainer):
         facts: dict[str, Any] = {"made_with": devices.package_versions()}
         try:
             engine = HfTrainer(replace(self.trainer, dtype=inside.dtype, mode=inside.mode, flags=flags))
-            comparison = InsideComparison(engine, inside.trace)
-            lens, found = comparison.lens(), comparison.differences()
-            facts |= {
-                "records": [{"kind": d.kind, "name": d.name, "layer": d.layer} for d in found],
-                "layers": list(lens),
-                "trained_layers": list(comparison.layers),
-            }
-            arrays = {n: np.stack([getattr(d, n) for d in found]) for n in ("apart", "engine", "trainer", "size")}
-            return facts, {**arrays, "lens": np.stack(list(lens.values())) if lens else np.empty((0, 0))}
+            found, arrays = kept_of(InsideComparison(engine, inside.trace))
+            return facts | found, arrays
         except Exception as error:
             return facts | {"failed": faults.told(error, self)}, {}
+
+
+def kept_of(comparison: InsideComparison) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """Facts and arrays of a comparison: which tensors, and the arrays of `InsideJob`."""
+    lens, found = comparison.lens(), comparison.differences()
+    facts = {
+        "records": [{"kind": d.kind, "name": d.name, "layer": d.layer} for d in found],
+        "layers": list(lens),
+        "trained_layers": list(comparison.layers),
+    }
+    arrays = {n: np.stack([getattr(d, n) for d in found]) for n in ("apart", "engine", "trainer", "size")}
+    return facts, {**arrays, "lens": np.stack(list(lens.values())) if lens else np.empty((0, 0))}

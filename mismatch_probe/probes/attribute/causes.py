@@ -5,27 +5,44 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mismatch_probe.metrics.conclusions import LEAST
 from mismatch_probe.probes.attribute.effects import alters
+from mismatch_probe.report.attribute_words import ELSEWHERE, listed, share_percent, step_words, where_words
 
-# A share below this is not worth a line of its own.
-LEAST = 0.02
 _RUNG_ACTIONS = {
     "prefill": "Decoding and prefill use other kernels: batch-invariant mode (CUDA), or score rollouts by prefill.",
-    "engine": "The engines' kernels round differently: a dtype with more bits on both sides (FP16), or token-level "
-    "importance weights. The tables of layers and modules say where.",
     "dtype": "The two sides have different dtypes: give them the same one.",
     "layout": "The trainer's own batching: score as it is batched, or correct for it by importance weights.",
     "mode": "How the trainer holds its weights: see whether cast serves as well.",
 }
+# By what is concluded on rounding.
+_ENGINE_ACTIONS = {
+    "cause": "The engines' kernels round differently: a dtype with more bits on both sides (FP16), or token-level "
+    "importance weights. The tables of layers and modules say where.",
+    "part": "FP32 on both sides leaves {left} of E[d²], which is not rounding: mend that first. Of the rest a dtype "
+    "with more bits on both sides (FP16) leaves less.",
+    "no cause": "This is not rounding, since FP32 shows it as well: the sides compute different functions, which no "
+    "dtype mends.",
+    "fault first": "FP32 on both sides leaves none of it, and something stands out in the pair's own dtype: mend that, "
+    "and measure again, before you put the rest down to rounding.",
+    "unknown": "The engines' kernels or their code differ: layers in float32 tell which (--layer-dtypes float32).",
+}
+_CODE_ACTION = (
+    "Compare the layer's own code on both sides, outside its modules: residual connection, scaling of what is added."
+)
+_ELSEWHERE_ACTION = (
+    "Look at what both sides are given and at what comes behind the head: ids, positions, mask, scaling of logits, "
+    "log-softmax."
+)
 
 
 def ranked_causes(document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rungs by their share of E[d²], changes that close part of the gap by the share that they close, a located fault,
-    and routers.
+    """Rungs by their share of E[d²], changes that close part of the gap by the share that they close, faults, and
+    routers. What is said of rounding and of places follows `conclusions`.
 
     Shares of rungs add up to 1. A change's share is 1 − E[d'²]/E[d²], which overlaps with them and with other changes.
     """
-    found = [*_located(document), *_rungs(document), *_changes(document), *_experts(document)]
+    found = [*_faults(document), *_rungs(document), *_changes(document), *_experts(document)]
     order = {"fault": 0, "rung": 1, "change": 1, "experts": 1}
     found.sort(key=lambda cause: (order[cause["kind"]], -(cause["share"] or 0.0)))
     return [{"rank": index, **cause} for index, cause in enumerate(found, start=1)]
@@ -47,7 +64,10 @@ def _cause(kind: str, text: str, action: str, share: Mapping[str, Any] | None) -
 def _rungs(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = document["ladder"]["rungs"]
     kept = [row for row in rows if abs(row["share"]["value"] or 0.0) >= LEAST]
-    return [_cause("rung", row["change"], _RUNG_ACTIONS[row["key"]], row["share"]) for row in kept]
+    rounding = document["conclusions"]["rounding"]
+    engine = _ENGINE_ACTIONS[rounding["code"]].format(left=share_percent(rounding["left"]))
+    actions = _RUNG_ACTIONS | {"engine": engine}
+    return [_cause("rung", row["change"], actions[row["key"]], row["share"]) for row in kept]
 
 
 def _changes(document: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -60,7 +80,10 @@ def _changes(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     for row in document["two_sided"]:
         if row["best"] == "both" and _helps(row["cells"]["both"], list(document["nulls"].values())):
             share = _closed(row["cells"]["both"]["rms_ratio"])
-            found.append(_cause("change", f"{row['name']} on both sides", _BOTH[row["name"]], share))
+            action = _BOTH[row["name"]]
+            if row["name"] == "FP16" and document["conclusions"]["rounding"]["code"] == "cause":
+                action = f"Rounding makes this share: {action[0].lower()}{action[1:]}"
+            found.append(_cause("change", f"{row['name']} on both sides", action, share))
     return found
 
 
@@ -72,7 +95,7 @@ def _helps(row: Mapping[str, Any], nulls: Sequence[Mapping[str, Any]]) -> bool:
 
 _BOTH = {
     "FP32 head": "Give both sides an FP32 head (vLLM: hf_overrides={'head_dtype': 'float32'}).",
-    "FP16": "Rounding makes this share: run both sides in FP16 if `mismatch-probe audit` lets the model.",
+    "FP16": "Run both sides in FP16 if `mismatch-probe audit` lets the model.",
     "FP8 keys and values": "Round keys and values at the trainer as the engine's cache does, or keep the cache wide.",
 }
 
@@ -83,31 +106,49 @@ def _closed(ratio: Mapping[str, Any]) -> dict[str, Any]:
     return {"value": ends[0], "ci_low": ends[1], "ci_high": ends[2], "why": ratio.get("why", "")}
 
 
-def _located(document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    found = []
-    for dtype, row in document["layers"]["dtypes"].items():
-        located = row.get("located")
-        if located is None or located["verdict"] == "no single layer":
-            continue
-        if located["verdict"] == "not finite":
-            text = f"in {dtype}, {located['name']} is not finite"
-            found.append(_cause("fault", text, "The model does not fit this dtype: see `mismatch-probe audit`.", None))
-            continue
-        where = f"{located['name']} of most layers" if located["verdict"] == "everywhere" else located["name"]
-        between = located["kind"] == "between"
-        what = f"what reaches {where}" if between else where
-        text = f"in {dtype}, {what} differs {_times(located['score'])} times as much as rounding explains"
-        if between:
-            action = (
-                "Look at what is between modules there: rotation, softmax scale, mask or window, activation, order of "
-                "heads."
-            )
-        elif located["verdict"] == "everywhere":
-            action = "Both engines compute this module differently, whatever the weights: compare its definition."
-        else:
-            action = "Compare this module's weights on both sides: a stale or altered tensor is likelier than a kernel."
-        found.append(_cause("fault", text, action, None))
-    return found
+def _faults(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What stands out, once for all dtypes that show it, and a gap of FP32 of which nothing inside tells."""
+    concluded = document["conclusions"]
+    found: dict[Any, dict[str, Mapping[str, Any]]] = {}
+    for dtype, row in concluded["dtypes"].items():
+        if row["fault"]:
+            where = row["located"]
+            key = (row["code"], where["verdict"], where["kind"], where["name"], *row["layers"])
+            found.setdefault(key, {})[dtype] = row
+    faults = [_fault(list(rows), list(rows.values())) for rows in found.values()]
+    if concluded["rounding"]["elsewhere"]:
+        faults.append(_cause("fault", ELSEWHERE, _ELSEWHERE_ACTION, None))
+    return faults
+
+
+def _fault(dtypes: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    row, located = rows[0], rows[0]["located"]
+    where = f"in {listed(dtypes)}, "
+    if row["code"] == "not finite":
+        action = "The model does not fit this dtype: see `mismatch-probe audit`."
+        return _cause("fault", f"{where}{located['name']} is not finite", action, None)
+    times = f"differs {listed([_times(r['score']) for r in rows])} times as much as rounding explains"
+    if row["code"] == "step":
+        what, action = step_words(row), _CODE_ACTION
+    else:
+        what, action = where_words(located), _action(located)
+    return _cause("fault", f"{where}{what} {times}", action, None)
+
+
+def _action(located: Mapping[str, Any]) -> str:
+    if located["kind"] == "end":
+        return _CODE_ACTION
+    if located["kind"] == "between":
+        return (
+            "Look at what is between modules there: residual connection, rotation, softmax scale, mask or window, "
+            "activation, order of heads."
+        )
+    if located["verdict"] == "everywhere":
+        return "Both engines compute this module differently, whatever the weights: compare its definition."
+    return (
+        "Compare this module's weights on both sides, and constants such as a norm's epsilon: a stale or altered "
+        "tensor is likelier than a kernel."
+    )
 
 
 def _experts(document: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mismatch_probe.metrics import inside
 from mismatch_probe.probes.attribute.evidence import Evidence, finite, number
@@ -36,7 +37,11 @@ def _inside(evidence: Evidence, dtype: str) -> dict[str, Any]:
     part = evidence.parts.get(inside_name(dtype))
     if part is None or "records" not in part[0]:
         return {"why": evidence.why(inside_name(dtype)), "layers": [], "modules": [], "located": None}
-    facts, arrays = part
+    return inside_row(*part, dtype)
+
+
+def inside_row(facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], dtype: str) -> dict[str, Any]:
+    """Layers and modules of a dtype, from what `InsideJob` keeps of it."""
     records, names = facts["records"], list(facts["trained_layers"])
     apart, engine, trainer = (inside.relative(arrays[k], arrays["size"]) for k in ("apart", "engine", "trainer"))
     score = inside.scores(apart, trainer, dtype)
@@ -56,7 +61,7 @@ def _inside(evidence: Evidence, dtype: str) -> dict[str, Any]:
                     "lens_kl": number(lens.get(name, np.nan)),
                 }
             )
-    modules = [i for i, record in enumerate(records) if record["kind"] in ("module", "between")]
+    modules = [i for i, record in enumerate(records) if record["kind"] in ("module", "between", "end")]
     found = [records[i] for i in modules]
     located = inside.locate(
         [record["name"] for record in found],
@@ -77,6 +82,8 @@ def _inside(evidence: Evidence, dtype: str) -> dict[str, Any]:
         "growth_per_layer": inside.growth(arrays["apart"][streams], arrays["size"][streams]).as_dict(),
         "first_beyond": None if first is None else rows[first]["layer"],
         "worst_layer": None if worst is None else worst["layer"],
+        # What all layers together have added, over what rounding lets them add.
+        "end_score": finite(score[streams[-1]]) if streams else None,
         "modules": [
             {
                 "name": records[i]["name"],

@@ -8,16 +8,19 @@ from typing import Any
 import numpy as np
 
 from mismatch_probe.metrics import ladder
+from mismatch_probe.metrics.conclusions import conclude
 from mismatch_probe.probes.attribute.causes import ranked_causes
 from mismatch_probe.probes.attribute.depth import layer_rows
 from mismatch_probe.probes.attribute.effects import judge, knob_row, two_sided_rows
 from mismatch_probe.probes.attribute.evidence import Evidence, values
 from mismatch_probe.probes.attribute.experts import expert_rows
 from mismatch_probe.probes.attribute.fixes import fix_rows
-from mismatch_probe.probes.attribute.names import REPLAY, TRAINER
+from mismatch_probe.probes.attribute.names import REPLAY, TRAINER, WIDE_PREFILL
 from mismatch_probe.probes.attribute.rungs import ladder_rows
+from mismatch_probe.types import MetricValue
 
 SCHEMA_VERSION = 1
+NO_WIDE = "it takes layers in float32, and another rollout dtype"
 
 
 def attribution_document(evidence: Evidence) -> dict[str, Any]:
@@ -27,6 +30,13 @@ def attribution_document(evidence: Evidence) -> dict[str, Any]:
     knobs = {knob.name: knob_row(evidence, knob) for knob in evidence.readings.knobs}
     two_sided = two_sided_rows(evidence, knobs)
     judge(knobs, two_sided)
+    layers, experts, left = layer_rows(evidence, knobs), expert_rows(evidence), _left_in_fp32(evidence)
+    concluded = conclude(
+        layers["dtypes"],
+        (context.rollout_dtype, context.trainer_dtype),
+        left["share"]["value"],
+        routers=bool(context.experts),
+    )
     document = {
         "schema_version": SCHEMA_VERSION,
         "tool_version": version("mismatch-probe"),
@@ -46,12 +56,26 @@ def attribution_document(evidence: Evidence) -> dict[str, Any]:
         "ladder": ladder_rows(evidence),
         "knobs": list(knobs.values()),
         "two_sided": two_sided,
-        "layers": layer_rows(evidence, knobs),
+        "layers": layers,
+        "left_in_fp32": left,
+        "conclusions": concluded.as_dict(),
         "fixes": fix_rows(evidence, knobs),
-        "experts": expert_rows(evidence),
+        "experts": experts,
         "failed": {name: part[0]["failed"] for name, part in evidence.parts.items() if "failed" in part[0]},
     }
     return document | {"causes": ranked_causes(document)}
+
+
+def _left_in_fp32(evidence: Evidence) -> dict[str, Any]:
+    """The RMS of the gap with both sides in FP32, over the same tokens, and the share of E[d²] that it leaves."""
+    base, engine = evidence.base, evidence.reading(WIDE_PREFILL)
+    if engine is None or base.float32_logprobs is None:
+        none = MetricValue(None, why=evidence.why(WIDE_PREFILL) if evidence.readings.wide else NO_WIDE).as_dict()
+        return {"rms": none, "share": none}
+    found = ladder.change(evidence.gap, base.float32_logprobs - engine, base.tokens, seed=evidence.seed).as_dict()
+    ratio = found["rms_ratio"]
+    ends = {key: None if ratio.get(key) is None else ratio[key] ** 2 for key in ("value", "ci_low", "ci_high")}
+    return {"rms": found["rms"], "share": ratio | ends}
 
 
 def _nulls(evidence: Evidence) -> dict[str, Any]:

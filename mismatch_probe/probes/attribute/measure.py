@@ -27,6 +27,7 @@ from mismatch_probe.probes.attribute.names import (
     REPLAY,
     SAME_DTYPE,
     TRAINER,
+    WIDE_PREFILL,
     inside_name,
 )
 from mismatch_probe.probes.attribute.options import AttributeOptions
@@ -34,7 +35,10 @@ from mismatch_probe.probes.attribute.steps import Step, Steps
 from mismatch_probe.probes.own_pass import model_of
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.probes.workers import Workers, drive
+from mismatch_probe.types import DTYPES
 
+# Of what is compared inside; another number makes all of it anew.
+INSIDES = 2
 Part = tuple[dict[str, Any], dict[str, NDArray[Any]]]
 
 
@@ -64,6 +68,8 @@ class Readings:
             return base.key(name, knob.arguments, knob.take, knob.variant, knob.dtype, knob.environment)
         if name == FIXES:
             return base.key(name, self._options.target)
+        if name in map(inside_name, DTYPES):
+            return base.key(name, INSIDES)
         return base.key(name)
 
     @property
@@ -145,7 +151,14 @@ class Readings:
         names += [knob.name for knob in knobs]
         names += [FIXES] if self.fix_classes else []
         names += [ROUTES, FOLLOWED] if self._base.context.experts and not self._base.context.why_no_routes else []
+        names += [WIDE_PREFILL] if self.wide else []
         return names + [inside_name(dtype) for dtype in self.layer_dtypes]
+
+    @property
+    def wide(self) -> bool:
+        """Whether the engine in FP32, which runs for its layers, says what is left of the gap with both sides in it."""
+        known = self._base.float32_logprobs is not None and self._base.context.rollout_dtype != "float32"
+        return known and "float32" in self.layer_dtypes
 
     @property
     def why_no_layers(self) -> str:

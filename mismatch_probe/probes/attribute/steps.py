@@ -37,6 +37,7 @@ from mismatch_probe.probes.attribute.names import (
     REPLAY,
     SAME_DTYPE,
     TRAINER,
+    WIDE_PREFILL,
     inside_name,
 )
 from mismatch_probe.probes.attribute.options import AttributeOptions
@@ -183,7 +184,10 @@ class Steps:
                 routed = is_eager and ROUTES in missing
                 found.append(_Engine(knob.key, dtype, {knob.name: knob.take}, knob, its, routed))
         done = {engine.dtype for engine in found if engine.traced}
-        found += [_Engine(f"layers in {d}", d, {}, None, True, False) for d in traced if d not in done]
+        left: dict[str, dict[str, Take]] = {dtype: {} for dtype in traced if dtype not in done}
+        if WIDE_PREFILL in missing:
+            left.setdefault("float32", {})[WIDE_PREFILL] = "prefill"
+        found += [_Engine(f"layers in {d}", d, takes, None, d in traced, False) for d, takes in left.items()]
         if ROUTES in missing and not any(engine.routed for engine in found):
             at = next((i for i, e in enumerate(found) if e.traced and e.dtype == base), None)
             if at is None:

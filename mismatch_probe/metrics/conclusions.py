@@ -1,0 +1,192 @@
+"""What both models' insides come to: one decision by dtype, and one on rounding. All that is said of layers, modules
+and rounding is made of these codes and values, so that no two sentences can contradict each other.
+
+Rounding shrinks with the unit roundoff: FP32's is 2⁻¹⁶ of BF16's and 2⁻¹³ of FP16's. What is left of a gap when both
+sides compute in FP32 is therefore not rounding, whatever the pair's own dtypes are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from mismatch_probe.metrics.inside import THRESHOLD, UNIT, Located, expected, place_of
+
+# A share of E[d²] below this is not worth a line of its own.
+LEAST = 0.02
+NOTHING = Located("no single layer", "", "", None, 0.0)
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """What a dtype shows.
+
+    Attributes:
+        code: `fault` where a module stands out, or what lies between modules; `not finite` where a tensor is not;
+            `step` where a layer's own step stands out and nothing that was compared in it does; `hidden` where nothing
+            does, and what `seen_in` shows is no more than this dtype rounds; `absent` where it would be more, and is
+            not there; `quiet` where nothing stands out here, and nothing that hides here does elsewhere; `not
+            compared`.
+        located: What stands out; of `hidden` and `absent` what does in `seen_in`; of `quiet` the largest score.
+        score: The largest of a module, of `step` that of the step.
+        layers: Of `step`, all whose step stands out.
+        ends: Of `step`, whether what those layers hand on was compared as well.
+        routers: Of `step`, whether the model sends tokens to experts in 16 bits: one flip makes it stand out.
+        seen_in: The dtype with more bits that shows what is not to be seen here.
+    """
+
+    code: str
+    located: Located = NOTHING
+    score: float = 0.0
+    layers: tuple[int, ...] = ()
+    ends: bool = False
+    routers: bool = False
+    seen_in: str = ""
+
+    @property
+    def stands_out(self) -> bool:
+        """Whether something is beyond the threshold."""
+        return self.code in ("fault", "step")
+
+    @property
+    def is_fault(self) -> bool:
+        """Whether more than rounding is there: a step may hold what adds up where all that is in it was compared."""
+        return self.code in ("fault", "not finite") or (self.code == "step" and not self.ends and not self.routers)
+
+    @property
+    def place(self) -> tuple[str, str, str]:
+        """What stands out, whatever the dtype."""
+        return self.located.verdict, self.located.kind, self.located.name
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        lists = {"located": self.located.as_dict(), "layers": list(self.layers)}
+        return {**vars(self), **lists, "fault": self.is_fault}
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Whether rounding makes the gap.
+
+    Attributes:
+        code: `cause` where it does; `part` where FP32 on both sides leaves a share that is not rounding; `no cause`
+            where it leaves all; `fault first` where FP32 leaves nothing, and a fault that it does not show stands out
+            in the pair's own dtypes; `unknown` where FP32 was not looked into.
+        left: The share of E[d²] that FP32 on both sides leaves; None of a pair in FP32, or where it was not measured.
+        elsewhere: Whether FP32 leaves a gap although nothing stands out inside of the models.
+    """
+
+    code: str
+    left: float | None = None
+    elsewhere: bool = False
+
+
+@dataclass(frozen=True)
+class Conclusions:
+    """All of them.
+
+    Attributes:
+        dtypes: By dtype.
+        rounding: Whether it makes the gap.
+    """
+
+    dtypes: Mapping[str, Conclusion]
+    rounding: Rounding = field(default_factory=lambda: Rounding("unknown"))
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {
+            "dtypes": {name: found.as_dict() for name, found in self.dtypes.items()},
+            "rounding": {**vars(self.rounding)},
+        }
+
+
+def conclude(
+    rows: Mapping[str, Mapping[str, Any]], pair: Sequence[str], left: float | None, *, routers: bool
+) -> Conclusions:
+    """Decides.
+
+    Args:
+        rows: By dtype, `layers` with their steps, `modules`, `located`, and `end_score`, see `attribution.json`;
+            nothing was compared where `located` is None.
+        pair: Dtypes of the rollout and of the trainer.
+        left: The share of E[d²] that FP32 on both sides leaves, None where it was not measured.
+        routers: Whether the model sends tokens to experts.
+    """
+    own = {dtype: _of_dtype(row, routers and dtype != "float32") for dtype, row in rows.items()}
+    looked = [dtype for dtype, found in own.items() if found.code not in ("not compared", "not finite")]
+    widest = min(looked, key=lambda dtype: UNIT[dtype], default="")
+    found = dict(own)
+    if widest and own[widest].stands_out:
+        for dtype in looked:
+            if own[dtype].code == "quiet" and UNIT[dtype] > UNIT[widest]:
+                found[dtype] = _unseen(rows[dtype], dtype, rows[widest], widest, own[widest])
+    return Conclusions(found, _rounding(found, rows.get("float32", {}), set(pair), left))
+
+
+def _of_dtype(row: Mapping[str, Any], routers: bool) -> Conclusion:
+    """By what this dtype shows alone."""
+    if row["located"] is None or not row["modules"]:
+        return Conclusion("not compared")
+    located = Located(**row["located"])
+    if located.verdict == "not finite":
+        return Conclusion("not finite", located, located.score)
+    if located.verdict != NOTHING.verdict:
+        return Conclusion("fault", located, located.score)
+    steps = {layer["layer"]: layer["score"] for layer in row["layers"] if layer["score"] > THRESHOLD}
+    if not steps:
+        return Conclusion("quiet", located, located.score)
+    ends = {record["layer"] for record in row["modules"] if record["kind"] == "end"}
+    return Conclusion(
+        "step", NOTHING, max(steps.values()), tuple(sorted(steps)), ends=set(steps) <= ends, routers=routers
+    )
+
+
+def _unseen(row: Mapping[str, Any], dtype: str, wide: Mapping[str, Any], widest: str, shown: Conclusion) -> Conclusion:
+    """Of a dtype in which nothing stands out, though it does in the one with the most bits."""
+    there, here = _records(wide, shown), _records(row, shown)
+    # Half of what would stand out is left for the noise of both measurements.
+    absent = any(
+        key in here and there[key][0] > 2 * THRESHOLD * float(expected(np.array([here[key][1]]), dtype)[0])
+        for key in there
+    )
+    largest = Located(**row["located"]).score
+    return Conclusion("absent" if absent else "hidden", shown.located, largest, shown.layers, seen_in=widest)
+
+
+def _records(row: Mapping[str, Any], shown: Conclusion) -> dict[tuple[str, str], tuple[float, float]]:
+    """Distance, and the trainer's own error, of what a conclusion is about."""
+    if shown.code == "step":
+        about = ((("layer", str(r["layer"])), r["step"], r["step_expected"]) for r in row["layers"])
+        kept = {key: (apart, own / np.sqrt(2)) for key, apart, own in about if apart is not None and own is not None}
+        return {key: found for key, found in kept.items() if int(key[1]) in shown.layers}
+    located = shown.located
+    found = {}
+    for record in row["modules"]:
+        same = record["name"] == located.name or (
+            located.verdict == "everywhere" and place_of(record["name"], record["kind"]) == located.name
+        )
+        if same and record["kind"] == located.kind and None not in (record["apart"], record["trainer_error"]):
+            found[record["kind"], record["name"]] = (float(record["apart"]), float(record["trainer_error"]))
+    return found
+
+
+def _rounding(found: Mapping[str, Conclusion], wide: Mapping[str, Any], pair: set[str], left: float | None) -> Rounding:
+    shown = found.get("float32", Conclusion("not compared"))
+    if pair == {"float32"}:
+        end = wide.get("end_score")
+        if shown.is_fault:
+            return Rounding("no cause")
+        if end is None:
+            return Rounding("unknown")
+        return Rounding("cause") if end <= THRESHOLD else Rounding("no cause", elsewhere=shown.code == "quiet")
+    if left is None:
+        return Rounding("unknown")
+    if left >= LEAST:
+        return Rounding("part" if left < 1 - LEAST else "no cause", left, elsewhere=shown.code == "quiet")
+    if any(found[dtype].is_fault and found[dtype].place != shown.place for dtype in pair if dtype in found):
+        return Rounding("fault first", left)
+    return Rounding("cause", left)
