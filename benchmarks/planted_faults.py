@@ -210,7 +210,7 @@ def code_answers(trainers: Mapping[str, Trainer], fault: CodeFault, strength: fl
             for trainer in trainers.values():
                 stack.enter_context(fault.planted(trainer.layers[index][1], strength))
             rows = {dtype: trainer.row() for dtype, trainer in trainers.items()}
-        for dtype, conclusion in conclude(rows, ("bfloat16", "bfloat16"), None, routers=False).dtypes.items():
+        for dtype, conclusion in conclude(rows, ("bfloat16", "bfloat16"), routers=False).dtypes.items():
             found[dtype].append(conclusion)
         places.append(("layer", fault.kind, name + fault.place))
     answers = {}
@@ -228,7 +228,7 @@ def code_grid(checkpoint: Path, folder: Path, dtypes: Sequence[str], *, windowed
     for dtype in dtypes:
         trace(checkpoint, dtype, folder / dtype / "trace", CODE_TOKENS)
         trainers[dtype] = Trainer(checkpoint, dtype, folder / dtype / "trace")
-    clean = conclude({d: t.row() for d, t in trainers.items()}, ("bfloat16", "bfloat16"), None, routers=False)
+    clean = conclude({d: t.row() for d, t in trainers.items()}, ("bfloat16", "bfloat16"), routers=False)
     print("unaltered:", "; ".join(f"{d} {c.code} ({c.score:.2f})" for d, c in clean.dtypes.items()), flush=True)
     for fault in FAULTS:
         for strength in fault.strengths if fault.windowed == windowed else ():

@@ -17,6 +17,9 @@ from mismatch_probe.metrics.inside import THRESHOLD, UNIT, Located, expected, pl
 
 # A share of E[d²] below this is not worth a line of its own.
 LEAST = 0.02
+# RMS of a gap in FP32, nats, that its rounding makes: torch's float32 log-softmax alone, which engines take log-probs
+# from, is some 1e-5 off on a CPU.
+FP32_ROUNDING = 5e-5
 NOTHING = Located("no single layer", "", "", None, 0.0)
 
 
@@ -68,6 +71,19 @@ class Conclusion:
 
 
 @dataclass(frozen=True)
+class Left:
+    """What FP32 on both sides leaves of a gap.
+
+    Attributes:
+        share: Of E[d²]; None of a pair in FP32, or where it was not measured.
+        rms: Of what is left, nats.
+    """
+
+    share: float | None = None
+    rms: float | None = None
+
+
+@dataclass(frozen=True)
 class Rounding:
     """Whether rounding makes the gap.
 
@@ -75,7 +91,7 @@ class Rounding:
         code: `cause` where it does; `part` where FP32 on both sides leaves a share that is not rounding; `no cause`
             where it leaves all; `fault first` where FP32 leaves nothing, and a fault that it does not show stands out
             in the pair's own dtypes; `unknown` where FP32 was not looked into.
-        left: The share of E[d²] that FP32 on both sides leaves; None of a pair in FP32, or where it was not measured.
+        left: The share of E[d²] that FP32 on both sides leaves, None where it was not measured.
         elsewhere: Whether FP32 leaves a gap although nothing stands out inside of the models.
     """
 
@@ -105,7 +121,7 @@ class Conclusions:
 
 
 def conclude(
-    rows: Mapping[str, Mapping[str, Any]], pair: Sequence[str], left: float | None, *, routers: bool
+    rows: Mapping[str, Mapping[str, Any]], pair: Sequence[str], left: Left = Left(), *, routers: bool
 ) -> Conclusions:
     """Decides.
 
@@ -113,7 +129,7 @@ def conclude(
         rows: By dtype, `layers` with their steps, `modules`, `located`, and `end_score`, see `attribution.json`;
             nothing was compared where `located` is None.
         pair: Dtypes of the rollout and of the trainer.
-        left: The share of E[d²] that FP32 on both sides leaves, None where it was not measured.
+        left: What FP32 on both sides leaves of the gap.
         routers: Whether the model sends tokens to experts.
     """
     own = {dtype: _of_dtype(row, routers and dtype != "float32") for dtype, row in rows.items()}
@@ -174,19 +190,20 @@ def _records(row: Mapping[str, Any], shown: Conclusion) -> dict[tuple[str, str],
     return found
 
 
-def _rounding(found: Mapping[str, Conclusion], wide: Mapping[str, Any], pair: set[str], left: float | None) -> Rounding:
+def _rounding(found: Mapping[str, Conclusion], wide: Mapping[str, Any], pair: set[str], left: Left) -> Rounding:
     shown = found.get("float32", Conclusion("not compared"))
+    end = wide.get("end_score")
     if pair == {"float32"}:
-        end = wide.get("end_score")
         if shown.is_fault:
             return Rounding("no cause")
         if end is None:
             return Rounding("unknown")
         return Rounding("cause") if end <= THRESHOLD else Rounding("no cause", elsewhere=shown.code == "quiet")
-    if left is None:
+    if left.share is None:
         return Rounding("unknown")
-    if left >= LEAST:
-        return Rounding("part" if left < 1 - LEAST else "no cause", left, elsewhere=shown.code == "quiet")
+    more = (left.rms or 0.0) > FP32_ROUNDING or shown.is_fault or (end or 0.0) > THRESHOLD
+    if left.share >= LEAST and more:
+        return Rounding("part" if left.share < 1 - LEAST else "no cause", left.share, elsewhere=shown.code == "quiet")
     if any(found[dtype].is_fault and found[dtype].place != shown.place for dtype in pair if dtype in found):
-        return Rounding("fault first", left)
-    return Rounding("cause", left)
+        return Rounding("fault first", left.share)
+    return Rounding("cause", left.share)

@@ -101,7 +101,7 @@ def conclusion(found: Document, dtype: str) -> str:
     what = step_words(found) if located["verdict"] == NO_LAYER else where_words(located)
     if code == "absent":
         return f"In {name}, {visible(what)} does not differ as it does in {wide}."
-    return f"Not detectable in {name}: the fault of {visible(what)} that {wide} shows is no more than {name} rounds."
+    return f"Not detectable in {name}, whose rounding exceeds what {wide} shows: {visible(what)}."
 
 
 def _nothing(where: str, largest: float) -> str:

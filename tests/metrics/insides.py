@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
+from mismatch_probe.metrics.conclusions import Left
 from mismatch_probe.metrics.inside import expected, locate
 from mismatch_probe.types import DTYPES
 
@@ -52,7 +53,7 @@ SCORES = st.one_of(st.floats(0, 1.9), st.floats(2.1, 1e6), st.just(np.inf))
 
 
 @st.composite
-def results(draw: st.DrawFn) -> tuple[dict[str, Any], tuple[str, str], float | None, bool]:
+def results(draw: st.DrawFn) -> tuple[dict[str, Any], tuple[str, str], Left, bool]:
     """Any rows of any dtypes, of a model with experts or without, and what FP32 leaves of the gap."""
     rows: dict[str, Any] = {}
     for dtype in draw(st.lists(st.sampled_from(DTYPES), unique=True)):
@@ -65,5 +66,5 @@ def results(draw: st.DrawFn) -> tuple[dict[str, Any], tuple[str, str], float | N
         row = row_of(dtype, scores, steps, draw(st.sampled_from([0.6, 30.0])))
         rows[dtype] = row if draw(st.integers(0, 9)) else {"located": None, "modules": [], "layers": []}
     pair = (draw(st.sampled_from(DTYPES)), draw(st.sampled_from(DTYPES)))
-    left = draw(st.one_of(st.none(), st.floats(0, 1.2)))
-    return rows, pair, None if pair == (FP32, FP32) else left, draw(st.booleans())
+    left = Left(draw(st.floats(0, 1.2)), draw(st.sampled_from([1e-5, 0.1]))) if draw(st.booleans()) else Left()
+    return rows, pair, Left() if pair == (FP32, FP32) else left, draw(st.booleans())

@@ -7,11 +7,23 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.planted_faults import Trainer, accuracy, names_it, rollout_job, trace_request
+from benchmarks.planted_code import FAULTS, WINDOW
+from benchmarks.planted_faults import (
+    CODE_TOKENS,
+    Trainer,
+    accuracy,
+    code_answers,
+    names_it,
+    rollout_job,
+    trace,
+    trace_request,
+)
 from mismatch_probe.engines import devices
 from mismatch_probe.engines.attribute.trace import TraceFiles
 from mismatch_probe.engines.process import EngineProcess
+from mismatch_probe.types import DTYPES
 from tests.real.attribute_jobs import TraceFaults
+from tests.real.tiny import GROUPED, save_model
 
 pytestmark = pytest.mark.engine
 SIZE = 0.01
@@ -83,3 +95,45 @@ def test_traces_are_private(traces: Path) -> None:
     assert len(files) > 4
     assert all(file.stat().st_mode & 0o077 == 0 for file in files)
     TraceFiles(traces / "nowhere").discard()  # which is not there
+
+
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trainer]:
+    """A trainer of each dtype beside its engine, of a model whose layers attend to a window."""
+    folder = tmp_path_factory.mktemp("windowed")
+    checkpoint = save_model("MistralConfig", {**GROUPED, "sliding_window": WINDOW}, folder / "model")
+    for dtype in DTYPES:
+        trace(checkpoint, dtype, folder / dtype / "trace", CODE_TOKENS)
+    return {dtype: Trainer(checkpoint, dtype, folder / dtype / "trace") for dtype in DTYPES}
+
+
+def test_ends_of_layers_of_clean_engines_are_compared(windowed: dict[str, Trainer]) -> None:
+    for trainer in windowed.values():
+        row = trainer.row()
+        assert row["located"]["verdict"] == "no single layer"
+        ends = [record for record in row["modules"] if record["kind"] == "end"]
+        assert [record["layer"] for record in ends] == [0, 1, 2]
+        assert max(record["score"] for record in ends) < 1.3
+        assert row["end_score"] < 1.3
+
+
+# Layers that are named in bfloat16, float16 and float32; in the others it is said that none could be.
+@pytest.mark.parametrize(
+    ("fault", "strength", "named"),
+    [
+        ("MLP added to the residual, times", 1.03, (3, 3, 3)),
+        ("MLP added to the residual, times", 1.0003, (0, 0, 3)),
+        ("attention added to the residual, times", 1.03, (3, 3, 3)),
+        ("softmax scale, times", 1.003, (0, 3, 3)),
+        ("cosines and sines in BF16", 16, (0, 0, 3)),
+        ("window of so many tokens for 64", WINDOW - 1, (3, 3, 3)),
+        ("epsilon of a norm, times", 10, (0, 0, 3)),
+    ],
+)
+def test_a_fault_in_a_layers_code_is_named_where_it_exceeds_rounding(
+    windowed: dict[str, Trainer], fault: str, strength: float, named: tuple[int, ...]
+) -> None:
+    kind = next(kind for kind in FAULTS if kind.name == fault)
+    answers = code_answers(windowed, kind, strength)
+    assert [answers[dtype].named for dtype in DTYPES] == list(named)
+    assert [answers[dtype].hidden for dtype in DTYPES] == [3 - count for count in named]

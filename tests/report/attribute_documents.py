@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mismatch_probe.metrics.conclusions import conclude
+from mismatch_probe.metrics.conclusions import Left, conclude
 from tests.report.conftest import HOSTILE
 
 LAYERS = 16
@@ -116,7 +116,7 @@ def located(verdict: str, name: str, layer: int | None, score: float, kind: str 
 def concluded(document: dict[str, Any]) -> dict[str, Any]:
     """With the conclusions that its layers, and what FP32 leaves of its gap, come to."""
     pair = (document["rollout_dtype"], document["trainer_dtype"])
-    left = document["left_in_fp32"]["share"]["value"]
+    left = Left(*(document["left_in_fp32"][key]["value"] for key in ("share", "rms")))
     found = conclude(document["layers"]["dtypes"], pair, left, routers=document["experts"] is not None)
     return document | {"conclusions": found.as_dict()}
 

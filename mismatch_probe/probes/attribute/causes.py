@@ -25,7 +25,7 @@ _ENGINE_ACTIONS = {
     "dtype mends.",
     "fault first": "FP32 on both sides leaves none of it, and something stands out in the pair's own dtype: mend that, "
     "and measure again, before you put the rest down to rounding.",
-    "unknown": "The engines' kernels or their code differ: layers in float32 tell which (--layer-dtypes float32).",
+    "unknown": "The engines' kernels or their code differ: layers in float32 tell which.",
 }
 _CODE_ACTION = (
     "Compare the layer's own code on both sides, outside its modules: residual connection, scaling of what is added."

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mismatch_probe.metrics import ladder
-from mismatch_probe.metrics.conclusions import conclude
+from mismatch_probe.metrics.conclusions import Left, conclude
 from mismatch_probe.probes.attribute.causes import ranked_causes
 from mismatch_probe.probes.attribute.depth import layer_rows
 from mismatch_probe.probes.attribute.effects import judge, knob_row, two_sided_rows
@@ -34,7 +34,7 @@ def attribution_document(evidence: Evidence) -> dict[str, Any]:
     concluded = conclude(
         layers["dtypes"],
         (context.rollout_dtype, context.trainer_dtype),
-        left["share"]["value"],
+        Left(left["share"]["value"], left["rms"]["value"]),
         routers=bool(context.experts),
     )
     document = {
