@@ -58,7 +58,9 @@ def _rung(document: Document) -> str:
 def _change(document: Document) -> str:
     changes = [cause for cause in document["causes"] if cause["kind"] == "change" and cause["share"] is not None]
     if not changes:
-        measured = any(row["status"] == "measured" for row in document["knobs"])
+        measured = [row for row in document["knobs"] if row["status"] == "measured"]
+        if any(row["shift"]["value"] for row in measured) and all(row["p_holm"] is None for row in measured):
+            return "Whether a setting makes the gap smaller was not tested: there are too few prompts."
         return (
             "No setting that was measured makes the gap smaller, at 5 % for all of them together." if measured else ""
         )

@@ -91,6 +91,15 @@ def test_no_change_that_helps_is_said() -> None:
     )
 
 
+def test_without_a_test_nothing_is_said_of_settings() -> None:
+    document = attribution(causes=[])
+    for row in document["knobs"]:
+        row |= judged(None)
+    texts = attribution_view(document).texts
+    assert "Whether a setting makes the gap smaller was not tested: there are too few prompts." in texts
+    assert not any("makes the gap smaller, at 5 %" in text for text in texts)
+
+
 def test_an_interval_that_many_tests_do_not_bear_out_says_so() -> None:
     document = attribution()
     document["knobs"].append(knob("trainer", "fp32-mlp", 0.9, **judged(0.134)))
