@@ -24,7 +24,7 @@ _LAYERS = 12
 _KINDS = {
     "module": "its own result",
     "between": "what reaches its input",
-    "end": "what it makes of its modules' results",
+    "end": "its code outside its modules",
 }
 _SCORES = (
     "A score is how far the engines are apart, over √2 times the rounding error that one of them makes against a wider "

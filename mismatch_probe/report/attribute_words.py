@@ -137,9 +137,8 @@ def where_words(located: Document) -> str:
     """What stands out, as it is in the document."""
     name, most = located["name"], located["verdict"] == "everywhere"
     if located["kind"] == "end":
-        return (
-            "what most layers make of their modules' results" if most else f"what {name} makes of its modules' results"
-        )
+        owner = "most layers outside their modules" if most else f"{name} outside its modules"
+        return f"the code of {owner} (residual connection, scaling)"
     where = {"everywhere": f"{name} of most layers", "outside": f"{name}, outside of the layers,"}
     return f"{'what reaches ' if located['kind'] == 'between' else ''}{where.get(located['verdict'], name)}"
 

@@ -24,6 +24,7 @@ from tests.report.attribute_documents import (
     judged,
     knob,
     located,
+    metric,
     nulls,
     routers,
 )
@@ -127,6 +128,26 @@ def test_what_reaches_a_module_is_told_from_the_module() -> None:
     view = attribution_view(concluded(document))
     assert "In bfloat16, what reaches model.layers.11.mlp stands out:" in view.texts[1]
     assert "In bfloat16, model.layers.11.mlp stands out:" in attribution_view(faulty()).texts[1]
+
+
+def test_the_code_of_a_layer_hides_where_more_is_rounded_and_is_not_called_rounding() -> None:
+    document = attribution(left_in_fp32={"rms": metric(0.04), "share": metric(0.4)})
+    for name, score in (("float16", 50.0), ("float32", 8e4)):
+        found = attribution()["layers"]["dtypes"]["float16"]
+        end = {"name": "model.layers.7", "layer": 7, "kind": "end", "apart": 0.003, "trainer_error": 0.0}
+        found["modules"].append(end | {"engine_error": 0.0, "score": score})
+        found["located"] = located("layer", "model.layers.7", 7, score, "end")
+        document["layers"]["dtypes"][name] = found
+    view = attribution_view(concluded(document))
+    what = "the code of model.layers.7 outside its modules (residual connection, scaling)"
+    assert view.texts[1:5] == [
+        f"In float16, {what} stands out: its score is 50.0, of a threshold of 2.",
+        f"In float32, {what} stands out: its score is 8.00e4, of a threshold of 2.",
+        f"Not detectable in bfloat16, whose rounding exceeds what float32 shows: {what}.",
+        "FP32 on both sides leaves 40.0 % [36.0 %, 44.0 %] of E[d²], which is not rounding.",
+    ]
+    assert not any("No single layer" in text for text in view.texts)
+    assert section(view, "modules").title == "Modules of layer 7"
 
 
 def test_a_target_that_no_set_meets_and_one_that_cannot_be_met_are_said() -> None:
