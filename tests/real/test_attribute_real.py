@@ -30,7 +30,7 @@ def experts(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> AttributeRe
         CompareConfig(model=str(tiny("qwen3_moe")), **SMALL),
         out=tmp_path_factory.mktemp("attribute") / "run",
         knobs=(*KNOBS, "trainer:fp32-rope"),
-        layer_dtypes=("bfloat16",),
+        layer_dtypes=("bfloat16", "float32"),
     )
 
 
@@ -95,6 +95,19 @@ def test_the_inside_of_clean_engines(experts: AttributeResult) -> None:
     names = {row["name"] for row in found["modules"]}
     assert {"model.layers.0.self_attn.q_proj", "model.layers.2.mlp.gate", "model.layers.1.mlp.experts"} <= names
     assert not list(experts.path.glob("attribute/trace-*"))
+
+
+def test_fp32_leaves_nothing_of_a_sound_gap(experts: AttributeResult) -> None:
+    """Of the same tokens, read by the engine in FP32 as its layers are: so that rounding may be named."""
+    left, concluded = experts.document["left_in_fp32"], experts.document["conclusions"]
+    run = RunDirectory.open(experts.path)
+    wide = run.tokens("hf-float32-cast")["logprob"].to_numpy().astype(np.float64)
+    rms = np.sqrt(np.mean((wide - reading(experts, "rollout-float32-prefill")) ** 2))
+    assert left["rms"]["value"] == pytest.approx(rms, rel=1e-6)
+    assert left["rms"]["value"] < 1e-5
+    assert left["share"]["value"] < 1e-5
+    assert concluded["dtypes"]["float32"]["code"] == "quiet"
+    assert concluded["rounding"] == {"code": "cause", "left": left["share"]["value"], "elsewhere": False}
 
 
 def test_the_engines_routes_close_the_gap(experts: AttributeResult) -> None:

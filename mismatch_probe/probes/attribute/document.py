@@ -15,12 +15,12 @@ from mismatch_probe.probes.attribute.effects import judge, knob_row, two_sided_r
 from mismatch_probe.probes.attribute.evidence import Evidence, values
 from mismatch_probe.probes.attribute.experts import expert_rows
 from mismatch_probe.probes.attribute.fixes import fix_rows
-from mismatch_probe.probes.attribute.names import REPLAY, TRAINER, WIDE_PREFILL
+from mismatch_probe.probes.attribute.names import REPLAY, TRAINER
 from mismatch_probe.probes.attribute.rungs import ladder_rows
 from mismatch_probe.types import MetricValue
 
 SCHEMA_VERSION = 1
-NO_WIDE = "it takes layers in float32, and another rollout dtype"
+NO_WIDE = "it takes layers in float32, and a trainer in float32"
 
 
 def attribution_document(evidence: Evidence) -> dict[str, Any]:
@@ -68,9 +68,10 @@ def attribution_document(evidence: Evidence) -> dict[str, Any]:
 
 def _left_in_fp32(evidence: Evidence) -> dict[str, Any]:
     """The RMS of the gap with both sides in FP32, over the same tokens, and the share of E[d²] that it leaves."""
-    base, engine = evidence.base, evidence.reading(WIDE_PREFILL)
+    base, name = evidence.base, evidence.readings.wide
+    engine = evidence.reading(name)
     if engine is None or base.float32_logprobs is None:
-        none = MetricValue(None, why=evidence.why(WIDE_PREFILL) if evidence.readings.wide else NO_WIDE).as_dict()
+        none = MetricValue(None, why=evidence.why(name) if name and engine is None else NO_WIDE).as_dict()
         return {"rms": none, "share": none}
     found = ladder.change(evidence.gap, base.float32_logprobs - engine, base.tokens, seed=evidence.seed).as_dict()
     ratio = found["rms_ratio"]

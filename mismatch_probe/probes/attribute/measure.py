@@ -151,14 +151,17 @@ class Readings:
         names += [knob.name for knob in knobs]
         names += [FIXES] if self.fix_classes else []
         names += [ROUTES, FOLLOWED] if self._base.context.experts and not self._base.context.why_no_routes else []
-        names += [WIDE_PREFILL] if self.wide else []
+        names += [WIDE_PREFILL] if self.wide == WIDE_PREFILL else []
         return names + [inside_name(dtype) for dtype in self.layer_dtypes]
 
     @property
-    def wide(self) -> bool:
-        """Whether the engine in FP32, which runs for its layers, says what is left of the gap with both sides in it."""
-        known = self._base.float32_logprobs is not None and self._base.context.rollout_dtype != "float32"
-        return known and "float32" in self.layer_dtypes
+    def wide(self) -> str:
+        """The reading of the engine in FP32, by prefill, which runs for its layers where it is not the baseline; empty
+        where there is none.
+        """
+        if self._base.context.rollout_dtype == "float32":
+            return PREFILL
+        return WIDE_PREFILL if "float32" in self.layer_dtypes else ""
 
     @property
     def why_no_layers(self) -> str:
