@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from mismatch_probe.metrics.conclusions import FP32_ROUNDING, LEAST, Conclusion, Left, Rounding, conclude
 from mismatch_probe.metrics.inside import THRESHOLD
@@ -102,6 +102,7 @@ def test_a_tensor_that_is_not_finite_hides_nothing_of_others() -> None:
 
 
 @given(results())
+@settings(max_examples=300, deadline=None)
 def test_conclusions_never_contradict_each_other(given_: tuple[dict[str, Any], tuple[str, str], Left, bool]) -> None:
     rows, pair, left, routers = given_
     found = conclude(rows, pair, left, routers=routers)

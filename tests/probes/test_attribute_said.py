@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from hypothesis import given
+from hypothesis import given, settings
 
 from mismatch_probe.metrics.conclusions import Left, conclude
 from mismatch_probe.probes.attribute.causes import ranked_causes
@@ -36,6 +36,7 @@ def document_of(rows: dict[str, Any], pair: tuple[str, str], left: Left, experts
 
 
 @given(results())
+@settings(max_examples=120, deadline=None)
 def test_sentences_tables_and_causes_agree(given_: tuple[dict[str, Any], tuple[str, str], Left, bool]) -> None:
     document = document_of(*given_)
     view = attribution_view(document)
