@@ -25,7 +25,8 @@ from mismatch_probe.metrics.length import fit_length
 from mismatch_probe.metrics.length_prediction import predict
 from mismatch_probe.metrics.prefixes import Prefixes, PrefixSums
 from mismatch_probe.metrics.summary import compute_metrics
-from mismatch_probe.probes.planning import rollout_pass_id, trainer_passes
+from mismatch_probe.probes.pairs import Cell, why_missing
+from mismatch_probe.probes.planning import passes_of
 from mismatch_probe.tables import RunDirectory
 from mismatch_probe.types import MetricValue, PairArrays
 
@@ -192,12 +193,13 @@ def run_real(path: Path) -> None:
     run = RunDirectory.open(path)
     config = CompareConfig.from_dict(run.manifest["config"])
     rows: list[tuple[bool, bool]] = []
-    for trainer in trainer_passes(config):
-        rollout = rollout_pass_id(trainer.dtype)
-        if not (run.finished(rollout) and run.finished(trainer.pass_id)):
+    passes = passes_of(config, run.manifest.get("recorded"))
+    for cell in (Cell(rollout, trainer) for rollout in passes.rollouts for trainer in passes.trainers):
+        names = cell.rollout.pass_id, cell.trainer.pass_id
+        if not cell.diagonal or why_missing(run, *names):
             continue
-        prefixes = prefixes_of(pair_arrays(run, rollout, trainer.pass_id))
-        print(f"{rollout} → {trainer.pass_id}")
+        prefixes = prefixes_of(pair_arrays(run, *names))
+        print(" → ".join(names))
         print(f"{'L':>6}{'to':>6}{'n':>5}  {'':20}{'predicted band':<36}{'measured [95 %]':<36}in band  agrees")
         for length in (2**k for k in range(4, 21)):
             for factor in FACTORS:
@@ -248,7 +250,11 @@ def up_to(prefixes: Prefixes, length: int) -> Prefixes:
     """What a run that had stopped every sequence at `length` tokens would know."""
     width = int(np.searchsorted(prefixes.length, length, side="right"))
     sums = {name: getattr(prefixes, name)[:, :width] for name in ("log_ratio", "squares", "k3", "chi2")}
-    return replace(prefixes, length=prefixes.length[:width], **sums)
+    cut = prefixes.n_tokens > length
+    # Lengths of powers of 2 are on the grid.
+    total = np.where(cut, prefixes.log_ratio[:, width - 1], prefixes.total)
+    n_tokens = np.minimum(prefixes.n_tokens, length)
+    return replace(prefixes, length=prefixes.length[:width], n_tokens=n_tokens, total=total, **sums)
 
 
 @click.command()

@@ -105,9 +105,16 @@ class GrowthSample:
     def log_variance(self) -> Floats:
         """`[R, J]` log Var D, with n − 1 degrees of freedom in the number of prompts."""
         centred = self.log_ratio - self.log_ratio.mean(axis=0)
-        variance = self.mean(centred**2) - self.mean(centred) ** 2
+        variance = np.maximum(self.mean(centred**2) - self.mean(centred) ** 2, 0.0)
         with np.errstate(divide="ignore"):
             return np.asarray(np.log(variance * self.n_prompts / (self.n_prompts - 1)))
+
+    @property
+    def usable(self) -> NDArray[np.bool_]:
+        """`[R]` replicates in which D varies at every length, and tokens of both halves of the sequences differ."""
+        squares = self.mean(self.squares)
+        halves = (squares[:, -2] > 0) & (squares[:, -1] > squares[:, -2])
+        return np.asarray(halves & np.isfinite(self.log_variance).all(axis=1))
 
     @cached_property
     def heterogeneity(self) -> Floats:

@@ -5,7 +5,7 @@ Shape legend: `S` sequences, `G` lengths of the grid, `J` fitted lengths. The la
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from mismatch_probe.metrics.catalog import CALIBRATED_PROMPTS
 from mismatch_probe.metrics.chunks import Ints
 from mismatch_probe.metrics.growth import MODELS, GrowthDraws, GrowthSample
 from mismatch_probe.metrics.intervals import UNCALIBRATED, Floats, join_why
+from mismatch_probe.metrics.length_check import Sums, contradictions
 from mismatch_probe.metrics.prefixes import Prefixes
 from mismatch_probe.types import MetricValue
 
@@ -24,6 +25,8 @@ REPLICATES = 400
 _FITTED_LENGTHS = 4
 # By which the interval of the mean of D may miss both of its predictions, which are estimates themselves.
 _DRIFT_FACTOR = 1.5
+# Of the bootstrap's replicates; the others consist of sequences that hardly differ, and are left out.
+_USABLE_SHARE = 0.95
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,9 @@ class LengthFit:
         variance_ratio: Var D at the observed length over that of a random walk with the same tokens.
         mean: `seq_log_ratio_mean` at the observed length, nats.
         draws: The growth law; None where nothing can be predicted, or nothing differs.
-        identical: Whether d = 0 at every fitted token: then D is 0 at every length.
+        identical: Whether D is 0 everywhere: then it is at every length.
+        contradicted: By key of `length_law.KEYS` the measured value that the law does not hold: that key is not
+            predicted. Where it is the spread of D or the ESS, nothing is.
         why: Why nothing can be predicted, or what limits it.
     """
 
@@ -71,6 +76,7 @@ class LengthFit:
     mean: MetricValue
     draws: GrowthDraws | None
     identical: bool
+    contradicted: dict[str, str]
     why: str
 
     @property
@@ -89,6 +95,7 @@ class LengthFit:
             "seq_log_ratio_mean": self.mean.as_dict(),
             "model_weight": weight,
             "trend_weight": None if self.draws is None else self.draws.trend_weight,
+            "contradicted": self.contradicted,
             "why": self.why,
         }
 
@@ -110,33 +117,61 @@ def fit_length(prefixes: Prefixes, *, off_policy: str = "", seed: int = 0, repli
         return _no_fit(prefixes, off_policy)
     reached = prefixes.reached_by()
     needed = max(MIN_PROMPTS, min(CALIBRATED_PROMPTS, -(-int(reached.max(initial=0)) // 2)))
-    usable = np.flatnonzero((reached >= needed) & (prefixes.length >= MIN_LENGTH))
-    if not len(usable):
+    long_enough = np.flatnonzero((reached >= needed) & (prefixes.length >= MIN_LENGTH))
+    if not len(long_enough):
         return _no_fit(prefixes, f"fewer than {needed} prompts have a response of {MIN_LENGTH} tokens or more")
-    sample = _sample(prefixes, int(usable[-1]), seed, replicates)
+    sample = _sample(prefixes, int(long_enough[-1]), seed, replicates)
     if not (np.isfinite(sample.chi2).all() and np.isfinite(sample.squares).all()):
         return _no_fit(prefixes, "a token differs so much that exp(2d) overflows float64")
     identical = not sample.squares.any()
-    varies = bool(np.isfinite(sample.log_variance[0]).all())
-    if not identical and not varies:
-        return _no_fit(prefixes, "D does not vary between sequences")
-    same = MetricValue(None, why="D is 0 everywhere")
+    if not identical:
+        usable = sample.usable
+        if not usable[0]:
+            return _no_fit(prefixes, "D does not vary between sequences, or not in both halves of them")
+        if usable.mean() < _USABLE_SHARE:
+            return _no_fit(prefixes, "D differs from 0 in too few prompts")
+        sample = replace(sample, weights=sample.weights[usable])
+    draws = None if identical else sample.draws()
+    contradicted = {} if draws is None else _contradictions(prefixes, int(long_enough[-1]), draws)
+    no_law = _contradicted_spread(contradicted)
+    if identical and prefixes.total.any():
+        no_law = f"D is 0 over {sample.length[-1]:,.0f} tokens of {len(sample.prompt):,} sequences, and not everywhere"
+    same = MetricValue(None, why=no_law or "D is 0 everywhere")
     mean = sample.interval(sample.mean(sample.log_ratio[:, -1]))
+    limits = join_why(
+        UNCALIBRATED if sample.n_prompts < CALIBRATED_PROMPTS else "", "" if identical else _drift_why(sample, mean)
+    )
     return LengthFit(
         measured=_measured(prefixes),
         observed_length=int(sample.length[-1]),
         n_sequences=len(sample.prompt),
         n_prompts=sample.n_prompts,
         n_cut=prefixes.n_cut,
-        variance_exponent=same if identical else sample.exponent(),
-        variance_ratio=same if identical else sample.variance_ratio(),
+        variance_exponent=same if identical or no_law else sample.exponent(),
+        variance_ratio=same if identical or no_law else sample.variance_ratio(),
         mean=mean,
-        draws=None if identical else sample.draws(),
-        identical=identical,
-        why=join_why(
-            UNCALIBRATED if sample.n_prompts < CALIBRATED_PROMPTS else "", "" if identical else _drift_why(sample, mean)
-        ),
+        draws=None if no_law else draws,
+        identical=identical and not no_law,
+        contradicted=contradicted,
+        why=no_law or limits,
     )
+
+
+def _contradicted_spread(contradicted: dict[str, str]) -> str:
+    """Why there is no law at all: every key rests on the spread of D, and the ESS is what is asked of the weights."""
+    spread = [contradicted[key] for key in ("ess_seq", "seq_log_ratio_std") if key in contradicted]
+    return f"the growth law contradicts what was measured: {'; '.join(spread)}" if spread else ""
+
+
+def _contradictions(prefixes: Prefixes, last: int, draws: GrowthDraws) -> dict[str, str]:
+    """Of the fitted sequences at the observed length and over all their tokens, and of all sequences over all."""
+    length = int(prefixes.length[last])
+    fitted, some = ~np.isnan(prefixes.log_ratio[:, last]), prefixes.n_tokens > 0
+    sets = [Sums(prefixes.prompt[rows], prefixes.n_tokens[rows], prefixes.total[rows]) for rows in (fitted, some)]
+    at_length = Sums(sets[0].prompt, np.full(len(sets[0].prompt), length), prefixes.log_ratio[fitted, last])
+    if (sets[1].n_tokens == length).all():  # three times the same
+        sets = []
+    return contradictions(draws, length, len(at_length.prompt), [at_length, *sets])
 
 
 def _sample(prefixes: Prefixes, last: int, seed: int, replicates: int) -> GrowthSample:
@@ -177,4 +212,4 @@ def _measured(prefixes: Prefixes) -> MeasuredLengths:
 
 def _no_fit(prefixes: Prefixes, why: str) -> LengthFit:
     none = MetricValue(None, why=why)
-    return LengthFit(_measured(prefixes), 0, 0, 0, prefixes.n_cut, none, none, none, None, False, why)
+    return LengthFit(_measured(prefixes), 0, 0, 0, prefixes.n_cut, none, none, none, None, False, {}, why)

@@ -1,4 +1,5 @@
-"""Sums of d and of three functions of it over the first L tokens of every sequence, for a geometric grid of lengths.
+"""Sums of d and of three functions of it over the first L tokens of every sequence, for a geometric grid of lengths;
+and of d over all of its tokens, since a grid leaves the last ones out.
 
 Shape legend: `N` tokens, `S` sequences, `G` lengths.
 """
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mismatch_probe.metrics import scales
-from mismatch_probe.metrics.chunks import Ints, usable_rows
+from mismatch_probe.metrics.chunks import Ints, group_sums, usable_rows
 from mismatch_probe.metrics.intervals import Floats
 from mismatch_probe.types import PairArrays
 
@@ -20,7 +21,7 @@ LENGTHS: Ints = np.unique(np.round(2.0 ** (np.arange(41) / 2)).astype(np.int64))
 
 @dataclass(frozen=True)
 class Prefixes:
-    """Prefix sums of each sequence, NaN where it is shorter than the length.
+    """Prefix sums of each sequence, NaN where it is shorter than the length, and its sum over all tokens.
 
     Attributes:
         length: `[G]` tokens, increasing.
@@ -29,6 +30,8 @@ class Prefixes:
         squares: `[S, G]` Σ d².
         k3: `[S, G]` Σ (expm1(d) − d), nats.
         chi2: `[S, G]` Σ expm1(d)².
+        n_tokens: `[S]` tokens of each sequence.
+        total: `[S]` D_i over all of them, nats.
         n_cut: Sequences that end early here, before their first unusable token.
     """
 
@@ -38,6 +41,8 @@ class Prefixes:
     squares: Floats
     k3: Floats
     chi2: Floats
+    n_tokens: Ints
+    total: Floats
     n_cut: int
 
     def reached_by(self) -> Ints:
@@ -52,6 +57,8 @@ class PrefixSums:
     def __init__(self) -> None:
         self._prompt: list[Ints] = []
         self._sums: list[Floats] = []
+        self._n_tokens: list[Ints] = []
+        self._total: list[Floats] = []
         self._n_cut = 0
 
     def update(self, chunk: PairArrays) -> None:
@@ -72,6 +79,8 @@ class PrefixSums:
             row, place, d, length = row[keep], place[keep], d[keep], first
         self._prompt.append(chunk.prompt[chunk.sequence[start]])
         self._sums.append(_prefix_sums(row, place, d, length))
+        self._n_tokens.append(length)
+        self._total.append(group_sums(row, d, len(length)))
 
     def result(self) -> Prefixes:
         """What has been collected so far, at every length that some sequence reaches."""
@@ -80,8 +89,11 @@ class PrefixSums:
             np.pad(block, ((0, 0), (0, 0), (0, width - block.shape[2])), constant_values=np.nan) for block in self._sums
         ]
         sums = np.concatenate([np.empty((4, 0, width)), *blocks], axis=1)
-        prompt = np.concatenate([np.empty(0, dtype=np.int64), *self._prompt])
-        return Prefixes(LENGTHS[:width], prompt, sums[0], sums[1], sums[2], sums[3], self._n_cut)
+        none = np.empty(0, dtype=np.int64)
+        prompt, n_tokens = (np.concatenate([none, *parts]) for parts in (self._prompt, self._n_tokens))
+        total = np.concatenate([np.empty(0), *self._total])
+        log_ratio, squares, k3, chi2 = sums
+        return Prefixes(LENGTHS[:width], prompt, log_ratio, squares, k3, chi2, n_tokens, total, self._n_cut)
 
 
 def _prefix_sums(row: Ints, place: Ints, d: Floats, length: Ints) -> Floats:

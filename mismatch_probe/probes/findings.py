@@ -49,6 +49,9 @@ def findings(
         if half.value is not None:
             text = _length_text(name, found)
             rows.append({"name": f"ess_half_length_{name}", "text": text, **half.as_dict()})
+        elif found.fit.contradicted and not found.fit.predictable:
+            text = f"Longer responses are not predicted, {name}: {found.fit.why}."
+            rows.append({"name": f"no_forecast_{name}", "text": text})
     return rows
 
 

@@ -107,7 +107,7 @@ def _length(summary: Mapping[str, Any]) -> Section:
         for prediction in lengths[name].get("predictions") or ():
             values = [prediction.get(key) or {} for key in ("ess_seq", "frac_seq_outside_2", "frac_seq_outside_3")]
             kl = prediction.get("kl_seq") or {}
-            why = "" if values[0].get("value") is not None else visible(values[0].get("why") or "")
+            why = next((visible(v.get("why") or "") for v in (*values, kl) if v.get("value") is None), "")
             cells = (stacked(percent(v.get("value")), _percents(v.get("ci_low"), v.get("ci_high"))) for v in values)
             kl_cell = stacked(number(kl.get("value")), interval(kl.get("ci_low"), kl.get("ci_high")))
             rows.append((visible(name), stacked(count(prediction.get("length")), why), *cells, kl_cell))

@@ -67,7 +67,7 @@ def known(variance: float, *, observed: int = 128, persistence: float = 0.0, sca
     )
     none = np.empty(0)
     measured = MeasuredLengths(none.astype(np.int64), none.astype(np.int64), none, none)
-    return LengthFit(measured, observed, 64, 64, 0, NONE, NONE, NONE, draws, False, "")
+    return LengthFit(measured, observed, 64, 64, 0, NONE, NONE, NONE, draws, False, {}, "")
 
 
 def value(fit: LengthFit, length: int, key: str) -> float:
@@ -271,9 +271,8 @@ def test_bands_cover_the_truth(variance: float, lasting: float) -> None:
         truth = (math.exp(-total), *(law.sf(math.log(k)) + law.cdf(-math.log(k)) for k in (2, 3)), total / 2)
         for key, true in zip(KEYS, (*truth, math.sqrt(total)), strict=True):
             band = predict(fit, 256).values[key]
-            assert band.ci_low is not None
-            assert band.ci_high is not None
-            hits[key] += band.ci_low <= true <= band.ci_high
+            if band.ci_low is not None and band.ci_high is not None:  # about 1 in 100 is withheld by chance
+                hits[key] += band.ci_low <= true <= band.ci_high
     assert min(hits.values()) >= 32, hits
 
 
