@@ -95,7 +95,10 @@ def _power(summary: Mapping[str, Any]) -> Section:
             now = NONE if half is None else f"±{percent(half)}"
             rows.append((visible(pair_label(pair, modes)), metric_title(key), now, stacked(more, f"for ±{precision}")))
     header = ("pair", "metric", "now", "more prompts")
-    text = "Half the width of the 95 % interval, and how many more prompts of the same kind a narrower one would take."
+    text = (
+        "Half the width of the 95 % interval, and how many more prompts of the same kind are enough for a narrower one, "
+        "nine times in ten; where few prompts differ most, less often."
+    )
     return Section("power", "How many more prompts?", text, Table(header, tuple(rows)))
 
 

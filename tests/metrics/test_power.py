@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mismatch_probe.metrics.intervals import Estimate
+from mismatch_probe.metrics.intervals import Estimate, evaluate
 from mismatch_probe.metrics.power import prompts_needed
 from mismatch_probe.metrics.sample import finite_tokens
 from mismatch_probe.metrics.token import token_metrics
@@ -20,10 +20,29 @@ def estimate(pair: Any, key: str = "mean_abs_logprob_diff") -> Estimate:
 
 
 def test_independent_normal_tokens(make_pair: Any) -> None:
-    """|d| of a half-normal has coefficient of variation √(π/2 − 1), so ±5 % takes (1.96 · cv / 0.05)² prompts."""
+    """|d| of a half-normal has coefficient of variation √(π/2 − 1), so ±5 % takes (1.96 · cv / 0.05)² prompts.
+
+    The upper 90 % limit of a variance of 400 values is 9 % above it.
+    """
     d = np.random.default_rng(0).normal(0, 1, 400)
     total = 400 + (prompts_needed(estimate(make_pair(-1.0, d))).more or 0)
-    assert total == pytest.approx((1.96 / 0.05) ** 2 * (np.pi / 2 - 1), rel=0.15)
+    assert total == pytest.approx(1.09 * (1.96 / 0.05) ** 2 * (np.pi / 2 - 1), rel=0.15)
+
+
+def test_what_is_asked_for_is_enough(make_pair: Any) -> None:
+    """From 64 prompts, ±10 % is reached in 9 of 10 cases; 28 of 40 or fewer would have a probability below 1e-3."""
+    reached = []
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        more = prompts_needed(estimate(make_pair(-1.0, rng.exponential(1, 64))), 0.1).more
+        assert more is not None
+        then = evaluate({"then": estimate(make_pair(-1.0, rng.exponential(1, 64 + more)))}, seed=0, replicates=200)
+        value, low, high = then["then"].value, then["then"].ci_low, then["then"].ci_high
+        assert value is not None
+        assert low is not None
+        assert high is not None
+        reached.append((high - low) / 2 / value <= 0.1)
+    assert sum(reached) > 28
 
 
 def test_that_many_prompts_do_reach_it(make_pair: Any) -> None:
@@ -33,7 +52,8 @@ def test_that_many_prompts_do_reach_it(make_pair: Any) -> None:
     assert needed.half_width is not None
     assert needed.half_width > 0.1
     more = prompts_needed(estimate(make_pair(-1.0, rng.laplace(0, 1, 200 + needed.more))), 0.1)
-    assert more.half_width == pytest.approx(0.1, rel=0.15)
+    assert more.half_width is not None
+    assert 0.07 < more.half_width <= 0.1
     assert prompts_needed(estimate(make_pair(-1.0, rng.laplace(0, 1, 4 * (200 + needed.more)))), 0.1).more == 0
 
 
