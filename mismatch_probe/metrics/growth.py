@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from scipy import special
 
 from mismatch_probe.metrics.chunks import Ints, group_sums
+from mismatch_probe.metrics.inference import degrees_of_freedom, excess_kurtosis, heavy_tail_stretch, student
 from mismatch_probe.metrics.intervals import UPPER_TAIL, Floats, with_interval
 from mismatch_probe.types import MetricValue
 
@@ -127,10 +128,18 @@ class GrowthSample:
         product = self.mean(first) * self.mean(second)
         return np.maximum(self.mean(first * second) / product - 1, 0.0)
 
-    def widened(self, draws: Floats) -> Floats:
-        """Draws `[R, ...]` with the spread of a t interval (Efron and Tibshirani 1993, section 12.5)."""
+    def widened(self, draws: Floats, *, heavy_tailed: bool = False) -> Floats:
+        """Draws `[R, ...]` with the spread of a t interval (Efron and Tibshirani 1993, section 12.5).
+
+        Of token sums, whose prompts are `heavy_tailed`, with that of `metrics.intervals` under heavy tails.
+        """
         n = self.n_prompts
-        factor = special.stdtrit(n - 1, UPPER_TAIL) / special.ndtri(UPPER_TAIL) * np.sqrt(n / (n - 1))
+        quantile = special.stdtrit(n - 1, UPPER_TAIL)
+        if heavy_tailed:
+            sums = group_sums(self.prompt, self.squares[:, -1] / self.squares[:, -1].mean() - 1, n)
+            degrees = degrees_of_freedom(excess_kurtosis(sums), n)
+            quantile = max(student(degrees), quantile * heavy_tail_stretch(degrees, n))
+        factor = quantile / special.ndtri(UPPER_TAIL) * np.sqrt(n / (n - 1))
         return np.asarray(draws[0] + factor * (draws - draws[0]))
 
     def interval(self, draws: Floats) -> MetricValue:
@@ -176,7 +185,7 @@ class GrowthSample:
         scale, scale_weight = self._scales()
         log_squares = np.log(squares[:, -1])
         return GrowthDraws(
-            squares=np.exp(self.widened(log_squares)),
+            squares=np.exp(self.widened(log_squares, heavy_tailed=True)),
             k3_share=np.exp(self.widened(np.log(self.mean(self.k3)) - log_squares)),
             chi2_share=np.exp(self.widened(np.log(self.mean(self.chi2)) - log_squares)),
             trend=np.maximum(trend, 0.0),
@@ -201,12 +210,17 @@ class GrowthSample:
     def _scales(self) -> tuple[Floats, Floats]:
         """Lasting rates `[R, K]` of kinds of sequences relative to the mean, and their shares `[R, K]`.
 
-        Kinds are quantiles of the observed rate, pulled towards the mean until their variance is the heterogeneity.
+        Kinds are quantiles of the observed rate, pulled towards the mean until their variance is the heterogeneity. The
+        sequences of the highest rates are kinds of their own: E exp(2D) is theirs, and a mean over them is below it.
         """
         rate = self.squares[:, -1]
         n_kinds = min(_MOST_SCALES, len(rate))
         kind = np.empty(len(rate), dtype=np.int64)
-        kind[np.argsort(rate, kind="stable")] = np.arange(len(rate)) * n_kinds // len(rate)
+        place, alone = np.arange(len(rate)), n_kinds // 2
+        rest = len(rate) - alone
+        kind[np.argsort(rate, kind="stable")] = np.where(
+            place < rest, place * (n_kinds - alone) // rest, place - len(rate) + n_kinds
+        )
         centre = np.bincount(kind, weights=rate) / np.bincount(kind)
         share = self.mean((kind[:, None] == np.arange(n_kinds)).astype(np.float64))
         mean = (share * centre).sum(axis=1, keepdims=True)

@@ -37,7 +37,7 @@ _FAR = 4.0
 # Below this many effective sequences the ESS of a sample lies far above that of its law.
 _FEWEST_EFFECTIVE = 10.0
 # Of sequences of many lengths the law is that of this many groups.
-_MOST_LENGTHS = 8
+_MOST_LENGTHS = 4
 _NAMES = {"ess_seq": "the ESS", "seq_log_ratio_std": "the standard deviation of D", "kl_seq": "−mean D"}
 _NAMES |= {key: f"the share of weights outside [1/{k:g}, {k:g}]" for key, k in OUTSIDE.items()}
 

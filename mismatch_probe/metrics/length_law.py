@@ -7,6 +7,10 @@ sequences is a scale mixture. E exp(2D), of which the ESS is the inverse, is the
 A band is the 95 % interval over all draws and laws, each law with its weight; the value is their median. Of shares
 below one fitted sequence the normal law is no evidence, and their bands say so.
 
+A band presumes that the prompts at hand have shown how much prompts differ. Where noise has a heavy tail between
+prompts no sample has: under a lognormal one E exp(2D) is infinite, so that the ESS of ever more sequences falls to 0,
+and the few prompts that differ most decide the band. `few_decide` says so.
+
 Shape legend: `R` draws, `K` kinds, `M` laws, `H` lengths.
 """
 
@@ -23,6 +27,8 @@ from mismatch_probe.metrics.intervals import UPPER_TAIL, Floats, join_why
 from mismatch_probe.types import MetricValue
 
 KEYS = ("ess_seq", "frac_seq_outside_2", "frac_seq_outside_3", "kl_seq", "seq_log_ratio_std")
+# Where fewer of the prompts decide a value, it is marked.
+_DECIDING_SHARE = 0.25
 # By key the k of the share of sequences whose weight lies outside [1/k, k].
 OUTSIDE = {"frac_seq_outside_2": 2.0, "frac_seq_outside_3": 3.0}
 
@@ -43,6 +49,23 @@ def bands(draws: GrowthDraws, shares: Floats, n_sequences: int, why: str = "") -
     for key, k in OUTSIDE.items():
         values[key] = _open_tail(values[key], k, 1 / n_sequences, values["seq_log_ratio_std"], values["kl_seq"])
     return values
+
+
+def few_decide(draws: GrowthDraws, share: float, n_prompts: int) -> dict[str, str]:
+    """By key a mark where few prompts decide the value at `share` times the observed length.
+
+    Their number is Kish's, of what each kind of sequences adds to E exp(2D), of which the ESS is the inverse, and to
+    the quadratic variation, whose mean and spread are in the variance of D.
+    """
+    scale, kinds = draws.scale[0], draws.scale_weight[0]
+    log_moment = draws.chi2_share[0] * draws.squares[0] * share * scale
+    found = {}
+    for key, part in (("ess_seq", np.exp(log_moment - log_moment.max())), ("seq_log_ratio_std", scale)):
+        deciding = float((kinds * part).sum() ** 2 / (kinds * part**2).sum())
+        if deciding < _DECIDING_SHARE:
+            n = max(1, round(deciding * n_prompts))
+            found[key] = f"uncalibrated: {n:,} of {n_prompts:,} prompts decide it"
+    return found
 
 
 def law_weights(draws: GrowthDraws) -> Floats:

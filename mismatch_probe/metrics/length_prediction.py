@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ import numpy as np
 from mismatch_probe.metrics.intervals import Floats, join_why
 from mismatch_probe.metrics.length import LengthFit, fit_length
 from mismatch_probe.metrics.length_law import KEYS as KEYS
-from mismatch_probe.metrics.length_law import bands, law_weights, laws, quantiles
+from mismatch_probe.metrics.length_law import bands, few_decide, law_weights, laws, quantiles
 from mismatch_probe.metrics.prefixes import PrefixSums
 from mismatch_probe.metrics.summary import off_policy_why
 from mismatch_probe.types import MetricValue, PairArrays
@@ -65,6 +65,13 @@ class LengthForecast:
     predictions: tuple[LengthPrediction, ...]
     curve: tuple[LengthPrediction, ...]
     crossings: dict[float, MetricValue]
+
+    def mark(self, ess: float) -> str:
+        """Where few prompts decide the crossing of `ess`: how many."""
+        length = self.crossings[ess].value
+        if self.fit.draws is None or length is None:
+            return ""
+        return few_decide(self.fit.draws, length / self.fit.observed_length, self.fit.n_prompts).get("ess_seq", "")
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -127,7 +134,10 @@ def predict(fit: LengthFit, length: int, *, extrapolate: bool = False) -> Length
     if fit.draws is None:
         exact = {key: 1.0 if key == "ess_seq" else 0.0 for key in KEYS}
         return LengthPrediction(length, {key: MetricValue(x, x, x, why) for key, x in exact.items()}, needed)
-    values = bands(fit.draws, np.array([length / fit.observed_length]), fit.n_sequences, why)
+    share = length / fit.observed_length
+    values = bands(fit.draws, np.array([share]), fit.n_sequences, why)
+    for key, mark in few_decide(fit.draws, share, fit.n_prompts).items():
+        values[key] = replace(values[key], why=join_why(mark, values[key].why))
     values |= {key: MetricValue(None, why=reason) for key, reason in fit.contradicted.items()}
     return LengthPrediction(length, values, needed)
 
@@ -145,7 +155,8 @@ def crossing_length(fit: LengthFit, ess: float, *, extrapolate: bool = False) ->
     bounded = np.clip(ess_at, 1e-300, 1 - 1e-16)
     crossed = _first_above(np.log(lengths), np.log(-np.log(bounded)), math.log(-math.log(ess)))
     low, value, high = quantiles(np.exp(crossed), law_weights(fit.draws))
-    notes = [fit.why]
+    share = (value if math.isfinite(value) else end) / fit.observed_length
+    notes = [few_decide(fit.draws, share, fit.n_prompts).get("ess_seq", ""), fit.why]
     if math.isinf(high):
         what = "its upper limit" if math.isfinite(value) else "it"
         notes.insert(0, f"{what} lies beyond {end:,} tokens; {_settle(fit, end * 2)}")

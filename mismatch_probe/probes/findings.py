@@ -82,10 +82,12 @@ def _value_text(row: Mapping[str, Any]) -> str:
 
 def _length_text(name: str, found: LengthForecast) -> str:
     half, tenth = found.crossings[0.5], found.crossings[0.1]
-    return (
+    text = (
         f"Predicted from responses of {found.fit.observed_length:,} tokens, {name}: the ESS of sequence weights falls "
         f"below 0.5 at {_tokens(half)} and below 0.1 at {_tokens(tenth)}."
     )
+    mark = found.mark(0.5)
+    return f"{text} The first is {mark}." if mark else text
 
 
 def _tokens(length: MetricValue) -> str:

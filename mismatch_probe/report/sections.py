@@ -96,8 +96,8 @@ def _power(summary: Mapping[str, Any]) -> Section:
             rows.append((visible(pair_label(pair, modes)), metric_title(key), now, stacked(more, f"for ±{precision}")))
     header = ("pair", "metric", "now", "more prompts")
     text = (
-        "Half the width of the 95 % interval, and how many more prompts of the same kind are enough for a narrower one, "
-        "nine times in ten; where few prompts differ most, less often."
+        "Half the width of the 95 % interval, and how many more prompts of the same kind are enough for a narrower "
+        "one, nine times in ten; where few prompts differ most, less often."
     )
     return Section("power", "How many more prompts?", text, Table(header, tuple(rows)))
 
@@ -110,7 +110,8 @@ def _length(summary: Mapping[str, Any]) -> Section:
         for prediction in lengths[name].get("predictions") or ():
             values = [prediction.get(key) or {} for key in ("ess_seq", "frac_seq_outside_2", "frac_seq_outside_3")]
             kl = prediction.get("kl_seq") or {}
-            why = next((visible(v.get("why") or "") for v in (*values, kl) if v.get("value") is None), "")
+            whys = [v.get("why") or "" for v in (*values, kl) if v.get("value") is None]
+            why = visible((whys or [values[0].get("why") or ""])[0])
             cells = (stacked(percent(v.get("value")), _percents(v.get("ci_low"), v.get("ci_high"))) for v in values)
             kl_cell = stacked(number(kl.get("value")), interval(kl.get("ci_low"), kl.get("ci_high")))
             rows.append((visible(name), stacked(count(prediction.get("length")), why), *cells, kl_cell))
@@ -118,7 +119,9 @@ def _length(summary: Mapping[str, Any]) -> Section:
     text = (
         "Predicted from each dtype's own samples, with 95 % bands: the effective sample size of the sequence weights "
         "exp D, the share of weights that truncation would touch, and the KL of whole responses. A wide band is wide "
-        "because the data do not say more."
+        "because the data do not say more. Bands presume that the prompts at hand show how much prompts differ; where "
+        "few of them decide the ESS it is marked, and falls further with more sequences. What contradicts the measured "
+        "values is not predicted."
     )
     return Section("length", "What longer responses would do", text, Table(header, tuple(rows)))
 

@@ -41,6 +41,12 @@ def sound(seed: int, *, prompts: int = 64, length: int = 96, variance: float = 0
     return [rng.normal(-step / 2, math.sqrt(step), n) for n in lengths]
 
 
+def fit_of(d: list[Floats], seed: int = 0) -> LengthFit:
+    sums = PrefixSums()
+    sums.update(ragged(d))
+    return fit_length(sums.result(), seed=seed)
+
+
 def with_last(d: list[Floats], last: Floats) -> list[Floats]:
     return [np.append(x, y) for x, y in zip(d, last, strict=True)]
 
@@ -65,11 +71,8 @@ def test_a_gap_at_the_last_token_is_not_outside_of_the_forecast(gap: float) -> N
 
 
 def test_sound_sequences_are_predicted() -> None:
-    """Of 25 sound runs; more than one withheld at the 1 % that benchmarks/length_calibration.py finds: p < .03."""
-    sums = [PrefixSums() for _ in range(25)]
-    for seed, prefixes in enumerate(sums):
-        prefixes.update(ragged(sound(seed)))
-    fits = [fit_length(prefixes.result(), seed=seed) for seed, prefixes in enumerate(sums)]
+    """Of 16 sound runs; more than one withheld at the 1 % that benchmarks/length_calibration.py finds: p = .01."""
+    fits = [fit_of(sound(seed), seed) for seed in range(16)]
     assert sum(not fit.predictable for fit in fits) <= 1
     assert sum(bool(fit.contradicted) for fit in fits) <= 2
 
@@ -104,7 +107,7 @@ def hard(draw: st.DrawFn) -> PairArrays:
 
 
 @given(hard())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_whatever_comes_in(pair: PairArrays) -> None:
     found = forecast_pair([pair])
     json.dumps(found.as_dict(), allow_nan=False)
@@ -149,13 +152,12 @@ def limits(band: MetricValue) -> tuple[float, float, float]:
 def test_a_constant_drift_is_no_spread() -> None:
     """exp D / mean exp D does not see a constant: only what needs the mean of D is withheld."""
     d = sound(1)
-    found = forecast_pair([ragged(with_last(d, np.full(64, -20.0)))])
-    alone = forecast_pair([ragged(d)])
-    assert found.fit.contradicted.keys() == {"kl_seq", "frac_seq_outside_2", "frac_seq_outside_3"}
-    for a, b in zip(found.predictions, alone.predictions, strict=True):
-        assert a.values["ess_seq"].value == b.values["ess_seq"].value
-        assert a.values["kl_seq"].value is None
-        assert "−mean D of 45 sequences, at 97 tokens on average, is 20" in a.values["kl_seq"].why
+    fit, alone = fit_of(with_last(d, np.full(64, -20.0))), fit_of(d)
+    assert fit.contradicted.keys() == {"kl_seq", "frac_seq_outside_2", "frac_seq_outside_3"}
+    found = predict(fit, 182).values
+    assert found["ess_seq"] == predict(alone, 182).values["ess_seq"]
+    assert found["kl_seq"].value is None
+    assert "−mean D of 45 sequences, at 97 tokens on average, is 20" in found["kl_seq"].why
 
 
 def test_what_is_equal_but_for_the_last_token_is_not_called_equal() -> None:
@@ -170,3 +172,41 @@ def test_where_a_prompt_alone_differs_nothing_is_predicted() -> None:
     d = [np.zeros(64) for _ in range(20)]
     d[3] = np.random.default_rng(0).normal(0, 0.1, 64)
     assert forecast_pair([ragged(d)]).fit.why == "D differs from 0 in too few prompts"
+
+
+@pytest.mark.parametrize("s", [0.5, 1.0])
+def test_a_lognormal_tail_between_prompts_is_covered_or_marked(s: float) -> None:
+    """Scales of noise exp(N(0, s²)), at twice the length: the KL is covered, and the ESS of 16,384 sequences too.
+
+    Few prompts decide the ESS where s = 1, so that it is marked there. Below 18 of 24 hits at a nominal 95 %: p < 1e-3.
+    """
+    ess = {0.5: 0.603, 1.0: 0.586}[s]  # the median of batches; benchmarks/length_calibration.py has the law
+    hits, marked = {"ess_seq": 0, "kl_seq": 0}, 0
+    for seed in range(24):
+        rng = np.random.default_rng(seed)
+        each = 0.2 / 64 * np.exp(2 * s * rng.normal(size=64) - 2 * s**2)
+        values = predict(fit_of([rng.normal(-v / 2, math.sqrt(v), 64) for v in each], seed), 128).values
+        for key, truth in (("ess_seq", ess), ("kl_seq", 0.2)):
+            low, _, high = limits(values[key])
+            hits[key] += low <= truth <= high
+        marked += "of 64 prompts decide it" in values["ess_seq"].why
+    assert min(hits.values()) >= 18, hits
+    assert marked >= (16 if s == 1 else 1)
+
+
+def test_prompts_that_are_alike_are_not_marked() -> None:
+    fit = fit_of(sound(2))
+    assert fit.why == ""
+    assert [predict(fit, factor * 91).values["ess_seq"].why for factor in (1, 2, 4, 8)] == [""] * 4
+
+
+def test_the_highest_rates_are_kinds_of_their_own() -> None:
+    """E exp(2D) of 640 sequences is theirs: a mean over the last of 64 equal kinds would hide it."""
+    rng = np.random.default_rng(0)
+    each = 0.002 * np.exp(1.2 * rng.normal(size=640))
+    draws = fit_of([rng.normal(-v / 2, math.sqrt(v), 256) for v in each]).draws
+    assert draws is not None
+    assert draws.scale.shape == (401, 64)
+    np.testing.assert_allclose(draws.scale_weight[0].sum(), 1)
+    np.testing.assert_allclose(draws.scale_weight[0, -32:], 1 / 640)
+    assert draws.scale[0, -1] == pytest.approx(each.max() / each.mean(), rel=0.2)
