@@ -105,7 +105,9 @@ def fit_length(prefixes: Prefixes, *, off_policy: str = "", seed: int = 0, repli
 
     That is the longest length of the grid that half of the prompts reach, where at least 8 and at most 32 are asked
     for. Only these sequences count, at every fitted length, so that a length is not compared with other sequences than
-    the next; they stand for whatever goes on to be longer.
+    the next; they stand for whatever goes on to be longer. Where the law contradicts what was measured at that length,
+    over all tokens of these sequences, or over all tokens of all (see `metrics.length_check`), it predicts nothing, or
+    not the values that it contradicts.
 
     Args:
         prefixes: Prefix sums of one pair.

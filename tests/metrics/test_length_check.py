@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from mismatch_probe.metrics.length import LengthFit, fit_length
 from mismatch_probe.metrics.length_prediction import KEYS, forecast_pair, predict
 from mismatch_probe.metrics.prefixes import PrefixSums
+from mismatch_probe.probes.findings import findings
 from mismatch_probe.types import MetricValue, PairArrays
 
 Floats = NDArray[np.float64]
@@ -67,7 +68,8 @@ def test_a_gap_at_the_last_token_is_not_outside_of_the_forecast(gap: float) -> N
         assert value.value is None
         assert value.why == found.fit.why
     assert found.curve == ()
-    json.dumps(found.as_dict(), allow_nan=False)
+    (row,) = findings({}, {"recorded": found}, 0)
+    assert row["text"] == f"Longer responses are not predicted, recorded: {found.fit.why}."
 
 
 def test_sound_sequences_are_predicted() -> None:
