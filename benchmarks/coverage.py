@@ -12,7 +12,7 @@ than 90 %.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -80,11 +80,19 @@ def exact_rows(rng: np.random.Generator, pair: PairArrays) -> ExactRows:
 
 
 def measure(
-    generator: str, rng: np.random.Generator, n_prompts: int, seed: int, replicates: int
+    generator: str,
+    rng: np.random.Generator,
+    n_prompts: int,
+    seed: int,
+    replicates: int,
+    keys: Collection[str] = (*KEYS, WEIGHTS),
 ) -> Mapping[str, MetricValue]:
-    """All metrics of one drawn pair."""
+    """Metrics of one drawn pair."""
     pair = GENERATORS[generator](rng, n_prompts)
-    found = compute_metrics(pair, exact_rows(rng, pair), keys=KEYS, seed=seed, replicates=replicates)
+    rows = exact_rows(rng, pair) if any(key in CATALOG and CATALOG[key].level == "exact" for key in keys) else None
+    found = compute_metrics(pair, rows, keys=keys, seed=seed, replicates=replicates)
+    if WEIGHTS not in keys:
+        return found
     d = pair.trainer_logprob - pair.rollout_logprob
     weights = np.exp(np.bincount(pair.sequence, weights=d))
     score = np.ones((len(weights), 1))
@@ -112,7 +120,7 @@ def coverage(job: tuple[str, int, Mapping[str, float]], replications: int, seed:
     keys = [key for key, value in truths.items() if value != 0]
     hits, given, marked = (dict.fromkeys(keys, 0) for _ in range(3))
     for replication in range(replications):
-        values = measure(generator, rng, n_prompts, replication, REPLICATES)
+        values = measure(generator, rng, n_prompts, replication, REPLICATES, keys)
         for key in keys:
             got = values[key]
             if got.ci_low is not None and got.ci_high is not None:

@@ -46,6 +46,7 @@ def load_coverage(monkeypatch: pytest.MonkeyPatch) -> Any:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
     return module
 
@@ -59,7 +60,9 @@ def test_coverage_with_heavy_tailed_prompts(generator: str, monkeypatch: pytest.
     """A small part of the table of benchmarks/coverage.py: 64 prompts, 200 pairs, so ±1.5 % per metric."""
     benchmark = load_coverage(monkeypatch)
     truths = {key: value for key, value in benchmark.truth(generator, 20_000).items() if key in HARD_KEYS + EASY_KEYS}
-    covered = benchmark.coverage((generator, 64, truths), 200)
+    cells = benchmark.coverage((generator, 64, truths), 200)
+    covered = {key: cell.covered for key, cell in cells.items()}
+    assert max(cell.withheld for cell in cells.values()) <= 0.1, cells
     assert set(covered) == set(HARD_KEYS + EASY_KEYS)
     for keys in (HARD_KEYS, EASY_KEYS):
         assert 0.925 <= np.mean([covered[key] for key in keys]) <= 0.98, covered

@@ -11,7 +11,8 @@ REPLAY, PREFILL, TRAINER = "rollout-replay", "rollout-prefill", BASELINE
 AT_ROLLOUT, CAST = "trainer-at-rollout-batching", "trainer-cast-as-laid-out"
 SAME_DTYPE = "trainer-in-rollout-dtype"
 FOLLOWED = "trainer-routes"
-# The engine in FP32, by prefill, where it is not the baseline: with the trainer in FP32 it tells what is left of the gap without rounding.
+# The engine in FP32, by prefill, where it is not the baseline: with the trainer in FP32 it tells what is left of the
+# gap without rounding.
 WIDE_PREFILL = "rollout-float32-prefill"
 
 
