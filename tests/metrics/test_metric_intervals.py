@@ -62,7 +62,7 @@ def test_coverage_with_heavy_tailed_prompts(generator: str, monkeypatch: pytest.
     truths = {key: value for key, value in benchmark.truth(generator, 20_000).items() if key in HARD_KEYS + EASY_KEYS}
     cells = benchmark.coverage((generator, 64, truths), 200)
     covered = {key: cell.covered for key, cell in cells.items()}
-    assert max(cell.withheld for cell in cells.values()) <= 0.1, cells
+    assert max(cell.withheld for cell in cells.values()) <= 0.2, cells
     assert set(covered) == set(HARD_KEYS + EASY_KEYS)
     for keys in (HARD_KEYS, EASY_KEYS):
         assert 0.925 <= np.mean([covered[key] for key in keys]) <= 0.98, covered
