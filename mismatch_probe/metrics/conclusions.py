@@ -8,7 +8,7 @@ sides compute in FP32 is therefore not rounding, whatever the pair's own dtypes 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -110,7 +110,7 @@ class Conclusions:
     """
 
     dtypes: Mapping[str, Conclusion]
-    rounding: Rounding = field(default_factory=lambda: Rounding("unknown"))
+    rounding: Rounding
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -163,30 +163,27 @@ def _of_dtype(row: Mapping[str, Any], routers: bool) -> Conclusion:
 
 def _unseen(row: Mapping[str, Any], dtype: str, wide: Mapping[str, Any], widest: str, shown: Conclusion) -> Conclusion:
     """Of a dtype in which nothing stands out, though it does in the one with the most bits."""
-    there, here = _records(wide, shown), _records(row, shown)
+    there, here = _distances(wide, widest, shown), _distances(row, dtype, shown)
     # Half of what would stand out is left for the noise of both measurements.
-    absent = any(
-        key in here and there[key][0] > 2 * THRESHOLD * float(expected(np.array([here[key][1]]), dtype)[0])
-        for key in there
-    )
+    absent = any(there[key][0] > 2 * THRESHOLD * here[key][1] for key in there.keys() & here.keys())
     largest = Located(**row["located"]).score
     return Conclusion("absent" if absent else "hidden", shown.located, largest, shown.layers, seen_in=widest)
 
 
-def _records(row: Mapping[str, Any], shown: Conclusion) -> dict[tuple[str, str], tuple[float, float]]:
-    """Distance, and the trainer's own error, of what a conclusion is about."""
+def _distances(row: Mapping[str, Any], dtype: str, shown: Conclusion) -> dict[Any, tuple[float, float]]:
+    """How far apart the sides are in what a conclusion is about, and how far rounding lets them be."""
     if shown.code == "step":
-        about = ((("layer", str(r["layer"])), r["step"], r["step_expected"]) for r in row["layers"])
-        kept = {key: (apart, own / np.sqrt(2)) for key, apart, own in about if apart is not None and own is not None}
-        return {key: found for key, found in kept.items() if int(key[1]) in shown.layers}
-    located = shown.located
-    found = {}
+        steps = (layer for layer in row["layers"] if layer["layer"] in shown.layers)
+        return {
+            s["layer"]: (s["step"], s["step_expected"]) for s in steps if None not in (s["step"], s["step_expected"])
+        }
+    about, found = shown.located, {}
     for record in row["modules"]:
-        same = record["name"] == located.name or (
-            located.verdict == "everywhere" and place_of(record["name"], record["kind"]) == located.name
-        )
-        if same and record["kind"] == located.kind and None not in (record["apart"], record["trainer_error"]):
-            found[record["kind"], record["name"]] = (float(record["apart"]), float(record["trainer_error"]))
+        name = record["name"] if about.verdict != "everywhere" else place_of(record["name"], record["kind"])
+        known = None not in (record["apart"], record["trainer_error"])
+        if known and (name, record["kind"]) == (about.name, about.kind):
+            limit = float(expected(np.array([record["trainer_error"]]), dtype)[0])
+            found[record["name"]] = (float(record["apart"]), limit)
     return found
 
 
