@@ -5,8 +5,8 @@
 Prints a table per generator of generators.py. A cell is the share of the intervals that hold the truth, in per cent,
 `-` where no replication gave an interval; `/5` says that 5 % of replications gave none, and `*` that more than half of
 the intervals were marked as uncalibrated. Exact metrics come from full rows of logits at 8 positions per prompt,
-`ess_weights` from one importance weight per sequence. At the end stand the cells that are not marked and cover less
-than 90 %.
+`ess_weights` from one importance weight per sequence. At the end stand the cells that are not marked and whose
+intervals miss the truth in more than 10 % of all replications.
 """
 
 from __future__ import annotations
@@ -51,6 +51,13 @@ class Cell:
     covered: float
     withheld: float
     marked: float
+
+    @property
+    def wrong(self) -> float:
+        """Share of the replications whose interval misses the truth. What is withheld misses nothing: these are most
+        often the widest ones, so that the rest covers a little less than all would.
+        """
+        return 0.0 if np.isnan(self.covered) else (1 - self.covered) * (1 - self.withheld)
 
     def __str__(self) -> str:
         if np.isnan(self.covered):
@@ -169,9 +176,9 @@ def main(replications: int, prompts: str, generators: str, processes: int, seed:
         f"{name}, {size} prompts, {key}: {cell}"
         for (name, size), row in cells.items()
         for key, cell in row.items()
-        if cell.marked <= 0.5 and cell.covered < 0.9
+        if cell.marked <= 0.5 and cell.wrong > 0.1
     ]
-    print("\nnot marked, below 90 %:", *(low or ["none"]), sep="\n  ")
+    print("\nnot marked, wrong in more than 10 %:", *(low or ["none"]), sep="\n  ")
 
 
 if __name__ == "__main__":
