@@ -57,6 +57,7 @@ class Ours:
             source,
             device,
             NoEngine(),  # type: ignore[arg-type]
+            False,
             None,  # type: ignore[arg-type]
             [],
             prompts,

@@ -1,7 +1,8 @@
 """A forward pass that is float64 throughout.
 
 Loading a model in float64 is not enough: transformers takes norms, softmax and rotary angles to float32 on purpose,
-which helps 16-bit models and cuts a float64 one down. Inside `keep_float64` every such step stays float64.
+which helps 16-bit models and cuts a float64 one down, and multiplies all experts at once, which torch does in no
+float64. Inside `keep_float64` every such step stays float64, and experts run one after the other.
 """
 
 from __future__ import annotations
@@ -35,12 +36,16 @@ def _double(value: Any) -> Any:
 
 
 @contextmanager
-def keep_float64() -> Iterator[None]:
-    """Float64 wherever code asks for float32, tensors that are made included."""
-    before = torch.get_default_dtype()
+def keep_float64(model: Any) -> Iterator[None]:
+    """Float64 in a forward pass of a model of transformers wherever code asks for float32, tensors that are made
+    included.
+    """
+    before, experts = torch.get_default_dtype(), model.get_experts_implementation()
+    model.set_experts_implementation("eager")
     torch.set_default_dtype(torch.float64)
     try:
         with _KeepFloat64():
             yield
     finally:
         torch.set_default_dtype(before)
+        model.set_experts_implementation(experts)

@@ -62,8 +62,6 @@ class HfTrainer:
             attn_implementation=job.attention or _faithful_attention(config),
             trust_remote_code=job.trust_remote_code,
             local_files_only=True,
-            # torch's grouped matrix product takes no float64, so experts run one after the other there.
-            **({"experts_implementation": "eager"} if job.dtype == "float64" else {}),
         )
         self._model.requires_grad_(False).eval().to(self._device)
         self._decoder = self._model.get_decoder()
@@ -188,7 +186,7 @@ class HfTrainer:
     def precision(self) -> AbstractContextManager[Any]:
         """What a forward pass in this job's dtype and mode runs under."""
         if self._job.dtype == "float64":
-            return keep_float64()
+            return keep_float64(self._model)
         if self._job.mode == "autocast":
             return torch.autocast(self._device.type, self._dtype)
         return nullcontext()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from mismatch_probe.types import Rollout, RolloutRequest, Sampling
 
 if TYPE_CHECKING:
     import torch
+
+_NO_SYNC = "Train a family that vLLM can reload, or try another vLLM; commands that do not train need no reload."
 
 
 class VllmRollout:
@@ -122,11 +125,28 @@ class VllmRollout:
         ]
 
     def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Replaces the model's weights in place. Names are those of the checkpoint, and vLLM only logs what is missing:
-        who calls this compares them. Engine core in this process only: tensors are handed over as they are.
+        """Replaces the model's weights in place. Engine core in this process only: tensors are handed over as they are.
+
+        Args:
+            weights: By the names of a checkpoint, whole.
+
+        Raises:
+            EngineError: vLLM takes none of this family, or something is missing; its model is of no use any more.
         """
+        from mismatch_probe.engines.vllm_weights import load_weights
+
         assert self._in_process
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
+        try:
+            missing = [name for names in self._llm.collective_rpc(load_weights, args=(weights,)) for name in names]
+        except (AssertionError, AttributeError, LookupError, NotImplementedError, RuntimeError, ValueError) as error:
+            raise EngineError(
+                f"vLLM cannot load new weights into this model ({type(error).__name__}: {str(error)[:200]}).",
+                _NO_SYNC,
+            ) from error
+        if missing:
+            raise EngineError(
+                f"vLLM's model was given no weights for {missing[0]} ({len(missing)} parameters lack some).", _NO_SYNC
+            )
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
         """Log-probs at temperature 1 of every token but the first of each sequence, by prefill from an empty cache."""
@@ -140,6 +160,15 @@ class VllmRollout:
             np.array([row[token].logprob for row, token in zip(o.prompt_logprobs[1:], s[1:], strict=True)], np.float32)
             for o, s in zip(found, sequences, strict=True)
         ]
+
+    def configured(self) -> AbstractContextManager[None]:
+        """Inside it models of transformers can be built in this process. vLLM runs some families by transformers' own
+        classes, which it changes for that, and which then cannot be built without its configuration.
+        """
+        from vllm.config import set_current_vllm_config
+
+        found: AbstractContextManager[None] = set_current_vllm_config(self._llm.llm_engine.vllm_config)
+        return found
 
     def on_model(self, function: Callable[[Any], Any]) -> Any:
         """Runs a function of a module on vLLM's own model, in the worker that holds it; the first worker's answer."""

@@ -58,7 +58,8 @@ class Pieces:
         directory: Where it is written.
         source: Folder of the initial model.
         device: Of the trainer.
-        engine: With any weights; the loop loads its own.
+        engine: The loop loads its own weights.
+        fresh: Whether the engine has the weights of `source` as it loaded them itself, and no others so far.
         task: With its problems.
         prompts: Token ids of each problem's prompt.
         decode: From response ids to text without special tokens.
@@ -70,6 +71,7 @@ class Pieces:
     source: Path
     device: torch.device
     engine: Engine
+    fresh: bool
     task: Task
     problems: Sequence[Problem]
     prompts: Sequence[Sequence[int]]
@@ -106,19 +108,19 @@ class Training:
         # By problem, successes and responses of each of the last steps: the sanity test's clusters.
         self._recent: deque[tuple[Floats, Floats]] = deque(maxlen=self._config.pass_window)
         self._first_above: int | None = None
-        found = checkpoints(pieces.directory.checkpoints)
-        if found:
-            self._restore(load_checkpoint(found[-1]))
-        pieces.directory.rewind(self._step)
-        pieces.engine.load_weights(cast(self._policy.weights(), self._config.rollout_dtype))
         self._sync = WeightSync(
             pieces.engine,
             self._policy,
             self._config.rollout_dtype,
             self._probes(),
             check=self._config.check_sync,
+            fresh=pieces.fresh,
             tell=lambda text: pieces.tell("message", text),
         )
+        found = checkpoints(pieces.directory.checkpoints)
+        if found:
+            self._restore(load_checkpoint(found[-1]))
+        pieces.directory.rewind(self._step)
 
     def run(self) -> dict[str, Any]:
         """Trains to the end, to a collapse, or to a number that is not finite.

@@ -82,6 +82,14 @@ class Policy:
         """The whole state dict in FP32, tied tensors under each of their names: what an engine has to be given."""
         return {name: tensor.detach() for name, tensor in self.model.state_dict().items()}
 
+    def as_saved(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Weights by the names, and in the shapes, that a checkpoint on disk has: the ones that an engine loads. In the
+        model's own state dict experts are fused, and some names are others.
+        """
+        from transformers.core_model_loading import revert_weight_conversion
+
+        return dict(revert_weight_conversion(self.model, dict(weights)))
+
     def logprobs(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """`[B, T]` log-probs of the response tokens at the run's temperature, nats, with their gradients, and the
         logits `[B, T, V]` in FP32 that they came from. Where there is no token the values mean nothing: mask them.
@@ -99,7 +107,7 @@ class Policy:
     def rounded_logprobs(self, batch: Batch, weights: Mapping[str, torch.Tensor], dtype: str) -> torch.Tensor:
         """`[B, T]` the same in another precision: 16 bits, or float64 for what FP32 itself rounds."""
         given = {name: tensor.to(_WIDER.get(dtype, TORCH_DTYPES.get(dtype))) for name, tensor in weights.items()}
-        with keep_float64() if dtype in _WIDER else nullcontext():
+        with keep_float64(self.model) if dtype in _WIDER else nullcontext():
             return token_logprobs(self.model, batch, 1.0, given)[0]
 
     def backward(self, loss: torch.Tensor) -> None:

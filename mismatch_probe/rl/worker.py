@@ -58,16 +58,18 @@ class RlJob:
         channel.phase("load")
         channel.send("identity", engine.identity() | devices.running())
         try:
+            fresh = True
             for directory in directories:
                 key = _task_of(directory.config)
                 with suppress(_Taken), self._hold(directory):
-                    self._train(directory, setups[key], engine, channel)
+                    self._train(directory, setups[key], engine, fresh, channel)
+                    fresh = False
         finally:
             for setup in setups.values():
                 setup.task.close()
         engine.close()
 
-    def _train(self, directory: RlDirectory, setup: Setup, engine: Any, channel: Any) -> None:
+    def _train(self, directory: RlDirectory, setup: Setup, engine: Any, fresh: bool, channel: Any) -> None:
         import torch
 
         from mismatch_probe.rl.loop import Pieces, Training
@@ -80,6 +82,7 @@ class RlJob:
             source=Path(self.model_path),
             device=torch.device(self.device),
             engine=engine,
+            fresh=fresh,
             task=setup.task,
             problems=setup.problems,
             prompts=setup.prompts,
@@ -87,7 +90,9 @@ class RlJob:
             end_ids=setup.end_ids,
             tell=tell,
         )
-        result = Training(pieces).run()
+        with engine.configured():
+            training = Training(pieces)
+        result = training.run()
         directory.finish(result)
         tell("result", result)
 

@@ -96,7 +96,7 @@ def test_sync_faults_are_named(chain: Path, dtype: Any, step_size: float) -> Non
     policy = Policy(str(chain), make_config({"trainer_dtype": "float32"}), torch.device("cuda"))
     draw = torch.Generator().manual_seed(1)
     probes = torch.randint(3, 20, (8, 24), generator=draw).tolist()
-    sync = WeightSync(engine, policy, dtype, probes, check=True, scan_every=1)
+    sync = WeightSync(engine, policy, dtype, probes, check=True, fresh=True, scan_every=1)
 
     def move() -> None:
         with torch.no_grad():

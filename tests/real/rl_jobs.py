@@ -74,7 +74,7 @@ class SyncFaultsJob:
         policy = Policy(self.model_path, config, torch.device(self.device))
         draw = torch.Generator().manual_seed(1)
         probes = torch.randint(4, 100, (8, 24), generator=draw).tolist()
-        sync = WeightSync(engine, policy, self.dtype, probes, check=True, scan_every=1)
+        sync = WeightSync(engine, policy, self.dtype, probes, check=True, fresh=True, scan_every=1)
 
         def move() -> None:
             with torch.no_grad():

@@ -50,7 +50,7 @@ def test_no_operation_is_narrower(tiny: Tiny, architecture: str) -> None:
 
 def test_the_check_sees_a_pass_that_is_not(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = trainer(tiny("llama"), dtype="float64")
-    monkeypatch.setattr("mismatch_probe.engines.hf.keep_float64", torch.no_grad)
+    monkeypatch.setattr("mismatch_probe.engines.hf.keep_float64", lambda model: torch.no_grad())
     watched = _Narrow()
     with watched:
         scores(engine, requests(1))

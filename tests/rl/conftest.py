@@ -22,6 +22,12 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny("llama", tmp_path_factory.mktemp("untied"))
 
 
+@pytest.fixture(scope="session")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Qwen3 with experts."""
+    return save_tiny("qwen3_moe", tmp_path_factory.mktemp("mixture"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> Iterator[None]:
     """Tensors are so small here that a second thread only waits."""

@@ -101,7 +101,11 @@ def pieces(path: Path, engine: Any, *, tell: Any = None, **changes: Any) -> Piec
     exists = (path / "config.json").exists()
     directory = RlDirectory.open(path) if exists else RlDirectory.create(path, config, {})
     return Pieces(
-        directory=directory, engine=engine, tell=Events() if tell is None else tell, **_of_task(directory.config)
+        directory=directory,
+        engine=engine,
+        fresh=False,
+        tell=Events() if tell is None else tell,
+        **_of_task(directory.config),
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from mismatch_probe.engines.logprobs import Batch, token_logprobs
 from mismatch_probe.rl import sync
 from mismatch_probe.rl.config import make_config
 from mismatch_probe.rl.policy import TORCH_DTYPES, Policy
-from mismatch_probe.rl.sync import SyncError, WeightSync, _left_over, cast, changed_share
+from mismatch_probe.rl.sync import SyncError, WeightSync, _left_over, _typical, cast, changed_share
 from mismatch_probe.types import Dtype
 
 CPU = torch.device("cpu")
 VICTIM = "model.layers.1.mlp.down_proj.weight"
+# A step that in BF16 hides in rounding, and explains half of the gap.
+SLIGHT = 5e-3
 every_dtype = pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 Weights = dict[str, torch.Tensor]
 
@@ -36,16 +39,27 @@ class Engine:
         self._model = AutoModelForCausalLM.from_pretrained(path, dtype=TORCH_DTYPES[dtype]).eval()
         self._weights: Weights = {name: tensor.clone() for name, tensor in self._model.state_dict().items()}
         self.drop: set[str] = set()
+        self.zero: set[str] = set()
         self.through: torch.dtype | None = None
         self.loads = self.scored = 0
         self.noise = 0.0
 
+    @property
+    def weights(self) -> Weights:
+        return self._weights
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._weights)
+
     def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
         self.loads += 1
-        for name, tensor in weights.items():
+        for name, tensor in _fused(weights).items():
             if name not in self.drop:
                 through = tensor if self.through is None else tensor.to(self.through)
                 self._weights[name] = through.to(tensor.dtype).clone()
+            if name in self.zero:
+                self._weights[name].zero_()
 
     @torch.no_grad()
     def score(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
@@ -55,15 +69,42 @@ class Engine:
         return [row + np.float32(self.noise) for row in found]
 
 
+def _fused(saved: Mapping[str, torch.Tensor]) -> Weights:
+    """Weights by a checkpoint's names under those of the model, where experts are one tensor."""
+    found: Weights = {}
+    parts: dict[tuple[str, str], dict[int, torch.Tensor]] = {}
+    for name, tensor in saved.items():
+        expert = re.fullmatch(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight", name)
+        if expert is None:
+            found[name] = tensor
+        else:
+            parts.setdefault((expert[1], expert[3]), {})[int(expert[2])] = tensor
+    stacks = {key: torch.stack([of[i] for i in range(len(of))]) for key, of in parts.items()}
+    for module in {module for module, _ in stacks}:
+        found[f"{module}.gate_up_proj"] = torch.cat([stacks[module, "gate"], stacks[module, "up"]], 1)
+        found[f"{module}.down_proj"] = stacks[module, "down"]
+    return found
+
+
+Spoil = Callable[[Engine], None]
+
+
+def _leave(engine: Engine) -> None:
+    pass
+
+
 class Setup:
     """A policy with an engine that has its weights, and the sync between them."""
 
-    def __init__(self, path: Path, dtype: Dtype, **options: Any) -> None:
+    def __init__(self, path: Path, dtype: Dtype, *, n_probes: int = 6, spoil: Spoil = _leave, **options: Any) -> None:
         self.policy = Policy(str(path), make_config({"trainer_dtype": "float32", "rollout_dtype": dtype}), CPU)
         self.engine = Engine(path, dtype)
+        spoil(self.engine)
         self._draw = torch.Generator().manual_seed(1)
-        probes = torch.randint(4, 100, (6, 16), generator=self._draw).tolist()
-        self.sync = WeightSync(self.engine, self.policy, dtype, probes, **{"check": True, "scan_every": 1, **options})
+        probes = torch.randint(4, 100, (n_probes, 16), generator=self._draw).tolist()
+        self.sync = WeightSync(
+            self.engine, self.policy, dtype, probes, **{"check": True, "fresh": True, "scan_every": 1, **options}
+        )
 
     def move(self, size: float = 2e-3) -> Weights:
         with torch.no_grad():
@@ -73,19 +114,56 @@ class Setup:
 
 
 @every_dtype
-@pytest.mark.parametrize("checkpoint", ["tied", "untied"])
+@pytest.mark.parametrize("checkpoint", ["tied", "untied", "mixture"])
 def test_weights_that_arrive_are_accepted(request: pytest.FixtureRequest, checkpoint: str, dtype: Dtype) -> None:
     setup = Setup(request.getfixturevalue(checkpoint), dtype, scan_every=10)
     before = setup.policy.clean_logprobs(setup.sync._batch, setup.policy.weights())
     for _ in range(3):
         gap = setup.sync.send(setup.move()).gap
         assert gap is not None
-        assert gap < (1e-5 if dtype == "float32" else 0.05)
+        assert gap < (1e-5 if dtype == "float32" else 0.1)
     after = setup.policy.clean_logprobs(setup.sync._batch, setup.policy.weights())
     assert (after - before).abs().mean() > 0.01
     # Nothing that changes, nothing to find.
     again = setup.sync.send(setup.policy.weights()).gap
     assert again == pytest.approx(gap)
+
+
+def _leave_experts_out(engine: Engine) -> None:
+    engine.drop |= {name for name in engine.names if ".experts." in name}
+
+
+def _leave_all_out(engine: Engine) -> None:
+    engine.drop |= engine.names
+
+
+def _zero_one(engine: Engine) -> None:
+    engine.zero |= {"model.layers.1.self_attn.o_proj.weight"}
+
+
+@every_dtype
+@pytest.mark.parametrize("fault", [_leave_experts_out, _leave_all_out, _zero_one])
+def test_a_fault_stops_before_the_first_step_and_later(mixture: Path, fault: Spoil, dtype: Dtype) -> None:
+    """Whether it spoils the engine's own load of the checkpoint, the trial before the first step, or a sync."""
+
+    def load_wrong(engine: Engine) -> None:
+        other = {name: (1 + 0.3 * torch.randn(tensor.shape)) * tensor for name, tensor in engine.weights.items()}
+        fault(engine)
+        engine.drop = engine.names - engine.drop  # what does not arrive from now on is other than the checkpoint has
+        engine.load_weights(other)
+
+    torch.manual_seed(0)
+    with pytest.raises(SyncError, match="As the engine loaded the checkpoint"):
+        Setup(mixture, dtype, spoil=load_wrong)
+    with pytest.raises(SyncError, match="vLLM does not take new weights"):
+        Setup(mixture, dtype, spoil=fault)
+    setup = Setup(mixture, dtype)
+    for step in range(2):
+        setup.sync.send(setup.move())
+        if step:
+            fault(setup.engine)
+    with pytest.raises(SyncError, match="After a weight sync"):
+        setup.sync.send(setup.move(2e-2))
 
 
 @every_dtype
@@ -130,8 +208,7 @@ def test_small_changes_that_arrive_are_never_accused(tied: Path, dtype: Dtype) -
 
 
 def test_weights_that_never_arrive_are_found_once_it_shows(tied: Path) -> None:
-    setup = Setup(tied, "bfloat16")
-    setup.sync._clean_gap = 1.0
+    setup = Setup(tied, "bfloat16", fresh=False)
     setup.engine.drop = set(setup.policy.weights())
 
     def send_many() -> None:
@@ -174,7 +251,7 @@ def test_an_engine_with_other_weights_is_caught_at_once(tied: Path, untied: Path
     engine = Engine(tied, "float32")
     engine.load_weights({name: tensor * 1.01 for name, tensor in policy.weights().items()})
     with pytest.raises(SyncError):
-        WeightSync(engine, policy, "float32", [[5, 6, 7, 8], [9, 10, 11]], check=True)
+        WeightSync(engine, policy, "float32", [[5, 6, 7, 8], [9, 10, 11]], check=True, fresh=True)
 
 
 def test_after_a_fault_is_mended_the_sync_goes_on(tied: Path) -> None:
@@ -191,25 +268,12 @@ def test_after_a_fault_is_mended_the_sync_goes_on(tied: Path) -> None:
 
 def test_a_partial_sync_below_the_limit_is_found_at_a_scan_only(tied: Path) -> None:
     """In 16 bits a tensor that stays behind can be within the limit; the scan sees that it explains the gap."""
-    setup = Setup(tied, "bfloat16", scan_every=3)
-    setup.sync._clean_gap = 1.0
+    setup = Setup(tied, "bfloat16", scan_every=4, n_probes=24)
     setup.sync.send(setup.move(1e-3))
     setup.engine.drop = {VICTIM}
-    for _ in range(2):
-        setup.sync.send(setup.move(5e-3))
+    setup.sync.send(setup.move(SLIGHT))
     with pytest.raises(SyncError, match=f"{VICTIM} did not arrive"):
-        setup.sync.send(setup.move(5e-3))
-
-
-def test_rounding_is_no_fault_where_there_was_none_at_first(tied: Path) -> None:
-    """An engine in 16 bits may happen to agree exactly when it starts."""
-    setup = Setup(tied, "bfloat16")
-    setup.sync._clean_gap = 0.0
-    setup.engine.score = lambda probes: [  # type: ignore[method-assign]
-        row.numpy() + np.float32(1e-6)
-        for row in setup.policy.clean_logprobs(setup.sync._batch, cast(setup.policy.weights(), "bfloat16"))
-    ]
-    assert setup.sync.send(setup.policy.weights()).gap == pytest.approx(1e-6, rel=0.2)
+        setup.sync.send(setup.move(SLIGHT))
 
 
 @pytest.mark.parametrize(
@@ -261,12 +325,34 @@ def test_noise_hides_a_hypothesis_only_where_it_is_larger(seed: int, noise: floa
     delta = rng.normal(0, 1, 400)
     rest = noise * rng.normal(0, 1, 400)
     # True, it leaves what is noise; where nothing of it is there, it is not taken.
-    left = _left_over(delta + rest, delta)
+    left = _left_over(delta + rest, delta, 0)
     if noise < 0.8:
         assert left == pytest.approx(float(rest @ rest), abs=1e-9)
     elif noise > 1.3:
         assert left is None
-    assert _left_over(rest, delta) is None
-    assert _left_over(delta, 10 * delta) is None
-    assert _left_over(delta, np.zeros(400)) is None
-    assert _left_over(np.full(400, np.nan), delta) is None
+    assert _left_over(rest, delta, 0) is None
+    assert _left_over(delta, 10 * delta, 0) is None
+    assert _left_over(delta, np.zeros(400), 0) is None
+    assert _left_over(np.full(400, np.nan), delta, 0) is None
+
+
+@given(st.integers(1, 60).filter(lambda n: n != 30), st.floats(0.01, 100.0))
+def test_a_tensor_is_judged_by_30_effective_tokens_or_not_at_all(tokens: int, size: float) -> None:
+    """Equal changes on so many of 400 tokens are so many effective ones."""
+    delta = np.zeros(400)
+    delta[:tokens] = size
+    assert (_left_over(delta, delta, 30) is not None) == (tokens >= 30)
+    assert _left_over(delta, delta, 0) == 0.0
+
+
+@given(st.integers(0, 10_000), st.integers(8, 400), st.floats(1.0, 1e6))
+def test_a_quarter_of_tokens_cannot_move_what_is_judged_and_more_can(seed: int, n: int, size: float) -> None:
+    differences = np.random.default_rng(seed).normal(0, 1e-3, n)
+    plain = _typical(differences)
+    few, many = differences.copy(), differences.copy()
+    few[: n // 4], many[: n // 4 + 2] = size, size
+    assert _typical(few) <= 4 * plain + 1e-2
+    assert _typical(many) > size / n
+    assert _typical(-differences) == plain
+    differences[0] = np.nan
+    assert np.isnan(_typical(differences))

@@ -313,17 +313,3 @@ def compiled(model: Any) -> Iterator[None]:
     decoder = model.get_decoder()
     with replaced_forward(decoder, torch.compile(decoder.forward, dynamic=True)):
         yield
-
-
-@contextmanager
-def experts_one_by_one(model: Any) -> Iterator[None]:
-    """Experts run one after the other for the while: torch's grouped product takes no float64."""
-    before = getattr(model.config, "_experts_implementation", None)
-    if before in (None, "eager"):
-        yield
-        return
-    model.set_experts_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_experts_implementation(before)

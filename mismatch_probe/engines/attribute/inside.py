@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mismatch_probe.engines.attribute.changes import attention_of, experts_one_by_one, in_fp32, tensors_kept
+from mismatch_probe.engines.attribute.changes import attention_of, in_fp32, tensors_kept
 from mismatch_probe.engines.attribute.inside_rows import Batch, EngineRecords
 from mismatch_probe.engines.attribute.trace import TraceFiles
 from mismatch_probe.engines.audit.forward import first_tensor
@@ -123,8 +123,7 @@ class InsideComparison:
                 stack.enter_context(attention_of(self._model, "sdpa"))
             self._model.to(wide)
             if wide == torch.float64:
-                stack.enter_context(experts_one_by_one(self._model))
-                stack.enter_context(keep_float64())
+                stack.enter_context(keep_float64(self._model))
             return [*self._joined(narrow), *self._logit_differences(logits)]
 
     def _joined(self, narrow: Mapping[Any, Mapping[tuple[Kind, str], Tensor]]) -> Iterator[Difference]:
