@@ -42,9 +42,9 @@ _TYPICAL = 0.75
 # Not by a test of correlation: 16-bit rounding errors are so far from independent that among a hundred tensors one
 # correlates by many standard errors. So in 16 bits a tensor that is missing shows once its change outgrows rounding.
 _EXPLAINED = 0.5
-# Of hundreds of tensors one explains half of the difference by chance where δ is of few tokens: of 300, in 5 to 8 % of
-# scans at 10 to 15 effective tokens, (Σδ²)² / Σδ⁴, in none at 50. Below so many no tensor is accused of a gap that
-# rounding explains.
+# By chance a hypothesis explains half of the difference where δ is of few tokens: one of 300 tensors in 5 to 8 % of scans
+# at 10 to 15 effective tokens, (Σδ²)² / Σδ⁴, in none at 50. In a mixture a few tokens that go to other experts can be
+# most of both δ and the difference. With fewer than so many no gap is accused that rounding explains.
 _FEWEST_TOKENS = 30
 # Relative noise on every weight in the trial before the first step: a tensor of one of 30 layers shows above BF16's
 # rounding.
@@ -191,9 +191,10 @@ class WeightSync:
         if scan and len(new) > _MANY:
             self._tell(f"checking the weight sync tensor by tensor, with up to {2 * len(new)} forward passes")
         best, clause = np.inf, ""
-        for said, weights, of_tensor in self._hypotheses(new, old, scan) if changed or suspicious else ():
-            fewest = _FEWEST_TOKENS if of_tensor and not suspicious else 0
-            left = _left_over(seen - ours, self._logprobs(weights) - ours, fewest)
+        for said, weights in self._hypotheses(new, old, scan) if changed or suspicious else ():
+            left = _left_over(
+                seen - ours, self._logprobs(weights) - ours, fewest_tokens=0 if suspicious else _FEWEST_TOKENS
+            )
             if left is not None and left < best:
                 best, clause = left, said
         if suspicious or clause:
@@ -210,20 +211,19 @@ class WeightSync:
         rounded = self._of_probes(self._policy.rounded_logprobs(self._batch, weights, self._dtype))
         return float(np.maximum(FP32_LIMIT, ROUNDING_LIMIT * _typical(rounded - ours)))
 
-    def _hypotheses(self, new: Weights, old: Weights, scan: bool) -> Iterable[tuple[str, Weights, bool]]:
-        """What may have gone wrong, the weights that the engine would have then, and whether it is one of hundreds."""
-        yield "it still has the weights of the sync before (stale)", old, False
-        yield "it still has the weights that it began with (stale)", self._first, False
+    def _hypotheses(self, new: Weights, old: Weights, scan: bool) -> Iterable[tuple[str, Weights]]:
+        yield "it still has the weights of the sync before (stale)", old
+        yield "it still has the weights that it began with (stale)", self._first
         if not scan:
             return
         for name in new:
             for earlier in (old, self._first):
                 if not torch.equal(new[name], earlier[name]):
-                    yield f"{name} did not arrive (partial sync)", {**new, name: earlier[name]}, True
+                    yield f"{name} did not arrive (partial sync)", {**new, name: earlier[name]}
         for other in TORCH_DTYPES:
             if other != self._dtype:
                 rounded = cast(cast(new, other), self._dtype)
-                yield f"its weights were rounded to {other} on the way (wrong cast)", rounded, False
+                yield f"its weights were rounded to {other} on the way (wrong cast)", rounded
 
     def _engine_logprobs(self) -> Floats:
         return np.concatenate([np.asarray(row, np.float64) for row in self._engine.score(self._probes)])

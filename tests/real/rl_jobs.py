@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from mismatch_probe.engines.base import RolloutJob
 from mismatch_probe.engines.devices import Device, rollout_settings
+from mismatch_probe.errors import EngineError
 from mismatch_probe.types import Dtype, Sampling
 
 
@@ -33,16 +34,22 @@ def engine_job(model_path: str, dtype: Dtype, device: Device = "cpu") -> Rollout
 
 
 class Tampering:
-    """An engine that gets other weights than it is sent."""
+    """An engine that gets other weights than it is sent; `had` are those that it was sent before."""
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
         self.tamper: Callable[[dict[str, Any]], dict[str, Any]] = lambda weights: weights
+        self.had: dict[str, Any] = {}
 
     def load_weights(self, weights: Mapping[str, Any]) -> None:
         changed = self.tamper(dict(weights))
         if changed:
             self._engine.load_weights(changed)
+        self.had = dict(weights)
+
+    def hold_back(self, part: str) -> None:
+        """From now on tensors with that in their name stay as they are."""
+        self.tamper = lambda weights: weights | {name: old for name, old in self.had.items() if part in name}
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
         found: list[NDArray[np.float32]] = self._engine.score(sequences)
@@ -67,7 +74,7 @@ class SyncFaultsJob:
         from mismatch_probe.engines.vllm import VllmRollout
         from mismatch_probe.rl.config import make_config
         from mismatch_probe.rl.policy import Policy
-        from mismatch_probe.rl.sync import SyncError, WeightSync
+        from mismatch_probe.rl.sync import WeightSync
 
         engine = Tampering(VllmRollout(engine_job(self.model_path, self.dtype, self.device)))
         config = make_config({"trainer_dtype": "float32", "rollout_dtype": self.dtype})
@@ -85,7 +92,8 @@ class SyncFaultsJob:
         faults: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
             "none": lambda weights: weights,
             "stale": lambda weights: {},
-            "partial": lambda weights: {k: v for k, v in weights.items() if k != victim},
+            "partial": lambda weights: weights | {victim: engine.had[victim]},
+            "missing": lambda weights: {k: v for k, v in weights.items() if k != victim},
             "tied": lambda weights: {k: v for k, v in weights.items() if k != "lm_head.weight"},
             "cast": lambda weights: {k: v.to(torch.bfloat16).to(v.dtype) for k, v in weights.items()},
         }
@@ -95,13 +103,59 @@ class SyncFaultsJob:
             engine.tamper = tamper
             try:
                 said[name] = f"gap {sync.send(policy.weights()).gap}"
-            except SyncError as error:
+            except EngineError as error:
                 said[name] = error.what
             engine.tamper = faults["none"]
             with torch.no_grad():
                 sync.resend(policy.weights())
         try:
             sync.send({k: v for k, v in policy.weights().items() if k != "lm_head.weight"})
-        except SyncError as error:
+        except EngineError as error:
             said["names"] = error.what
         channel.send("texts", said)
+
+
+@dataclass(frozen=True)
+class FamiliesJob:
+    """Starts an engine for one checkpoint after another, syncs weights that have changed, then the same with experts
+    that stay behind, and sends what the check said: event `texts`, by the checkpoint's folder and the sync.
+    """
+
+    folders: Sequence[str]
+    dtype: Dtype
+    step_size: float
+    trust_remote_code: bool = False
+    subject: str = "The family"
+    memory_advice: str = ""
+
+    @property
+    def model_path(self) -> str:
+        return self.folders[0]
+
+    def run(self, channel: Any) -> None:
+        import torch
+
+        from mismatch_probe.engines.vllm import VllmRollout
+        from mismatch_probe.rl.config import make_config
+        from mismatch_probe.rl.policy import Policy
+        from mismatch_probe.rl.sync import WeightSync
+
+        config = make_config({"trainer_dtype": "float32", "rollout_dtype": self.dtype})
+        for folder in self.folders:
+            vllm, draw = VllmRollout(engine_job(folder, self.dtype)), torch.Generator().manual_seed(1)
+            engine, probes = Tampering(vllm), torch.randint(4, 100, (8, 24), generator=draw).tolist()
+            said: dict[str, str] = {}
+            with vllm.configured():
+                policy = Policy(folder, config, torch.device("cpu"))
+            try:
+                sync = WeightSync(engine, policy, self.dtype, probes, check=True, fresh=True)
+                for name in ("well", "experts left behind"):
+                    with torch.no_grad():
+                        for parameter in policy.model.parameters():
+                            parameter.add_(self.step_size * torch.randn(parameter.shape, generator=draw))
+                    said[name] = f"gap {sync.send(policy.weights()).gap}"
+                    engine.hold_back(".experts.")
+            except EngineError as error:
+                said["refused" if not said else "experts left behind"] = error.what
+            channel.send("texts", (folder, said))
+            vllm.close()

@@ -70,8 +70,33 @@ def test_its_own_rounding_is_that_of_float64(tiny: Tiny, architecture: str) -> N
         assert 1e-9 < difference < 1e-4
 
 
-def test_the_default_dtype_comes_back() -> None:
-    with keep_float64():
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral"])
+def test_experts_are_those_of_an_own_computation(tiny: Tiny, architecture: str) -> None:
+    """Token by token in numpy: softmax over the router's logits, the two largest renormalised, their gated MLPs."""
+    engine = trainer(tiny(architecture), dtype="float64")
+    block = engine.model.model.layers[1].mlp
+    states = torch.randn(1, 5, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), engine.precision():
+        out = block(states)
+    found = (out[0] if isinstance(out, tuple) else out).numpy()[0]
+    router, joined, down = (w.numpy() for w in (block.gate.weight, block.experts.gate_up_proj, block.experts.down_proj))
+    for x, y in zip(states.numpy()[0], found, strict=True):
+        weights = np.exp(router @ x)
+        chosen = np.argsort(weights)[-2:]
+        expected = np.zeros_like(x)
+        for k in chosen:
+            gate, up = np.split(joined[k] @ x, 2)
+            expected += weights[k] / weights[chosen].sum() * (down[k] @ (gate / (1 + np.exp(-gate)) * up))
+        np.testing.assert_allclose(y, expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3_moe"])
+def test_what_was_before_comes_back(tiny: Tiny, architecture: str) -> None:
+    model = trainer(tiny(architecture), dtype="float32").model
+    before = model.config._experts_implementation
+    with keep_float64(model):
         assert torch.zeros(1).dtype == torch.float64
+        assert model.config._experts_implementation == "eager"
     assert torch.zeros(1).dtype == torch.float32
     assert torch.zeros(1, dtype=torch.float64).float().dtype == torch.float32
+    assert model.config._experts_implementation == before

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from benchmarks.clean_families import FAMILIES
 from mismatch_probe.engines.devices import Device, rollout_settings
 from mismatch_probe.engines.process import EngineProcess
 from mismatch_probe.types import Dtype
-from tests.real.rl_jobs import SyncFaultsJob
+from tests.real.rl_jobs import FamiliesJob, SyncFaultsJob
+from tests.real.tiny import EXPERTS, save_model
 
 pytestmark = pytest.mark.engine
 
@@ -40,6 +42,7 @@ def test_every_fault_is_caught_and_named(
         assert float(said["none"].split()[1]) < 1e-5
     assert "stale" in said["stale"], said
     assert "model.layers.1.mlp.down_proj.weight did not arrive" in said["partial"], said
+    assert "was given no weights for model.layers.1.mlp.down_proj.weight" in said["missing"], said
     # A head that is not packed follows the embedding by itself: vLLM packs none on a GPU, and in float16 it depends on
     # the CPU.
     named = "lm_head.weight did not arrive" in said["tied"]
@@ -47,3 +50,37 @@ def test_every_fault_is_caught_and_named(
     if dtype != "bfloat16":  # there it is what the engine does anyway
         assert "bfloat16" in said["cast"], said
     assert "lacks lm_head.weight" in said["names"], said
+
+
+SYNCED = {
+    **{name: FAMILIES[name] for name in ("qwen3", "llama", "phi3", "gpt_neox", "gemma3")},
+    **{name: FAMILIES[name] for name in ("qwen3_moe", "qwen2_moe", "mixtral", "gpt_oss")},
+    # A CPU's experts are padded to a multiple of 32.
+    "odd_experts": ("Qwen3MoeConfig", {**EXPERTS, "moe_intermediate_size": 72}),
+}
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-5), ("bfloat16", 0.2), ("float16", 0.1)])
+def test_weights_of_every_family_arrive_and_experts_that_do_not_are_found(
+    tmp_path: Path, dtype: Dtype, limit: float
+) -> None:
+    """Tied and untied heads, fused projections, biases, sinks, transformers' own classes in vLLM; fused experts."""
+    families = [name for name in SYNCED if (name, dtype) != ("gemma3", "float16")]  # vLLM refuses that
+    folders = {str(save_model(*SYNCED[name], tmp_path / name)): name for name in families}
+    settings = rollout_settings("cpu", dtype, eager=True, in_process=True, kv_cache_gib=1)
+    said: dict[str, dict[str, str]] = {}
+
+    def on_event(event: str, payload: Any) -> None:
+        if event == "texts":
+            said[folders[payload[0]]] = payload[1]
+
+    EngineProcess("vllm", settings.environment, tmp_path / "vllm.log").run(
+        FamiliesJob(list(folders), dtype, 2e-2), on_event
+    )
+    assert list(said) == families
+    for name, texts in said.items():
+        assert float(texts["well"].removeprefix("gap ")) < limit, (name, texts)
+        if "experts" in str(SYNCED[name][1]):
+            assert "did not arrive" in texts["experts left behind"], (name, texts)
+        else:
+            assert texts["experts left behind"].startswith("gap "), (name, texts)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.real.tiny import save_tiny
+from tests.real.tiny import EXPERTS, save_model, save_tiny
 
 
 @pytest.fixture(scope="session")
@@ -25,7 +25,8 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Qwen3 with experts."""
-    return save_tiny("qwen3_moe", tmp_path_factory.mktemp("mixture"))
+    options = EXPERTS | {"num_hidden_layers": 2, "num_experts": 4}
+    return save_model("Qwen3MoeConfig", options, tmp_path_factory.mktemp("mixture"))
 
 
 @pytest.fixture(scope="session", autouse=True)

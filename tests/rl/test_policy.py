@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from scipy import special
 from transformers import AutoModelForCausalLM
 
@@ -24,7 +25,7 @@ from mismatch_probe.engines.logprobs import Batch, entropies, token_logprobs
 from mismatch_probe.errors import TableError
 from mismatch_probe.rl.config import make_config
 from mismatch_probe.rl.policy import TORCH_DTYPES, NonFinite, Policy, StepFacts
-from tests.real.tiny import VOCABULARY
+from tests.real.tiny import VOCABULARY, save_tiny
 
 CPU = torch.device("cpu")
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]]
@@ -476,3 +477,25 @@ class TestState:
         assert same(snapshot(policy), own)
         with torch.no_grad():
             torch.testing.assert_close(policy.logprobs(batch)[0], make_policy(tied, **mode).logprobs(batch)[0])
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral", "qwen3"])
+def test_weights_are_handed_on_as_a_checkpoint_has_them(tmp_path: Path, architecture: str) -> None:
+    """Experts one by one, by the names that engines load; a tied head, which a file leaves out, under its own."""
+    policy = make_policy(save_tiny(architecture, tmp_path), **FLOAT32)
+    saved, found = load_file(tmp_path / "model.safetensors"), policy.as_saved(policy.weights())
+    assert found.keys() - saved.keys() <= {"lm_head.weight"}
+    assert all(torch.equal(found[name], tensor) for name, tensor in saved.items())
+    assert any(".experts.0." in name for name in found) == (architecture != "qwen3")
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral"])
+def test_what_float32_rounds_is_measured_with_experts(tmp_path: Path, architecture: str) -> None:
+    """torch's grouped product takes no float64; the model goes on with it afterwards."""
+    policy, batch = make_policy(save_tiny(architecture, tmp_path), **FLOAT32), make_batch()
+    before = policy.model.config._experts_implementation
+    exact = policy.rounded_logprobs(batch, policy.weights(), "float32")[batch.mask]
+    clean = policy.clean_logprobs(batch, policy.weights())[batch.mask]
+    assert exact.dtype == torch.float64
+    assert 1e-9 < (exact - clean.double()).abs().mean() < 1e-5
+    assert policy.model.config._experts_implementation == before != "eager"

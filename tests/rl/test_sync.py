@@ -101,7 +101,7 @@ class Setup:
         self.engine = Engine(path, dtype)
         spoil(self.engine)
         self._draw = torch.Generator().manual_seed(1)
-        probes = torch.randint(4, 100, (n_probes, 16), generator=self._draw).tolist()
+        probes = torch.randint(4, 100, (n_probes, 32), generator=self._draw).tolist()
         self.sync = WeightSync(
             self.engine, self.policy, dtype, probes, **{"check": True, "fresh": True, "scan_every": 1, **options}
         )
@@ -268,7 +268,7 @@ def test_after_a_fault_is_mended_the_sync_goes_on(tied: Path) -> None:
 
 def test_a_partial_sync_below_the_limit_is_found_at_a_scan_only(tied: Path) -> None:
     """In 16 bits a tensor that stays behind can be within the limit; the scan sees that it explains the gap."""
-    setup = Setup(tied, "bfloat16", scan_every=4, n_probes=24)
+    setup = Setup(tied, "bfloat16", scan_every=4, n_probes=12)
     setup.sync.send(setup.move(1e-3))
     setup.engine.drop = {VICTIM}
     setup.sync.send(setup.move(SLIGHT))
