@@ -46,6 +46,11 @@ class CollapseDetector:
     rewards ended less than 0.1 % of simulated runs of 1000 steps, with equal and with very unequal problems. A fall is
     such a change itself: a sudden one is seen no sooner than at the first step whose number exceeds 36 / window.
 
+    The best window may lie any number of steps back. If it had to be recent, a slow collapse would be missed: a fall to
+    a third over 400 steps loses less than half in any 100 of them. What speaks against it is a switch to harder
+    problems, which lowers rewards in a healthy run. No run makes one: the loop goes through one set of problems, each
+    round in a fresh order, so that windows differ in their problems by chance, which is in the spread between steps.
+
     Args:
         window: Steps of either mean.
     """

@@ -67,6 +67,27 @@ def test_a_fall_by_less_than_half_is_none() -> None:
     assert first_collapse([*[0.8] * 50, *[0.39] * 100]) is not None
 
 
+def test_a_slow_collapse_is_seen_however_far_back_the_best_window_lies() -> None:
+    """Within any 100 steps it loses less than half, so a rule that looks no further back would never end the run."""
+    rng = np.random.default_rng(3)
+    means = [*np.linspace(0.8, 0.27, 400), *[0.27] * 50]
+    assert all(after > 0.5 * before for before, after in zip(means, means[100:], strict=False))
+    at = first_collapse([noisy(rng, mean, 1, 1.0)[0] for mean in means])
+    assert at is not None
+    assert at > 250
+
+
+def test_very_unequal_problems_drawn_as_the_loop_draws_them_are_no_collapse() -> None:
+    """A step of hard ones after a step of easy ones is chance; a switch for good would be a collapse to the rule."""
+    rng = np.random.default_rng(4)
+    difficulty = np.repeat([0.95, 0.05], 64)
+    for _ in range(20):
+        order = np.concatenate([rng.permutation(128) for _ in range(20)]).reshape(-1, 8)
+        assert first_collapse([float(rng.binomial(8, difficulty[step]).mean() / 8) for step in order]) is None
+    sorted_by_difficulty = [0.95] * 40 + [0.05] * 40
+    assert first_collapse(sorted_by_difficulty) is not None
+
+
 def test_windows_do_not_overlap() -> None:
     """While the best window reaches into the last one, there is nothing to compare."""
     at = first_collapse([*[0.9] * 10, *[0.0] * 20])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from mismatch_probe.errors import DiskFull, EngineError
 from mismatch_probe.rl import checkpoints as checkpoint_files
 from mismatch_probe.rl.loop import Training
+from mismatch_probe.rl.sync import SyncError
 from mismatch_probe.types import Rollout
 from tests.rl.loops import SMALL, Events, SignalTask, TorchEngine, pieces, train
 
@@ -271,3 +273,32 @@ def test_gradient_accumulation_changes_nothing_but_rounding(tmp_path: Path, engi
 def test_the_small_configuration_is_one_of_several_updates() -> None:
     assert SMALL["updates_per_rollout"] > 1
     assert SMALL["prompts_per_step"] * SMALL["samples_per_prompt"] > SMALL["micro_batch"]
+
+
+def test_each_round_has_every_problem_once(tmp_path: Path, engine: TorchEngine) -> None:
+    """What the collapse rule rests on: late steps have the problems of early ones."""
+    training = Training(pieces(tmp_path / "run", engine, n_problems=8, prompts_per_step=4))
+    rounds = [training._chosen(step) + training._chosen(step + 1) for step in range(0, 20, 2)]
+    assert all(sorted(chosen) == list(range(8)) for chosen in rounds)
+    assert len({tuple(chosen) for chosen in rounds}) == len(rounds)
+
+
+def test_a_fresh_engine_is_tried_without_a_trace(tmp_path: Path) -> None:
+    """It gets other weights before the first step, and samples with the right ones."""
+    rows = []
+    for fresh in (False, True):
+        parts = replace(pieces(tmp_path / str(fresh), TorchEngine(), steps=2), fresh=fresh)
+        Training(parts).run()
+        rows.append(parts.directory.steps().filter(regex="^(?!seconds_)"))
+    pd.testing.assert_frame_equal(*rows)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_an_engine_that_is_wrong_from_the_start_trains_nothing(tmp_path: Path, dtype: str) -> None:
+    engine = TorchEngine()
+    with torch.no_grad():
+        engine.model.model.layers[1].mlp.down_proj.weight.zero_()
+    parts = replace(pieces(tmp_path / "run", engine, rollout_dtype=dtype), fresh=True)
+    with pytest.raises(SyncError, match="As the engine loaded the checkpoint"):
+        Training(parts)
+    assert not (tmp_path / "run" / "steps.jsonl").exists()
