@@ -19,6 +19,7 @@ from mismatch_probe.engines.base import ExactPosition, TrainerJob
 from mismatch_probe.engines.batching import Footprint, plan_batches, plan_in_order, rows_per_chunk
 from mismatch_probe.engines.float64 import keep_float64
 from mismatch_probe.engines.layouts import BatchLayout, model_inputs
+from mismatch_probe.engines.loading import load_model
 from mismatch_probe.engines.patching import replaced_forward
 from mismatch_probe.engines.rows import RowFile, stacked
 from mismatch_probe.errors import DtypeRefused, EngineError
@@ -41,7 +42,7 @@ class HfTrainer:
     """
 
     def __init__(self, job: TrainerJob) -> None:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig
 
         if (job.attention or "").startswith("flash") and job.dtype == "float32":
             raise DtypeRefused("FlashAttention does not take float32.", "Leave float32 out of --trainer-dtypes.")
@@ -56,12 +57,11 @@ class HfTrainer:
         self._device = torch.device(job.device)
         self._dtype = _TORCH[job.dtype]
         weights = self._dtype if job.mode == "cast" else torch.float32
-        self._model = AutoModelForCausalLM.from_pretrained(
+        self._model = load_model(
             job.model_path,
             dtype=weights,
             attn_implementation=job.attention or _faithful_attention(config),
             trust_remote_code=job.trust_remote_code,
-            local_files_only=True,
         )
         self._model.requires_grad_(False).eval().to(self._device)
         self._decoder = self._model.get_decoder()

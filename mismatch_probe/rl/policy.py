@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from mismatch_probe.engines.float64 import keep_float64
+from mismatch_probe.engines.loading import load_model
 from mismatch_probe.engines.logprobs import Batch, token_logprobs
 from mismatch_probe.errors import TableError
 from mismatch_probe.rl.config import RlConfig
@@ -50,14 +51,11 @@ class Policy:
     """
 
     def __init__(self, path: str, config: RlConfig, device: torch.device) -> None:
-        from transformers import AutoModelForCausalLM
-
         self._config, self._device = config, device
         self._dtype = TORCH_DTYPES[config.trainer_dtype]
 
         def load(dtype: torch.dtype) -> Any:
-            loaded = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
-            return loaded.to(device).eval()
+            return load_model(path, dtype=dtype).to(device).eval()
 
         self.model: Any = load(torch.float32)
         # In 16 bits `cast` computes with a copy; everywhere else the masters themselves compute. The copy is loaded,

@@ -17,12 +17,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from scipy import special
 from transformers import AutoModelForCausalLM
 
 from mismatch_probe.engines.logprobs import Batch, entropies, token_logprobs
-from mismatch_probe.errors import TableError
+from mismatch_probe.errors import ModelError, TableError
 from mismatch_probe.rl.config import make_config
 from mismatch_probe.rl.policy import TORCH_DTYPES, NonFinite, Policy, StepFacts
 from tests.real.tiny import VOCABULARY, save_tiny
@@ -487,6 +487,16 @@ def test_weights_are_handed_on_as_a_checkpoint_has_them(tmp_path: Path, architec
     assert found.keys() - saved.keys() <= {"lm_head.weight"}
     assert all(torch.equal(found[name], tensor) for name, tensor in saved.items())
     assert any(".experts.0." in name for name in found) == (architecture != "qwen3")
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
+    """transformers draws them at random, and every number that follows would be of another model."""
+    file = save_tiny("qwen3", tmp_path) / "model.safetensors"
+    victim = "model.layers.1.mlp.down_proj.weight"
+    weights = {name: tensor for name, tensor in load_file(file).items() if name != victim}
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(ModelError, match=rf"no weights for {victim} \(1 tensors"):
+        make_policy(tmp_path, **FLOAT32)
 
 
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral"])
