@@ -2,9 +2,9 @@
 very weights that it was given.
 
 On a CPU vLLM packs its weights, and they cannot be read back. So a fault is found by what it does. The trainer's FP32
-forward pass tries on hypotheses: the weights that were sent, the ones before them, the sent ones with one tensor left
-as it was, the sent ones cast to another dtype. The hypothesis that reproduces the engine names the fault, and where it
-is one tensor, the tensor. Only compute rounding separates the engine from the right one.
+forward pass tries on hypotheses: the weights that were sent, the ones before them, the sent ones with one tensor or
+all experts left as they were, the sent ones cast to another dtype. The hypothesis that reproduces the engine names the
+fault, and where it is one tensor, the tensor. Only compute rounding separates the engine from the right one.
 
 How much rounding that is must not be read off the engine, which is what is judged: it is what the trainer's own forward
 pass makes of the same weights in the engine's dtype. The first judgement is of the engine as it loaded the checkpoint
@@ -218,6 +218,10 @@ class WeightSync:
         yield "it still has the weights that it began with (stale)", self._first
         if not scan:
             return
+        experts = [name for name in new if ".experts." in name]
+        for earlier in (old, self._first) if experts else ():
+            left_out = {name: earlier[name] for name in experts}
+            yield "the weights of experts did not arrive (partial sync)", {**new, **left_out}
         for name in new:
             for earlier in (old, self._first):
                 if not torch.equal(new[name], earlier[name]):

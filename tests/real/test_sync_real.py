@@ -81,6 +81,6 @@ def test_weights_of_every_family_arrive_and_experts_that_do_not_are_found(
     for name, texts in said.items():
         assert float(texts["well"].removeprefix("gap ")) < limit, (name, texts)
         if "experts" in str(SYNCED[name][1]):
-            assert "did not arrive" in texts["experts left behind"], (name, texts)
+            assert "the weights of experts did not arrive" in texts["experts left behind"], (name, texts)
         else:
             assert texts["experts left behind"].startswith("gap "), (name, texts)

@@ -162,8 +162,14 @@ def test_a_fault_stops_before_the_first_step_and_later(mixture: Path, fault: Spo
         setup.sync.send(setup.move())
         if step:
             fault(setup.engine)
-    with pytest.raises(SyncError, match="After a weight sync"):
+    with pytest.raises(SyncError, match="After a weight sync") as caught:
         setup.sync.send(setup.move(2e-2))
+    said = {
+        _leave_experts_out: "the weights of experts did not",
+        _leave_all_out: "(stale)",
+        _zero_one: "no single fault",
+    }
+    assert said[fault] in str(caught.value)
 
 
 @every_dtype
