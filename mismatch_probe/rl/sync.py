@@ -34,18 +34,17 @@ FP32_LIMIT = 1e-5
 # these weights. vLLM's kernels round as much: medians of 71 pairs (9 tiny families, three dtypes, before and after
 # syncs) lie between .67 and 1.29 times the trainer's, means over all tokens between .1 and 2.4 times.
 ROUNDING_LIMIT = 5.0
-# Both are means over the tokens with the smallest differences, this share of them. In a mixture of experts rounding
-# sends 2 to 9 % of tokens to other experts, on either side others, and these carry most of a mean over all. What is
-# wrong with weights moves nearly every token.
+# Differences are judged by their mean over the tokens with the smallest, this share of them. In a mixture of experts
+# rounding sends 2 to 9 % of tokens to other experts, and so does the smallest change of a weight: these carry most of
+# a mean over all. What is wrong with weights moves nearly every token.
 _TYPICAL = 0.75
 # A hypothesis changes log-probs by δ. Where it holds, the engine's difference from the weights that were sent is δ and
-# rounding, so that taking δ off leaves the rounding: it has to explain at least this share of the squared difference.
-# Not by a test of correlation: 16-bit rounding errors are so far from independent that among a hundred tensors one
-# correlates by many standard errors. So in 16 bits a tensor that is missing shows once its change outgrows rounding.
-_EXPLAINED = 0.5
-# By chance a hypothesis explains half of the difference where δ is of few tokens: one of 300 tensors in 5 to 8 % of
-# scans at 10 to 15 effective tokens, (Σδ²)² / Σδ⁴, in none at 50. In a mixture a few tokens that go to other experts
-# can be most of both δ and the difference. With fewer than so many no gap is accused that rounding explains.
+# rounding, so that taking δ off leaves the rounding: of the difference at most this share may be left. Not by a test of
+# correlation: 16-bit rounding errors are so far from independent that among a hundred tensors one correlates by many
+# standard errors. So in 16 bits a tensor that is missing shows once its change outgrows rounding.
+_LEFT = 0.5**0.5
+# By chance a hypothesis explains that much where δ is of few tokens: one of 300 tensors in 5 to 8 % of scans at 10 to
+# 15 effective tokens, (Σδ²)² / Σδ⁴, in none at 50. With fewer than so many no gap is accused that rounding explains.
 _FEWEST_TOKENS = 30
 # Relative noise on every weight in the trial before the first step. SmolLM2 moves by 1.1 nats, and in BF16 half of the
 # tensors that were tried show one by one; with .5 it is chaos, where rounding alone is 6 nats.
@@ -256,14 +255,18 @@ def changed_share(before: Weights, after: Weights) -> float:
     return changed / max(1, sum(tensor.numel() for tensor in after.values()))
 
 
+def _smallest(values: Floats) -> Floats:
+    """The sizes that are judged of `[N]` values, ascending."""
+    return np.sort(np.abs(values))[: max(1, round(_TYPICAL * len(values)))]
+
+
 def _typical(differences: Floats) -> float:
-    """Mean size of `[N]` differences over the smallest; NaN where one is."""
-    sizes = np.sort(np.abs(differences))
-    return float(sizes[: max(1, round(_TYPICAL * len(sizes)))].mean()) if np.isfinite(sizes).all() else float("nan")
+    """Mean size of `[N]` differences over the smallest; NaN where one is not finite."""
+    return float(_smallest(differences).mean()) if np.isfinite(differences).all() else float("nan")
 
 
 def _left_over(difference: Floats, delta: Floats, fewest_tokens: int) -> float | None:
-    """What is left of the engine's squared difference if a hypothesis holds; None where it explains too little, or is
+    """What is left of the engine's typical difference if a hypothesis holds; None where it explains too little, or is
     of too few tokens.
 
     Args:
@@ -271,9 +274,8 @@ def _left_over(difference: Floats, delta: Floats, fewest_tokens: int) -> float |
         delta: `[N]` those of the hypothesis less those of the weights that were sent.
         fewest_tokens: Least (Σδ²)² / Σδ⁴.
     """
-    total, squares = float(difference @ difference), delta**2
-    if not np.isfinite(total) or not np.isfinite(delta).all() or not delta.any():
+    if not delta.any():
         return None
-    left = float(((difference - delta) ** 2).sum())
+    left, squares = _typical(difference - delta), _smallest(delta) ** 2
     judged = squares.sum() ** 2 >= fewest_tokens * (squares**2).sum()
-    return left if judged and left <= (1 - _EXPLAINED) * total else None
+    return left if judged and left <= _LEFT * _typical(difference) else None

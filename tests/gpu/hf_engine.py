@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,9 @@ class HfRollout:
         end = self._tokenizer.eos_token_id
         n, reason = (tokens.index(end) + 1, "stop") if end in tokens else (len(tokens), "length")
         return Rollout(request.sequence_id, np.array(tokens[:n], np.int32), values[:n], reason, "")
+
+    def configured(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     @torch.no_grad()
     def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
