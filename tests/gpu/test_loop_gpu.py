@@ -90,7 +90,7 @@ def test_a_run_resumes_from_its_checkpoint(chain: Path, tmp_path: Path, stress: 
     assert resumed["grad_norm"].tolist() == pytest.approx(whole["grad_norm"].tolist(), rel=1e-3)
 
 
-@pytest.mark.parametrize(("dtype", "step_size"), [("float32", 1e-3), ("bfloat16", 2e-3), ("float16", 1e-3)])
+@pytest.mark.parametrize(("dtype", "step_size"), [("float32", 1e-3), ("bfloat16", 6e-3), ("float16", 1e-3)])
 def test_sync_faults_are_named(chain: Path, dtype: Any, step_size: float) -> None:
     engine = Tampering(HfRollout(engine_job(str(chain), dtype, "cuda")))
     policy = Policy(str(chain), make_config({"trainer_dtype": "float32"}), torch.device("cuda"))
