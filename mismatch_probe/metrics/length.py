@@ -17,6 +17,7 @@ from mismatch_probe.metrics.growth import MODELS, GrowthDraws, GrowthSample
 from mismatch_probe.metrics.intervals import UNCALIBRATED, Floats, join_why
 from mismatch_probe.metrics.length_check import Sums, contradictions
 from mismatch_probe.metrics.prefixes import Prefixes
+from mismatch_probe.metrics.ratio_test import NEGLIGIBLE
 from mismatch_probe.types import MetricValue
 
 MIN_PROMPTS = 8
@@ -201,6 +202,9 @@ def _drift_why(sample: GrowthSample, mean: MetricValue) -> str:
     assert mean.ci_high is not None
     if -mean.ci_low >= kl[0] / _DRIFT_FACTOR and -mean.ci_high <= kl[1] * _DRIFT_FACTOR:
         return ""
+    drift = max(-mean.ci_low, mean.ci_high) / sample.length[-1]
+    if drift <= NEGLIGIBLE:
+        return f"D drifts by at most {drift:.1e} nats a token, the known bias of float32 log-softmax"
     return "the mean of D does not fit its variance, so exp(b) is not the sampling law (see mean_ratio)"
 
 

@@ -93,10 +93,10 @@ def prompts_needed(estimate: Estimate, precision: float = PRECISION) -> PromptsN
     while enough - too_few > 1:
         middle = (enough + too_few) // 2
         too_few, enough = (too_few, middle) if half_width(middle, upper) <= precision else (middle, enough)
-    return PromptsNeeded(_rounded_up(enough - n_prompts), now, precision)
+    return PromptsNeeded(rounded_up(enough - n_prompts), now, precision)
 
 
-def _rounded_up(n: int) -> int:
+def rounded_up(n: int) -> int:
     """`n` to two significant digits, upwards."""
     unit: int = 10 ** max(0, len(str(n)) - 2)
     return -(-n // unit) * unit

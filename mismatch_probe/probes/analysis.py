@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from mismatch_probe.config import CompareConfig, Limit
@@ -15,6 +15,7 @@ from mismatch_probe.metrics.frame import null_of
 from mismatch_probe.metrics.length import fit_length
 from mismatch_probe.metrics.length_prediction import LengthForecast, forecast
 from mismatch_probe.metrics.paired import compare_pairs
+from mismatch_probe.metrics.ratio_test import adjusted_together
 from mismatch_probe.metrics.where import where
 from mismatch_probe.probes.findings import excluded_findings, findings
 from mismatch_probe.probes.pairs import Cell, PairResult, analyse_pair, why_missing
@@ -62,6 +63,8 @@ def analyse(
         raise TableError(
             f"Nothing can be compared: {reasons}.", "See the reasons, mend them, and continue with --resume."
         )
+    together = adjusted_together([result.ratio_tests for result in results])
+    results = [replace(result, ratio_tests=tests) for result, tests in zip(results, together, strict=True)]
     # Of several trainer modes the first one stands for the dtype.
     diagonal = {r.cell.diagonal: r for r in reversed(results) if r.cell.diagonal}
     diagonal = {name: diagonal[name] for name in reversed(diagonal)}

@@ -8,7 +8,6 @@ from typing import Any
 from mismatch_probe.metrics.accounting import CONTRADICTED
 from mismatch_probe.metrics.accumulate import PairSums
 from mismatch_probe.metrics.length_prediction import LengthForecast
-from mismatch_probe.metrics.multiplicity import SIGNIFICANCE, holm
 from mismatch_probe.metrics.paired import paired_ratio
 from mismatch_probe.metrics.ratio_test import RatioTest
 from mismatch_probe.probes.pairs import PairResult
@@ -99,14 +98,9 @@ def _tokens(length: MetricValue) -> str:
 
 
 def _one_sided(diagonal: Mapping[str, PairResult]) -> dict[str, RatioTest]:
-    """The largest violation of E[ρ] = 1 in each pair, of those that stand against all tests of all pairs together."""
-    tests = [(name, test) for name, result in diagonal.items() for test in result.ratio_tests]
-    adjusted = holm([test.p_value for _, test in tests])
-    found: dict[str, RatioTest] = {}
-    for (name, test), p in zip(tests, adjusted, strict=True):
-        if p is not None and p < SIGNIFICANCE and test.verdict == "violated":
-            found[name] = max(found.get(name, test), test, key=_size)
-    return found
+    """The largest violation of E[ρ] = 1 in each pair."""
+    broken = {name: [t for t in result.ratio_tests if t.verdict == "violated"] for name, result in diagonal.items()}
+    return {name: max(tests, key=_size) for name, tests in broken.items() if tests}
 
 
 def _size(test: RatioTest) -> float:

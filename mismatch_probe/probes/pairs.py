@@ -88,6 +88,7 @@ class PairResult:
             "n_tokens": self.sums.n_tokens,
             "n_sequences": len(self.sums.prompt),
             "n_prompts": len(self.sums.prompt_ids),
+            "n_prompts_finite": int(np.count_nonzero(self.sums.tokens.counts)),
             "n_nonfinite": excluded.n_nonfinite,
             "n_excluded": excluded.n_tokens,
             "excluded": [vars(row) for row in excluded.rows()],

@@ -13,6 +13,7 @@ from mismatch_probe.report.audit_terminal import (
     by_status,
     counts,
     deciding_pairs,
+    precision_rows,
     question,
 )
 from mismatch_probe.report.format import NONE, count, interval, number, percent, visible
@@ -75,6 +76,7 @@ def render_audit(document: Document, figures: Mapping[str, Path]) -> str:
         question=question(document),
         answer=answer(document),
         state=_STATES[document["verdict"]],
+        precisions=[(_STATES[status], status, text) for status, text in precision_rows(document)],
         reasons=_reasons(deciding),
         profile=f"{visible(document['profile']['name'])}. {visible(document['profile']['description'])}",
         worse=0 if baseline is None else len(baseline["regressions"]),

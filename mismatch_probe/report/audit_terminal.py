@@ -38,6 +38,18 @@ def answer(document: Mapping[str, Any]) -> str:
     return f"{_ANSWERS[document['verdict']]}: {names or why}"
 
 
+def precision_rows(document: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(verdict, sentence) of each precision that the model could be trained in: what decides, and what would settle."""
+    rows = []
+    for found in document["precisions"]:
+        name = visible(found["pair"] or found["dtype"])
+        check = f"{visible(found['check'])}: " if found["check"] else ""
+        rows.append(
+            (found["verdict"], f"{name}: {check}{visible(found['evidence'])} {visible(found['settle'])}".rstrip())
+        )
+    return rows
+
+
 def deciding_pairs(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The pairs that the verdict is of."""
     return [pair for pair in document["pairs"] if precision_label(pair) in document["decided_by"]]
@@ -56,6 +68,8 @@ def counts(checks: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 def print_audit(document: Mapping[str, Any], console: Console) -> None:
     """Prints the verdict, then its reasons, then the recommendation; needs 80 columns."""
     console.print(Text(f"{question(document)} {answer(document)}", style=_STYLES[document["verdict"]]))
+    rows = [(Text(state, style=_STYLES[state]), Text(text)) for state, text in precision_rows(document)]
+    console.print(_hanging(rows))
     if document["profile"]["description"]:
         profile = document["profile"]
         console.print(Text(f"Profile {visible(profile['name'])}: {visible(profile['description'])}", style="dim"))

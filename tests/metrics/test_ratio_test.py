@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from mismatch_probe.metrics.accumulate import as_sums
-from mismatch_probe.metrics.ratio_test import RatioTest, mean_ratio_tests, ratio_tests
+from mismatch_probe.metrics.binned import PROBABILITY_EDGES
+from mismatch_probe.metrics.ratio_test import RatioTest, adjusted_together, mean_ratio_tests, ratio_tests
 from mismatch_probe.types import PairArrays
 
 
@@ -78,6 +80,42 @@ def test_a_bias_of_log_softmax_is_significant_and_negligible(make_pair: Any) -> 
         assert verdicts(pair, family) - {"not judged"} == {"violated but negligible"}
 
 
+def sums_of_laws(near: float, one_side: bool, noise: float = 0.1) -> dict[str, np.ndarray]:
+    """What 64 prompts of 4,000 positions would show with every token of their laws, as often as μ draws it: the shift
+    of each bin of probability that errors make, without that of sampling. Of the positions, `near` are near certain.
+    """
+    rng = np.random.default_rng(0)
+    edges = PROBABILITY_EDGES
+    sums = np.zeros((3, 64, len(edges) - 1))
+    for prompt in range(64):
+        logits = rng.normal(0, 2, (4000, 16))
+        certain = rng.random(4000) < near
+        logits[certain, 0] = logits[certain].max(axis=1) + rng.normal(6, 1.5, certain.sum())
+        scales = (noise, 0.0 if one_side else noise)
+        b, a = (x - np.log(np.exp(x).sum(axis=1, keepdims=True)) for x in _erring(rng, logits, scales))
+        mu = np.exp(b).ravel()
+        bins = np.clip(np.searchsorted(edges, mu, side="right") - 1, 0, len(edges) - 2)
+        for row, column in zip(sums, (np.expm1((a - b).ravel()), 1.0, (a - b).ravel() ** 2), strict=True):
+            row[prompt] = np.bincount(bins, mu * column, len(edges) - 1)
+    return dict(zip(("excess", "counts", "squares"), sums, strict=True)) | {"edges": edges}
+
+
+def _erring(rng: np.random.Generator, logits: np.ndarray, scales: tuple[float, float]) -> list[np.ndarray]:
+    return [logits + scale * rng.normal(0, 1, logits.shape) for scale in scales]
+
+
+@pytest.mark.parametrize("one_side", [False, True])
+@pytest.mark.parametrize("near", [0.0, 0.5, 0.8, 0.95])
+def test_errors_of_near_certain_tokens_are_no_fault_however_many_there_are(near: float, one_side: bool) -> None:
+    """The mean d² of all tokens was the tolerance, of which the shift is up to 26 times; the bin's is no better."""
+    tests = mean_ratio_tests("probability", **sums_of_laws(near, one_side), replicates=50)
+    (tests,) = adjusted_together([tests])
+    assert {test.verdict for test in tests} <= {"holds", "not judged"}
+    shift = max(abs(test.mean_ratio.value - 1) for test in tests if test.n_tokens > 100 and test.mean_ratio.value)
+    assert shift < tests[0].tolerance
+    assert tests[0].tolerance < 0.1
+
+
 @pytest.mark.parametrize("noise", [0.05, 0.2])
 def test_regression_to_the_mean_by_probability_is_not_called_a_fault(sampled: Any, noise: float) -> None:
     """Over 90,000 tokens the selection by a noisy probability shows in several bins, and stays below mean d²."""
@@ -102,7 +140,7 @@ def test_values_per_bin_are_the_plain_means(sampled: Any) -> None:
             assert test.mean_ratio.value == pytest.approx(rho[inside].mean(), rel=1e-12)
 
 
-def test_p_value_is_the_interval_and_is_adjusted_within_the_family(sampled: Any) -> None:
+def test_p_value_is_the_interval_and_is_adjusted_over_all_tests(sampled: Any) -> None:
     tests = ratio_tests(as_sums(sampled(6, 0.3, kept=30)), replicates=200)
     judged = [test for test in tests if test.p_value is not None]
     assert len(judged) > 15
@@ -114,16 +152,29 @@ def test_p_value_is_the_interval_and_is_adjusted_within_the_family(sampled: Any)
         assert test.mean_ratio.ci_low is not None
         assert test.mean_ratio.ci_high is not None
         assert (test.p_value < 0.05) == (not test.mean_ratio.ci_low <= 1 <= test.mean_ratio.ci_high)  # type: ignore[operator]
-    smallest = min((test for test in judged if test.family == "position"), key=lambda test: test.p_value or 0)
-    count = sum(test.family == "position" for test in judged)
-    assert smallest.p_holm == pytest.approx(min(1.0, count * (smallest.p_value or 0)))
+    smallest = min(judged, key=lambda test: test.p_value or 0)
+    assert smallest.p_holm == pytest.approx(min(1.0, len(judged) * (smallest.p_value or 0)))
+
+
+def test_tests_of_all_pairs_are_adjusted_together() -> None:
+    """Each pair's least p-value is .01, which stands alone and not among nine."""
+    rng = np.random.default_rng(0)
+    counts = np.full((64, 1), 50.0)
+    (test,) = mean_ratio_tests("overall", counts * rng.normal(0.01, 0.05, counts.shape), counts, replicates=50)
+    pairs = [[replace(test, p_value=p) for p in (0.01 + k * 1e-4, 0.5)] for k in range(9)]
+    assert [tests[0].verdict for tests in (adjusted_together([pair])[0] for pair in pairs)] == ["violated"] * 9
+    together = adjusted_together(pairs)
+    assert {test.verdict for tests in together for test in tests} == {"holds"}
+    assert together[0][0].p_holm == pytest.approx(18 * 0.01)
+    assert [len(tests) for tests in together] == [2] * 9
 
 
 def test_small_and_empty_bins_are_not_judged() -> None:
     rng = np.random.default_rng(7)
     counts = np.column_stack([np.full(64, 10.0), np.zeros(64), np.where(np.arange(64) < 5, 200.0, 0.0), np.eye(64)[0]])
     excess = counts * rng.normal(0, 0.1, counts.shape)
-    full, empty, few, one = mean_ratio_tests("bins", excess, counts, np.arange(5.0), replicates=50)
+    (bins,) = adjusted_together([mean_ratio_tests("bins", excess, counts, np.arange(5.0), replicates=50)])
+    full, empty, few, one = bins
     assert full.verdict in ("holds", "violated")
     assert (empty.verdict, empty.mean_ratio.why) == ("not judged", "no tokens")
     assert few.verdict == one.verdict == "not judged"

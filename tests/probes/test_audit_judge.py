@@ -12,7 +12,7 @@ from mismatch_probe.types import MetricValue
 
 ABOVE = Bounds(warn_above=1.0, fail_above=10.0, source="us")
 BELOW = Bounds(warn_below=0.5, fail_below=0.1)
-RARE = Bounds(event="fail", rate_below=1e-3)
+RARE = Bounds(event="fail", rate_below=0.05)
 
 
 def of(low: float, value: float, high: float, bounds: Bounds = ABOVE, why: str = "") -> Check:
@@ -68,22 +68,65 @@ def test_what_was_not_measured_may_be_anything() -> None:
 
 
 def test_a_maximum_within_its_limits_is_judged_by_the_rate_of_what_was_not_seen() -> None:
-    few, many = MetricValue(0.0, 0.0, 0.05), MetricValue(0.0, 0.0, 1e-4)
-    bounds = Bounds(warn_above=1.0, fail_above=10.0, rate_below=1e-3)
-    assert judged_extreme("max_abs_logprob_diff", MetricValue(0.5), many, bounds, "e").status == "pass"
-    assert judged_extreme("max_abs_logprob_diff", MetricValue(0.5), few, bounds, "e").status == "not judged"
-    assert judged_extreme("max_abs_logprob_diff", MetricValue(11.0), few, bounds, "e").status == "fail"
-    assert judged_extreme("max_abs_logprob_diff", MetricValue(0.5), many, ABOVE, "e").status == "not judged"
-    assert judged_extreme("max_abs_logprob_diff", MetricValue(11.0), few, ABOVE, "e").status == "fail"
+    bounds = Bounds(warn_above=1.0, fail_above=10.0, rate_below=0.05)
+
+    def status(value: float, n_prompts: int, bounds: Bounds = bounds) -> str:
+        return judged_extreme("max_abs_logprob_diff", MetricValue(value), bounds, "e", n_prompts=n_prompts).status
+
+    assert status(0.5, 73) == "pass"
+    assert status(0.5, 71) == "not judged"
+    assert status(11.0, 1) == "fail"
+    assert status(0.5, 10_000, ABOVE) == "not judged"
+    assert status(11.0, 1, ABOVE) == "fail"
 
 
-def test_rare_events() -> None:
-    assert judged_event("x", 1, MetricValue(1e-6, 0, 1e-5), RARE, "e").status == "fail"
-    assert judged_event("x", 0, MetricValue(0.0, 0.0, 9e-4), RARE, "e").status == "pass"
-    assert judged_event("x", 0, MetricValue(0.0, 0.0, 2e-3), RARE, "e").status == "not judged"
-    assert judged_event("x", 0, MetricValue(0.0, 0.0, 2e-3), Bounds(event="warn", rate_below=1e-3), "e").worst == "warn"
-    assert judged_event("x", 0, MetricValue(None), RARE, "e").status == "not judged"
-    assert judged_event("x", 0, MetricValue(0.0, 0.0, 0.5), Bounds(event="fail"), "e").status == "pass"
+def event(hits: int, n_prompts: int, bounds: Bounds = RARE) -> Check:
+    return judged_event("x", hits, MetricValue(0.5, 0.1, 0.9), bounds, "e", n_prompts=n_prompts)
+
+
+def test_rare_events_are_judged_by_prompts() -> None:
+    assert event(1, 1000).status == "fail"
+    assert event(0, 73).status == "pass"
+    assert event(0, 73).value.ci_high == pytest.approx(1 - 0.025 ** (1 / 73))
+    assert (event(0, 72).status, event(0, 71).worst) == ("pass", "warn")
+    assert (event(0, 35).worst, event(0, 36).worst) == (
+        "fail",
+        "warn",
+    )  # more than one prompt in ten is excluded, or not
+    assert event(0, 0).worst == "fail"
+    assert event(0, 10, Bounds(event="warn", rate_below=0.05)).worst == "warn"
+    assert event(0, 10_000, Bounds(event="fail")).status == "not judged"
+
+
+@pytest.mark.parametrize(("rate", "n_prompts"), [(0.1, 36), (0.05, 72), (0.01, 368), (0.005, 736)])
+def test_the_prompts_that_a_rate_needs_are_told(rate: float, n_prompts: int) -> None:
+    bounds = Bounds(event="fail", rate_below=rate)
+    more = event(0, 20, bounds).more_prompts
+    assert more is not None
+    assert n_prompts - 20 <= more <= 1.1 * (n_prompts - 20)
+    assert event(0, n_prompts, bounds).status == "pass"
+    assert event(0, n_prompts - 1, bounds).status == "not judged"
+    assert event(0, n_prompts, bounds).as_dict()["more_prompts"] is None
+
+
+def test_the_prompts_that_an_interval_needs_are_told() -> None:
+    check = judged("x", MetricValue(0.5, 0.25, 1.5), Bounds(fail_above=1.0), "e", n_prompts=64)
+    assert check.status == "not judged"
+    assert check.more_prompts == 97  # (log 3 / log 2)² · 64, less 64
+    few = MetricValue(0.5, 0.4, 0.7, "uncalibrated: fewer than 32 prompts")
+    assert judged("x", few, Bounds(fail_above=0.9), "e", n_prompts=20).more_prompts == 13
+    assert judged("x", MetricValue(1.0, 0.5, 2.0), Bounds(fail_above=1.0), "e", n_prompts=64).more_prompts is None
+    assert judged("x", MetricValue(None), Bounds(fail_above=1.0), "e", n_prompts=64).more_prompts is None
+
+
+def test_an_uncalibrated_interval_without_width_says_nothing() -> None:
+    assert of(0.5, 0.5, 0.5, why="uncalibrated: fewer than 32 prompts").status == "not judged"
+    assert of(0.5, 0.5, 0.5).status == "pass"
+
+
+def test_nan_is_not_judged() -> None:
+    nan = float("nan")
+    assert {of(*row).status for row in ((0.1, nan, 0.2), (nan, 0.1, 0.2), (0.1, 0.1, nan))} == {"not judged"}
 
 
 def test_the_verdict_is_the_worst_that_is_certain_or_cannot_be_excluded() -> None:

@@ -28,7 +28,8 @@ def test_maxima_and_counts_are_extremes_and_k_hat_is_not() -> None:
     assert is_extreme("seq_log_ratio_min")
     assert not is_extreme("pareto_k")
     assert not is_extreme("kl_k3")
-    assert not is_extreme("fp16_headroom")
+    assert is_extreme("fp16_headroom")
+    assert not is_extreme("fp16_weights")
 
 
 def test_every_own_check_is_in_the_default_profile() -> None:
@@ -87,6 +88,8 @@ def test_an_own_profile_extends_and_replaces_and_skips(tmp_path: Path) -> None:
         ("[checks.kl_k3]\nwarn_above = nan\n", "warn_above"),
         ("[checks.nonfinite_logprobs]\nrate_below = 1e-3\n", "names no limit"),
         ("[checks.kl_k3]\nwarn_above = 1\nrate_below = 1e-3\n", "is no rare event"),
+        ("[checks.one_sided]\nevent = 'fail'\n", "needs `within`"),
+        ("[checks.kl_k3]\nwarn_above = 1\nwithin = 0.1\n", "needs `within`"),
         ("extends = 'lax'\n", "extends"),
         ("[checks.kl_k3\n", "cannot be read"),
     ],

@@ -26,6 +26,7 @@ def check(name: str, status: str, value: float | None = 0.5, **changes: Any) -> 
         "source": f"source of {name}",
         "evidence": f"Evidence of {name}.",
         "where": None,
+        "more_prompts": None,
     } | changes
 
 
@@ -78,7 +79,7 @@ def _forward() -> dict[str, Any]:
         "n_tokens": 2_607,
         "longest": 48,
         "fused_attention": True,
-        "overflow_tokens": {"value": 0.0, "ci_low": 0.0, "ci_high": 1.41e-3, "n": 0},
+        "overflow_tokens": {"value": 0.0, "ci_low": 0.0, "ci_high": 0.056, "n": 0, "n_prompts": 0},
         "largest": tensors[4],
         "source": "model.layers.4",
         "first_overflow": None,
@@ -121,6 +122,7 @@ def _backward() -> dict[str, Any]:
         "loss": "−Σ A log π / N over response tokens",
         "step_tokens": 131_072,
         "n_sequences": 16,
+        "n_prompts": 16,
         "n_tokens": 449,
         "largest": 9.29e-4,
         "flushed_unscaled": 0.0653,
@@ -231,6 +233,11 @@ def baseline() -> dict[str, Any]:
     }
 
 
+def precision(dtype: str, pair: str | None, verdict: str, check: str | None, **changes: Any) -> dict[str, Any]:
+    row = {"dtype": dtype, "pair": pair, "verdict": verdict, "check": check, "evidence": f"Evidence of {check}."}
+    return row | {"more_prompts": None, "settle": ""} | changes
+
+
 def audit_document(**changes: Any) -> dict[str, Any]:
     """Warns for FP16, which decides; BF16 fails. `changes` replace what is at the top."""
     decides = [
@@ -254,6 +261,11 @@ def audit_document(**changes: Any) -> dict[str, Any]:
         "model": "smollm2-135m",
         "verdict": "warn",
         "decided_by": ["float16 → float16"],
+        "precisions": [
+            precision("bfloat16", "bfloat16 → bfloat16 (autocast)", "fail", "kl_k3"),
+            precision("float16", "float16 → float16", "warn", "fp16_headroom"),
+            precision("float32", None, "not judged", None, more_prompts=40, settle="About 40 more prompts."),
+        ],
         "profile": {"name": "default", "description": "Limits that frameworks publish."},
         "options": {
             "profile": "default",
@@ -301,6 +313,7 @@ def bare_document() -> dict[str, Any]:
     return audit_document(
         verdict="not judged",
         decided_by=[],
+        precisions=[],
         pairs=[],
         recommendation=None,
         range=dict.fromkeys(PARTS),

@@ -97,6 +97,8 @@ def test_the_page_reads_in_order(figures: dict[str, Path]) -> None:
     order = [
         "May smollm2-135m go into RL?",
         "Yes, with warnings: float16 → float16",
+        "bfloat16 → bfloat16 (autocast): kl_k3: Evidence of kl_k3.",
+        "float32: Evidence of None. About 40 more prompts.",
         "1 check is worse than in the baseline",
         "Evidence of fp16_headroom.",
         "FP16 on both sides: warn.",
@@ -203,7 +205,7 @@ def test_the_range_says_how_far_it_was_seen() -> None:
     for text in (
         "over 2,607 tokens of 64 sequences of 64 prompts",
         "The longest context seen is 48 tokens: nothing is known beyond it.",
-        "0 of 2,607 tokens have an activation of 65,520 or more (0 %, at most 0.141 % with 95 % confidence).",
+        "0 of 2,607 tokens have an activation of 65,520 or more (0 %, at most 5.60 % with 95 % confidence).",
         "Half of the largest peak is first reached at model.layers.4.",
         "fused attention keeps them in FP32",
     ):

@@ -16,6 +16,7 @@ from mismatch_probe.probes.audit.checks import Checks
 from mismatch_probe.probes.audit.judge import Check, verdict
 from mismatch_probe.probes.audit.measure import Calibration, Measurements, Part
 from mismatch_probe.probes.audit.options import AuditOptions
+from mismatch_probe.probes.audit.precisions import precisions
 from mismatch_probe.probes.audit.profile import Profile
 from mismatch_probe.probes.audit.ranges import backward_document, forward_document, lag_document, weights_document
 from mismatch_probe.probes.audit.snippets import snippets
@@ -79,6 +80,7 @@ def audit_document(
         "model": run.manifest["model"]["name"],
         "verdict": _overall(pairs, best, options),
         "decided_by": [precision_label(pair) for pair in _deciding(pairs, best, options)],
+        "precisions": precisions(pairs, summary["missing"]),
         "profile": {"name": profile.name, "description": profile.description},
         "options": options.as_dict() | {"planned_tokens": planned, "step_tokens": options.loss_tokens(run)},
         "pairs": pairs,
@@ -101,7 +103,7 @@ def ranges_of(
     if "forward" in parts:
         found["forward"] = forward_document(*parts["forward"], prompts)
     if "backward" in parts:
-        found["backward"] = backward_document(*parts["backward"])
+        found["backward"] = backward_document(*parts["backward"], prompts)
     if "lag" in parts:
         n = int(parts["lag"][1]["sequence"].max()) + 1
         backward = parts.get("backward")

@@ -1,11 +1,22 @@
-"""From a value with its interval and a check's bounds to a status: it is the interval that has to be on one side."""
+"""From a value with its interval and a check's bounds to a status: it is the interval that has to be on one side.
+
+Nothing passes for want of evidence: a value needs an interval, and an event that did not occur or a maximum needs as
+many prompts as exclude the rate that its bounds name. Of such events the prompt is the unit: what one token of a prompt
+does, others of it do, and an overflow takes the prompt's whole loss with it. So 0 of 64 prompts excludes only rates
+above 5.6 %, however many tokens they have. Only what was counted over all there is (weights, the engine's refusal), or
+claims nothing beyond what ran (the FP16 pass), needs no interval.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from mismatch_probe.metrics.catalog import CALIBRATED_PROMPTS
+from mismatch_probe.metrics.inference import UPPER_TAIL
+from mismatch_probe.metrics.power import rounded_up
 from mismatch_probe.probes.audit.profile import Bounds, title_of
 from mismatch_probe.types import MetricValue
 
@@ -13,6 +24,9 @@ Level = Literal["pass", "warn", "fail"]
 Status = Literal["pass", "warn", "fail", "not judged"]
 _ORDER: tuple[Level, ...] = ("pass", "warn", "fail")
 UNCALIBRATED = "uncalibrated"
+# An event that more than one prompt in ten would show, and none did, is no ground to refuse a model: it can only warn.
+_COMMON = 0.1
+_MOST_PROMPTS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -28,6 +42,8 @@ class Check:
         evidence: A sentence.
         where: The module that decides, where one does.
         exact: Whether the value was counted or computed, so that it needs no interval.
+        more_prompts: Of a check that is not judged: how many more prompts of the same kind would settle it, if the
+            value stays; None where that is not what it lacks, or nobody can tell.
     """
 
     name: str
@@ -40,6 +56,7 @@ class Check:
     evidence: str
     where: str | None = None
     exact: bool = False
+    more_prompts: int | None = None
 
     @property
     def status(self) -> Status:
@@ -60,58 +77,132 @@ class Check:
             "source": self.source,
             "evidence": self.evidence,
             "where": self.where,
+            "more_prompts": self.more_prompts if self.status == "not judged" else None,
         }
 
 
 def judged(
-    name: str, value: MetricValue, bounds: Bounds, evidence: str, where: str | None = None, *, exact: bool = False
+    name: str,
+    value: MetricValue,
+    bounds: Bounds,
+    evidence: str,
+    where: str | None = None,
+    *,
+    exact: bool = False,
+    n_prompts: int = 0,
 ) -> Check:
     """Judges a value.
 
     Args:
         name: Of the check.
-        value: With its interval. One that is marked uncalibrated counts at twice its width.
+        value: With its interval. One that is marked uncalibrated counts at twice its width, and says nothing without
+            width.
         bounds: Its limits.
         evidence: A sentence.
         where: The module that decides.
         exact: Whether the value was counted or computed, so that it needs no interval.
+        n_prompts: That the value is of; 0 where they do not decide.
     """
     about = (bounds.limits, bounds.text(), bounds.source)
     ends = (value.value, value.value) if exact and value.value is not None else _ends(value)
-    if value.value is None or ends is None:
+    if value.value is None or ends is None or any(map(math.isnan, (value.value, *ends))):
         return Check(name, "pass", _worst(bounds), value, *about, evidence, where)
     levels = [_level(end, bounds) for end in ends]
     # Limits on both sides of an interval make its middle better than either end.
     middle = _level(value.value, bounds)
     best, worst = min([*levels, middle], key=_ORDER.index), max(levels, key=_ORDER.index)
-    return Check(name, best, worst, value, *about, evidence, where, exact)
+    more = _more_for_limits(value, bounds, n_prompts)
+    return Check(name, best, worst, value, *about, evidence, where, exact, more)
 
 
 def judged_event(
-    name: str, hits: int, rate: MetricValue, bounds: Bounds, evidence: str, where: str | None = None
+    name: str,
+    hits: int,
+    rate: MetricValue,
+    bounds: Bounds,
+    evidence: str,
+    where: str | None = None,
+    *,
+    n_prompts: int,
 ) -> Check:
     """Judges a rare event: one that occurred is what its bounds call it, one that did not is judged by the upper limit
-    of its rate.
+    of its rate over prompts.
+
+    Args:
+        name: Of the check.
+        hits: How often it occurred.
+        rate: Over tokens, where it did.
+        bounds: The event, and the rate of prompts that has to be excluded.
+        evidence: A sentence.
+        where: The module that decides.
+        n_prompts: Prompts that could have shown it.
     """
     about = (bounds.limits, bounds.text(), bounds.source)
     event: Level = bounds.event or "pass"
     if hits:
         return Check(name, event, event, rate, *about, evidence, where)
-    shown = rate.value is not None and _is_rare(rate, bounds)
-    return Check(name, "pass", "pass" if shown else event, rate, *about, evidence, where)
+    unseen = unseen_rate(n_prompts)
+    worst: Level = "pass" if _is_rare(unseen, bounds) else "warn" if (unseen.ci_high or 1.0) < _COMMON else event
+    more = _more_for_rate(bounds, n_prompts)
+    return Check(name, "pass", worst, unseen, *about, evidence, where, more_prompts=more)
 
 
-def judged_extreme(name: str, value: MetricValue, rate: MetricValue, bounds: Bounds, evidence: str) -> Check:
+def judged_extreme(
+    name: str,
+    value: MetricValue,
+    bounds: Bounds,
+    evidence: str,
+    where: str | None = None,
+    *,
+    exact: bool = False,
+    n_prompts: int,
+) -> Check:
     """Judges a maximum or a count: one beyond a limit is, and of one within them a larger sample may show worse, unless
-    the upper limit of the rate of what was not seen is low enough.
+    the upper limit of the rate of prompts that would is low enough. `exact` tells whether the value itself is without
+    error, so that an older one compares with it.
     """
-    check = replace(judged(name, value, bounds, evidence, exact=True), exact=False)
-    shown = bounds.rate_below is not None and _is_rare(rate, bounds)
-    return check if shown or check.best == "fail" else replace(check, worst=_worst(bounds))
+    check = replace(judged(name, value, bounds, evidence, where, exact=True), exact=exact)
+    if value.value is None or check.best == "fail" or _is_rare(unseen_rate(n_prompts), bounds):
+        return check
+    return replace(check, worst=_worst(bounds), more_prompts=_more_for_rate(bounds, n_prompts))
+
+
+def unseen_rate(n_prompts: int) -> MetricValue:
+    """The share of prompts that shows what none of `n_prompts` did: Clopper–Pearson's."""
+    if n_prompts < 1:
+        return MetricValue(None, why="no prompts")
+    return MetricValue(0.0, 0.0, -math.expm1(math.log1p(-UPPER_TAIL) / n_prompts))
 
 
 def _is_rare(rate: MetricValue, bounds: Bounds) -> bool:
-    return bounds.rate_below is None or (rate.ci_high is not None and rate.ci_high < bounds.rate_below)
+    return bounds.rate_below is not None and rate.ci_high is not None and rate.ci_high < bounds.rate_below
+
+
+def _more_for_rate(bounds: Bounds, n_prompts: int) -> int | None:
+    """Further prompts, none of which shows the event, that exclude the rate."""
+    if bounds.rate_below is None or bounds.rate_below >= 1:
+        return None
+    return _more(math.log1p(-UPPER_TAIL) / math.log1p(-bounds.rate_below), n_prompts)
+
+
+def _more_for_limits(value: MetricValue, bounds: Bounds, n_prompts: int) -> int | None:
+    """Further prompts that bring the interval to one side of every limit, if it shrinks as 1/√P about its value."""
+    low, high, middle = value.ci_low, value.ci_high, value.value
+    if not n_prompts or low is None or high is None or middle is None:
+        return None
+    needed = float(CALIBRATED_PROMPTS) if UNCALIBRATED in value.why else 0.0
+    scale = math.log if min(low, *bounds.limits.values()) > 0 else float
+    for limit in bounds.limits.values():
+        end, way = (scale(x) - scale(middle) for x in (high if limit > middle else low, limit))
+        if way == 0:
+            return None
+        needed = max(needed, n_prompts * (end / way) ** 2 if abs(end) > abs(way) else 0.0)
+    return _more(needed, n_prompts)
+
+
+def _more(needed: float, n_prompts: int) -> int | None:
+    more = math.floor(needed) + 1 - n_prompts
+    return rounded_up(more) if 0 < more <= _MOST_PROMPTS else None
 
 
 def missing(name: str, bounds: Bounds, why: str) -> Check:
@@ -150,6 +241,8 @@ def _ends(value: MetricValue) -> tuple[float, float] | None:
         return None
     if UNCALIBRATED not in value.why:
         return low, high
+    if low == high:
+        return None
     if low > 0:
         return low * low / middle, high * high / middle
     return middle - 2 * (middle - low), middle + 2 * (high - middle)

@@ -29,6 +29,8 @@ OWN_CHECKS: dict[str, str] = {
     "fp16_loss_scale_start": "room above the usual first loss scale of 2^16, powers of two",
     "fp16_pass": "tensors that are not finite in a real FP16 forward and backward pass",
 }
+# Those of them that are maxima over the sequences that ran.
+_OWN_EXTREMES = ("fp16_headroom", "fp16_attention_headroom", "fp16_loss_scale", "fp16_loss_scale_start")
 RARE = ("nonfinite_logprobs", "one_sided", "fp16_overflow_rate", "confident_disagreement_rate")
 
 
@@ -38,8 +40,8 @@ def title_of(check: str) -> str:
 
 
 def is_extreme(check: str) -> bool:
-    """Whether a metric is a maximum, a minimum or a count, of which what was not seen says little."""
-    return check in CATALOG and not CATALOG[check].has_interval and check != "pareto_k"
+    """Whether a check is of a maximum, a minimum or a count, of which what was not seen says little."""
+    return check in _OWN_EXTREMES or (check in CATALOG and not CATALOG[check].has_interval and check != "pareto_k")
 
 
 class Bounds(BaseModel):
@@ -49,7 +51,10 @@ class Bounds(BaseModel):
         warn_above, fail_above, warn_below, fail_below: Limits of the value.
         event: Of a rare event: what one occurrence is.
         rate_below: Of a rare event that did not occur, and of a maximum that exceeds no limit: the upper 95 % limit of
-            the rate has to be below this, or the check is not judged.
+            the share of prompts that would show it has to be below this, or the check is not judged. Without it such a
+            check never passes.
+        within: Of `one_sided`: the interval of the mean importance ratio has to lie within 1 ± this, or the check is
+            not judged.
         source: Who says so.
     """
 
@@ -61,6 +66,7 @@ class Bounds(BaseModel):
     fail_below: float | None = None
     event: Literal["warn", "fail"] | None = None
     rate_below: float | None = Field(default=None, gt=0)
+    within: float | None = Field(default=None, gt=0)
     source: str = ""
 
     @model_validator(mode="after")
@@ -85,7 +91,9 @@ class Bounds(BaseModel):
         if self.event is not None:
             parts.append(f"{self.event} when one occurs")
         if self.rate_below is not None:
-            parts.append(f"judged when the rate's upper limit is below {self.rate_below:g}")
+            parts.append(f"judged when at most {self.rate_below:g} of prompts can show more")
+        if self.within is not None:
+            parts.append(f"judged when the interval lies within 1 ± {self.within:g}")
         return ", ".join(parts)
 
 
@@ -120,6 +128,8 @@ class Profile(BaseModel):
                 raise ValueError(f"{name} is a rare event: give it `event` and `rate_below`")
             if not rare and (bounds.event or (bounds.rate_below and not is_extreme(name))):
                 raise ValueError(f"{name} is no rare event: give it `warn_above` or the like")
+            if (name == "one_sided") != (bounds.within is not None):
+                raise ValueError("one_sided, and nothing else, needs `within`: how near to 1 its interval has to lie")
         return self
 
 

@@ -17,6 +17,7 @@ from mismatch_probe.metrics.floats import FIRST_SCALE, FORMATS, FP16, ScaleRange
 from mismatch_probe.metrics.intervals import rare_share_interval
 from mismatch_probe.metrics.peaks import PeakSums, context_of
 from mismatch_probe.metrics.summary import compute_metrics
+from mismatch_probe.probes.audit.judge import unseen_rate
 from mismatch_probe.types import MetricValue, PairArrays
 
 Document = dict[str, Any]
@@ -67,7 +68,10 @@ def forward_document(facts: Document, arrays: Arrays, prompts: Sequence[str]) ->
     context = sums.by_context[[i for i, row in enumerate(rows) if row["kind"] not in apart]].max(axis=0)
     hits = np.bincount(_index(prompts), weights=sums.overflow_by_sequence).astype(np.float64)
     counts = np.bincount(_index(prompts), weights=sums.lengths).astype(np.float64)
-    low, high = rare_share_interval(hits, counts)
+    # Without any hit tokens of a prompt are not known to be independent: the prompt is the unit (judge.py).
+    rate = unseen_rate(len(counts))
+    if hits.any():
+        rate = MetricValue(float(hits.sum() / counts.sum()), *rare_share_interval(hits, counts))
     over = [row for row in made if row["n_overflow"]]
     largest = max(made, key=lambda row: row["peak"])
     # What is less than a bit smaller and came earlier is where the largest comes from.
@@ -78,7 +82,7 @@ def forward_document(facts: Document, arrays: Arrays, prompts: Sequence[str]) ->
         "n_tokens": sum(sums.lengths),
         "longest": sums.longest,
         "fused_attention": facts["fused"],
-        "overflow_tokens": MetricValue(float(hits.sum() / counts.sum()), low, high).as_dict() | {"n": int(hits.sum())},
+        "overflow_tokens": rate.as_dict() | {"n": int(hits.sum()), "n_prompts": int(np.count_nonzero(hits))},
         "largest": largest,
         "source": source,
         "first_overflow": over[0]["name"] if over else None,
@@ -111,8 +115,13 @@ def weights_document(facts: Document) -> Document:
     return {**found, "tensors": facts["rows"]}
 
 
-def backward_document(facts: Document, arrays: Arrays) -> Document:
-    """Gradients by tensor, what FP16 flushes of them without a loss scale, and the loss scales that serve them all."""
+def backward_document(facts: Document, arrays: Arrays, prompts: Sequence[str]) -> Document:
+    """Gradients by tensor, what FP16 flushes of them without a loss scale, and the loss scales that serve them all.
+
+    Args:
+        facts, arrays: The part.
+        prompts: Of each sequence of the calibration, of which the first ones were taken.
+    """
     histograms = histograms_of(facts, arrays)
     scales = scale_range(histograms, flushed=_FLUSHED)
     total = sum(float(h.mass[:-1].sum()) for h in histograms.values())
@@ -142,6 +151,7 @@ def backward_document(facts: Document, arrays: Arrays) -> Document:
         "loss": "−Σ A log π / N over response tokens, A = ±1, one sequence at a time",
         "step_tokens": facts["step_tokens"],
         "n_sequences": len(arrays["largest_by_sequence"]),
+        "n_prompts": len(set(prompts[: len(arrays["largest_by_sequence"])])),
         "n_tokens": facts["n_tokens"],
         "largest": max((h.largest for h in histograms.values()), default=0.0),
         "flushed_unscaled": lost / total if total else 0.0,
