@@ -41,7 +41,6 @@ NOISE = {"bfloat16": 1.0, "float16": 2.0**-3, "float32": 2.0**-16}
 FAULTS = {"15 %": 0.85, "1 %": 0.99}
 BF16 = ("bfloat16", "bfloat16")
 NEAR = (0.0, 0.5, 0.8)
-VOCABULARY = 16
 _CHUNK = 50_000
 # Tokens, prompts, and runs per kind of policy.
 SIZES = (
@@ -55,9 +54,12 @@ SIZES = (
 )
 
 
-def base_logits(rng: np.random.Generator, n: int, near: float, margin: float = 6.0, spread: float = 2.0) -> Floats:
-    """`[n, VOCABULARY]` logits of the law that both sides err about."""
-    logits = rng.standard_normal((n, VOCABULARY), np.float32) * np.float32(spread)
+def base_logits(
+    rng: np.random.Generator, n: int, near: float, *, margin: float = 6.0, spread: float = 2.0, vocabulary: int = 16
+) -> Floats:
+    """`[n, vocabulary]` logits of the law that both sides err about: normal with deviation `spread`, but that one token
+    of a share `near` of the positions leads by about `margin`."""
+    logits = rng.standard_normal((n, vocabulary), np.float32) * np.float32(spread)
     certain = rng.random(n) < near
     logits[certain, 0] = logits[certain].max(axis=1) + rng.normal(margin, 1.5, int(certain.sum()))
     return logits
@@ -187,7 +189,7 @@ def measured(
     return counts
 
 
-def shift(near: float, one_side: bool, seed: int, n: int = 1_000_000, **law: float) -> list[float]:
+def shift(near: float, one_side: bool, seed: int, n: int = 400_000, **law: Any) -> list[float]:
     """How far errors alone move the mean ratio of the bin that they move most: over the mean d² of all tokens, over the
     larger of that and the bin's own, and over the largest of a bin.
 
@@ -205,7 +207,8 @@ def shift(near: float, one_side: bool, seed: int, n: int = 1_000_000, **law: flo
             row += np.bincount(bins, column, sums.shape[1])
     mass, moved, squares = sums
     seen = mass > 1e-4 * mass.sum()
-    ratio, own, every = np.abs(moved / mass)[seen], (squares / mass)[seen], squares.sum() / mass.sum()
+    ratio, own = np.abs(moved[seen] / mass[seen]), squares[seen] / mass[seen]
+    every = squares.sum() / mass.sum()
     return [float(x.max()) for x in (ratio / every, ratio / np.maximum(every, own), ratio / own.max())]
 
 
@@ -224,7 +227,8 @@ def main(scale: float, replicates: int, noise: float, seed: int, shifts: bool) -
     """False alarms and power, pooled over shares of near-certain tokens (0, .5, .8) and errors of both sides or one."""
     if shifts:
         print("near certain, law | errors | largest shift over mean d² of all | of all or the bin | of any bin")
-        laws: tuple[dict[str, float], ...] = ({}, {"margin": 4.0}, {"margin": 8.0}, {"spread": 1.0}, {"spread": 4.0})
+        laws: list[dict[str, Any]] = [{}, {"margin": 4.0}, {"margin": 8.0}, {"spread": 1.0}, {"spread": 4.0}]
+        laws += [{"vocabulary": 64, "spread": spread} for spread in (0.5, 1.0, 2.0)]
         for near, one_side, law in product((*NEAR, 0.95), (False, True), laws):
             cells = " | ".join(f"{x:.2f}" for x in shift(near, one_side, seed, **law))
             print(f"{near:.2f} {law or ''} | {'one side' if one_side else 'both sides'} | {cells}", flush=True)

@@ -163,8 +163,10 @@ def _ratio_text(ratio: MetricValue, pair: PairSums) -> str:
 def _floor_text(floor: MetricValue) -> str:
     if floor.value is None:
         return f"The FP32 floor is not known: {floor.why}."
-    if floor.value < FP32_FLOOR:
+    if floor.ci_high is not None and floor.ci_high < FP32_FLOOR:
         return f"In FP32 both engines agree to {floor.value:.1e} nats, so what is left in 16 bits is rounding."
+    if floor.value < FP32_FLOOR:
+        return f"In FP32 both engines agree to {floor.value:.1e} nats, which does not exclude {FP32_FLOOR:g} and more."
     return (
         f"In FP32 the engines still differ by {floor.value:.1e} nats, more than rounding leaves: "
         "they do not compute the same thing, and no precision will mend that."

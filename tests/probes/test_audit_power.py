@@ -210,5 +210,7 @@ def test_every_precision_has_an_answer() -> None:
     assert rows["bfloat16"]["settle"] == (
         "About 310 more prompts would settle it. More prompts alone do not settle one_sided."
     )
+    bf16["checks"][2] |= {"value": None, "evidence": "Measure it."}
+    assert precisions([bf16], [])[0]["settle"] == "About 310 more prompts would settle it. one_sided: Measure it."
     assert rows["float32"]["evidence"] == "it was not compared: the pass was not run."
     assert [row["verdict"] for row in precisions([], [])] == ["not judged"] * 3

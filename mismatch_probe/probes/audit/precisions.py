@@ -54,8 +54,11 @@ def _deciding(pair: Document) -> list[Document]:
 def _settle(open_: Sequence[Document]) -> tuple[int | None, str]:
     """Further prompts that would settle the checks, as far as prompts do, and what else they need, in a sentence."""
     prompts = [check["more_prompts"] for check in open_ if check["more_prompts"] is not None]
-    rest = dict.fromkeys(check["name"] for check in open_ if check["more_prompts"] is None)
     texts = [f"About {max(prompts):,} more prompts would settle it."] if prompts else []
-    if rest:
-        texts.append(f"More prompts alone do not settle {', '.join(rest)}.")
+    rest = [check for check in open_ if check["more_prompts"] is None]
+    by_why: dict[str, list[str]] = {}
+    for check in rest:
+        by_why.setdefault("" if check["value"] is not None else check["evidence"], []).append(check["name"])
+    for why, names in by_why.items():
+        texts.append(f"{', '.join(names)}: {why}" if why else f"More prompts alone do not settle {', '.join(names)}.")
     return max(prompts, default=None), " ".join(texts)
