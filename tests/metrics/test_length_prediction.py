@@ -226,6 +226,14 @@ def test_a_drift_that_no_sampling_law_has_is_named() -> None:
         assert "exp(b) is not the sampling law" in fit_length(prefixes(pair_of(d + bias))).why
 
 
+@pytest.mark.parametrize("bias", [1e-5, -1e-5])
+def test_a_drift_as_float32_log_softmax_makes_it_is_named_as_such(bias: float) -> None:
+    """An FP32 pair on a CPU: far beyond what its variance explains, and no fault of the sampling law."""
+    d = bias + np.random.default_rng(0).normal(0, 1e-6, (40, 64))
+    why = fit_length(prefixes(pair_of(d))).why
+    assert why == "D drifts by at most 1.0e-05 nats a token, the known bias of float32 log-softmax"
+
+
 def test_nothing_at_all() -> None:
     found = forecast(fit_length(prefixes()))
     assert found.predictions == ()

@@ -43,6 +43,17 @@ def test_rounding_is_not_blamed() -> None:
     assert alarms <= 3
 
 
+def test_only_an_interval_shows_that_what_is_left_is_rounding() -> None:
+    def floor(log_ratio: np.ndarray) -> str:
+        rows = findings({"float32": result(log_ratio)}, {}, 0)
+        return next(str(row["text"]) for row in rows if row["name"] == "fp32_floor")
+
+    noise = np.random.default_rng(5).normal(0, 1e-6, 64 * 30)
+    assert floor(noise).endswith("so what is left in 16 bits is rounding.")
+    assert floor(noise[:30]).endswith("which does not exclude 0.0001 and more.")
+    assert "do not compute the same thing" in floor(1e3 * noise)
+
+
 @pytest.mark.parametrize("shift", [-1e-5, 1e-5])
 def test_what_is_negligible_is_not_a_finding(shift: float) -> None:
     assert one_sided(shift + np.random.default_rng(4).normal(0, 1e-6, 64 * 30)) == []
