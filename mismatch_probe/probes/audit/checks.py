@@ -104,7 +104,9 @@ class Checks:
             return missing("fp32_floor", bounds, "The run has no FP32 pair, so a bug could pass for rounding.")
         value, n_prompts = MetricValue.of_dict(floor["metrics"][_FLOOR]), floor["n_prompts_finite"]
         if floor["n_excluded"]:
-            return missing("fp32_floor", bounds, f"{floor['n_excluded']} tokens of the FP32 pair have no usable log-probs.")
+            return missing(
+                "fp32_floor", bounds, f"{floor['n_excluded']} tokens of the FP32 pair have no usable log-probs."
+            )
         evidence = f"In FP32 both engines agree to {said(value)} nats."
         return judged("fp32_floor", value, bounds, evidence, n_prompts=n_prompts)
 
