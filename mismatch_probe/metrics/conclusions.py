@@ -37,7 +37,7 @@ class Conclusion:
         score: The largest of a module, of `step` that of the step.
         layers: Of `step`, all whose step stands out.
         ends: Of `step`, whether what those layers hand on was compared as well.
-        routers: Of `step`, whether the model sends tokens to experts in 16 bits: one flip makes it stand out.
+        routers: Of `step`, whether the model sends tokens to experts: one flip makes it stand out, in any dtype.
         seen_in: The dtype with more bits that shows what is not to be seen here.
     """
 
@@ -90,7 +90,7 @@ class Rounding:
     Attributes:
         code: `cause` where it does; `part` where FP32 on both sides leaves a share that is not rounding; `no cause`
             where it leaves all; `fault first` where FP32 leaves nothing, and a fault that it does not show stands out
-            in the pair's own dtypes; `unknown` where FP32 was not looked into.
+            in the pair's own dtypes; `unknown` where FP32 was not looked into, or may have flipped a router.
         left: The share of E[d²] that FP32 on both sides leaves, None where it was not measured.
         elsewhere: Whether FP32 leaves a gap although nothing stands out inside of the models.
     """
@@ -132,7 +132,7 @@ def conclude(
         left: What FP32 on both sides leaves of the gap.
         routers: Whether the model sends tokens to experts.
     """
-    own = {dtype: _of_dtype(row, routers and dtype != "float32") for dtype, row in rows.items()}
+    own = {dtype: _of_dtype(row, routers) for dtype, row in rows.items()}
     looked = [dtype for dtype, found in own.items() if found.code not in ("not compared", "not finite")]
     widest = min(looked, key=lambda dtype: UNIT[dtype], default="")
     found = dict(own)
@@ -140,7 +140,7 @@ def conclude(
         for dtype in looked:
             if own[dtype].code == "quiet" and UNIT[dtype] > UNIT[widest]:
                 found[dtype] = _unseen(rows[dtype], dtype, rows[widest], widest, own[widest])
-    return Conclusions(found, _rounding(found, rows.get("float32", {}), set(pair), left))
+    return Conclusions(found, _rounding(found, rows.get("float32", {}), set(pair), left, routers=routers))
 
 
 def _of_dtype(row: Mapping[str, Any], routers: bool) -> Conclusion:
@@ -187,18 +187,23 @@ def _distances(row: Mapping[str, Any], dtype: str, shown: Conclusion) -> dict[An
     return found
 
 
-def _rounding(found: Mapping[str, Conclusion], wide: Mapping[str, Any], pair: set[str], left: Left) -> Rounding:
+def _rounding(
+    found: Mapping[str, Conclusion], wide: Mapping[str, Any], pair: set[str], left: Left, *, routers: bool
+) -> Rounding:
+    # A token on the edge between two experts goes elsewhere in FP32 as well.
     shown = found.get("float32", Conclusion("not compared"))
     end = wide.get("end_score")
     if pair == {"float32"}:
         if shown.is_fault:
             return Rounding("no cause")
-        if end is None:
+        if end is None or (routers and end > THRESHOLD):
             return Rounding("unknown")
         return Rounding("cause") if end <= THRESHOLD else Rounding("no cause", elsewhere=shown.code == "quiet")
     if left.share is None:
         return Rounding("unknown")
     more = (left.rms or 0.0) > FP32_ROUNDING or shown.is_fault or (end or 0.0) > THRESHOLD
+    if left.share >= LEAST and more and routers and not shown.is_fault:
+        return Rounding("unknown", left.share)
     if left.share >= LEAST and more:
         return Rounding("part" if left.share < 1 - LEAST else "no cause", left.share, elsewhere=shown.code == "quiet")
     if any(found[dtype].is_fault and found[dtype].place != shown.place for dtype in pair if dtype in found):

@@ -38,10 +38,12 @@ def test_a_step_of_which_the_end_was_not_compared_is_the_layers_code_too() -> No
     assert (whole.code, whole.ends, whole.is_fault) == ("step", True, False)
 
 
-def test_routers_excuse_a_step_in_16_bits_alone() -> None:
+def test_routers_excuse_a_step_in_any_dtype() -> None:
+    """One token of gpt-oss' 576 goes to other experts in FP32, and layer 1's step has a score of 27,344."""
     rows = {BF16: quiet(BF16, 5, ends=False), FP32: quiet(FP32, 5, ends=False)}
     found = conclude(rows, PAIR, Left(1e-9, 1e-5), routers=True)
-    assert [found.dtypes[d].is_fault for d in (BF16, FP32)] == [False, True]
+    assert [found.dtypes[d].is_fault for d in (BF16, FP32)] == [False, False]
+    assert conclude(rows, PAIR, Left(0.3, 0.05), routers=True).rounding == Rounding("unknown", 0.3)
     assert conclude({**rows, FP32: quiet(FP32)}, PAIR, Left(1e-9, 1e-5), routers=True).rounding == Rounding(
         "cause", 1e-9
     )
