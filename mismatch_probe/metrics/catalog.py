@@ -22,6 +22,7 @@ _CALIBRATED = {
     "chi2_seq": 64,
     "ess_seq": 64,
     "ess_weights": 64,
+    **dict.fromkeys(("kl_exact", "kl_exact_reverse", "js_exact", "chi2_exact", "kl_seq_exact"), 64),
 }
 _BOUNDS = {
     **dict.fromkeys(("mean_abs_prob_diff", "std_prob_diff", "max_abs_prob_diff", "frac_outside_clip"), (0.0, 1.0)),

@@ -173,6 +173,11 @@ def test_a_low_ess_is_marked_by_what_makes_it_low(make_pair: Any) -> None:
         assert "exp(−Var log weight) is 0.0" in metrics[key].why
     mild = compute_metrics(make_pair(-1.0, 0.1 * total), replicates=100)
     assert not mild["ess_seq"].why + mild["chi2_seq"].why
+    # Sequences that differ in spread: what was not seen yet would lower the ESS.
+    mixed = total * np.where(np.arange(2048) % 10, 0.05, 0.25)
+    metrics = compute_metrics(make_pair(-1.0, mixed), replicates=100)
+    assert "heavy tails" in metrics["ess_seq"].why
+    assert "heavy tails" in metrics["chi2_seq"].why
 
 
 def test_a_quantile_among_ties(make_pair: Any) -> None:
