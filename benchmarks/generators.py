@@ -80,13 +80,18 @@ def mixed(rng: np.random.Generator, n_prompts: int) -> PairArrays:
     return _pair(rng, _normal(rng, scale * rng.choice([1.0, 4.0], len(scale), p=[0.9, 0.1])), lengths)
 
 
-def correlated(rng: np.random.Generator, n_prompts: int) -> PairArrays:
-    """Two sequences per prompt; a tenth of a token's variance is common to its prompt, whose scale varies."""
-    lengths = rng.integers(20, 60, 2 * n_prompts)
-    prompt = np.repeat(np.arange(2 * n_prompts) // 2, lengths)
+def _of_samples(rng: np.random.Generator, n_prompts: int, samples: int) -> PairArrays:
+    lengths = rng.integers(20, 60, samples * n_prompts)
+    prompt = np.repeat(np.arange(samples * n_prompts) // samples, lengths)
     scale = 0.02 * _prompt_scale(rng, n_prompts)[prompt]
     common, own = rng.normal(0, 1, n_prompts)[prompt], rng.normal(0, 1, len(prompt))
-    return _pair(rng, scale * (np.sqrt(0.1) * common + np.sqrt(0.9) * own) - 0.5 * scale**2, lengths, samples=2)
+    log_ratio = scale * (np.sqrt(0.1) * common + np.sqrt(0.9) * own) - 0.5 * scale**2
+    return _pair(rng, log_ratio, lengths, samples)
+
+
+def correlated(rng: np.random.Generator, n_prompts: int) -> PairArrays:
+    """Two sequences per prompt; a tenth of a token's variance is common to its prompt, whose scale varies."""
+    return _of_samples(rng, n_prompts, 2)
 
 
 def tiny(rng: np.random.Generator, n_prompts: int) -> PairArrays:
@@ -105,11 +110,7 @@ def outliers(rng: np.random.Generator, n_prompts: int) -> PairArrays:
 
 def four_samples(rng: np.random.Generator, n_prompts: int) -> PairArrays:
     """Four sequences per prompt; a tenth of a token's variance is common to its prompt, whose scale varies."""
-    lengths = rng.integers(20, 60, 4 * n_prompts)
-    prompt = np.repeat(np.arange(4 * n_prompts) // 4, lengths)
-    scale = 0.02 * _prompt_scale(rng, n_prompts)[prompt]
-    common, own = rng.normal(0, 1, n_prompts)[prompt], rng.normal(0, 1, len(prompt))
-    return _pair(rng, scale * (np.sqrt(0.1) * common + np.sqrt(0.9) * own) - 0.5 * scale**2, lengths, samples=4)
+    return _of_samples(rng, n_prompts, 4)
 
 
 def unequal(rng: np.random.Generator, n_prompts: int) -> PairArrays:
