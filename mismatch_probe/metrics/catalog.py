@@ -8,7 +8,7 @@ from typing import Literal
 
 # Prompts from which 95 % intervals cover about 95 % under heavy tails (benchmarks/coverage.py).
 CALIBRATED_PROMPTS = 32
-# Second moments of heavy tails need more. What a few huge weights decide is marked by these: `sequence.py`.
+# Second moments of heavy tails need more. What a few huge weights decide is marked by these: `sample.few_decide`.
 _CALIBRATED = {
     "p99_abs_logprob_diff": 64,
     "std_prob_diff": 64,

@@ -17,9 +17,9 @@ from mismatch_probe.metrics.inside import THRESHOLD, UNIT, Located, expected, pl
 
 # A share of E[d²] below this is not worth a line of its own.
 LEAST = 0.02
-# RMS of a gap in FP32, nats, that its rounding makes at most, as a comparison has it (`findings.FP32_FLOOR`): torch's
-# float32 log-softmax alone, which engines take log-probs from, is some 1e-5 off on a CPU.
-FP32_ROUNDING = 1e-4
+# Gap in FP32, nats, that its rounding makes at most, most often 1e-7 to 1e-5; beyond it both sides compute different
+# things. torch's float32 log-softmax alone, which engines take log-probs from, is some 1e-5 off on a CPU.
+FP32_FLOOR = 1e-4
 NOTHING = Located("no single layer", "", "", None, 0.0)
 
 
@@ -201,7 +201,7 @@ def _rounding(
         return Rounding("cause") if end <= THRESHOLD else Rounding("no cause", elsewhere=shown.code == "quiet")
     if left.share is None:
         return Rounding("unknown")
-    more = (left.rms or 0.0) > FP32_ROUNDING or shown.is_fault or (end or 0.0) > THRESHOLD
+    more = (left.rms or 0.0) > FP32_FLOOR or shown.is_fault or (end or 0.0) > THRESHOLD
     if left.share >= LEAST and more and routers and not shown.is_fault:
         return Rounding("unknown", left.share)
     if left.share >= LEAST and more:

@@ -7,6 +7,7 @@ from typing import Any
 
 from mismatch_probe.metrics.accounting import CONTRADICTED
 from mismatch_probe.metrics.accumulate import PairSums
+from mismatch_probe.metrics.conclusions import FP32_FLOOR
 from mismatch_probe.metrics.length_prediction import LengthForecast
 from mismatch_probe.metrics.paired import paired_ratio
 from mismatch_probe.metrics.ratio_test import RatioTest
@@ -16,9 +17,6 @@ from mismatch_probe.report.matrix import pair_label, trainer_modes
 from mismatch_probe.types import MetricValue
 
 METRIC = "mean_abs_logprob_diff"
-# Rounding alone leaves 1e-7 to 1e-5 nats in FP32 (METRICS.md and FACTS.md of this project's measurements); an FP32 pair
-# that is further apart computes something else.
-FP32_FLOOR = 1e-4
 
 
 def findings(

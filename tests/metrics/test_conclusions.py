@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from mismatch_probe.metrics.conclusions import FP32_ROUNDING, LEAST, Conclusion, Left, Rounding, conclude
+from mismatch_probe.metrics.conclusions import FP32_FLOOR, LEAST, Conclusion, Left, Rounding, conclude
 from mismatch_probe.metrics.inside import THRESHOLD
 from tests.metrics.insides import BF16, FP16, FP32, quiet, results
 
@@ -116,7 +116,7 @@ def test_conclusions_never_contradict_each_other(given_: tuple[dict[str, Any], t
             assert conclusion.located == found.dtypes[conclusion.seen_in].located
     wide, rounding = found.dtypes.get(FP32, Conclusion("not compared")), found.rounding
     if rounding.code == "cause":
-        assert left.share is None or left.share < LEAST or (left.rms or 0) <= FP32_ROUNDING
+        assert left.share is None or left.share < LEAST or (left.rms or 0) <= FP32_FLOOR
         assert not (pair == (FP32, FP32) and wide.is_fault)
         for dtype in set(pair) & found.dtypes.keys():
             assert not found.dtypes[dtype].is_fault or found.dtypes[dtype].place == wide.place
