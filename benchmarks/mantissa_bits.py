@@ -30,7 +30,7 @@ from mismatch_probe.metrics.intervals import Estimate, evaluate
 from mismatch_probe.metrics.paired import paired_ratio
 from mismatch_probe.metrics.sample import finite_tokens
 from mismatch_probe.metrics.summary import compute_metrics
-from mismatch_probe.report.style import DPI, look, plot_settings
+from mismatch_probe.report.figures.style import DPI, look, plot_settings
 from mismatch_probe.types import MetricValue, PairArrays, Rollout, RolloutRequest, Sampling, ScoreRequest
 
 if TYPE_CHECKING:

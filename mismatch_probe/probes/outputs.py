@@ -40,8 +40,8 @@ def write_outputs(run: RunDirectory, data: ReportData) -> dict[str, Path]:
 
 def draw_figures(run: RunDirectory, data: ReportData) -> dict[str, Path]:
     """Draws every figure into `figures/`, and an attribution's into `attribute/figures/`."""
-    from mismatch_probe.report.attribute_figures import draw_attribution
-    from mismatch_probe.report.figures import draw_all
+    from mismatch_probe.report.figures.attribute import draw_attribution
+    from mismatch_probe.report.figures.curves import draw_all
 
     drawn = draw_all(data, run.path / "figures")
     if data.attribution is not None:

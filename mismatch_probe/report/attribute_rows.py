@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.markers import CARETLEFT, CARETRIGHT
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
+from mismatch_probe.report.figures.style import Look
 from mismatch_probe.report.format import clipped, visible
-from mismatch_probe.report.style import Look
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from mismatch_probe.files import atomic_path
+from mismatch_probe.report.figures.style import DPI, Look, look, plot_settings, say
 from mismatch_probe.report.format import NONE, clipped, estimate, number, visible
-from mismatch_probe.report.style import DPI, Look, look, plot_settings, say
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -166,7 +166,7 @@ def _execute(directory: RlDirectory, model: ModelRef, device: devices.Device, pr
 def draw_run(directory: RlDirectory) -> Path:
     """Draws the run's figure from its steps."""
     from mismatch_probe.report.figures import save
-    from mismatch_probe.report.rl_figures import run_figure
+    from mismatch_probe.report.figures.rl import run_figure
 
     return save(run_figure(directory.steps()), directory.path / FIGURE)
 

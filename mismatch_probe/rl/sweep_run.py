@@ -105,7 +105,7 @@ def resume_sweep(path: Path, workers: int | None, progress: Progress | None) -> 
 def write_sweep(directory: SweepDirectory, places: Sequence[Place] = ()) -> SweepResult:
     """Tables, statistics, figures and page of a sweep, from what its runs have written."""
     from mismatch_probe.report.figures import save
-    from mismatch_probe.report.rl_figures import curves_figure, dose_figure, equal_ess_figure
+    from mismatch_probe.report.figures.rl import curves_figure, dose_figure, equal_ess_figure
     from mismatch_probe.report.rl_page import render_sweep
 
     runs, steps = runs_table(directory), steps_table(directory)

@@ -15,7 +15,7 @@ Command = Callable[..., Outcome]
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mismatch_probe.report.audit_figures.draw_audit", lambda document, folder: {})
+    monkeypatch.setattr("mismatch_probe.report.figures.audit.draw_audit", lambda document, folder: {})
 
 
 def test_a_finished_run_is_judged_and_its_code_is_the_verdicts(command: Command, run_copy: Path) -> None:

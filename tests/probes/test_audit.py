@@ -39,7 +39,7 @@ SCHEMA = json.loads(data_path("audit.schema.json").read_text(encoding="utf-8"))
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures take most of the time, and few tests look at them."""
-    monkeypatch.setattr("mismatch_probe.report.audit_figures.draw_audit", lambda document, folder: {})
+    monkeypatch.setattr("mismatch_probe.report.figures.audit.draw_audit", lambda document, folder: {})
 
 
 @pytest.fixture(scope="module")

@@ -68,7 +68,7 @@ class _Silent:
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process of its own costs seconds each time; the whole way is gone in `test_audit_real.py`."""
     monkeypatch.setattr("mismatch_probe.probes.audit.measure.run_pass", lambda _, job, *__: job.run(_Silent()))
-    monkeypatch.setattr("mismatch_probe.report.audit_figures.draw_audit", lambda document, folder: {})
+    monkeypatch.setattr("mismatch_probe.report.figures.audit.draw_audit", lambda document, folder: {})
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from mismatch_probe.report.attribute_figures import draw_attribution, fixes_figure, knobs_figure, ladder_figure
-from mismatch_probe.report.attribute_inside import experts_figure, layers_figure, lens_figure
 from mismatch_probe.report.attribute_rows import ratio_ticks
+from mismatch_probe.report.figures.attribute import draw_attribution, fixes_figure, knobs_figure, ladder_figure
+from mismatch_probe.report.figures.inside import experts_figure, layers_figure, lens_figure
 from mismatch_probe.report.names import ATTRIBUTE_GUIDES
 from tests.report.attribute_documents import (
     LAYERS,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from mismatch_probe.report.audit_figures import draw_audit, gradients_figure, lag_figure, range_figure
+from mismatch_probe.report.figures.audit import draw_audit, gradients_figure, lag_figure, range_figure
 from tests.report.audit_documents import audit_document, bare_document, hostile_document, metric, peak
 
 if TYPE_CHECKING:

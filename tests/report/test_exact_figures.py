@@ -7,11 +7,11 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 
-from mismatch_probe.report.budget import budget_figure
-from mismatch_probe.report.exact import RATIO_LIMITS, exact_figure
+from mismatch_probe.report.figures.budget import budget_figure
+from mismatch_probe.report.figures.exact import RATIO_LIMITS, exact_figure
+from mismatch_probe.report.figures.share import share_figure
 from mismatch_probe.report.matrix import noise_floor
 from mismatch_probe.report.names import bin_order
-from mismatch_probe.report.share import share_figure
 
 if TYPE_CHECKING:
     from conftest import SummaryFactory

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mismatch_probe.report.figures import FIGURES
+from mismatch_probe.report.figures.curves import FIGURES
 from mismatch_probe.report.html import render_html
 
 if TYPE_CHECKING:

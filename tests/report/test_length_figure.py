@@ -8,7 +8,7 @@ import pytest
 from matplotlib.collections import PolyCollection
 
 from mismatch_probe.metrics.length_prediction import LengthForecast, forecast_pair
-from mismatch_probe.report.length import length_figure
+from mismatch_probe.report.figures.length import length_figure
 from mismatch_probe.types import PairArrays
 
 

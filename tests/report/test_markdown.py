@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mismatch_probe.report.figures import FIGURES
+from mismatch_probe.report.figures.curves import FIGURES
 from mismatch_probe.report.markdown import escape, render_markdown
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from rich.console import Console
 from mismatch_probe.metrics.arms import compare_sweep
 from mismatch_probe.metrics.runs import Arm, Run
 from mismatch_probe.report.figures import save
+from mismatch_probe.report.figures.rl import curves_figure, dose_figure, equal_ess_figure, run_figure
 from mismatch_probe.report.rl_data import ArmPoint, Place
-from mismatch_probe.report.rl_figures import curves_figure, dose_figure, equal_ess_figure, run_figure
 from mismatch_probe.report.rl_page import GUIDES, arms_table, print_arms, render_sweep
 from mismatch_probe.types import MetricValue
 from tests.report.conftest import HOSTILE

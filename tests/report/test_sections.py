@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from mismatch_probe.report.figures.steps import has_steps, steps_figure
 from mismatch_probe.report.sections import sections
-from mismatch_probe.report.steps import has_steps, steps_figure
 
 
 def value(x: float | None, why: str = "") -> dict[str, Any]:

@@ -193,8 +193,8 @@ def _check(options: AuditOptions, baseline: str | Path | None) -> tuple[Profile,
 
 
 def _write(folder: Path, document: dict[str, Any], options: AuditOptions) -> dict[str, Path]:
-    from mismatch_probe.report.audit_figures import draw_audit
     from mismatch_probe.report.audit_page import render_audit
+    from mismatch_probe.report.figures.audit import draw_audit
 
     write_json(folder / "audit.json", document)
     write_text(folder / "junit.xml", junit_xml(document, strict=options.strict))

@@ -8,10 +8,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from mismatch_probe.report.figures.style import Look, look, plot_settings, say
 from mismatch_probe.report.format import visible
 from mismatch_probe.report.matrix import ordered_pairs, pair_label, trainer_modes
 from mismatch_probe.report.names import metric_title
-from mismatch_probe.report.style import Look, look, plot_settings, say
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mismatch_probe.files import atomic_path
-from mismatch_probe.report.budget import budget_figure, has_budget
-from mismatch_probe.report.exact import exact_figure
+from mismatch_probe.report.figures import save
+from mismatch_probe.report.figures.budget import budget_figure, has_budget
+from mismatch_probe.report.figures.exact import exact_figure
+from mismatch_probe.report.figures.heatmap import matrix_figure
+from mismatch_probe.report.figures.length import length_figure
+from mismatch_probe.report.figures.policy import policy_figure
+from mismatch_probe.report.figures.share import has_shares, share_figure
+from mismatch_probe.report.figures.steps import has_steps, steps_figure
+from mismatch_probe.report.figures.style import empty_figure, look, plot_settings, say
 from mismatch_probe.report.format import visible
-from mismatch_probe.report.heatmap import matrix_figure
-from mismatch_probe.report.length import length_figure
 from mismatch_probe.report.matrix import dtype_order, has_exact
-from mismatch_probe.report.policy import policy_figure
-from mismatch_probe.report.share import has_shares, share_figure
-from mismatch_probe.report.steps import has_steps, steps_figure
-from mismatch_probe.report.style import DPI, empty_figure, look, plot_settings, say
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -245,12 +244,3 @@ def draw_all(data: ReportData, folder: Path) -> dict[str, Path]:
     }
     drawn = [name for name in FIGURES if name not in needs or needs[name](data.summary)]
     return {name: save(drawings[name](), folder / FIGURES[name]) for name in drawn}
-
-
-def save(figure: Figure, path: Path) -> Path:
-    """Writes a figure as PNG by atomic rename; equal data gives equal bytes with one matplotlib."""
-    with atomic_path(path) as partial, plot_settings(), warnings.catch_warnings():
-        # A reason quoted from an engine may hold characters that the font lacks; a box in its place is fine.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure.savefig(partial, format="png", dpi=DPI, metadata={"Software": None})
-    return path

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.figure import Figure
 
+from mismatch_probe.report.figures.style import Look, empty_figure, look, plot_settings, say
 from mismatch_probe.report.format import clipped, estimate, visible
 from mismatch_probe.report.matrix import dtype_order
-from mismatch_probe.report.style import Look, empty_figure, look, plot_settings, say
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

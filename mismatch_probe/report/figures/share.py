@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from mismatch_probe.report.figures.style import empty_figure, look, plot_settings, say, tick
 from mismatch_probe.report.matrix import dtype_order
 from mismatch_probe.report.names import WHERE_TITLES, bin_order
-from mismatch_probe.report.style import empty_figure, look, plot_settings, say, tick
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
 
+from mismatch_probe.report.figures.style import Look, empty_figure, look, plot_settings
 from mismatch_probe.report.format import visible
 from mismatch_probe.report.rl_data import STRESS_NOTE, ArmPoint, Place
-from mismatch_probe.report.style import Look, empty_figure, look, plot_settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

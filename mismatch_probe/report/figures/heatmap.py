@@ -11,10 +11,10 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from mismatch_probe.report.figures.style import empty_figure, plot_settings
 from mismatch_probe.report.format import clipped, interval, number, visible
 from mismatch_probe.report.matrix import DEFAULT_METRIC, Cell, metric_matrix
 from mismatch_probe.report.names import metric_title
-from mismatch_probe.report.style import empty_figure, plot_settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from mismatch_probe.report.figures.style import empty_figure, look, plot_settings, tick
 from mismatch_probe.report.format import number
 from mismatch_probe.report.matrix import EXACT, Cell, has_exact, ordered_pairs, reading, trainer_label, trainer_modes
-from mismatch_probe.report.style import empty_figure, look, plot_settings, tick
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -8,14 +8,6 @@ from matplotlib.figure import Figure
 from matplotlib.markers import CARETLEFT
 from matplotlib.ticker import MaxNLocator
 
-from mismatch_probe.report.attribute_inside import (
-    experts_figure,
-    has_experts,
-    has_layers,
-    has_lens,
-    layers_figure,
-    lens_figure,
-)
 from mismatch_probe.report.attribute_rows import (
     DIM,
     INK,
@@ -32,8 +24,16 @@ from mismatch_probe.report.attribute_rows import (
 )
 from mismatch_probe.report.attribute_words import class_names, fix_wanted, order_of, share_percent, share_percents
 from mismatch_probe.report.figures import save
+from mismatch_probe.report.figures.inside import (
+    experts_figure,
+    has_experts,
+    has_layers,
+    has_lens,
+    layers_figure,
+    lens_figure,
+)
+from mismatch_probe.report.figures.style import plot_settings
 from mismatch_probe.report.format import NONE, interval, number, percent
-from mismatch_probe.report.style import plot_settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

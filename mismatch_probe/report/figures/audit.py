@@ -15,8 +15,8 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from mismatch_probe.metrics.floats import FP16
 from mismatch_probe.report.figures import save
+from mismatch_probe.report.figures.style import Look, look, plot_settings, say
 from mismatch_probe.report.format import clipped, visible
-from mismatch_probe.report.style import Look, look, plot_settings, say
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

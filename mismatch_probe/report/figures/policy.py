@@ -13,9 +13,9 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 
+from mismatch_probe.report.figures.style import empty_figure, look, plot_settings, say
 from mismatch_probe.report.format import clipped, count, estimate, visible
 from mismatch_probe.report.matrix import dtype_order
-from mismatch_probe.report.style import empty_figure, look, plot_settings, say
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

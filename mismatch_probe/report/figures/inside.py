@@ -12,9 +12,9 @@ from matplotlib.ticker import MaxNLocator
 
 from mismatch_probe.metrics.inside import THRESHOLD
 from mismatch_probe.report.attribute_rows import DIM, GRID, INK, limits_of, value_of
+from mismatch_probe.report.figures.style import look, plot_settings, say
 from mismatch_probe.report.format import clipped, number, percent, visible
 from mismatch_probe.report.matrix import dtype_order
-from mismatch_probe.report.style import look, plot_settings, say
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from mismatch_probe.report.figures.style import empty_figure, plot_settings, tick
 from mismatch_probe.report.format import clipped, number, visible
 from mismatch_probe.report.matrix import Cell, diagonal_pairs, noise_floor, reading
-from mismatch_probe.report.style import empty_figure, plot_settings, tick
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -1,0 +1,115 @@
+"""Figures: each is registered once, beside the function that draws it, and belongs to the kind of data that it shows.
+
+A module of this package registers the figures of one kind of data. `draw` draws all that the data serve, `figures_of`
+lists them in the order of a report.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from mismatch_probe.files import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Data = TypeVar("Data")
+
+
+@dataclass(frozen=True)
+class FigureInfo:
+    """A registered figure.
+
+    Attributes:
+        name: Its file is `<name>.png`.
+        of: Type of the data that it shows.
+        title: Short title.
+        guide: One sentence on how to read it.
+        alt: What is drawn, for who cannot see it: axes, marks, and what belongs to what.
+        draw: Data to figure.
+        needs: Whether the data serve.
+        order: Its place in a report, from 0.
+    """
+
+    name: str
+    of: type[Any]
+    title: str
+    guide: str
+    alt: str
+    draw: Callable[[Any], Figure]
+    needs: Callable[[Any], bool]
+    order: int
+
+
+_REGISTRY: dict[str, FigureInfo] = {}
+
+
+def figure(
+    name: str,
+    of: type[Data],
+    title: str,
+    guide: str,
+    alt: str,
+    needs: Callable[[Data], bool] = lambda _: True,
+    order: int = 0,
+) -> Callable[[Callable[[Data], Figure]], Callable[[Data], Figure]]:
+    """Registers a figure.
+
+    Raises:
+        ValueError: The name is taken.
+    """
+
+    def register(draw: Callable[[Data], Figure]) -> Callable[[Data], Figure]:
+        if name in _REGISTRY:
+            raise ValueError(f"figure {name} is registered twice")
+        _REGISTRY[name] = FigureInfo(name, of, title, guide, alt, draw, needs, order)
+        return draw
+
+    return register
+
+
+def all_figures() -> dict[str, FigureInfo]:
+    """Every registered figure, in the order of a report."""
+    for module in pkgutil.iter_modules(__path__, f"{__name__}."):
+        importlib.import_module(module.name)
+    return dict(sorted(_REGISTRY.items(), key=lambda item: (item[1].order, item[0])))
+
+
+def figures_of(data: object) -> list[FigureInfo]:
+    """The figures that these data serve."""
+    return [info for info in all_figures().values() if isinstance(data, info.of) and info.needs(data)]
+
+
+def draw(data: object, folder: Path) -> dict[str, Path]:
+    """Draws what the data serve into `folder` as PNG, each by atomic rename; returns the files by name.
+
+    The files carry no date and no version, so equal data gives equal bytes with one matplotlib.
+
+    Raises:
+        DiskFull: No space is left on the device.
+        TableError: A file cannot be written.
+    """
+    return {info.name: save(info.draw(data), folder / f"{info.name}.png") for info in figures_of(data)}
+
+
+def save(drawn: Figure, path: Path) -> Path:
+    """Writes a figure as PNG by atomic rename."""
+    from mismatch_probe.report.figures.style import DPI, plot_settings
+
+    with atomic_path(path) as partial, plot_settings(), warnings.catch_warnings():
+        # A reason quoted from an engine may hold characters that the font lacks; a box in its place is fine.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        drawn.savefig(partial, format="png", dpi=DPI, metadata={"Software": None})
+    return path
+
+
+def captions(names: Mapping[str, object]) -> dict[str, FigureInfo]:
+    """What the registry knows of drawn figures, by name."""
+    known = all_figures()
+    return {name: known[name] for name in names if name in known}

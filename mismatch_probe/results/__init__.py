@@ -1,0 +1,1 @@
+"""The documents that commands write and reports show: typed, versioned, readable without an engine."""
