@@ -25,11 +25,13 @@ class Cell:
 
     Attributes:
         text: What it says.
-        below: What is secondary, e.g. an interval or a reason; pages show it below the text, a terminal beside it.
+        interval: `[low, high]` of a value; stands below the value on a page, beside it in a terminal.
+        below: A reason or a detail; pages show it below, a terminal leaves it out.
         tone: Colour; never the only bearer of a meaning.
     """
 
     text: str
+    interval: str = ""
     below: str = ""
     tone: Tone = "plain"
 
@@ -173,36 +175,41 @@ class Report:
     sections: tuple[Section, ...] = ()
 
 
-def estimate(value: MetricValue | None, *, digits: int = 3, unit: str = "", tone: Tone = "plain") -> Cell:
-    """A value with its interval below; a reason where there is no value; `–` for None."""
+def estimate(value: MetricValue | None, *, digits: int = 3, below: str = "", tone: Tone = "plain") -> Cell:
+    """A value with its interval; the reason below where there is no value; `–` for None."""
     if value is None:
-        return Cell(NONE)
+        return Cell(NONE, below=below, tone=tone)
     if value.value is None:
-        return Cell(NONE, value.why, tone)
-    text = f"{number(value.value, digits)}{unit and ' ' + unit}"
-    return Cell(text, interval(value.ci_low, value.ci_high, digits), tone)
+        return Cell(NONE, below=below or value.why, tone=tone)
+    limits = interval(value.ci_low, value.ci_high, digits)
+    return Cell(number(value.value, digits), limits, below, tone)
 
 
 def in_line(value: MetricValue, digits: int = 3, unit: str = "") -> str:
     """The same inside a sentence: `4.35e-2 nats [4.02e-2, 4.64e-2]`."""
-    cell = estimate(value, digits=digits, unit=unit)
-    return f"{cell.text} {cell.below}".rstrip()
+    text = f"{number(value.value, digits)}{unit and ' ' + unit}"
+    return f"{text} {interval(value.ci_low, value.ci_high, digits)}".rstrip()
 
 
-def plain(value: float | int | str | bool | None, digits: int = 3, below: str = "", tone: Tone = "plain") -> Cell:
+def plain(value: float | int | str | bool | None, *, digits: int = 3, below: str = "", tone: Tone = "plain") -> Cell:
     """A cell of a number without interval, of a count, of a yes or no, or of a text; `–` for None."""
-    if isinstance(value, bool):
-        return Cell("yes" if value else "no", below, tone)
-    if isinstance(value, int):
-        return Cell(count(value), below, tone)
-    if isinstance(value, float):
-        return Cell(number(value, digits), below, tone)
-    return Cell(NONE if value is None else value, below, tone)
+    match value:
+        case bool():
+            text = "yes" if value else "no"
+        case int():
+            text = count(value)
+        case float():
+            text = number(value, digits)
+        case None:
+            text = NONE
+        case _:
+            text = value
+    return Cell(text, below=below, tone=tone)
 
 
-def part(value: float | None, below: str = "", tone: Tone = "plain") -> Cell:
+def fraction(value: float | None, *, below: str = "", tone: Tone = "plain") -> Cell:
     """A cell of a fraction as a percentage."""
-    return Cell(percent(value), below, tone)
+    return Cell(percent(value), below=below, tone=tone)
 
 
 def table(header: Sequence[str | Column], rows: Sequence[Sequence[Cell | str]], legend: str = "") -> Table:
