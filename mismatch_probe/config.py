@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
+from mismatch_probe.dtypes import SHORT_DTYPES
 from mismatch_probe.errors import UsageError
 from mismatch_probe.types import DTYPES, Dtype, ReferenceDtype, SequenceSource, TrainerLayout, TrainerMode
 
@@ -72,7 +73,6 @@ OWNED_ENGINE_ARGS = {
     "max_num_seqs": "--rollout-batch",
     "logprobs_mode": "--temperature",
 }
-SHORT_DTYPES: dict[str, Dtype] = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
 DEFAULT_MODEL = "smollm2-135m"
 # Stands where a dtype would for log-probs that a file brings.
 RECORDED = "recorded"

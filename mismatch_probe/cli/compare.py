@@ -10,7 +10,8 @@ import click
 
 import mismatch_probe
 from mismatch_probe.cli.output import print_json
-from mismatch_probe.config import SHORT_DTYPES, CompareConfig
+from mismatch_probe.config import CompareConfig
+from mismatch_probe.dtypes import SHORT_DTYPES
 from mismatch_probe.errors import EXIT_ERROR, EXIT_LIMIT, EXIT_OK, UsageError
 from mismatch_probe.types import DTYPES
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from mismatch_probe.dtypes import DTYPE_INFOS
+
 Floats = NDArray[np.float64]
 EXPONENTS = 256
 # Below every exponent of FP32: no loss scale is as small.
@@ -74,9 +76,9 @@ class FloatFormat:
 
 
 FORMATS = {
-    "float16": FloatFormat("float16", 11, -14, 15),
-    "bfloat16": FloatFormat("bfloat16", 8, -126, 127),
-    "float32": FloatFormat("float32", 24, -126, 127),
+    name: FloatFormat(name, info.digits, info.lowest, info.highest)
+    for name, info in DTYPE_INFOS.items()
+    if name != "float64"
 }
 FP16 = FORMATS["float16"]
 

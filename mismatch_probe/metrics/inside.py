@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from mismatch_probe.types import MetricValue
+from mismatch_probe.dtypes import DTYPE_INFOS
+from mismatch_probe.types import DTYPES, MetricValue
 
 Floats = NDArray[np.float64]
 # Scores of clean pairs of engines stay below 1.5 (benchmarks/clean_families.py); 2 leaves room for other kernels.
@@ -25,7 +26,7 @@ THRESHOLD = 2.0
 # RMS relative error of one rounding of a smooth distribution, in units of the unit roundoff u.
 _ONE_ROUNDING = 0.42
 # Unit roundoff: half the distance of neighbours at 1.
-UNIT = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}
+UNIT: dict[str, float] = {name: DTYPE_INFOS[name].unit_roundoff for name in DTYPES}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from mismatch_probe.config import SHORT_DTYPES
+from mismatch_probe.dtypes import SHORT_DTYPES
 from mismatch_probe.errors import UsageError
 from mismatch_probe.types import Dtype, TrainerMode
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mismatch_probe.config import SHORT_DTYPES
+from mismatch_probe.dtypes import SHORT_DTYPES
 from mismatch_probe.errors import UsageError
 from mismatch_probe.resources import data_path
 from mismatch_probe.rl.config import ALGORITHM_NAMES, RlConfig, make_config, read_config

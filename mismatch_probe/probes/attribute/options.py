@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mismatch_probe.config import SHORT_DTYPES
+from mismatch_probe.dtypes import SHORT_DTYPES
 from mismatch_probe.errors import UsageError
 from mismatch_probe.types import DTYPES
 

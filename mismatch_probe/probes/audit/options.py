@@ -6,7 +6,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mismatch_probe.config import SHORT_DTYPES, check_lengths, flag
+from mismatch_probe.config import check_lengths, flag
+from mismatch_probe.dtypes import SHORT_DTYPES
 from mismatch_probe.errors import UsageError
 from mismatch_probe.metrics.length_prediction import FURTHEST
 from mismatch_probe.tables import RunDirectory
