@@ -86,14 +86,9 @@ def _lines(text: str) -> Markup:
 
 def _token(token: Token) -> Markup:
     """A token in its colour; what lies behind it shows on hover and on tap."""
-    shown = Markup("<br>").join(escape(visible(part)) for part in _parts(token.text))
+    shown = Markup("↵<br>").join(escape(visible(line)) for line in token.text.split("\n")) or "∅"
     classes = f"t d{level(token)}"
     return Markup('<span class="{}" tabindex="-1" data-x="{}">{}</span>').format(classes, details(token), shown)
-
-
-def _parts(text: str) -> list[str]:
-    """The text, cut after each newline, which stays visible."""
-    return [part for part in text.replace("\n", "\n\0").split("\0") if part] or ["∅"]
 
 
 def _data_uri(path: Path) -> str:
