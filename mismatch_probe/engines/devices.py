@@ -82,11 +82,9 @@ def choose_device(requested: str) -> Device:
     """
     build = vllm_build()
     if build is None:
-        raise EngineMissing(
-            "vLLM is not installed, so nothing can be sampled.", install_hint("cuda" if gpu_present() else "cpu")
-        )
+        raise EngineMissing("vLLM is not installed.", install_hint("cuda" if gpu_present() else "cpu"))
     if requested == "cuda" and not gpu_present():
-        raise UsageError("--device cuda was asked for, but nvidia-smi lists no GPU.", "Use --device cpu, or auto.")
+        raise UsageError("--device cuda needs a GPU, and nvidia-smi lists none.", "Use --device cpu or --device auto.")
     if requested not in ("auto", build):
         raise EngineMissing(
             f"--device {requested} needs vLLM's {requested.upper()} build; the {build.upper()} build is installed.",

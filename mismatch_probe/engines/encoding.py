@@ -45,7 +45,7 @@ def encode(job: EncodeJob) -> Encoded:
             ids = tokenizer(prompt.text)["input_ids"]
         elif tokenizer.chat_template is None:
             raise ModelError(
-                f"Prompt {prompt.prompt_id} is a chat, and the tokenizer of {job.model_path} has no chat template.",
+                f"Prompt {prompt.prompt_id} is a chat; the tokenizer of {job.model_path} has no chat template.",
                 "Use an instruct model, or plain-text prompts without --chat.",
             )
         else:
@@ -53,7 +53,7 @@ def encode(job: EncodeJob) -> Encoded:
                 "input_ids"
             ]
         if not ids:
-            raise PromptError(f"Prompt {prompt.prompt_id} is encoded to no tokens.", "Take it out of the prompt file.")
+            raise PromptError(f"Prompt {prompt.prompt_id} encodes to 0 tokens.", "Remove it from the prompt file.")
         return EncodedPrompt(prompt.prompt_id, [int(i) for i in ids])
 
     return Encoded(

@@ -12,7 +12,7 @@ from mismatch_probe.errors import ProbeError
 from mismatch_probe.types import DTYPES
 
 _TIMEOUT_SECONDS = 120.0
-_TIMED_OUT = f"The check of the engines did not end within {_TIMEOUT_SECONDS:.0f} s."
+_TIMED_OUT = f"The engine check did not finish within {_TIMEOUT_SECONDS:.0f} s."
 # Runs in a child: importing both engines takes seconds, leaves global state behind, and can take the process down.
 _PROBE = """
 import json, sys
@@ -71,7 +71,7 @@ def _probe() -> dict[str, Any]:
     try:
         return {"failure": "", **json.loads(lines[-1])}
     except (IndexError, ValueError):
-        reason = (done.stderr.strip().splitlines() or ["the check ended without a word"])[-1]
+        reason = (done.stderr.strip().splitlines() or ["the check printed nothing"])[-1]
         return {"failure": reason}
 
 
@@ -82,7 +82,7 @@ def _why_not(failure: str, *, vllm: bool) -> str:
     if failure == _TIMED_OUT:
         return f"{failure} Try again when the machine is less busy."
     if vllm and "No module named" not in failure:
-        fix = "Remove torchvision, torchaudio and torchcodec if they do not import: a text tool needs none."
+        fix = "Uninstall torchvision, torchaudio and torchcodec if they fail to import; they are not needed."
     else:
         fix = devices.install_hint("cuda" if devices.gpu_present() else "cpu")
     return f"{failure.splitlines()[0]} {fix}"
@@ -100,5 +100,5 @@ def _device_refusal() -> str:
 def _engine(why: str, dtypes: list[str]) -> dict[str, Any]:
     if why:
         return {"usable": False, "why": why, "dtypes": dict.fromkeys(DTYPES, "the engine is not usable")}
-    refused = "this device's build of vLLM does not offer it"
+    refused = "vLLM's build for this device does not support it"
     return {"usable": True, "why": "", "dtypes": {d: "" if d in dtypes else refused for d in DTYPES}}

@@ -21,7 +21,7 @@ _TOKENIZER = re.compile(r"tokenizer", re.IGNORECASE)
 
 
 def memory_error(job: Job) -> EngineError:
-    """Out of memory, with the knob that helps this kind of pass."""
+    """Out of memory, with the option that helps this kind of pass."""
     if isinstance(job, TrainerJob):
         fix = "Lower --memory-budget, or use --trainer-layout single, then continue with --resume."
     elif isinstance(job, RolloutJob) and job.device == "cuda":
@@ -52,28 +52,31 @@ def classify(error: BaseException, job: Job) -> ProbeError | None:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _MEMORY.search(text):
         return memory_error(job)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return DiskFull(
-            f"The disk is full: {describe(job)} could not go on.", "Free some space and continue with --resume."
-        )
+        return DiskFull(f"The disk is full: {describe(job)} stopped.", "Free space, then continue with --resume.")
     refused = _DTYPE.search(text)
     if refused:
+        why = refused["why"].strip().rstrip(".")
         return DtypeRefused(
-            f"vLLM refuses {refused['dtype']} for model type {refused['model']}: {refused['why'].strip().rstrip('.')}.",
-            "Leave this dtype out, or see whether a newer vLLM takes it.",
+            f"vLLM does not support {refused['dtype']} for model type {refused['model']}: {why}.",
+            "Leave this dtype out, or try a newer vLLM.",
         )
     if isinstance(error, ImportError):
         return EngineMissing(
-            f"{describe(job)} cannot be imported: {text or type(error).__name__}.",
+            f"{describe(job)} failed to import a module: {text or type(error).__name__}.",
             "Run `mismatch-probe env` to see what is missing.",
         )
     if _CODE.search(text) and not job.trust_remote_code:
         own = not isinstance(job, EncodeJob | RolloutJob | TrainerJob)
-        fix = "This command runs no such code." if own else "Read that code, then add --trust-remote-code."
-        return ModelError(f"The checkpoint {job.model_path} wants to run Python code of its own.", fix)
+        fix = (
+            "This command does not run code of a checkpoint."
+            if own
+            else "Read that code, then add --trust-remote-code."
+        )
+        return ModelError(f"The checkpoint {job.model_path} contains Python code that loading would run.", fix)
     if isinstance(job, EncodeJob) and (_TOKENIZER.search(text) or isinstance(error, OSError)):
         return ModelError(
             f"The tokenizer of {job.model_path} cannot be loaded: {first_line(error)}",
-            "Put the tokenizer's files beside the weights.",
+            "Save the tokenizer beside the weights: tokenizer.save_pretrained(folder).",
         )
     return None
 
@@ -92,4 +95,4 @@ def first_line(error: BaseException) -> str:
 
 def unexpected(error: str, job: Job, log: str) -> EngineError:
     """An engine failure of no known kind: its last words, and where the whole story is."""
-    return EngineError(f"{describe(job)} failed: {error}", f"The engine's own log is {log}.")
+    return EngineError(f"{describe(job)} failed: {error}", f"The engine's log is {log}.")

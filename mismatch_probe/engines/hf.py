@@ -45,7 +45,7 @@ class HfTrainer:
         from transformers import AutoConfig
 
         if (job.attention or "").startswith("flash") and job.dtype == "float32":
-            raise DtypeRefused("FlashAttention does not take float32.", "Leave float32 out of --trainer-dtypes.")
+            raise DtypeRefused("FlashAttention does not support float32.", "Leave float32 out of --trainer-dtypes.")
         _apply_flags(job.flags)
         config = AutoConfig.from_pretrained(
             job.model_path, trust_remote_code=job.trust_remote_code, local_files_only=True
@@ -152,8 +152,8 @@ class HfTrainer:
             theirs = self._sources[position.source].row(position.slot)[None]
             if theirs.shape != ours.shape:
                 raise EngineError(
-                    f"The rollout engine gives {theirs.shape[1]} logits a token and the trainer {ours.shape[1]}.",
-                    "One side pads its vocabulary; start a run without --exact-kl, and report this model.",
+                    f"The rollout engine returns {theirs.shape[1]} logits per token, the trainer {ours.shape[1]}.",
+                    "One side pads its vocabulary: start a run without --exact-kl, and report this model.",
                 )
             parts.append(position.facts() | divergences(theirs, ours, temperature))
         return stacked(parts) or {}
@@ -224,9 +224,9 @@ class HfTrainer:
         tolerance = 8 * torch.finfo(self._dtype).eps * plain.abs().max().clamp(min=1)
         if not torch.isnan(plain).any() and (plain - split).abs().max() > tolerance:
             raise EngineError(
-                f"{type(self._model).__name__} changes its hidden states between decoder and head, "
+                f"{type(self._model).__name__} changes the hidden states between decoder and LM head, "
                 "so it cannot be scored in chunks.",
-                "Please report this architecture.",
+                "Report this architecture.",
             )
 
     def check_packing(self) -> None:
@@ -245,8 +245,8 @@ class HfTrainer:
         # A model with a recurrent state passes on what is small at first, and adds up.
         if getattr(self._model, "_is_stateful", False) or leak > 16 * torch.finfo(self._dtype).eps:
             raise EngineError(
-                f"{type(self._model).__name__} with attention {self._job.attention!r} lets packed sequences see each "
-                "other.",
+                f"{type(self._model).__name__} with attention {self._job.attention!r} "
+                "does not separate packed sequences.",
                 "Use --trainer-layout padded.",
             )
 

@@ -100,7 +100,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(
-            f"{path} has no config.json, so it is no checkpoint folder.", "Give a folder that save_pretrained wrote."
+            f"{path} is not a checkpoint folder: it has no config.json.", "Give a folder written by save_pretrained."
         ) from None
     except (OSError, ValueError) as error:
         raise ModelError(f"{file} cannot be read ({error}).", "Restore the file.") from None
@@ -115,7 +115,7 @@ def _safetensors_header(file: Path) -> dict[str, Any]:
             (size,) = struct.unpack("<Q", handle.read(8))
             header: dict[str, Any] = json.loads(handle.read(min(size, _MOST_HEADER_BYTES)))
     except (OSError, ValueError, struct.error):
-        raise ModelError(f"{file} is no safetensors file, or is cut off.", "Fetch it again.") from None
+        raise ModelError(f"{file} is truncated or not a safetensors file.", "Download it again.") from None
     return header
 
 
@@ -142,7 +142,7 @@ def resolve(
         EngineMissing: A hub id needs huggingface_hub, which is not installed.
     """
     if revision is not None and (name in BUILTINS or not _looks_like_hub_id(name)):
-        raise ModelError(f"--revision applies to hub ids, and {name!r} is none.", "Leave it out.")
+        raise ModelError(f"--revision applies to hub ids only, and {name!r} is not a hub id.", "Leave --revision out.")
     path, commit, known = Path(name), None, None
     if name in BUILTINS:
         builtin = BUILTINS[name]
@@ -156,7 +156,7 @@ def resolve(
         known = None if weights or _has_weights(path) else _hub_parameters(name, commit)
     elif not os.path.isdir(path):
         raise ModelError(
-            f"There is no model folder {name!r}.",
+            f"The model folder {name!r} does not exist.",
             "Give a checkpoint folder, a hub id such as organisation/model, or a built-in name "
             f"({', '.join(BUILTINS)}).",
         )
@@ -234,32 +234,33 @@ def _hub_errors_as_sentences(name: str, revision: str | None) -> Iterator[None]:
         from huggingface_hub import errors
     except ImportError:
         raise EngineMissing(
-            "Hub models need huggingface_hub, which is not installed.",
+            "huggingface_hub is not installed; hub models need it.",
             "Install an engine extra, or give a local folder.",
         ) from None
     try:
         yield
     except errors.GatedRepoError:
         raise ModelError(
-            f"{name} is gated on the hub.", "Accept its terms there and log in with `hf auth login`."
+            f"{name} is gated on the hub.", "Accept its terms on the hub, then run `hf auth login`."
         ) from None
     except errors.RevisionNotFoundError:
         raise ModelError(f"{name} has no revision {revision!r} on the hub.", "Check --revision.") from None
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
         raise ModelError(
-            f"There is neither a folder nor a hub model {name!r}.",
-            "Check the spelling; private models need `hf auth login`.",
+            f"No folder and no hub model is named {name!r}.",
+            "Check the name. Private models need `hf auth login`.",
         ) from None
     except errors.NotASafetensorsRepoError:
         raise _no_weights(name) from None
     except errors.SafetensorsParsingError:
         raise ModelError(
-            f"The safetensors files of {name} on the hub cannot be read.", "Tell their owner, or give a local folder."
+            f"The safetensors files of {name} on the hub are malformed.",
+            "Report it to their owner, or give a local folder.",
         ) from None
     # The root of httpx's errors, not all of which are OSErrors; its package is named differently in hub 1 and 2.
     except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]
         reason = type(error.__cause__ or error).__name__
         raise ModelError(
-            f"The hub cannot be reached for {name} ({reason}), and it is not in the local cache.",
+            f"The hub cannot be reached ({reason}), and {name} is not in the local cache.",
             "Check the network, or give a local folder.",
         ) from None

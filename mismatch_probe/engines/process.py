@@ -98,8 +98,8 @@ class EngineProcess:
             code = 0
         if code == -signal.SIGKILL:
             return EngineError(
-                f"{faults.describe(job)} was killed (signal 9), most often by the kernel for want of memory.",
-                "Free memory or ask for less at once, then continue with --resume.",
+                f"{faults.describe(job)} was killed (signal 9). The usual cause is that the machine ran out of memory.",
+                "Free memory or use smaller batches, then continue with --resume.",
             )
         cause = f"signal {-code}" if code < 0 else f"exit status {code}"
         return self._unexpected(f"its process ended with {cause}.", job)

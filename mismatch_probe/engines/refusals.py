@@ -42,4 +42,4 @@ def refusal(config: Mapping[str, Any], dtype: str) -> str:
     """
     kind = str(config.get("model_type", ""))
     reason = float16_refusals().get(kind, "") if dtype == "float16" else ""
-    return f"vLLM refuses float16 for model type {kind}: {reason.rstrip('.')}." if reason else ""
+    return f"vLLM does not support float16 for model type {kind}: {reason.rstrip('.')}." if reason else ""

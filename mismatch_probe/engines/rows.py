@@ -171,7 +171,7 @@ class RowFile:
         self.vocabulary = int(header[0]["vocabulary"]) if slots >= 0 else 0
         if slots < 0 or os.fstat(self._file).st_size < file_bytes(slots, self.vocabulary):
             raise TableError(
-                f"{path} holds no captured rows, or is cut off.", "Delete this file: exact metrics stay empty then."
+                f"{path} is truncated or holds no captured rows.", "Delete it; exact metrics then stay empty."
             )
         threshold = float(header[0]["threshold"])
         offsets = [file_bytes(slot, self.vocabulary) for slot in range(slots)]

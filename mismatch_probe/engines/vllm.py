@@ -16,7 +16,7 @@ from mismatch_probe.types import Rollout, RolloutRequest, Sampling
 if TYPE_CHECKING:
     import torch
 
-_NO_SYNC = "Train a family that vLLM can reload, or try another vLLM; commands that do not train need no reload."
+_NO_SYNC = "Train another model family or use another vLLM version. Commands that do not train are unaffected."
 
 
 class VllmRollout:
@@ -63,7 +63,7 @@ class VllmRollout:
         if replays and not modern and options["logprobs_mode"] != "raw_logprobs":
             # A processor forces a token by excluding all others, and processed log-probs come after it.
             raise EngineError(
-                "Model Runner V1 cannot replay at a temperature other than 1.", "Leave --temperature out, or use a GPU."
+                "Replay with Model Runner V1 needs temperature 1.", "Leave --temperature out, or use a GPU."
             )
         self._native_replay = modern and replays
         name = f"{kind}V2" if modern else f"{kind}V1"
@@ -109,8 +109,8 @@ class VllmRollout:
         for request, found in zip(requests, ids, strict=True):
             if len(request.forced_token_ids) and found != _forced(request, sampling):
                 raise EngineError(
-                    f"vLLM decoded other tokens of sequence {request.sequence_id} than it was given.",
-                    "Replay does not work as this engine is configured; leave out what --engine-arg adds.",
+                    f"vLLM decoded tokens of sequence {request.sequence_id} that differ from the given ones.",
+                    "Replay fails in this configuration: leave --engine-arg out.",
                 )
         tokenizer = self._llm.get_tokenizer()
         return [
@@ -145,7 +145,7 @@ class VllmRollout:
             ) from error
         if missing:
             raise EngineError(
-                f"vLLM's model was given no weights for {missing[0]} ({len(missing)} parameters lack some).", _NO_SYNC
+                f"The weight sync left {len(missing)} parameters of vLLM's model unset, first {missing[0]}.", _NO_SYNC
             )
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:

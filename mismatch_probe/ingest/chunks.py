@@ -120,7 +120,7 @@ def check_step(place: Place, row: int, value: Any) -> int | None:
         IngestError: It is something else.
     """
     if value is not None and (type(value) is not int or not -(2**63) <= value < 2**63):
-        place.refuse(row, f"has a step that is {kind(value)} and no 64-bit integer", "Write the step as an integer.")
+        place.refuse(row, f"has a step that is {kind(value)}, not a 64-bit integer", "Write the step as an integer.")
     return value
 
 
@@ -137,5 +137,5 @@ def check_label(place: Place, row: int, key: str, value: Any) -> str | None:
     text = str(value)
     if any("\ud800" <= character <= "\udfff" for character in text):
         # JSON can spell half of a surrogate pair, which no table takes.
-        place.refuse(row, f"has a {key} with an unpaired surrogate escape", "Write the character or its whole pair.")
+        place.refuse(row, f"has a {key} with an unpaired surrogate escape", "Write the character or both surrogates.")
     return text

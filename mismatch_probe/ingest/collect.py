@@ -97,7 +97,7 @@ class Collector:
             self._place.refuse(
                 self._first_row,
                 f"has neither {' nor '.join(LOGPROBS)}; its keys are {quoted_list(chunk.names)}",
-                "Record the log-probs of one side at least, one per response token.",
+                "Record the log-probs of at least one side, one per response token.",
             )
 
     def _keep(self, chunk: Chunk) -> None:
@@ -134,14 +134,14 @@ class Collector:
             IngestError: There is no row, no response token, or none that counts.
         """
         if not self._n_rows:
-            self._place.refuse_file("holds no row", "Write one row per sequence into it.")
+            self._place.refuse_file("has no rows", "Write one row per sequence.")
         if not self._rows:
-            self._place.refuse_file("holds no response token", "Record response_token_ids as they were sampled.")
+            self._place.refuse_file("has no response tokens", "Record response_token_ids as sampled.")
         prompts, responses = (Ragged(self._values[key].done(), self._offsets(key)) for key in IDS)
         columns = {key: Ragged(self._values[key].done(), responses.offsets) for key in PER_TOKEN if self._present[key]}
         mask = columns.get("loss_mask")
         if mask is not None and not mask.values.any():
-            self._place.refuse_file("has a loss_mask that is 0 everywhere", "Set it to 1 for the tokens to compare.")
+            self._place.refuse_file("has a loss_mask of only zeros", "Set it to 1 for the tokens to compare.")
         names = self._scalars["prompt_id"] if self._present["prompt_id"] else [_digest(prompt) for prompt in prompts]
         return RecordedRun(
             prompt_token_ids=prompts,

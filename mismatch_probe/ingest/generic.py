@@ -42,11 +42,9 @@ def read_generic(path: str | Path) -> RecordedRun:
     file = Path(path).expanduser()
     suffix = file.suffix.lower()
     if suffix in _PICKLES:
-        raise IngestError(f"The file {name} may hold a pickle, which can run code when it is opened.", _FIX)
+        raise IngestError(f"The file {name} may contain a pickle, which can run code when opened.", _FIX)
     if suffix not in _READERS:
-        raise IngestError(
-            f"The file {name} has the suffix {suffix!r}, which is not one of {' and '.join(_READERS)}.", _FIX
-        )
+        raise IngestError(f"The file {name} has the suffix {suffix!r}; supported are {' and '.join(_READERS)}.", _FIX)
     try:
         # Asked before it is opened: opening a pipe would wait for its writer.
         is_regular = stat.S_ISREG(file.stat().st_mode)
@@ -55,11 +53,11 @@ def read_generic(path: str | Path) -> RecordedRun:
     except (OSError, ValueError):  # ValueError: a NUL in its name
         is_regular = False
     if not is_regular:
-        raise IngestError(f"{name} is no regular file, or lies where you may not look.", "Name a file of yours.")
+        raise IngestError(f"{name} is not a regular file, or its folder is not accessible.", "Give a regular file.")
     try:
         with file.open("rb") as handle:
             return _READERS[suffix](handle, name)
     except OSError as error:
         raise IngestError(
-            f"The file {name} cannot be read: {error.strerror or error}.", "Name a file that you may read."
+            f"The file {name} cannot be read: {error.strerror or error}.", "Check its permissions."
         ) from None

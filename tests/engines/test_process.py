@@ -102,7 +102,7 @@ class TestFailures:
             ("memory-generate", EngineError, "ran out of memory"),
             ("crash-start", UnexpectedEngineError, "failed: RuntimeError: a scripted crash .*log is .*engine.log"),
             ("crash-generate", UnexpectedEngineError, "failed: RuntimeError: a scripted crash"),
-            ("die-start", EngineError, r"was killed \(signal 9\), most often by the kernel for want of memory"),
+            ("die-start", EngineError, r"was killed \(signal 9\)"),
             ("die-generate", EngineError, r"was killed \(signal 9\)"),
         ],
     )
@@ -135,7 +135,9 @@ class TestFailures:
         """Broken binary packages raise anything; the reason has to reach the user all the same."""
         (tmp_path / "vllm.py").write_text(f"raise {error}('operator torchvision::nms does not exist')")
         process = EngineProcess("vllm", {"PYTHONPATH": str(tmp_path)}, tmp_path / "engine.log")
-        with pytest.raises(EngineMissing, match=r"cannot be imported: .*torchvision::nms does not exist.*probe env"):
+        with pytest.raises(
+            EngineMissing, match=r"failed to import a module: .*torchvision::nms does not exist.*probe env"
+        ):
             process.run(rollout_job(scripted_model()), lambda *_: None)
 
     def test_an_end_of_file_in_the_engine_is_the_engines(self, scripted_model: MakeModel, tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def test_given_positions_keep_what_they_were_given(tmp_path: Path) -> None:
 def test_a_file_that_is_cut_off(tmp_path: Path) -> None:
     sample(tmp_path / "rows", 7, np.full((2, 6), 0.5))
     (tmp_path / "rows").write_bytes((tmp_path / "rows").read_bytes()[:100])
-    with pytest.raises(TableError, match="is cut off"):
+    with pytest.raises(TableError, match="truncated"):
         RowFile(tmp_path / "rows")
 
 

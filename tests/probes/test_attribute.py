@@ -345,7 +345,7 @@ def test_a_setting_that_was_measured_is_shown_when_others_are_asked_for(plant: C
 def test_what_failed_and_what_does_not_apply_says_why(plant: Callable[..., Planted]) -> None:
     planted = plant(knobs=("kv-fp8", "fp32-rope"))
     planted.fail("rollout-kv-fp8", failed="The engine with kv-fp8 ran out of memory.")
-    planted.fail("trainer-fp32-rope", unavailable="the model has no rotary embedding in a module of its own")
+    planted.fail("trainer-fp32-rope", unavailable="the model has no separate rotary-embedding module")
     path = planted.base.run.path
     result = mismatch_probe.attribute_run(path, knobs=planted.options.knobs, layers=False)
     assert result.failed == ["rollout-kv-fp8"]

@@ -159,7 +159,7 @@ def test_a_refused_dtype_is_told_before_anything_is_loaded(scripted_model: MakeM
     model = scripted_model()
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "model_type": "gemma3"}))
-    with pytest.raises(DtypeRefused, match="vLLM refuses float16 for model type gemma3"):
+    with pytest.raises(DtypeRefused, match="vLLM does not support float16 for model type gemma3"):
         mismatch_probe.audit(
             CompareConfig(model=str(model), rollout_dtypes=("float16",)), out=tmp_path / "run", profile="default"
         )

@@ -222,7 +222,7 @@ class TestFailedPasses:
         ("faults", "failed", "sentence"),
         [
             ({"rollout-float16": "memory-generate"}, FP16, "ran out of memory. Lower --rollout-batch"),
-            ({"rollout-float16": "crash-start"}, FP16, "a scripted crash The engine's own log is"),
+            ({"rollout-float16": "crash-start"}, FP16, "a scripted crash The engine's log is"),
             ({"rollout-float16": "empty"}, FP16, "The engine generated no tokens. Check the prompts"),
             ({"trainer-bfloat16": "die-score"}, TRAINER, "was killed (signal 9)"),
             ({"trainer-bfloat16": "memory-start"}, TRAINER, "ran out of memory. Lower --memory-budget"),

@@ -202,7 +202,7 @@ class TestRows:
         path = run.path / "rows" / f"{REPLAY}.rows"
         path.write_bytes(path.read_bytes()[:100])
         scripted_model(vocab_size=40)
-        with pytest.raises(TableError, match="is cut off"):
+        with pytest.raises(TableError, match="truncated"):
             mismatch_probe.resume(run.path)
 
     def test_rows_that_are_gone_leave_exact_metrics_empty(self, compare: Compare, scripted_model: MakeModel) -> None:

@@ -74,7 +74,7 @@ def test_an_outlier_fails_in_the_real_engine_too_and_a_second_call_starts_none(t
 def test_a_model_type_that_vllm_refuses_gets_the_sentence_and_nothing_is_loaded(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(DtypeRefused) as error:
         mismatch_probe.audit(CompareConfig(model=str(tiny("gemma2")), **SMALL), out=tmp_path / "run")
-    assert error.value.what.startswith("vLLM refuses float16 for model type gemma2: Numerical instability.")
+    assert error.value.what.startswith("vLLM does not support float16 for model type gemma2: Numerical instability.")
     assert not (tmp_path / "run").exists()
 
 

@@ -96,7 +96,7 @@ def test_layouts_agree_in_fp32(tiny: Tiny, architecture: str) -> None:
 
 def test_packing_that_leaks_is_refused(tiny: Tiny) -> None:
     # OPT counts its positions from the mask alone, so a packed row runs on through its neighbours.
-    with pytest.raises(EngineError, match="packed sequences see each other"):
+    with pytest.raises(EngineError, match="does not separate packed sequences"):
         trainer(tiny("opt"), layout="packed")
 
 

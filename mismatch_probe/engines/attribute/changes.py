@@ -70,7 +70,7 @@ def _mlp(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 def _attention(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """q·k, softmax and their product with v; the projections stay."""
     if str(model.config._attn_implementation).startswith("flash"):  # type: ignore[union-attr]
-        raise NotThereError("FlashAttention takes no FP32")
+        raise NotThereError("FlashAttention does not support FP32")
 
     def wide(function: Attention) -> Attention:
         def call(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **kwargs: Any) -> Any:
@@ -91,7 +91,7 @@ def _rope(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Cosines and sines stay in FP32, and with them the rotation; queries and keys are rounded once, after it."""
     modules = [module for module in model.modules() if "rotary" in type(module).__name__.lower()]
     if not modules:
-        raise NotThereError("the model has no rotary embedding in a module of its own")
+        raise NotThereError("the model has no separate rotary-embedding module")
 
     def narrow(function: Attention) -> Attention:
         def call(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -120,7 +120,7 @@ def _residual(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """The stream between the layers' blocks in FP32; every block still reads and makes what it does in dtype."""
     network = Network.of(model)
     if not network.layers:
-        raise NotThereError("the model's layers were not found")
+        raise NotThereError("the decoder layers were not found")
     layers = modules_of(model, network.layers)
     norms = [child for layer in layers for child in layer.children() if is_norm(child)]
     norms += [child for child in model.get_decoder().children() if is_norm(child)]  # type: ignore[operator]
@@ -151,7 +151,7 @@ def _head(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """The head alone, its logits left in FP32; weights that it shares with the embedding are copied for it."""
     name = Network.of(model).head
     if not name:
-        raise NotThereError("the model's head was not found")
+        raise NotThereError("the LM head was not found")
     (head,) = modules_of(model, [name])
     wide = copy.deepcopy(head).float()
 
@@ -181,7 +181,7 @@ def _whole(modules: Sequence[nn.Module], dtype: torch.dtype, what: str) -> Itera
     Weights and buffers come back as they were, tensor by tensor: some architectures keep a few in FP32.
     """
     if not modules:
-        raise NotThereError(f"the model has no {what} in a module of its own")
+        raise NotThereError(f"the model has no separate {what} module")
     with ExitStack() as stack:
         for module in modules:
             stack.enter_context(tensors_kept(module))
@@ -272,7 +272,7 @@ def attention_changed(model: nn.Module, change: Callable[[Attention], Attention]
 
     eager = getattr(module, "eager_attention_forward", None)
     if name == "eager" and eager is None:
-        raise NotThereError(f"{type(model).__name__} computes eager attention by itself")
+        raise NotThereError(f"{type(model).__name__} has its own eager attention, which cannot be replaced")
     before = None if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
     if before is None:
         module.eager_attention_forward = counted(eager)  # type: ignore[attr-defined, arg-type]
@@ -286,7 +286,7 @@ def attention_changed(model: nn.Module, change: Callable[[Attention], Attention]
         else:
             ALL_ATTENTION_FUNCTIONS[name] = before
     if not calls:
-        raise NotThereError(f"{type(model).__name__} computes attention by itself")
+        raise NotThereError(f"{type(model).__name__} has its own attention, which cannot be replaced")
 
 
 @contextmanager

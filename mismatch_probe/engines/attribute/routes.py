@@ -111,7 +111,7 @@ class Routing:
         indices = [i for i in shaped if not parts[i].is_floating_point()]
         weights = [i for i in shaped if parts[i].is_floating_point()]
         if len(indices) != 1 or len(weights) != 1:
-            raise NotThereError("its routers do not answer with logits, weights and indices")
+            raise NotThereError("the routers do not return logits, weights and indices")
         return (weights[0], indices[0]), parts[indices[0]]
 
 
@@ -125,4 +125,4 @@ def _rule(logits: Tensor, weights: Tensor, indices: Tensor) -> Rule:
     for rule in _RULES:
         if (rule(logits, indices) - weights.float()).abs().max() <= close:
             return rule
-    raise NotThereError("its routers weigh experts in a way that is not known here")
+    raise NotThereError("the router's weighting of experts is not supported")

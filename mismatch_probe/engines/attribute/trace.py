@@ -90,7 +90,7 @@ def check_room(folder: Path, needed: int) -> None:
     """
     if shutil.disk_usage(folder).free < 2 * needed:
         raise EngineError(
-            f"A trace of {needed / 2**20:.0f} MiB does not fit on the disk.", "Free some space, then use --resume."
+            f"The disk has no room for a trace of {needed / 2**20:.0f} MiB.", "Free space, then continue with --resume."
         )
 
 

@@ -198,7 +198,7 @@ class TrainerVariants(OnTrainer):
         assert self.routes is not None
         part = load_arrays(Path(self.routes[0]), self.routes[1])
         if part is None or "routes" not in part[1]:
-            raise NotThereError("the engine's routes could not be kept")
+            raise NotThereError("the routes of the rollout engine were not recorded")
         wanted = part[1]["routes"]  # `UNKNOWN` where a token keeps its own
         routing = Routing(engine.model, wanted.shape[2])
         ends = accumulate((request.length for request in self.sequences), initial=0)

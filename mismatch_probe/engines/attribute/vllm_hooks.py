@@ -79,8 +79,8 @@ class _Rows:
         """
         if self._open:
             raise EngineError(
-                f"vLLM ran {len(self._open)} sequences in pieces, or their ids did not reach its model.",
-                "Leave the layers out: --no-layers.",
+                f"vLLM split {len(self._open)} sequences into chunks, or did not pass their ids to the model.",
+                "Use --no-layers.",
             )
         return torch.cat([torch.arange(first, end) for _, first, end in sorted(self.found)])
 
@@ -234,7 +234,7 @@ def layer_names(model: nn.Module, count: int) -> list[str]:
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count and not _OTHER_TOWER.search(name):
             return [f"{name}.{index}" for index in range(count)]
-    raise EngineError("vLLM's model has no list of decoder layers.", "Leave this model's layers out: --no-layers.")
+    raise EngineError("The decoder layers of vLLM's model were not found.", "Use --no-layers.")
 
 
 class RouteTracer:
@@ -271,7 +271,7 @@ class RouteTracer:
         order = self._rows.order()
         layers = sorted(self._kept)
         if not layers:
-            raise EngineError("No router of vLLM's model was seen.", "Please report this architecture.")
+            raise EngineError("No router ran in vLLM's model.", "Report this architecture.")
         return layers, torch.stack([torch.cat(self._kept[layer])[order] for layer in layers]).numpy()
 
     def _after(self, layer: int, experts: int) -> Callable[..., None]:
