@@ -212,11 +212,24 @@ def fraction(value: float | None, *, below: str = "", tone: Tone = "plain") -> C
     return Cell(percent(value), below=below, tone=tone)
 
 
+def columns(*header: str | Column) -> tuple[Column, ...]:
+    """Columns; a string is a text column of rank 0."""
+    return tuple(name if isinstance(name, Column) else Column(name) for name in header)
+
+
+def numeric(*titles: str) -> tuple[Column, ...]:
+    """Columns of numbers, of rank 0."""
+    return tuple(Column(title, numeric=True) for title in titles)
+
+
+def row(*cells: Cell | str) -> tuple[Cell, ...]:
+    """A row; a string is a plain cell."""
+    return tuple(Cell(cell) if isinstance(cell, str) else cell for cell in cells)
+
+
 def table(header: Sequence[str | Column], rows: Sequence[Sequence[Cell | str]], legend: str = "") -> Table:
-    """A table; a header that is a string is a text column of rank 0, a cell that is a string is a plain one."""
-    columns = tuple(name if isinstance(name, Column) else Column(name) for name in header)
-    cells = tuple(tuple(Cell(cell) if isinstance(cell, str) else cell for cell in row) for row in rows)
-    return Table(columns, cells, legend)
+    """A table of `columns` and `row`s."""
+    return Table(columns(*header), tuple(row(*cells) for cells in rows), legend)
 
 
 def section(name: str, title: str, *blocks: Block | None, depth: Depth = "page") -> tuple[Section, ...]:
