@@ -151,8 +151,8 @@ def check_machine(version: tuple[int, ...], system: str, machine: str) -> None:
     """Raises SetupError where vLLM has no wheel for this Python or this machine."""
     if not PYTHONS[0] <= version[:2] < PYTHONS[1]:
         raise SetupError(
-            f"This is Python {version[0]}.{version[1]}, and the project runs on Python 3.11, 3.12 and 3.13.",
-            "Name one of these: make setup PYTHON=python3.11 (any make target takes it).",
+            f"Python {version[0]}.{version[1]} is not supported; 3.11, 3.12 and 3.13 are.",
+            "Choose one: make setup PYTHON=python3.11 (every make target takes it).",
         )
     if system != "linux" or machine not in MACHINES:
         raise SetupError(
@@ -176,9 +176,7 @@ def explain_pip(lines: Collection[str], wanted: str = "") -> SetupError:
     """The sentence for a failed pip, from what it printed last; `wanted` is what only the CPU index has for sure."""
     text = "\n".join(lines)
     if re.search(r"No space left on device|Errno 28", text):
-        return SetupError(
-            "The disk filled up.", "Free some space (pip unpacks in TMPDIR), then run the same command again."
-        )
+        return SetupError("The disk is full.", "Free space (pip unpacks in TMPDIR), then run the same command again.")
     if wanted:
         return SetupError(
             f"pip found no {wanted} for Python {platform.python_version()}.",
@@ -188,11 +186,11 @@ def explain_pip(lines: Collection[str], wanted: str = "") -> SetupError:
         r"NewConnectionError|NameResolutionError|ConnectTimeout|ReadTimeout|ProxyError|SSLError|ProtocolError", text
     ):
         return SetupError(
-            "pip could not reach a package index.",
-            "Check the network and what pip is told about it (pip config list), then run the same command again.",
+            "pip cannot reach a package index.",
+            "Check the network and `pip config list`, then run the same command again.",
         )
-    errors = [line for line in lines if line.startswith("ERROR:")] or ["it said nothing"]
-    return SetupError(f"pip failed: {errors[-1]}", "Look into the log, then run the same command again.")
+    errors = [line for line in lines if line.startswith("ERROR:")] or ["it printed nothing"]
+    return SetupError(f"pip failed: {errors[-1]}", "Read the log, then run the same command again.")
 
 
 @contextlib.contextmanager
@@ -207,8 +205,8 @@ def locked(venv: Path, journal: Journal) -> Iterator[int]:
     venv.mkdir(parents=True, exist_ok=True)
     if any(venv.iterdir()) and not (venv / LOCK).exists():
         raise SetupError(
-            f"{venv} exists and was not made by this set-up, which changes only what it made.",
-            "Name another folder (make setup VENV=…), or delete this one.",
+            f"{venv} exists and was not made by this set-up.",
+            "Choose another folder (make setup VENV=…), or delete this one.",
         )
     with (venv / LOCK).open("a") as handle:
         try:
@@ -298,22 +296,20 @@ class Setup:
     def _create(self, variant: str) -> None:
         if importlib.util.find_spec("venv") is None or importlib.util.find_spec("ensurepip") is None:
             raise SetupError(
-                "This Python cannot make environments: its module venv or ensurepip is missing.",
-                "Install it (Debian and Ubuntu: apt install python3-venv), or name another Python with PYTHON=….",
+                "This Python lacks the module venv or ensurepip.",
+                "Install it (Debian and Ubuntu: apt install python3-venv), or choose another Python with PYTHON=….",
             )
         free = shutil.disk_usage(str(self.venv)).free / 1e9
         if free < DISK_GB[variant]:
             raise SetupError(
-                f"{self.venv} has {free:.1f} GB of free disk, and the {variant} build wants {DISK_GB[variant]} GB.",
-                "Free some space, or name a folder on another disk with VENV=….",
+                f"{self.venv} has {free:.1f} GB of free disk; the {variant} build needs {DISK_GB[variant]} GB.",
+                "Free space, or choose a folder on another disk with VENV=….",
             )
         (self.venv / FLUX).touch()
         with self.journal.step(f"making the environment with Python {platform.python_version()}"):
             argv = [sys.executable, "-I", "-m", "venv", str(self.venv)]
             if self.run(argv, self.journal.record, self.lock) != 0:
-                raise SetupError(
-                    "Python could not make the environment.", "Look into the log, then try another Python."
-                )
+                raise SetupError("Python failed to make the environment.", "Read the log, then try another Python.")
         (self.venv / FLUX).unlink()
 
     def _begin_writing(self) -> None:
@@ -358,21 +354,21 @@ class Setup:
             status = self._python("-c", program)
             if status < 0:
                 raise SetupError(
-                    f"Importing vllm and transformers was killed by signal {-status}.",
-                    "Signal 4 means a processor without AVX2, signal 9 too little memory: use another machine.",
+                    f"Signal {-status} killed the import of vllm and transformers.",
+                    "Use another machine: signal 4 means no AVX2, signal 9 too little memory.",
                 )
             if status > 0:
                 raise SetupError(
-                    f"vllm and transformers do not import together: {self._last_line()}",
-                    "Delete the environment and run the same command again; if that fails too, report the log.",
+                    f"The import of vllm and transformers failed: {self._last_line()}",
+                    "Delete the environment and run the same command again. If that fails, report the log.",
                 )
 
     def _pull_model(self) -> None:
         with self.journal.step(f"fetching the built-in model {BUILT_IN_MODEL}"):
             if self._python("-m", "mismatch_probe", "models", "pull", BUILT_IN_MODEL) != 0:
                 raise SetupError(
-                    f"The built-in model could not be fetched: {self._last_line()}",
-                    "Run the same command again, or do without it: python3 mismatch_probe/bootstrap.py --no-model.",
+                    f"The download of the built-in model failed: {self._last_line()}",
+                    "Run the same command again, or skip the model: python3 mismatch_probe/bootstrap.py --no-model.",
                 )
 
     def _python(self, *arguments: str, on_line: Callable[[str], None] | None = None) -> int:

@@ -13,13 +13,13 @@ from mismatch_probe.dtypes import SHORT_DTYPES
 from mismatch_probe.errors import UsageError
 from mismatch_probe.types import DTYPES, Dtype, ReferenceDtype, SequenceSource, TrainerLayout, TrainerMode
 
-_RUNS_CODE = "it would run code of the caller's choosing in the engine"
-_SECRET = "it can carry a secret into a manifest that is meant to be shared"
-_OTHER_MODEL = "rollout and trainer would no longer be the same model"
+_RUNS_CODE = "it runs arbitrary code in the engine"
+_SECRET = "it can put a secret into the manifest, which is meant to be shared"
+_OTHER_MODEL = "rollout and trainer would run different models"
 _ADVICE = {
-    _RUNS_CODE: "Leave it out; what a checkpoint brings of its own runs with --trust-remote-code.",
-    _SECRET: "Leave it out; a hub token belongs into the environment.",
-    _OTHER_MODEL: "Leave it out, or save the changed model as a checkpoint of its own.",
+    _RUNS_CODE: "Leave it out. For code of the checkpoint use --trust-remote-code.",
+    _SECRET: "Leave it out. Set a hub token as an environment variable.",
+    _OTHER_MODEL: "Leave it out, or save the changed model as a separate checkpoint.",
 }
 # Arguments of vLLM 0.32 (engine/arg_utils.py), and fields of those that are objects, with why they are refused.
 FORBIDDEN_ENGINE_ARGS = {
@@ -124,7 +124,7 @@ class Limit:
         except ValueError:
             bound = math.nan
         if not math.isfinite(bound):
-            raise UsageError(f"--fail-on {text!r} has no number to compare with.", example)
+            raise UsageError(f"--fail-on {text!r} has no finite number.", example)
         return cls(text.strip(), metric, sign == ">", bound, rollout, trainer or rollout)
 
     def applies_to(self, rollout_dtype: str, trainer_dtype: str) -> bool:
@@ -207,31 +207,31 @@ class CompareConfig:
             if value is not None and not 0 < value < math.inf:
                 raise UsageError(f"{flag(name)} must be positive, not {value}.", "Leave it out for the default.")
         if self.null_tokens is not None and self.null_tokens < 0:
-            raise UsageError(
-                f"--null-tokens must not be negative, and is {self.null_tokens}.", "0 switches the nulls off."
-            )
+            raise UsageError(f"--null-tokens must be 0 or more, not {self.null_tokens}.", "Use 0 to skip them.")
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise UsageError(
                 f"--temperature must be above 0, not {self.temperature}.",
-                "Greedy decoding has no sampling law to compare; use --temperature 1.",
+                "Greedy decoding has no sampling distribution to compare: use --temperature 1.",
             )
         if not 0 <= self.seed < 1 << 32:
-            raise UsageError(f"--seed must be between 0 and 2³² − 1, not {self.seed}.", "Choose another one.")
+            raise UsageError(f"--seed must be between 0 and 2³² − 1, not {self.seed}.", "Choose another seed.")
         if self.exact_kl != "all" and not (isinstance(self.exact_kl, int) and self.exact_kl >= 0):
-            raise UsageError(f"--exact-kl must be a number of positions or all, not {self.exact_kl!r}.", "0 is none.")
+            raise UsageError(
+                f"--exact-kl must be a number of positions or all, not {self.exact_kl!r}.", "Use 0 for none."
+            )
         check_lengths(self.predict_lengths)
         self._check_source()
         self._check_choices()
         if self.trainer_modes == ("autocast",) and self.trainer_dtypes == ("float32",):
             raise UsageError(
-                "Autocast to float32 is no mode.", "Add a 16-bit --trainer-dtypes, or use --trainer-mode cast."
+                "Autocast does not support float32.", "Add a 16-bit --trainer-dtypes, or use --trainer-mode cast."
             )
         self._check_engine_args()
 
     def _check_source(self) -> None:
         for name in ("rescore", "replay"):
             if self.source is None and getattr(self, name):
-                raise UsageError(f"{flag(name)} goes with recorded sequences.", "Name their file with --from.")
+                raise UsageError(f"{flag(name)} needs recorded sequences.", "Give their file with --from.")
         if self.source is None:
             return
         for name, default in (
@@ -242,43 +242,47 @@ class CompareConfig:
             ("max_tokens", None),
         ):
             if getattr(self, name) != default:
-                raise UsageError(f"{flag(name)} has no meaning with --from.", "The file brings prompts and responses.")
+                raise UsageError(
+                    f"{flag(name)} cannot be combined with --from.", "Leave it out: the file has prompts and responses."
+                )
         if self.sequences != "own":
-            raise UsageError("--sequences has no meaning with --from.", "Use --replay to decode the file's ids again.")
+            raise UsageError(
+                "--sequences cannot be combined with --from.", "Use --replay to decode the file's ids again."
+            )
 
     def _check_choices(self) -> None:
         for name in _LISTS:
             values = getattr(self, name)
             if not values or len(set(values)) != len(values):
-                raise UsageError(f"{flag(name)} is empty or names a value twice.", "Name each value once.")
+                raise UsageError(f"{flag(name)} is empty or has a value twice.", "Give each value once.")
         for name, known in (_LISTS | _CHOICES).items():
             values = getattr(self, name) if name in _LISTS else (getattr(self, name),)
             for value in values:
                 if value not in known:
-                    raise UsageError(f"{flag(name)} knows no {value!r}.", f"Known are: {', '.join(known)}.")
+                    raise UsageError(f"{flag(name)} does not accept {value!r}.", f"Known are: {', '.join(known)}.")
 
     def _check_engine_args(self) -> None:
         if self.exact_kl and self.engine_args.get("enable_batch_sharded_sampling"):
             raise UsageError(
-                "--exact-kl needs one rank that sees every row, and enable_batch_sharded_sampling shares them out.",
+                "--exact-kl needs all rows on one rank; enable_batch_sharded_sampling distributes them.",
                 "Leave that --engine-arg out.",
             )
         for name, value in _with_fields(self.engine_args).items():
             reason = FORBIDDEN_ENGINE_ARGS.get(name)
             if reason is not None and value not in _HARMLESS.get(name, ()):
-                raise UsageError(f"--engine-arg {name} is refused: {reason}.", _ADVICE[reason])
+                raise UsageError(f"--engine-arg {name} is not allowed: {reason}.", _ADVICE[reason])
         for name in self.engine_args:
             if name in OWNED_ENGINE_ARGS:
                 raise UsageError(
-                    f"--engine-arg {name} would contradict the comparison's own setting.",
+                    f"--engine-arg {name} conflicts with an option of mismatch-probe.",
                     f"Use {OWNED_ENGINE_ARGS[name]}.",
                 )
             try:
                 json.dumps(self.engine_args[name], allow_nan=False)
             except (TypeError, ValueError):
                 raise UsageError(
-                    f"--engine-arg {name} has a value that the manifest cannot hold.",
-                    "Give a finite number, text, a list, or an object.",
+                    f"--engine-arg {name} has a value that JSON cannot represent.",
+                    "Give a finite number, a string, a list or an object.",
                 ) from None
 
     def as_dict(self) -> dict[str, Any]:
@@ -291,8 +295,8 @@ class CompareConfig:
         unknown = sorted(set(document) - known)
         if unknown:
             raise UsageError(
-                f"The run was configured with the unknown option {unknown[0]!r}.",
-                "Resume it with the release that began it.",
+                f"The configuration of the run has the unknown option {unknown[0]!r}.",
+                "Resume it with the release that started it.",
             )
         values: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in document.items()

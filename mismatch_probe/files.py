@@ -54,7 +54,7 @@ def writing(path: Path) -> Iterator[Path]:
                 "Free some space and continue with --resume; finished passes are kept.",
             ) from error
         raise TableError(
-            f"{path} could not be written: {error.strerror or error}.", "Check the folder's permissions."
+            f"{path} cannot be written: {error.strerror or error}.", "Check the folder's permissions."
         ) from error
 
 
@@ -81,12 +81,14 @@ def locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise UsageError(f"{folder} is no folder for a run ({error.strerror}).", "Choose another folder.") from None
+        raise UsageError(
+            f"{folder} cannot be used as a run folder ({error.strerror}).", "Choose another folder."
+        ) from None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
-        raise FolderBusy(f"Another process is working on {folder}.", "Wait until it ends, then try again.") from None
+        raise FolderBusy(f"Another process is using {folder}.", "Wait until it ends, then try again.") from None
     try:
         yield
     finally:

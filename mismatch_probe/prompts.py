@@ -49,17 +49,17 @@ def load_prompts(source: str | Path | None = None, limit: int | None = None) -> 
     parse = {".jsonl": _from_json, ".txt": _from_text}.get(path.suffix.lower())
     if parse is None:
         raise PromptError(
-            f"The prompt file {name} has the suffix {path.suffix!r}, which is not one of .jsonl and .txt.",
+            f"The prompt file {name} has the suffix {path.suffix!r}; supported are .jsonl and .txt.",
             "Use .jsonl for one JSON object per line, or .txt for one prompt per line.",
         )
     content = _read(path, name)
     prompts = _parse_lines(content, name, parse)
     if not prompts:
-        raise PromptError(f"The prompt file {name} holds no prompt.", "Write one prompt per line into it.")
+        raise PromptError(f"The prompt file {name} has no prompts.", "Write one prompt per line.")
     if limit is not None and not 1 <= limit <= len(prompts):
         raise PromptError(
-            f"{limit} prompts were asked for, but the set {name} has {len(prompts)}.",
-            f"Ask for 1 to {len(prompts)} prompts, or name a larger file.",
+            f"--num-prompts {limit} is outside 1 to {len(prompts)}, the size of the prompt set {name}.",
+            "Lower --num-prompts, or give a larger file.",
         )
     return PromptSet(tuple(prompts[:limit]), name, hashlib.sha256(content).hexdigest())
 
@@ -71,7 +71,7 @@ def _read(path: Path, name: str) -> bytes:
         raise PromptError(f"The prompt file {name} does not exist.", "Check its path.") from None
     except OSError as error:
         raise PromptError(
-            f"The prompt file {name} cannot be read: {error.strerror}.", "Name a file that you may read."
+            f"The prompt file {name} cannot be read: {error.strerror}.", "Check its permissions."
         ) from None
 
 

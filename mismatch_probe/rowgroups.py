@@ -36,7 +36,7 @@ def table_errors(path: Path) -> Iterator[None]:
 def require_columns(path: Path, names: Sequence[str], wanted: Sequence[str]) -> None:
     missing = [name for name in wanted if name not in names]
     if missing:
-        raise TableError(f"{path} lacks the column {missing[0]}.", "Delete this file and run the comparison again.")
+        raise TableError(f"{path} has no column {missing[0]}.", "Delete this file and run the comparison again.")
 
 
 def with_nulls(table: pa.Table, schema: pa.Schema, names: Sequence[str]) -> pa.Table:

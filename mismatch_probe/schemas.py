@@ -121,7 +121,7 @@ def tokens_table(
             raise TableError(
                 f"Pass {pass_id} returned {len(item.logprobs)} log-probs for the {len(tokens)} tokens of "
                 f"sequence {item.sequence_id}.",
-                "This is a fault of the engine or its adapter; please report it.",
+                "Report this fault of the engine or its adapter.",
             )
     lengths = np.array([len(tokens) for tokens in ids], dtype=np.int64)
     flat = np.concatenate([np.empty(0, np.int32), *ids])

@@ -40,7 +40,7 @@ def read_json(path: Path) -> Any:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise TableError(f"{path} does not exist.", "Give the folder that `mismatch-probe compare` wrote.") from None
+        raise TableError(f"{path} does not exist.", "Give a folder written by `mismatch-probe compare`.") from None
     except (OSError, ValueError, RecursionError) as error:
         raise TableError(
             f"{path} cannot be read as JSON ({error}).", "Restore the file or run the comparison again."
@@ -49,7 +49,7 @@ def read_json(path: Path) -> Any:
     if version != SCHEMA_VERSION:
         raise TableError(
             f"{path} has schema version {version!r}; this release reads version {SCHEMA_VERSION}.",
-            "Use the release of mismatch-probe that wrote it, or a newer one.",
+            "Use the release that wrote it, or a newer one.",
         )
     return document
 
@@ -79,9 +79,11 @@ def refuse_occupied(path: Path) -> None:
     except FileNotFoundError:
         occupied = False
     except OSError as error:
-        raise UsageError(f"{path} is no folder for a run ({error.strerror}).", "Choose another --out.") from None
+        raise UsageError(
+            f"{path} cannot be used as a run folder ({error.strerror}).", "Choose another --out."
+        ) from None
     if occupied:
-        raise UsageError(f"{path} exists and is not empty.", "Choose another --out, or continue it with --resume.")
+        raise UsageError(f"{path} is not empty.", "Choose another --out, or continue the run with --resume.")
 
 
 class RunDirectory:
@@ -260,6 +262,6 @@ class RunDirectory:
         expected = self._expected(pass_id, kind)
         if rows != expected:
             raise TableError(
-                f"Pass {pass_id} has {rows} {kind} on disk where the manifest says {expected}.",
+                f"Pass {pass_id} has {rows} {kind} on disk; the manifest says {expected}.",
                 "Restore the files or run the comparison again.",
             )

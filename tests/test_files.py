@@ -56,7 +56,7 @@ class TestAtomicity:
 
     def test_another_failure_is_a_table_error(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
-        with pytest.raises(TableError, match="could not be written: File exists"):
+        with pytest.raises(TableError, match="cannot be written: File exists"):
             write_text(tmp_path / "file" / "below", "text")
 
 
@@ -65,7 +65,7 @@ class TestLock:
         folder = tmp_path / "a" / "b"
         with locked(folder):
             assert folder.is_dir()
-            with pytest.raises(UsageError, match=r"Another process is working on .*/a/b\."), locked(folder):
+            with pytest.raises(UsageError, match=r"Another process is using .*/a/b\."), locked(folder):
                 pass
         with pytest.raises(ZeroDivisionError), locked(folder):
             raise ZeroDivisionError
@@ -82,7 +82,7 @@ class TestLock:
         ) as other:
             assert other.stdout is not None
             assert other.stdout.readline() == b"held\n"
-            with pytest.raises(UsageError, match="Another process is working on"), locked(tmp_path):
+            with pytest.raises(UsageError, match="Another process is using"), locked(tmp_path):
                 pass
             other.kill()
         with locked(tmp_path):
@@ -91,6 +91,6 @@ class TestLock:
     @pytest.mark.parametrize("below", ["", "deeper"])
     def test_a_file_is_no_folder(self, tmp_path: Path, below: str) -> None:
         (tmp_path / "file").write_text("")
-        sentence = r"is no folder for a run \((File exists|Not a directory)\)"
+        sentence = r"cannot be used as a run folder \((File exists|Not a directory)\)"
         with pytest.raises(UsageError, match=sentence), locked(tmp_path / "file" / below):
             pass

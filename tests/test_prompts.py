@@ -144,7 +144,7 @@ def test_invalid_utf8_is_refused_with_its_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["", "\n \r\n", "\ufeff"])
 @pytest.mark.parametrize("name", ["p.txt", "p.jsonl"])
 def test_file_without_prompts_is_refused(tmp_path: Path, content: str, name: str) -> None:
-    with pytest.raises(PromptError, match="holds no prompt"):
+    with pytest.raises(PromptError, match="has no prompts"):
         load_prompts(write(tmp_path, content, name))
 
 
@@ -160,10 +160,9 @@ def test_missing_unreadable_and_unknown_files_are_refused(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("limit", [97, 0, -1])
 def test_limit_outside_the_set_says_how_many_there_are(limit: int) -> None:
-    with pytest.raises(PromptError, match="but the set built-in has 96") as caught:
+    with pytest.raises(PromptError, match="outside 1 to 96") as caught:
         load_prompts(None, limit)
     assert isinstance(caught.value, ProbeError)
-    assert "1 to 96" in caught.value.fix
 
 
 def test_data_path_refuses_a_file_that_is_not_shipped() -> None:

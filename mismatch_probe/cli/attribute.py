@@ -82,9 +82,11 @@ def command(
     if engine_args:
         chosen["engine_args"] = engine_args_of(engine_args)
     if source is not None and resume is not None:
-        raise UsageError("--from runs no engine and --resume runs what is missing.", "Give one of the two.")
+        raise UsageError(
+            "--from and --resume cannot be combined.", "Use --from to run no engine, --resume to run missing passes."
+        )
     if (source or resume) and (chosen or out is not None or plan_only):
-        raise UsageError("The run exists, so nothing of how it is made can be chosen.", "Leave those options out.")
+        raise UsageError("Options of a new run cannot be combined with --from or --resume.", "Leave them out.")
     if plan_only:
         _show_plan(mismatch_probe.attribute_plan(CompareConfig(**chosen), **options), as_json)
         return EXIT_OK

@@ -196,7 +196,7 @@ def _engine_arg(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
         raise UsageError(
-            f"--engine-arg {text!r} is not of the form name=value.", "Write for example --engine-arg block_size=32."
+            f"--engine-arg {text!r} is not of the form name=value.", "Example: --engine-arg block_size=32."
         )
     try:
         return name, json.loads(value)
@@ -217,7 +217,7 @@ def show_result(result: RunResult, as_json: bool) -> int:
     click.echo(f"Report: {result.path / 'report.html'}", err=True)
     if not result.complete:
         click.echo(
-            f"Some passes did not finish; try them again with: mismatch-probe compare --resume {result.path}", err=True
+            f"Some passes did not finish. Run them again: mismatch-probe compare --resume {result.path}", err=True
         )
         return EXIT_ERROR
     return EXIT_LIMIT if result.exceeded else EXIT_OK
@@ -247,9 +247,7 @@ def _show_plan(plan: Plan, as_json: bool) -> None:
         memory = "share of the card" if row.memory_gib is None else f"{row.memory_gib:.1f} GiB"
         click.echo(f"{row.pass_id:<28}{row.tokens:>12,}{memory:>18}{duration(row.seconds):>16}")
     click.echo(f"{'all':<28}{'':>12}{f'{1024 * disk_gib(plan, rows):.1f} MiB on disk':>18}{duration(total):>16}")
-    click.echo(
-        "Lengths are guessed from characters and speed from the device: expect a factor of two or three either way."
-    )
+    click.echo("Lengths are estimated from characters and speed from the device: expect errors of a factor of 2 to 3.")
 
 
 def duration(seconds: float) -> str:

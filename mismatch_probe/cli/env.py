@@ -39,4 +39,4 @@ def _print(found: dict[str, Any]) -> None:
             for dtype, why in engine["dtypes"].items():
                 click.echo(f"          {dtype:<9} {'yes' if not why else 'no: ' + why}")
     if found["device"] == "cpu" and not machine["bf16_instructions"]:
-        click.echo("note      this CPU has no BF16 instructions: both 16-bit types are emulated and slow")
+        click.echo("note      this CPU has no BF16 instructions: 16-bit types are emulated and slow")

@@ -66,7 +66,7 @@ def path(name: str) -> None:
 
     found = mismatch_probe.models()
     if name not in found:
-        raise ModelError(f"There is no built-in model {name!r}.", f"Built in are: {', '.join(found)}.")
+        raise ModelError(f"{name!r} is not a built-in model.", f"Built-in models: {', '.join(found)}.")
     if found[name] is None:
-        raise ModelError(f"{name} has not been fetched yet.", f"Run: mismatch-probe models pull {name}")
+        raise ModelError(f"{name} is not downloaded.", f"Run: mismatch-probe models pull {name}")
     click.echo(str(found[name]))

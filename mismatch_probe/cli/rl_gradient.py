@@ -47,7 +47,7 @@ def command(run: str | None, out: str | None, as_json: bool, predict_lengths: tu
 
     given = {name: value for name, value in options.items() if value is not None and value != ()}
     if run is not None and (given or out is not None):
-        raise UsageError("RUN is finished, so nothing of how it was made can be chosen.", "Give RUN alone.")
+        raise UsageError("Options of a new run cannot be combined with RUN.", "Give RUN alone.")
     source: str | CompareConfig = CompareConfig(**given) if run is None else run
     with shown_progress("sequences") as progress:
         result = mismatch_probe.rl_gradient(source, out=out, predict_lengths=predict_lengths, progress=progress)

@@ -60,7 +60,7 @@ def command(
     given = {name: value for name, value in flags.items() if value is not None}
     given |= dict(_setting(text) for text in others)
     if resume is not None and (given or config_path or out or check):
-        raise UsageError("A resumed run goes on as it was configured.", "Give --resume alone.")
+        raise UsageError("Options of a new run cannot be combined with --resume.", "Use --resume alone.")
     if check:
         print_json(mismatch_probe.read_rl_config(config_path, given).as_dict())
         return 0
@@ -84,7 +84,7 @@ def _setting(text: str) -> tuple[str, Any]:
 
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
-        raise UsageError(f"--set {text!r} is not of the form key=value.", "Write for example --set max_tokens=128.")
+        raise UsageError(f"--set {text!r} is not of the form key=value.", "Example: --set max_tokens=128.")
     try:
         found = tomllib.loads(f"x = {value}")
     except tomllib.TOMLDecodeError:

@@ -47,7 +47,7 @@ def command(out: str | None, resume: str | None, as_json: bool, **flags: Any) ->
     """
     given = {name: value for name, value in flags.items() if value is not None}
     if resume is not None and (given or out):
-        raise UsageError("A resumed run goes on as it was configured.", "Give --resume alone.")
+        raise UsageError("Options of a new run cannot be combined with --resume.", "Use --resume alone.")
     with shown_progress() as progress:
         if resume is not None:
             result = mismatch_probe.rl_sanity_set_resume(resume, progress=progress)

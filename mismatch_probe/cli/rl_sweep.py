@@ -47,12 +47,12 @@ def command(
       mismatch-probe rl sweep --resume runs/precision
     """
     if (plan is None) == (resume is None):
-        raise UsageError("A sweep needs a plan, or a sweep to go on with.", "Give a PLAN or --resume, and not both.")
+        raise UsageError("A sweep needs a PLAN or --resume.", "Give one of them.")
     if resume is not None and out is not None:
-        raise UsageError("A resumed sweep stays in its folder.", "Leave --out out.")
+        raise UsageError("--out cannot be combined with --resume.", "Leave --out out.")
     if check:
         if plan is None:
-            raise UsageError("--check is for a plan.", "Leave --resume out.")
+            raise UsageError("--check cannot be combined with --resume.", "Give a PLAN.")
         print_json([cell_row(cell) for cell in mismatch_probe.read_rl_plan(plan)])
         return 0
     with shown_progress("steps") as progress:

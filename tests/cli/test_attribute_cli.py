@@ -29,9 +29,9 @@ def test_json_is_one_document(command: Command, run_copy: Path, no_figures: None
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--from", "a", "--resume", "b"), "--from runs no engine"),
-        (("--from", "a", "--model", "m"), "The run exists"),
-        (("--resume", "a", "--plan"), "The run exists"),
+        (("--from", "a", "--resume", "b"), "--from and --resume cannot be combined"),
+        (("--from", "a", "--model", "m"), "cannot be combined with --from or --resume"),
+        (("--resume", "a", "--plan"), "cannot be combined with --from or --resume"),
         (("--pair", "bf16/int4", "--plan"), "is not rollout/trainer"),
         (("--target", "2", "--plan"), "--target is a part"),
         (("--trainer-mode", "cast,autocast", "--plan"), "one --trainer-mode"),

@@ -49,9 +49,9 @@ def test_a_baseline_that_is_met(command: Command, run_copy: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--from", "RUN", "--resume", "RUN"), "Give one of the two"),
-        (("--from", "RUN", "--num-prompts", "4"), "nothing of how it is made can be chosen"),
-        (("--from", "RUN", "--out", "x"), "nothing of how it is made can be chosen"),
+        (("--from", "RUN", "--resume", "RUN"), "--from and --resume cannot be combined"),
+        (("--from", "RUN", "--num-prompts", "4"), "cannot be combined with --from or --resume"),
+        (("--from", "RUN", "--out", "x"), "cannot be combined with --from or --resume"),
         (("--from", "RUN", "--profile", "lenient"), "There is no profile 'lenient'"),
         (("--from", "RUN", "--pair", "bf16/int8"), "is not rollout/trainer"),
         (("--from", "RUN", "--planned-tokens", "0"), "--planned-tokens must be positive"),

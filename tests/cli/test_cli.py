@@ -168,7 +168,7 @@ class TestCompare:
             assert document["seconds"] == sum(row["seconds"] for row in document["passes"])
         else:
             assert "vllm-float16-decode" in found.out
-            assert "factor of two" in found.out
+            assert "factor of 2" in found.out
 
 
 class TestUsage:
@@ -182,17 +182,17 @@ class TestUsage:
             (["--num-prompts", "many"], "'many' is not a valid integer"),
             (["--rollout-dtypes", "int8"], "'int8' is not one of bfloat16, float16, float32"),
             (["--rollout-dtypes", ""], "'' is not one of"),
-            (["--trainer-dtypes", "bf16,bf16"], "--trainer-dtypes is empty or names a value twice"),
-            (["--trainer-mode", "autocast", "--trainer-dtypes", "fp32"], "Autocast to float32 is no mode"),
-            (["--fail-on", "kl_k3>=1"], "has no number to compare with"),
+            (["--trainer-dtypes", "bf16,bf16"], "--trainer-dtypes is empty or has a value twice"),
+            (["--trainer-mode", "autocast", "--trainer-dtypes", "fp32"], "Autocast does not support float32"),
+            (["--fail-on", "kl_k3>=1"], "has no finite number"),
             (["--fail-on", "nonsense>1"], "unknown metric 'nonsense'"),
             (["--fail-on", "kl_k3>1@fp16", "--rollout-dtypes", "bf16"], "applies to no pair"),
-            (["--engine-arg", "hf_token=s3cret"], "--engine-arg hf_token is refused"),
-            (["--engine-arg", "worker_cls=x.Y"], "--engine-arg worker_cls is refused"),
+            (["--engine-arg", "hf_token=s3cret"], "--engine-arg hf_token is not allowed"),
+            (["--engine-arg", "worker_cls=x.Y"], "--engine-arg worker_cls is not allowed"),
             (["--engine-arg", "dtype=half"], "Use --rollout-dtypes"),
             (["--engine-arg", "block_size"], "is not of the form name=value"),
             (["--engine-arg", "trust-remote-code=true"], "is not of the form name=value"),
-            (["--engine-arg", "x=NaN"], "has a value that the manifest cannot hold"),
+            (["--engine-arg", "x=NaN"], "has a value that JSON cannot represent"),
             (["--no-such-option"], "No such option"),
             (["--device", "tpu"], "is not one of"),
         ],
@@ -263,13 +263,13 @@ class TestUsage:
     def test_an_output_folder_in_use(self, command: Command, scripted_model: MakeModel, run_copy: Path) -> None:
         found = command("compare", "--model", scripted_model(), "--out", run_copy)
         assert found.code == 2
-        assert "exists and is not empty" in found.err
+        assert "is not empty" in found.err
 
     def test_two_processes_on_one_run(self, command: Command, run_copy: Path) -> None:
         with locked(run_copy):
             found = command("compare", "--resume", run_copy)
         assert found.code == 2
-        assert "Another process is working on" in found.err
+        assert "Another process is using" in found.err
 
     def test_an_unknown_command(self, command: Command) -> None:
         assert command("explode").code == 2
@@ -284,14 +284,14 @@ class TestErrors:
             (["compare", "--model", "./nothing"], "The model folder './nothing'"),
             (["compare", "--model", "{model}", "--prompts", "gone.txt"], "gone.txt does not exist"),
             (["compare", "--model", "{model}", "--prompts", "gone.csv"], "has the suffix '.csv'"),
-            (["compare", "--model", "{model}", "--num-prompts", "1000"], "1000 prompts were asked for"),
-            (["compare", "--model", "{model}", "--out", "{model}/config.json/x"], "is no folder for a run"),
+            (["compare", "--model", "{model}", "--num-prompts", "1000"], "--num-prompts 1000 is outside 1 to 96"),
+            (["compare", "--model", "{model}", "--out", "{model}/config.json/x"], "cannot be used as a run folder"),
             (["compare", "--resume", "{model}"], "manifest.json does not exist"),
             (["compare", "--resume", "{model}/config.json"], "cannot be read as JSON"),
             (["report", "{model}"], "manifest.json does not exist"),
             (["report", "x" * 5000], "cannot be read as JSON"),
             (["plot", "{model}"], "manifest.json does not exist"),
-            (["models", "path", "nothing"], "There is no built-in model 'nothing'"),
+            (["models", "path", "nothing"], "'nothing' is not a built-in model"),
             (["models", "pull", "./nothing"], "The model folder"),
         ],
     )
@@ -300,7 +300,7 @@ class TestErrors:
     ) -> None:
         model = str(scripted_model())
         found = command(*(word.replace("{model}", model) for word in arguments))
-        assert found.code == (2 if "is no folder" in sentence else 1)
+        assert found.code == (2 if "run folder" in sentence else 1)
         assert found.out == ""
         first, advice = found.err.splitlines()[-2:]
         assert first.startswith("Error: ")

@@ -132,11 +132,11 @@ def test_any_key_can_be_set(command: Command, setting: str, key: str, value: Any
         (["--task", "sums"], "'sums' is not one of"),
         (["--task", "math"], "problems must name a JSONL file"),
         (["--config", "none.toml"], "The configuration none.toml cannot be read"),
-        (["--resume", "there", "--steps", "3"], "A resumed run goes on as it was configured."),
-        (["--resume", "there", "--set", "steps=3"], "A resumed run goes on as it was configured."),
-        (["--resume", "there", "--out", "here"], "A resumed run goes on as it was configured."),
-        (["--resume", "there", "--config", "c.toml"], "A resumed run goes on as it was configured."),
-        (["--resume", "there", "--check"], "A resumed run goes on as it was configured."),
+        (["--resume", "there", "--steps", "3"], "cannot be combined with --resume"),
+        (["--resume", "there", "--set", "steps=3"], "cannot be combined with --resume"),
+        (["--resume", "there", "--out", "here"], "cannot be combined with --resume"),
+        (["--resume", "there", "--config", "c.toml"], "cannot be combined with --resume"),
+        (["--resume", "there", "--check"], "cannot be combined with --resume"),
     ],
 )
 def test_what_cannot_be_is_a_usage_error(command: Command, started: list[Any], arguments: list[str], said: str) -> None:

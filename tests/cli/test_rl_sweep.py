@@ -55,10 +55,10 @@ def test_check_prints_the_cells_and_runs_nothing(command: Run, plan: Path) -> No
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "A sweep needs a plan"),
-        (["plan.toml", "--resume", "x"], "not both"),
-        (["--resume", "x", "--out", "y"], "stays in its folder"),
-        (["--resume", "x", "--check"], "--check is for a plan"),
+        ([], "A sweep needs a PLAN"),
+        (["plan.toml", "--resume", "x"], "Give one of them"),
+        (["--resume", "x", "--out", "y"], "--out cannot be combined with --resume"),
+        (["--resume", "x", "--check"], "--check cannot be combined with --resume"),
         (["none.toml"], "cannot be read"),
     ],
 )

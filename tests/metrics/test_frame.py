@@ -181,9 +181,9 @@ class TestTokensInBatches:
             (lambda p: p.write_bytes(p.read_bytes()[:-200]), "tokens.parquet is corrupt or truncated"),
             (lambda p: p.write_bytes(b""), "tokens.parquet is corrupt or truncated"),
             (lambda p: p.unlink(), "tokens.parquet does not exist"),
-            (lambda p: rewrite(p, lambda t: t.drop_columns("logprob")), "lacks the column logprob"),
-            (lambda p: rewrite(p, lambda t: t.drop_columns("pass_id")), "lacks the column pass_id"),
-            (lambda p: rewrite(p, lambda t: t.slice(1)), "has 24 tokens on disk where the manifest says 25"),
+            (lambda p: rewrite(p, lambda t: t.drop_columns("logprob")), "has no column logprob"),
+            (lambda p: rewrite(p, lambda t: t.drop_columns("pass_id")), "has no column pass_id"),
+            (lambda p: rewrite(p, lambda t: t.slice(1)), "has 24 tokens on disk; the manifest says 25"),
         ],
         ids=["cut", "empty", "gone", "no-logprob", "no-pass", "short"],
     )

@@ -645,7 +645,7 @@ class TestRefusals:
         assert not (tmp_path / "run").exists()
 
     def test_a_folder_that_is_in_use(self, run_copy: Path, scripted_model: MakeModel) -> None:
-        with pytest.raises(UsageError, match=r"exists and is not empty.*--resume"):
+        with pytest.raises(UsageError, match=r"is not empty.*--resume"):
             mismatch_probe.compare(CompareConfig(model=str(scripted_model())), out=run_copy)
 
     def test_a_folder_that_is_no_run(self, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def test_a_prompt_file_is_taken_whole_unless_a_number_is_asked_for(
 
 
 def test_more_prompts_than_there_are(scripted_model: MakeModel) -> None:
-    with pytest.raises(PromptError, match="97 prompts were asked for"):
+    with pytest.raises(PromptError, match="--num-prompts 97 is outside"):
         make_plan(CompareConfig(model=str(scripted_model()), num_prompts=97))
 
 

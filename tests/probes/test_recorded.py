@@ -282,11 +282,11 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("options", "sentence"),
         [
-            ({"prompts": "x.txt"}, "--prompts has no meaning with --from"),
-            ({"chat": True}, "--chat has no meaning with --from"),
-            ({"samples_per_prompt": 2}, "--samples-per-prompt has no meaning with --from"),
-            ({"max_tokens": 2}, "--max-tokens has no meaning with --from"),
-            ({"sequences": "shared"}, "--sequences has no meaning with --from"),
+            ({"prompts": "x.txt"}, "--prompts cannot be combined with --from"),
+            ({"chat": True}, "--chat cannot be combined with --from"),
+            ({"samples_per_prompt": 2}, "--samples-per-prompt cannot be combined with --from"),
+            ({"max_tokens": 2}, "--max-tokens cannot be combined with --from"),
+            ({"sequences": "shared"}, "--sequences cannot be combined with --from"),
         ],
     )
     def test_options_that_make_no_sense(self, options: dict[str, Any], sentence: str) -> None:
@@ -295,7 +295,7 @@ class TestRefused:
 
     @pytest.mark.parametrize("name", ["replay", "rescore"])
     def test_options_that_need_a_file(self, name: str) -> None:
-        with pytest.raises(UsageError, match=f"--{name} goes with recorded sequences"):
+        with pytest.raises(UsageError, match=f"--{name} needs recorded sequences"):
             CompareConfig(**{name: True})
 
     @pytest.mark.parametrize(

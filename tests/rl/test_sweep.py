@@ -228,7 +228,7 @@ def test_a_cell_that_another_process_holds_is_not_waited_for_without_end(
     result = mismatch_probe.rl_sweep(make_cells(BASE, [{"seeds": 2}]), out=tmp_path / "sweep", workers=1)
     assert len(script.jobs) == 1
     assert result.exit_code == 1
-    assert all("Another process is working on" in why for why in result.failures.values())
+    assert all("Another process is using" in why for why in result.failures.values())
 
 
 def test_a_cell_that_ended_unheard_is_not_run_again(tmp_path: Path, scripted: Any, monkeypatch: Any) -> None:
