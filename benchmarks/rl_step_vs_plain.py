@@ -22,12 +22,13 @@ import torch
 
 from mismatch_probe.engines.logprobs import Batch
 from mismatch_probe.engines.models import resolve
+from mismatch_probe.probes.progress import Progress
 from mismatch_probe.rl.config import RlConfig, make_config
 from mismatch_probe.rl.instruments import Rolled
 from mismatch_probe.rl.loop import Pieces, Training
 from mismatch_probe.rl.policy import TORCH_DTYPES
 from mismatch_probe.rl.records import RlDirectory
-from mismatch_probe.rl.run import resolve_model
+from mismatch_probe.rl.run import provenance_of, resolve_model
 from mismatch_probe.types import Rollout
 
 
@@ -53,7 +54,7 @@ class Ours:
         prompts, responses = data
         pieces: Any = Pieces(
             config,
-            RlDirectory.create(folder, config, {}),
+            RlDirectory.create(folder, config, provenance_of(resolve_model(config, Progress()), device.type)),
             source,
             device,
             NoEngine(),  # type: ignore[arg-type]
@@ -173,8 +174,6 @@ def medians(steps: Sequence[Callable[[], None]], repeats: int, wait: Callable[[]
 def main(
     model: str, device: str, precision: Sequence[str], count: int, micro_batch: int, max_tokens: int, repeats: int
 ) -> None:
-    from mismatch_probe.probes.progress import Progress
-
     reference = resolve_model(make_config({}), Progress()) if model == "chain" else resolve(model)
     place = torch.device(device)
     data = sequences(count, reference.config["vocab_size"], max_tokens)

@@ -389,22 +389,29 @@ def rl_demo(
     return new_sweep(demo_cells(seeds), out, workers, progress, kind="demo")
 
 
-def rl_report(path: str | Path, *, place: Sequence[str | Path] = (), planned_tokens: int = 1024) -> SweepResult:
-    """Computes tables, figures and page of a sweep again: the command `rl report`.
+def rl_report(
+    path: str | Path, *, place: Sequence[str | Path] = (), planned_tokens: int = 1024
+) -> SweepResult | RlResult:
+    """Computes the report of a sweep or of an RL run again: the command `rl report`.
 
     Args:
-        path: The sweep's folder.
-        place: Runs of `compare` whose models are placed among the arms.
+        path: The folder of the sweep or of the run.
+        place: Runs of `compare` whose models are placed among the arms of a sweep.
         planned_tokens: Response length at which their ESS is predicted.
 
     Raises:
-        ProbeError: A folder holds no sweep or no run.
+        ProbeError: A folder holds neither sweep nor run.
     """
     from mismatch_probe.rl.place import places_of
-    from mismatch_probe.rl.sweep import SweepDirectory
+    from mismatch_probe.rl.records import RlDirectory, is_run
+    from mismatch_probe.rl.run import write_rl_run
+    from mismatch_probe.rl.sweep import SweepDirectory, is_sweep
     from mismatch_probe.rl.sweep_run import write_sweep
 
-    directory = SweepDirectory.open(Path(path))
+    folder = Path(path)
+    if not place and not is_sweep(folder) and is_run(folder):
+        return write_rl_run(RlDirectory.open(folder))
+    directory = SweepDirectory.open(folder)
     config = directory.cells[0].config
     n = config.prompts_per_step * config.samples_per_prompt
     return write_sweep(directory, [found for run in place for found in places_of(Path(run), planned_tokens, n)])

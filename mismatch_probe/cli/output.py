@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from mismatch_probe.report.model import Report
 
 
 def printable(text: str) -> str:
@@ -16,3 +21,13 @@ def printable(text: str) -> str:
 def print_json(document: Any) -> None:
     """One JSON document on stdout; nothing else goes there with `--json`."""
     click.echo(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def show_report(report: Report, folder: Path) -> None:
+    """Prints a report on the terminal, and where its page lies."""
+    from rich.console import Console
+
+    from mismatch_probe.report.render.terminal import print_report
+
+    print_report(report, Console())
+    click.echo(f"Report: {folder / 'report.html'}")

@@ -6,11 +6,12 @@ import click
 
 import mismatch_probe
 from mismatch_probe.cli.compare import json_option
+from mismatch_probe.cli.rl_run import show_run
 from mismatch_probe.cli.rl_sweep import show_sweep
 
 
-@click.command(epilog="Needs no engine. Exit codes: as those of the sweep.")
-@click.argument("sweep", type=click.Path())
+@click.command(epilog="Needs no engine. Exit codes: as those of the sweep or run.")
+@click.argument("folder", type=click.Path())
 @click.option(
     "--place", "runs", type=click.Path(), multiple=True, metavar="RUN", help="A `compare` run to place; repeatable."
 )
@@ -18,11 +19,15 @@ from mismatch_probe.cli.rl_sweep import show_sweep
     "--planned-tokens", type=click.IntRange(min=1), default=1024, show_default=True, help="Response length to place at."
 )
 @json_option
-def command(sweep: str, runs: tuple[str, ...], planned_tokens: int, as_json: bool) -> int:
-    """Computes tables, figures and page of a SWEEP again, perhaps with your own model placed among its arms.
+def command(folder: str, runs: tuple[str, ...], planned_tokens: int, as_json: bool) -> int:
+    """Computes the report of a sweep or an RL run in FOLDER again. A sweep can have your own model placed among its
+    arms.
 
     \b
     Example:
       mismatch-probe rl report runs/rl-demo --place runs/my-model --planned-tokens 2048
     """
-    return show_sweep(mismatch_probe.rl_report(sweep, place=runs, planned_tokens=planned_tokens), as_json)
+    from mismatch_probe.rl.run import RlResult
+
+    result = mismatch_probe.rl_report(folder, place=runs, planned_tokens=planned_tokens)
+    return show_run(result, as_json) if isinstance(result, RlResult) else show_sweep(result, as_json)

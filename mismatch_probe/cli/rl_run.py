@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 import mismatch_probe
 from mismatch_probe.cli.compare import json_option
-from mismatch_probe.cli.output import print_json, printable
+from mismatch_probe.cli.output import print_json, show_report
 from mismatch_probe.cli.progress import shown_progress
 from mismatch_probe.errors import UsageError
+
+if TYPE_CHECKING:
+    from mismatch_probe.rl.run import RlResult
 
 
 @click.command(
     epilog="Exit codes: 0 done, 1 error, 2 usage, 3 the run collapsed or diverged, 130 interrupted (--resume goes on)."
 )
-@click.option("--config", "config_path", type=click.Path(), help="TOML file; flags override it.")
+@click.option(
+    "--config", "config_path", type=click.Path(), help="TOML file, or the folder of an earlier run; flags override it."
+)
 @click.option(
     "--model", help="Built-in name, checkpoint folder, or hub id.  [default: chain, which comes with the tool]"
 )
@@ -50,11 +55,15 @@ def command(
 ) -> int:
     """Fine-tune by RL with vLLM rollouts and a Hugging Face trainer, and measure their mismatch at every step.
 
+    The run ends early where it collapses or diverges. Its folder holds run.json, steps.parquet, report.html and
+    report.md.
+
     \b
     Examples:
       mismatch-probe rl run --rollout-dtype fp16 --trainer-dtype fp16 --steps 50
       mismatch-probe rl run --stress weight-noise --dose 0.2 --trainer-dtype fp32 --rollout-dtype fp32
       mismatch-probe rl run --config my-run.toml --set prompts_per_step=64
+      mismatch-probe rl run --config runs/rl-chain-20260101-120000 --seed 1
       mismatch-probe rl run --resume runs/rl-chain-20260101-120000
     """
     given = {name: value for name, value in flags.items() if value is not None}
@@ -70,11 +79,15 @@ def command(
         else:
             config = mismatch_probe.read_rl_config(config_path, given)
             result = mismatch_probe.rl_run(config, out=out, progress=progress)
+    return show_run(result, as_json)
+
+
+def show_run(result: RlResult, as_json: bool) -> int:
+    """Prints a run's report, or its document as JSON."""
     if as_json:
-        print_json({"path": str(result.path), **result.result})
+        print_json({"path": str(result.path), **result.document.content()})
     else:
-        for line in result.lines():
-            click.echo(printable(line))
+        show_report(result.report(), result.path)
     return result.exit_code
 
 

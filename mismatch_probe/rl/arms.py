@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
+from mismatch_probe.report.words import say
 from mismatch_probe.rl.plan import Cell
 from mismatch_probe.rl.records import RlDirectory
+from mismatch_probe.rl.summary import PHASES, finite_mean
 from mismatch_probe.rl.sweep import SweepDirectory
 
 # What tells arms apart, as columns of the table of runs.
@@ -23,7 +24,6 @@ _MEASURED = (
     *("final_reward", "best_reward", "reward_kept", "clean_reward", "first_above_step"),
     *(name for key in DOSES for name in (key, f"{key}_run")),
 )
-_PHASES = ("rollout", "sync", "forward_backward", "other")
 
 
 def runs_table(sweep: SweepDirectory) -> pd.DataFrame:
@@ -53,22 +53,22 @@ def steps_table(sweep: SweepDirectory) -> pd.DataFrame:
 
 def _row(cell: Cell, run: RlDirectory | None, failure: str) -> dict[str, Any]:
     config = cell.config
-    result, steps = ({}, pd.DataFrame()) if run is None else (run.result() or {}, run.steps())
-    status = result.get("status", "failed" if failure else "unfinished")
+    steps = pd.DataFrame() if run is None else run.steps()
+    ending = None if run is None else run.document.ending
     return {
         "cell": cell.name,
         "arm": cell.arm,
         **{axis: getattr(config, axis) for axis in AXES},
         "seed": config.seed,
-        "status": status,
-        "why": result.get("why", failure),
+        "status": ("failed" if failure else "unfinished") if ending is None else ending.status,
+        "why": failure if ending is None else "" if ending.cause is None else say(ending.cause),
         "steps": len(steps),
         **_rewards(steps, config.pass_window),
-        "clean_reward": result.get("clean_reward"),
-        "passed": bool(result.get("passed")),
-        "first_above_step": result.get("first_above_step"),
+        "clean_reward": None if ending is None else ending.clean_reward,
+        "passed": ending is not None and ending.passed,
+        "first_above_step": None if ending is None else ending.first_above_step,
         **_doses(steps, config.pass_window),
-        **{f"seconds_{p}": float(steps[f"seconds_{p}"].sum()) if len(steps) else 0.0 for p in _PHASES},
+        **{f"seconds_{p}": float(steps[f"seconds_{p}"].sum()) if len(steps) else 0.0 for p in PHASES},
     }
 
 
@@ -83,11 +83,5 @@ def _rewards(steps: pd.DataFrame, window: int) -> dict[str, float | None]:
 def _doses(steps: pd.DataFrame, window: int) -> dict[str, float | None]:
     found: dict[str, float | None] = {}
     for name, rows in (("", steps.head(window)), ("_run", steps)):
-        found |= {f"{key}{name}": _finite_mean(rows, column) for key, column in DOSES.items()}
+        found |= {f"{key}{name}": finite_mean(rows, column) for key, column in DOSES.items()}
     return found
-
-
-def _finite_mean(steps: pd.DataFrame, column: str) -> float | None:
-    values = steps[column].to_numpy(float) if len(steps) else np.empty(0)
-    values = values[np.isfinite(values)]
-    return float(values.mean()) if len(values) else None

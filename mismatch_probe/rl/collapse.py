@@ -4,47 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-_LOST = 0.5
-_SIGMAS = 6.0
+from mismatch_probe.results.finding import Finding
+from mismatch_probe.results.rl_run import COLLAPSE_BELOW, COLLAPSE_ERRORS
+
 _SILENT_STEPS = 20
 
 
-def rule(window: int) -> str:
-    """The rule of collapse, for people."""
-    return (
-        f"A run has collapsed when the mean reward of its last {window} steps is below half of the best mean of "
-        f"{window} earlier steps, and the drop exceeds {_SIGMAS:g} standard errors."
-    )
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a step has shown.
-
-    Attributes:
-        kind: `collapsed` ends a run; `no-signal` is only worth saying.
-        sentence: For people.
-    """
-
-    kind: Literal["collapsed", "no-signal"]
-    sentence: str
-
-
 class CollapseDetector:
-    """Fed the mean reward of every step; see `rule`.
+    """Takes the mean reward of every step, and says when a run has collapsed.
 
-    The windows do not overlap. The standard error is that of a difference of two means over steps, from the spread of
-    the rewards between steps within each window. It is no smaller than what binomial rewards would have, nor than what
-    half the mean square of the change from step to step gives over the whole run (von Neumann 1941), which a slow trend
-    hardly touches: of many windows the best is good by luck, and the spread within a few steps small by luck. Flat
-    rewards ended less than 0.1 % of simulated runs of 1000 steps, with equal and with very unequal problems. A fall is
-    such a change itself: a sudden one is seen no sooner than at the first step whose number exceeds 36 / window.
+    A run has collapsed when the mean reward of its last `window` steps is below half of the best mean of `window`
+    earlier steps, and the drop exceeds 6 standard errors. The windows do not overlap. The standard error is that of a
+    difference of two means over steps, from the spread of the rewards between steps within each window. It is no
+    smaller than what binomial rewards would have, nor than what half the mean square of the change from step to step
+    gives over the whole run (von Neumann 1941), which a slow trend hardly touches: of many windows the best is good by
+    luck, and the spread within a few steps small by luck. Flat rewards ended less than 0.1 % of simulated runs of 1000
+    steps, with equal and with very unequal problems. A fall is such a change itself: a sudden one is seen no sooner
+    than at the first step whose number exceeds 36 / window.
 
     The best window may lie any number of steps back. If it had to be recent, a slow collapse would be missed: a fall to
     a third over 400 steps loses less than half in any 100 of them. What speaks against it is a switch to harder
@@ -69,7 +50,7 @@ class CollapseDetector:
         """Last step of the best window; None before there is one."""
         return self._best_end
 
-    def update(self, step: int, reward: float, n_responses: int, *, equal: bool | None = None) -> Verdict | None:
+    def update(self, step: int, reward: float, n_responses: int, *, equal: bool | None = None) -> Finding | None:
         """Takes in a step.
 
         Args:
@@ -77,6 +58,9 @@ class CollapseDetector:
             reward: Mean over its responses, between 0 and 1.
             n_responses: How many there were.
             equal: Whether all rewards of the step were the same; if not given, whether they are all 0 or all 1.
+
+        Returns:
+            `rl-collapsed` ends a run; `rl-no-signal` is a note; None where there is nothing to say.
         """
         assert step == len(self._rewards)
         assert math.isfinite(reward)
@@ -91,12 +75,12 @@ class CollapseDetector:
                 self._best_end = now - 1
         if self._collapsed():
             assert self._best_end is not None
-            best, present = self._mean(self._best_end), self._mean(now - 1)
-            fall = f"mean reward fell from {best:.3f} (to step {self._best_end}) to {present:.3f}"
-            return Verdict("collapsed", f"step {step}: {fall}. {rule(window)}")
+            values = {"step": step, "best": self._mean(self._best_end), "best_step": self._best_end}
+            values |= {"present": self._mean(now - 1), "window": window}
+            return Finding(code="rl-collapsed", severity="fail", values=values)
         return self._signal(step, reward in (0.0, 1.0) if equal is None else equal)
 
-    def _signal(self, step: int, equal: bool) -> Verdict | None:
+    def _signal(self, step: int, equal: bool) -> Finding | None:
         self._silent = self._silent + 1 if equal else 0
         if self._silent < _SILENT_STEPS:
             self._said = False
@@ -104,8 +88,7 @@ class CollapseDetector:
         if self._said:
             return None
         self._said = True
-        what = f"all rewards have been equal for {self._silent} steps up to step {step}"
-        return Verdict("no-signal", f"{what}: there is no signal to learn from.")
+        return Finding(code="rl-no-signal", severity="note", values={"step": step, "n_steps": self._silent})
 
     def _mean(self, end: int) -> float:
         return float(np.mean(self._rewards[end - self._window + 1 : end + 1]))
@@ -116,7 +99,7 @@ class CollapseDetector:
             return False
         best, present = self._mean(self._best_end), self._mean(now - 1)
         variance = sum(self._variance(end) for end in (self._best_end, now - 1))
-        return present < _LOST * best and best - present > _SIGMAS * math.sqrt(variance)
+        return present < COLLAPSE_BELOW * best and best - present > COLLAPSE_ERRORS * math.sqrt(variance)
 
     def _variance(self, end: int) -> float:
         """Of the mean of a window."""

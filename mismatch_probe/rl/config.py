@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from mismatch_probe.dtypes import SHORT_DTYPES
+from mismatch_probe.dtypes import SHORT_DTYPES, dtype_label
 from mismatch_probe.errors import UsageError
+from mismatch_probe.results.rl_run import RlRun
 from mismatch_probe.types import Dtype, TrainerMode
 
 # The names of `rl.losses.ALGORITHMS`, kept here so that a file is checked without torch; a test holds them equal.
@@ -179,6 +180,12 @@ class RlConfig(TaskSettings):
         return self.model_dump()
 
 
+def precision_label(config: RlConfig) -> str:
+    """`BF16`, or `BF16/FP32` where rollout and trainer differ."""
+    rollout, trainer = dtype_label(config.rollout_dtype), dtype_label(config.trainer_dtype)
+    return rollout if rollout == trainer else f"{rollout}/{trainer}"
+
+
 def make_config(values: Mapping[str, Any]) -> RlConfig:
     """Checks a configuration.
 
@@ -205,16 +212,26 @@ def checked(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
             ) from None
         what = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
         said = f"{name} {what}".strip()
-        raise UsageError(f"The configuration is wrong: {said}.", "Mend that value.") from None
+        raise UsageError(f"The configuration is wrong: {said}.", "Fix that value.") from None
 
 
 def read_config(path: str | Path | None, overrides: Mapping[str, Any]) -> RlConfig:
-    """Reads a TOML file, if there is one, and lets `overrides` (the command line's flags) win.
+    """Reads a TOML file, or the settings of an earlier run, and lets `overrides` (the command line's flags) win.
+
+    Args:
+        path: A TOML file, the folder of an RL run, or None for the defaults.
+        overrides: Settings by name.
 
     Raises:
+        TableError: The folder holds no RL run.
         UsageError: The file is missing or no TOML, a key is unknown, or a value cannot be.
     """
-    values = {} if path is None else read_toml(path, "configuration")
+    if path is None:
+        values: Mapping[str, Any] = {}
+    elif Path(path).is_dir():
+        values = RlRun.read(Path(path) / "run.json").config
+    else:
+        values = read_toml(path, "configuration")
     return make_config({**values, **overrides})
 
 
@@ -230,4 +247,4 @@ def read_toml(path: str | Path, what: str) -> dict[str, Any]:
         reason = getattr(error, "strerror", None) or "it is no text"
         raise UsageError(f"The {what} {path} cannot be read ({reason}).", "Check its path.") from None
     except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"The {what} {path} is no TOML: {error}.", "Mend that line.") from None
+        raise UsageError(f"The {what} {path} is no TOML: {error}.", "Fix that line.") from None

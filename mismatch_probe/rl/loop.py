@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from mismatch_probe.engines.logprobs import Batch, entropies
 from mismatch_probe.metrics.accounting import possible
 from mismatch_probe.metrics.intervals import share_interval
+from mismatch_probe.results.finding import Finding, Value
+from mismatch_probe.results.rl_run import Ending, Status
 from mismatch_probe.rl.advantages import group_advantages
 from mismatch_probe.rl.checkpoints import Checkpoint, checkpoints, load_checkpoint, prune, save_checkpoint
 from mismatch_probe.rl.collapse import CollapseDetector
@@ -34,7 +36,6 @@ from mismatch_probe.rl.tasks import Problem, Response, Task
 from mismatch_probe.types import Rollout, RolloutRequest, Sampling
 
 Floats = NDArray[np.float64]
-_NOT_FINITE = "is not finite"
 _PROBES = 8
 _EVALUATED = 128
 # Micro-batches: an evaluation keeps no gradients.
@@ -63,7 +64,7 @@ class Pieces:
         task: With its problems.
         prompts: Token ids of each problem's prompt.
         decode: From response ids to text without special tokens.
-        tell: Told `("total", steps)`, `("step", row)` and `("message", text)`.
+        tell: Told `("total", steps)`, `("step", row)`, `("finding", finding)` and `("message", text)`.
     """
 
     config: RlConfig
@@ -78,6 +79,14 @@ class Pieces:
     decode: Callable[[Sequence[int]], str]
     end_ids: Sequence[int]
     tell: Callable[[str, Any], None]
+
+
+class _Stopped(Exception):
+    """Training cannot go on; `cause` says why."""
+
+    def __init__(self, cause: Finding) -> None:
+        super().__init__(cause.code)
+        self.cause = cause
 
 
 class _Clock:
@@ -122,40 +131,36 @@ class Training:
             self._restore(load_checkpoint(found[-1]))
         pieces.directory.rewind(self._step)
 
-    def run(self) -> dict[str, Any]:
-        """Trains to the end, to a collapse, or to a number that is not finite.
-
-        Returns:
-            How it ended: `status` (`complete`, `collapsed`, `diverged`), `why`, `steps`, `last_healthy_checkpoint`,
-            `passed` (the sanity test, over the last window), `first_above_step` (the first window that would have
-            passed), `clean_reward`.
-        """
-        config, ended = self._config, {"status": "complete", "why": ""}
+    def run(self) -> Ending:
+        """Trains to the end, to a collapse, or to a number that is not finite."""
+        config = self._config
+        status: Status = "complete"
+        cause: Finding | None = None
         self._p.tell("total", config.steps - self._step)
-        while self._step < config.steps and ended["status"] == "complete":
+        while self._step < config.steps and cause is None:
             try:
                 row = self._one_step()
-            except NonFinite as error:
-                ended = {"status": "diverged", "why": str(error)}
+            except _Stopped as stopped:
+                status, cause = "diverged", stopped.cause
                 break
             self._p.directory.append_step(row)
             self._p.tell("step", row)
             self._step += 1
-            ended = self._judge(row)
+            status, cause = self._judge(row)
             if self._first_above is None and self._above():
                 self._first_above = row["step"]
             if self._step % config.checkpoint_every == 0 or self._step == config.steps:
                 self._save()
         healthy = self._healthy_checkpoint()
-        clean = self._config.evaluate_at_end and ended["status"] != "diverged"
-        return {
-            **ended,
-            "steps": self._step,
-            "last_healthy_checkpoint": healthy,
-            "passed": self._above() if ended["status"] == "complete" else False,
-            "first_above_step": self._first_above,
-            "clean_reward": self._evaluate(self._step) if clean else None,
-        }
+        return Ending(
+            status=status,
+            cause=cause,
+            steps=self._step,
+            last_healthy_checkpoint=healthy,
+            passed=self._above() if status == "complete" else False,
+            first_above_step=self._first_above,
+            clean_reward=self._evaluate(self._step) if config.evaluate_at_end and status != "diverged" else None,
+        )
 
     def _one_step(self) -> dict[str, Any]:
         clock, config, step = _Clock(), self._config, self._step
@@ -293,7 +298,7 @@ class Training:
         try:
             return self._update(batches, rolled)
         except NonFinite as error:
-            raise self._failure(rolled, str(error)) from None
+            raise self._failure(rolled, "rl-not-finite", {"what": str(error)}) from None
         finally:
             clock.ends("forward_backward")
 
@@ -327,31 +332,31 @@ class Training:
                 broken = ~possible(values)
                 if broken.any():
                     at = int(np.flatnonzero(broken)[0])
-                    where = f"the {name} log-prob of sequence {i} at position {at}"
-                    what = f"{where} ({self._policy.non_finite() or 'all weights are finite'})"
-                    impossible = f"is {values[at]:g}, which no token has" if np.isfinite(values[at]) else _NOT_FINITE
-                    raise self._failure(rolled, what, impossible)
+                    tensor = self._policy.non_finite()
+                    found: dict[str, Value] = {"side": name, "sequence": i, "position": at, "tensor": tensor}
+                    value = float(values[at]) if np.isfinite(values[at]) else None
+                    raise self._failure(rolled, "rl-impossible-logprob", {**found, "value": value})
 
-    def _failure(self, rolled: Rolled, what: str, how: str = _NOT_FINITE) -> NonFinite:
-        folder = self._p.directory.save_failure(rolled.table(), {"step": self._step, "what": what})
+    def _failure(self, rolled: Rolled, code: str, values: Mapping[str, Value]) -> _Stopped:
+        """Keeps the batch of the step that failed, for replay."""
+        cause = Finding(code=code, severity="fail", values={"step": self._step, **values})
+        self._p.directory.save_failure(rolled.table(), cause)
         self._policy.drop_gradients()
-        return NonFinite(f"step {self._step}: {what} {how}; its batch lies in {folder.name}/")
+        return _Stopped(cause)
 
-    def _judge(self, row: dict[str, Any]) -> dict[str, str]:
-        """Whether the run may go on."""
+    def _judge(self, row: dict[str, Any]) -> tuple[Status, Finding | None]:
+        """Whether the run may go on: its status, and what ends it."""
         config = self._config
         if config.trainer_dtype == "float16" and row["loss_scale"] < config.minimum_loss_scale:
-            why = (
-                f"step {row['step']}: the loss scale fell to {row['loss_scale']:g}, below {config.minimum_loss_scale:g}"
-            )
-            return {"status": "diverged", "why": why}
-        verdict = self._detector.update(row["step"], row["reward"], row["n_responses"])
-        if verdict is None:
-            return {"status": "complete", "why": ""}
-        if verdict.kind == "no-signal":
-            self._p.tell("message", verdict.sentence)
-            return {"status": "complete", "why": ""}
-        return {"status": "collapsed", "why": verdict.sentence}
+            values = {"step": row["step"], "loss_scale": row["loss_scale"], "minimum": config.minimum_loss_scale}
+            return "diverged", Finding(code="rl-loss-scale-lost", severity="fail", values=values)
+        found = self._detector.update(row["step"], row["reward"], row["n_responses"])
+        if found is None:
+            return "complete", None
+        if found.code == "rl-no-signal":
+            self._p.tell("finding", found)
+            return "complete", None
+        return "collapsed", found
 
     def _by_problem(self, owners: NDArray[np.int64], rewards: Floats) -> tuple[Floats, Floats]:
         n = len(self._p.problems)

@@ -1,11 +1,10 @@
 """The folder of an RL run: what is appended while it goes on, and the tables that it ends as.
 
-config.json         the configuration, the model's files, versions and machine
+run.json            the run's document: settings, provenance, and at the end how it ended and what it shows
 steps.jsonl         a line per finished step, as it ends
 rollouts/           a Parquet file per step, in the format of `compare --from`
 checkpoints/        see `rl.checkpoints`
 failure/            the batch of a step that failed, for replay
-result.json         how the run ended
 steps.parquet, rollouts.parquet     the same at the end, as tables
 """
 
@@ -22,29 +21,38 @@ import pyarrow.parquet as pq
 
 from mismatch_probe.errors import TableError
 from mismatch_probe.files import atomic_path, write_json, write_text, writing
+from mismatch_probe.results.finding import Finding
+from mismatch_probe.results.rl_run import Ending, Provenance, RlRun
 from mismatch_probe.rl.config import RlConfig, make_config
-from mismatch_probe.tables import SCHEMA_VERSION, read_json, refuse_occupied
+from mismatch_probe.rl.summary import run_findings, summarise
+from mismatch_probe.tables import refuse_occupied
 
-_FIX = "Give the folder that `mismatch-probe rl run` wrote."
+FILE = "run.json"
 
 
 class RlDirectory:
-    """A run's folder, written by one process at a time."""
+    """A run's folder, written by one process at a time.
 
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
-        self.path, self.manifest = path, manifest
+    Attributes:
+        path: The folder.
+        document: The content of `run.json` when the folder was opened, or last written here.
+    """
+
+    def __init__(self, path: Path, document: RlRun) -> None:
+        self.path, self.document = path, document
+        self.config = make_config(document.config)
 
     @classmethod
-    def create(cls, path: Path, config: RlConfig, facts: Mapping[str, Any]) -> RlDirectory:
+    def create(cls, path: Path, config: RlConfig, provenance: Provenance) -> RlDirectory:
         """Makes a new run folder.
 
         Raises:
             UsageError: The folder exists and is not empty, or is no folder.
         """
         refuse_occupied(path)
-        manifest = {"schema_version": SCHEMA_VERSION, "kind": "rl-run", "config": config.as_dict(), **facts}
-        write_json(path / "config.json", manifest)
-        return cls(path, manifest)
+        document = RlRun(**RlRun.stamp(), config=config.as_dict(), provenance=provenance)
+        document.write(path / FILE)
+        return cls(path, document)
 
     @classmethod
     def open(cls, path: Path) -> RlDirectory:
@@ -53,27 +61,22 @@ class RlDirectory:
         Raises:
             TableError: It is none.
         """
-        if not (path / "config.json").exists():
-            raise TableError(f"{path} is no folder of an RL run.", _FIX)
-        manifest = read_json(path / "config.json")
-        if manifest.get("kind") != "rl-run":
-            raise TableError(f"{path} is no folder of an RL run.", _FIX)
-        return cls(path, manifest)
-
-    @property
-    def config(self) -> RlConfig:
-        return make_config(self.manifest["config"])
+        if not is_run(path):
+            raise TableError(
+                f"{path} is no folder of an RL run.", "Give the folder that `mismatch-probe rl run` wrote."
+            )
+        return cls(path, RlRun.read(path / FILE))
 
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    def result(self) -> dict[str, Any] | None:
-        """How the run ended; None while it has not."""
-        return dict(read_json(self.path / "result.json")) if (self.path / "result.json").exists() else None
+    def ending(self) -> Ending | None:
+        """How the run ended, whichever process wrote it; None while it has not."""
+        return RlRun.read(self.path / FILE).ending
 
-    def finish(self, result: Mapping[str, Any]) -> None:
-        """Writes the tables and then the result, which says that there is nothing left to do."""
+    def finish(self, ending: Ending) -> None:
+        """Writes the tables and then the document, which says that there is nothing left to do."""
         steps = self.steps()
         with atomic_path(self.path / "steps.parquet") as temporary:
             steps.to_parquet(temporary, index=False)
@@ -87,7 +90,15 @@ class RlDirectory:
             ):
                 for part in parts:
                     writer.write_table(pq.read_table(part))
-        write_json(self.path / "result.json", {"schema_version": SCHEMA_VERSION, **result})
+        self.document = self.document.model_copy(update={"ending": ending})
+        self.summarise(steps)
+
+    def summarise(self, steps: pd.DataFrame) -> None:
+        """Computes what the steps show, and writes it into the document."""
+        summary = summarise(steps, self.config)
+        findings = run_findings(self.config, self.document.ending, summary)
+        self.document = self.document.model_copy(update={"summary": summary, "findings": findings})
+        self.document.write(self.path / FILE)
 
     def steps(self) -> pd.DataFrame:
         """A row per finished step.
@@ -124,13 +135,12 @@ class RlDirectory:
         with atomic_path(self.path / "rollouts" / f"step-{step:06d}.parquet") as temporary:
             pq.write_table(table, temporary)
 
-    def save_failure(self, table: pa.Table, facts: Mapping[str, Any]) -> Path:
-        """Keeps the batch of a step that failed."""
+    def save_failure(self, table: pa.Table, cause: Finding) -> None:
+        """Keeps the batch of a step that failed, and why it failed."""
         folder = self.path / "failure"
         with atomic_path(folder / "batch.parquet") as temporary:
             pq.write_table(table, temporary)
-        write_json(folder / "failure.json", dict(facts))
-        return folder
+        write_json(folder / "failure.json", cause.model_dump(mode="json"))
 
     def rewind(self, step: int) -> None:
         """Forgets what came after a checkpoint: step `step` is the next one."""
@@ -140,3 +150,8 @@ class RlDirectory:
         for part in (self.path / "rollouts").glob("step-*.parquet"):
             if int(part.stem.removeprefix("step-")) >= step:
                 part.unlink()
+
+
+def is_run(path: Path) -> bool:
+    """Whether the folder looks like an RL run's."""
+    return (path / FILE).exists()

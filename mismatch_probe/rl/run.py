@@ -1,11 +1,10 @@
-"""One RL run from the outside: its folder, its process, how it ended. Imports no engine."""
+"""One RL run from the outside: its folder, its process, its report. Imports no engine."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,60 +17,52 @@ from mismatch_probe.errors import EXIT_LIMIT, EXIT_OK, Interrupted, TableError
 from mismatch_probe.files import locked
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.probes.session import default_folder
+from mismatch_probe.report.model import Report
+from mismatch_probe.report.rl_data import RlRunData
+from mismatch_probe.report.words import say
 from mismatch_probe.resources import data_path
-from mismatch_probe.rl.config import RlConfig, TaskSettings
+from mismatch_probe.results.rl_run import Environment, Machine, Provenance, RlRun, TrainedModel
+from mismatch_probe.rl.config import RlConfig, TaskSettings, precision_label
 from mismatch_probe.rl.records import RlDirectory
 from mismatch_probe.rl.worker import RlJob
 from mismatch_probe.tables import refuse_occupied
 
 CHAIN = "chain"
-FIGURE = "figures/run.png"
 
 
 @dataclass(frozen=True)
 class RlResult:
-    """A run that has ended.
+    """An RL run and what it shows.
 
     Attributes:
         path: Its folder.
-        result: What `result.json` says: `status` is `complete`, `collapsed` or `diverged`.
+        data: What its report shows.
+        figures: Figure files by name.
     """
 
     path: Path
-    result: Mapping[str, Any]
+    data: RlRunData
+    figures: dict[str, Path]
+
+    @property
+    def document(self) -> RlRun:
+        """The content of `run.json`."""
+        return self.data.run
 
     @property
     def exit_code(self) -> int:
-        return EXIT_OK if self.result["status"] == "complete" else EXIT_LIMIT
+        ending = self.document.ending
+        return EXIT_OK if ending is None or ending.status == "complete" else EXIT_LIMIT
 
     def steps(self) -> pd.DataFrame:
         """A row per step."""
-        return RlDirectory.open(self.path).steps()
+        return self.data.steps
 
-    def lines(self) -> list[str]:
-        """How it ended, for people."""
-        result, config = self.result, RlDirectory.open(self.path).config
-        clean = "" if result["clean_reward"] is None else f", clean weights in FP32 {result['clean_reward']:.3f}"
-        steps = self.steps()
-        last = steps["reward"].tail(config.pass_window).mean() if len(steps) else float("nan")
-        found = [
-            f"{result['status']} after {result['steps']} steps: reward {last:.3f} (sampled policy, last "
-            f"{min(len(steps), config.pass_window)} steps){clean}",
-        ]
-        if result["why"]:
-            found.append(str(result["why"]))
-        if result["status"] != "complete":
-            found.append(f"Last healthy checkpoint: {result['last_healthy_checkpoint'] or 'none was written yet'}")
-        if config.stress != "none":
-            found.append(f"Stress {config.stress} {config.dose:g}: injected stress, not precision.")
-        threshold, first = f"{100 * config.pass_above:g} %", result["first_above_step"]
-        found.append(
-            f"Sanity test (last {config.pass_window} steps, lower 95 % limit above {threshold}): "
-            + ("passed" if result["passed"] else "not passed")
-            + ("" if first is None else f"; the first window above ended at step {first}")
-        )
-        found.append(f"Figure: {self.path / FIGURE}")
-        return found
+    def report(self) -> Report:
+        """The report."""
+        from mismatch_probe.report.rl_run import rl_run_report
+
+        return rl_run_report(self.data)
 
 
 def resolve_model(config: TaskSettings, progress: Progress) -> ModelRef:
@@ -81,14 +72,18 @@ def resolve_model(config: TaskSettings, progress: Progress) -> ModelRef:
     return resolve(str(data_path(f"rl/{CHAIN}/config.json").parent))
 
 
-def same_model(config: TaskSettings, manifest: Mapping[str, Any], progress: Progress) -> ModelRef:
-    """The model of a folder that is gone on with.
+def same_model(config: TaskSettings, files: Mapping[str, str], progress: Progress) -> ModelRef:
+    """The model of a folder that is continued.
+
+    Args:
+        config: Names the model.
+        files: SHA-256 of its files when the folder was made.
 
     Raises:
-        TableError: Its files are no longer those of the manifest.
+        TableError: Its files have changed.
     """
     model = resolve_model(config, progress)
-    if model.file_hashes() != manifest["model"]["files"]:
+    if model.file_hashes() != files:
         raise TableError("The model's files have changed since this run began.", "Start a new run.")
     return model
 
@@ -104,7 +99,7 @@ def new_rl_run(config: RlConfig, out: str | Path | None, progress: Progress | No
     path = Path(out) if out is not None else default_folder(f"rl-{Path(config.model).name}")
     refuse_occupied(path)
     with locked(path):
-        return _execute(RlDirectory.create(path, config, run_facts(model, device)), model, device, progress)
+        return _execute(RlDirectory.create(path, config, provenance_of(model, device)), model, device, progress)
 
 
 def resume_rl_run(path: Path, progress: Progress | None) -> RlResult:
@@ -117,10 +112,9 @@ def resume_rl_run(path: Path, progress: Progress | None) -> RlResult:
     RlDirectory.open(path)  # before the lock, which would make the folder
     with locked(path):
         directory = RlDirectory.open(path)
-        result = directory.result()
-        if result is not None:
-            return RlResult(path, result)
-        model = same_model(directory.config, directory.manifest, progress)
+        if directory.document.ending is not None:
+            return write_rl_run(directory)
+        model = same_model(directory.config, directory.document.provenance.model.files, progress)
         return _execute(directory, model, devices.choose_device(directory.config.device), progress)
 
 
@@ -136,19 +130,21 @@ def _execute(directory: RlDirectory, model: ModelRef, device: devices.Device, pr
     config = directory.config
     job = RlJob([str(directory.path)], str(model.path), device)
     process = EngineProcess("vllm", worker_environment(config, device), directory.path / "logs" / "rl.log")
-    found: dict[str, Any] = {}
+    ended = "no result"
 
     def on_event(name: str, payload: Any) -> None:
+        nonlocal ended
         if name == "total":
             progress.total("rl", payload[1])
         elif name == "step":
             progress.advance("rl", 1)
-            row = payload[1]
-            progress.message(step_line(row))
+            progress.message(step_line(payload[1]))
+        elif name == "finding":
+            progress.message(say(payload[1]))
         elif name == "message":
             progress.message(str(payload[1]))
-        elif name == "result":
-            found.update(payload[1])
+        elif name == "ending":
+            ended = str(payload[1].status)
 
     progress.begin("rl", "rl run")
     try:
@@ -158,17 +154,41 @@ def _execute(directory: RlDirectory, model: ModelRef, device: devices.Device, pr
             "Stopped; steps up to the last checkpoint are kept.",
             f"Continue with: mismatch-probe rl run --resume {directory.path}",
         ) from None
-    progress.end("rl", str(found["status"]))
-    draw_run(directory)
-    return RlResult(directory.path, found)
+    progress.end("rl", ended)
+    return write_rl_run(RlDirectory.open(directory.path))
 
 
-def draw_run(directory: RlDirectory) -> Path:
-    """Draws the run's figure from its steps."""
-    from mismatch_probe.report.figures import save
-    from mismatch_probe.report.figures.rl import run_figure
+def write_rl_run(directory: RlDirectory) -> RlResult:
+    """Computes what a run's steps show, and writes its document, figure and report."""
+    from mismatch_probe.report.figures import draw
+    from mismatch_probe.report.render.files import write_report
+    from mismatch_probe.report.rl_run import rl_run_report
 
-    return save(run_figure(directory.steps()), directory.path / FIGURE)
+    steps = directory.steps()
+    directory.summarise(steps)
+    data = run_data(directory, steps)
+    figures = draw(data, directory.path / "figures")
+    write_report(rl_run_report(data), figures, directory.path)
+    return RlResult(directory.path, data, figures)
+
+
+def run_data(directory: RlDirectory, steps: pd.DataFrame) -> RlRunData:
+    """What the report of a run shows."""
+    config = directory.config
+    return RlRunData(
+        folder=str(directory.path),
+        run=directory.document,
+        steps=steps,
+        precision=precision_label(config),
+        algorithm=config.algorithm,
+        task=config.task,
+        exact=config.rollout_dtype == config.trainer_dtype == "float32",
+        stressed=config.stress != "none",
+        recorded=(directory.path / "rollouts.parquet").exists(),
+        seed=config.seed,
+        learning_rate=config.learning_rate,
+        planned=config.steps,
+    )
 
 
 def step_line(row: Mapping[str, Any]) -> str:
@@ -182,16 +202,16 @@ def step_line(row: Mapping[str, Any]) -> str:
     )
 
 
-def run_facts(model: ModelRef, device: str) -> dict[str, Any]:
+def provenance_of(model: ModelRef, device: str) -> Provenance:
     """What a folder says of model and machine."""
-    return {
-        "tool_version": version("mismatch-probe"),
-        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "device": device,
-        "model": {"name": model.name, "revision": model.revision, "files": model.file_hashes()},
-        "environment": {
-            "versions": devices.package_versions(),
-            "machine": devices.machine(),
-            "variables": devices.recorded_environment(),
-        },
-    }
+    machine = devices.machine()
+    return Provenance(
+        created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        device=device,
+        model=TrainedModel(name=model.name, revision=model.revision, files=model.file_hashes()),
+        environment=Environment(
+            versions=devices.package_versions(),
+            machine=Machine(**machine),
+            variables=devices.recorded_environment(),
+        ),
+    )

@@ -21,9 +21,11 @@ from mismatch_probe.engines.process import EngineProcess, UnexpectedEngineError
 from mismatch_probe.errors import DiskFull, EngineError, EngineMissing, Interrupted, ProbeError, TableError, UsageError
 from mismatch_probe.files import write_json
 from mismatch_probe.probes.progress import Progress
+from mismatch_probe.report.words import say
+from mismatch_probe.results.rl_run import Provenance
 from mismatch_probe.rl.config import make_config
 from mismatch_probe.rl.plan import Cell, named_cell
-from mismatch_probe.rl.records import RlDirectory
+from mismatch_probe.rl.records import RlDirectory, is_run
 from mismatch_probe.rl.run import worker_environment
 from mismatch_probe.rl.worker import RlJob
 from mismatch_probe.tables import SCHEMA_VERSION, read_json, refuse_occupied
@@ -79,16 +81,17 @@ class SweepDirectory:
     def existing(self, cell: Cell) -> RlDirectory | None:
         """The cell's run folder; None where it has not begun."""
         path = self.path / "cells" / cell.name
-        return RlDirectory.open(path) if (path / "config.json").exists() else None
+        return RlDirectory.open(path) if is_run(path) else None
 
     def run_of(self, cell: Cell) -> RlDirectory:
         """The cell's run folder, made where it is missing."""
-        facts = {name: self.manifest[name] for name in ("tool_version", "created", "device", "model", "environment")}
-        return self.existing(cell) or RlDirectory.create(self.path / "cells" / cell.name, cell.config, facts)
+        facts = {name: self.manifest[name] for name in ("created", "device", "model", "environment")}
+        path = self.path / "cells" / cell.name
+        return self.existing(cell) or RlDirectory.create(path, cell.config, Provenance(**facts))
 
     def ended(self, cell: Cell) -> bool:
         run = self.existing(cell)
-        return run is not None and run.result() is not None
+        return run is not None and run.document.ending is not None
 
     def failure(self, cell: Cell) -> str:
         """Why the cell's last attempt failed; empty where it did not."""
@@ -285,7 +288,7 @@ class Sweep:
                 self._processes.pop(slot.index, None)
 
     def _on_event(self, slot: Slot, cells: Mapping[str, Cell], begun: list[str], name: str, payload: Any) -> None:
-        if name not in ("run", "total", "step", "message", "result"):
+        if name not in ("run", "total", "step", "finding", "message", "ending"):
             return
         cell = cells[payload[0]]
         if name == "run":
@@ -301,12 +304,14 @@ class Sweep:
         elif name == "step":
             self._progress.advance(cell.name, 1)
             self._advance(cell, payload[1]["step"] + 1)
+        elif name == "finding":
+            self._progress.message(f"{cell.name}: {say(payload[1])}")
         elif name == "message":
             self._progress.message(f"{cell.name}: {payload[1]}")
         else:
             with self._lock:
                 self._active.pop(slot.index, None)
-                self._finish(cell, f"{payload[1]['status']} after {payload[1]['steps']} steps")
+                self._finish(cell, f"{payload[1].status} after {payload[1].steps} steps")
 
     def _finish(self, cell: Cell, said: str) -> None:
         self._pending.remove(cell)

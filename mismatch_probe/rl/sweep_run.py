@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ from mismatch_probe.metrics.runs import Arm, Run, mean_over_runs, summarise_arm
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.probes.session import default_folder
 from mismatch_probe.report.rl_data import ArmPoint, Place
+from mismatch_probe.report.words.rl import collapse_rule
 from mismatch_probe.rl.arms import runs_table, steps_table
-from mismatch_probe.rl.collapse import rule
 from mismatch_probe.rl.plan import Cell, families, labels
 from mismatch_probe.rl.reading import notes, reading
-from mismatch_probe.rl.run import resolve_model, run_facts, same_model
+from mismatch_probe.rl.run import provenance_of, resolve_model, same_model
 from mismatch_probe.rl.sweep import Sweep, SweepDirectory, slots
 from mismatch_probe.tables import SCHEMA_VERSION, refuse_occupied
 from mismatch_probe.types import MetricValue
@@ -81,7 +82,11 @@ def new_sweep(
     at = slots(device, workers)
     refuse_occupied(path)
     with locked(path):
-        directory = SweepDirectory.create(path, cells, run_facts(model, device))
+        directory = SweepDirectory.create(
+            path,
+            cells,
+            {"tool_version": version("mismatch-probe"), **provenance_of(model, device).model_dump(mode="json")},
+        )
         Sweep(directory, model, device, at, progress).run()
         return write_sweep(directory)
 
@@ -97,7 +102,10 @@ def resume_sweep(path: Path, workers: int | None, progress: Progress | None) -> 
     with locked(path):
         directory = SweepDirectory.open(path)
         first = directory.cells[0].config
-        model, device = same_model(first, directory.manifest, progress), devices.choose_device(first.device)
+        model, device = (
+            same_model(first, directory.manifest["model"]["files"], progress),
+            devices.choose_device(first.device),
+        )
         Sweep(directory, model, device, slots(device, workers), progress).run()
         return write_sweep(directory)
 
@@ -260,7 +268,7 @@ def _provenance(directory: SweepDirectory) -> dict[str, str]:
         "cells": f"{len(directory.cells)}, {config.steps} steps each",
         "a step": f"{config.prompts_per_step} prompts × {config.samples_per_prompt} responses of at most "
         f"{config.max_tokens} tokens, {config.updates_per_rollout} updates",
-        "collapse": rule(config.collapse_window),
+        "collapse": collapse_rule(config.collapse_window),
         "device": str(manifest["device"]),
         "machine": ", ".join(f"{name} {value}" for name, value in machine.items() if value),
         "versions": ", ".join(f"{name} {value}" for name, value in versions.items()),

@@ -25,7 +25,7 @@ class RlJob:
     """Runs that share an engine: equal model, rollout dtype, task and sizes.
 
     Attributes:
-        folders: Of the runs, each with its `config.json`.
+        folders: Of the runs, each with its `run.json`.
         model_path: Folder of the initial model.
         device: `cpu` or `cuda`.
         cores: Of a CPU, which the process keeps to; none for all.
@@ -43,7 +43,8 @@ class RlJob:
     memory_advice: str = "Lower max_tokens, micro_batch, prompts_per_step or gpu_memory_utilization."
 
     def run(self, channel: Any) -> None:
-        """Runs them in their order. Events: `run`, `total`, `step`, `message`, and `result`, each with its folder."""
+        """Runs them in their order. Events: `run`, `total`, `step`, `finding`, `message`, and `ending`, each with
+        its folder."""
         import torch
 
         from mismatch_probe.engines.vllm import VllmRollout
@@ -92,9 +93,9 @@ class RlJob:
         )
         with engine.configured():
             training = Training(pieces)
-        result = training.run()
-        directory.finish(result)
-        tell("result", result)
+        ending = training.run()
+        directory.finish(ending)
+        tell("ending", ending)
 
     @contextmanager
     def _hold(self, directory: RlDirectory) -> Iterator[None]:
@@ -105,7 +106,7 @@ class RlJob:
                     stack.enter_context(locked(directory.path))
                 except FolderBusy:
                     raise _Taken from None
-                if directory.result() is not None:
+                if directory.ending() is not None:
                     raise _Taken
             yield
 

@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,36 +15,26 @@ import pytest
 import mismatch_probe
 from mismatch_probe.errors import DiskFull
 from mismatch_probe.rl.config import RlConfig
+from mismatch_probe.rl.run import RlResult
 from tests.conftest import Outcome
+from tests.factories.rl_run import ending, run_data, steps
 
 Command = Callable[..., Outcome]
 
 
-@dataclass
-class Ended:
+def ended(cause: str = "", **settings: Any) -> RlResult:
     """Stands for a run that has ended."""
-
-    status: str = "complete"
-    path: Path = Path("runs/here")
-
-    @property
-    def result(self) -> dict[str, Any]:
-        return {"status": self.status, "why": "no \x1b[31mreason"}
-
-    @property
-    def exit_code(self) -> int:
-        return 0 if self.status == "complete" else 3
-
-    def lines(self) -> list[str]:
-        return [f"{self.status} after 3 steps", self.result["why"]]
+    return RlResult(Path("runs/here"), run_data(steps([0.5] * 3), ending(cause, steps=3), **settings), {})
 
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """What `rl_run` and `rl_resume` were called with, in place of a run."""
     calls: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(mismatch_probe, "rl_run", lambda config, out, progress: calls.append((config, out)) or Ended())
-    monkeypatch.setattr(mismatch_probe, "rl_resume", lambda path, progress: calls.append((path,)) or Ended("collapsed"))
+    monkeypatch.setattr(mismatch_probe, "rl_run", lambda config, out, progress: calls.append((config, out)) or ended())
+    monkeypatch.setattr(
+        mismatch_probe, "rl_resume", lambda path, progress: calls.append((path,)) or ended("rl-collapsed")
+    )
     return calls
 
 
@@ -162,14 +151,15 @@ def test_a_run_is_started_as_asked(command: Command, started: list[Any]) -> None
     assert found.code == 0
     ((config, out),) = started
     assert (config.stress, config.dose, config.seed, out) == ("mantissa", 5.0, 2, "here")
-    assert "complete after 3 steps" in found.out
+    assert "The run completed 3 steps" in found.out
+    assert "runs/here/report.html" in found.out
     assert "\x1b" not in found.out
 
 
 def test_a_collapse_is_exit_code_3(command: Command, started: list[Any]) -> None:
     found = command("rl", "run", "--resume", "there", "--json")
     assert found.code == 3
-    assert json.loads(found.out) == {"path": "runs/here", **Ended("collapsed").result}
+    assert json.loads(found.out) == {"path": "runs/here", **ended("rl-collapsed").document.content()}
     assert started == [("there",)]
 
 

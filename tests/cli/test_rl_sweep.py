@@ -13,7 +13,7 @@ from mismatch_probe.rl.config import RlConfig
 from mismatch_probe.rl.plan import make_cells
 from mismatch_probe.rl.sweep import SweepDirectory
 from mismatch_probe.rl.sweep_run import write_sweep
-from tests.rl.test_sweep import step_row
+from tests.factories.rl_run import PROVENANCE, ending, step
 
 Run = Callable[..., Any]
 PLAN = '[base]\nsteps = 2\n[[grid]]\nprecision = ["bf16", "fp32"]\nseeds = 2\n'
@@ -28,18 +28,13 @@ def plan(tmp_path: Path) -> Path:
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:
     """A sweep of which one arm has ended, and one run of it has collapsed without stress."""
-    environment = {"machine": {"cpu": "x"}, "versions": {"torch": "1"}, "variables": {}}
-    facts = {"tool_version": "0", "created": "now", "device": "cpu", "environment": environment}
-    model = {"name": "chain", "revision": None, "files": {}}
     cells = make_cells({"steps": 3, "pass_window": 2, "collapse_window": 2}, [{"precision": ["bf16"], "seeds": 2}])
-    directory = SweepDirectory.create(tmp_path / "sweep", cells, {**facts, "model": model})
-    for cell, status in zip(directory.cells, ("complete", "collapsed"), strict=True):
+    directory = SweepDirectory.create(tmp_path / "sweep", cells, PROVENANCE.model_dump(mode="json"))
+    for cell, cause in zip(directory.cells, ("", "rl-collapsed"), strict=True):
         run = directory.run_of(cell)
-        for step in range(3):
-            run.append_step(step_row(step, 0.5, 1.0, 1e-4))
-        run.finish(
-            {"status": status, "why": "", "steps": 3, "clean_reward": 0.6, "passed": False, "first_above_step": None}
-        )
+        for i in range(3):
+            run.append_step(step(i, ess=1.0))
+        run.finish(ending(cause, steps=3, clean_reward=0.6))
     return directory.path
 
 

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from mismatch_probe.results.rl_run import Ending
 from mismatch_probe.rl.config import make_config
 from mismatch_probe.rl.policy import Policy
-from mismatch_probe.rl.records import RlDirectory
+from mismatch_probe.rl.records import RlDirectory, is_run
 from mismatch_probe.rl.sync import SyncError, WeightSync
 from mismatch_probe.rl.worker import RlJob
+from tests.factories.rl_run import PROVENANCE
 from tests.gpu.hf_engine import HfRollout
 from tests.real.rl_jobs import Tampering, engine_job
 
@@ -41,14 +43,14 @@ class Channel:
         pass
 
 
-def run(folder: Path, source: Path, **options: Any) -> tuple[dict[str, Any], Any]:
+def run(folder: Path, source: Path, **options: Any) -> tuple[Ending, Any]:
     """A run from the start, or from the newest checkpoint; how it ended, and its steps."""
-    if not (folder / "config.json").exists():
-        RlDirectory.create(folder, make_config({**SMALL, **options}), {})
+    if not is_run(folder):
+        RlDirectory.create(folder, make_config({**SMALL, **options}), PROVENANCE)
     channel = Channel()
     RlJob([str(folder)], str(source), "cuda").run(channel)
-    (result,) = [payload[1] for name, payload in channel.sent if name == "result"]
-    return result, RlDirectory.open(folder).steps()
+    (ending,) = [payload[1] for name, payload in channel.sent if name == "ending"]
+    return ending, RlDirectory.open(folder).steps()
 
 
 @pytest.fixture(autouse=True)
@@ -64,9 +66,10 @@ def test_a_run_ends_and_its_first_update_scores_as_the_pass_before_it(
     chain: Path, tmp_path: Path, dtype: str, mode: str
 ) -> None:
     options = {"trainer_dtype": dtype, "rollout_dtype": dtype, "trainer_mode": mode, "initial_loss_scale": 256.0}
-    result, steps = run(tmp_path / "run", chain, **options)
-    assert result["status"] == "complete"
-    assert 0 <= result["clean_reward"] <= 1
+    ending, steps = run(tmp_path / "run", chain, **options)
+    assert ending.status == "complete"
+    assert ending.clean_reward is not None
+    assert 0 <= ending.clean_reward <= 1
     assert (steps["movement_mean_abs"] == 0).all()
     limit = {"float32": 1e-5, "float16": 2e-2, "bfloat16": 1e-1}[dtype]
     assert (steps["mean_abs_logprob_diff"] < limit).all()
@@ -81,9 +84,9 @@ def test_a_run_resumes_from_its_checkpoint(chain: Path, tmp_path: Path, stress: 
     whole = run(tmp_path / "whole", chain, **exact)[1]
     part = tmp_path / "part"
     run(part, chain, **{**exact, "steps": 2})
-    text = (part / "config.json").read_text()
-    (part / "config.json").write_text(text.replace('"steps": 2', '"steps": 3'))
-    (part / "result.json").unlink()
+    document = RlDirectory.open(part).document
+    more = {"config": document.config | {"steps": 3}, "ending": None}
+    document.model_copy(update=more).write(part / "run.json")
     resumed = run(part, chain)[1]
     assert resumed["step"].tolist() == whole["step"].tolist()
     assert resumed["reward"].tolist() == pytest.approx(whole["reward"].tolist())

@@ -17,6 +17,7 @@ from mismatch_probe.errors import EngineError
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.rl.config import RlConfig
 from mismatch_probe.rl.plan import make_cells
+from mismatch_probe.rl.records import RlDirectory
 from tests.conftest import children
 
 pytestmark = pytest.mark.engine
@@ -60,9 +61,9 @@ def test_a_worker_that_is_killed_costs_one_step_and_no_bit(tmp_path: Path) -> No
     assert (whole.path / "figures" / "run.png").exists()
     with pytest.raises(EngineError, match=r"killed \(signal 9\)"):
         mismatch_probe.rl_run(config, out=tmp_path / "cut", progress=_Kill(after=2))
-    assert not (tmp_path / "cut" / "result.json").exists()
+    assert RlDirectory.open(tmp_path / "cut").document.ending is None
     resumed = mismatch_probe.rl_resume(tmp_path / "cut")
-    assert resumed.result == whole.result
+    assert resumed.document.ending == whole.document.ending
     assert _rows(tmp_path / "cut") == _rows(whole.path)
     ours, theirs = (
         load_file(path / "checkpoints" / "step-000003" / "masters.st") for path in (tmp_path / "cut", whole.path)
@@ -105,7 +106,8 @@ def test_on_a_gpu_a_run_ends_and_differs_by_rounding(
 ) -> None:
     options = {**SMALL, "rollout_dtype": dtype, "trainer_dtype": dtype, "device": "cuda", "initial_loss_scale": 256.0}
     result = mismatch_probe.rl_run(RlConfig(**{**options, **stress}), out=tmp_path / "run")
-    assert result.result["status"] == "complete"
+    assert result.document.ending is not None
+    assert result.document.ending.status == "complete"
     gaps = [row["mean_abs_logprob_diff"] for row in _rows(result.path)]
     assert all(gap < limit for gap in gaps), gaps
     assert not stress or all(gap > 1e-3 for gap in gaps), gaps

@@ -13,7 +13,7 @@ from rich.console import Console
 from mismatch_probe.metrics.arms import compare_sweep
 from mismatch_probe.metrics.runs import Arm, Run
 from mismatch_probe.report.figures import save
-from mismatch_probe.report.figures.rl import curves_figure, dose_figure, equal_ess_figure, run_figure
+from mismatch_probe.report.figures.rl import curves_figure, dose_figure, equal_ess_figure
 from mismatch_probe.report.rl_data import ArmPoint, Place
 from mismatch_probe.report.rl_page import GUIDES, arms_table, print_arms, render_sweep
 from mismatch_probe.types import MetricValue
@@ -85,31 +85,6 @@ ARMS = [
 
 def _texts(axes: Any) -> list[str]:
     return [text.get_text() for text in axes.texts]
-
-
-def test_the_run_figure_draws_every_series() -> None:
-    table = steps()
-    figure = run_figure(table)
-    reward, gap, ess, *_ = figure.axes
-    np.testing.assert_array_equal(reward.lines[0].get_ydata(), table["reward"])
-    np.testing.assert_array_equal(reward.lines[1].get_ydata(), table["clean_reward"])
-    # What is 0 everywhere has no place on a log scale.
-    assert [line.get_label() for line in gap.lines] == ["mismatch", "policy movement"]
-    assert gap.get_yscale() == "log"
-    assert len(ess.lines) == 2
-    assert len(figure.axes[5].collections) == 4
-
-
-def test_a_run_without_steps_says_so() -> None:
-    assert _texts(run_figure(pd.DataFrame()).axes[0]) == ["No step has ended."]
-
-
-def test_a_step_without_tokens_leaves_a_gap() -> None:
-    table = steps()
-    table.loc[3, "mean_abs_logprob_diff"] = None
-    drawn = run_figure(table).axes[1].lines[0].get_ydata()
-    assert np.isnan(drawn[3])
-    assert np.isfinite(np.delete(drawn, 3)).all()
 
 
 def test_the_dose_figure_places_every_arm_where_it_was_measured() -> None:

@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mismatch_probe.resources import data_path
+from mismatch_probe.results.rl_run import Ending
 from mismatch_probe.rl.config import RlConfig, make_config
 from mismatch_probe.rl.loop import Pieces, Training
-from mismatch_probe.rl.records import RlDirectory
+from mismatch_probe.rl.records import RlDirectory, is_run
 from mismatch_probe.rl.tasks import ChainTask, Problem, Response
 from mismatch_probe.types import Rollout, RolloutRequest, Sampling
+from tests.factories.rl_run import PROVENANCE
 
 SOURCE = Path(data_path("rl/chain/config.json")).parent
 SMALL: dict[str, Any] = {
@@ -98,8 +100,7 @@ class Events(list[tuple[str, Any]]):
 def pieces(path: Path, engine: Any, *, tell: Any = None, **changes: Any) -> Pieces:
     """A loop of `SMALL`, new in `path` or going on there."""
     config = make_config(SMALL | changes)
-    exists = (path / "config.json").exists()
-    directory = RlDirectory.open(path) if exists else RlDirectory.create(path, config, {})
+    directory = RlDirectory.open(path) if is_run(path) else RlDirectory.create(path, config, PROVENANCE)
     return Pieces(
         directory=directory,
         engine=engine,
@@ -124,9 +125,9 @@ def _of_task(config: RlConfig) -> dict[str, Any]:
     }
 
 
-def train(path: Path, engine: Any, **changes: Any) -> dict[str, Any]:
+def train(path: Path, engine: Any, **changes: Any) -> Ending:
     """Runs a loop to its end and writes what a worker would."""
     parts = pieces(path, engine, **changes)
-    result = Training(parts).run()
-    parts.directory.finish(result)
-    return result
+    ending = Training(parts).run()
+    parts.directory.finish(ending)
+    return ending

@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mismatch_probe.rl.collapse import CollapseDetector, Verdict
+from mismatch_probe.results.finding import Finding
+from mismatch_probe.rl.collapse import CollapseDetector
 
 RESPONSES = 64
 
 
-def feed(detector: CollapseDetector, rewards: Sequence[float], n: int = RESPONSES, start: int = 0) -> list[Verdict]:
+def feed(detector: CollapseDetector, rewards: Sequence[float], n: int = RESPONSES, start: int = 0) -> list[Finding]:
     found = [detector.update(start + i, float(reward), n) for i, reward in enumerate(rewards)]
     return [verdict for verdict in found if verdict is not None]
 
@@ -25,7 +26,7 @@ def first_collapse(rewards: Sequence[float], window: int = 10, n: int = RESPONSE
     detector = CollapseDetector(window)
     for step, reward in enumerate(rewards):
         verdict = detector.update(step, float(reward), n)
-        if verdict is not None and verdict.kind == "collapsed":
+        if verdict is not None and verdict.code == "rl-collapsed":
             return step
     return None
 
@@ -44,14 +45,17 @@ def test_a_fall_from_a_plateau_is_seen_with_the_last_healthy_step() -> None:
     assert 60 <= at < 80
     detector = CollapseDetector()
     verdicts = feed(detector, rewards[: at + 1])
-    assert verdicts[-1].kind == "collapsed"
+    assert verdicts[-1].code == "rl-collapsed"
     assert detector.last_healthy_step is not None
     assert detector.last_healthy_step < 64
     best = np.mean(rewards[detector.last_healthy_step - 9 : detector.last_healthy_step + 1])
-    assert verdicts[-1].sentence.startswith(
-        f"step {at}: mean reward fell from {best:.3f} (to step {detector.last_healthy_step}) to "
-        f"{np.mean(rewards[at - 9 : at + 1]):.3f}. A run has collapsed when the mean reward of its last 10 steps is"
-    )
+    assert verdicts[-1].values == {
+        "step": at,
+        "best": best,
+        "best_step": detector.last_healthy_step,
+        "present": np.mean(rewards[at - 9 : at + 1]),
+        "window": 10,
+    }
 
 
 def test_a_rise_then_a_fall_is_seen() -> None:
@@ -146,8 +150,8 @@ def test_no_signal_is_said_once_until_there_is_one_again() -> None:
     rewards = [0.0] * 30 + [0.5] + [1.0] * 25
     detector = CollapseDetector(30)
     said = [(i, v) for i, r in enumerate(rewards) if (v := detector.update(i, r, 8)) is not None]
-    assert [(i, v.kind) for i, v in said] == [(19, "no-signal"), (50, "no-signal")]
-    assert "all rewards have been equal for 20 steps up to step 19" in said[0][1].sentence
+    assert [(i, v.code) for i, v in said] == [(19, "rl-no-signal"), (50, "rl-no-signal")]
+    assert said[0][1].values == {"step": 19, "n_steps": 20}
 
 
 def test_equal_rewards_other_than_0_and_1_are_told_by_the_caller() -> None:

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from mismatch_probe.errors import DiskFull, EngineError
+from mismatch_probe.results.finding import Finding
 from mismatch_probe.rl import checkpoints as checkpoint_files
 from mismatch_probe.rl.loop import Training
 from mismatch_probe.rl.sync import SyncError
@@ -134,20 +135,21 @@ def _writing(value: float) -> Any:
     return meddle
 
 
-@pytest.mark.parametrize(
-    ("value", "how"),
-    [(np.nan, "is not finite"), (-9999.0, "is -9999, which no token has"), (0.125, "is 0.125, which no token has")],
-)
-def test_a_log_prob_that_no_token_has_ends_the_run_and_keeps_its_batch(tmp_path: Path, value: float, how: str) -> None:
+@pytest.mark.parametrize(("value", "kept"), [(np.nan, None), (-9999.0, -9999.0), (0.125, 0.125)])
+def test_a_log_prob_that_no_token_has_ends_the_run_and_keeps_its_batch(
+    tmp_path: Path, value: float, kept: float | None
+) -> None:
     result = train(tmp_path / "run", _Meddling(_writing(value), at=2))
-    assert result["status"] == "diverged"
-    assert f"{how}; its batch lies in" in result["why"]
-    assert "step 2: the rollout log-prob of sequence 3 at position 1" in result["why"]
-    assert "all weights are finite" in result["why"]
-    assert result["last_healthy_checkpoint"] == "step-000002"
+    assert result.status == "diverged"
+    assert result.cause == Finding(
+        code="rl-impossible-logprob",
+        severity="fail",
+        values={"step": 2, "side": "rollout", "sequence": 3, "position": 1, "tensor": None, "value": kept},
+    )
+    assert result.last_healthy_checkpoint == "step-000002"
     batch = pq.read_table(tmp_path / "run" / "failure" / "batch.parquet")
     assert batch.num_rows == 16
-    assert json.loads((tmp_path / "run" / "failure" / "failure.json").read_text())["step"] == 2
+    assert Finding(**json.loads((tmp_path / "run" / "failure" / "failure.json").read_text())) == result.cause
 
 
 def test_a_weight_that_is_no_number_is_named(tmp_path: Path, engine: TorchEngine, monkeypatch: Any) -> None:
@@ -164,8 +166,10 @@ def test_a_weight_that_is_no_number_is_named(tmp_path: Path, engine: TorchEngine
 
     monkeypatch.setattr(training, "_sample", sample)
     result = training.run()
-    assert result["status"] == "diverged"
-    assert f"step 1: the trainer log-prob of sequence 0 at position 0 ({victim})" in result["why"]
+    assert result.status == "diverged"
+    assert result.cause is not None
+    found = [result.cause.values[name] for name in ("step", "side", "sequence", "position", "tensor")]
+    assert found == [1, "trainer", 0, 0, victim]
 
 
 def test_gradients_that_overflow_without_a_loss_scale_end_the_run(tmp_path: Path, engine: TorchEngine) -> None:
@@ -174,8 +178,9 @@ def test_gradients_that_overflow_without_a_loss_scale_end_the_run(tmp_path: Path
     weight = training._policy.model.get_parameter("model.layers.0.mlp.down_proj.weight")
     weight.register_hook(lambda gradient: gradient * torch.inf)
     result = training.run()
-    assert result["status"] == "diverged"
-    assert "gradient of model.layers.0.mlp.down_proj.weight" in result["why"]
+    assert result.status == "diverged"
+    assert result.cause is not None
+    assert result.cause.values == {"step": 0, "what": "gradient of model.layers.0.mlp.down_proj.weight"}
     assert (tmp_path / "run" / "failure" / "batch.parquet").exists()
 
 
@@ -185,8 +190,9 @@ def test_a_loss_scale_that_only_falls_ends_the_run(tmp_path: Path, engine: Torch
     weight = training._policy.model.get_parameter("model.layers.0.mlp.down_proj.weight")
     weight.register_hook(lambda gradient: gradient * torch.inf)
     result = training.run()
-    assert result["status"] == "diverged"
-    assert "the loss scale fell to 0.25, below 1" in result["why"]
+    assert result.status == "diverged"
+    assert result.cause is not None
+    assert (result.cause.code, result.cause.number("loss_scale")) == ("rl-loss-scale-lost", 0.25)
     rows = _without_times(tmp_path / "run")
     assert [row["n_skipped"] for row in rows] == [2] * len(rows)
 
@@ -196,10 +202,8 @@ def test_equal_rewards_are_said_once(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("mismatch_probe.rl.collapse._SILENT_STEPS", 2)
     told = Events()
     result = Training(pieces(tmp_path / "run", TorchEngine(), tell=told)).run()
-    messages = [payload for name, payload in told if name == "message"]
-    assert len(messages) == 1
-    assert "no signal" in messages[0]
-    assert result["status"] == "complete"
+    assert [payload.code for name, payload in told if name == "finding"] == ["rl-no-signal"]
+    assert result.status == "complete"
 
 
 def _emptied(rollout: Rollout) -> Rollout:
@@ -208,7 +212,7 @@ def _emptied(rollout: Rollout) -> Rollout:
 
 def test_empty_responses_are_counted_and_harm_nothing(tmp_path: Path) -> None:
     result = train(tmp_path / "run", _Meddling(_emptied, at=1), steps=2)
-    assert result["status"] == "complete"
+    assert result.status == "complete"
     steps = pd.read_parquet(tmp_path / "run" / "steps.parquet")
     assert steps["n_empty"].tolist() == [0, 16]
     assert pd.isna(steps["mean_abs_logprob_diff"].iloc[1])
@@ -218,10 +222,10 @@ def test_a_run_that_collapses_says_so_and_keeps_its_healthy_checkpoint(tmp_path:
     rewards = iter([1.0] * 8 + [0.75, 0.5, 0.25])
     monkeypatch.setattr(SignalTask, "rewards", lambda self, problems, responses: [next(rewards, 0.0)] * len(responses))
     result = train(tmp_path / "run", TorchEngine(), steps=16, collapse_window=4, checkpoint_every=2)
-    assert result["status"] == "collapsed"
-    assert result["steps"] == 13
-    assert "step 12: mean reward fell from 1.000 (to step 7) to 0.188" in result["why"]
-    assert result["last_healthy_checkpoint"] == "step-000008"
+    assert (result.status, result.steps) == ("collapsed", 13)
+    assert result.cause is not None
+    assert result.cause.values == {"step": 12, "best": 1.0, "best_step": 7, "present": 0.1875, "window": 4}
+    assert result.last_healthy_checkpoint == "step-000008"
     assert (tmp_path / "run" / "checkpoints" / "step-000008" / "model.safetensors").exists()
 
 
@@ -257,9 +261,9 @@ def test_an_engine_that_fails_leaves_the_steps_before(tmp_path: Path) -> None:
 def test_the_sanity_test_is_passed_where_the_lower_limit_is(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(SignalTask, "rewards", lambda self, problems, responses: [1.0] * len(responses))
     passed = train(tmp_path / "run", TorchEngine(), steps=3, pass_window=2, pass_above=0.5)
-    assert (passed["passed"], passed["first_above_step"]) == (True, 1)
+    assert (passed.passed, passed.first_above_step) == (True, 1)
     never = train(tmp_path / "never", TorchEngine(), steps=3, pass_window=2, pass_above=0.99)
-    assert (never["passed"], never["first_above_step"]) == (False, None)
+    assert (never.passed, never.first_above_step) == (False, None)
 
 
 def test_gradient_accumulation_changes_nothing_but_rounding(tmp_path: Path, engine: TorchEngine) -> None:

@@ -15,19 +15,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mismatch_probe.errors import DiskFull, TableError, UsageError
+from mismatch_probe.results.finding import Finding
 from mismatch_probe.rl.config import make_config
 from mismatch_probe.rl.records import RlDirectory
+from mismatch_probe.rl.summary import summarise
+from tests.factories.rl_run import PROVENANCE, ending, step
 
 ROWS = [
-    {"step": 0, "reward": 0.1, "grad_norm_var": None, "n_empty": 0},
-    {"step": 1, "reward": 1 / 3, "grad_norm_var": 1e-300, "n_empty": 1},
-    {"step": 2, "reward": 1.0, "grad_norm_var": 2.0, "n_empty": 0},
+    step(0, reward=0.1, grad_norm_var=None, n_empty=0),
+    step(1, reward=1 / 3, grad_norm_var=1e-300, n_empty=1),
+    step(2, reward=1.0, grad_norm_var=2.0, n_empty=0),
 ]
 
 
 @pytest.fixture
 def directory(tmp_path: Path) -> RlDirectory:
-    return RlDirectory.create(tmp_path / "run", make_config({"steps": 3}), {"device": "cpu"})
+    return RlDirectory.create(tmp_path / "run", make_config({"steps": 3}), PROVENANCE)
 
 
 def lines(directory: RlDirectory) -> bytes:
@@ -48,20 +51,20 @@ def filled(directory: RlDirectory) -> RlDirectory:
 def test_a_run_is_opened_with_its_configuration(directory: RlDirectory) -> None:
     found = RlDirectory.open(directory.path)
     assert found.config == make_config({"steps": 3})
-    assert found.manifest["device"] == "cpu"
-    assert found.result() is None
+    assert found.document.provenance == PROVENANCE
+    assert found.ending() is None
     assert found.steps().empty
 
 
 def test_a_folder_in_use_and_a_folder_of_something_else_are_refused(directory: RlDirectory, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not empty"):
-        RlDirectory.create(directory.path, directory.config, {})
+        RlDirectory.create(directory.path, directory.config, PROVENANCE)
     with pytest.raises(TableError, match="no folder of an RL run"):
         RlDirectory.open(tmp_path)
-    (tmp_path / "config.json").write_text('{"schema_version": 1, "kind": "compare"}')
-    with pytest.raises(TableError, match="no folder of an RL run"):
+    (tmp_path / "run.json").write_text('{"schema_version": 2, "tool_version": "1", "pairs": []}')
+    with pytest.raises(TableError, match="no valid RL run: config"):
         RlDirectory.open(tmp_path)
-    (tmp_path / "config.json").write_text("{")
+    (tmp_path / "run.json").write_text("{")
     with pytest.raises(TableError, match="cannot be read as JSON"):
         RlDirectory.open(tmp_path)
 
@@ -81,14 +84,14 @@ def test_a_number_that_json_cannot_hold_is_a_bug(directory: RlDirectory) -> None
     assert lines(directory) == before
 
 
-@pytest.mark.parametrize("step", range(5))
-def test_rewinding_leaves_the_steps_before_byte_for_byte(directory: RlDirectory, step: int) -> None:
+@pytest.mark.parametrize("first", range(5))
+def test_rewinding_leaves_the_steps_before_byte_for_byte(directory: RlDirectory, first: int) -> None:
     whole = lines(filled(directory)).splitlines(keepends=True)
     (directory.path / "rollouts" / ".step-000009.parquet.1.tmp").write_bytes(b"")
-    directory.rewind(step)
-    assert lines(directory) == b"".join(whole[:step])
+    directory.rewind(first)
+    assert lines(directory) == b"".join(whole[:first])
     parts = sorted(path.name for path in (directory.path / "rollouts").glob("step-*"))
-    assert parts == [f"step-{i:06d}.parquet" for i in range(min(step, 3))]
+    assert parts == [f"step-{i:06d}.parquet" for i in range(min(first, 3))]
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
@@ -137,20 +140,27 @@ def test_a_full_disk_is_said(directory: RlDirectory, monkeypatch: pytest.MonkeyP
 
 
 def test_the_end_has_tables_and_a_result(directory: RlDirectory) -> None:
-    filled(directory).finish({"status": "complete", "steps": 3})
-    assert RlDirectory.open(directory.path).result() == {"schema_version": 1, "status": "complete", "steps": 3}
+    filled(directory).finish(ending(steps=3))
+    found = RlDirectory.open(directory.path).document
+    assert found == directory.document
+    assert found.ending == ending(steps=3)
+    assert found.summary == summarise(directory.steps(), directory.config)
     pd.testing.assert_frame_equal(pd.read_parquet(directory.path / "steps.parquet"), directory.steps())
     assert pq.read_table(directory.path / "rollouts.parquet")["step"].to_pylist() == [0, 1, 2]
 
 
 def test_a_run_that_ends_before_its_first_step_has_a_result(directory: RlDirectory) -> None:
-    directory.finish({"status": "diverged"})
-    assert directory.result() == {"schema_version": 1, "status": "diverged"}
+    directory.finish(ending("rl-not-finite", steps=0))
+    found = directory.ending()
+    assert found is not None
+    assert found.status == "diverged"
     assert pd.read_parquet(directory.path / "steps.parquet").empty
     assert not (directory.path / "rollouts.parquet").exists()
 
 
 def test_a_failed_step_leaves_its_batch(directory: RlDirectory) -> None:
-    folder = directory.save_failure(table(7), {"step": 7, "what": "the loss"})
+    cause = Finding(code="rl-not-finite", severity="fail", values={"step": 7, "what": "the loss"})
+    directory.save_failure(table(7), cause)
+    folder = directory.path / "failure"
     assert pq.read_table(folder / "batch.parquet")["step"].to_pylist() == [7]
-    assert json.loads((folder / "failure.json").read_text()) == {"step": 7, "what": "the loss"}
+    assert Finding(**json.loads((folder / "failure.json").read_text())) == cause

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mismatch_probe.dtypes import SHORT_DTYPES
-from mismatch_probe.errors import UsageError
+from mismatch_probe.errors import TableError, UsageError
 from mismatch_probe.resources import data_path
 from mismatch_probe.rl.config import ALGORITHM_NAMES, RlConfig, make_config, read_config
 from mismatch_probe.rl.losses import ALGORITHMS
@@ -223,7 +223,7 @@ def test_a_file_that_cannot_be_used_is_refused(tmp_path: Path, content: bytes, s
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="No such file"):
         read_config(tmp_path / "none.toml", {})
-    with pytest.raises(UsageError, match="Is a directory"):
+    with pytest.raises(TableError, match=r"run\.json does not exist"):
         read_config(tmp_path, {})
 
 

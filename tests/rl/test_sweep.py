@@ -20,35 +20,14 @@ from mismatch_probe.rl.plan import make_cells
 from mismatch_probe.rl.records import RlDirectory
 from mismatch_probe.rl.sweep import Slot, SweepDirectory, slots
 from tests.conftest import Recorder
+from tests.factories.rl_run import PROVENANCE, ending, step
 
 BASE = {"steps": 3, "pass_window": 2, "collapse_window": 2}
 GRID = {"precision": ["bf16", "fp32"], "stress": ["none", "weight-noise:0.3"], "seeds": 2}
 
 
-FACTS = {
-    **dict.fromkeys(("tool_version", "created", "device"), ""),
-    "model": {"name": "m", "revision": None, "files": {}},
-    "environment": {"machine": {}, "versions": {}, "variables": {}},
-}
+FACTS = PROVENANCE.model_dump(mode="json")
 MODEL: Any = SimpleNamespace(path=Path("model"))
-
-
-def step_row(step: int, reward: float, ess: float, gap: float) -> dict[str, Any]:
-    seconds = {f"seconds_{phase}": 1.0 for phase in ("rollout", "sync", "forward_backward", "other")}
-    return {
-        "step": step,
-        "reward": reward,
-        "ess_seq": ess,
-        "mean_abs_logprob_diff": gap,
-        "off_policy_ess_seq": ess,
-        "off_policy_mean_abs": gap,
-        "rms_logprob_diff": 2 * gap,
-        **seconds,
-    }
-
-
-def ended(status: str) -> dict[str, Any]:
-    return {"status": status, "why": "", "steps": 3, "clean_reward": 0.6, "passed": False, "first_above_step": None}
 
 
 class Script:
@@ -92,21 +71,14 @@ class Script:
                 (path / "taken").unlink()
                 raise error
             noisy = directory.config.stress != "none"
-            for step in range(3):
-                row = step_row(step, 0.2 if noisy else 0.5 + 0.1 * step, 0.3 if noisy else 1.0, 0.4 if noisy else 1e-4)
+            for i in range(3):
+                row = step(i, reward=0.2, ess=0.3, gap=0.4) if noisy else step(i, reward=0.5 + 0.1 * i, ess=1.0)
                 directory.append_step(row)
                 on_event("step", (str(path), row))
-            status = "collapsed" if noisy and directory.config.seed == 1 else "complete"
-            result = {
-                "status": status,
-                "why": "",
-                "steps": 3,
-                "clean_reward": 0.6,
-                "passed": False,
-                "first_above_step": None,
-            }
+            collapsed = noisy and directory.config.seed == 1
+            result = ending("rl-collapsed" if collapsed else "", steps=3, clean_reward=0.6)
             directory.finish(result)
-            on_event("result", (str(path), result))
+            on_event("ending", (str(path), result))
 
 
 @pytest.fixture
@@ -237,7 +209,7 @@ def test_a_cell_that_ended_unheard_is_not_run_again(tmp_path: Path, scripted: An
     own = Script._Process.run
 
     def run(self: Any, job: Any, on_event: Any) -> None:
-        own(self, job, lambda name, payload: None if name == "result" else on_event(name, payload))
+        own(self, job, lambda name, payload: None if name == "ending" else on_event(name, payload))
         raise EngineError("killed")
 
     monkeypatch.setattr(Script._Process, "run", run)
@@ -295,9 +267,9 @@ def test_runs_that_diverged_count_as_nothing_gained(tmp_path: Path) -> None:
     directory = SweepDirectory.create(tmp_path / "sweep", cells, FACTS)
     for cell in cells:
         run = directory.run_of(cell)
-        for step in range(3):
-            run.append_step(step_row(step, 0.8, 1.0, 1e-6))
-        run.finish(ended("diverged") | {"clean_reward": None})
+        for i in range(3):
+            run.append_step(step(i, reward=0.8, ess=1.0))
+        run.finish(ending("rl-not-finite", steps=3))
     arm = sweep_run.write_sweep(directory).arms[0]
     assert (arm.reward.value, arm.reward_kept.value, arm.clean_reward.value) == (0.0, 0.0, 0.0)
 
@@ -331,11 +303,8 @@ def test_a_folder_that_is_none_of_a_sweep_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_report_without_a_finished_run_says_so(tmp_path: Path) -> None:
-    facts = dict.fromkeys(("tool_version", "created", "device"), "")
-    environment = {"machine": {}, "versions": {}, "variables": {}}
-    model = {"name": "m", "revision": None, "files": {}}
     cells = make_cells(BASE, [GRID])
-    SweepDirectory.create(tmp_path / "sweep", cells, facts | {"model": model, "environment": environment})
+    SweepDirectory.create(tmp_path / "sweep", cells, FACTS)
     result = mismatch_probe.rl_report(tmp_path / "sweep")
     assert result.summary["reading"] == ["No run has ended yet."]
     assert set(result.runs()["status"]) == {"unfinished"}

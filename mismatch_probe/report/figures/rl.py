@@ -9,9 +9,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
 
+from mismatch_probe.report.figures import figure as register
 from mismatch_probe.report.figures.style import Look, empty_figure, look, plot_settings
 from mismatch_probe.report.format import visible
-from mismatch_probe.report.rl_data import STRESS_NOTE, ArmPoint, Place
+from mismatch_probe.report.rl_data import STRESS_NOTE, ArmPoint, Place, RlRunData
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -39,11 +40,20 @@ def arm_look(point: ArmPoint) -> Look:
     return look(point.precision) if point.precision else _OTHER
 
 
-def run_figure(steps: pd.DataFrame) -> Figure:
-    """One run, step by step: reward, mismatch, ESS, entropy, gradient norm, and where the time goes."""
+@register(
+    "run",
+    of=RlRunData,
+    title="Step by step",
+    guide="Where the mismatch rises while the reward falls, compare which of them moves first.",
+    alt="Six panels over the steps: mean reward with the reward of the clean weights as squares; mean absolute gaps of "
+    "mismatch, policy movement and staleness on a log scale; effective sample size of sequences and tokens; entropy; "
+    "gradient norm on a log scale; seconds of a step, stacked by phase.",
+    needs=lambda data: len(data.steps) > 0,
+)
+def run_figure(data: RlRunData) -> Figure:
+    """One run, step by step: reward, gaps, ESS, entropy, gradient norm, and time."""
+    steps = data.steps
     with plot_settings():
-        if not len(steps):
-            return empty_figure(Figure(figsize=(6.0, 2.0)), "No step has ended.")
         figure = Figure(figsize=(10.5, 5.6), layout="constrained")
         axes = figure.subplots(2, 3, sharex=True)
         x = steps["step"].to_numpy()

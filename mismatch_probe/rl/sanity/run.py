@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from mismatch_probe.files import locked
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.probes.session import default_folder
 from mismatch_probe.rl.config import RlConfig
-from mismatch_probe.rl.run import resolve_model, run_facts, same_model
+from mismatch_probe.rl.run import provenance_of, resolve_model, same_model
 from mismatch_probe.rl.sanity.config import SanityConfig
 from mismatch_probe.rl.sanity.records import SET, SanityDirectory
 from mismatch_probe.rl.sanity.worker import SanityJob, settings_of
@@ -97,7 +98,12 @@ def new_sanity_set(config: SanityConfig, out: str | Path | None, progress: Progr
     path = Path(out) if out is not None else default_folder(f"sanity-set-{Path(config.model).name}")
     refuse_occupied(path)
     with locked(path):
-        return _execute(SanityDirectory.create(path, config, run_facts(model, device)), model, device, progress)
+        return _execute(SanityDirectory.create(path, config, _facts(model, device)), model, device, progress)
+
+
+def _facts(model: ModelRef, device: devices.Device) -> dict[str, Any]:
+    """What a folder says of model and machine."""
+    return {"tool_version": version("mismatch-probe"), **provenance_of(model, device).model_dump(mode="json")}
 
 
 def resume_sanity_set(path: Path, progress: Progress | None) -> SanityResult:
@@ -113,7 +119,7 @@ def resume_sanity_set(path: Path, progress: Progress | None) -> SanityResult:
         found = directory.statistics()
         if found is not None:
             return SanityResult(path, found)
-        model = same_model(directory.config, directory.manifest, progress)
+        model = same_model(directory.config, directory.manifest["model"]["files"], progress)
         return _execute(directory, model, devices.choose_device(directory.config.device), progress)
 
 
