@@ -16,6 +16,7 @@ from mismatch_probe.report.model import (
     Step,
     Table,
     Text,
+    columns,
     fraction,
     numeric,
     plain,
@@ -157,7 +158,7 @@ def _sync(summary: RunSummary) -> tuple[Section, ...]:
     text = Text(
         "After a sync the engine scores fixed sequences; the trainer scores them in FP32 with the same weights."
     )
-    shown = table(("weight sync", *numeric("value")), rows)
+    shown = table(["weight sync", *numeric("value")], rows)
     return section("sync", "Weight sync", text, shown) if sync.checked else ()
 
 
@@ -186,7 +187,7 @@ def _details(summary: RunSummary) -> tuple[Section, ...]:
     spans = numeric(_span(start), _span(end))
     cells = [(name, plain(read(start)), plain(read(end))) for name, read in rows]
     shown = table(["mean over steps", *spans], cells)
-    total = table(("over all steps", *numeric("count")), [(name, plain(n)) for name, n in counts])
+    total = table(["over all steps", *numeric("count")], [(name, plain(n)) for name, n in counts])
     return section("measured", "What else was measured", shown, total, depth="detail")
 
 
@@ -196,7 +197,7 @@ def _time(summary: RunSummary) -> tuple[Section, ...]:
         (name.replace("_", " and "), plain(seconds), fraction(seconds / whole if whole else None))
         for name, seconds in summary.seconds.items()
     ]
-    header = ("phase", *numeric("seconds", "of all"))
+    header = columns("phase", *numeric("seconds", "of all"))
     return section("time", "Time", table(header, rows if whole else []), depth="detail")
 
 

@@ -277,7 +277,7 @@ class Sweep:
         try:
             process.run(job, lambda name, payload: self._on_event(slot, by_folder, begun, name, payload))
             if not begun and (held := self._free(cells)):
-                what = f"Another process is working on {held[0].name}."
+                what = f"Another process is using {held[0].name}."
                 self._fail(held, ProbeError(what, "Wait until it ends, then continue with --resume."))
         except ProbeError as error:
             if self._stopped is None:
