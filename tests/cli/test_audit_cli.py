@@ -73,9 +73,3 @@ def test_a_folder_without_a_run_and_a_missing_baseline(command: Command, run_cop
     outcome = command("audit", "--from", run_copy, "--baseline", tmp_path / "none.json")
     assert outcome.code == 1
     assert "There is no audit" in outcome.err
-
-
-def test_help_shows_an_example(command: Command) -> None:
-    outcome = command("audit", "-h")
-    assert outcome.code == 0
-    assert "mismatch-probe audit --model ./my-checkpoint" in outcome.out

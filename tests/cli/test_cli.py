@@ -31,25 +31,6 @@ def tool(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[
 
 
 class TestHelp:
-    @pytest.mark.parametrize(
-        "words",
-        [
-            [],
-            ["compare"],
-            ["report"],
-            ["plot"],
-            ["env"],
-            ["models", "list"],
-            ["models", "pull"],
-            ["models", "path"],
-            ["models"],
-        ],
-    )
-    def test_every_command_shows_an_example(self, command: Command, words: list[str]) -> None:
-        found = command(*words, "-h")
-        assert (found.code, found.err) == (0, "")
-        assert re.search(rf"Examples?:\s+mismatch-probe {' '.join(words)}", found.out)
-
     def test_every_command_is_listed(self, command: Command) -> None:
         out = command("-h").out
         assert all(

@@ -97,10 +97,3 @@ def test_writing_again_changes_no_byte(sweep: Path) -> None:
         (write_sweep(SweepDirectory.open(sweep)), (sweep / "report.html").read_bytes())[1] for _ in range(2)
     )
     assert first == second
-
-
-@pytest.mark.parametrize("name", ["sweep", "demo", "report", "gradient", "sanity-set", "run"])
-def test_help_shows_an_example(command: Run, name: str) -> None:
-    ended = command("rl", name, "-h")
-    assert ended.code == 0
-    assert f"mismatch-probe rl {name}" in ended.out

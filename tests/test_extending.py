@@ -1,0 +1,129 @@
+"""docs/extending.md as a test: a toy figure, finding and document, each from a single module."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from mismatch_probe.errors import TableError
+from mismatch_probe.report import figures, words
+from mismatch_probe.results.base import Document
+from mismatch_probe.results.finding import Finding
+from mismatch_probe.types import MetricValue
+
+_FIGURE = """
+from dataclasses import dataclass
+
+from matplotlib.figure import Figure
+
+from mismatch_probe.report.figures import figure
+
+
+@dataclass(frozen=True)
+class Toys:
+    sizes: tuple[float, ...]
+
+
+@figure(
+    "toy-sizes", of=Toys, title="Sizes", guide="Higher is larger.", alt="One dot for each toy.",
+    needs=lambda toys: bool(toys.sizes), order=999,
+)
+def draw_sizes(toys: Toys) -> Figure:
+    drawn = Figure()
+    drawn.subplots().plot(toys.sizes, "o")
+    return drawn
+"""
+
+_WORDS = """
+from mismatch_probe.report.model import in_line
+from mismatch_probe.report.words import words
+from mismatch_probe.results.finding import Finding
+
+
+@words("toy-too-large", "A toy exceeds the box.", values={"size": "of the toy, metres"}, fix="Take a larger box.")
+def _too_large(found: Finding) -> str:
+    return f"{found.where} measures {in_line(found.metric('size'), unit='m')}."
+"""
+
+
+@pytest.fixture
+def add_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[ModuleType, str], None]]:
+    """Adds a module `toy` to a package, for one test."""
+    added = []
+
+    def add(package: ModuleType, source: str) -> None:
+        (tmp_path / "toy.py").write_text(source, encoding="utf-8")
+        monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
+        monkeypatch.setattr(package, "_REGISTRY", dict(package._REGISTRY))
+        added.append(f"{package.__name__}.toy")
+
+    yield add
+    for name in added:
+        sys.modules.pop(name, None)
+
+
+def test_a_figure(add_module: Callable[[ModuleType, str], None], tmp_path: Path) -> None:
+    add_module(figures, _FIGURE)
+    assert figures.all_figures()["toy-sizes"].alt == "One dot for each toy."
+    toys = sys.modules["mismatch_probe.report.figures.toy"].Toys
+    assert [info.name for info in figures.figures_of(toys((1.0, 2.0)))] == ["toy-sizes"]
+    assert figures.figures_of(toys(())) == []
+    drawn = figures.draw(toys((1.0, 2.0)), tmp_path / "figures")
+    assert drawn["toy-sizes"].read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_finding(add_module: Callable[[ModuleType, str], None]) -> None:
+    add_module(words, _WORDS)
+    found = Finding(code="toy-too-large", severity="warn", where="bear", values={"size": MetricValue(1.25, 1.0, 1.5)})
+    assert words.say(found) == "bear measures 1.25 m [1.00, 1.50]."
+    assert words.all_words()["toy-too-large"].fix == "Take a larger box."
+
+
+class Toybox(Document):
+    """A document whose schema 2 added `n_bears`."""
+
+    KIND, VERSION, OLDEST, AGAIN = "toy box", 2, 1, "toy write {folder}"
+
+    n_toys: int
+    """Toys in the box."""
+    n_bears: int
+    """Those that are bears."""
+
+    @classmethod
+    def upgrade(cls, raw: dict[str, Any], version: int) -> dict[str, Any]:
+        return {**raw, "n_bears": 0} if version == 1 else super().upgrade(raw, version)
+
+
+def written(folder: Path, **fields: Any) -> Path:
+    path = folder / "toybox.json"
+    path.write_text(json.dumps({"tool_version": "9.8.7", **fields}), encoding="utf-8")
+    return path
+
+
+def test_a_document_of_an_older_schema_is_upgraded(tmp_path: Path) -> None:
+    box = Toybox.read(written(tmp_path, schema_version=1, n_toys=3))
+    assert (box.schema_version, box.n_toys, box.n_bears) == (2, 3, 0)
+    box.write(tmp_path / "toybox.json")
+    assert Toybox.read(tmp_path / "toybox.json") == box
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"schema_version": 3, "n_toys": 3}, r"schema 3.*reads up to 2.*mismatch-probe>=9\.8\.7"),
+        ({"schema_version": 0, "n_toys": 3}, "schema 0"),
+        ({"schema_version": 2, "n_toys": 3}, "n_bears"),
+        ({"schema_version": 2, "n_toys": 3, "n_bears": "many"}, "n_bears"),
+        ({"schema_version": 2, "n_toys": 3, "n_bears": 1, "colour": "red"}, "colour"),
+        ({"n_toys": 3}, "no schema version"),
+    ],
+)
+def test_other_documents_are_refused(tmp_path: Path, fields: dict[str, Any], told: str) -> None:
+    with pytest.raises(TableError, match=told):
+        Toybox.read(written(tmp_path, **fields))
