@@ -288,6 +288,15 @@ class CompareConfig:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def arguments(self) -> list[str]:
+        """The options of `compare` that ask for this configuration; those at their defaults are left out."""
+        return [
+            word
+            for one in fields(self)
+            if (value := getattr(self, one.name)) not in (one.default, {})
+            for word in _words_of(one.name, value)
+        ]
+
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> CompareConfig:
         """Rebuilds a configuration from a manifest; keys of later releases are an error, not silently dropped."""
@@ -323,6 +332,20 @@ def _with_fields(arguments: Mapping[str, Any]) -> dict[str, Any]:
         for key, inner in value.items()
     }
     return {**arguments, **fields_of}
+
+
+def _words_of(name: str, value: Any) -> list[str]:
+    match value:
+        case True:
+            return [flag(name)]
+        case Mapping():
+            return [word for key, one in value.items() for word in (flag(name), f"{key}={json.dumps(one)}")]
+        case tuple() if name == "predict_lengths":
+            return [word for length in value for word in (flag(name), str(length))]
+        case tuple():
+            return [flag(name), ",".join(value)]
+        case _:
+            return [flag(name), str(value)]
 
 
 def flag(name: str) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mismatch_probe.cli.compare import command, engine_args_of
 from mismatch_probe.config import FORBIDDEN_ENGINE_ARGS, OWNED_ENGINE_ARGS, CompareConfig, Limit, flag
 from mismatch_probe.errors import UsageError
 
@@ -115,31 +117,44 @@ class TestCompareConfig:
         ]
 
 
+CONFIGURATIONS = st.builds(
+    CompareConfig,
+    model=st.text('ab/é \u2028\x1b"', max_size=6),
+    num_prompts=st.none() | st.integers(1, 1000),
+    temperature=st.floats(0.01, 10),
+    seed=st.integers(0, (1 << 32) - 1),
+    rollout_dtypes=st.permutations(("bfloat16", "float16", "float32")).map(tuple),
+    trainer_dtypes=st.just(("float16",)),
+    trainer_modes=st.sampled_from([("cast",), ("autocast",), ("cast", "autocast")]),
+    memory_budget_gib=st.none() | st.floats(0.1, 100),
+    engine_args=st.dictionaries(
+        st.sampled_from(["block_size", "attention_config", "x"]),
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.text("aé\n", max_size=4),
+            lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text("ab", max_size=2), inner),
+            max_leaves=4,
+        ),
+    ),
+)
+
+
 class TestManifestRoundTrip:
     @settings(max_examples=40, deadline=None)
-    @given(
-        st.builds(
-            CompareConfig,
-            model=st.text('ab/é \u2028\x1b"', max_size=6),
-            num_prompts=st.none() | st.integers(1, 1000),
-            temperature=st.floats(0.01, 10),
-            seed=st.integers(0, (1 << 32) - 1),
-            rollout_dtypes=st.permutations(("bfloat16", "float16", "float32")).map(tuple),
-            trainer_dtypes=st.just(("float16",)),
-            trainer_modes=st.sampled_from([("cast",), ("autocast",), ("cast", "autocast")]),
-            memory_budget_gib=st.none() | st.floats(0.1, 100),
-            engine_args=st.dictionaries(
-                st.sampled_from(["block_size", "attention_config", "x"]),
-                st.recursive(
-                    st.none() | st.booleans() | st.integers() | st.text("aé\n", max_size=4),
-                    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text("ab", max_size=2), inner),
-                    max_leaves=4,
-                ),
-            ),
-        )
-    )
+    @given(CONFIGURATIONS)
     def test_a_configuration_comes_back_equal(self, config: CompareConfig) -> None:
         assert CompareConfig.from_dict(json.loads(json.dumps(config.as_dict(), allow_nan=False))) == config
+
+    @settings(max_examples=40, deadline=None)
+    @given(CONFIGURATIONS, st.lists(st.integers(1, 99), max_size=2).map(tuple), st.booleans())
+    def test_it_comes_back_from_the_command_line(
+        self, config: CompareConfig, lengths: tuple[int, ...], eager: bool
+    ) -> None:
+        config = replace(config, predict_lengths=lengths, eager=eager)
+        words = config.arguments()
+        parsed = command.make_context("compare", words).params
+        known = {field.name for field in fields(CompareConfig)}
+        given = {name: value for name, value in parsed.items() if name in known and value is not None}
+        assert CompareConfig(**given | {"engine_args": engine_args_of(parsed["engine_args"])}) == config
 
     def test_an_option_of_a_later_release_is_not_dropped(self) -> None:
         with pytest.raises(UsageError, match=r"unknown option 'speculative'.*release that started it"):

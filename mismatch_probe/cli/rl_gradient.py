@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -34,7 +33,7 @@ def command(run: str | None, out: str | None, as_json: bool, predict_lengths: tu
 
     Takes the rollouts and log-probs of a finished RUN of `compare`, or runs that first, adds one backward pass of the
     trainer in FP32 per sequence and weighting, and compares the gradient under each correction with the
-    FP32-consistent one. No task is needed: advantages are synthetic.
+    reference: weights π/μ per sequence, π by the FP32 trainer. No task is needed: advantages are synthetic.
 
     \b
     Examples:
@@ -43,7 +42,8 @@ def command(run: str | None, out: str | None, as_json: bool, predict_lengths: tu
     """
     from rich.console import Console
 
-    from mismatch_probe.report.gradient import print_gradient
+    from mismatch_probe.report.gradient import gradient_report
+    from mismatch_probe.report.render.terminal import print_report
 
     given = {name: value for name, value in options.items() if value is not None and value != ()}
     if run is not None and (given or out is not None):
@@ -52,7 +52,7 @@ def command(run: str | None, out: str | None, as_json: bool, predict_lengths: tu
     with shown_progress("sequences") as progress:
         result = mismatch_probe.rl_gradient(source, out=out, predict_lengths=predict_lengths, progress=progress)
     if as_json:
-        print_json(result.document)
+        print_json(result.document.content())
     else:
-        print_gradient(result.document, Console())
-    click.echo(f"Figure: {Path(result.figure)}", err=True)
+        print_report(gradient_report(result.document), Console())
+    click.echo(f"Report: {result.path / 'gradient' / 'report.html'}", err=True)

@@ -14,7 +14,7 @@ Shape legend: `n` sequences, `K` components, `P` prompts, `R` draws of signs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -25,8 +25,6 @@ from mismatch_probe.metrics.chunks import Ints, group_sums
 from mismatch_probe.metrics.intervals import Estimate, Floats, evaluate
 from mismatch_probe.metrics.sample import SPREAD_PROMPTS, Pair, few_decide, finite_tokens
 from mismatch_probe.types import MetricValue
-
-GRADIENT_KEYS = ("cosine", "norm_ratio", "added_variance", "effective_batch", "ess_weights")
 
 
 @dataclass(frozen=True)
@@ -46,38 +44,59 @@ class Weighted:
     squared_excess: Floats
 
 
+@dataclass(frozen=True)
+class GradientMetrics:
+    """What a correction does to the gradient of a batch: v its vectors, u the reference's, s those without weights.
+
+    Attributes:
+        cosine: Σ⟨v, u⟩ / sqrt(Σ|v|² Σ|u|²): that of root-mean-square estimates with the reference.
+        norm_ratio: sqrt(Σ|v|² / Σ|u|²).
+        added_variance: Σ|v|² / Σ|s|² − 1: the trace of the estimate's covariance against that of a batch whose sampling
+            policy is the trained one. Negative where weights shrink the gradient itself.
+        effective_batch: (Σ⟨v, s⟩)² / (Σ|v|² Σ|s|²), a fraction of the sequences: the unweighted batch with the same
+            ratio of signal to noise, if the signal is along s. With one weight a sequence it is Kish's fraction, each
+            sequence counted by |s|².
+        ess_weights: Kish's (Σw)² / (m Σw²) over the m weights themselves, those of tokens or of sequences; a fraction.
+    """
+
+    cosine: MetricValue
+    norm_ratio: MetricValue
+    added_variance: MetricValue
+    effective_batch: MetricValue
+    ess_weights: MetricValue
+
+    @classmethod
+    def without(cls, why: str) -> GradientMetrics:
+        """None of them, with the reason."""
+        return cls(**dict.fromkeys(GRADIENT_KEYS, MetricValue(None, why=why)))
+
+
+GRADIENT_KEYS = tuple(part.name for part in fields(GradientMetrics))
+
+
 def gradient_metrics(
     corrected: Weighted,
     plain: Floats,
-    consistent: Floats,
+    reference: Floats,
     prompt: Ints,
     *,
     seed: int = 0,
     replicates: int = 1000,
-) -> dict[str, MetricValue]:
-    """What a correction does to the gradient of a batch; see `GRADIENT_KEYS`.
-
-    - `cosine`: Σ⟨v, u⟩ / sqrt(Σ|v|² Σ|u|²), u the FP32-consistent vectors: that of root-mean-square estimates.
-    - `norm_ratio`: sqrt(Σ|v|² / Σ|u|²).
-    - `added_variance`: Σ|v|² / Σ|s|² − 1, s the vectors without weights: the trace of the estimate's covariance against
-      that of a batch whose sampling policy is the trained one. Negative where weights shrink the gradient itself.
-    - `effective_batch`: (Σ⟨v, s⟩)² / (Σ|v|² Σ|s|²), a share of n: the share of an unweighted batch with the same ratio
-      of signal to noise, if the signal is along s. With one weight a sequence it is Kish's share, each sequence
-      counted by |s|².
-    - `ess_weights`: Kish's (Σw)² / (m Σw²) over the m weights themselves, those of tokens or of sequences.
+) -> GradientMetrics:
+    """What a correction does to the gradient of a batch.
 
     Args:
         corrected: v and its weights.
         plain: `[n, K]` s.
-        consistent: `[n, K]` u.
+        reference: `[n, K]` u.
         prompt: `[n]` index of each sequence's prompt: the unit of every interval.
         seed: Seed of the bootstrap.
         replicates: Bootstrap replicates.
     """
-    if not (np.isfinite(corrected.vectors).all() and np.isfinite(consistent).all()):
-        return dict.fromkeys(GRADIENT_KEYS, MetricValue(None, why="a weight overflows float64"))
-    if not corrected.vectors.any() or not consistent.any():
-        return dict.fromkeys(GRADIENT_KEYS, MetricValue(None, why="every weighted gradient is 0"))
+    if not (np.isfinite(corrected.vectors).all() and np.isfinite(reference).all()):
+        return GradientMetrics.without("a weight overflows float64")
+    if not corrected.vectors.any() or not reference.any():
+        return GradientMetrics.without("every weighted gradient is 0")
     n_prompts = int(prompt.max()) + 1
 
     def estimate(
@@ -88,14 +107,14 @@ def gradient_metrics(
         return Estimate(sums, np.stack([n] * len(columns), axis=1), working, metric, why, SPREAD_PROMPTS)
 
     ones = np.ones(len(prompt))
-    to_consistent, to_plain = _products(corrected.vectors, consistent), _products(corrected.vectors, plain)
+    to_reference, to_plain = _products(corrected.vectors, reference), _products(corrected.vectors, plain)
     weights, mean_excess = (
         [corrected.excess, corrected.squared_excess],
         corrected.excess / np.maximum(corrected.n_weights, 1),
     )
     estimates = {
-        "cosine": estimate(to_consistent, _log_odds, lambda x: float(-np.tanh(x / 2)), ones),
-        "norm_ratio": estimate(to_consistent, lambda means: 0.5 * _log_square_ratio(means), scales.exp, ones),
+        "cosine": estimate(to_reference, _log_odds, lambda x: float(-np.tanh(x / 2)), ones),
+        "norm_ratio": estimate(to_reference, lambda means: 0.5 * _log_square_ratio(means), scales.exp, ones),
         "added_variance": estimate(to_plain, _log_square_ratio, scales.expm1, ones),
         "effective_batch": estimate(to_plain, _log_squared_tangent, scales.ess_of_log_squared_variation, ones),
         "ess_weights": estimate(
@@ -106,7 +125,7 @@ def gradient_metrics(
             few_decide(np.log(np.maximum(1 + mean_excess, np.finfo(np.float64).tiny))),
         ),
     }
-    return evaluate(estimates, seed=seed, replicates=replicates)
+    return GradientMetrics(**evaluate(estimates, seed=seed, replicates=replicates))
 
 
 def _products(v: Floats, u: Floats) -> list[Floats]:
@@ -140,12 +159,12 @@ def _log_square_ratio(means: NDArray[Any]) -> NDArray[Any]:
     return np.asarray(np.log1p(means[..., 1] / means[..., 3]))
 
 
-def sign_draws(vectors: Floats, consistent: Floats, signs: Floats) -> tuple[Floats, Floats]:
+def sign_draws(vectors: Floats, reference: Floats, signs: Floats) -> tuple[Floats, Floats]:
     """Cosine and ratio of norms of the two estimates of this very batch, for each draw of its advantages.
 
     Args:
         vectors: `[n, K]` v.
-        consistent: `[n, K]` u.
+        reference: `[n, K]` u.
         signs: `[R, n]` advantages.
 
     Returns:
@@ -153,7 +172,7 @@ def sign_draws(vectors: Floats, consistent: Floats, signs: Floats) -> tuple[Floa
     """
     with np.errstate(all="ignore"):
         # Through n × n products, as K is most often far larger than n.
-        pairs = ((vectors, consistent), (vectors, vectors), (consistent, consistent))
+        pairs = ((vectors, reference), (vectors, vectors), (reference, reference))
         gh, gg, hh = (np.einsum("rn,rn->r", signs @ (v @ u.T), signs) for v, u in pairs)
         norm, size = np.sqrt(gg), np.sqrt(hh)
         return gh / (norm * size), norm / size

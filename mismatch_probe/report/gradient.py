@@ -1,212 +1,211 @@
-"""What `rl gradient` shows: a figure, and the table that it leaves on the terminal."""
+"""The report of `rl gradient`."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import shlex
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from matplotlib.figure import Figure
-from rich import box
-from rich.table import Table
-from rich.text import Text
-
-from mismatch_probe.files import atomic_path
-from mismatch_probe.report.figures.style import DPI, Look, look, plot_settings, say
-from mismatch_probe.report.format import NONE, clipped, estimate, number, visible
+from mismatch_probe.report import model
+from mismatch_probe.report.format import NONE, interval, number
+from mismatch_probe.report.model import Cell, Column, FigureRef, Report, Step, Text, section
+from mismatch_probe.report.words import say
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
+    from collections.abc import Iterable, Iterator
 
-    from matplotlib.axes import Axes
-    from rich.console import Console
+    from mismatch_probe.report.model import State, Table
+    from mismatch_probe.results.finding import Finding
+    from mismatch_probe.results.gradient import Gradient, GradientEstimate, LengthEss, PairEss, RolloutGradient
+    from mismatch_probe.types import MetricValue
 
-_GRID = "#e4e4e4"
-_PANELS = {
-    "cosine": "cosine with the FP32-consistent gradient",
-    "effective_batch": "effective batch, share of the sequences",
-}
-# Of the room between two corrections, what the marks of one take.
-_WIDTH = 0.64
-_WHY_CHARACTERS = 90
-_COLUMNS = {
-    "cosine": "cosine",
-    "norm_ratio": "norm",
-    "added_variance": "added\nvar.",
-    "ess_weights": "ESS of\nweights",
-    "effective_batch": "effective\nbatch",
-}
-_WITH_INTERVAL = ("cosine", "effective_batch")
-ROOMY_FROM = 100
+_STATES: dict[str, State] = {"gradient-turned": "warn", "gradient-undecided": "inconclusive", "gradient-agrees": "ok"}
+_IN_STEPS = "gradient-closest-correction"
+# Intervals shrink with the square root of the prompts: these halve them, and are enough to be calibrated.
+_MORE, _LEAST_PROMPTS = 4, 64
 _LEGEND = (
-    "Each row is an estimate from the same sequences and scores in FP32, with other weights; [95 % interval over "
-    "prompts], the others in gradient.csv. cosine, norm: against one weight π/μ a sequence, π that of the FP32 trainer "
-    "(FP32-consistent). added var.: variance against weights of 1, less 1. ESS of weights: Kish's share, of tokens or "
-    "of sequences. effective batch: share of an unweighted batch with the same ratio of signal to noise. Advantages "
-    "are synthetic ({advantages}), so this is the noise that weights bring, not a bias towards a reward. Gradients are "
-    "projected on {directions:,} components: a cosine c has a standard error of about (1 − c²)/{root:.0f} from that."
+    "Reference: one weight π/μ a sequence, π by the FP32 trainer; cosine and norm ratio are against it. Effective "
+    "batch: fraction of an unweighted batch with the same ratio of signal to noise. Added variance: against weights of "
+    "1, less 1. ESS of weights: Kish's fraction. [95 % interval over prompts]"
 )
 
 
-def gradient_figure(document: Mapping[str, Any]) -> Figure:
-    """Cosine and effective batch by correction; a color and a marker for each rollout dtype.
-
-    Filled markers have weights of the trainer of the rollout's own dtype (or none), open ones of the FP32 trainer.
-    """
-    with plot_settings():
-        figure = Figure(figsize=(9.6, 4.4), layout="constrained")
-        panels = dict(zip(_PANELS, figure.subplots(1, 2), strict=True))
-        corrections = list(dict.fromkeys(arm["correction"] for found in document["passes"] for arm in found["arms"]))
-        for key, axes in panels.items():
-            drawn = _draw(axes, document["passes"], corrections, key)
-            axes.set(ylabel=_PANELS[key])
-            axes.set_xticks(range(len(corrections)), corrections, rotation=30, ha="right", rotation_mode="anchor")
-            axes.axhline(1.0, color="#777777", linewidth=0.8, linestyle=(0, (4, 3)), zorder=0.5)
-            axes.grid(visible=True, axis="y", color=_GRID, linewidth=0.6)
-            if drawn:
-                # An interval of few prompts can be longer than everything else; it runs out of the panel then.
-                lowest = min(drawn)
-                axes.set_ylim(bottom=max(axes.get_ylim()[0], lowest - max(0.02, (1 - lowest) / 2)))
-            else:
-                say(axes, "nothing finite was measured")
-        handles, labels = panels["cosine"].get_legend_handles_labels()
-        unique = dict(zip(labels, handles, strict=True))
-        if unique:
-            figure.legend(unique.values(), unique, loc="outside upper center", ncols=3, frameon=False)
-    return figure
-
-
-def _draw(axes: Axes, passes: list[dict[str, Any]], corrections: list[str], key: str) -> list[float]:
-    """Draws one metric and returns its values."""
-    slots = [(found["rollout_pass"], own) for found in passes for own in (True, False)]
-    drawn = []
-    for index, found in enumerate(passes):
-        mark = look(found["rollout_dtype"], index)
-        for arm in found["arms"]:
-            metric, own = arm["metrics"][key], arm["trainer_dtype"] in (None, found["rollout_dtype"])
-            if metric["value"] is None:
-                continue
-            slot = slots.index((found["rollout_pass"], own))
-            x = corrections.index(arm["correction"]) + _WIDTH * ((slot + 0.5) / len(slots) - 0.5)
-            label = f"{visible(found['rollout_dtype'])} rollouts, {'own' if own else 'FP32'} trainer's weights"
-            _mark(axes, x, metric, mark, own, label)
-            drawn.append(float(metric["value"]))
-    return drawn
-
-
-def _mark(axes: Axes, x: float, metric: Mapping[str, Any], mark: Look, filled: bool, label: str) -> None:
-    if metric["ci_low"] is not None:
-        axes.vlines(x, metric["ci_low"], metric["ci_high"], color=mark.color, linewidth=1.2)
-    axes.plot(
-        [x],
-        [metric["value"]],
-        mark.marker,
-        color=mark.color,
-        markerfacecolor=mark.color if filled else "white",
-        markersize=6,
-        label=label,
-        zorder=3,
+def gradient_report(document: Gradient) -> Report:
+    """The document as a report."""
+    verdicts = [finding for finding in document.findings if finding.code in _STATES]
+    others = [f for f in document.findings if f.code not in _STATES and f.code != _IN_STEPS]
+    return Report(
+        title=f"Policy gradient under mismatch, {document.model}",
+        state=_STATES[verdicts[0].code] if verdicts else "none",
+        answer=tuple(say(finding) for finding in verdicts[:2]),
+        steps=tuple(_steps(document)),
+        table=_table(((found, one) for found in document.passes for one in found.estimates if found.own(one)), _LEGEND),
+        notes=tuple(Text(say(finding), "note") for finding in (*verdicts[2:], *others)),
+        sections=(
+            *section("figure", "Cosine and effective batch, by correction", FigureRef("gradient")),
+            *section("reference-weights", "Weights by the FP32 trainer", _of_reference(document), _beside(document)),
+            *section("ess", "What sequence weights leave of the batch", _ess(document)),
+            *section("draws", "How much depends on the advantages of this batch", _draws(document), depth="detail"),
+            *section("method", "How it is measured", *_method(document)),
+        ),
     )
 
 
-def draw_gradient(document: Mapping[str, Any], path: Path) -> Path:
-    """Writes the figure as PNG, by atomic rename.
+def _steps(document: Gradient) -> Iterator[Step]:
+    codes = {finding.code: finding for finding in document.findings}
+    for finding in document.findings:
+        if finding.code == _IN_STEPS:
+            yield Step(say(finding), _train(document, finding))
+    if "gradient-undecided" in codes:
+        yield _more(document)
+    elif "gradient-turned" not in codes:
+        yield Step("No correction is needed at these lengths. Measure again when responses get longer.")
 
-    Raises:
-        TableError: The file cannot be written.
-    """
-    with atomic_path(path) as partial, plot_settings():
-        gradient_figure(document).savefig(partial, format="png", dpi=DPI, metadata={"Software": None})
-    return path
 
-
-def print_gradient(document: Mapping[str, Any], console: Console) -> None:
-    """Prints, for each rollout pass, ESS as measured and predicted, and the table of corrections.
-
-    Needs 80 columns; from 100 on an interval stands beside its value.
-    """
-    console.print(Text(f"Policy gradient under mismatch, {visible(document['model'])}", style="bold"))
-    for found in document["passes"]:
-        console.print()
-        for line in _ess_lines(found):
-            console.print(Text(line))
-        console.print(_table(found, roomy=console.width >= ROOMY_FROM))
-    legend = _LEGEND.format(
-        advantages=document["advantages"], directions=document["directions"], root=document["directions"] ** 0.5
+def _train(document: Gradient, finding: Finding) -> str:
+    words = ["mismatch-probe", "rl", "run", "--model", document.config.model]
+    if document.config.revision:
+        words += ["--set", f"revision={document.config.revision}"]
+    dtype = finding.text("dtype")
+    return shlex.join(
+        [*words, "--rollout-dtype", dtype, "--trainer-dtype", dtype, "--algorithm", finding.text("algorithm")]
     )
-    console.print(Text(legend, style="dim"))
-    for note in _notes(document):
-        console.print(Text(note))
-    for row in document["missing"]:
-        console.print(Text(f"Missing: {visible(row['rollout_pass'])}: {visible(row['why'])}", style="yellow"))
 
 
-def _notes(document: Mapping[str, Any]) -> list[str]:
-    """What limits the numbers of the tables, each reason once for a rollout dtype."""
-    whys = {
-        (found["rollout_dtype"], arm["metrics"][key].get("why", ""))
-        for found in document["passes"]
-        for arm in found["arms"]
-        for key in _COLUMNS
-    }
-    return [f"Note: {visible(dtype)}: {visible(why)}" for dtype, why in sorted(whys) if why]
+def _more(document: Gradient) -> Step:
+    n_prompts = max([_LEAST_PROMPTS, *(_MORE * found.n_prompts for found in document.passes)])
+    if document.config.source is not None:
+        return Step(f"Record {n_prompts:,} prompts and compare them: four times as many halve the interval.")
+    config = replace(document.config, num_prompts=n_prompts)
+    text = f"Measure {n_prompts:,} prompts: four times as many halve the interval."
+    return Step(text, shlex.join(["mismatch-probe", "rl", "gradient", *config.arguments()]))
 
 
-def _ess_lines(found: Mapping[str, Any]) -> list[str]:
-    """Of each trainer, what sequence weights leave of the batch."""
-    kinds = {"n_empty": "empty", "n_nonfinite": "not finite", "n_impossible": "with impossible log-probs"}
-    dropped = [f"{found[key]} {what}" for key, what in kinds.items() if found.get(key)]
-    without = f", without {' and '.join(dropped)}" if dropped else ""
-    size = f"{found['n_sequences']} sequences of {found['n_prompts']} prompts, {found['n_tokens']:,} tokens"
-    lines = [f"{visible(found['rollout_dtype'])} rollouts: {size}{without}"]
-    for pair in found["pairs"]:
-        metrics = pair["metrics"]
-        parts = [
-            f"mean |Δlogp| {_said(metrics['mean_abs_logprob_diff'])}",
-            f"ESS of sequences {_said(metrics['ess_seq'])}",
-            f"exp(−E d²·T) {_said(metrics['ess_random_walk'])} at mean length {pair['mean_length']:.0f}",
-            *(
-                f"{_said(row['ess_random_walk'])} at {row['length']:,} (by growth {_said(row['ess_seq'])})"
-                for row in pair["lengths"]
-            ),
-            f"ESS below 0.5 by growth: {_crossing(pair['half_length'])}",
+def _table(rows: Iterable[tuple[RolloutGradient, GradientEstimate]], legend: str = "") -> Table:
+    header: list[str | Column] = [
+        "rollouts",
+        "correction",
+        Column("weights by", rank=2),
+        Column("cosine", numeric=True),
+        Column("effective batch", numeric=True, rank=1),
+        Column("norm ratio", numeric=True, rank=3),
+        Column("added variance", numeric=True, rank=4),
+        Column("ESS of weights", numeric=True, rank=5),
+    ]
+    cells: list[list[Cell | str]] = [
+        [
+            found.rollout_dtype,
+            one.correction,
+            one.trainer_dtype or NONE,
+            model.estimate(one.metrics.cosine),
+            model.estimate(one.metrics.effective_batch),
+            model.estimate(one.metrics.norm_ratio),
+            model.estimate(one.metrics.added_variance),
+            model.estimate(one.metrics.ess_weights),
         ]
-        lines.append(f"  {visible(pair['trainer_dtype'])} trainer: {', '.join(parts)}")
-    return lines
+        for found, one in rows
+    ]
+    return model.table(header, cells, legend)
 
 
-def _crossing(length: Mapping[str, Any]) -> str:
+def _of_reference(document: Gradient) -> Text:
+    return Text(
+        "Training in 16 bits does not have these log-probs. They show what a correction would give without the "
+        f"trainer's own rounding; {document.reference.correction} is the reference itself."
+    )
+
+
+def _beside(document: Gradient) -> Table:
+    return _table((found, one) for found in document.passes for one in found.estimates if not found.own(one))
+
+
+def _ess(document: Gradient) -> Table:
+    pairs = [(found, pair) for found in document.passes for pair in found.pairs]
+    lengths = list(dict.fromkeys(one.length for _, pair in pairs for one in pair.lengths))
+    header: list[str | Column] = [
+        "rollouts",
+        "weights by",
+        Column("mean |d|, nats", numeric=True),
+        Column("ESS", numeric=True),
+        Column("ESS, uncorrelated gaps", numeric=True),
+        *(Column(f"ESS at {length:,} tokens", numeric=True) for length in lengths),
+        Column("ESS below 0.5 from, tokens", numeric=True),
+    ]
+    rows = [_ess_row(found, pair, lengths) for found, pair in pairs]
+    legend = (
+        "ESS: effective sample size of one weight a sequence, a fraction of the sequences. Uncorrelated gaps: "
+        "exp(−E d²·T) at the mean length. At other lengths: predicted from the growth of the sequence log ratio, below "
+        "it for uncorrelated gaps."
+    )
+    return model.table(header, rows, legend)
+
+
+def _ess_row(found: RolloutGradient, pair: PairEss, lengths: list[int]) -> list[Cell | str]:
+    predicted = {one.length: one for one in pair.lengths}
+    ahead = [_ahead(predicted[length]) if length in predicted else Cell(NONE) for length in lengths]
+    return [
+        found.rollout_dtype,
+        pair.trainer_dtype,
+        model.estimate(pair.mean_abs_logprob_diff),
+        model.estimate(pair.ess_seq),
+        model.estimate(pair.ess_random_walk, below=f"at {number(pair.mean_length)} tokens"),
+        *ahead,
+        _crossing(pair.half_length),
+    ]
+
+
+def _ahead(predicted: LengthEss) -> Cell:
+    return model.estimate(predicted.ess_seq, below=f"uncorrelated: {model.in_line(predicted.ess_random_walk)}")
+
+
+def _crossing(length: MetricValue) -> Cell:
     """A length in tokens, ∞ for what lies beyond the furthest prediction, or why there is none."""
-    ends = [length[key] for key in ("value", "ci_low", "ci_high")]
-    if not any(end is not None for end in ends):
-        return clipped(visible(length.get("why", NONE)), _WHY_CHARACTERS)
+    ends = (length.value, length.ci_low, length.ci_high)
+    if all(end is None for end in ends):
+        return Cell(NONE, below=length.why)
     value, low, high = ("∞" if end is None else f"{end:,.0f}" for end in ends)
-    return f"at {value} [{low}, {high}] tokens"
+    return Cell(value, f"[{low}, {high}]", length.why)
 
 
-def _table(found: Mapping[str, Any], *, roomy: bool) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for name in ("correction", "weights\nby"):
-        table.add_column(name, no_wrap=True)
-    for name in _COLUMNS.values():
-        table.add_column(name, justify="right", no_wrap=True)
-    for arm in found["arms"]:
-        values = [_cell(arm["metrics"][key], roomy=roomy, full=key in _WITH_INTERVAL) for key in _COLUMNS]
-        table.add_row(arm["correction"], visible(arm["trainer_dtype"] or NONE), *values)
-    return table
+def _draws(document: Gradient) -> Table:
+    header: list[str | Column] = ["rollouts", "correction", "weights by", "cosine", "norm ratio"]
+    rows = [
+        [
+            found.rollout_dtype,
+            one.correction,
+            one.trainer_dtype or NONE,
+            *(interval(*(limits or (None, None))) or NONE for limits in (one.draws.cosine, one.draws.norm_ratio)),
+        ]
+        for found in document.passes
+        for one in found.estimates
+    ]
+    return model.table(header, rows, "The central 95 % of draws of the advantages for these very sequences.")
 
 
-def _cell(metric: Mapping[str, Any], *, roomy: bool, full: bool) -> Text:
-    text = Text(_digits(metric["value"]))
-    if full and metric["ci_low"] is not None:
-        limits = f"[{_digits(metric['ci_low'])}, {_digits(metric['ci_high'])}]"
-        text.append(f"{' ' if roomy else chr(10)}{limits}", style="dim")
-    return text
-
-
-def _digits(value: float | None) -> str:
-    """Three decimals: what is to be seen is how far a share or a cosine is from 1."""
-    return NONE if value is None else f"{value + 0.0:.3f}" if abs(value) >= 5e-4 or value == 0 else number(value, 1)
-
-
-def _said(metric: Mapping[str, Any]) -> str:
-    return estimate(metric["value"], metric["ci_low"], metric["ci_high"])
+def _method(document: Gradient) -> tuple[Text | Table, ...]:
+    root = document.directions**0.5
+    header: list[str | Column] = [
+        "rollouts",
+        *(Column(name, numeric=True) for name in ("sequences", "prompts", "tokens", "largest |Δ log-prob|, nats")),
+    ]
+    rows: list[list[Cell | str]] = [
+        [
+            found.rollout_dtype,
+            *map(model.plain, (found.n_sequences, found.n_prompts, found.n_tokens, found.logprob_gap)),
+        ]
+        for found in document.passes
+    ]
+    return (
+        Text(
+            "Every row is an estimate from the same sequences and the same FP32 scores, with other weights. The "
+            f"reference has one weight π/μ a sequence ({document.reference.correction}), π by "
+            f"{document.reference.trainer_pass}. Advantages are synthetic, +1 or −1 at random, one a sequence, seeded "
+            "by its token ids. So the numbers are the noise that weights bring, not a bias towards a reward."
+        ),
+        Text(
+            f"Gradients are projected on {document.directions:,} components: a cosine c has a standard error of about "
+            f"(1 − c²)/{root:.0f} from that. The last column is how far the gradient's forward pass is from the run's "
+            "FP32 trainer pass."
+        ),
+        model.table(header, rows),
+    )

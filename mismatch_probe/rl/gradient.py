@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,20 +22,56 @@ import pandas as pd
 
 from mismatch_probe.config import CompareConfig, check_lengths
 from mismatch_probe.engines import devices
+from mismatch_probe.engines.base import OnTrainer
 from mismatch_probe.errors import TableError, UsageError
-from mismatch_probe.files import locked, write_json, write_text
+from mismatch_probe.files import locked, write_text
 from mismatch_probe.metrics.frame import pair_arrays
 from mismatch_probe.probes.own_pass import device_of, fp32_trainer, model_of, run_pass
 from mismatch_probe.probes.pairs import Cell, why_missing
 from mismatch_probe.probes.planning import passes_of
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.probes.session import new_run
-from mismatch_probe.rl.gradient_job import DIRECTIONS, GradientJob, PassTask, PassVectors, SequenceTask
-from mismatch_probe.rl.gradient_table import CONSISTENT, PassData, document_of, frame_of
+from mismatch_probe.results.gradient import Gradient
+from mismatch_probe.rl.gradient_table import REFERENCE, PassData, document_of, frame_of
+from mismatch_probe.rl.gradient_task import DIRECTIONS, PassTask, PassVectors, SequenceTask
 from mismatch_probe.tables import RunDirectory
 
 FOLDER = "gradient"
 Source = str | Path | CompareConfig
+
+
+@dataclass(frozen=True)
+class GradientJob(OnTrainer):
+    """Makes the files of some rollout passes, one sequence at a time.
+
+    Attributes:
+        trainer: The trainer in FP32; its requests are left empty.
+        passes: What to make.
+    """
+
+    passes: Sequence[PassTask]
+    subject: str = field(default="The gradient pass", init=False)
+    memory_advice: str = field(default="Compare with a lower --max-tokens.", init=False)
+
+    def run(self, channel: Any) -> None:
+        """Events: `identity`, `total` and `progress` in sequences."""
+        from mismatch_probe.engines import devices
+        from mismatch_probe.engines.hf import HfTrainer
+        from mismatch_probe.rl.gradient_vectors import WeightedGradients, sequence_vectors
+
+        engine = HfTrainer(self.trainer)
+        gradients = WeightedGradients(engine.model, self.trainer.temperature)
+        channel.phase("load")
+        channel.send("identity", engine.identity() | devices.running())
+        channel.send("total", sum(len(task.sequences) for task in self.passes))
+        for task in self.passes:
+            rows = []
+            for sequence in task.sequences:
+                rows.append(sequence_vectors(gradients, sequence))
+                channel.send("progress", 1)
+            PassVectors.of(rows, task).save(Path(task.path), task.key)
+        channel.phase("gradients")
+        engine.close()
 
 
 @dataclass(frozen=True)
@@ -45,12 +81,12 @@ class GradientResult:
     Attributes:
         path: The run directory; everything of this lies in its folder `gradient`.
         document: The content of `gradient.json`.
-        figure: The figure's file.
+        figures: The files of the figures, by name.
     """
 
     path: Path
-    document: dict[str, Any]
-    figure: Path
+    document: Gradient
+    figures: Mapping[str, Path]
 
     def frame(self) -> pd.DataFrame:
         """A row per rollout pass, correction and metric, as in `gradient.csv`."""
@@ -68,7 +104,7 @@ def measure_gradient(
     progress = progress or Progress()
     check_lengths(predict_lengths or ())
     if isinstance(source, CompareConfig):
-        if CONSISTENT.dtype not in source.trainer_dtypes:
+        if REFERENCE.dtype not in source.trainer_dtypes:
             raise UsageError("The gradient needs the trainer in float32.", "Put float32 among --trainer-dtypes.")
         path = new_run(source, out, (), progress).path
     else:
@@ -102,7 +138,7 @@ def pass_data(run: RunDirectory) -> tuple[dict[str, PassData], dict[str, str]]:
     """
     config = CompareConfig.from_dict(run.manifest["config"])
     passes = passes_of(config, run.manifest.get("recorded"))
-    if CONSISTENT not in passes.trainers:
+    if REFERENCE not in passes.trainers:
         raise UsageError(
             "This run has no log-probs of the trainer in float32, which the gradient is compared with.",
             "Run compare again with float32 among --trainer-dtypes.",
@@ -111,7 +147,7 @@ def pass_data(run: RunDirectory) -> tuple[dict[str, PassData], dict[str, str]]:
     missing: dict[str, str] = {}
     for rollout in passes.rollouts:
         name = rollout.pass_id
-        missing[name] = why_missing(run, name, CONSISTENT.pass_id)
+        missing[name] = why_missing(run, name, REFERENCE.pass_id)
         if run.source_of(name) != name:
             missing[name] = "it decoded the sequences of another pass, so it is not the policy that sampled them"
         if missing[name]:
@@ -122,7 +158,7 @@ def pass_data(run: RunDirectory) -> tuple[dict[str, PassData], dict[str, str]]:
             if Cell(rollout, trainer).diagonal and not why_missing(run, name, trainer.pass_id)
         ]
         # Of several trainer modes the first one stands for the dtype.
-        trainers = dict.fromkeys([*own[:1], CONSISTENT])
+        trainers = dict.fromkeys([*own[:1], REFERENCE])
         data = PassData.of(rollout, {trainer: pair_arrays(run, name, trainer.pass_id) for trainer in trainers})
         if len(data.kept):
             found[name] = data
@@ -131,7 +167,7 @@ def pass_data(run: RunDirectory) -> tuple[dict[str, PassData], dict[str, str]]:
     missing = {name: why for name, why in missing.items() if why}
     if not found:
         reasons = "; ".join(f"{name}: {why.rstrip('.')}" for name, why in missing.items())
-        raise TableError(f"There is no gradient to measure ({reasons}).", "Mend that, and continue the comparison.")
+        raise TableError(f"There is no gradient to measure ({reasons}).", "Fix that, and continue the comparison.")
     return found, missing
 
 
@@ -144,8 +180,8 @@ def _task(run: RunDirectory, config: CompareConfig, data: PassData) -> PassTask:
         SequenceTask(
             prompts[index],
             responses[index],
-            data.pairs[CONSISTENT].position[rows],
-            data.pairs[CONSISTENT].rollout_logprob[rows],
+            data.pairs[REFERENCE].position[rows],
+            data.pairs[REFERENCE].rollout_logprob[rows],
             {trainer.pass_id: pair.trainer_logprob[rows] for trainer, pair in data.pairs.items()},
         )
         for index, rows in zip(data.kept, data.rows, strict=True)
@@ -156,7 +192,7 @@ def _task(run: RunDirectory, config: CompareConfig, data: PassData) -> PassTask:
         digest.update(json.dumps([sequence.prompt, sequence.response, list(sequence.trainers)]).encode())
         for values in (sequence.positions, sequence.rollout, *sequence.trainers.values()):
             digest.update(np.ascontiguousarray(values).tobytes())
-    return PassTask(str(run.path / FOLDER / f"{name}.npz"), digest.hexdigest(), sequences, CONSISTENT.pass_id)
+    return PassTask(str(run.path / FOLDER / f"{name}.npz"), digest.hexdigest(), sequences, REFERENCE.pass_id)
 
 
 def _make_missing(run: RunDirectory, config: CompareConfig, tasks: Sequence[PassTask], progress: Progress) -> None:
@@ -170,9 +206,13 @@ def _make_missing(run: RunDirectory, config: CompareConfig, tasks: Sequence[Pass
     run_pass(run, job, settings, FOLDER, "gradients", f"mismatch-probe rl gradient {run.path}", progress)
 
 
-def _write(folder: Path, document: dict[str, Any]) -> Path:
-    from mismatch_probe.report.gradient import draw_gradient
+def _write(folder: Path, document: Gradient) -> dict[str, Path]:
+    from mismatch_probe.report.figures import draw
+    from mismatch_probe.report.gradient import gradient_report
+    from mismatch_probe.report.render.files import write_report
 
-    write_json(folder / "gradient.json", document)
+    document.write(folder / "gradient.json")
     write_text(folder / "gradient.csv", frame_of(document).to_csv(index=False, lineterminator="\n"))
-    return draw_gradient(document, folder / "gradient.png")
+    figures = draw(document, folder)
+    write_report(gradient_report(document), figures, folder)
+    return figures

@@ -6,9 +6,8 @@ Shape legend: `S` sequences of a rollout pass, `n` of them that count, `K` compo
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,16 +19,30 @@ from mismatch_probe.metrics.intervals import UPPER_TAIL, Floats
 from mismatch_probe.metrics.length_prediction import forecast_pair
 from mismatch_probe.metrics.summary import compute_metrics
 from mismatch_probe.probes.planning import RolloutPass, TrainerPass
-from mismatch_probe.rl.gradient_job import DIRECTIONS, PassVectors, SequenceTask
+from mismatch_probe.results.gradient import (
+    CentralRange,
+    Draws,
+    Gradient,
+    GradientEstimate,
+    LengthEss,
+    MissingPass,
+    PairEss,
+    Reference,
+    RolloutGradient,
+)
+from mismatch_probe.rl.gradient_findings import findings_of
+from mismatch_probe.rl.gradient_task import DIRECTIONS, PassVectors, SequenceTask
 from mismatch_probe.tables import RunDirectory
-from mismatch_probe.types import PairArrays
+from mismatch_probe.types import MetricValue, PairArrays
 
-SCHEMA_VERSION = 1
-CONSISTENT = TrainerPass("float32", "cast")
+REFERENCE = TrainerPass("float32", "cast")
 HALF = 0.5
 DRAWS = 400
 _PAIR_KEYS = ("mean_abs_logprob_diff", "ess_seq", "ess_seq_gaussian")
-ADVANTAGES = "+1 or −1 at random, one a sequence, seeded by its ids"
+_COLUMNS = (
+    *("rollout_pass", "rollout_dtype", "n_sequences", "n_tokens", "correction", "trainer_pass", "metric"),
+    *("value", "ci_low", "ci_high", "why", "draws_low", "draws_high"),
+)
 
 
 @dataclass(frozen=True)
@@ -76,7 +89,7 @@ def document_of(
     tasks: Mapping[str, Sequence[SequenceTask]],
     missing: Mapping[str, str],
     lengths: Sequence[int],
-) -> dict[str, Any]:
+) -> Gradient:
     """The content of `gradient.json`.
 
     Args:
@@ -87,88 +100,92 @@ def document_of(
         missing: Rollout passes that are left out, with the reason.
         lengths: Response lengths at which ESS is predicted.
     """
-    seed = CompareConfig.from_dict(run.manifest["config"]).seed
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "model": run.manifest["model"]["name"],
-        "directions": DIRECTIONS,
-        "advantages": ADVANTAGES,
-        "consistent": {"correction": "seq-is", "trainer_pass": CONSISTENT.pass_id},
-        "passes": [
-            {
-                "rollout_pass": name,
-                "rollout_dtype": found.rollout.dtype,
-                "n_sequences": len(found.kept),
-                "n_prompts": len(np.unique(next(iter(found.pairs.values())).prompt[found.kept])),
-                "n_tokens": sum(row.stop - row.start for row in found.rows),
-                "n_empty": found.n_empty,
-                "n_nonfinite": found.n_nonfinite,
-                "n_impossible": found.n_impossible,
-                "logprob_gap": vectors[name].logprob_gap,
-                "pairs": [_pair(trainer, pair, lengths, seed) for trainer, pair in found.pairs.items()],
-                "arms": _arms(found, vectors[name], tasks[name], seed),
-            }
-            for name, found in data.items()
-        ],
-        "missing": [{"rollout_pass": name, "why": why} for name, why in missing.items()],
-    }
+    config = CompareConfig.from_dict(run.manifest["config"])
+    passes = tuple(_pass(found, vectors[name], tasks[name], lengths, config.seed) for name, found in data.items())
+    left_out = tuple(MissingPass(rollout_pass=name, why=why) for name, why in missing.items())
+    return Gradient(
+        **Gradient.stamp(),
+        model=run.manifest["model"]["name"],
+        config=config,
+        directions=DIRECTIONS,
+        reference=Reference(correction="seq-is", trainer_pass=REFERENCE.pass_id),
+        passes=passes,
+        missing=left_out,
+        findings=tuple(findings_of(passes, left_out)),
+    )
 
 
-def _pair(trainer: TrainerPass, pair: PairArrays, lengths: Sequence[int], seed: int) -> dict[str, Any]:
+def _pass(
+    data: PassData, vectors: PassVectors, tasks: Sequence[SequenceTask], lengths: Sequence[int], seed: int
+) -> RolloutGradient:
+    first = next(iter(data.pairs.values()))
+    return RolloutGradient(
+        rollout_pass=data.rollout.pass_id,
+        rollout_dtype=data.rollout.dtype,
+        n_sequences=len(data.kept),
+        n_prompts=len(np.unique(first.prompt[data.kept])),
+        n_tokens=sum(row.stop - row.start for row in data.rows),
+        n_empty=data.n_empty,
+        n_nonfinite=data.n_nonfinite,
+        n_impossible=data.n_impossible,
+        logprob_gap=vectors.logprob_gap,
+        pairs=tuple(_pair(trainer, pair, lengths, seed) for trainer, pair in data.pairs.items()),
+        estimates=tuple(_estimates(data, vectors, tasks, seed)),
+    )
+
+
+def _pair(trainer: TrainerPass, pair: PairArrays, lengths: Sequence[int], seed: int) -> PairEss:
     """ESS as measured and as predicted."""
     found = compute_metrics(pair, keys=_PAIR_KEYS, seed=seed)
     mean_length = len(pair.sequence) / max(1, len(np.unique(pair.sequence)))
     walk = random_walk_ess(pair, {"": mean_length, **{str(length): length for length in lengths}}, seed=seed)
     forecast = forecast_pair([pair], lengths=lengths, seed=seed)
-    return {
-        **_named(trainer),
-        "mean_length": mean_length,
-        "metrics": {key: value.as_dict() for key, value in found.items()} | {"ess_random_walk": walk[""].as_dict()},
-        "lengths": [
-            {
-                "length": prediction.length,
-                "ess_random_walk": walk[str(prediction.length)].as_dict(),
-                "ess_seq": prediction.values["ess_seq"].as_dict(),
-            }
+    return PairEss(
+        trainer_pass=trainer.pass_id,
+        trainer_dtype=trainer.dtype,
+        trainer_mode=trainer.mode,
+        mean_length=mean_length,
+        **{key: found[key] for key in _PAIR_KEYS},
+        ess_random_walk=walk[""],
+        lengths=tuple(
+            LengthEss(
+                length=prediction.length,
+                ess_random_walk=walk[str(prediction.length)],
+                ess_seq=prediction.values["ess_seq"],
+            )
             for prediction in forecast.predictions
-        ],
-        "half_length": forecast.crossings[HALF].as_dict(),
-    }
+        ),
+        half_length=forecast.crossings[HALF],
+    )
 
 
-def _named(trainer: TrainerPass | None) -> dict[str, Any]:
-    if trainer is None:
-        return {"trainer_pass": None, "trainer_dtype": None, "trainer_mode": None}
-    return {"trainer_pass": trainer.pass_id, "trainer_dtype": trainer.dtype, "trainer_mode": trainer.mode}
-
-
-def _arms(data: PassData, vectors: PassVectors, tasks: Sequence[SequenceTask], seed: int) -> list[dict[str, Any]]:
+def _estimates(
+    data: PassData, vectors: PassVectors, tasks: Sequence[SequenceTask], seed: int
+) -> Iterator[GradientEstimate]:
     """Every correction with every trainer's log-probs, the one without weights first."""
     plain = vectors.score.astype(np.float64)
-    consistent = vectors.weighted(("seq-is", CONSISTENT.pass_id)).vectors
+    reference = vectors.weighted(("seq-is", REFERENCE.pass_id)).vectors
     _, prompt = np.unique(next(iter(data.pairs.values())).prompt[data.kept], return_inverse=True)
     signs = _signs(tasks)
     n = len(plain)
-    unweighted = Weighted(plain, np.ones(n), np.zeros(n), np.zeros(n))
-    arms: list[tuple[str, TrainerPass | None, Weighted]] = [("none", None, unweighted)]
-    arms += [
-        (correction, trainer, vectors.weighted((correction, trainer.pass_id)))
-        for trainer in data.pairs
-        for correction in dict.fromkeys(name for name, _ in vectors.sums)
+    weightings: list[tuple[str, TrainerPass | None, Weighted]] = [
+        ("none", None, Weighted(plain, np.ones(n), np.zeros(n), np.zeros(n))),
+        *(
+            (correction, trainer, vectors.weighted((correction, trainer.pass_id)))
+            for trainer in data.pairs
+            for correction in dict.fromkeys(name for name, _ in vectors.sums)
+        ),
     ]
-    found = []
-    for correction, trainer, weighted in arms:
-        values = gradient_metrics(weighted, plain, consistent, prompt.astype(np.int64), seed=seed)
-        draws = sign_draws(weighted.vectors, consistent, signs)
-        found.append(
-            {
-                "correction": correction,
-                **_named(trainer),
-                "metrics": {key: value.as_dict() for key, value in values.items()},
-                "draws": dict(zip(("cosine", "norm_ratio"), map(_central, draws), strict=True)),
-            }
+    for correction, trainer, weighted in weightings:
+        cosines, norms = sign_draws(weighted.vectors, reference, signs)
+        yield GradientEstimate(
+            correction=correction,
+            trainer_pass=trainer.pass_id if trainer else None,
+            trainer_dtype=trainer.dtype if trainer else None,
+            trainer_mode=trainer.mode if trainer else None,
+            metrics=gradient_metrics(weighted, plain, reference, prompt.astype(np.int64), seed=seed),
+            draws=Draws(cosine=_central(cosines), norm_ratio=_central(norms)),
         )
-    return found
 
 
 def _signs(tasks: Sequence[SequenceTask]) -> Floats:
@@ -181,31 +198,26 @@ def _signs(tasks: Sequence[SequenceTask]) -> Floats:
     return np.stack(columns, axis=1)
 
 
-def _central(values: Floats) -> list[float] | None:
+def _central(values: Floats) -> CentralRange | None:
     """The central 95 % of draws; None where one is not finite."""
     if not np.isfinite(values).all():
         return None
     low, high = np.quantile(values, (1 - UPPER_TAIL, UPPER_TAIL))
-    return [float(low), float(high)]
+    return float(low), float(high)
 
 
-def frame_of(document: Mapping[str, Any]) -> pd.DataFrame:
+def frame_of(document: Gradient) -> pd.DataFrame:
     """A row per rollout pass, correction, trainer and metric: what `gradient.csv` holds."""
-    rows = [
-        {
-            "rollout_pass": found["rollout_pass"],
-            "rollout_dtype": found["rollout_dtype"],
-            "n_sequences": found["n_sequences"],
-            "n_tokens": found["n_tokens"],
-            "correction": arm["correction"],
-            "trainer_pass": arm["trainer_pass"],
-            "metric": key,
-            **arm["metrics"][key],
-            **dict(zip(("draws_low", "draws_high"), arm["draws"].get(key) or (None, None), strict=True)),
-        }
-        for found in document["passes"]
-        for arm in found["arms"]
-        for key in GRADIENT_KEYS
-    ]
-    columns = ["rollout_pass", "rollout_dtype", "n_sequences", "n_tokens", "correction", "trainer_pass", "metric"]
-    return pd.DataFrame(rows, columns=[*columns, "value", "ci_low", "ci_high", "why", "draws_low", "draws_high"])
+    return pd.DataFrame(list(_rows(document)), columns=_COLUMNS)
+
+
+def _rows(document: Gradient) -> Iterator[tuple[object, ...]]:
+    for found in document.passes:
+        about = found.rollout_pass, found.rollout_dtype, found.n_sequences, found.n_tokens
+        for estimate in found.estimates:
+            draws = {"cosine": estimate.draws.cosine, "norm_ratio": estimate.draws.norm_ratio}
+            for key in GRADIENT_KEYS:
+                value: MetricValue = getattr(estimate.metrics, key)
+                numbers = value.value, value.ci_low, value.ci_high, value.why
+                limits = draws.get(key) or (None, None)
+                yield *about, estimate.correction, estimate.trainer_pass, key, *numbers, *limits

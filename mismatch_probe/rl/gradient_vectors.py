@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mismatch_probe.engines.logprobs import Batch, token_logprobs
-from mismatch_probe.rl.gradient_job import DIRECTIONS, SequenceTask, Vectors
+from mismatch_probe.rl.gradient_task import DIRECTIONS, SequenceTask, Vectors
 from mismatch_probe.rl.losses import ALGORITHMS, LossSpec, correction_weights
 
 # Each with the constants of the paper, or of its authors. Before the first update π′ is π, so that clips of π/π′ touch

@@ -22,25 +22,24 @@ def per_sequence(weights: Floats, score: Floats) -> Weighted:
 
 
 def drawn(seed: int, n: int = N, spread: float = 0.5) -> tuple[Weighted, Floats, Floats]:
-    """A correction that weights sequences, the scores, and the consistent vectors."""
+    """A correction that weights sequences, the scores, and the reference vectors."""
     draw = np.random.default_rng(seed)
     score = draw.normal(0, draw.uniform(0.2, 3, (n, 1)), (n, K))
     weights = np.exp(draw.normal(0, spread, (2, n)))
     return per_sequence(weights[0], score), score, weights[1][:, None] * score
 
 
-def values(corrected: Weighted, score: Floats, consistent: Floats, prompt: Floats | None = None) -> dict[str, float]:
+def values(corrected: Weighted, score: Floats, reference: Floats, prompt: Floats | None = None) -> dict[str, float]:
     index = np.arange(len(score)) if prompt is None else prompt
-    found = gradient_metrics(corrected, score, consistent, index.astype(np.int64), replicates=20)
-    assert tuple(found) == GRADIENT_KEYS
-    return {key: value.value for key, value in found.items() if value.value is not None}
+    found = gradient_metrics(corrected, score, reference, index.astype(np.int64), replicates=20)
+    return {key: value.value for key, value in vars(found).items() if value.value is not None}
 
 
 @given(seeds)
 def test_all_signs_together_give_what_is_computed_without_any(seed: int) -> None:
-    corrected, score, consistent = drawn(seed)
+    corrected, score, reference = drawn(seed)
     signs = np.array(list(itertools.product((-1.0, 1.0), repeat=N)))
-    g, h, plain = (signs @ vectors / N for vectors in (corrected.vectors, consistent, score))
+    g, h, plain = (signs @ vectors / N for vectors in (corrected.vectors, reference, score))
 
     def product(a: Floats, b: Floats) -> float:
         return float((a * b).sum(axis=1).mean())
@@ -54,7 +53,7 @@ def test_all_signs_together_give_what_is_computed_without_any(seed: int) -> None
         "added_variance": trace(g) / trace(plain) - 1,
         "effective_batch": product(g, plain) ** 2 / (product(g, g) * product(plain, plain)),
     }
-    found = values(corrected, score, consistent)
+    found = values(corrected, score, reference)
     for key, value in expected.items():
         assert found[key] == pytest.approx(value, rel=1e-9, abs=1e-12), key
 
@@ -78,14 +77,15 @@ def test_equal_policies_change_nothing() -> None:
     found = gradient_metrics(per_sequence(np.ones(12), score), score, score, np.arange(12), replicates=50)
     for key in GRADIENT_KEYS:
         same = 0.0 if key == "added_variance" else 1.0
-        assert (found[key].value, found[key].ci_low, found[key].ci_high) == (same, same, same), key
+        value: MetricValue = getattr(found, key)
+        assert (value.value, value.ci_low, value.ci_high) == (same, same, same), key
 
 
 @given(seeds, st.floats(0.1, 10))
 def test_length_of_the_vectors_reaches_the_norm_alone(seed: int, factor: float) -> None:
-    corrected, score, consistent = drawn(seed)
+    corrected, score, reference = drawn(seed)
     scaled = Weighted(factor * corrected.vectors, corrected.n_weights, corrected.excess, corrected.squared_excess)
-    before, after = values(corrected, score, consistent), values(scaled, score, consistent)
+    before, after = values(corrected, score, reference), values(scaled, score, reference)
     assert after["norm_ratio"] == pytest.approx(factor * before["norm_ratio"], rel=1e-9)
     assert after["added_variance"] + 1 == pytest.approx(factor**2 * (before["added_variance"] + 1), rel=1e-9)
     for key in ("cosine", "effective_batch"):
@@ -94,7 +94,7 @@ def test_length_of_the_vectors_reaches_the_norm_alone(seed: int, factor: float) 
 
 @given(seeds)
 def test_neither_order_nor_rotation_matters(seed: int) -> None:
-    corrected, score, consistent = drawn(seed)
+    corrected, score, reference = drawn(seed)
     draw = np.random.default_rng(seed)
     order, turn = draw.permutation(N), np.linalg.qr(draw.normal(size=(K, K)))[0]
     turned = Weighted(
@@ -103,16 +103,16 @@ def test_neither_order_nor_rotation_matters(seed: int) -> None:
         corrected.excess[order],
         corrected.squared_excess[order],
     )
-    after = values(turned, score[order] @ turn, consistent[order] @ turn)
-    assert after == pytest.approx(values(corrected, score, consistent), rel=1e-9)
+    after = values(turned, score[order] @ turn, reference[order] @ turn)
+    assert after == pytest.approx(values(corrected, score, reference), rel=1e-9)
 
 
 @given(seeds)
 def test_limits_stay_where_the_metric_lives(seed: int) -> None:
-    corrected, score, consistent = drawn(seed, n=24, spread=2.0)
-    found = gradient_metrics(corrected, score, consistent, np.arange(24), replicates=100)
+    corrected, score, reference = drawn(seed, n=24, spread=2.0)
+    found = gradient_metrics(corrected, score, reference, np.arange(24), replicates=100)
     for key, low in (("cosine", -1.0), ("effective_batch", 0.0), ("ess_weights", 0.0)):
-        value = found[key]
+        value = getattr(found, key)
         assert value.value is not None
         if value.ci_low is None:
             assert "no interval" in value.why
@@ -129,7 +129,7 @@ def test_the_interval_covers_the_long_run_value() -> None:
         score = draw.normal(size=(n, 64))
         score /= np.linalg.norm(score, axis=1, keepdims=True)
         weights = np.exp(draw.normal(-(sigma**2) / 2, sigma, n))
-        cosine = gradient_metrics(per_sequence(weights, score), score, score, np.arange(n), replicates=200)["cosine"]
+        cosine = gradient_metrics(per_sequence(weights, score), score, score, np.arange(n), replicates=200).cosine
         if cosine.ci_low is None or cosine.ci_high is None:
             withheld += 1
         else:
@@ -159,19 +159,19 @@ def test_weights_of_tokens_count_by_token() -> None:
 
 @pytest.mark.parametrize(("vectors", "why"), [(0.0, "every weighted gradient is 0"), (np.inf, "overflows float64")])
 def test_what_has_no_direction_says_why(vectors: float, why: str) -> None:
-    _, score, consistent = drawn(0)
+    _, score, reference = drawn(0)
     corrected = Weighted(np.full((N, K), vectors), np.ones(N), np.zeros(N), np.zeros(N))
-    found = gradient_metrics(corrected, score, consistent, np.arange(N))
-    assert all(value.value is None and why in value.why for value in found.values())
+    found = gradient_metrics(corrected, score, reference, np.arange(N))
+    assert all(value.value is None and why in value.why for value in vars(found).values())
 
 
 def test_draws_are_of_the_batch_as_it_is() -> None:
-    corrected, score, consistent = drawn(0)
+    corrected, score, reference = drawn(0)
     signs = np.random.default_rng(0).integers(0, 2, (30, N)) * 2.0 - 1
-    cosine, norm = sign_draws(corrected.vectors, consistent, signs)
+    cosine, norm = sign_draws(corrected.vectors, reference, signs)
     for r in (0, 29):
         g = sum(a * v for a, v in zip(signs[r], corrected.vectors, strict=True))
-        h = sum(a * v for a, v in zip(signs[r], consistent, strict=True))
+        h = sum(a * v for a, v in zip(signs[r], reference, strict=True))
         assert norm[r] == pytest.approx(np.linalg.norm(g) / np.linalg.norm(h))
         assert cosine[r] == pytest.approx(g @ h / (np.linalg.norm(g) * np.linalg.norm(h)))
     same, one = sign_draws(score, score, signs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from mismatch_probe.rl.gradient_job import DIRECTIONS
 
 import mismatch_probe
 from mismatch_probe.config import CompareConfig
 from mismatch_probe.errors import TableError
 from mismatch_probe.metrics.gradient import Weighted, gradient_metrics
+from mismatch_probe.results.gradient import Gradient
 from mismatch_probe.rl.gradient import pass_data
-from mismatch_probe.rl.gradient_job import DIRECTIONS
-from mismatch_probe.rl.gradient_table import CONSISTENT
+from mismatch_probe.rl.gradient_table import REFERENCE
 from tests.conftest import Recorder
 from tests.real.gradient_runs import plant_run
 from tests.real.planted import change_weights
@@ -44,14 +44,14 @@ def test_projected_gradients_give_what_full_ones_in_float64_give(tiny: Tiny, tmp
     checkpoint = tiny("llama")
     run = plant_run(tmp_path / "run", checkpoint, {"bfloat16": 0.35, "float32": 0.0})
     result = mismatch_probe.rl_gradient(run.path)
-    bf16, fp32 = result.document["passes"]
-    assert (bf16["n_sequences"], bf16["n_empty"], bf16["n_nonfinite"]) == (15, 1, 0)
-    assert bf16["logprob_gap"] < 1e-5
+    bf16, fp32 = result.document.passes
+    assert (bf16.n_sequences, bf16.n_empty, bf16.n_nonfinite) == (15, 1, 0)
+    assert bf16.logprob_gap < 1e-5
 
     data = pass_data(run)[0]["vllm-bfloat16-decode"]
     table = run.sequences("vllm-bfloat16-decode").to_pylist()
     sequences = [(table[i]["prompt_token_ids"], table[i]["response_token_ids"]) for i in data.kept]
-    pair = data.pairs[CONSISTENT]
+    pair = data.pairs[REFERENCE]
     d = [pair.trainer_logprob[rows] - pair.rollout_logprob[rows] for rows in data.rows]
     w = np.exp([x.sum() for x in d])
     ones, capped = [np.ones(len(x)) for x in d], [np.minimum(np.exp(x), 2.0) for x in d]
@@ -59,26 +59,26 @@ def test_projected_gradients_give_what_full_ones_in_float64_give(tiny: Tiny, tmp
     zeros = np.zeros(len(d))
     expected = {
         ("none", None): plain,
-        ("token-tis", CONSISTENT.pass_id): of_tokens,
-        ("seq-is", CONSISTENT.pass_id): w[:, None] * plain,
-        ("seq-mis", CONSISTENT.pass_id): np.where(w > 3, 0, w)[:, None] * plain,
+        ("token-tis", REFERENCE.pass_id): of_tokens,
+        ("seq-is", REFERENCE.pass_id): w[:, None] * plain,
+        ("seq-mis", REFERENCE.pass_id): np.where(w > 3, 0, w)[:, None] * plain,
     }
-    arms = {(arm["correction"], arm["trainer_pass"]): arm["metrics"] for arm in bf16["arms"]}
+    found = {(one.correction, one.trainer_pass): one.metrics for one in bf16.estimates}
     for key, vectors in expected.items():
         exact = gradient_metrics(
             Weighted(vectors, zeros + 1, zeros, zeros), plain, w[:, None] * plain, pair.prompt[data.kept], replicates=20
         )
         for name in ("cosine", "norm_ratio", "added_variance", "effective_batch"):
-            value = exact[name].value
+            value = getattr(exact, name).value
             assert value is not None
-            error = abs(arms[key][name]["value"] - value)
+            error = abs(getattr(found[key], name).value - value)
             assert error < 5 / np.sqrt(DIRECTIONS * len(d)) + 1e-6, (key, name, error)
 
     # Without noise the FP32 trainer is the policy that sampled.
-    for arm in fp32["arms"]:
-        for name, metric in arm["metrics"].items():
+    for one in fp32.estimates:
+        for name, metric in vars(one.metrics).items():
             same = 0.0 if name == "added_variance" else 1.0
-            assert metric["value"] == pytest.approx(same, abs=1e-6), (arm["correction"], name)
+            assert metric.value == pytest.approx(same, abs=1e-6), (one.correction, name)
 
 
 def test_a_second_call_starts_no_engine_and_says_the_same(tiny: Tiny, tmp_path: Path) -> None:
@@ -113,15 +113,15 @@ def test_from_the_engines_to_the_files(tiny: Tiny, tmp_path: Path) -> None:
     )
     result = mismatch_probe.rl_gradient(config, out=tmp_path / "run")
     folder = tmp_path / "run" / "gradient"
-    assert json.loads((folder / "gradient.json").read_text()) == result.document
+    assert Gradient.read(folder / "gradient.json") == result.document
     assert len((folder / "gradient.csv").read_text().splitlines()) == len(result.frame()) + 1
-    assert result.figure == folder / "gradient.png"
-    assert result.figure.stat().st_size > 10_000
-    (found,) = result.document["passes"]
-    arms = {(arm["correction"], arm["trainer_dtype"]): arm["metrics"] for arm in found["arms"]}
-    assert len(arms) == 1 + 2 * 5
+    assert result.figures == {"gradient": folder / "gradient.png"}
+    assert (folder / "gradient.png").stat().st_size > 10_000
+    (found,) = result.document.passes
+    estimates = {(one.correction, one.trainer_dtype): one.metrics for one in found.estimates}
+    assert len(estimates) == 1 + 2 * 5
     # A tiny model in BF16: close to FP32, and not the same.
-    assert 0.9 < arms["none", None]["cosine"]["value"] < 1 - 1e-9
-    assert arms["seq-is", "float32"]["cosine"]["value"] == 1.0
-    assert found["logprob_gap"] < 1e-4
-    assert result.document["missing"] == []
+    assert 0.9 < (estimates["none", None].cosine.value or 0) < 1 - 1e-9
+    assert estimates["seq-is", "float32"].cosine.value == 1.0
+    assert found.logprob_gap < 1e-4
+    assert result.document.missing == ()

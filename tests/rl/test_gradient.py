@@ -15,12 +15,13 @@ import mismatch_probe
 from mismatch_probe.config import CompareConfig
 from mismatch_probe.errors import ProbeError, TableError, UsageError
 from mismatch_probe.metrics.gradient import GRADIENT_KEYS
+from mismatch_probe.results.gradient import Gradient
 from mismatch_probe.rl import gradient
 from mismatch_probe.rl.gradient import pass_data
-from mismatch_probe.rl.gradient_job import DIRECTIONS, PassTask, PassVectors, SequenceTask, Vectors
-from mismatch_probe.rl.gradient_table import CONSISTENT, PassData
+from mismatch_probe.rl.gradient_table import REFERENCE, PassData
+from mismatch_probe.rl.gradient_task import DIRECTIONS, PassTask, PassVectors, SequenceTask, Vectors
 from mismatch_probe.tables import RunDirectory
-from mismatch_probe.types import PairArrays
+from mismatch_probe.types import MetricValue, PairArrays
 from tests.conftest import SMALL, MakeModel, Outcome
 
 CORRECTIONS = ("token-tis", "icepop", "seq-is", "seq-tis", "seq-mis")
@@ -37,7 +38,7 @@ def vectors_of(task: SequenceTask, row: int) -> Vectors:
                 weights[name, trainer] = ratio.prod(keepdims=True)
             else:
                 weights[name, trainer], of_tokens[name, trainer] = ratio, ratio.mean() * score
-    return Vectors(score, of_tokens, weights, task.trainers[CONSISTENT.pass_id])
+    return Vectors(score, of_tokens, weights, task.trainers[REFERENCE.pass_id])
 
 
 def save(task: PassTask) -> None:
@@ -62,44 +63,46 @@ def test_every_rollout_dtype_has_its_own_trainer_and_the_one_in_fp32(run_copy: P
     assert missing == {}
 
 
-def test_document_csv_and_files(measured: Path) -> None:
+def test_document_csv_and_pages(measured: Path) -> None:
     result = mismatch_probe.rl_gradient(measured, predict_lengths=(9, 17))
-    assert json.loads((measured / "gradient" / "gradient.json").read_text()) == result.document
-    passes = {found["rollout_dtype"]: found for found in result.document["passes"]}
-    assert [len(found["arms"]) for found in passes.values()] == [11, 11, 6]
+    assert Gradient.read(measured / "gradient" / "gradient.json") == result.document
+    passes = {found.rollout_dtype: found for found in result.document.passes}
+    assert [len(found.estimates) for found in passes.values()] == [11, 11, 6]
     for found in passes.values():
-        assert found["arms"][0]["correction"] == "none"
-        assert found["n_tokens"] == 40 * 6
-        for pair in found["pairs"]:
-            assert [row["length"] for row in pair["lengths"]] == [9, 17]
-            assert pair["mean_length"] == 6
+        assert found.estimates[0].correction == "none"
+        assert found.n_tokens == 40 * 6
+        for pair in found.pairs:
+            assert [row.length for row in pair.lengths] == [9, 17]
+            assert pair.mean_length == 6
     # A BF16 rollout is off by more than an FP16 one, and both by more than FP32.
-    ess = [found["arms"][0]["metrics"]["cosine"]["value"] for found in passes.values()]
-    assert ess[0] < ess[1] < ess[2] <= 1
-    own = {arm["trainer_dtype"]: arm for arm in passes["bfloat16"]["arms"] if arm["correction"] == "seq-is"}
-    assert own["float32"]["metrics"]["cosine"]["value"] == 1
-    assert own["float32"]["draws"] == {"cosine": pytest.approx([1, 1]), "norm_ratio": pytest.approx([1, 1])}
-    assert own["bfloat16"]["metrics"]["cosine"]["value"] < 1
-    low, high = own["bfloat16"]["draws"]["cosine"]
-    assert low < own["bfloat16"]["metrics"]["cosine"]["value"] < high
+    cosines = [found.estimates[0].metrics.cosine.value or 0.0 for found in passes.values()]
+    assert cosines[0] < cosines[1] < cosines[2] <= 1
+    own = {one.trainer_dtype: one for one in passes["bfloat16"].estimates if one.correction == "seq-is"}
+    assert own["float32"].metrics.cosine.value == 1
+    for draws in (own["float32"].draws.cosine, own["float32"].draws.norm_ratio):
+        assert draws == pytest.approx((1, 1))
+    assert own["bfloat16"].draws.cosine is not None
+    low, high = own["bfloat16"].draws.cosine
+    assert low < (own["bfloat16"].metrics.cosine.value or 0.0) < high < 1
     rows = pd.read_csv(measured / "gradient" / "gradient.csv")
     assert len(rows) == len(result.frame()) == (11 + 11 + 6) * len(GRADIENT_KEYS)
     row = rows.query("rollout_dtype == 'bfloat16' and trainer_pass == 'hf-bfloat16-cast' and metric == 'cosine'")
-    assert row.set_index("correction").loc["seq-is", "value"] == own["bfloat16"]["metrics"]["cosine"]["value"]
+    assert row.set_index("correction").loc["seq-is", "value"] == own["bfloat16"].metrics.cosine.value
+    assert {"report.html", "report.md", "gradient.png"} <= {path.name for path in (measured / "gradient").iterdir()}
 
 
 def test_measured_ess_is_that_of_the_comparison(measured: Path) -> None:
     result = mismatch_probe.rl_gradient(measured)
     summary = json.loads((measured / "summary.json").read_text())
-    for found in result.document["passes"]:
-        for pair in found["pairs"]:
+    for found in result.document.passes:
+        for pair in found.pairs:
             (row,) = [
                 row
                 for row in summary["pairs"]
-                if (row["rollout_pass"], row["trainer_pass"]) == (found["rollout_pass"], pair["trainer_pass"])
+                if (row["rollout_pass"], row["trainer_pass"]) == (found.rollout_pass, pair.trainer_pass)
             ]
             for key in ("mean_abs_logprob_diff", "ess_seq", "ess_seq_gaussian"):
-                assert pair["metrics"][key] == row["metrics"][key]
+                assert getattr(pair, key) == MetricValue.of_dict(row["metrics"][key])
 
 
 @pytest.fixture
@@ -166,7 +169,7 @@ def test_sequences_that_are_empty_or_not_finite_are_counted_and_left_out() -> No
         position=np.array([0, 1, 0, 1, 0]),
         prompt=np.array([0, 0, 1, 1]),
     )
-    data = PassData.of(CONSISTENT, {CONSISTENT: pair})  # type: ignore[arg-type]
+    data = PassData.of(REFERENCE, {REFERENCE: pair})  # type: ignore[arg-type]
     assert data.kept.tolist() == [0, 3]
     assert list(data.rows) == [slice(0, 2), slice(4, 5)]
     assert (data.n_empty, data.n_nonfinite, data.n_impossible) == (1, 1, 0)
@@ -181,7 +184,7 @@ def test_sequences_with_an_impossible_log_prob_are_counted_and_left_out() -> Non
         prompt=np.zeros(4, np.int64),
         usable=np.array([True, False, False, True, True]),
     )
-    data = PassData.of(CONSISTENT, {CONSISTENT: pair})  # type: ignore[arg-type]
+    data = PassData.of(REFERENCE, {REFERENCE: pair})  # type: ignore[arg-type]
     assert data.kept.tolist() == [0, 3]
     assert (data.n_empty, data.n_nonfinite, data.n_impossible) == (0, 1, 1)
 
@@ -226,12 +229,11 @@ class TestRefusals:
 
 
 class TestCommand:
-    def test_table_and_json(self, measured: Path, command: Callable[..., Outcome]) -> None:
+    def test_table(self, measured: Path, command: Callable[..., Outcome]) -> None:
         found = command("rl", "gradient", measured)
         assert found.code == 0
-        for words in ("float16 rollouts: 40 sequences of 40 prompts, 240 tokens", "ESS of sequences", "seq-mis"):
-            assert words in found.out
-        assert "gradient.png" in found.err
+        assert "seq-mis" in found.out
+        assert str(measured / "gradient" / "report.html") in found.err
 
     def test_json_is_the_file(self, measured: Path, command: Callable[..., Outcome]) -> None:
         document = json.loads(command("rl", "gradient", measured, "--json").out)

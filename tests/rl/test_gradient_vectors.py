@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mismatch_probe.rl import gradient_vectors
-from mismatch_probe.rl.gradient_job import DIRECTIONS, SequenceTask
+from mismatch_probe.rl.gradient_task import DIRECTIONS, SequenceTask
 from mismatch_probe.rl.gradient_vectors import CORRECTIONS, Sketch, WeightedGradients, sequence_vectors
 from mismatch_probe.rl.losses import Scale, policy_loss
 

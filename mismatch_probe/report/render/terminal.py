@@ -49,8 +49,10 @@ def print_report(report: Report, console: Console) -> None:
     for index, text in enumerate(report.answer):
         line = Line(f"{badge}: " if badge and index == 0 else "", style=_STYLES[report.state])
         console.print(line.append(visible(text), style="bold" if index == 0 else "not bold default"))
+    if report.steps:
+        console.print()
     for step in report.steps:
-        _say(console, step.text)
+        _say(console, f"Next: {step.text}")
         if step.command:
             console.print(Line(f"  {visible(step.command)}", style="cyan"), soft_wrap=True)
     if report.table:
