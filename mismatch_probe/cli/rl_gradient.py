@@ -8,7 +8,7 @@ import click
 
 import mismatch_probe
 from mismatch_probe.cli.compare import json_option, run_parameters
-from mismatch_probe.cli.output import print_json
+from mismatch_probe.cli.output import print_json, show_report
 from mismatch_probe.cli.progress import shown_progress
 from mismatch_probe.config import CompareConfig
 from mismatch_probe.errors import UsageError
@@ -40,10 +40,7 @@ def command(run: str | None, out: str | None, as_json: bool, predict_lengths: tu
       mismatch-probe rl gradient runs/smollm2-135m-20260101-120000
       mismatch-probe rl gradient --model ./my-checkpoint --num-prompts 32 --max-tokens 128
     """
-    from rich.console import Console
-
     from mismatch_probe.report.gradient import gradient_report
-    from mismatch_probe.report.render.terminal import print_report
 
     given = {name: value for name, value in options.items() if value is not None and value != ()}
     if run is not None and (given or out is not None):
@@ -54,5 +51,4 @@ def command(run: str | None, out: str | None, as_json: bool, predict_lengths: tu
     if as_json:
         print_json(result.document.content())
     else:
-        print_report(gradient_report(result.document), Console())
-    click.echo(f"Report: {result.path / 'gradient' / 'report.html'}", err=True)
+        show_report(gradient_report(result.document), result.path / "gradient")

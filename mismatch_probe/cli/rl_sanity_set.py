@@ -8,7 +8,7 @@ import click
 
 import mismatch_probe
 from mismatch_probe.cli.compare import json_option
-from mismatch_probe.cli.output import print_json, printable
+from mismatch_probe.cli.output import print_json, show_report
 from mismatch_probe.cli.progress import shown_progress
 from mismatch_probe.errors import UsageError
 
@@ -54,8 +54,7 @@ def command(out: str | None, resume: str | None, as_json: bool, **flags: Any) ->
         else:
             result = mismatch_probe.rl_sanity_set(out=out, progress=progress, **given)
     if as_json:
-        print_json({"path": str(result.path), **result.statistics})
+        print_json({"path": str(result.path), **result.document.content()})
     else:
-        for line in result.lines():
-            click.echo(printable(line))
+        show_report(result.report(), result.path)
     return 0

@@ -21,10 +21,11 @@ def test_a_set_of_the_shipped_checkpoint(tmp_path: Path) -> None:
     # 128 prompts at once are more tokens than a step of vLLM takes on a CPU.
     found = mismatch_probe.rl_sanity_set(out=tmp_path / "set", n_problems=4, n_samples=32, rollout_dtype="float32")
     assert children(os.getpid()) == before
-    numbers = found.statistics
-    assert (numbers["n_problems"], numbers["n_grader_killed"]) == (4, 0)
-    assert 0.3 < numbers["accuracy"] < 0.95
-    assert numbers["engines"][0]["dtype"] == "float32"
+    outcome = found.document.outcome
+    assert outcome is not None
+    assert (outcome.n_problems, outcome.n_grader_killed) == (4, 0)
+    assert 0.3 < outcome.accuracy < 0.95
+    assert found.document.engines[0]["dtype"] == "float32"
     rows = pq.read_table(found.path / "samples.parquet").to_pylist()
     assert len(rows) == 128
     task = make_task("chain", n_problems=4, seed=0)
@@ -37,6 +38,6 @@ def test_a_set_of_the_shipped_checkpoint(tmp_path: Path) -> None:
         assert max(row["rollout_logprobs"]) <= 0
         assert (row["finish_reason"] == "stop") == (row["response_token_ids"][-1] == 2)
     assert len({tuple(row["response_token_ids"]) for row in rows if row["prompt_id"] == "chain-0000"}) > 1
-    kept = [p.problem_id for p in read_problems(found.problems)] if numbers["n_kept"] else []
+    kept = [p.problem_id for p in read_problems(found.problems)] if outcome.n_kept else []
     means = {name: np.mean([r["reward"] for r in rows if r["prompt_id"] == name]) for name in problems}
     assert kept == [name for name, mean in means.items() if 0.2 <= mean <= 0.8]

@@ -233,7 +233,7 @@ class TestCommand:
         found = command("rl", "gradient", measured)
         assert found.code == 0
         assert "seq-mis" in found.out
-        assert str(measured / "gradient" / "report.html") in found.err
+        assert str(measured / "gradient" / "report.html") in found.out
 
     def test_json_is_the_file(self, measured: Path, command: Callable[..., Outcome]) -> None:
         document = json.loads(command("rl", "gradient", measured, "--json").out)

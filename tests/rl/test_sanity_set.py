@@ -15,6 +15,7 @@ import pytest
 import mismatch_probe
 from mismatch_probe.errors import Interrupted, TableError, UsageError
 from mismatch_probe.ingest.generic import read_generic
+from mismatch_probe.results.sanity import SanityOutcome, SanitySet
 from mismatch_probe.rl.sanity import records, run
 from mismatch_probe.rl.sanity.config import make_sanity_config
 from mismatch_probe.rl.sanity.records import SanityDirectory
@@ -97,6 +98,11 @@ def _in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mismatch_probe.engines.devices.choose_device", lambda requested: "cpu")
 
 
+def outcome_of(found: run.SanityResult) -> SanityOutcome:
+    assert found.document.outcome is not None
+    return found.document.outcome
+
+
 def make(folder: Path, **more: Any) -> run.SanityResult:
     return mismatch_probe.rl_sanity_set(out=folder, **{"n_samples": N_SAMPLES, "max_tokens": 48, **more})
 
@@ -112,16 +118,18 @@ class TestFiles:
         kept = accuracy[(accuracy >= 0.2) & (accuracy <= 0.8)]
         assert {row["id"]: row["accuracy"] for row in rows} == kept.to_dict()
         assert {row["n_samples"] for row in rows} == {N_SAMPLES}
-        numbers = json.loads((tmp_path / "set" / "statistics.json").read_text())
-        assert numbers == found.statistics
-        assert (numbers["n_problems"], numbers["n_kept"]) == (N_PROBLEMS, len(kept))
-        assert numbers["accuracy"] == pytest.approx(samples["reward"].mean())
-        assert numbers["truncated_share"] == (samples["finish_reason"] == "length").mean()
-        assert numbers["engines"] == [{"engine": "fake", "dtype": "bfloat16"}]
-        assert numbers["config"]["seed"] == 0
-        assert "model.safetensors" in numbers["model"]["files"]
-        assert numbers["n_grader_killed"] == 4  # once per chunk
-        assert not (tmp_path / "set" / "samples").exists()
+        assert SanitySet.read(tmp_path / "set" / "sanity.json") == found.document
+        outcome = outcome_of(found)
+        assert (outcome.n_problems, outcome.n_kept) == (N_PROBLEMS, len(kept))
+        assert outcome.accuracy == pytest.approx(samples["reward"].mean())
+        assert outcome.truncated_fraction == (samples["finish_reason"] == "length").mean()
+        assert outcome.n_grader_killed == 4  # once per chunk
+        assert found.document.engines == ({"engine": "fake", "dtype": "bfloat16"},)
+        assert found.document.config["seed"] == 0
+        assert "model.safetensors" in found.document.provenance.model.files
+        names = {path.name for path in (tmp_path / "set").iterdir()}
+        assert {"report.html", "report.md"} <= names
+        assert "samples" not in names
 
     def test_rl_run_trains_on_exactly_these(self, tmp_path: Path) -> None:
         found = make(tmp_path / "set")
@@ -157,7 +165,7 @@ class TestFiles:
     def test_nothing_kept_is_said(self, tmp_path: Path) -> None:
         found = make(tmp_path / "set", keep=(0.999, 0.9995))
         assert found.problems.read_text() == ""
-        assert found.lines()[-1] == "Nothing was kept, so there is nothing to train on."
+        assert [finding.code for finding in found.document.findings] == ["sanity-nothing-kept", "sanity-grader-stopped"]
 
 
 class TestResume:
@@ -170,7 +178,7 @@ class TestResume:
         assert stopped.value.fix.endswith(f"rl sanity-set --resume {tmp_path / 'part'}")
         found = mismatch_probe.rl_sanity_set_resume(tmp_path / "part")
         assert InProcess.engines[-1].asked == list(range(6 * N_SAMPLES, N_PROBLEMS * N_SAMPLES))
-        assert found.statistics == whole.statistics
+        assert found.document.outcome == whole.document.outcome
         assert found.problems.read_bytes() == whole.problems.read_bytes()
         files = [path / "samples.parquet" for path in (found.path, whole.path)]
         assert pq.read_table(files[0]).equals(pq.read_table(files[1]))
@@ -182,12 +190,12 @@ class TestResume:
 
     def test_a_death_while_files_are_written_loses_nothing(self, tmp_path: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(records, "statistics", lambda *_: 1 / 0)
+            patch.setattr(records, "outcome_of", lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 make(tmp_path / "set")
         found = mismatch_probe.rl_sanity_set_resume(tmp_path / "set")
         assert InProcess.engines[-1].asked == []
-        assert found.statistics == {**make(tmp_path / "other").statistics}
+        assert found.document.outcome == make(tmp_path / "other").document.outcome
 
     def test_other_problems_are_refused(self, tmp_path: Path) -> None:
         problems = make(tmp_path / "first", keep=(0.0, 1.0)).problems
@@ -205,9 +213,10 @@ class TestResume:
             patch.setattr(InProcess, "stop_at", 0)
             with pytest.raises(Interrupted):
                 make(tmp_path / "set")
-        config = json.loads((tmp_path / "set" / "config.json").read_text())
-        config["model"]["files"]["model.safetensors"] = "other"
-        (tmp_path / "set" / "config.json").write_text(json.dumps(config))
+        path = tmp_path / "set" / "sanity.json"
+        document = json.loads(path.read_text())
+        document["provenance"]["model"]["files"]["model.safetensors"] = "other"
+        path.write_text(json.dumps(document))
         with pytest.raises(TableError, match="model's files"):
             mismatch_probe.rl_sanity_set_resume(tmp_path / "set")
 
@@ -238,16 +247,14 @@ class TestCommand:
         ended = command("rl", "sanity-set", "--n-samples", "10", "--out", tmp_path / "set", "--json")
         assert ended.code == 0
         found = json.loads(ended.out)
-        assert (found["path"], found["n_samples"]) == (str(tmp_path / "set"), 10)
+        assert (found["path"], found["outcome"]["n_samples"]) == (str(tmp_path / "set"), 10)
 
-    def test_text_ends_with_what_to_run_next(self, command: Callable[..., Outcome], tmp_path: Path) -> None:
-        out = command("rl", "sanity-set", "--keep", "0.1", "0.9", "--max-tokens", "50", "--out", tmp_path / "set").out
-        n_kept = len((tmp_path / "set" / "sanity-set.jsonl").read_text().splitlines())
-        assert f"Kept {n_kept} of 11 problems: accuracy within [0.1, 0.9], 40 samples each, bfloat16" in out
-        assert "Graded 0 because their grader had to be killed: 11 responses" in out
-        last = out.splitlines()[-1]
-        assert last.startswith("Train on it: mismatch-probe rl run --model chain --task chain --problems ")
-        assert last.endswith(f"--set n_problems={n_kept} --set max_tokens=50")
+    def test_what_to_run_next(self, command: Callable[..., Outcome], tmp_path: Path) -> None:
+        folder = tmp_path / "set"
+        shown = command("rl", "sanity-set", "--keep", "0.1", "0.9", "--max-tokens", "50", "--out", folder).out
+        n_kept = len((folder / "sanity-set.jsonl").read_text().splitlines())
+        assert f"--problems {folder / 'sanity-set.jsonl'} --rollout-dtype bfloat16 --set n_problems={n_kept}" in shown
+        assert "--set max_tokens=50" in shown
 
     @pytest.mark.parametrize(
         ("words", "said"),
@@ -256,7 +263,7 @@ class TestCommand:
             (["--keep", "-1", "0.2"], "keep"),
             (["--task", "math"], "problems must name"),
             (["--n-samples", "1"], "n_samples"),
-            (["--resume", "x", "--seed", "1"], "goes on as it was configured"),
+            (["--resume", "x", "--seed", "1"], "--resume"),
         ],
     )
     def test_usage(self, command: Callable[..., Outcome], words: list[str], said: str) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from mismatch_probe.rl.sanity.selection import keeps, leave_one_out, statistics
+from mismatch_probe.rl.sanity.selection import keeps, leave_one_out, outcome_of
 
 KEEP = (0.2, 0.8)
 bounds = st.tuples(st.floats(0, 1), st.floats(0, 1)).map(lambda pair: (min(pair), max(pair)))
@@ -46,11 +46,11 @@ def test_sampled_accuracy_is_biased_where_the_estimate_is_not() -> None:
     # Every problem has accuracy 0.5, and only those that look better are kept.
     rng = np.random.default_rng(0)
     right = rng.binomial(10, 0.5, 4000)
-    found = statistics(right, 10, (0.6, 1.0), np.ones(40_000, np.int64), np.zeros(40_000, bool))
-    assert found["accuracy_of_kept_as_sampled"] > 0.64
-    estimate = found["accuracy_of_kept_estimate"]
-    assert estimate["value"] == pytest.approx(0.5, abs=0.015)
-    assert estimate["ci_low"] < 0.5 < estimate["ci_high"]
+    found = outcome_of(right, 10, (0.6, 1.0), np.ones(40_000, np.int64), np.zeros(40_000, bool))
+    assert found.accuracy_of_kept_as_sampled > 0.64
+    estimate = found.accuracy_of_kept_estimate
+    assert estimate.value == pytest.approx(0.5, abs=0.015)
+    assert estimate.ci_low < 0.5 < estimate.ci_high
 
 
 @pytest.mark.parametrize(("n", "kept"), [(40, range(8, 33)), (10, range(2, 9)), (5, range(1, 5))])
@@ -61,28 +61,28 @@ def test_both_bounds_are_included(n: int, kept: range) -> None:
 @given(st.lists(st.integers(0, 10), min_size=1, max_size=30), bounds, st.randoms(use_true_random=False))
 def test_numbers_of_a_set(right: list[int], keep: tuple[float, float], random: object) -> None:
     lengths, truncated = np.arange(1, 10 * len(right) + 1), np.arange(10 * len(right)) % 4 == 0
-    found = statistics(np.array(right), 10, keep, lengths, truncated)
-    assert found["n_below"] + found["n_kept"] + found["n_above"] == found["n_problems"] == len(right)
-    assert found["problems_by_right"] == [right.count(k) for k in range(11)]
-    assert found["accuracy"] == pytest.approx(sum(right) / len(right) / 10)
+    found = outcome_of(np.array(right), 10, keep, lengths, truncated)
+    assert found.n_below + found.n_kept + found.n_above == found.n_problems == len(right)
+    assert found.problems_by_right == tuple(right.count(k) for k in range(11))
+    assert found.accuracy == pytest.approx(sum(right) / len(right) / 10)
     inside = [k / 10 for k in right if keep[0] <= k / 10 <= keep[1]]
     expected = sum(inside) / len(inside) if inside else None
-    assert found["accuracy_of_kept_as_sampled"] == (expected if expected is None else pytest.approx(expected))
+    assert found.accuracy_of_kept_as_sampled == (expected if expected is None else pytest.approx(expected))
     n = len(lengths)
-    assert found["response_tokens"]["mean"] == pytest.approx((n + 1) / 2)
-    assert (found["response_tokens"]["max"], found["truncated_share"]) == (n, pytest.approx(truncated.mean()))
+    assert found.response_tokens.mean == pytest.approx((n + 1) / 2)
+    assert (found.response_tokens.max, found.truncated_fraction) == (n, pytest.approx(truncated.mean()))
     mixed = list(right)
     random.shuffle(mixed)  # type: ignore[attr-defined]
-    again = statistics(np.array(mixed), 10, keep, lengths, truncated)["accuracy_of_kept_estimate"]
-    assert again["value"] == pytest.approx(found["accuracy_of_kept_estimate"]["value"])
+    again = outcome_of(np.array(mixed), 10, keep, lengths, truncated).accuracy_of_kept_estimate
+    assert again.value == pytest.approx(found.accuracy_of_kept_estimate.value)
 
 
 def test_nothing_kept_has_no_accuracy() -> None:
-    found = statistics(np.array([0, 10, 10]), 10, KEEP, np.ones(30, np.int64), np.zeros(30, bool))
-    assert found["n_kept"] == 0
-    assert found["accuracy_of_kept_as_sampled"] is None
-    assert found["accuracy_of_kept_estimate"]["value"] is None
-    assert found["accuracy_of_kept_estimate"]["ci_low"] is None
+    found = outcome_of(np.array([0, 10, 10]), 10, KEEP, np.ones(30, np.int64), np.zeros(30, bool))
+    assert found.n_kept == 0
+    assert found.accuracy_of_kept_as_sampled is None
+    assert found.accuracy_of_kept_estimate.value is None
+    assert found.accuracy_of_kept_estimate.ci_low is None
 
 
 def test_the_estimate_is_that_of_the_kept_set_where_difficulty_is_skewed() -> None:
@@ -92,6 +92,6 @@ def test_the_estimate_is_that_of_the_kept_set_where_difficulty_is_skewed() -> No
     for _ in range(40):
         law = rng.beta(0.3, 2.5, 1000)
         right = rng.binomial(40, law)
-        found = statistics(right, 40, KEEP, np.ones(40_000, np.int64), np.zeros(40_000, bool))
-        errors.append(found["accuracy_of_kept_estimate"]["value"] - law[keeps(right / 40, KEEP)].mean())
+        found = outcome_of(right, 40, KEEP, np.ones(40_000, np.int64), np.zeros(40_000, bool))
+        errors.append(found.accuracy_of_kept_estimate.value - law[keeps(right / 40, KEEP)].mean())
     assert abs(np.mean(errors)) < 0.006

@@ -1,18 +1,18 @@
 """The folder of a sanity set.
 
-config.json         the configuration, the model's files, versions and machine, the engines that sampled
+sanity.json         the document: settings, provenance, engines, and at the end what was found
 problems.jsonl      every problem that is tried
 samples/            a Parquet file per chunk of problems, as it ends
 samples.parquet     all of them at the end, in the format of `compare --from`
 sanity-set.jsonl    the problems that are kept
-statistics.json     numbers; written last
+report.html, report.md      the report
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from pydantic import JsonValue
 
 from mismatch_probe.errors import TableError
-from mismatch_probe.files import atomic_path, write_json, write_text
+from mismatch_probe.files import atomic_path, write_text
+from mismatch_probe.results.rl_run import Provenance
+from mismatch_probe.results.sanity import SanitySet
 from mismatch_probe.rl.sanity.config import SanityConfig, make_sanity_config
-from mismatch_probe.rl.sanity.selection import keeps, statistics
+from mismatch_probe.rl.sanity.selection import findings_of, keeps, outcome_of
 from mismatch_probe.rl.tasks import Problem, read_problems
-from mismatch_probe.tables import SCHEMA_VERSION, read_json, refuse_occupied
+from mismatch_probe.tables import refuse_occupied
 
-SET = "sanity-set.jsonl"
+FILE, SET = "sanity.json", "sanity-set.jsonl"
 _FIX = "Give the folder that `mismatch-probe rl sanity-set` wrote."
 _KILLED = b"n_grader_killed"
 # A chunk keeps the engine busy, and is what an interrupted run loses.
@@ -52,28 +55,20 @@ SAMPLES = pa.schema(
 class SanityDirectory:
     """A sanity set's folder, written by one process at a time."""
 
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
-        self.path, self.manifest = path, manifest
+    def __init__(self, path: Path, document: SanitySet) -> None:
+        self.path, self.document = path, document
+        self.config = make_sanity_config(document.config)
 
     @classmethod
-    def create(cls, path: Path, config: SanityConfig, facts: Mapping[str, Any]) -> SanityDirectory:
+    def create(cls, path: Path, config: SanityConfig, provenance: Provenance) -> SanityDirectory:
         """Makes a new folder.
 
         Raises:
             UsageError: The folder exists and is not empty, or is no folder.
         """
         refuse_occupied(path)
-        directory = cls(
-            path,
-            {
-                "schema_version": SCHEMA_VERSION,
-                "kind": "rl-sanity-set",
-                "config": config.as_dict(),
-                **facts,
-                "engines": [],
-            },
-        )
-        write_json(path / "config.json", directory.manifest)
+        directory = cls(path, SanitySet(**SanitySet.stamp(), config=config.as_dict(), provenance=provenance))
+        directory.document.write(path / FILE)
         return directory
 
     @classmethod
@@ -83,20 +78,18 @@ class SanityDirectory:
         Raises:
             TableError: It is none of a sanity set.
         """
-        manifest = read_json(path / "config.json") if (path / "config.json").exists() else {}
-        if manifest.get("kind") != "rl-sanity-set":
+        if not (path / FILE).exists():
             raise TableError(f"{path} is no folder of a sanity set.", _FIX)
-        return cls(path, manifest)
+        return cls(path, SanitySet.read(path / FILE))
 
-    @property
-    def config(self) -> SanityConfig:
-        return make_sanity_config(self.manifest["config"])
+    def _update(self, **changes: object) -> None:
+        self.document = self.document.model_copy(update=changes)
+        self.document.write(self.path / FILE)
 
-    def note_engine(self, identity: Mapping[str, Any]) -> None:
+    def note_engine(self, identity: dict[str, JsonValue]) -> None:
         """Remembers an engine that samples; a resumed run can have several."""
-        if identity not in self.manifest["engines"]:
-            self.manifest["engines"].append(dict(identity))
-            write_json(self.path / "config.json", self.manifest)
+        if identity not in self.document.engines:
+            self._update(engines=(*self.document.engines, identity))
 
     def fix_problems(self, problems: Sequence[Problem]) -> None:
         """Writes the problems down, or checks that they are still the same.
@@ -128,13 +121,8 @@ class SanityDirectory:
     def _part(self, chunk: int) -> Path:
         return self.path / "samples" / f"chunk-{chunk:06d}.parquet"
 
-    def statistics(self) -> dict[str, Any] | None:
-        """The numbers; None while it is not finished."""
-        path = self.path / "statistics.json"
-        return dict(read_json(path)) if path.exists() else None
-
-    def finish(self) -> dict[str, Any]:
-        """Joins the samples, writes the set and then the numbers, which say that there is nothing left to do."""
+    def finish(self) -> None:
+        """Joins the samples, writes the set and then the document, which says that there is nothing left to do."""
         problems, config = read_problems(self.path / "problems.jsonl"), self.config
         path = self._join([self._part(i) for i in range(len(self.chunks(len(problems))))])
         rows = pq.read_table(path, columns=["reward", "n_tokens", "finish_reason"])
@@ -149,21 +137,16 @@ class SanityDirectory:
                 if chosen
             ),
         )
-        found = {
-            "schema_version": SCHEMA_VERSION,
-            **statistics(
-                right,
-                config.n_samples,
-                config.keep,
-                rows["n_tokens"].to_numpy().astype(np.int64),
-                np.array(rows["finish_reason"].to_pylist()) == "length",
-            ),
-            "n_grader_killed": int((pq.read_schema(path).metadata or {})[_KILLED]),
-            **{name: self.manifest[name] for name in ("config", "model", "device", "engines", "tool_version")},
-        }
-        write_json(self.path / "statistics.json", found)
+        outcome = outcome_of(
+            right,
+            config.n_samples,
+            config.keep,
+            rows["n_tokens"].to_numpy().astype(np.int64),
+            np.array(rows["finish_reason"].to_pylist()) == "length",
+            int((pq.read_schema(path).metadata or {})[_KILLED]),
+        )
+        self._update(outcome=outcome, findings=tuple(findings_of(outcome)))
         shutil.rmtree(self.path / "samples", ignore_errors=True)
-        return found
 
     def _join(self, parts: Sequence[Path]) -> Path:
         """One table of all chunks, of which one is in memory at a time."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,11 @@ from mismatch_probe.errors import Interrupted
 from mismatch_probe.files import locked
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.probes.session import default_folder
+from mismatch_probe.report.model import Report
+from mismatch_probe.results.sanity import SanitySet
 from mismatch_probe.rl.config import RlConfig
 from mismatch_probe.rl.run import provenance_of, resolve_model, same_model
-from mismatch_probe.rl.sanity.config import SanityConfig
+from mismatch_probe.rl.sanity.config import SanityConfig, make_sanity_config
 from mismatch_probe.rl.sanity.records import SET, SanityDirectory
 from mismatch_probe.rl.sanity.worker import SanityJob, settings_of
 from mismatch_probe.rl.tasks import read_problems
@@ -27,6 +27,10 @@ from mismatch_probe.tables import refuse_occupied
 _PASS = "sanity-set"
 # What a run on the set has to share with its sampling.
 _SHARED = ("revision", "max_tokens", "temperature", "chat", "device")
+_OPTIONS = (
+    *("model", "task", "problems", "n_problems", "chat", "n_samples", "keep", "max_tokens", "temperature"),
+    *("rollout_dtype", "seed", "device"),
+)
 
 
 @dataclass(frozen=True)
@@ -35,54 +39,61 @@ class SanityResult:
 
     Attributes:
         path: Its folder.
-        statistics: What `statistics.json` says.
+        document: The content of `sanity.json`.
     """
 
     path: Path
-    statistics: Mapping[str, Any]
+    document: SanitySet
 
     @property
     def problems(self) -> Path:
         """The set: a file that `--problems` of `rl run` takes."""
         return self.path / SET
 
-    def lines(self) -> list[str]:
-        """What was found, for people."""
-        found, config = self.statistics, self.statistics["config"]
-        low, high = found["keep"]
-        counts, tokens = found["problems_by_right"], found["response_tokens"]
-        lines = [
-            f"Kept {found['n_kept']} of {found['n_problems']} problems: accuracy within [{low:g}, {high:g}], "
-            f"{found['n_samples']} samples each, {config['rollout_dtype']} at temperature {config['temperature']:g}",
-            f"Below: {found['n_below']} (never right: {counts[0]}); above: {found['n_above']} (always right: "
-            f"{counts[-1]}); accuracy over all: {found['accuracy']:.3f}",
-            f"Responses: {tokens['mean']:.1f} tokens on average, {tokens['max']} at most; "
-            f"{100 * found['truncated_share']:.1f} % truncated",
-        ]
-        if found["n_grader_killed"]:
-            lines.append(f"Graded 0 because their grader had to be killed: {found['n_grader_killed']} responses")
-        if not found["n_kept"]:
-            return [*lines, "Nothing was kept, so there is nothing to train on."]
-        estimate = found["accuracy_of_kept_estimate"]
-        if estimate["value"] is not None:
-            interval = "" if estimate["ci_low"] is None else f" [{estimate['ci_low']:.3f}, {estimate['ci_high']:.3f}]"
-            lines.append(
-                f"Accuracy of the kept: {found['accuracy_of_kept_as_sampled']:.3f} as sampled; "
-                f"{estimate['value']:.3f}{interval} where one sample is counted that had no part in the choice"
-            )
-        return [*lines, f"Train on it: {self._next(config, found['n_kept'])}"]
+    def report(self) -> Report:
+        """The report."""
+        from mismatch_probe.report.sanity import SanityData, sanity_report
 
-    def _next(self, config: Mapping[str, Any], n_kept: int) -> str:
-        words = ["mismatch-probe", "rl", "run", "--model", config["model"], "--task", config["task"]]
-        words += ["--problems", str(self.problems), "--rollout-dtype", config["rollout_dtype"]]
-        settings: dict[str, Any] = {"n_problems": n_kept}
-        default = RlConfig()
-        settings |= {n: config[n] for n in _SHARED if config[n] is not None and config[n] != getattr(default, n)}
-        if n_kept < default.prompts_per_step:
-            settings |= {"prompts_per_step": n_kept, "updates_per_rollout": 1}
-        for name, value in settings.items():
-            words += ["--set", f"{name}={str(value).lower() if isinstance(value, bool) else value}"]
-        return shlex.join(words)
+        config = make_sanity_config(self.document.config)
+        n_kept = self.document.outcome.n_kept if self.document.outcome else 0
+        return sanity_report(
+            SanityData(
+                folder=str(self.path),
+                document=self.document,
+                model=config.model,
+                rollout_dtype=config.rollout_dtype,
+                temperature=config.temperature,
+                train=tuple(_train(config, self.problems, n_kept)),
+                longer=tuple(_options(config.model_copy(update={"max_tokens": 2 * config.max_tokens}))),
+            )
+        )
+
+
+def _train(config: SanityConfig, problems: Path, n_kept: int) -> Iterator[str]:
+    """Options of `rl run` that train on a set, sampled as it was."""
+    yield from ("--model", config.model, "--task", config.task, "--problems", str(problems))
+    yield from ("--rollout-dtype", config.rollout_dtype)
+    default = RlConfig()
+    settings: dict[str, Any] = {"n_problems": n_kept}
+    values = {name: getattr(config, name) for name in _SHARED}
+    settings |= {name: value for name, value in values.items() if value not in (None, getattr(default, name))}
+    if n_kept < default.prompts_per_step:
+        settings |= {"prompts_per_step": n_kept, "updates_per_rollout": 1}
+    for name, value in settings.items():
+        yield from ("--set", f"{name}={str(value).lower() if isinstance(value, bool) else value}")
+
+
+def _options(config: SanityConfig) -> Iterator[str]:
+    """Options of `rl sanity-set` that ask for a configuration; those at their defaults are left out."""
+    for name in _OPTIONS:
+        value = getattr(config, name)
+        if value == SanityConfig.model_fields[name].default:
+            continue
+        yield f"--{name.replace('_', '-')}"
+        if isinstance(value, tuple):
+            yield from map(str, value)
+        elif value is not True:
+            yield str(value)
 
 
 def new_sanity_set(config: SanityConfig, out: str | Path | None, progress: Progress | None) -> SanityResult:
@@ -98,12 +109,7 @@ def new_sanity_set(config: SanityConfig, out: str | Path | None, progress: Progr
     path = Path(out) if out is not None else default_folder(f"sanity-set-{Path(config.model).name}")
     refuse_occupied(path)
     with locked(path):
-        return _execute(SanityDirectory.create(path, config, _facts(model, device)), model, device, progress)
-
-
-def _facts(model: ModelRef, device: devices.Device) -> dict[str, Any]:
-    """What a folder says of model and machine."""
-    return {"tool_version": version("mismatch-probe"), **provenance_of(model, device).model_dump(mode="json")}
+        return _execute(SanityDirectory.create(path, config, provenance_of(model, device)), model, device, progress)
 
 
 def resume_sanity_set(path: Path, progress: Progress | None) -> SanityResult:
@@ -116,10 +122,9 @@ def resume_sanity_set(path: Path, progress: Progress | None) -> SanityResult:
     SanityDirectory.open(path)  # before the lock, which would make the folder
     with locked(path):
         directory = SanityDirectory.open(path)
-        found = directory.statistics()
-        if found is not None:
-            return SanityResult(path, found)
-        model = same_model(directory.config, directory.manifest["model"]["files"], progress)
+        if directory.document.outcome is not None:
+            return _write(directory)
+        model = same_model(directory.config, directory.document.provenance.model.files, progress)
         return _execute(directory, model, devices.choose_device(directory.config.device), progress)
 
 
@@ -144,4 +149,14 @@ def _execute(directory: SanityDirectory, model: ModelRef, device: devices.Device
             f"Continue with: mismatch-probe rl sanity-set --resume {directory.path}",
         ) from None
     progress.end(_PASS, "done")
-    return SanityResult(directory.path, directory.finish())
+    directory.finish()
+    return _write(directory)
+
+
+def _write(directory: SanityDirectory) -> SanityResult:
+    """Writes the report of a finished set."""
+    from mismatch_probe.report.render.files import write_report
+
+    result = SanityResult(directory.path, directory.document)
+    write_report(result.report(), {}, directory.path)
+    return result

@@ -9,20 +9,20 @@ Shape legend: `P` problems, `S` responses.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mismatch_probe.metrics.intervals import share_interval
+from mismatch_probe.results.finding import Finding, Value
+from mismatch_probe.results.sanity import ResponseLengths, SanityOutcome
+from mismatch_probe.types import MetricValue
 
 Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
-NOTE = (
-    "Problems are chosen by a noisy accuracy, so the kept ones' accuracy as sampled regresses to the mean on fresh "
-    "samples. The estimate lets all samples of a problem but one choose and counts the one, averaged over which it is: "
-    "without that bias, for a choice by one sample less."
-)
+# From this fraction of truncated responses on, the budget may be why problems are not solved.
+_TRUNCATED = 0.5
 
 
 def keeps(accuracy: Floats, keep: tuple[float, float]) -> NDArray[np.bool_]:
@@ -51,9 +51,14 @@ def leave_one_out(right: Counts, n_samples: int, keep: tuple[float, float]) -> t
     return hits, hits + (1 - share) * keeps(right / others, keep)
 
 
-def statistics(
-    right: Counts, n_samples: int, keep: tuple[float, float], lengths: Counts, truncated: NDArray[np.bool_]
-) -> dict[str, Any]:
+def outcome_of(
+    right: Counts,
+    n_samples: int,
+    keep: tuple[float, float],
+    lengths: Counts,
+    truncated: NDArray[np.bool_],
+    n_grader_killed: int = 0,
+) -> SanityOutcome:
     """What is said of a set.
 
     Args:
@@ -62,36 +67,56 @@ def statistics(
         keep: The bounds.
         lengths: `[S]` tokens of each response.
         truncated: `[S]` whether it used up its budget.
-
-    Returns:
-        JSON: counts of problems, `problems_by_right` (how many problems have 0, 1, … n right responses), accuracies
-        with their 95 % intervals over problems where they have one, lengths and truncation of the responses.
+        n_grader_killed: Responses graded 0 because their grader was stopped.
     """
     accuracy = right / n_samples
     kept = keeps(accuracy, keep)
     hits, counts = leave_one_out(right, n_samples, keep)
-    interval = share_interval(hits, counts) if counts.sum() else None
-    return {
-        "n_problems": len(right),
-        "n_kept": int(kept.sum()),
-        "n_below": int((accuracy < keep[0]).sum()),
-        "n_above": int((accuracy > keep[1]).sum()),
-        "n_samples": n_samples,
-        "keep": list(keep),
-        "problems_by_right": np.bincount(right, minlength=n_samples + 1).tolist(),
-        "accuracy": float(accuracy.mean()),
-        "accuracy_of_kept_as_sampled": float(accuracy[kept].mean()) if kept.any() else None,
-        "accuracy_of_kept_estimate": {
-            "value": float(hits.sum() / counts.sum()) if counts.sum() else None,
-            "ci_low": interval[0] if interval else None,
-            "ci_high": interval[1] if interval else None,
-            "note": NOTE,
-        },
-        "response_tokens": {
-            "mean": float(lengths.mean()),
-            "median": float(np.median(lengths)),
-            "p90": float(np.quantile(lengths, 0.9)),
-            "max": int(lengths.max()),
-        },
-        "truncated_share": float(truncated.mean()),
+    limits = (share_interval(hits, counts) if counts.sum() else None) or (None, None)
+    estimate = MetricValue(None, why="no problem is chosen when one of its samples is set aside")
+    return SanityOutcome(
+        n_problems=len(right),
+        n_kept=int(kept.sum()),
+        n_below=int((accuracy < keep[0]).sum()),
+        n_above=int((accuracy > keep[1]).sum()),
+        n_samples=n_samples,
+        keep=keep,
+        problems_by_right=tuple(np.bincount(right, minlength=n_samples + 1).tolist()),
+        accuracy=float(accuracy.mean()),
+        accuracy_of_kept_as_sampled=float(accuracy[kept].mean()) if kept.any() else None,
+        accuracy_of_kept_estimate=(
+            MetricValue(float(hits.sum() / counts.sum()), *limits) if counts.sum() else estimate
+        ),
+        response_tokens=ResponseLengths(
+            mean=float(lengths.mean()),
+            median=float(np.median(lengths)),
+            p90=float(np.quantile(lengths, 0.9)),
+            max=int(lengths.max()),
+        ),
+        truncated_fraction=float(truncated.mean()),
+        n_grader_killed=n_grader_killed,
+    )
+
+
+def findings_of(outcome: SanityOutcome) -> Iterator[Finding]:
+    """What was kept first, then what limits it."""
+    low, high = outcome.keep
+    values: dict[str, Value] = {
+        "kept": outcome.n_kept,
+        "tried": outcome.n_problems,
+        "low": low,
+        "high": high,
+        "n_samples": outcome.n_samples,
     }
+    if not outcome.n_kept:
+        yield Finding(code="sanity-nothing-kept", severity="warn", values=values)
+    else:
+        yield Finding(code="sanity-kept", severity="info", values=values)
+    estimate = outcome.accuracy_of_kept_estimate
+    if outcome.accuracy_of_kept_as_sampled is not None and estimate.value is not None:
+        accuracies: dict[str, Value] = {"as_sampled": outcome.accuracy_of_kept_as_sampled, "estimate": estimate}
+        yield Finding(code="sanity-accuracy", severity="info", values=accuracies)
+    if outcome.truncated_fraction >= _TRUNCATED:
+        yield Finding(code="sanity-truncated", severity="note", values={"fraction": outcome.truncated_fraction})
+    if outcome.n_grader_killed:
+        yield Finding(code="sanity-grader-stopped", severity="note", values={"responses": outcome.n_grader_killed})
