@@ -18,6 +18,9 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 _COMMAND = re.compile(r"(?:^\s*(?:\$ |- run: )?|`)mismatch-probe (?=\S)(?P<arguments>[^`\n]*)", re.MULTILINE)
 _LINK = re.compile(r"\[[^\]]*\]\((?P<target>[^)\s]+)\)")
 _NAMED = re.compile(r"(?<![\w/.-])(?:benchmarks|tests|data|notebooks|validation|mismatch_probe)/[\w./-]*[\w/]")
+_RETIRED = re.compile(
+    r"\b(?:knobs?|not judged|mend(?:s|ed|ing)?|(?:sampling )?laws?|nulls?|refus(?:es?|ed|als?)|anchors?)\b", re.I
+)
 _AWAITED = ("metrics.md", "findings.md", "docs/metrics.md", "docs/findings.md")
 _OPERATORS = (">", "|", "&&", ";")
 
@@ -94,6 +97,11 @@ def test_links_and_images_of_a_page_exist(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_that_a_page_names_exist(page: Path) -> None:
     assert [name for name in _NAMED.findall(page.read_text(encoding="utf-8")) if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_uses_no_retired_word(page: Path) -> None:
+    assert _RETIRED.findall(page.read_text(encoding="utf-8")) == []
 
 
 def test_every_image_is_shown() -> None:
