@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from mismatch_probe.probes.session import RunResult
     from mismatch_probe.rl.config import RlConfig
     from mismatch_probe.rl.gradient import GradientResult
-    from mismatch_probe.rl.plan import Cell
+    from mismatch_probe.rl.plan import PlannedRun
     from mismatch_probe.rl.run import RlResult
     from mismatch_probe.rl.sanity.run import SanityResult
-    from mismatch_probe.rl.sweep_run import SweepResult
+    from mismatch_probe.rl.sweep_session import SweepResult
 
 __all__ = [
     "CompareConfig",
@@ -330,47 +330,52 @@ def rl_resume(path: str | Path, *, progress: Progress | None = None) -> RlResult
     return resume_rl_run(Path(path), progress)
 
 
-def read_rl_plan(path: str | Path) -> list[Cell]:
-    """The cells of a sweep from a TOML file; see `rl sweep -h`.
+def read_rl_plan(path: str | Path, *, seeds: int | None = None) -> list[PlannedRun]:
+    """The runs of a sweep from a TOML file, or from the folder of an earlier sweep; see `rl sweep -h`.
+
+    Args:
+        path: The file or folder.
+        seeds: Seeds 0 to `seeds` − 1 for every arm, in place of the plan's.
 
     Raises:
-        UsageError: The file is missing or no TOML, a key is unknown, or a value cannot be.
+        UsageError: The file is no TOML, a key is unknown, or a value is invalid.
+        TableError: The folder holds no sweep.
     """
     from mismatch_probe.rl.plan import read_plan
 
-    return read_plan(path)
+    return read_plan(path, seeds)
 
 
 def rl_sweep(
-    cells: Sequence[Cell],
+    runs: Sequence[PlannedRun],
     *,
     out: str | Path | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> SweepResult:
-    """Runs every cell, and compares the arms: the command `rl sweep`.
+    """Runs a plan, and compares its arms: the command `rl sweep`.
 
     Args:
-        cells: From `read_rl_plan`.
+        runs: From `read_rl_plan`.
         out: A new folder; by default one under `runs/`.
         workers: Runs at once; one per core or GPU for None.
-        progress: Told about every cell.
+        progress: Told about every run.
 
     Raises:
         ProbeError: See `mismatch_probe.errors`; what has ended stays in the folder.
     """
-    from mismatch_probe.rl.sweep_run import new_sweep
+    from mismatch_probe.rl.sweep_session import new_sweep
 
-    return new_sweep(cells, out, workers, progress)
+    return new_sweep(runs, out, workers, progress)
 
 
 def rl_sweep_resume(path: str | Path, *, workers: int | None = None, progress: Progress | None = None) -> SweepResult:
-    """Goes on with the cells of a sweep that have not ended.
+    """Continues a sweep: the runs that have not ended.
 
     Raises:
         ProbeError: The folder holds no sweep, or its model has changed.
     """
-    from mismatch_probe.rl.sweep_run import resume_sweep
+    from mismatch_probe.rl.sweep_session import resume_sweep
 
     return resume_sweep(Path(path), workers, progress)
 
@@ -383,10 +388,10 @@ def rl_demo(
     Raises:
         ProbeError: See `mismatch_probe.errors`; what has ended stays in the folder.
     """
-    from mismatch_probe.rl.demo import demo_cells
-    from mismatch_probe.rl.sweep_run import new_sweep
+    from mismatch_probe.rl.plan import demo_runs
+    from mismatch_probe.rl.sweep_session import new_sweep
 
-    return new_sweep(demo_cells(seeds), out, workers, progress, kind="demo")
+    return new_sweep(demo_runs(seeds), out, workers, progress, kind="demo")
 
 
 def rl_report(
@@ -403,16 +408,17 @@ def rl_report(
         ProbeError: A folder holds neither sweep nor run.
     """
     from mismatch_probe.rl.place import places_of
+    from mismatch_probe.rl.plan import is_sweep
     from mismatch_probe.rl.records import RlDirectory, is_run
     from mismatch_probe.rl.run import write_rl_run
-    from mismatch_probe.rl.sweep import SweepDirectory, is_sweep
-    from mismatch_probe.rl.sweep_run import write_sweep
+    from mismatch_probe.rl.sweep import SweepDirectory
+    from mismatch_probe.rl.sweep_session import write_sweep
 
     folder = Path(path)
     if not place and not is_sweep(folder) and is_run(folder):
         return write_rl_run(RlDirectory.open(folder))
     directory = SweepDirectory.open(folder)
-    config = directory.cells[0].config
+    config = directory.runs[0].config
     n = config.prompts_per_step * config.samples_per_prompt
     return write_sweep(directory, [found for run in place for found in places_of(Path(run), planned_tokens, n)])
 

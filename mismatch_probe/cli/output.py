@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
@@ -11,6 +11,19 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from mismatch_probe.report.model import Report
+    from mismatch_probe.results.base import Document
+
+
+class Finished(Protocol):
+    """What a command has to show."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def document(self) -> Document: ...
+    @property
+    def exit_code(self) -> int: ...
+    def report(self) -> Report: ...
 
 
 def printable(text: str) -> str:
@@ -31,3 +44,12 @@ def show_report(report: Report, folder: Path) -> None:
 
     print_report(report, Console())
     click.echo(f"Report: {folder / 'report.html'}")
+
+
+def show_result(result: Finished, as_json: bool) -> int:
+    """Prints a report, or with `--json` the document and its folder; returns the exit code."""
+    if as_json:
+        print_json({"path": str(result.path), **result.document.content()})
+    else:
+        show_report(result.report(), result.path)
+    return result.exit_code

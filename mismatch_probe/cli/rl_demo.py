@@ -6,8 +6,8 @@ import click
 
 import mismatch_probe
 from mismatch_probe.cli.compare import json_option
+from mismatch_probe.cli.output import show_result
 from mismatch_probe.cli.progress import shown_progress
-from mismatch_probe.cli.rl_sweep import show_sweep
 
 
 @click.command(
@@ -21,7 +21,7 @@ from mismatch_probe.cli.rl_sweep import show_sweep
 def command(out: str | None, seeds: int, workers: int | None, as_json: bool) -> int:
     """Three precisions and four doses of injected stress, each a short RL fine-tune: what does a mismatch do?
 
-    Trains the small model that comes with the tool, within 10 minutes on 2 cores, and writes one page.
+    Trains the small model that comes with the tool, within 10 minutes on 2 cores, and writes one report.
 
     \b
     Example:
@@ -29,4 +29,4 @@ def command(out: str | None, seeds: int, workers: int | None, as_json: bool) -> 
     """
     with shown_progress("steps") as progress:
         result = mismatch_probe.rl_demo(out=out, seeds=seeds, workers=workers, progress=progress)
-    return show_sweep(result, as_json)
+    return show_result(result, as_json)

@@ -6,8 +6,7 @@ import click
 
 import mismatch_probe
 from mismatch_probe.cli.compare import json_option
-from mismatch_probe.cli.rl_run import show_run
-from mismatch_probe.cli.rl_sweep import show_sweep
+from mismatch_probe.cli.output import show_result
 
 
 @click.command(epilog="Needs no engine. Exit codes: as those of the sweep or run.")
@@ -27,7 +26,5 @@ def command(folder: str, runs: tuple[str, ...], planned_tokens: int, as_json: bo
     Example:
       mismatch-probe rl report runs/rl-demo --place runs/my-model --planned-tokens 2048
     """
-    from mismatch_probe.rl.run import RlResult
-
     result = mismatch_probe.rl_report(folder, place=runs, planned_tokens=planned_tokens)
-    return show_run(result, as_json) if isinstance(result, RlResult) else show_sweep(result, as_json)
+    return show_result(result, as_json)

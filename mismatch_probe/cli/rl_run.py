@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 import mismatch_probe
 from mismatch_probe.cli.compare import json_option
-from mismatch_probe.cli.output import print_json, show_report
+from mismatch_probe.cli.output import print_json, show_result
 from mismatch_probe.cli.progress import shown_progress
 from mismatch_probe.errors import UsageError
-
-if TYPE_CHECKING:
-    from mismatch_probe.rl.run import RlResult
 
 
 @click.command(
@@ -79,16 +76,7 @@ def command(
         else:
             config = mismatch_probe.read_rl_config(config_path, given)
             result = mismatch_probe.rl_run(config, out=out, progress=progress)
-    return show_run(result, as_json)
-
-
-def show_run(result: RlResult, as_json: bool) -> int:
-    """Prints a run's report, or its document as JSON."""
-    if as_json:
-        print_json({"path": str(result.path), **result.document.content()})
-    else:
-        show_report(result.report(), result.path)
-    return result.exit_code
+    return show_result(result, as_json)
 
 
 def _setting(text: str) -> tuple[str, Any]:

@@ -8,31 +8,38 @@ import click
 
 import mismatch_probe
 from mismatch_probe.cli.compare import json_option
-from mismatch_probe.cli.output import print_json, printable
+from mismatch_probe.cli.output import print_json, show_result
 from mismatch_probe.cli.progress import shown_progress
 from mismatch_probe.errors import UsageError
 
 if TYPE_CHECKING:
-    from mismatch_probe.rl.sweep_run import SweepResult
+    from mismatch_probe.rl.plan import PlannedRun
 
 
 @click.command(
-    epilog="Exit codes: 0 done, 1 error or a cell failed, 2 usage, 3 a run without injected stress collapsed or "
+    epilog="Exit codes: 0 done, 1 error or a run failed, 2 usage, 3 a run without injected stress collapsed or "
     "diverged, 130 interrupted (--resume goes on)."
 )
 @click.argument("plan", type=click.Path(), required=False)
-@click.option("--resume", type=click.Path(), metavar="SWEEP", help="Go on with this sweep's cells that have not ended.")
+@click.option("--resume", type=click.Path(), metavar="SWEEP", help="Continue this sweep: the runs that have not ended.")
 @click.option("--out", type=click.Path(), help="New folder for the sweep.  [default: runs/rl-sweep-MODEL-TIME]")
 @click.option("--workers", type=int, help="Runs at once.  [default: one per core or GPU]")
-@click.option("--check", is_flag=True, help="Validate the plan, print its cells, and run nothing.")
+@click.option("--seeds", type=click.IntRange(min=1), help="Seeds of every arm, from 0.  [default: the plan's]")
+@click.option("--check", is_flag=True, help="Validate the plan, print its runs, and start nothing.")
 @json_option
 def command(
-    plan: str | None, resume: str | None, out: str | None, workers: int | None, check: bool, as_json: bool
+    plan: str | None,
+    resume: str | None,
+    out: str | None,
+    workers: int | None,
+    seeds: int | None,
+    check: bool,
+    as_json: bool,
 ) -> int:
     """Run the grid of a PLAN: precision × algorithm × learning rate × injected stress × seed.
 
     \b
-    A plan is a TOML file:
+    A PLAN is the folder of an earlier sweep, whose arms it takes, or a TOML file:
       [base]                      # keys of `rl run`'s configuration
       steps = 60
       [[grid]]                    # every combination; several grids add up
@@ -45,43 +52,27 @@ def command(
       mismatch-probe rl sweep plan.toml --check
       mismatch-probe rl sweep plan.toml --out runs/precision
       mismatch-probe rl sweep --resume runs/precision
+      mismatch-probe rl sweep runs/precision --seeds 8
     """
     if (plan is None) == (resume is None):
         raise UsageError("A sweep needs a PLAN or --resume.", "Give one of them.")
-    if resume is not None and out is not None:
-        raise UsageError("--out cannot be combined with --resume.", "Leave --out out.")
+    for name, value in (("--out", out), ("--seeds", seeds)):
+        if resume is not None and value is not None:
+            raise UsageError(f"{name} cannot be combined with --resume.", f"Remove {name}.")
     if check:
         if plan is None:
             raise UsageError("--check cannot be combined with --resume.", "Give a PLAN.")
-        print_json([cell_row(cell) for cell in mismatch_probe.read_rl_plan(plan)])
+        print_json([run_row(run) for run in mismatch_probe.read_rl_plan(plan, seeds=seeds)])
         return 0
     with shown_progress("steps") as progress:
         if resume is not None:
             result = mismatch_probe.rl_sweep_resume(resume, workers=workers, progress=progress)
         else:
             assert plan is not None
-            cells = mismatch_probe.read_rl_plan(plan)
-            result = mismatch_probe.rl_sweep(cells, out=out, workers=workers, progress=progress)
-    return show_sweep(result, as_json)
+            runs = mismatch_probe.read_rl_plan(plan, seeds=seeds)
+            result = mismatch_probe.rl_sweep(runs, out=out, workers=workers, progress=progress)
+    return show_result(result, as_json)
 
 
-def cell_row(cell: Any) -> dict[str, Any]:
-    return {"name": cell.name, "arm": cell.arm, "config": cell.config.as_dict()}
-
-
-def show_sweep(result: SweepResult, as_json: bool) -> int:
-    """Prints a sweep's arms and its reading, or everything as JSON."""
-    if as_json:
-        print_json({"path": str(result.path), **result.summary})
-        return result.exit_code
-    from rich.console import Console
-    from rich.text import Text
-
-    from mismatch_probe.report.rl_page import print_arms
-
-    console = Console()
-    print_arms(result.arms, console)
-    for text in (*result.summary["reading"], *(f"Note: {note}" for note in result.summary["notes"])):
-        console.print(Text(printable(text)))
-    click.echo(f"Report: {result.path / 'report.html'}")
-    return result.exit_code
+def run_row(run: PlannedRun) -> dict[str, Any]:
+    return {"name": run.name, "arm": run.arm, "config": run.config.as_dict()}

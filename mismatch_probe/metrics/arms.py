@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
 from mismatch_probe.metrics.inference import Floats
 from mismatch_probe.metrics.intervals import join_why
-from mismatch_probe.metrics.multiplicity import POWER, SIGNIFICANCE, holm
+from mismatch_probe.metrics.multiplicity import SIGNIFICANCE, holm
 from mismatch_probe.metrics.runs import Arm as Arm
 from mismatch_probe.metrics.runs import Run as Run
 from mismatch_probe.metrics.runs import mean_over_runs, spread_of
@@ -28,8 +27,6 @@ from mismatch_probe.metrics.seed_tests import (
     sign_flip_p,
 )
 from mismatch_probe.types import MetricValue
-
-_SEEN = f"fewer than {10 * POWER:.0f} of 10 such sweeps"
 
 
 @dataclass(frozen=True)
@@ -55,9 +52,6 @@ class ArmTest:
     def differs(self) -> bool | None:
         """Whether the arms differ after the adjustment; None where that was not tested."""
         return None if self.p_holm is None else self.p_holm < SIGNIFICANCE
-
-    def as_dict(self) -> dict[str, Any]:
-        return {**vars(self), "differs": self.differs}
 
 
 @dataclass(frozen=True)
@@ -90,56 +84,6 @@ class ArmComparison:
     n_runs: tuple[int, int]
     n_collapsed: tuple[int, int]
     collapse: ArmTest
-
-    @property
-    def verdict(self) -> str:
-        """For people, on final reward and on collapse."""
-        return f"{self._reward_sentence()} {self._collapse_sentence()}"
-
-    def as_dict(self) -> dict[str, Any]:
-        """As a row of `summary.json`."""
-        parts = {name: getattr(self, name).as_dict() for name in ("difference", "reward", "collapse")}
-        return {**vars(self), **parts, "verdict": self.verdict}
-
-    def _reward_sentence(self) -> str:
-        names, test, value = f"{self.first} and {self.second}", self.reward, self.difference
-        if value.value is None:
-            return f"Final reward of {names} was not compared: {value.why}."
-        found = f"{value.value:+.3g}"
-        if value.ci_low is not None:
-            found += f" [{value.ci_low:.3g}, {value.ci_high:.3g}]"
-        found += f" over {self.n_pairs} pairs{_p_values(test)}"
-        if self.n_diverged:
-            found += f"; diverged runs that count as the worst: {self.n_diverged}"
-        if test.differs:
-            above, below = (self.first, self.second) if value.value > 0 else (self.second, self.first)
-            return f"Final reward of {above} is above that of {below}: {found}."
-        missed = _missed(test, "a true difference")
-        if test.differs is None:
-            return f"Final reward of {names} was not tested ({found}): {missed}."
-        return f"No difference in final reward of {names} was shown ({found}): {missed}."
-
-    def _collapse_sentence(self) -> str:
-        (k, other_k), (n, other_n), test = self.n_collapsed, self.n_runs, self.collapse
-        found = f"{k} of {n} against {other_k} of {other_n} runs{_p_values(test)}"
-        if test.differs:
-            more, less = (self.first, self.second) if k / n > other_k / other_n else (self.second, self.first)
-            return f"{more} collapses more often than {less}: {found}."
-        missed = _missed(test, "a share of collapses in the worse arm")
-        said = "Collapse was not tested" if test.differs is None else "No difference in collapse was shown"
-        return f"{said} ({found}): {missed}."
-
-
-def _p_values(test: ArmTest) -> str:
-    if test.p_value is None:
-        return ""
-    adjusted = f", {test.p_holm:.2g} adjusted for {test.n_tests} comparisons" if test.n_tests > 1 else ""
-    return f", p = {test.p_value:.2g}{adjusted}"
-
-
-def _missed(test: ArmTest, effect: str) -> str:
-    would = "" if test.detectable is None else f"{effect} below {test.detectable:.2g} would be shown in {_SEEN}"
-    return join_why(test.why, would)
 
 
 def compare_arms(first: Arm, second: Arm, *, worst: float = 0.0) -> ArmComparison:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -30,11 +30,11 @@ from mismatch_probe.metrics.dose_statistics import (
 )
 from mismatch_probe.metrics.inference import Floats
 from mismatch_probe.metrics.intervals import BOOTSTRAP_PROMPTS
-from mismatch_probe.metrics.multiplicity import POWER
 from mismatch_probe.metrics.runs import Arm
 from mismatch_probe.types import MetricValue
 
 Dose = Literal["ess_seq", "mean_abs_logprob_diff"]
+EssAlone = Literal["no-pairs", "untested", "refuted", "ordered", "no-difference"]
 MIN_ARMS = 5
 # Fewer seeds give too few distinct replicates, as fewer prompts do.
 MIN_SEEDS = BOOTSTRAP_PROMPTS
@@ -90,10 +90,6 @@ class DoseLink:
     collapse: MetricValue
     left_over: MetricValue
 
-    def as_dict(self) -> dict[str, Any]:
-        values = {name: getattr(self, name).as_dict() for name in ("reward", "collapse", "left_over")}
-        return {"dose": self.dose, **values}
-
 
 @dataclass(frozen=True)
 class MatchedArms:
@@ -122,9 +118,6 @@ class MatchedArms:
         if difference is None or not self.comparison.reward.differs:
             return False
         return difference * (self.ess_seq[0] - self.ess_seq[1]) <= 0
-
-    def as_dict(self) -> dict[str, Any]:
-        return {**vars(self), "comparison": self.comparison.as_dict()}
 
 
 @dataclass(frozen=True)
@@ -160,53 +153,31 @@ class DoseResponse:
         return "ess_seq" if high < 0 else "mean_abs_logprob_diff"
 
     @property
-    def verdict(self) -> str:
-        """For people."""
-        return f"{self._doses()} {self._pairs()}"
+    def tested(self) -> tuple[MatchedArms, ...]:
+        """Matched arms with enough seeds for a test of reward."""
+        return tuple(pair for pair in self.matched if pair.comparison.reward.differs is not None)
 
-    def as_dict(self) -> dict[str, Any]:
-        """As a part of `summary.json`."""
-        return {
-            "n_arms": self.n_arms,
-            "n_seeds": self.n_seeds,
-            "links": [link.as_dict() for link in self.links],
-            "seed_share": self.seed_share.as_dict(),
-            "difference": self.difference.as_dict(),
-            "matched": [pair.as_dict() for pair in self.matched],
-            "better": self.better,
-            "verdict": self.verdict,
-        }
+    @property
+    def ess_alone(self) -> EssAlone:
+        """Whether ESS alone decides the reward, asked of matched arms.
 
-    def _doses(self) -> str:
-        ess, mean_abs = (link.left_over.value for link in self.links)
-        if ess is None or mean_abs is None or self.difference.ci_low is None:
-            return f"Not judged which dose decides: {self.difference.why}."
-        left = (
-            f"{ess:.0%} of the variance of reward between {self.n_arms} arms is left after ESS, {mean_abs:.0%} after "
-            f"mean |d| (difference {self.difference.value:+.2f} [{self.difference.ci_low:.2f}, "
-            f"{self.difference.ci_high:.2f}], {self.n_seeds} seeds)"
-        )
-        said = {"ess_seq": "ESS is the better dose", "mean_abs_logprob_diff": "mean |d| is the better dose"}
-        return f"{left}: {said[self.better] if self.better else 'the two are not told apart'}."
-
-    def _pairs(self) -> str:
+        `refuted`: an arm of higher ESS ends lower. `ordered`: matched arms differ in the order of their ESS, which may
+        be why. `no-difference`: no test shows one.
+        """
         if not self.matched:
-            return "No two arms of unlike structure agree in ESS: not judged whether ESS alone decides."
-        found = f"{len(self.matched)} pairs of arms of unlike structure agree in ESS"
-        tests = [pair.comparison.reward for pair in self.matched if pair.comparison.reward.differs is not None]
-        if not tests:
-            return f"{found}, none with enough seeds to be tested: not judged whether ESS alone decides."
-        differ = sum(bool(test.differs) for test in tests)
-        found += f", {len(tests)} were tested and {differ} differ in reward"
-        if against := sum(pair.against_the_dose for pair in self.matched):
-            return f"{found}, {against} against the order of their ESS: ESS alone does not decide."
-        if differ:
-            return f"{found}, in the order of their ESS, which may be why: not judged whether ESS alone decides."
-        detectable = [test.detectable for test in tests if test.detectable is not None]
-        limit = "how large one would have to be cannot be told"
-        if len(detectable) == len(tests):
-            limit = f"none below {max(detectable):.2g} would be in {10 * POWER:.0f} of 10 such sweeps"
-        return f"{found}: no difference was shown, and {limit}."
+            return "no-pairs"
+        if not self.tested:
+            return "untested"
+        if any(pair.against_the_dose for pair in self.matched):
+            return "refuted"
+        return "ordered" if any(pair.comparison.reward.differs for pair in self.tested) else "no-difference"
+
+    @property
+    def detectable(self) -> float | None:
+        """The largest of the detectable differences of the tested pairs; None where one of them has none."""
+        found = [pair.comparison.reward.detectable for pair in self.tested]
+        known = [value for value in found if value is not None]
+        return max(known) if known and len(known) == len(found) else None
 
 
 def dose_response(
@@ -220,7 +191,7 @@ def dose_response(
     """Relates the mean reward of arms, and their collapses, to either dose.
 
     Args:
-        arms: All arms, the clean one included. Below `MIN_ARMS` nothing but matched arms is judged.
+        arms: All arms, the clean one included. Below `MIN_ARMS` only matched arms are compared.
         worst: What a run that diverged counts as, see `arms.compare_sweep`.
         tolerance: By which share of the smaller one the ESS of matched arms may differ. Within it the dose itself can
             still differ: `matched` has the values.
@@ -236,7 +207,7 @@ def dose_response(
     if len(arms) < MIN_ARMS:
         why = f"{len(arms)} arms are too few: {MIN_ARMS} are needed"
     if why:
-        links, share, difference = _not_judged(why)
+        links, share, difference = _inconclusive(why)
     else:
         tables = np.stack([_table(dosed, shared, worst) for dosed in arms], axis=1)
         links, share, difference = _judged(tables, seed, replicates)
@@ -287,7 +258,7 @@ def _seed_share(rewards: Floats) -> MetricValue:
     return MetricValue(seed_share(rewards), why="no interval: an estimate of noise")
 
 
-def _not_judged(why: str) -> tuple[tuple[DoseLink, DoseLink], MetricValue, MetricValue]:
+def _inconclusive(why: str) -> tuple[tuple[DoseLink, DoseLink], MetricValue, MetricValue]:
     none = MetricValue(None, why=why)
     links = DoseLink("ess_seq", none, none, none), DoseLink("mean_abs_logprob_diff", none, none, none)
     return links, none, none

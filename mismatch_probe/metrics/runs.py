@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -102,10 +101,6 @@ class ArmSummary:
     n_diverged: int
     reward: MetricValue
     collapse_share: MetricValue
-
-    def as_dict(self) -> dict[str, Any]:
-        values = {"reward": self.reward.as_dict(), "collapse_share": self.collapse_share.as_dict()}
-        return {**vars(self), **values}
 
 
 def mean_over_runs(values: ArrayLike) -> MetricValue:

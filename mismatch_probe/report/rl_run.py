@@ -46,7 +46,7 @@ def rl_run_report(data: RlRunData) -> Report:
     summary = data.run.summary
     assert summary is not None
     return Report(
-        title=f"RL run of {data.run.provenance.model.name}: {data.task}, {data.precision}, {data.algorithm}",
+        title=f"RL run of {data.model}: task {data.task}, {data.precision}, {data.algorithm}",
         state=_STATES[outcome.severity],
         answer=(say(outcome), say(gap)),
         steps=_next(data),

@@ -88,6 +88,18 @@ class Ending(Result):
     """Mean reward of the final weights in FP32 without stress, between 0 and 1; None where it was not evaluated."""
 
 
+class FailedRun(Document):
+    """Why a run of a sweep could not be trained; `failed.json`, gone once another attempt starts."""
+
+    KIND: ClassVar[str] = "failure of a run"
+    VERSION: ClassVar[int] = 2
+    OLDEST: ClassVar[int] = 2
+    AGAIN: ClassVar[str] = "mismatch-probe rl sweep --resume"
+
+    why: str
+    """The error, with what to do about it."""
+
+
 class Window(Result):
     """Means over consecutive steps, each step counting once; None where no step has a value."""
 

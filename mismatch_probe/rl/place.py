@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from mismatch_probe.config import check_lengths
+from mismatch_probe.dtypes import dtype_label
 from mismatch_probe.probes.analysis import analyse
-from mismatch_probe.report.rl_data import Place
-from mismatch_probe.rl.plan import SHORT
+from mismatch_probe.results.sweep import Place
 from mismatch_probe.tables import RunDirectory
 from mismatch_probe.types import MetricValue
 
@@ -39,12 +39,20 @@ def places_of(path: Path, tokens: int, sequences: int) -> list[Place]:
         if not pairs or not length["predictions"]:
             continue
         prediction = length["predictions"][0]
-        label = f"{model}, {SHORT[dtype].upper() if dtype in SHORT else dtype}, {tokens:,} tokens"
+        label = f"{model}, {dtype_label(dtype)}, {tokens:,} tokens"
         ess, gap = (
             MetricValue.of_dict(prediction["ess_seq"]),
             MetricValue.of_dict(pairs[0]["metrics"]["mean_abs_logprob_diff"]),
         )
-        found.append(Place(label, pairs[0]["rollout_dtype"], ess, _as_seen(ess, sequences), gap))
+        found.append(
+            Place(
+                label=label,
+                dtype=pairs[0]["rollout_dtype"],
+                predicted_ess=ess,
+                ess_seq=_as_seen(ess, sequences),
+                mean_abs_logprob_diff=gap,
+            )
+        )
     return found
 
 

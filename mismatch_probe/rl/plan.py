@@ -1,4 +1,4 @@
-"""What a sweep is asked to do: a TOML file of a base and of grids over it, unfolded into cells. Imports no engine.
+"""What a sweep is asked to do: a TOML file of a base and of grids over it, unfolded into runs. Imports no engine.
 
 [base]                      # keys of `rl run`'s configuration
 steps = 60
@@ -22,16 +22,20 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from mismatch_probe.errors import UsageError
-from mismatch_probe.rl.config import RlConfig, checked, make_config, read_toml
+from mismatch_probe.dtypes import DTYPE_INFOS
+from mismatch_probe.errors import TableError, UsageError
+from mismatch_probe.results.sweep import RlSweep
+from mismatch_probe.rl.config import RlConfig, checked, make_config, precision_label, read_toml
 
-SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-# What grids decide, and `base` must not.
+FILE = "sweep.json"
+# Keys that grids set, and `base` must not.
 _DECIDED = {"seed": "seeds", "dose": "stress", "stress": "stress"}
+# Doses of the demo: from one that training hardly feels to one under which the sampled policy is another one.
+DEMO_DOSES = (0.11, 0.13, 0.15, 0.2)
 
 
 class Grid(BaseModel):
-    """Lists whose every combination is a cell.
+    """Lists whose every combination is a run.
 
     Attributes:
         precision: `rollout/trainer`, e.g. `bf16/fp32`; one dtype means both. By default that of the base.
@@ -50,12 +54,12 @@ class Grid(BaseModel):
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One run of a sweep.
+class PlannedRun:
+    """One run of a sweep: an arm with a seed.
 
     Attributes:
-        name: Of its folder; unique, and made of what a cell is made of.
-        arm: The same without the seed: cells of an arm differ in nothing else.
+        name: Of its folder; unique, made of the settings in which runs can differ.
+        arm: The same without the seed: runs of an arm differ in nothing else.
         config: Of the run.
     """
 
@@ -64,12 +68,54 @@ class Cell:
     config: RlConfig
 
 
-def read_plan(path: str | Path) -> list[Cell]:
-    """Reads a TOML file of a sweep.
+def read_plan(path: str | Path, seeds: int | None = None) -> list[PlannedRun]:
+    """Reads the plan of a sweep.
+
+    Args:
+        path: A TOML file, or the folder of an earlier sweep, whose arms it takes.
+        seeds: Seeds 0 to `seeds` − 1 for every arm, in place of the plan's.
 
     Raises:
-        UsageError: The file is missing or no TOML, a key is unknown, a value cannot be, or two cells are the same.
+        UsageError: The file is missing or no TOML, a key is unknown, a value is invalid, or two runs are the same.
+        TableError: The folder holds no sweep.
     """
+    folder = Path(path)
+    runs = checked_runs(read_sweep(folder), folder) if folder.is_dir() else _read_toml_plan(path)
+    if seeds is None:
+        return runs
+    arms = {run.arm: run.config for run in runs}.values()
+    return [planned_run(config.model_copy(update={"seed": seed})) for seed in range(seeds) for config in arms]
+
+
+def is_sweep(folder: Path) -> bool:
+    """Whether the folder looks like a sweep's."""
+    return (folder / FILE).exists()
+
+
+def read_sweep(folder: Path) -> RlSweep:
+    """The document of a sweep.
+
+    Raises:
+        TableError: The folder holds no sweep, or its document is damaged.
+    """
+    if not is_sweep(folder):
+        raise TableError(f"{folder} is no folder of a sweep.", "Give the folder that `mismatch-probe rl sweep` wrote.")
+    return RlSweep.read(folder / FILE)
+
+
+def checked_runs(document: RlSweep, folder: Path) -> list[PlannedRun]:
+    """The planned runs of a sweep's document.
+
+    Raises:
+        TableError: Their names, which become paths, do not follow from their settings.
+    """
+    runs = [planned_run(make_config(run.config)) for run in document.runs]
+    if not runs or [run.name for run in runs] != [run.name for run in document.runs]:
+        raise TableError(f"{folder / FILE} is damaged: names of runs do not match their settings.", "Restore the file.")
+    return runs
+
+
+def _read_toml_plan(path: str | Path) -> list[PlannedRun]:
     document = read_toml(path, "plan")
     unknown = sorted(set(document) - {"base", "grid"})
     if unknown:
@@ -77,10 +123,10 @@ def read_plan(path: str | Path) -> list[Cell]:
     grids = document.get("grid", [{}])
     if not isinstance(grids, list):
         raise UsageError("The plan's grid is no list of tables.", "Write [[grid]], in two pairs of brackets.")
-    return make_cells(document.get("base", {}), grids)
+    return make_runs(document.get("base", {}), grids)
 
 
-def make_cells(base: Mapping[str, Any], grids: Sequence[Mapping[str, Any]]) -> list[Cell]:
+def make_runs(base: Mapping[str, Any], grids: Sequence[Mapping[str, Any]]) -> list[PlannedRun]:
     """Unfolds grids over a base; by seed first, so that a sweep that is cut short has whole sets of arms.
 
     Raises:
@@ -89,14 +135,14 @@ def make_cells(base: Mapping[str, Any], grids: Sequence[Mapping[str, Any]]) -> l
     for name, axis in _DECIDED.items():
         if name in base:
             raise UsageError(f"The key {name!r} of a sweep's base is decided by its grids.", f"Use {axis} in [[grid]].")
-    cells = [cell for grid in grids for cell in _unfold(base, checked(Grid, grid))]
-    twice = [name for name, n in Counter(cell.name for cell in cells).items() if n > 1]
+    runs = [run for grid in grids for run in _unfold(base, checked(Grid, grid))]
+    twice = [name for name, n in Counter(run.name for run in runs).items() if n > 1]
     if twice:
-        raise UsageError(f"The sweep has the cell {twice[0]} more than once.", "Take it out of one of the grids.")
-    return sorted(cells, key=lambda cell: cell.config.seed)
+        raise UsageError(f"The sweep has the run {twice[0]} more than once.", "Remove it from one of the grids.")
+    return sorted(runs, key=lambda run: run.config.seed)
 
 
-def _unfold(base: Mapping[str, Any], grid: Grid) -> list[Cell]:
+def _unfold(base: Mapping[str, Any], grid: Grid) -> list[PlannedRun]:
     precisions = [{}] if grid.precision is None else [_precision(text) for text in grid.precision]
     algorithms = [{}] if grid.algorithm is None else [{"algorithm": name} for name in grid.algorithm]
     rates = [{}] if grid.learning_rate is None else [{"learning_rate": rate} for rate in grid.learning_rate]
@@ -105,14 +151,14 @@ def _unfold(base: Mapping[str, Any], grid: Grid) -> list[Cell]:
     found = []
     for parts in itertools.product(precisions, algorithms, rates, stresses):
         values = dict(base) | {key: value for part in parts for key, value in part.items()}
-        found += [named_cell(make_config(values | {"seed": seed})) for seed in seeds]
+        found += [planned_run(make_config(values | {"seed": seed})) for seed in seeds]
     return found
 
 
-def named_cell(config: RlConfig) -> Cell:
-    """The cell of a configuration."""
+def planned_run(config: RlConfig) -> PlannedRun:
+    """The run of a configuration."""
     arm = arm_name(config)
-    return Cell(f"{arm}_s{config.seed}", arm, config)
+    return PlannedRun(f"{arm}_s{config.seed}", arm, config)
 
 
 def _precision(text: str) -> dict[str, Any]:
@@ -137,11 +183,15 @@ def parse_stress(text: str) -> dict[str, Any]:
 
 
 def arm_name(config: RlConfig) -> str:
-    """What a cell is apart from its seed, fit for a folder's name."""
+    """What a run is apart from its seed, fit for the name of a folder."""
     mode = "" if config.trainer_dtype == "float32" else f"-{config.trainer_mode}"
-    precision = f"{SHORT[config.rollout_dtype]}-{SHORT[config.trainer_dtype]}{mode}"
+    precision = f"{_short(config.rollout_dtype)}-{_short(config.trainer_dtype)}{mode}"
     stress = "" if config.stress == "none" else f"_{config.stress}-{config.dose:g}"
     return f"{precision}_{config.algorithm}_lr{config.learning_rate:g}{stress}"
+
+
+def _short(dtype: str) -> str:
+    return DTYPE_INFOS[dtype].short
 
 
 def families(configs: Sequence[RlConfig]) -> list[str]:
@@ -159,8 +209,7 @@ def labels(configs: Sequence[RlConfig]) -> list[str]:
 
 
 def _label(config: RlConfig, several: Mapping[str, bool]) -> str:
-    rollout, trainer = SHORT[config.rollout_dtype].upper(), SHORT[config.trainer_dtype].upper()
-    parts = [rollout if rollout == trainer else f"{rollout}/{trainer}"]
+    parts = [precision_label(config)]
     if several["algorithm"]:
         parts.append(config.algorithm)
     if several["learning_rate"]:
@@ -168,3 +217,18 @@ def _label(config: RlConfig, several: Mapping[str, bool]) -> str:
     if config.stress != "none":
         parts.append(f"{config.stress} {config.dose:g}")
     return ", ".join(parts)
+
+
+def demo_runs(seeds: int = 1) -> list[PlannedRun]:
+    """The bundled demo of 7 arms: three precisions without stress, and four doses of weight noise in FP32.
+
+    Args:
+        seeds: Runs of each.
+    """
+    return make_runs(
+        {"steps": 60, "record_rollouts": False},
+        [
+            {"precision": ["bf16", "fp16", "fp32"], "seeds": seeds},
+            {"precision": ["fp32"], "stress": [f"weight-noise:{dose:g}" for dose in DEMO_DOSES], "seeds": seeds},
+        ],
+    )

@@ -177,6 +177,7 @@ def run_data(directory: RlDirectory, steps: pd.DataFrame) -> RlRunData:
     config = directory.config
     return RlRunData(
         folder=str(directory.path),
+        model=Path(config.model).name,
         run=directory.document,
         steps=steps,
         precision=precision_label(config),

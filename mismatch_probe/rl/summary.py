@@ -185,6 +185,9 @@ def _stress(config: RlConfig) -> list[Finding]:
 def _sanity(config: RlConfig, ending: Ending | None) -> list[Finding]:
     if ending is None or ending.status != "complete":
         return []
+    if ending.steps < config.pass_window:
+        short: Mapping[str, Value] = {"steps": ending.steps, "window": config.pass_window}
+        return [Finding(code="rl-sanity-short", severity="note", values=short)]
     values: Mapping[str, Value] = {
         "window": config.pass_window,
         "above": config.pass_above,

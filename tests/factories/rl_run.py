@@ -76,9 +76,9 @@ def steps(rewards: Any, **more: Any) -> pd.DataFrame:
     return pd.DataFrame([step(i, reward=float(reward), **more) for i, reward in enumerate(rewards)])
 
 
-def noisy(*levels: float, each: int = 10, spread: float = 0.03) -> list[float]:
+def noisy(*levels: float, each: int = 10, spread: float = 0.03, seed: int = 0) -> list[float]:
     """`each` rewards around every level."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     return [float(level + spread * rng.standard_normal()) for level in levels for _ in range(each)]
 
 
@@ -110,6 +110,7 @@ def run_data(rows: pd.DataFrame, ended: Ending | None, **settings: Any) -> RlRun
     )
     return RlRunData(
         folder="runs/rl-chain",
+        model="chain",
         run=run.model_copy(update={"tool_version": "1.0"}),
         steps=rows,
         precision=precision_label(config),

@@ -16,7 +16,7 @@ import mismatch_probe
 from mismatch_probe.errors import EngineError
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.rl.config import RlConfig
-from mismatch_probe.rl.plan import make_cells
+from mismatch_probe.rl.plan import make_runs
 from mismatch_probe.rl.records import RlDirectory
 from tests.conftest import children
 
@@ -77,12 +77,12 @@ def test_a_sweep_runs_two_precisions_beside_each_other(tmp_path: Path) -> None:
         "pass_window": 2,
         "collapse_window": 2,
     }
-    cells = make_cells(base, [{"precision": ["bf16", "fp32"]}, {"precision": ["fp32"], "stress": ["logit-noise:0.5"]}])
-    result = mismatch_probe.rl_sweep(cells, out=tmp_path / "sweep", workers=len(os.sched_getaffinity(0)))
+    runs = make_runs(base, [{"precision": ["bf16", "fp32"]}, {"precision": ["fp32"], "stress": ["logit-noise:0.5"]}])
+    result = mismatch_probe.rl_sweep(runs, out=tmp_path / "sweep", workers=len(os.sched_getaffinity(0)))
     assert result.exit_code == 0
-    runs = result.runs().set_index("arm")
+    table = result.runs().set_index("arm")
     exact, rounded, noisy = (
-        float(runs.filter(like=arm, axis=0)["mean_abs_logprob_diff"].iloc[0])
+        float(table.filter(like=arm, axis=0)["mean_abs_logprob_diff"].iloc[0])
         for arm in ("fp32-fp32_dr-grpo_lr0.0001", "bf16", "logit-noise")
     )
     assert exact < 1e-5 < rounded < 1e-2 < noisy

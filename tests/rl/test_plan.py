@@ -1,4 +1,4 @@
-"""Plans of sweeps: what unfolds into which cells, and what is refused."""
+"""Plans of sweeps: what unfolds into which runs, and what is refused."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from mismatch_probe.errors import UsageError
-from mismatch_probe.rl.demo import DOSES, demo_cells
-from mismatch_probe.rl.plan import labels, make_cells, read_plan
+from mismatch_probe.rl.plan import DEMO_DOSES, demo_runs, labels, make_runs, read_plan
 
 PLAN = """
 [base]
@@ -30,29 +29,29 @@ seeds = [5, 7]
 
 def test_a_plan_is_every_combination_of_each_grid(tmp_path: Path) -> None:
     (tmp_path / "plan.toml").write_text(PLAN)
-    cells = read_plan(tmp_path / "plan.toml")
-    assert len(cells) == 2 * 2 * 2 * 3 + 2 * 2
-    assert len({cell.name for cell in cells}) == len(cells)
-    assert len({cell.arm for cell in cells}) == 8 + 2
-    assert all(cell.config.steps == 60 for cell in cells)
+    runs = read_plan(tmp_path / "plan.toml")
+    assert len(runs) == 2 * 2 * 2 * 3 + 2 * 2
+    assert len({run.name for run in runs}) == len(runs)
+    assert len({run.arm for run in runs}) == 8 + 2
+    assert all(run.config.steps == 60 for run in runs)
     # Whole sets of arms come first.
-    assert [cell.config.seed for cell in cells] == sorted(cell.config.seed for cell in cells)
-    mixed = next(cell.config for cell in cells if cell.config.rollout_dtype == "bfloat16")
+    assert [run.config.seed for run in runs] == sorted(run.config.seed for run in runs)
+    mixed = next(run.config for run in runs if run.config.rollout_dtype == "bfloat16")
     assert mixed.trainer_dtype == "float32"
-    stale = [cell.config for cell in cells if cell.config.stress == "stale"]
+    stale = [run.config for run in runs if run.config.stress == "stale"]
     assert [(c.dose, c.seed) for c in stale] == [(4.0, 5), (4.0, 7)]
 
 
 def test_an_arm_is_a_cell_without_its_seed() -> None:
-    cells = make_cells({}, [{"precision": ["bf16", "fp32"], "seeds": 2}])
-    assert [cell.name for cell in cells] == [f"{cell.arm}_s{cell.config.seed}" for cell in cells]
-    assert {cell.arm for cell in cells} == {"bf16-bf16-autocast_dr-grpo_lr0.0001", "fp32-fp32_dr-grpo_lr0.0001"}
+    runs = make_runs({}, [{"precision": ["bf16", "fp32"], "seeds": 2}])
+    assert [run.name for run in runs] == [f"{run.arm}_s{run.config.seed}" for run in runs]
+    assert {run.arm for run in runs} == {"bf16-bf16-autocast_dr-grpo_lr0.0001", "fp32-fp32_dr-grpo_lr0.0001"}
 
 
 def test_labels_say_what_tells_arms_apart() -> None:
-    configs = [cell.config for cell in make_cells({}, [{"precision": ["bf16", "fp16/fp32"], "stress": ["none"]}])]
+    configs = [run.config for run in make_runs({}, [{"precision": ["bf16", "fp16/fp32"], "stress": ["none"]}])]
     assert labels(configs) == ["BF16", "FP16/FP32"]
-    configs = [c.config for c in make_cells({}, [{"algorithm": ["grpo", "gspo"], "stress": ["mantissa:3"]}])]
+    configs = [c.config for c in make_runs({}, [{"algorithm": ["grpo", "gspo"], "stress": ["mantissa:3"]}])]
     assert labels(configs) == ["BF16, grpo, mantissa 3", "BF16, gspo, mantissa 3"]
 
 
@@ -75,7 +74,7 @@ def test_labels_say_what_tells_arms_apart() -> None:
 )
 def test_what_cannot_be_is_refused(base: dict[str, Any], grids: list[dict[str, Any]], said: str) -> None:
     with pytest.raises(UsageError, match=said) as refused:
-        make_cells(base, grids)
+        make_runs(base, grids)
     assert refused.value.fix
 
 
@@ -92,13 +91,13 @@ def test_a_file_that_is_no_plan_is_refused(tmp_path: Path, text: str, said: str)
 
 
 def test_the_demo_is_three_precisions_and_four_doses() -> None:
-    configs = [cell.config for cell in demo_cells()]
+    configs = [run.config for run in demo_runs()]
     plain = [c for c in configs if c.stress == "none"]
     assert [(c.rollout_dtype, c.trainer_dtype) for c in plain] == [
         (dtype, dtype) for dtype in ("bfloat16", "float16", "float32")
     ]
     stressed = [c for c in configs if c.stress != "none"]
-    assert [c.dose for c in stressed] == list(DOSES)
-    assert len(DOSES) == 4
+    assert [c.dose for c in stressed] == list(DEMO_DOSES)
+    assert len(DEMO_DOSES) == 4
     assert all(c.rollout_dtype == c.trainer_dtype == "float32" for c in stressed)
-    assert len(demo_cells(3)) == 3 * len(configs)
+    assert len(demo_runs(3)) == 3 * len(configs)

@@ -10,9 +10,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
 
 from mismatch_probe.report.figures import figure as register
-from mismatch_probe.report.figures.style import Look, empty_figure, look, plot_settings
+from mismatch_probe.report.figures.style import Look, look, plot_settings
 from mismatch_probe.report.format import visible
-from mismatch_probe.report.rl_data import STRESS_NOTE, ArmPoint, Place, RlRunData
+from mismatch_probe.report.rl_data import STRESS_NOTE, RlRunData, SweepData
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-    from mismatch_probe.metrics.arms import ArmComparison
+    from mismatch_probe.results.sweep import ArmResult, Place
     from mismatch_probe.types import MetricValue
 
 _STRUCTURES = {
@@ -33,7 +33,7 @@ _GRID = "#e4e4e4"
 _OTHER = Look("#777777", "-", "h")
 
 
-def arm_look(point: ArmPoint) -> Look:
+def arm_look(point: ArmResult) -> Look:
     """A precision's look, or that of the injected stress."""
     if point.structure != "none":
         return _STRUCTURES[point.structure]
@@ -106,11 +106,20 @@ def _series(
     axes.set_ylabel(title)
 
 
-def curves_figure(steps: pd.DataFrame, arms: Sequence[ArmPoint]) -> Figure:
+@register(
+    "curves",
+    of=SweepData,
+    title="Training, arm by arm",
+    guide="On the left what is learned; on the right the mismatch, which can also rise because a run collapses.",
+    alt="Two panels over the steps with a line per arm, told apart by colour, dash and marker: mean reward of the "
+    "sampled policy, and mean absolute mismatch on a log scale. Higher doses of one stress are darker.",
+    needs=lambda data: len(data.steps) > 0,
+    order=1,
+)
+def curves_figure(data: SweepData) -> Figure:
     """Reward and mismatch of every arm over the steps, means over seeds of a running window."""
+    steps, arms = data.steps, data.summary.arms
     with plot_settings():
-        if not len(steps) or not arms:
-            return empty_figure(Figure(figsize=(6.0, 2.0)), "No step has ended.")
         figure = Figure(figsize=(9.6, 4.2), layout="constrained")
         left, right = figure.subplots(1, 2)
         for arm, mark in zip(arms, _shades(arms), strict=True):
@@ -142,7 +151,7 @@ def curves_figure(steps: pd.DataFrame, arms: Sequence[ArmPoint]) -> Figure:
     return figure
 
 
-def _shades(arms: Sequence[ArmPoint]) -> list[Look]:
+def _shades(arms: Sequence[ArmResult]) -> list[Look]:
     """Looks in which doses of one structure differ by lightness."""
     found = []
     for arm in arms:
@@ -157,28 +166,31 @@ def _lighter(color: str, share: float) -> str:
     return "#" + "".join(f"{round(p + (255 - p) * share):02x}" for p in parts)
 
 
-def dose_figure(arms: Sequence[ArmPoint], places: Sequence[Place] = ()) -> Figure:
-    """Final reward, and how much of the best reward was kept, against measured sequence ESS and mean |d|.
-
-    Args:
-        arms: Of a sweep; those without a measured dose are left out.
-        places: Models drawn as vertical lines where their comparison puts them.
-    """
-    shown = [arm for arm in arms if arm.ess_seq.value is not None and arm.reward.value is not None]
+@register(
+    "dose",
+    of=SweepData,
+    title="Reward and stability against the measured mismatch",
+    guide="Each marker is an arm at its measured mismatch; filled is the sampled policy, hollow the clean weights.",
+    alt="Four panels with a marker per arm: final reward above, final over best reward below, against measured "
+    "sequence ESS on the left and mean absolute gap on a log scale on the right. Whiskers are 95 % intervals; lines "
+    "join the doses of one stress; vertical lines place compared models.",
+    needs=lambda data: bool(_placed(data)),
+)
+def dose_figure(data: SweepData) -> Figure:
+    """Final reward, and how much of the best reward was kept, against measured sequence ESS and mean |Δ log-prob|."""
+    shown, places = _placed(data), data.summary.places
     with plot_settings():
-        if not shown:
-            return empty_figure(Figure(figsize=(6.0, 2.0)), "No run has gone far enough to be placed.")
         figure = Figure(figsize=(10.0, 7.4), layout="constrained")
         axes = figure.subplots(2, 2, sharex="col", sharey="row")
-        for column, dose in enumerate(("ess_seq", "mean_abs")):
+        for column, dose in enumerate(("ess_seq", "mean_abs_logprob_diff")):
             _draw_doses(axes[0, column], shown, dose, "reward", hollow="clean_reward")
             _draw_doses(axes[1, column], shown, dose, "reward_kept")
             _draw_places((axes[0, column], axes[1, column]), places, dose)
         for panel in axes[1]:
             panel.axhline(1.0, color="#999999", linewidth=0.8)
-            _mark_ends(panel, shown, "ess_seq" if panel is axes[1, 0] else "mean_abs")
+            _mark_ends(panel, shown, "ess_seq" if panel is axes[1, 0] else "mean_abs_logprob_diff")
         axes[1, 0].set(xlabel="measured sequence ESS / n at the start (right is better)", ylabel="final / best reward")
-        axes[1, 1].set(xlabel="measured mean |d| at the start (nats, left is better)", xscale="log")
+        axes[1, 1].set(xlabel="measured mean |Δ log-prob| at the start (nats, left is better)", xscale="log")
         axes[0, 0].set_ylabel("final reward")
         axes[0, 0].set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))  # rewards are shares
         axes[1, 0].set_ylim(bottom=-0.03)
@@ -193,7 +205,7 @@ def dose_figure(arms: Sequence[ArmPoint], places: Sequence[Place] = ()) -> Figur
     return figure
 
 
-def _draw_doses(axes: Axes, arms: Sequence[ArmPoint], dose: str, outcome: str, hollow: str = "") -> None:
+def _draw_doses(axes: Axes, arms: Sequence[ArmResult], dose: str, outcome: str, hollow: str = "") -> None:
     for family, structure in dict.fromkeys((arm.family, arm.structure) for arm in arms):
         if structure != "none":
             line = sorted((a for a in arms if (a.family, a.structure) == (family, structure)), key=lambda a: a.dose)
@@ -215,15 +227,15 @@ def _draw_doses(axes: Axes, arms: Sequence[ArmPoint], dose: str, outcome: str, h
             axes.annotate(f"{arm.dose:g}", (x, value.value), (6, -9), textcoords="offset points", fontsize=7)
 
 
-def _at(arm: ArmPoint, name: str) -> float:
+def _at(arm: ArmResult, name: str) -> float:
     value: MetricValue = getattr(arm, name)
     return float("nan") if value.value is None else value.value
 
 
-def _mark_ends(axes: Axes, arms: Sequence[ArmPoint], dose: str) -> None:
+def _mark_ends(axes: Axes, arms: Sequence[ArmResult], dose: str) -> None:
     """Says at an arm how many of its runs were lost, that is collapsed or diverged, where any were."""
     for arm in arms:
-        ended = arm.n_collapsed + arm.n_diverged
+        ended = arm.n_lost
         if ended and arm.reward_kept.value is not None:
             axes.annotate(
                 f"{ended} of {arm.n_runs} lost",
@@ -258,7 +270,7 @@ def _draw_places(panels: Sequence[Axes], places: Sequence[Place], dose: str) -> 
         )
 
 
-def _handles(arms: Sequence[ArmPoint]) -> list[Line2D]:
+def _handles(arms: Sequence[ArmResult]) -> list[Line2D]:
     found: dict[str, Line2D] = {}
     several = len({arm.family for arm in arms if arm.structure != "none"}) > 1
     for arm in arms:
@@ -272,22 +284,25 @@ def _handles(arms: Sequence[ArmPoint]) -> list[Line2D]:
     return [*found.values(), clean]
 
 
-def _note(figure: Figure, arms: Sequence[ArmPoint], text: str) -> None:
+def _note(figure: Figure, arms: Sequence[ArmResult], text: str) -> None:
     stressed = any(arm.structure != "none" for arm in arms)
     figure.suptitle(f"{text}; stress is {STRESS_NOTE}" if stressed else text, fontsize=8, color="#555555")
 
 
-def equal_ess_figure(pairs: Sequence[ArmComparison]) -> Figure:
-    """Differences of final reward between arms of equal ESS and different structure: is ESS the right dose?
-
-    Args:
-        pairs: Of which those without a difference are left out.
-    """
-    shown = [(f"{visible(p.first)}\nminus {visible(p.second)}", p.difference) for p in pairs]
-    drawable = [(name, value) for name, value in shown if value.value is not None]
+@register(
+    "equal_ess",
+    of=SweepData,
+    title="Equal ESS, different structure",
+    guide="Where the arm of higher ESS ends lower, ESS alone does not decide what becomes of a run.",
+    alt="A row per pair of arms of equal ESS: a marker at the difference of their final rewards, a line for its 95 % "
+    "interval over seeds, and a vertical line at 0.",
+    needs=lambda data: bool(_matched(data)),
+    order=2,
+)
+def equal_ess_figure(data: SweepData) -> Figure:
+    """Differences of final reward between arms of equal ESS and different structure."""
+    drawable = _matched(data)
     with plot_settings():
-        if not drawable:
-            return empty_figure(Figure(figsize=(8.0, 1.6)), "No pair of arms has a difference.")
         figure = Figure(figsize=(8.0, 1.4 + 0.55 * len(drawable)), layout="constrained")
         axes = figure.subplots()
         for row, (_, value) in enumerate(drawable):
@@ -302,3 +317,16 @@ def equal_ess_figure(pairs: Sequence[ArmComparison]) -> Figure:
         if all(value.ci_low is None for _, value in drawable):
             axes.set_title("one seed: no intervals", fontsize=8, color="#555555")
     return figure
+
+
+def _placed(data: SweepData) -> list[ArmResult]:
+    """Arms with a measured dose and a reward."""
+    return [arm for arm in data.summary.arms if arm.ess_seq.value is not None and arm.reward.value is not None]
+
+
+def _matched(data: SweepData) -> list[tuple[str, MetricValue]]:
+    """Names and differences of the pairs of arms of equal ESS."""
+    response = data.summary.dose_response
+    pairs = [] if response is None else [pair.comparison for pair in response.matched]
+    named = [(f"{visible(pair.first)}\nminus {visible(pair.second)}", pair.difference) for pair in pairs]
+    return [(name, value) for name, value in named if value.value is not None]

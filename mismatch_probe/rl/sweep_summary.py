@@ -1,0 +1,227 @@
+"""What the runs of a sweep show: a row per run, arms (runs that differ in their seed alone), and what tells them apart.
+
+Where an arm lies on the axes of a dose–response figure is measured in its first steps, while the policy is still near
+the initial one: a policy that has collapsed has a large mismatch for that reason, which is not the dose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mismatch_probe.metrics.arms import ArmComparison, compare_sweep
+from mismatch_probe.metrics.dose import DosedArm, DoseResponse, dose_response
+from mismatch_probe.metrics.runs import Arm, Run, mean_over_runs, summarise_arm
+from mismatch_probe.report.words import say
+from mismatch_probe.results.sweep import ArmResult, Place, SweepSummary
+from mismatch_probe.rl.plan import PlannedRun, families, labels
+from mismatch_probe.rl.records import RlDirectory
+from mismatch_probe.rl.summary import PHASES, finite_mean
+from mismatch_probe.rl.sweep import SweepDirectory
+from mismatch_probe.types import MetricValue
+
+ENDED = ("complete", "collapsed", "diverged")
+# Arms got the same dose where the larger ESS is at most so much larger.
+SAME_ESS = 0.05
+# What tells arms apart, as columns of the table of runs.
+AXES = ("rollout_dtype", "trainer_dtype", "trainer_mode", "algorithm", "learning_rate", "stress", "dose")
+# Columns of the table of steps: what takes the rollout from the trained policy, stale weights included.
+DOSES = {"ess_seq": "off_policy_ess_seq", "mean_abs_logprob_diff": "off_policy_mean_abs"}
+_MEASURED = (
+    *("final_reward", "best_reward", "reward_kept", "clean_reward", "first_above_step"),
+    *(name for key in DOSES for name in (key, f"{key}_run")),
+)
+
+
+def summarise_sweep(planned: Sequence[PlannedRun], runs: pd.DataFrame, places: Sequence[Place]) -> SweepSummary:
+    """What the runs that have ended show.
+
+    Args:
+        planned: All runs.
+        runs: See `runs_table`.
+        places: Models of comparisons, to be kept beside the arms.
+    """
+    config, failed = planned[0].config, runs[runs["status"] == "failed"]
+    return SweepSummary(
+        window=config.pass_window,
+        n_sequences=config.prompts_per_step * config.samples_per_prompt,
+        max_tokens=config.max_tokens,
+        n_planned=len(planned),
+        n_ended=int(runs["status"].isin(ENDED).sum()),
+        failures=dict(zip(failed["run"].tolist(), failed["why"].tolist(), strict=True)),
+        arms=tuple(arm_results(planned, runs)),
+        comparisons=tuple(against_reference(planned, runs)),
+        dose_response=dose_of(planned, runs),
+        places=tuple(places),
+    )
+
+
+def runs_table(sweep: SweepDirectory) -> pd.DataFrame:
+    """A row per planned run, ended or not.
+
+    Columns: `run`, `arm`, `AXES`, `seed`, `status` (`complete`, `collapsed`, `diverged`, `failed`, `unfinished`),
+    `why`, `steps`; `final_reward`, mean over the last window of the run's configuration; `best_reward`, of its best
+    window; `reward_kept`, the ratio of both; `clean_reward`, of the clean weights at the end; `passed` and
+    `first_above_step`, the sanity test; `ess_seq` and `mean_abs_logprob_diff`, means over the first window, both also
+    with `_run`, over the whole run; seconds by phase. `ess_seq` is what a step's sequences show: of few of them the
+    sample ESS is above the policy's.
+    """
+    table = pd.DataFrame([_row(run, sweep.existing(run), sweep.failure(run)) for run in sweep.runs])
+    # A column in which no run has a value is one of numbers all the same.
+    return table.astype(dict.fromkeys(_MEASURED, float))
+
+
+def steps_table(sweep: SweepDirectory) -> pd.DataFrame:
+    """The steps of all runs, each with its `run`, `arm` and `seed`."""
+    found = []
+    for run in sweep.runs:
+        folder = sweep.existing(run)
+        if folder is not None and len(steps := folder.steps()):
+            found.append(steps.assign(run=run.name, arm=run.arm, seed=run.config.seed))
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
+
+
+def _row(run: PlannedRun, folder: RlDirectory | None, failure: str) -> dict[str, Any]:
+    config = run.config
+    steps = pd.DataFrame() if folder is None else folder.steps()
+    ending = None if folder is None else folder.document.ending
+    return {
+        "run": run.name,
+        "arm": run.arm,
+        **{axis: getattr(config, axis) for axis in AXES},
+        "seed": config.seed,
+        "status": ("failed" if failure else "unfinished") if ending is None else ending.status,
+        "why": failure if ending is None else "" if ending.cause is None else say(ending.cause),
+        "steps": len(steps),
+        **_rewards(steps, config.pass_window),
+        "clean_reward": None if ending is None else ending.clean_reward,
+        "passed": ending is not None and ending.passed,
+        "first_above_step": None if ending is None else ending.first_above_step,
+        **_doses(steps, config.pass_window),
+        **{f"seconds_{p}": float(steps[f"seconds_{p}"].sum()) if len(steps) else 0.0 for p in PHASES},
+    }
+
+
+def _rewards(steps: pd.DataFrame, window: int) -> dict[str, float | None]:
+    if len(steps) < window:
+        return {"final_reward": None, "best_reward": None, "reward_kept": None}
+    means = steps["reward"].rolling(window).mean().dropna()
+    final, best = float(means.iloc[-1]), float(means.max())
+    return {"final_reward": final, "best_reward": best, "reward_kept": final / best if best > 0 else None}
+
+
+def _doses(steps: pd.DataFrame, window: int) -> dict[str, float | None]:
+    found: dict[str, float | None] = {}
+    for name, rows in (("", steps.head(window)), ("_run", steps)):
+        found |= {f"{key}{name}": finite_mean(rows, column) for key, column in DOSES.items()}
+    return found
+
+
+def arm_results(planned: Sequence[PlannedRun], runs: pd.DataFrame) -> list[ArmResult]:
+    """Arms with means over the seeds of the runs that have ended."""
+    firsts = _firsts(planned)
+    configs = [run.config for run in firsts]
+    found = []
+    for run, label, family in zip(firsts, labels(configs), families(configs), strict=True):
+        rows = runs[(runs["arm"] == run.arm) & runs["status"].isin(ENDED)]
+        config = run.config
+        alike = config.rollout_dtype == config.trainer_dtype and config.stress == "none"
+        summary = summarise_arm(_arm(label, rows))
+        found.append(
+            ArmResult(
+                arm=run.arm,
+                label=label,
+                family=family,
+                precision=config.rollout_dtype if alike else "",
+                structure=config.stress,
+                dose=config.dose,
+                n_runs=len(rows),
+                n_collapsed=int((rows["status"] == "collapsed").sum()),
+                n_diverged=int((rows["status"] == "diverged").sum()),
+                ess_seq=_mean(rows, "ess_seq"),
+                mean_abs_logprob_diff=_mean(rows, "mean_abs_logprob_diff"),
+                reward=summary.reward,
+                clean_reward=_mean(rows, "clean_reward", lost=0.0),
+                reward_kept=_mean(rows, "reward_kept", lost=0.0),
+            )
+        )
+    return found
+
+
+def _mean(rows: pd.DataFrame, column: str, lost: float | None = None) -> MetricValue:
+    """Over runs; `lost` is what those that diverged count as."""
+    values = rows[column].to_numpy(float).copy()
+    if lost is not None:
+        values[(rows["status"] == "diverged").to_numpy()] = lost
+    return mean_over_runs(values[np.isfinite(values)])
+
+
+def _arm(label: str, rows: pd.DataFrame) -> Arm:
+    """What a run that diverged, or ended within its first window, gained is no reward."""
+    rewards = rows["final_reward"].to_numpy(float)
+    runs = []
+    for seed, status, reward in zip(rows["seed"].tolist(), rows["status"].tolist(), rewards, strict=True):
+        kept = status != "diverged" and bool(np.isfinite(reward))
+        if kept or status != "complete":
+            runs.append(Run(int(seed), float(reward) if kept else None, status != "complete"))
+    return Arm(label, tuple(runs))
+
+
+def against_reference(planned: Sequence[PlannedRun], runs: pd.DataFrame) -> list[ArmComparison]:
+    """Every arm against its reference: of equal algorithm and learning rate FP32 on both sides without stress, or what
+    comes closest to that in the plan's order. References are compared with the first one.
+    """
+    firsts = _firsts(planned)
+    named = dict(zip([run.arm for run in firsts], labels([run.config for run in firsts]), strict=True))
+    ended = runs[runs["status"].isin(ENDED)]
+    arms = {arm: _arm(label, ended[ended["arm"] == arm]) for arm, label in named.items()}
+    head = _reference(firsts)
+    pairs = []
+    for run in firsts:
+        own = _reference([c for c in firsts if _family(c) == _family(run)])
+        other = head if own.arm == run.arm else own
+        if other.arm != run.arm and arms[run.arm].runs and arms[other.arm].runs:
+            pairs.append((arms[run.arm], arms[other.arm]))
+    return compare_sweep(pairs)
+
+
+def dose_of(planned: Sequence[PlannedRun], runs: pd.DataFrame) -> DoseResponse | None:
+    """How the final reward follows the measured dose, among the arms that have algorithm and learning rate of the first
+    stressed one; None in a sweep without injected stress.
+    """
+    firsts = _firsts(planned)
+    stressed = [run for run in firsts if run.config.stress != "none"]
+    if not stressed:
+        return None
+    measured = runs[runs["status"].isin(ENDED) & runs["ess_seq"].notna() & runs["mean_abs_logprob_diff"].notna()]
+    found = []
+    for run, label in zip(firsts, labels([run.config for run in firsts]), strict=True):
+        if _family(run) != _family(stressed[0]):
+            continue
+        rows = measured[measured["arm"] == run.arm]
+        arm = _arm(label, rows)
+        rows = rows.set_index("seed").loc[[run.seed for run in arm.runs]]
+        if len(rows):
+            structure = "precision" if run.config.stress == "none" else run.config.stress
+            # Means of shares can exceed 1 by rounding.
+            ess = tuple(min(1.0, float(value)) for value in rows["ess_seq"])
+            found.append(DosedArm(arm, structure, ess, tuple(map(float, rows["mean_abs_logprob_diff"]))))
+    return dose_response(found, tolerance=SAME_ESS)
+
+
+def _firsts(planned: Sequence[PlannedRun]) -> list[PlannedRun]:
+    """A run of each arm, in the plan's order."""
+    return list({run.arm: run for run in planned}.values())
+
+
+def _family(run: PlannedRun) -> tuple[str, float]:
+    return run.config.algorithm, run.config.learning_rate
+
+
+def _reference(planned: Sequence[PlannedRun]) -> PlannedRun:
+    plain = [c for c in planned if c.config.stress == "none"]
+    exact = [c for c in plain if c.config.rollout_dtype == c.config.trainer_dtype == "float32"]
+    return (exact or plain or list(planned))[0]
