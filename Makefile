@@ -29,7 +29,7 @@ fi
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev compare test lint notebook oracles bench clean
+.PHONY: help setup setup-dev compare test lint schema docs notebook oracles bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,12 @@ lint: setup-dev ## Check style, types and the direction of imports
 	@'$(BIN)/python' -m ruff format --check .
 	@'$(BIN)/python' -m mypy
 	@'$(BIN)/lint-imports'
+
+schema: setup-dev ## Write the JSON schemas of every document: data/schemas
+	@'$(BIN)/python' -m tools.schemas
+
+docs: setup-dev ## Write the generated pages: docs/metrics.md and docs/findings.md
+	@'$(BIN)/python' -m tools.pages
 
 notebook: setup-dev ## Run the notebooks from start to end
 	@'$(BIN)/python' -m pytest --nbmake --nbmake-timeout=1800 notebooks $(ARGS)

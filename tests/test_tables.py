@@ -55,7 +55,7 @@ def leftovers(folder: Path) -> list[Path]:
 
 
 class TestSchema:
-    """DESIGN.md, Tables. Foreign readers rely on it."""
+    """Foreign readers rely on these columns."""
 
     def test_sequences(self, tmp_path: Path) -> None:
         run = run_with_two_passes(tmp_path)

@@ -39,7 +39,7 @@ class VllmRollout:
             "disable_log_stats": True,
             # "vllm" keeps a checkpoint's generation_config.json from changing temperature and top-p.
             "generation_config": "vllm",
-            # Raw log-probs are the sampling law at temperature 1 only; otherwise the processed ones are (METRICS.md).
+            # Tokens are drawn from the raw log-probs at temperature 1 only; otherwise from the processed ones.
             "logprobs_mode": "raw_logprobs" if job.sampling.temperature == 1 else "processed_logprobs",
             **job.arguments,
         }

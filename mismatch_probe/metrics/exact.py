@@ -2,7 +2,7 @@
 
 Everything is float64 and sums over the whole vocabulary, in forms whose terms are small where the two policies are
 close: KL as Σ μ·(e − x), x = log π − log μ, e = expm1(x), which adds Σ(π − μ) = 0 to the textbook sum and so never is
-the difference of two large numbers (METRICS.md, "Exact metrics"). The other sums follow from e as well: π = μ(1 + e).
+the difference of two large numbers. The other sums follow from e as well: π = μ(1 + e).
 
 Shape legend: `R` positions, `V` vocabulary.
 """
@@ -206,7 +206,7 @@ NO_ROWS = "no rows of logits were compared; --exact-kl keeps some"
 
 
 def exact_metrics(rows: ExactRows | None) -> dict[str, Estimate | MetricValue]:
-    """The metrics of METRICS.md, "Exact metrics", over all positions of the pair.
+    """The metrics of level `exact` over all positions of the pair.
 
     A compared position stands for others, so a prompt's Σ y·stands_for estimates its sum over all of its positions, and
     what the sums are divided by, tokens or sequences, is known for each prompt (Horvitz and Thompson 1952): that

@@ -1,4 +1,4 @@
-"""Sequence metrics: one row per sequence with D_i = Σ_t d_t. Definitions in METRICS.md, table "Sequence metrics"."""
+"""Sequence metrics: one row per sequence with D_i = Σ_t d_t. Definitions: `metrics.catalog`."""
 
 from __future__ import annotations
 

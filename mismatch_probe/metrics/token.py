@@ -1,4 +1,4 @@
-"""Token metrics: means over all response tokens of all sequences. Definitions in METRICS.md, table "Token metrics"."""
+"""Token metrics: means over all response tokens of all sequences. Definitions: `metrics.catalog`."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ class Gradient(Document):
     directions: int
     """Components that gradients are projected on; a cosine c has a standard error of about (1 − c²)/√directions."""
     reference: Reference
-    """The estimate that every other one is compared with."""
+    """Correction and trainer pass of the estimate that every other one is compared with."""
     passes: tuple[RolloutGradient, ...]
     """By rollout pass."""
     missing: tuple[MissingPass, ...]

@@ -28,7 +28,7 @@ from mismatch_probe.rl.policy import TORCH_DTYPES, Policy
 from mismatch_probe.rl.stress import stressed
 from mismatch_probe.types import Dtype
 
-# In FP32 both sides compute the same function: METRICS.md and FACTS.md put the floor at 1e-6 nats and below.
+# In FP32 both sides compute the same function up to rounding, whose floor is about 1e-6 nats.
 FP32_LIMIT = 1e-5
 # Beyond that a gap is rounding up to so many times what the trainer's own forward pass rounds in the engine's dtype at
 # these weights. vLLM's kernels round as much: medians of 71 pairs (9 tiny families, three dtypes, before and after

@@ -95,7 +95,7 @@ def _closest(finding: Finding) -> str:
         "nonfinite": "sequences with a log-prob that is not finite",
         "impossible": "others with a log-prob that is impossible",
     },
-    "Sequences without tokens are harmless. For the others, `mismatch-probe report` names the engine and the values.",
+    "Sequences without tokens are harmless. For the others, the comparison's own report names the engine.",
 )
 def _left_out(finding: Finding) -> str:
     kinds = {"empty": "empty", "nonfinite": "not finite", "impossible": "with impossible log-probs"}
