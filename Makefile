@@ -56,8 +56,9 @@ lint: setup-dev ## Check style, types and the direction of imports
 schema: setup-dev ## Write the JSON schemas of every document: data/schemas
 	@'$(BIN)/python' -m tools.schemas
 
-docs: setup-dev ## Write the generated pages: docs/metrics.md and docs/findings.md
+docs: setup-dev ## Write the generated pages: metrics.md, findings.md and algorithms.md in docs
 	@'$(BIN)/python' -m tools.pages
+	@'$(BIN)/python' -m tools.exact_bias
 
 notebook: setup-dev ## Run the notebooks from start to end
 	@'$(BIN)/python' -m pytest --nbmake --nbmake-timeout=1800 notebooks $(ARGS)

@@ -27,7 +27,7 @@ from mismatch_probe.errors import UsageError
 @click.option("--rollout-dtype", help="What vLLM runs in.  [default: bfloat16]")
 @click.option("--trainer-dtype", help="What the trainer computes in; master weights are FP32.  [default: bfloat16]")
 @click.option("--trainer-mode", type=click.Choice(["autocast", "cast"]), help="[default: autocast]")
-@click.option("--algorithm", help="See data/rl/algorithms.md.  [default: dr-grpo]")
+@click.option("--algorithm", help="See docs/algorithms.md.  [default: dr-grpo]")
 @click.option("--steps", type=int, help="Rollouts.  [default: 100]")
 @click.option("--learning-rate", type=float, help="[default: 1e-4]")
 @click.option("--stress", help="Injected stress: weight-noise, mantissa, logit-noise, stale.  [default: none]")
