@@ -40,7 +40,7 @@ def main() -> None:
         "model": options.model,
         "num_prompts": options.num_prompts,
         "max_tokens": options.max_tokens,
-        "null_tokens": 0,
+        "self_noise_tokens": 0,
     }
     pair: dict[str, Any] = {"rollout_dtypes": ("bfloat16",), "trainer_dtypes": ("bfloat16",)}
     with tempfile.TemporaryDirectory() as folder:

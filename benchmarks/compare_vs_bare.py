@@ -93,7 +93,7 @@ def main(model: str, num_prompts: int, max_tokens: int, repeats: int, stage: str
         for repeat in range(repeats):
             run = str(Path(scratch) / f"run-{repeat}")
             probe = [sys.executable, "-m", "mismatch_probe", "compare", "--model", model, *sizes, "--out"]
-            ours = timed([*probe, run, "--rollout-batch", str(num_prompts), "--null-tokens", "0"])
+            ours = timed([*probe, run, "--rollout-batch", str(num_prompts), "--self-noise-tokens", "0"])
             bare = [sys.executable, __file__, "--model", folder, *sizes, "--work", scratch, "--stage"]
             offline = {"HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
             theirs = sum(timed([*bare, stage], **offline) for stage in ("rollout", "score"))

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +34,17 @@ def compare(model: str, dtype: str, num_prompts: int, max_tokens: int, exact: st
         rollout_batch=num_prompts,
         rollout_dtypes=(dtype,),  # type: ignore[arg-type]
         trainer_dtypes=(dtype,),  # type: ignore[arg-type]
-        null_tokens=0,
+        self_noise_tokens=0,
         exact_kl="all" if exact == "all" else int(exact),
     )
     run = mismatch_probe.compare(config, out=out)
-    passes, pair = run.data.manifest["passes"], run.summary["pairs"][0]
+    passes, pair = run.data.manifest.passes, run.summary.pairs[0]
     return {
-        "decode": passes[f"vllm-{dtype}-decode"]["timings"]["generate"],
-        "score": passes[f"hf-{dtype}-cast"]["timings"]["score"],
-        "tokens": pair["n_tokens"],
-        "rows": passes[f"hf-{dtype}-cast"]["rows"].get("exact", 0),
-        "kl_exact": pair["metrics"]["kl_exact"],
+        "decode": passes[f"vllm-{dtype}-decode"].timings["generate"],
+        "score": passes[f"hf-{dtype}-cast"].timings["score"],
+        "tokens": pair.n_tokens,
+        "rows": passes[f"hf-{dtype}-cast"].rows.get("exact", 0),
+        "kl_exact": asdict(pair.metrics["kl_exact"]),
     }
 
 

@@ -30,8 +30,9 @@ from mismatch_probe.metrics.summary import compute_metrics
 from mismatch_probe.probes.audit.checks import Checks
 from mismatch_probe.probes.audit.judge import verdict
 from mismatch_probe.probes.audit.profile import load_profile
-from mismatch_probe.probes.pairs import Cell, PairResult
+from mismatch_probe.probes.pairs import PassPair, pair_of
 from mismatch_probe.probes.planning import RolloutPass, TrainerPass
+from mismatch_probe.results.comparison import Comparison, Pair
 from mismatch_probe.types import PairArrays
 
 Floats = NDArray[np.float32]
@@ -148,22 +149,21 @@ class Judge:
         self._keys = [name for name in self._profile.checks if not name.startswith("fp16")]
         self._keys += ["confident_disagreement_count", "mean_ratio", "mean_abs_logprob_diff", "kl_exact"]
 
-    def result(self, name: Pass, sums: PairSums) -> PairResult:
+    def result(self, name: Pass, sums: PairSums) -> Pair:
         """A pair, whose tests are not adjusted yet over the others."""
-        cell = Cell(RolloutPass(name[0], "decode"), TrainerPass(name[1], "cast"))
-        metrics = compute_metrics(sums, keys=self._keys, **self._options)
-        tests = ratio_tests(sums, **self._options)
-        return PairResult(cell, sums, metrics, None, None, tests, {}, 0, None, [])
+        both = PassPair(RolloutPass(name[0], "decode"), TrainerPass(name[1], "cast"))
+        pair = pair_of(both, sums, compute_metrics(sums, keys=self._keys, **self._options))
+        return pair.model_copy(update={"ratio_tests": tuple(ratio_tests(sums, **self._options))})
 
-    def run(self, results: list[PairResult]) -> tuple[bool, bool, str]:
+    def run(self, results: list[Pair]) -> tuple[bool, bool, str]:
         """Whether any pair shows a violation, whether the audit fails any, and its status of one-sidedness of BF16."""
         tests = adjusted_together([result.ratio_tests for result in results])
-        pairs: list[dict[str, Any]] = [
-            {**result.as_dict(), "ratio_tests": [test.as_dict() for test in own]}
-            for result, own in zip(results, tests, strict=True)
-        ]
-        checks = Checks(self._profile, {"pairs": pairs, "length": {}}, {}, {}, 0)
-        judged = {(pair["rollout_dtype"], pair["trainer_dtype"]): checks.of_pair(pair) for pair in pairs}
+        pairs = tuple(
+            result.model_copy(update={"ratio_tests": tuple(own)}) for result, own in zip(results, tests, strict=True)
+        )
+        comparison = Comparison(**Comparison.stamp(), model="simulated", reference=None, pairs=pairs)
+        checks = Checks(self._profile, comparison, {}, {}, 0)
+        judged = {(pair.rollout_dtype, pair.trainer_dtype): checks.of_pair(pair) for pair in pairs}
         violated = any(test.verdict == "violated" for own in tests for test in own)
         failed = any(verdict(found) == "fail" for found in judged.values())
         return violated, failed, next(check.status for check in judged[BF16] if check.name == "one_sided")

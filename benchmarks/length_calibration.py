@@ -19,16 +19,15 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
-from mismatch_probe.config import CompareConfig
 from mismatch_probe.metrics.accumulate import accumulate
 from mismatch_probe.metrics.frame import pair_arrays
 from mismatch_probe.metrics.length import fit_length
 from mismatch_probe.metrics.length_prediction import predict
 from mismatch_probe.metrics.prefixes import Prefixes, PrefixSums
 from mismatch_probe.metrics.summary import compute_metrics
-from mismatch_probe.probes.pairs import Cell, why_missing
+from mismatch_probe.probes.pairs import PassPair, why_missing
 from mismatch_probe.probes.planning import passes_of
-from mismatch_probe.tables import RunDirectory
+from mismatch_probe.runs import RunDirectory
 from mismatch_probe.types import MetricValue, PairArrays
 
 Floats = NDArray[np.float64]
@@ -258,12 +257,12 @@ def measured(prefixes: Prefixes, column: int) -> dict[str, tuple[float, float, f
 
 def run_real(path: Path) -> None:
     run = RunDirectory.open(path)
-    config = CompareConfig.from_dict(run.manifest["config"])
+    config = run.manifest.config
     rows: list[tuple[bool, bool]] = []
-    passes = passes_of(config, run.manifest.get("recorded"))
-    for cell in (Cell(rollout, trainer) for rollout in passes.rollouts for trainer in passes.trainers):
-        names = cell.rollout.pass_id, cell.trainer.pass_id
-        if not cell.diagonal or why_missing(run, *names):
+    passes = passes_of(config, run.manifest.recorded)
+    for both in (PassPair(rollout, trainer) for rollout in passes.rollouts for trainer in passes.trainers):
+        names = both.rollout.pass_id, both.trainer.pass_id
+        if not both.diagonal or why_missing(run, *names):
             continue
         prefixes = prefixes_of(pair_arrays(run, *names))
         print(" → ".join(names))

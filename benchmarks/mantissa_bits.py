@@ -28,7 +28,7 @@ from scipy import stats
 
 from mismatch_probe.metrics.intervals import Estimate, evaluate
 from mismatch_probe.metrics.paired import paired_ratio
-from mismatch_probe.metrics.sample import finite_tokens
+from mismatch_probe.metrics.sample import usable_tokens
 from mismatch_probe.metrics.summary import compute_metrics
 from mismatch_probe.report.figures.style import DPI, look, plot_settings
 from mismatch_probe.types import MetricValue, PairArrays, Rollout, RolloutRequest, Sampling, ScoreRequest
@@ -115,7 +115,7 @@ def sample(model: Path, prompts: Sequence[list[int]], max_tokens: int, log: Path
         sampling=Sampling(max_tokens),
         requests=requests,
         batch=len(requests),
-        null_tokens=0,
+        self_noise_tokens=0,
         max_model_len=max(map(len, prompts)) + max_tokens,
         arguments=settings.arguments,
     )
@@ -149,7 +149,7 @@ def score(model: Path, dtype: Any, prompts: Sequence[list[int]], rollouts: Seque
 def fit(pairs: Mapping[int, PairArrays], key: str, first: int) -> Fit:
     """The slope of log2 of a metric per bit, from `first` bits on, with its interval over prompts."""
     bits = np.array([k for k in sorted(pairs) if k >= first], np.float64)
-    tokens = [finite_tokens(pairs[int(k)]) for k in bits]
+    tokens = [usable_tokens(pairs[int(k)]) for k in bits]
     if key == "kl_k3":
         # Σ (ρ − 1 − d), kept by the sums in a scale of their own.
         sums = [t.sums.ratio.sums[:, 0] * np.exp(t.sums.ratio.shift) for t in tokens]

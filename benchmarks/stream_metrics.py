@@ -17,17 +17,17 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mismatch_probe.config import CompareConfig
+from mismatch_probe.config import CompareConfig, Sizes
 from mismatch_probe.engines.attribute.memory import resident_peak
+from mismatch_probe.results.manifest import Environment, Manifest, ModelRecord, PassRecord, PromptsRecord
+from mismatch_probe.runs import RunDirectory
 from mismatch_probe.schemas import SEQUENCES_SCHEMA, TOKENS_SCHEMA
-from mismatch_probe.tables import RunDirectory
 
 ROLLOUT, TRAINER = "vllm-bfloat16-decode", "hf-bfloat16-cast"
 SHORTEST, LONGEST = 64, 4096
@@ -76,8 +76,18 @@ def make_run(folder: Path, rows: int, prompts: int) -> None:
     lengths = lengths_of(rows, np.random.default_rng(0))
     n = len(lengths)
     config = CompareConfig(model="synthetic", rollout_dtypes=("bfloat16",), trainer_dtypes=("bfloat16",))
-    record: dict[str, Any] = {"sizes": {}, "device": "cpu", "model": {"name": "synthetic"}, "prompts": {}}
-    run = RunDirectory.create(folder, {"config": config.as_dict(), **record})
+    manifest = Manifest(
+        **Manifest.stamp(),
+        status="complete",
+        created="",
+        config=config,
+        sizes=Sizes(prompts, n // prompts, int(lengths.max()), 1, 0, 1.0),
+        device="cpu",
+        model=ModelRecord(name="synthetic", path=""),
+        prompts=PromptsRecord(source="synthetic", n=prompts, sha256=""),
+        environment=Environment(versions={}, machine={}, variables={}),
+    )
+    run = RunDirectory.create(folder, manifest)
     sequences = pa.table(
         {
             "sequence_id": np.arange(n),
@@ -98,9 +108,9 @@ def make_run(folder: Path, rows: int, prompts: int) -> None:
         with pq.ParquetWriter(folder / f"{kind}.parquet", schema, compression="zstd") as writer:
             for group in groups:
                 writer.write_table(group)
-    passes = run.manifest["passes"]
-    passes[ROLLOUT] = {"status": "finished", "rows": {"tokens": rows, "sequences": n}}
-    passes[TRAINER] = {"status": "finished", "rows": {"tokens": rows}, "covers": [ROLLOUT]}
+    passes = run.manifest.passes
+    passes[ROLLOUT] = PassRecord(status="finished", rows={"tokens": rows, "sequences": n})
+    passes[TRAINER] = PassRecord(status="finished", rows={"tokens": rows}, covers=(ROLLOUT,))
     run.save()
 
 

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from mismatch_probe.dtypes import SHORT_DTYPES
@@ -83,6 +83,27 @@ _CHOICES = {
     "sequences": get_args(SequenceSource),
     "reference": get_args(ReferenceDtype),
 }
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much a comparison samples.
+
+    Attributes:
+        num_prompts: Prompts.
+        samples_per_prompt: Responses to each.
+        max_tokens: Longest response.
+        rollout_batch: Requests that are in the engine at once.
+        self_noise_tokens: Leading tokens of the first rollout batch that are produced twice.
+        memory_budget_gib: Memory that a trainer pass may use above its weights.
+    """
+
+    num_prompts: int
+    samples_per_prompt: int
+    max_tokens: int
+    rollout_batch: int
+    self_noise_tokens: int
+    memory_budget_gib: float
 
 
 @dataclass(frozen=True)
@@ -166,7 +187,8 @@ class CompareConfig:
         device: `auto`, `cpu`, or `cuda`.
         eager: Switches CUDA graphs and compilation of the rollout engine off.
         rollout_batch: Requests that are in the engine at once.
-        null_tokens: Leading tokens of the first rollout batch that are produced twice; 0 switches the nulls off.
+        self_noise_tokens: Leading tokens of the first rollout batch that are produced twice, which shows the engine's
+            self-noise; 0 switches that off.
         memory_budget_gib: Memory that a trainer pass may use above its weights.
         engine_args: Passed to vLLM as they are.
     """
@@ -197,7 +219,7 @@ class CompareConfig:
     device: str = "auto"
     eager: bool = False
     rollout_batch: int | None = None
-    null_tokens: int | None = None
+    self_noise_tokens: int | None = None
     memory_budget_gib: float | None = None
     engine_args: Mapping[str, Any] = field(default_factory=dict)
 
@@ -206,8 +228,10 @@ class CompareConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UsageError(f"{flag(name)} must be positive, not {value}.", "Leave it out for the default.")
-        if self.null_tokens is not None and self.null_tokens < 0:
-            raise UsageError(f"--null-tokens must be 0 or more, not {self.null_tokens}.", "Use 0 to skip them.")
+        if self.self_noise_tokens is not None and self.self_noise_tokens < 0:
+            raise UsageError(
+                f"--self-noise-tokens must be 0 or more, not {self.self_noise_tokens}.", "Use 0 to skip self-noise."
+            )
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise UsageError(
                 f"--temperature must be above 0, not {self.temperature}.",
@@ -285,9 +309,6 @@ class CompareConfig:
                     "Give a finite number, a string, a list or an object.",
                 ) from None
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
     def arguments(self) -> list[str]:
         """The options of `compare` that ask for this configuration; those at their defaults are left out."""
         return [
@@ -296,21 +317,6 @@ class CompareConfig:
             if (value := getattr(self, one.name)) not in (one.default, {})
             for word in _words_of(one.name, value)
         ]
-
-    @classmethod
-    def from_dict(cls, document: Mapping[str, Any]) -> CompareConfig:
-        """Rebuilds a configuration from a manifest; keys of later releases are an error, not silently dropped."""
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(document) - known)
-        if unknown:
-            raise UsageError(
-                f"The configuration of the run has the unknown option {unknown[0]!r}.",
-                "Resume it with the release that started it.",
-            )
-        values: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in document.items()
-        }
-        return cls(**values)
 
 
 def check_lengths(lengths: Sequence[int], option: str = "--predict-length") -> None:

@@ -1,4 +1,4 @@
-"""The run directory: its tables, its manifest, and how both reach the disk without ever being half-written.
+"""The tables of a run's folder, and how they reach the disk without ever being half-written.
 
 A finished pass lies in `passes/` as its own files until the run ends; `merge` then writes `sequences.parquet` and
 `tokens.parquet` (row groups by pass). So a run stops and resumes pass by pass. Every file appears by atomic rename.
@@ -16,12 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mismatch_probe.errors import TableError, UsageError
-from mismatch_probe.files import LOCK, atomic_path, write_json
+from mismatch_probe.files import LOCK, atomic_path
 from mismatch_probe.rowgroups import PassRows, require_columns, table_errors, with_nulls
 from mismatch_probe.schemas import EXACT_SCHEMA, OPTIONAL, REFERENCE_SCHEMA, SEQUENCES_SCHEMA, TOKENS_SCHEMA
 
 SCHEMA_VERSION = 1
-_MANIFEST_KEYS = ("status", "config", "sizes", "device", "model", "prompts", "passes")
 # Schema of each kind of table, and the column that names the pass of a row.
 _KINDS = {
     "sequences": (SEQUENCES_SCHEMA, "rollout_pass"),
@@ -86,76 +85,39 @@ def refuse_occupied(path: Path) -> None:
         raise UsageError(f"{path} is not empty.", "Choose another --out, or continue the run with --resume.")
 
 
-class RunDirectory:
-    """A run's folder, opened by one process at a time.
+class PassTables:
+    """Tables of passes in a folder. A subclass knows which passes are there and how many rows each has."""
 
-    `manifest` is the document behind `manifest.json`; change it, then call `save`.
-    """
+    path: Path
 
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
-        self.path = path
-        self.manifest = manifest
+    def rows_of(self, pass_id: str) -> Mapping[str, int]:
+        """Rows of a pass by kind of table; empty for a pass that has not finished."""
+        raise NotImplementedError
 
-    @classmethod
-    def create(cls, path: Path, manifest: dict[str, Any]) -> RunDirectory:
-        """Makes a new run folder.
+    def source_of(self, pass_id: str) -> str:
+        """The pass that sampled, or whose file recorded, the sequences of a rollout pass: most often itself."""
+        raise NotImplementedError
 
-        Raises:
-            UsageError: The folder exists and is not empty, or is no folder.
-        """
-        refuse_occupied(path)
-        run = cls(path, {"schema_version": SCHEMA_VERSION, "status": "running", **manifest, "passes": {}})
-        run.save()
-        return run
-
-    @classmethod
-    def open(cls, path: Path) -> RunDirectory:
-        """Opens an existing run folder.
-
-        Raises:
-            TableError: It is no run folder, or its manifest cannot be read.
-        """
-        manifest = read_json(path / "manifest.json")
-        missing = [key for key in _MANIFEST_KEYS if key not in manifest]
-        if missing:
-            raise TableError(
-                f"{path / 'manifest.json'} has no {missing[0]!r}.", "Restore the file or run the comparison again."
-            )
-        return cls(path, manifest)
-
-    def save(self) -> None:
-        write_json(self.path / "manifest.json", self.manifest)
-
-    def _part(self, pass_id: str, kind: str, rows: int) -> Path:
+    def _part(self, pass_id: str, kind: str, rows: int | None) -> Path:
         """A pass's own file. Its row count is part of its name, so that the manifest says which of two is the valid one
         when a pass that is extended is interrupted between its table and the manifest.
         """
         return self.path / "passes" / f"{pass_id}.{kind}.{rows}.parquet"
 
-    def finish_pass(self, pass_id: str, record: dict[str, Any], tables: Mapping[str, pa.Table]) -> None:
-        """Stores a finished pass; after this call a resumed run will not compute it again.
+    def write_pass(self, pass_id: str, tables: Mapping[str, pa.Table]) -> dict[str, int]:
+        """Writes a pass's own files.
 
         Args:
             pass_id: Which pass.
-            record: What the manifest is to say of it.
             tables: By kind: `tokens` or `reference`, and where it has them `sequences` and `exact`.
+
+        Returns:
+            Rows by kind.
         """
         rows = {kind: table.num_rows for kind, table in tables.items()}
         for kind, table in tables.items():
             _write_parquet(self._part(pass_id, kind, rows[kind]), [table], _KINDS[kind][0])
-        self.manifest["passes"][pass_id] = {**record, "status": "finished", "rows": rows}
-        self.save()
-
-    def finished(self, pass_id: str) -> bool:
-        record: dict[str, Any] = self.manifest["passes"].get(pass_id, {})
-        return record.get("status") == "finished"
-
-    def finished_passes(self) -> list[str]:
-        return [pass_id for pass_id in self.manifest["passes"] if self.finished(pass_id)]
-
-    def source_of(self, pass_id: str) -> str:
-        """The pass that sampled, or whose file recorded, the sequences of a rollout pass: most often itself."""
-        return str(self.manifest["passes"].get(pass_id, {}).get("sequences_of", pass_id))
+        return rows
 
     def sequences(self, pass_id: str) -> pa.Table:
         """Sequences of one rollout pass, or of the pass that it took them from.
@@ -171,8 +133,7 @@ class RunDirectory:
         Raises:
             TableError: They are missing, corrupt, or not as many as the manifest says.
         """
-        has = "exact" in self.manifest["passes"].get(pass_id, {}).get("rows", {})
-        return self._rows(pass_id, "exact") if has else None
+        return self._rows(pass_id, "exact") if "exact" in self.rows_of(pass_id) else None
 
     def tokens(self, pass_id: str) -> pa.Table:
         """Token rows of one pass, sorted by sequence and position.
@@ -205,7 +166,7 @@ class RunDirectory:
 
     def _kind(self, pass_id: str) -> str:
         """The table that holds a pass's token rows."""
-        return "reference" if "reference" in self.manifest["passes"].get(pass_id, {}).get("rows", {}) else "tokens"
+        return "reference" if "reference" in self.rows_of(pass_id) else "tokens"
 
     def sequence_names(self, pass_id: str) -> pa.Table:
         """`sequence_id`, `prompt_id` and `step` of the sequences of one rollout pass, without their texts.
@@ -219,13 +180,12 @@ class RunDirectory:
             [schema.empty_table(), *self._reader(self.source_of(pass_id), "sequences").batches(columns)]
         ).unify_dictionaries()
 
-    def merge(self) -> None:
-        """Writes `sequences.parquet` and `tokens.parquet` from the finished passes and drops the parts.
+    def merge_passes(self, passes: Sequence[str]) -> None:
+        """Writes `sequences.parquet` and `tokens.parquet` from the parts of finished passes, and drops the parts.
 
         A run that was merged while some pass was still missing is merged again from table and parts.
         """
-        passes = self.finished_passes()
-        rows = {name: self.manifest["passes"][name]["rows"] for name in passes}
+        rows = {name: self.rows_of(name) for name in passes}
         if not any(self._part(name, kind, n).exists() for name in passes for kind, n in rows[name].items()):
             return
         for kind, (schema, _) in _KINDS.items():
@@ -251,15 +211,12 @@ class RunDirectory:
         self._check_rows(pass_id, kind, len(reader))
         return reader
 
-    def _expected(self, pass_id: str, kind: str) -> Any:
-        return self.manifest["passes"].get(pass_id, {}).get("rows", {}).get(kind)
-
     def _file(self, pass_id: str, kind: str) -> Path:
-        part = self._part(pass_id, kind, self._expected(pass_id, kind))
+        part = self._part(pass_id, kind, self.rows_of(pass_id).get(kind))
         return part if part.exists() else self.path / f"{kind}.parquet"
 
     def _check_rows(self, pass_id: str, kind: str, rows: int) -> None:
-        expected = self._expected(pass_id, kind)
+        expected = self.rows_of(pass_id).get(kind)
         if rows != expected:
             raise TableError(
                 f"Pass {pass_id} has {rows} {kind} on disk; the manifest says {expected}.",

@@ -26,7 +26,7 @@ SMALL: dict[str, Any] = {
     "trainer_dtypes": ("bfloat16",),
     "num_prompts": 4,
     "max_tokens": 4,
-    "null_tokens": 2,
+    "self_noise_tokens": 2,
 }
 
 
@@ -93,7 +93,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
     """A finished 3×3 run with figures; read it, never change it."""
     folder = tmp_path_factory.mktemp("finished")
     model = write_script(folder / "scripted")
-    config = CompareConfig(model=str(model), num_prompts=40, max_tokens=6, null_tokens=3)
+    config = CompareConfig(model=str(model), num_prompts=40, max_tokens=6, self_noise_tokens=3)
     return mismatch_probe.compare(config, out=folder / "run")
 
 

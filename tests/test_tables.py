@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 from mismatch_probe import tables
 from mismatch_probe.errors import DiskFull, TableError, UsageError
 from mismatch_probe.files import locked
+from mismatch_probe.runs import RunDirectory
 from mismatch_probe.schemas import sequences_table, tokens_table
-from mismatch_probe.tables import RunDirectory, read_json
+from mismatch_probe.tables import read_json
 from mismatch_probe.types import Rollout, RolloutRequest, Score
+from tests.factories.manifest import make_manifest, make_pass
 
-MANIFEST = {"config": {}, "sizes": {}, "device": "cpu", "model": {}, "prompts": {}}
 ROLLOUT, TRAINER = "vllm-bfloat16-decode", "hf-bfloat16-cast"
 
 
@@ -43,10 +44,10 @@ def trainer_tokens(pass_id: str = TRAINER, count: int = 3) -> pa.Table:
 
 
 def run_with_two_passes(folder: Path) -> RunDirectory:
-    run = RunDirectory.create(folder / "run", MANIFEST)
+    run = RunDirectory.create(folder / "run", make_manifest())
     sequences, tokens = rollout_tables()
-    run.finish_pass(ROLLOUT, {"engine": {}}, {"tokens": tokens, "sequences": sequences})
-    run.finish_pass(TRAINER, {"covers": [ROLLOUT]}, {"tokens": trainer_tokens()})
+    run.finish_pass(ROLLOUT, make_pass(), {"tokens": tokens, "sequences": sequences})
+    run.finish_pass(TRAINER, make_pass(covers=(ROLLOUT,)), {"tokens": trainer_tokens()})
     return run
 
 
@@ -145,8 +146,8 @@ class TestTokensTable:
         scores = [Score(key, [value for _, value in rows]) for key, rows in responses.items()]
         table = tokens_table("p", scores, lambda s: [token for token, _ in responses[s.sequence_id]], chr_or_none)
         with tempfile.TemporaryDirectory() as folder:
-            run = RunDirectory.create(Path(folder) / "run", MANIFEST)
-            run.finish_pass("p", {}, {"tokens": table})
+            run = RunDirectory.create(Path(folder) / "run", make_manifest())
+            run.finish_pass("p", make_pass(), {"tokens": table})
             part = RunDirectory.open(run.path).tokens("p")
             run.merge()
             merged = RunDirectory.open(run.path).tokens("p")
@@ -169,7 +170,7 @@ class TestAtomicity:
         run = run_with_two_passes(tmp_path)
         run.merge()
         before = (run.path / "tokens.parquet").read_bytes()
-        run.finish_pass("late", {}, {"tokens": trainer_tokens("late")})
+        run.finish_pass("late", make_pass(), {"tokens": trainer_tokens("late")})
         (run.path / "passes" / "late.tokens.6.parquet").write_bytes(b"broken")
         with pytest.raises(TableError, match="corrupt"):
             run.merge()
@@ -187,7 +188,7 @@ class TestAtomicity:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(pq, "ParquetWriter", Full)
             with pytest.raises(DiskFull):
-                run.finish_pass("late", {}, {"tokens": trainer_tokens("late")})
+                run.finish_pass("late", make_pass(), {"tokens": trainer_tokens("late")})
         again = RunDirectory.open(run.path)
         assert again.finished_passes() == finished
         assert not leftovers(run.path)
@@ -250,9 +251,9 @@ class TestDamage:
             ("", "cannot be read as JSON"),
             ("[" * 100_000, "cannot be read as JSON"),
             ("\ud800".encode("utf-8", "surrogatepass").decode("latin-1"), "cannot be read as JSON"),
-            ("[1, 2]", "has schema version None"),
-            ('{"schema_version": 2}', "has schema version 2; this release reads version 1"),
-            ('{"schema_version": 1, "status": "complete"}', "has no 'config'"),
+            ("[1, 2]", "no schema version"),
+            ('{"schema_version": 3}', "schema 3"),
+            ('{"schema_version": 2, "status": "complete"}', "tool_version: field required"),
         ],
     )
     def test_manifest(self, merged: RunDirectory, text: str, sentence: str) -> None:
@@ -280,22 +281,22 @@ def mistyped(table: pa.Table) -> pa.Table:
 class TestRunDirectory:
     def test_a_new_run_needs_an_empty_folder(self, tmp_path: Path) -> None:
         (tmp_path / "empty").mkdir()
-        RunDirectory.create(tmp_path / "empty", MANIFEST)
+        RunDirectory.create(tmp_path / "empty", make_manifest())
         with pytest.raises(UsageError, match="is not empty"):
-            RunDirectory.create(tmp_path / "empty", MANIFEST)
+            RunDirectory.create(tmp_path / "empty", make_manifest())
 
     def test_a_lock_does_not_fill_a_folder(self, tmp_path: Path) -> None:
         with locked(tmp_path / "run"):
-            RunDirectory.create(tmp_path / "run", MANIFEST)
+            RunDirectory.create(tmp_path / "run", make_manifest())
 
     def test_a_file_is_no_folder(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
         with pytest.raises(UsageError, match=r"cannot be used as a run folder \(Not a directory\)"):
-            RunDirectory.create(tmp_path / "file", MANIFEST)
+            RunDirectory.create(tmp_path / "file", make_manifest())
 
     def test_a_name_too_long_is_a_sentence(self, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="File name too long"):
-            RunDirectory.create(tmp_path / ("x" * 5000), MANIFEST)
+            RunDirectory.create(tmp_path / ("x" * 5000), make_manifest())
 
     def test_passes_survive_a_restart(self, tmp_path: Path) -> None:
         run = run_with_two_passes(tmp_path)
@@ -318,9 +319,9 @@ class TestRunDirectory:
         other = "vllm-float16-decode"
         sequences, tokens = rollout_tables(other, first=10)
         run = RunDirectory.open(run.path)
-        run.finish_pass(other, {}, {"tokens": tokens, "sequences": sequences})
+        run.finish_pass(other, make_pass(), {"tokens": tokens, "sequences": sequences})
         # The trainer's pass is stored again, with the new sequences added: its part has to win over its merged rows.
-        run.finish_pass(TRAINER, {}, {"tokens": trainer_tokens(count=2)})
+        run.finish_pass(TRAINER, make_pass(), {"tokens": trainer_tokens(count=2)})
         run.merge()
         assert [run.tokens(name).num_rows for name in (ROLLOUT, TRAINER, other)] == [6, 3, 6]
         assert run.sequences(other).to_pylist() == sequences.to_pylist()
@@ -345,11 +346,11 @@ class TestRunDirectory:
         with monkeypatch.context() as patch:
             patch.setattr(RunDirectory, "save", kill)
             with pytest.raises(Killed):
-                run.finish_pass(TRAINER, {"covers": [ROLLOUT, "more"]}, {"tokens": trainer_tokens(count=4)})
+                run.finish_pass(TRAINER, make_pass(covers=(ROLLOUT, "more")), {"tokens": trainer_tokens(count=4)})
         assert (run.path / "passes" / f"{TRAINER}.tokens.10.parquet").exists()
         again = RunDirectory.open(run.path)
         assert again.tokens(TRAINER).to_pylist() == trainer_tokens().to_pylist()
-        again.finish_pass(TRAINER, {"covers": [ROLLOUT, "more"]}, {"tokens": trainer_tokens(count=4)})
+        again.finish_pass(TRAINER, make_pass(covers=(ROLLOUT, "more")), {"tokens": trainer_tokens(count=4)})
         again.merge()
         assert again.tokens(TRAINER).to_pylist() == trainer_tokens(count=4).to_pylist()
         assert not (again.path / "passes").exists()

@@ -127,7 +127,7 @@ class _Positions(click.ParamType[int | str]):
 @click.option("--eager", is_flag=True, default=None, help="No CUDA graphs and no compilation in the rollout engine.")
 @click.option("--rollout-batch", type=int, help="Requests in the rollout engine at once.  [default: by device]")
 @click.option(
-    "--null-tokens",
+    "--self-noise-tokens",
     type=int,
     help="Tokens produced twice to show the engines' own noise; 0: none.  [default: by device]",
 )
@@ -211,7 +211,7 @@ def show_result(result: RunResult, as_json: bool) -> int:
     from mismatch_probe.report.terminal import print_summary
 
     if as_json:
-        print_json(result.summary)
+        print_json(result.summary.content())
     else:
         print_summary(result.data, Console())
     click.echo(f"Report: {result.path / 'report.html'}", err=True)

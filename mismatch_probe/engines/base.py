@@ -55,8 +55,8 @@ class Capture:
 
 @dataclass(frozen=True)
 class RolloutJob:
-    """Sample (or decode again) every request, at most `batch` at once; then the first `null_tokens` tokens of the first
-    batch once more. With `logit_noise` requests may ask for noise, and none keeps rows or replays.
+    """Sample (or decode again) every request, at most `batch` at once; then the first `self_noise_tokens` tokens of the
+    first batch once more. With `logit_noise` requests may ask for noise, and none keeps rows or replays.
     """
 
     engine: str
@@ -66,7 +66,7 @@ class RolloutJob:
     sampling: Sampling
     requests: Sequence[RolloutRequest]
     batch: int
-    null_tokens: int
+    self_noise_tokens: int
     max_model_len: int
     capture: Capture | None = None
     logit_noise: bool = False
@@ -102,7 +102,7 @@ class ExactPosition:
 
 @dataclass(frozen=True)
 class TrainerJob:
-    """Score every request; then the first batches, `null_sequences` sequences or more, again."""
+    """Score every request; then the first batches, `self_noise_sequences` sequences or more, again."""
 
     engine: str
     model_path: str
@@ -113,7 +113,7 @@ class TrainerJob:
     device: str
     temperature: float
     requests: Sequence[ScoreRequest]
-    null_sequences: int
+    self_noise_sequences: int
     memory_budget: int
     exact_sources: Sequence[str] = ()
     exact: Mapping[int, Sequence[ExactPosition]] = field(default_factory=dict)

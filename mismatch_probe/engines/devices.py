@@ -15,23 +15,13 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, distributions
 from typing import Any, Literal
 
+from mismatch_probe.config import Sizes
 from mismatch_probe.errors import EngineMissing, UsageError
+from mismatch_probe.results.manifest import Determinism
 from mismatch_probe.types import Dtype, TrainerDtype
 
 Device = Literal["cpu", "cuda"]
 GIB = 1 << 30
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How much a comparison samples where the user did not say."""
-
-    num_prompts: int
-    samples_per_prompt: int
-    max_tokens: int
-    rollout_batch: int
-    null_tokens: int
-    memory_budget_gib: float
 
 
 @dataclass(frozen=True)
@@ -120,10 +110,10 @@ def default_sizes(device: Device) -> Sizes:
     without BF16 instructions emulates both 16-bit types and gets shorter responses.
     """
     if device == "cuda":
-        return Sizes(64, 4, 1024, rollout_batch=256, null_tokens=64, memory_budget_gib=8.0)
+        return Sizes(64, 4, 1024, rollout_batch=256, self_noise_tokens=64, memory_budget_gib=8.0)
     if cpu_has_bf16():
-        return Sizes(64, 1, 32, rollout_batch=32, null_tokens=8, memory_budget_gib=1.0)
-    return Sizes(64, 1, 12, rollout_batch=16, null_tokens=8, memory_budget_gib=1.0)
+        return Sizes(64, 1, 32, rollout_batch=32, self_noise_tokens=8, memory_budget_gib=1.0)
+    return Sizes(64, 1, 12, rollout_batch=16, self_noise_tokens=8, memory_budget_gib=1.0)
 
 
 def rollout_settings(
@@ -207,16 +197,15 @@ def trainer_settings(device: Device, dtype: TrainerDtype) -> EngineSettings:
     return EngineSettings(flags, environment)
 
 
-def determinism(device: Device, *, in_process: bool) -> dict[str, Any]:
+def determinism(device: Device, *, in_process: bool) -> Determinism:
     """Whether a repeat of a pass on the same machine is promised to give the same bits, and why."""
     if device == "cpu" and in_process:
-        return {"promised": True, "why": "in-process engine on a CPU: same admission order, same batches, same kernels"}
+        why = "in-process engine on a CPU: same admission order, same batches, same kernels"
+        return Determinism(promised=True, why=why)
     if device == "cpu":
-        return {
-            "promised": False,
-            "why": "engine process: requests reach the running core one at a time, so batches can differ",
-        }
-    return {"promised": False, "why": "CUDA kernels may reduce in another order from run to run"}
+        why = "engine process: requests reach the running core one at a time, so batches can differ"
+        return Determinism(promised=False, why=why)
+    return Determinism(promised=False, why="CUDA kernels may reduce in another order from run to run")
 
 
 def package_versions() -> dict[str, str]:

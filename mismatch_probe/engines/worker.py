@@ -1,8 +1,8 @@
 """The child's side of an engine process: `python -m mismatch_probe.engines.worker FD KIND`.
 
 It imports what its kind needs, receives one job, sends events, and ends. Events are pairs of a name and a payload:
-`identity`, `total`, `progress`, `encoded`, `special`, `rollouts`, `null_rollouts`, `texts`, `scores`, `null_scores`,
-`phase`, `done`, `error`.
+`identity`, `total`, `progress`, `encoded`, `special`, `rollouts`, `self_noise_rollouts`, `texts`, `scores`,
+`self_noise_scores`, `phase`, `done`, `error`.
 """
 
 from __future__ import annotations
@@ -81,9 +81,9 @@ def run_rollout(job: RolloutJob, channel: _Channel) -> None:
     channel.send("identity", engine.identity() | devices.running())
     # The first batch runs alone, so that its repeat meets the same company; the rest is the scheduler's to arrange.
     batches = [batch for batch in (job.requests[: job.batch], job.requests[job.batch :]) if batch]
-    null = replace(job.sampling, max_tokens=min(job.null_tokens, job.sampling.max_tokens))
-    again = batches[0] if null.max_tokens else []
-    channel.send("total", _longest(job.requests, job.sampling) + _longest(again, null))
+    repeat = replace(job.sampling, max_tokens=min(job.self_noise_tokens, job.sampling.max_tokens))
+    again = batches[0] if repeat.max_tokens else []
+    channel.send("total", _longest(job.requests, job.sampling) + _longest(again, repeat))
     seen: set[int] = set()
     for batch in batches:
         rollouts = engine.generate(batch, job.sampling, lambda n: channel.send("progress", n), job.capture)
@@ -94,8 +94,8 @@ def run_rollout(job: RolloutJob, channel: _Channel) -> None:
     channel.send("texts", dict(zip(sorted(seen), engine.token_texts(sorted(seen)), strict=True)))
     channel.phase("generate")
     if again:
-        channel.send("null_rollouts", engine.generate(again, null, lambda n: channel.send("progress", n)))
-        channel.phase("null")
+        channel.send("self_noise_rollouts", engine.generate(again, repeat, lambda n: channel.send("progress", n)))
+        channel.phase("self_noise")
     engine.close()
 
 
@@ -119,10 +119,10 @@ def run_trainer(job: TrainerJob, channel: _Channel) -> None:
     channel.send("identity", engine.identity() | devices.running())
     batches = engine.plan(job.requests)
     again = 0
-    while again < len(batches) and sum(map(len, batches[:again])) < job.null_sequences:
+    while again < len(batches) and sum(map(len, batches[:again])) < job.self_noise_sequences:
         again += 1
     channel.send("total", sum(r.length for batch in [*batches, *batches[:again]] for r in batch))
-    for event, repeated, phase in (("scores", batches, "score"), ("null_scores", batches[:again], "null")):
+    for event, repeated, phase in (("scores", batches, "score"), ("self_noise_scores", batches[:again], "self_noise")):
         for batch in repeated:
             channel.send(event, engine.score(batch, job.temperature, exact=event == "scores"))
             channel.send("progress", sum(r.length for r in batch))

@@ -6,11 +6,13 @@ Shape legend: `S` sequences, `N` response tokens of all sequences, `M` prompt to
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+from mismatch_probe.results.manifest import Source
 
 Side = Literal["rollout", "trainer"]
 T = TypeVar("T", bound=np.generic)
@@ -48,44 +50,6 @@ class Ragged(Generic[T]):
     def lengths(self) -> NDArray[np.int64]:
         """`[S]` int64."""
         return np.diff(self.offsets)
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a recorded run comes from and what of it was left out: plain facts for a manifest.
-
-    Attributes:
-        path: As the user gave it.
-        format: `"jsonl"` or `"parquet"`.
-        sha256: Digest of the whole file's bytes.
-        n_rows: Rows of the file, blank lines not counted.
-        n_empty_responses: Rows without a response token; they hold nothing to compare and are not in the run.
-        n_sequences: Rows that are in the run, S.
-        n_tokens: Response tokens in the run, N, masked ones included.
-        n_masked_tokens: Response tokens whose `loss_mask` is 0.
-        n_masked_sequences: Sequences of which every token is masked.
-        n_empty_prompts: Sequences without a prompt token; no engine can score their first token.
-        n_positive: By side, tokens that are not masked and whose log-prob is finite and above 1e-4, which no
-            probability has. They are kept in the tables and left out of every metric.
-        ignored_columns: Names of columns that were not read, sorted, long ones cut.
-    """
-
-    path: str
-    format: str
-    sha256: str
-    n_rows: int
-    n_empty_responses: int
-    n_sequences: int
-    n_tokens: int
-    n_masked_tokens: int
-    n_masked_sequences: int
-    n_empty_prompts: int
-    n_positive: dict[Side, int]
-    ignored_columns: tuple[str, ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        """The facts as JSON takes them."""
-        return {**asdict(self), "ignored_columns": list(self.ignored_columns)}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from mismatch_probe.ingest.base import Ragged, RecordedRun, Source
+from mismatch_probe.ingest.base import Ragged, RecordedRun
 from mismatch_probe.ingest.chunks import (
     IDS,
     LOGPROBS,
@@ -24,6 +24,7 @@ from mismatch_probe.ingest.chunks import (
 )
 from mismatch_probe.ingest.refusal import Place, quoted, quoted_list
 from mismatch_probe.metrics.accounting import LARGEST
+from mismatch_probe.results.manifest import Source
 
 _DIGEST_LENGTH = 16
 _MOST_IGNORED = 100

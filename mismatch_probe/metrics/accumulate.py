@@ -34,13 +34,13 @@ class SequenceTotals:
     Attributes:
         prompt: `[S]` prompt of each.
         length: `[S]` T_i, tokens, unusable ones included.
-        n_finite: `[S]` usable tokens.
+        n_usable: `[S]` usable tokens.
         log_ratio: `[S]` sum of d over those, nats: D_i where all are usable.
     """
 
     prompt: Ints
     length: Ints
-    n_finite: Ints
+    n_usable: Ints
     log_ratio: Floats
 
 
@@ -106,16 +106,16 @@ class PairSums:
         if rows.sequence[0] <= self._last_sequence or (np.diff(rows.sequence) < 0).any():
             raise ValueError("A chunk must hold whole sequences, and these must come in the order of their indices.")
         log_ratio = np.zeros(len(rows.sequence))
-        if rows.n_finite.any():
+        if rows.n_usable.any():
             tokens = TokenChunk.of(pair, rows, usable, self.n_prompts)
-            log_ratio[rows.n_finite > 0] = tokens.per_sequence(tokens.log_ratio)
+            log_ratio[rows.n_usable > 0] = tokens.per_sequence(tokens.log_ratio)
             self.tokens.update(tokens)
             self._abs_log_ratio.append(tokens.abs_log_ratio)
             self._update_places(tokens)
             self._update_mult_error(tokens, rows)
             self.largest = self.largest.joined(LargestTokens.of(pair, usable, self.n_tokens))
         self.excluded.update(pair, usable)
-        self._sequences.append(SequenceTotals(self.prompt[rows.sequence], rows.length, rows.n_finite, log_ratio))
+        self._sequences.append(SequenceTotals(self.prompt[rows.sequence], rows.length, rows.n_usable, log_ratio))
         self._last_sequence = int(rows.sequence[-1])
         self.n_tokens += len(pair.sequence)
 
@@ -131,20 +131,20 @@ class PairSums:
         self.longest = max(self.longest, int(tokens.position.max()) + 1)
 
     def _update_mult_error(self, tokens: TokenChunk, rows: SequenceRows) -> None:
-        some = rows.n_finite > 0
-        whole = (rows.n_finite == rows.length)[some]
+        some = rows.n_usable > 0
+        whole = (rows.n_usable == rows.length)[some]
         size = tokens.abs_log_ratio
         if not whole.all():
-            size = np.where(np.repeat(whole, rows.n_finite[some]), size, 0.0)
+            size = np.where(np.repeat(whole, rows.n_usable[some]), size, 0.0)
         shift = scales.shift_of(size)
         largest = float(
-            (tokens.per_sequence(scales.shifted_expm1(size, shift)) / rows.n_finite[some])[whole].max(initial=0)
+            (tokens.per_sequence(scales.shifted_expm1(size, shift)) / rows.n_usable[some])[whole].max(initial=0)
         )
         if largest > 0:
             self.log_mult_error = max(self.log_mult_error, shift + math.log(largest))
 
     @property
-    def n_finite(self) -> int:
+    def n_usable(self) -> int:
         """Usable tokens."""
         return sum(map(len, self._abs_log_ratio))
 
@@ -154,7 +154,7 @@ class PairSums:
         extra = self.excluded.n_tokens - self.excluded.n_nonfinite
         if not extra:
             return None
-        return (float(self.tokens.abs_log_ratio.sum()) + self.excluded.abs_log_ratio) / (self.n_finite + extra)
+        return (float(self.tokens.abs_log_ratio.sum()) + self.excluded.abs_log_ratio) / (self.n_usable + extra)
 
     @property
     def abs_log_ratio(self) -> Floats:

@@ -32,13 +32,13 @@ class SequenceRows:
         sequence: `[s]` index in the pair, increasing.
         start: `[s]` the sequence's first row in the chunk.
         length: `[s]` tokens, unusable ones included.
-        n_finite: `[s]` usable tokens.
+        n_usable: `[s]` usable tokens.
     """
 
     sequence: Ints
     start: Ints
     length: Ints
-    n_finite: Ints
+    n_usable: Ints
 
 
 def sequence_rows(pair: PairArrays, usable: NDArray[np.bool_]) -> SequenceRows:
@@ -46,8 +46,8 @@ def sequence_rows(pair: PairArrays, usable: NDArray[np.bool_]) -> SequenceRows:
     start = np.flatnonzero(np.diff(pair.sequence, prepend=-1))
     length = np.diff(start, append=len(pair.sequence))
     whole = len(start) == 0 or bool(usable.all())
-    n_finite = length if whole else np.add.reduceat(usable, start, dtype=np.int64)
-    return SequenceRows(pair.sequence[start], start, length, n_finite)
+    n_usable = length if whole else np.add.reduceat(usable, start, dtype=np.int64)
+    return SequenceRows(pair.sequence[start], start, length, n_usable)
 
 
 def usable_rows(pair: PairArrays) -> NDArray[np.bool_]:
@@ -82,8 +82,8 @@ class TokenChunk:
     @classmethod
     def of(cls, pair: PairArrays, rows: SequenceRows, usable: NDArray[np.bool_], n_prompts: int) -> TokenChunk:
         keep = slice(None) if usable.all() else usable
-        some = rows.n_finite > 0
-        counts = rows.n_finite[some]
+        some = rows.n_usable > 0
+        counts = rows.n_usable[some]
         return cls(
             rollout_logprob=np.asarray(pair.rollout_logprob[keep], dtype=np.float64),
             trainer_logprob=np.asarray(pair.trainer_logprob[keep], dtype=np.float64),

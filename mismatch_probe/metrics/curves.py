@@ -14,7 +14,7 @@ from mismatch_probe.metrics.accumulate import DENSITY_BINS, PairSums, as_sums
 from mismatch_probe.metrics.binned import UNIT_POSITIONS, BinnedSums
 from mismatch_probe.metrics.chunks import Ints
 from mismatch_probe.metrics.intervals import Estimate, Floats, Interval, evaluate
-from mismatch_probe.metrics.sample import Pair, finite_sequences
+from mismatch_probe.metrics.sample import Pair, usable_sequences
 from mismatch_probe.metrics.sequence import intercept, slope_per_1k
 from mismatch_probe.metrics.summary import off_policy_why
 from mismatch_probe.types import MetricValue
@@ -99,13 +99,13 @@ class BinnedDiff:
 def policy_density(pair: Pair) -> PolicyDensity:
     """Joint histogram of exp(b) and exp(a) in 50 equal bins per axis."""
     sums = as_sums(pair)
-    return PolicyDensity(edges=np.linspace(0.0, 1.0, DENSITY_BINS + 1), counts=sums.density, n=sums.n_finite)
+    return PolicyDensity(edges=np.linspace(0.0, 1.0, DENSITY_BINS + 1), counts=sums.density, n=sums.n_usable)
 
 
 def length_curve(pair: Pair) -> LengthCurve:
     """D against length with the line of `seq_log_ratio_slope_per_1k`; no line for an off-policy pair."""
     sums = as_sums(pair)
-    sequences = finite_sequences(sums)
+    sequences = usable_sequences(sums)
     slope = line = MetricValue(None, why=off_policy_why(sums, "seq_log_ratio_slope_per_1k"))
     if not slope.why and len(sequences) == 0:
         slope = line = MetricValue(None, why="no usable sequences")

@@ -17,8 +17,8 @@ from mismatch_probe.metrics.accumulate import PairSums
 from mismatch_probe.metrics.chunks import group_sums
 from mismatch_probe.metrics.exact import ExactRows
 from mismatch_probe.metrics.kinds import KINDS, kind_of
-from mismatch_probe.metrics.nulls import NullStat, null_stat
-from mismatch_probe.tables import RunDirectory
+from mismatch_probe.metrics.self_noise import SelfNoise, self_noise
+from mismatch_probe.tables import PassTables
 from mismatch_probe.types import DIVERGENCES, PairArrays
 
 CHUNK_TOKENS = 1 << 19
@@ -57,7 +57,7 @@ class PassSequences:
         return np.repeat(np.where(known, index, -1), np.diff(starts, append=len(sequence_id)))
 
 
-def pass_sequences(run: RunDirectory, rollout_pass: str) -> PassSequences:
+def pass_sequences(run: PassTables, rollout_pass: str) -> PassSequences:
     """The sequences of a rollout pass.
 
     Raises:
@@ -74,7 +74,7 @@ def pass_sequences(run: RunDirectory, rollout_pass: str) -> PassSequences:
 
 
 def pair_chunks(
-    run: RunDirectory,
+    run: PassTables,
     rollout_pass: str,
     trainer_pass: str,
     *,
@@ -127,7 +127,7 @@ def pair_chunks(
     yield _pair(sequences, _concatenate(kept), why)
 
 
-def pair_arrays(run: RunDirectory, rollout_pass: str, trainer_pass: str) -> PairArrays:
+def pair_arrays(run: PassTables, rollout_pass: str, trainer_pass: str) -> PairArrays:
     """A whole pair in memory: its chunks, as one.
 
     Raises:
@@ -173,7 +173,7 @@ class _Feed:
 
     def __init__(
         self,
-        run: RunDirectory,
+        run: PassTables,
         pass_id: str,
         sequences: PassSequences,
         columns: Sequence[str] = (),
@@ -235,7 +235,7 @@ def _pair(sequences: PassSequences, rows: Rows, off_policy_why: str) -> PairArra
     )
 
 
-def exact_rows(run: RunDirectory, rollout_pass: str, trainer_pass: str, sums: PairSums) -> ExactRows | None:
+def exact_rows(run: PassTables, rollout_pass: str, trainer_pass: str, sums: PairSums) -> ExactRows | None:
     """The positions at which a trainer pass compared its rows with those that a rollout pass kept; None without any.
 
     Args:
@@ -265,12 +265,12 @@ def exact_rows(run: RunDirectory, rollout_pass: str, trainer_pass: str, sums: Pa
     )
 
 
-def null_of(run: RunDirectory, pass_id: str, null_pass: str) -> NullStat:
+def self_noise_of(run: PassTables, pass_id: str, self_noise_pass: str) -> SelfNoise:
     """How far a pass is from itself: the tokens that both runs of it produced, compared where their ids agree."""
     columns = [*_KEYS, "logprob"]
-    again = _concatenate([_arrays(batch) for batch in run.iter_tokens(null_pass, columns)] or [_no_rows(columns)])
+    again = _concatenate([_arrays(batch) for batch in run.iter_tokens(self_noise_pass, columns)] or [_no_rows(columns)])
     ids = np.unique(again["sequence_id"])
-    # The null repeats a few sequences; only those of the pass are kept.
+    # The repeat has a few sequences; only those of the pass are kept.
     repeated = pa.array(ids)
     batches = run.iter_tokens(pass_id, columns, ids=_bounds(ids))
     kept = [_arrays(batch.filter(pc.is_in(batch["sequence_id"], value_set=repeated))) for batch in batches]
@@ -279,7 +279,7 @@ def null_of(run: RunDirectory, pass_id: str, null_pass: str) -> NullStat:
     # A repeat that went another way can be longer than the first run; only positions that both have can be compared.
     shared = np.isin(wanted, key)
     rows = np.searchsorted(key, wanted[shared])
-    return null_stat(
+    return self_noise(
         first["token_id"][rows],
         first["logprob"][rows].astype(np.float64),
         again["token_id"][shared],

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from mismatch_probe.metrics import scales
 from mismatch_probe.metrics.chunks import Ints, group_sums
 from mismatch_probe.metrics.intervals import Estimate, Floats, evaluate
-from mismatch_probe.metrics.sample import SPREAD_PROMPTS, Pair, few_decide, finite_tokens
+from mismatch_probe.metrics.sample import SPREAD_PROMPTS, Pair, few_decide, usable_tokens
 from mismatch_probe.types import MetricValue
 
 
@@ -189,7 +189,7 @@ def random_walk_ess(
         seed: Seed of the bootstrap.
         replicates: Bootstrap replicates.
     """
-    tokens = finite_tokens(pair)
+    tokens = usable_tokens(pair)
     if not len(tokens):
         return dict.fromkeys(lengths, MetricValue(None, why="no usable tokens"))
 

@@ -6,7 +6,6 @@ Shape legend: `S` sequences, `G` lengths of the grid, `J` fitted lengths. The la
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from scipy import special
@@ -84,21 +83,15 @@ class LengthFit:
     def predictable(self) -> bool:
         return self.identical or self.draws is not None
 
-    def as_dict(self) -> dict[str, Any]:
-        weight = {} if self.draws is None else dict(zip(MODELS, self.draws.weight, strict=True))
-        return {
-            "observed_length": self.observed_length,
-            "n_sequences": self.n_sequences,
-            "n_prompts": self.n_prompts,
-            "n_cut": self.n_cut,
-            "variance_exponent": self.variance_exponent.as_dict(),
-            "variance_ratio": self.variance_ratio.as_dict(),
-            "seq_log_ratio_mean": self.mean.as_dict(),
-            "model_weight": weight,
-            "trend_weight": None if self.draws is None else self.draws.trend_weight,
-            "contradicted": self.contradicted,
-            "why": self.why,
-        }
+    @property
+    def model_weight(self) -> dict[str, float]:
+        """Weight of each growth law in the prediction; empty where there is none."""
+        return {} if self.draws is None else dict(zip(MODELS, self.draws.weight, strict=True))
+
+    @property
+    def trend_weight(self) -> float | None:
+        """Weight of a trend of the mean; None where nothing is predicted."""
+        return None if self.draws is None else self.draws.trend_weight
 
 
 def fit_length(prefixes: Prefixes, *, off_policy: str = "", seed: int = 0, replicates: int = REPLICATES) -> LengthFit:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -44,10 +43,6 @@ class LengthPrediction:
     values: dict[str, MetricValue]
     tokens_needed: int = 0
 
-    def as_dict(self) -> dict[str, Any]:
-        values = {key: value.as_dict() for key, value in self.values.items()}
-        return {"length": self.length, **values, "tokens_needed": self.tokens_needed}
-
 
 @dataclass(frozen=True)
 class LengthForecast:
@@ -72,13 +67,6 @@ class LengthForecast:
         if self.fit.draws is None or length is None:
             return ""
         return few_decide(self.fit.draws, length / self.fit.observed_length, self.fit.n_prompts).get("ess_seq", "")
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            **self.fit.as_dict(),
-            "predictions": [prediction.as_dict() for prediction in self.predictions],
-            "crossings": [{"ess_seq": ess, "length": length.as_dict()} for ess, length in self.crossings.items()],
-        }
 
 
 def forecast_pair(

@@ -17,7 +17,7 @@ from mismatch_probe.errors import UsageError
 from mismatch_probe.metrics.chunks import Ints
 from mismatch_probe.metrics.intervals import Estimate, infer, join_why, metric_value
 from mismatch_probe.metrics.multiplicity import POWER, SIGNIFICANCE, holm
-from mismatch_probe.metrics.sample import Pair, count_excluded, finite_sequences, finite_tokens
+from mismatch_probe.metrics.sample import Pair, count_excluded, usable_sequences, usable_tokens
 from mismatch_probe.metrics.scales import as_is, exp
 from mismatch_probe.metrics.sequence import sequence_metrics
 from mismatch_probe.metrics.token import token_metrics
@@ -52,6 +52,7 @@ class PairedComparison:
         p_holm: The same adjusted over all comparisons of one call (Holm 1979).
         detectable_ratio: Smallest ratio above 1 that these data would have shown (5 % two-sided, unadjusted) with
             80 % probability; its inverse is the largest below 1.
+        differs: Whether the two differ after the adjustment; None where that cannot be told.
     """
 
     numerator: str
@@ -63,21 +64,7 @@ class PairedComparison:
     p_value: float | None = None
     p_holm: float | None = None
     detectable_ratio: float | None = None
-
-    @property
-    def differs(self) -> bool | None:
-        """Whether the two differ after the adjustment; None where that cannot be told."""
-        return None if self.p_holm is None else self.p_holm < SIGNIFICANCE
-
-    def as_dict(self) -> dict[str, Any]:
-        """As a row of `summary.json`."""
-        plain = {name: value for name, value in vars(self).items() if not isinstance(value, MetricValue)}
-        return {
-            **plain,
-            "ratio": self.ratio.as_dict(),
-            "difference": self.difference.as_dict(),
-            "differs": self.differs,
-        }
+    differs: bool | None = None
 
 
 def compare_pairs(
@@ -125,7 +112,10 @@ def compare_pairs(
             detectable_ratio=exp(inference.detectable(POWER)) if tested else None,
         )
     adjusted = holm([case.p_value for case in cases])
-    return [replace(case, p_holm=p) for case, p in zip(cases, adjusted, strict=True)]
+    return [
+        replace(case, p_holm=p, differs=None if p is None else p < SIGNIFICANCE)
+        for case, p in zip(cases, adjusted, strict=True)
+    ]
 
 
 def paired_ratio(numerator: Pair, denominator: Pair, key: str, *, seed: int = 0, replicates: int = 1000) -> MetricValue:
@@ -146,9 +136,9 @@ def paired_ratio(numerator: Pair, denominator: Pair, key: str, *, seed: int = 0,
 def _estimate(pair: Pair, key: str) -> Estimate | MetricValue:
     token = token_metrics().get(key)
     if token is not None:
-        tokens = finite_tokens(pair)
+        tokens = usable_tokens(pair)
         return token(tokens) if len(tokens) else MetricValue(None, why="no usable tokens")
-    sequences = finite_sequences(pair)
+    sequences = usable_sequences(pair)
     return sequence_metrics()[key](sequences) if len(sequences) else MetricValue(None, why="no usable sequences")
 
 

@@ -41,7 +41,7 @@ from mismatch_probe.metrics.multiplicity import POWER, SIGNIFICANCE, holm
 from mismatch_probe.metrics.summary import off_policy_why
 from mismatch_probe.types import MetricValue
 
-Verdict = Literal["holds", "violated", "violated but negligible", "not judged"]
+Verdict = Literal["holds", "violated", "violated but negligible", "inconclusive"]
 
 # FP32 engines that agree still differ by rounding, part of it one-sided: log-softmax over a large vocabulary loses
 # about 1e-5 nats on a CPU. With enough tokens that is significant and means nothing; from 1e-4 on (`FP32_FLOOR`, the
@@ -66,10 +66,10 @@ class RatioTest:
         n_tokens: Tokens in the bin.
         n_prompts: Prompts that have any.
         mean_ratio: Mean ρ with its 95 % interval (not adjusted).
-        p_value: Two-sided, of a mean within 1 ± `tolerance`; None where the bin is not judged.
+        p_value: Two-sided, of a mean within 1 ± `tolerance`; None where the bin is inconclusive.
         p_holm: The same adjusted over all tests of the run: every bin of every family of every pair (Holm 1979).
         verdict: `"holds"` where `p_holm` ≥ 0.05. A violation is negligible where the whole interval lies within
-            1 ± 1e-4. Where the bin is not judged, `mean_ratio.why` says why.
+            1 ± 1e-4. Where the bin is inconclusive, `mean_ratio.why` says why.
         tolerance: 0; in bins of probability `TOLERANCE` times the largest variance of d in a bin that is judged, or of
             all tokens.
         detectable: Smallest |mean ρ − 1|, beyond `tolerance`, that these data would have shown with 80 % probability,
@@ -84,13 +84,9 @@ class RatioTest:
     mean_ratio: MetricValue
     p_value: float | None = None
     p_holm: float | None = None
-    verdict: Verdict = "not judged"
+    verdict: Verdict = "inconclusive"
     tolerance: float = 0.0
     detectable: float | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """As a row of `summary.json`."""
-        return {**vars(self), "mean_ratio": self.mean_ratio.as_dict()}
 
 
 def ratio_tests(sums: PairSums, *, seed: int = 0, replicates: int = 1000) -> list[RatioTest]:
@@ -196,7 +192,7 @@ def _tested(test: RatioTest, estimate: Estimate, inference: Inference) -> RatioT
 def _verdict(test: RatioTest, p_holm: float | None) -> Verdict:
     mean = test.mean_ratio
     if p_holm is None or mean.ci_low is None or mean.ci_high is None:
-        return "not judged"
+        return "inconclusive"
     if p_holm >= SIGNIFICANCE:
         return "holds"
     return "violated but negligible" if max(1 - mean.ci_low, mean.ci_high - 1) <= NEGLIGIBLE else "violated"

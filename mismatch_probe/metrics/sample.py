@@ -46,12 +46,12 @@ class Tokens:
         self.pair, self.sums = pair, pair.tokens
 
     def __len__(self) -> int:
-        return self.pair.n_finite
+        return self.pair.n_usable
 
     @property
     def prompt(self) -> Ints:
         """`[n]` prompt of each token, in the order of `PairSums.abs_log_ratio`."""
-        return np.repeat(self.pair.sequences.prompt, self.pair.sequences.n_finite)
+        return np.repeat(self.pair.sequences.prompt, self.pair.sequences.n_usable)
 
     def estimate(
         self, sums: Sequence[Floats], working: Working, metric: Callable[[float], float], *, least_prompts: int = 2
@@ -219,16 +219,16 @@ def count_excluded(pair: Pair) -> int:
     return as_sums(pair).excluded.n_tokens
 
 
-def finite_tokens(pair: Pair) -> Tokens:
+def usable_tokens(pair: Pair) -> Tokens:
     """The usable tokens of `pair`."""
     return Tokens(as_sums(pair))
 
 
-def finite_sequences(pair: Pair) -> Sequences:
+def usable_sequences(pair: Pair) -> Sequences:
     """The non-empty sequences of `pair` without any unusable token."""
     sums = as_sums(pair)
     every = sums.sequences
-    whole = every.n_finite == every.length
+    whole = every.n_usable == every.length
     return Sequences(
         prompt=every.prompt[whole],
         n_prompts=sums.n_prompts,

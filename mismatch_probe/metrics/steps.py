@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,10 +31,6 @@ class StepResult:
     step: int
     n_tokens: int
     metrics: dict[str, MetricValue]
-
-    def as_dict(self) -> dict[str, Any]:
-        values = {key: value.as_dict() for key, value in self.metrics.items()}
-        return {"step": self.step, "n_tokens": self.n_tokens, "metrics": values}
 
 
 class StepSums:

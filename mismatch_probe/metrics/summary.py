@@ -10,7 +10,7 @@ from mismatch_probe.metrics.accumulate import PairSums, as_sums
 from mismatch_probe.metrics.catalog import CATALOG
 from mismatch_probe.metrics.exact import ExactRows, exact_metrics
 from mismatch_probe.metrics.intervals import Estimate, evaluate, join_why
-from mismatch_probe.metrics.sample import Pair, count_excluded, finite_sequences, finite_tokens
+from mismatch_probe.metrics.sample import Pair, count_excluded, usable_sequences, usable_tokens
 from mismatch_probe.metrics.sequence import sequence_metrics
 from mismatch_probe.metrics.token import token_metrics
 from mismatch_probe.types import MetricValue
@@ -46,7 +46,7 @@ def compute_metrics(
     n_tokens, n_sequences = sums.n_tokens, len(sums.sequences.length)
     if n_tokens == 0:
         return dict.fromkeys((key for key in CATALOG if key in keys), MetricValue(None, why=NO_TOKENS))
-    tokens, sequences = finite_tokens(sums), finite_sequences(sums)
+    tokens, sequences = usable_tokens(sums), usable_sequences(sums)
     no_token = f"none of the {n_tokens} tokens has usable log-probs"
     no_sequence = f"none of the {n_sequences} sequences has usable log-probs throughout"
     of_tokens = {key: metric for key, metric in token_metrics().items() if key in keys}

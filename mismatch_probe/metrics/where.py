@@ -1,9 +1,8 @@
-"""Where on the distribution the gap lies: |d| and its share of all d² by what is known of a token."""
+"""Where on the distribution the gap lies: |d| and its contribution to Σ d² by what is known of a token."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -27,8 +26,8 @@ class WhereBin:
     Attributes:
         label: E.g. `"0.01–0.03"` or `"digit"`.
         n_tokens: Tokens in it.
-        share_of_tokens: Of all tokens whose property is known.
-        share_of_square: Its share of Σ d².
+        fraction_of_tokens: Of all tokens whose property is known.
+        contribution: Its part of Σ d².
         mean_abs: Mean |d|, nats, with its 95 % interval over prompts; limits are None where there is none.
         ci_low: Lower limit.
         ci_high: Upper limit.
@@ -36,14 +35,11 @@ class WhereBin:
 
     label: str
     n_tokens: int
-    share_of_tokens: float
-    share_of_square: float
+    fraction_of_tokens: float
+    contribution: float
     mean_abs: float
     ci_low: float | None
     ci_high: float | None
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def where(sums: PairSums) -> dict[str, list[WhereBin]]:
@@ -66,8 +62,8 @@ def _bins(name: str, sums: BinnedSums) -> list[WhereBin]:
         WhereBin(
             label=_label(name, float(diff.left[i]), float(diff.right[i])),
             n_tokens=int(count[k]),
-            share_of_tokens=float(count[k] / count.sum()),
-            share_of_square=float(square[k] / total) if total > 0 else 0.0,
+            fraction_of_tokens=float(count[k] / count.sum()),
+            contribution=float(square[k] / total) if total > 0 else 0.0,
             mean_abs=float(diff.mean_abs[i]),
             ci_low=_or_none(float(diff.ci_low[i])),
             ci_high=_or_none(float(diff.ci_high[i])),

@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
-from mismatch_probe.config import CompareConfig, Limit
+from mismatch_probe.config import Limit
 from mismatch_probe.errors import TableError
 from mismatch_probe.metrics import curves
 from mismatch_probe.metrics.accumulate import PairSums
 from mismatch_probe.metrics.catalog import CATALOG
-from mismatch_probe.metrics.frame import null_of
+from mismatch_probe.metrics.frame import self_noise_of
 from mismatch_probe.metrics.length import fit_length
 from mismatch_probe.metrics.length_prediction import LengthForecast, forecast
 from mismatch_probe.metrics.paired import compare_pairs
-from mismatch_probe.metrics.ratio_test import adjusted_together
+from mismatch_probe.metrics.ratio_test import RatioTest, adjusted_together
 from mismatch_probe.metrics.where import where
-from mismatch_probe.probes.findings import excluded_findings, findings
-from mismatch_probe.probes.pairs import Cell, PairResult, analyse_pair, why_missing
-from mismatch_probe.probes.planning import null_pass_id, passes_of
+from mismatch_probe.probes.findings import findings
+from mismatch_probe.probes.pairs import PairResult, PassPair, analyse_pair, why_missing
+from mismatch_probe.probes.planning import passes_of, self_noise_pass_id
 from mismatch_probe.probes.worst import worst_tokens
 from mismatch_probe.report.data import Curves, ReportData
-from mismatch_probe.tables import SCHEMA_VERSION, RunDirectory, read_json
+from mismatch_probe.results.comparison import (
+    Comparison,
+    Crossing,
+    LengthGrowth,
+    LimitCheck,
+    LimitVerdict,
+    MissingPair,
+    Pair,
+    PairName,
+    PairSelfNoise,
+    SelfNoisePass,
+)
+from mismatch_probe.runs import RunDirectory
+from mismatch_probe.tables import read_json
 
 # What a report shows of an attribution.
 _ATTRIBUTED = {"gap", "ladder", "knobs", "two_sided", "layers", "fixes", "experts", "failed", "nulls", "causes"}
@@ -39,7 +52,7 @@ def analyse(
     """Computes everything that is shown of a run, from its tables alone.
 
     Args:
-        run: A run directory; passes that are missing leave their cells empty, with the reason.
+        run: A run directory; passes that are missing leave their pairs missing, with the reason.
         limits: What `--fail-on` asked for.
         predict_lengths: Response lengths to predict; those of the run's configuration for None.
         extrapolate: Whether to predict beyond 8 times the observed length; likewise.
@@ -47,26 +60,26 @@ def analyse(
     Raises:
         TableError: A table is missing or corrupt, or nothing can be compared.
     """
-    config = CompareConfig.from_dict(run.manifest["config"])
-    passes = passes_of(config, run.manifest.get("recorded"))
-    nulls = {name: null for name in run.finished_passes() if (null := _null_row(run, name)) is not None}
+    config = run.manifest.config
+    passes = passes_of(config, run.manifest.recorded)
+    noise = {name: found for name in run.finished_passes() if (found := _self_noise_pass(run, name)) is not None}
     results: list[PairResult] = []
-    missing: list[dict[str, Any]] = []
-    for cell in [Cell(rollout, trainer) for rollout in passes.rollouts for trainer in passes.trainers]:
-        why = why_missing(run, cell.rollout.pass_id, cell.trainer.pass_id)
+    missing: list[MissingPair] = []
+    for both in [PassPair(rollout, trainer) for rollout in passes.rollouts for trainer in passes.trainers]:
+        why = why_missing(run, both.rollout.pass_id, both.trainer.pass_id)
         if why:
-            missing.append({**cell.as_dict(), "why": why})
+            missing.append(MissingPair(**dict(both.name), why=why))
         else:
-            results.append(analyse_pair(run, passes, cell, config.seed))
+            results.append(analyse_pair(run, passes, both, config.seed))
     if not results:
-        reasons = "; ".join(sorted({row["why"].rstrip(".") for row in missing}))
+        reasons = "; ".join(sorted({row.why.rstrip(".") for row in missing}))
         raise TableError(
-            f"Nothing can be compared: {reasons}.", "See the reasons, mend them, and continue with --resume."
+            f"Nothing can be compared: {reasons}.", "See the reasons, fix them, and continue with --resume."
         )
-    together = adjusted_together([result.ratio_tests for result in results])
-    results = [replace(result, ratio_tests=tests) for result, tests in zip(results, together, strict=True)]
+    together = adjusted_together([result.pair.ratio_tests for result in results])
+    results = [_completed(result, tests, noise) for result, tests in zip(results, together, strict=True)]
     # Of several trainer modes the first one stands for the dtype.
-    diagonal = {r.cell.diagonal: r for r in reversed(results) if r.cell.diagonal}
+    diagonal = {r.passes.diagonal: r for r in reversed(results) if r.passes.diagonal}
     diagonal = {name: diagonal[name] for name in reversed(diagonal)}
     lengths = config.predict_lengths if predict_lengths is None else predict_lengths
     far = config.extrapolate if extrapolate is None else extrapolate
@@ -75,25 +88,26 @@ def analyse(
         for name, result in diagonal.items()
         if result.prefixes is not None
     }
-    pairs = [{**result.as_dict(), "null": _nulls_of(result.cell, nulls)} for result in results]
-    summary = {
-        "schema_version": SCHEMA_VERSION,
-        "model": run.manifest["model"]["name"],
-        "reference": None if passes.reference is None else passes.reference.pass_id,
-        "pairs": pairs,
-        "missing": missing,
-        "nulls": list(nulls.values()),
-        "where": {name: _where(result) for name, result in diagonal.items()},
-        "comparisons": [row.as_dict() for row in compare_pairs(_sums(diagonal), seed=config.seed)],
-        "length": {name: found.as_dict() for name, found in forecasts.items()},
-        "findings": excluded_findings(pairs) + findings(diagonal, forecasts, config.seed),
-        "limits": [row for limit in limits for row in judge(limit, pairs, missing)],
-    }
+    pairs = tuple(result.pair for result in results)
+    sums = {name: result.sums for name, result in diagonal.items()}
+    summary = Comparison(
+        **Comparison.stamp(),
+        model=run.manifest.model.name,
+        reference=None if passes.reference is None else passes.reference.pass_id,
+        pairs=pairs,
+        missing=tuple(missing),
+        self_noise=tuple(noise.values()),
+        where={name: {key: tuple(bins) for key, bins in where(pair).items()} for name, pair in sums.items()},
+        comparisons=tuple(compare_pairs(sums, seed=config.seed)),
+        length={name: _growth(found) for name, found in forecasts.items()},
+        findings=findings(pairs, diagonal, forecasts, config.seed),
+        limits=tuple(row for limit in limits for row in judge(limit, pairs, missing)),
+    )
     worst = [token for name, result in diagonal.items() for token in worst_tokens(run, name, result)]
     return ReportData(
         summary=summary,
         manifest=run.manifest,
-        curves=_curves(diagonal, forecasts),
+        curves=_curves(sums, forecasts),
         worst_tokens=worst,
         attribution=read_attribution(run),
     )
@@ -119,48 +133,73 @@ def read_attribution(run: RunDirectory) -> dict[str, Any] | None:
     return document
 
 
-def _sums(diagonal: Mapping[str, PairResult]) -> dict[str, PairSums]:
-    return {name: result.sums for name, result in diagonal.items()}
+def _completed(result: PairResult, tests: Sequence[RatioTest], noise: Mapping[str, SelfNoisePass]) -> PairResult:
+    """A pair with what takes the other pairs and passes to know."""
+    rollout, trainer = (noise.get(side) for side in (result.pair.rollout_pass, result.pair.trainer_pass))
+    both = PairSelfNoise(rollout=rollout, trainer=trainer)
+    return replace(result, pair=result.pair.model_copy(update={"ratio_tests": tuple(tests), "self_noise": both}))
 
 
-def _where(result: PairResult) -> dict[str, list[dict[str, Any]]]:
-    return {name: [row.as_dict() for row in bins] for name, bins in where(result.sums).items()}
+def _growth(found: LengthForecast) -> LengthGrowth:
+    fit = found.fit
+    return LengthGrowth(
+        observed_length=fit.observed_length,
+        n_sequences=fit.n_sequences,
+        n_prompts=fit.n_prompts,
+        n_cut=fit.n_cut,
+        variance_exponent=fit.variance_exponent,
+        variance_ratio=fit.variance_ratio,
+        seq_log_ratio_mean=fit.mean,
+        model_weight=fit.model_weight,
+        trend_weight=fit.trend_weight,
+        contradicted=fit.contradicted,
+        why=fit.why,
+        predictions=found.predictions,
+        crossings=tuple(Crossing(ess_seq=ess, length=length) for ess, length in found.crossings.items()),
+    )
 
 
-def _nulls_of(cell: Cell, nulls: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    return {"rollout": nulls.get(cell.rollout.pass_id), "trainer": nulls.get(cell.trainer.pass_id)}
-
-
-def _null_row(run: RunDirectory, pass_id: str) -> dict[str, Any] | None:
-    null_pass = null_pass_id(pass_id)
-    if not run.finished(null_pass):
+def _self_noise_pass(run: RunDirectory, pass_id: str) -> SelfNoisePass | None:
+    repeat = self_noise_pass_id(pass_id)
+    if not run.finished(repeat):
         return None
     engine, dtype = pass_id.split("-")[:2]
-    stat = asdict(null_of(run, pass_id, null_pass))
-    return {"pass_id": pass_id, "null_pass": null_pass, "engine": engine, "dtype": dtype, **stat}
+    measured = self_noise_of(run, pass_id, repeat)
+    return SelfNoisePass(pass_id=pass_id, self_noise_pass=repeat, engine=engine, dtype=dtype, measured=measured)
 
 
-def judge(limit: Limit, pairs: Sequence[dict[str, Any]], missing: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per pair that a limit applies to. What cannot be judged does not pass, and says why."""
+def judge(limit: Limit, pairs: Sequence[Pair], missing: Sequence[MissingPair]) -> list[LimitCheck]:
+    """One row per pair that a limit applies to. What cannot be judged is inconclusive, and says why."""
     rows = []
-    for cell in (*pairs, *missing):
-        if not limit.applies_to(cell["rollout_dtype"], cell["trainer_dtype"]):
-            continue
-        metric = cell.get("metrics", {}).get(limit.metric, {})
-        value, why = metric.get("value"), cell.get("why") or metric.get("why", "")
-        if cell.get("n_excluded"):
-            why = f"{cell['n_excluded']} of {cell['n_tokens']} tokens have no usable log-probs, so the pair cannot pass"
-        if CATALOG[limit.metric].level == "exact" and cell.get("n_nonfinite_exact"):
-            why = f"the exact KL is not finite at {cell['n_nonfinite_exact']} compared positions, so it cannot pass"
-        broken = cell.get("n_excluded") or (CATALOG[limit.metric].level == "exact" and cell.get("n_nonfinite_exact"))
-        exceeded = value is None or bool(broken) or limit.exceeded_by(value)
-        kept = {key: cell[key] for key in ("rollout_dtype", "trainer_dtype", "trainer_mode")}
-        rows.append({"limit": limit.text, **kept, "value": value, "exceeded": exceeded, "why": why})
+    everything: list[Pair | MissingPair] = [*pairs, *missing]
+    for pair in everything:
+        if limit.applies_to(pair.rollout_dtype, pair.trainer_dtype):
+            value, why, whole = _limited(limit.metric, pair)
+            verdict: LimitVerdict = "ok" if whole else "inconclusive"
+            if value is None:
+                verdict = "inconclusive"
+            elif limit.exceeded_by(value):
+                verdict = "fail"
+            name = {field: getattr(pair, field) for field in PairName.model_fields}
+            rows.append(LimitCheck(**name, limit=limit.text, value=value, verdict=verdict, why=why))
     return rows
 
 
-def _curves(diagonal: Mapping[str, PairResult], forecasts: Mapping[str, LengthForecast]) -> Curves:
-    sums = _sums(diagonal)
+def _limited(metric: str, pair: Pair | MissingPair) -> tuple[float | None, str, bool]:
+    """A metric's value, what limits it, and whether it is of the whole pair."""
+    if isinstance(pair, MissingPair):
+        return None, pair.why, False
+    found = pair.metrics[metric]
+    if CATALOG[metric].level == "exact" and pair.n_nonfinite_exact:
+        why = f"the exact KL is not finite at {pair.n_nonfinite_exact} compared positions, so it is never ok"
+        return found.value, why, False
+    if pair.n_excluded:
+        why = f"{pair.n_excluded} of {pair.n_tokens} tokens have no usable log-probs, so the pair is never ok"
+        return found.value, why, False
+    return found.value, found.why, True
+
+
+def _curves(sums: Mapping[str, PairSums], forecasts: Mapping[str, LengthForecast]) -> Curves:
     return Curves(
         density={name: curves.policy_density(pair) for name, pair in sums.items()},
         length={name: curves.length_curve(pair) for name, pair in sums.items()},

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
@@ -19,14 +18,15 @@ from mismatch_probe.probes.progress import Progress
 from mismatch_probe.probes.recorded import masks_of, store_recorded
 from mismatch_probe.probes.store import distinct_requests, store_replay, store_rollouts, store_scores
 from mismatch_probe.probes.workers import Collected, Workers, drive
-from mismatch_probe.tables import RunDirectory
+from mismatch_probe.results.manifest import PassRecord, PassStatus, RunStatus
+from mismatch_probe.runs import RunDirectory
 from mismatch_probe.types import Dtype, EncodedPrompt, RolloutRequest, Sampling, TrainerDtype
 
-NULL_SEQUENCES = 16
+SELF_NOISE_SEQUENCES = 16
 
 
-class Comparison:
-    """The engine passes of one run directory."""
+class PassRunner:
+    """Runs the engine passes of one run directory."""
 
     def __init__(self, plan: Plan, run: RunDirectory, progress: Progress) -> None:
         self._plan = plan
@@ -46,7 +46,7 @@ class Comparison:
             ProbeError: No other pass could run either (prompts, tokenizer, packages, disk).
         """
         resume = f"Continue with: mismatch-probe compare --resume {self._run.path}"
-        self._run.manifest["status"] = "running"
+        self._run.manifest.status = "running"
         self._run.save()
         try:
             with Workers(self._run.path / "logs") as workers:
@@ -66,14 +66,14 @@ class Comparison:
         except BaseException:
             self._close("failed")
             raise
-        records = self._run.manifest["passes"].values()
-        failed = any(record["status"] == "failed" or "extension_failure" in record for record in records)
+        records = self._run.manifest.passes.values()
+        failed = any(record.status == "failed" or record.extension_failure for record in records)
         if not failed:
             self._rows.discard()
         self._close("incomplete" if failed else "complete")
 
-    def _close(self, status: str) -> None:
-        self._run.manifest["status"] = status
+    def _close(self, status: RunStatus) -> None:
+        self._run.manifest.status = status
         self._run.save()
 
     def _encode(self, workers: Workers) -> list[EncodedPrompt]:
@@ -87,12 +87,13 @@ class Comparison:
         process = workers.take("encode", environment)
         self._prepare_next(workers, None)
         collected = drive(process, "encode", job, self._progress)
-        self._texts, self._run.manifest["special_token_ids"] = collected.texts, collected.special
+        self._texts, self._run.manifest.special_token_ids = collected.texts, tuple(collected.special)
         if plan.recorded is not None:
             return []
         digest = hashlib.sha256(json.dumps([p.token_ids for p in collected.encoded]).encode()).hexdigest()
-        known = self._run.manifest["prompts"].setdefault("token_ids_sha256", digest)
-        if known != digest:
+        prompts = self._run.manifest.prompts
+        prompts.token_ids_sha256 = prompts.token_ids_sha256 or digest
+        if prompts.token_ids_sha256 != digest:
             raise TableError(
                 "The prompts are encoded to other ids than when this run began.",
                 "The model folder or the prompt file has changed; start a new run.",
@@ -139,7 +140,7 @@ class Comparison:
                 sampling=sampling,
                 requests=requests,
                 batch=sizes.rollout_batch,
-                null_tokens=sizes.null_tokens,
+                self_noise_tokens=sizes.self_noise_tokens,
                 max_model_len=min(longest, plan.model.context or longest),
                 capture=capture,
                 in_process=self._in_process,
@@ -173,27 +174,30 @@ class Comparison:
         if not any(len(r.response_token_ids) for r in collected.rollouts):
             self._fail(pass_id, EngineError("The engine generated no tokens.", "Check the prompts and --max-tokens."))
             return
-        facts: dict[str, Any] = {"deterministic": devices.determinism(plan.device, in_process=self._in_process)}
-        if self._fallback:
-            facts["in_process_failure"] = self._fallback
+        record = PassRecord(
+            status="finished",
+            deterministic=devices.determinism(plan.device, in_process=self._in_process),
+            in_process_failure=self._fallback,
+        )
         if rollout.kind == "replay":
-            store_replay(self._run, pass_id, str(plan.passes.source), collected, facts, self._masks)
+            store_replay(self._run, pass_id, str(plan.passes.source), collected, record, self._masks)
             return
         samples = [(prompt.prompt_id, sample) for prompt in encoded for sample in range(sizes.samples_per_prompt)]
-        store_rollouts(self._run, pass_id, requests, samples, collected, facts)
+        store_rollouts(self._run, pass_id, requests, samples, collected, record)
 
     def _replay_requests(self) -> list[RolloutRequest]:
         """The sequences of the pass that the others follow, each to be decoded again."""
         source = str(self._plan.passes.source)
-        if self._run.manifest["passes"].get(source, {}).get("status") == "refused":
+        known = self._run.record_of(source)
+        if known is not None and known.status == "unsupported":
             raise DtypeRefused(
-                f"{source} is refused, so there is nothing to decode again.",
+                f"{source} is unsupported, so there is nothing to decode again.",
                 "Name a dtype that can sample first in --rollout-dtypes.",
             )
         if not self._run.finished(source):
             raise EngineError(
                 f"{source} has not finished, so there is nothing to decode again.",
-                "Mend that pass and continue with --resume.",
+                "Fix that pass and continue with --resume.",
             )
         table = self._run.sequences(source)
         columns = (table[name].to_pylist() for name in ("sequence_id", "prompt_token_ids", "response_token_ids"))
@@ -208,16 +212,16 @@ class Comparison:
         pass_id, run = trainer.pass_id, self._run
         assert trainer.dtype != "recorded"
         assert trainer.mode != "recorded"
-        record = run.manifest["passes"].get(pass_id, {})
-        covered = record.get("covers", [])
-        missing = [name for name in self._to_cover() if name not in covered]
-        if not missing or record.get("status") == "refused":
+        known = run.record_of(pass_id)
+        covered = () if known is None else known.covers
+        missing = tuple(name for name in self._to_cover() if name not in covered)
+        if not missing or (known is not None and known.status == "unsupported"):
             return
         sources = {run.source_of(name): None for name in missing}  # in order, each once
         distinct = distinct_requests([run.sequences(name) for name in sources])
         with_rows, exact = self._rows.positions(missing, distinct)
-        if not with_rows and sources.keys() <= {run.source_of(name) for name in covered}:
-            record["covers"] = covered + missing  # a replay of sequences that have been scored
+        if known is not None and not with_rows and sources.keys() <= {run.source_of(name) for name in covered}:
+            known.covers = covered + missing  # a replay of sequences that have been scored
             run.save()
             return
         kind, settings = self._trainer_process(trainer.dtype)
@@ -231,7 +235,7 @@ class Comparison:
             device=self._plan.device,
             temperature=self._plan.config.temperature,
             requests=[group[0] for group in distinct],
-            null_sequences=NULL_SEQUENCES if self._plan.sizes.null_tokens and not covered else 0,
+            self_noise_sequences=SELF_NOISE_SEQUENCES if self._plan.sizes.self_noise_tokens and not covered else 0,
             memory_budget=int(self._plan.sizes.memory_budget_gib * devices.GIB),
             exact_sources=[str(self._rows.path(name)) for name in with_rows],
             exact=exact,
@@ -246,11 +250,9 @@ class Comparison:
 
         collected = self._guarded(pass_id, score)
         if collected is not None:
-            facts = {
-                "deterministic": devices.determinism(self._plan.device, in_process=True),
-                "covers": covered + missing,
-            }
-            store_scores(run, pass_id, distinct, with_rows, collected, facts, self._masks)
+            deterministic = devices.determinism(self._plan.device, in_process=True)
+            record = PassRecord(status="finished", deterministic=deterministic, covers=covered + missing)
+            store_scores(run, pass_id, distinct, with_rows, collected, record, self._masks)
 
     def _to_cover(self) -> list[str]:
         """The finished passes whose sequences a trainer pass is to score."""
@@ -260,8 +262,8 @@ class Comparison:
         return [name for name in names if self._run.finished(name)]
 
     def _settled(self, pass_id: str) -> bool:
-        """Whether a pass is finished or refused; one that failed is taken off the manifest before it is tried again."""
-        return pass_id in self._run.manifest["passes"]
+        """Whether a pass is finished or unsupported; one that failed is taken off the manifest first."""
+        return self._run.record_of(pass_id) is not None
 
     def _guarded(self, pass_id: str, run: Callable[[], Collected]) -> Collected | None:
         """Runs a pass; a failure of this engine is recorded, and leaves the other passes to go on."""
@@ -272,13 +274,13 @@ class Comparison:
             return None
 
     def _fail(self, pass_id: str, error: EngineError) -> None:
-        passes = self._run.manifest["passes"]
+        passes = self._run.manifest.passes
         if self._run.finished(pass_id):
             # A trainer pass that was to score later sequences, too, keeps what it has.
-            passes[pass_id]["extension_failure"] = error.what
+            passes[pass_id].extension_failure = error.what
         else:
-            status = "refused" if isinstance(error, DtypeRefused) else "failed"
-            passes[pass_id] = {"status": status, "why": error.what, "fix": error.fix}
+            status: PassStatus = "unsupported" if isinstance(error, DtypeRefused) else "failed"
+            passes[pass_id] = PassRecord(status=status, why=error.what, fix=error.fix)
         self._run.save()
         self._progress.end(pass_id, str(error))
 

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
-from mismatch_probe.files import write_json, write_text
+from mismatch_probe.files import write_text
 from mismatch_probe.report.data import ReportData
-from mismatch_probe.tables import RunDirectory
+from mismatch_probe.results.comparison import Comparison
+from mismatch_probe.runs import RunDirectory
 
 
-def summary_frame(summary: dict[str, Any]) -> pd.DataFrame:
+def summary_frame(summary: Comparison) -> pd.DataFrame:
     """The pairs' metrics flat, a row per pair and metric: what `summary.csv` holds."""
     about = ["rollout_pass", "trainer_pass", "rollout_dtype", "trainer_dtype", "trainer_mode", "on_policy"]
     about += ["n_tokens", "n_sequences", "n_nonfinite", "n_excluded"]
     rows = [
-        {**{name: pair[name] for name in about}, "metric": key, **metric}
-        for pair in summary["pairs"]
-        for key, metric in pair["metrics"].items()
+        {**{name: getattr(pair, name) for name in about}, "metric": key, **asdict(value)}
+        for pair in summary.pairs
+        for key, value in pair.metrics.items()
     ]
     return pd.DataFrame(rows, columns=[*about, "metric", "value", "ci_low", "ci_high", "why"])
 
@@ -29,7 +30,7 @@ def write_outputs(run: RunDirectory, data: ReportData) -> dict[str, Path]:
     from mismatch_probe.report.html import render_html
     from mismatch_probe.report.markdown import render_markdown
 
-    write_json(run.path / "summary.json", data.summary)
+    data.summary.write(run.path / "summary.json")
     write_text(run.path / "summary.csv", summary_frame(data.summary).to_csv(index=False, lineterminator="\n"))
     figures = draw_figures(run, data)
     write_text(run.path / "report.html", render_html(data, figures))

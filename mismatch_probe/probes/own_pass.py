@@ -11,7 +11,7 @@ from mismatch_probe.engines.models import ModelRef, resolve
 from mismatch_probe.engines.process import EngineProcess
 from mismatch_probe.errors import Interrupted, ProbeError, TableError, UsageError
 from mismatch_probe.probes.progress import Progress
-from mismatch_probe.tables import RunDirectory
+from mismatch_probe.runs import RunDirectory
 
 
 def model_of(run: RunDirectory, config: CompareConfig, progress: Progress) -> ModelRef:
@@ -25,20 +25,20 @@ def model_of(run: RunDirectory, config: CompareConfig, progress: Progress) -> Mo
         raise UsageError("This run is recorded and names no model to measure.", "Compare it again with --model.")
     model = resolve(
         config.model,
-        revision=run.manifest["model"]["revision"],
+        revision=run.manifest.model.revision,
         trust_remote_code=config.trust_remote_code,
         log=progress.message,
     )
     if model.scripted:
         raise UsageError("The scripted model has no weights, so there is nothing to measure.", "Measure a real one.")
-    if model.file_hashes() != run.manifest["model"].get("files"):
+    if model.file_hashes() != run.manifest.model.files:
         raise TableError("The model's files have changed since this run began.", "Start a new run.")
     return model
 
 
 def device_of(run: RunDirectory) -> devices.Device:
     """Where the pass runs: on the run's device if it is here."""
-    return "cuda" if run.manifest["device"] == "cuda" and devices.gpu_present() else "cpu"
+    return "cuda" if run.manifest.device == "cuda" and devices.gpu_present() else "cpu"
 
 
 def fp32_trainer(config: CompareConfig, model: ModelRef, device: devices.Device) -> TrainerJob:
@@ -54,7 +54,7 @@ def fp32_trainer(config: CompareConfig, model: ModelRef, device: devices.Device)
         device=device,
         temperature=config.temperature,
         requests=(),
-        null_sequences=0,
+        self_noise_sequences=0,
         memory_budget=int(budget * devices.GIB),
         trust_remote_code=config.trust_remote_code,
         flags=devices.trainer_settings(device, "float32").arguments,

@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
 from mismatch_probe.metrics.accumulate import PairSums
 from mismatch_probe.metrics.budget import BudgetSums
-from mismatch_probe.metrics.exact import ESTIMATOR_COLUMNS, EstimatorCost, ExactRows, estimator_costs, exact_metrics
+from mismatch_probe.metrics.exact import ESTIMATOR_COLUMNS, ExactRows, estimator_costs, exact_metrics
 from mismatch_probe.metrics.frame import exact_rows, pair_chunks, pass_sequences
 from mismatch_probe.metrics.intervals import Estimate
 from mismatch_probe.metrics.power import PromptsNeeded, prompts_needed
 from mismatch_probe.metrics.prefixes import Prefixes, PrefixSums
-from mismatch_probe.metrics.ratio_test import RatioTest, ratio_tests
-from mismatch_probe.metrics.sample import finite_tokens
-from mismatch_probe.metrics.steps import StepResult, StepSums
+from mismatch_probe.metrics.ratio_test import ratio_tests
+from mismatch_probe.metrics.sample import usable_tokens
+from mismatch_probe.metrics.steps import StepSums
 from mismatch_probe.metrics.summary import compute_metrics
 from mismatch_probe.metrics.token import token_metrics
 from mismatch_probe.metrics.where import COLUMN_EDGES
 from mismatch_probe.probes.planning import Passes, RolloutPass, TrainerPass
-from mismatch_probe.tables import RunDirectory
+from mismatch_probe.results.comparison import Pair, PairName
+from mismatch_probe.runs import RunDirectory
 from mismatch_probe.types import MetricValue
 
 _POWER_KEYS = ("mean_abs_logprob_diff", "rms_logprob_diff", "kl_k3")
 
 
 @dataclass(frozen=True)
-class Cell:
+class PassPair:
     """A rollout pass and a trainer pass."""
 
     rollout: RolloutPass
@@ -36,80 +36,47 @@ class Cell:
 
     @property
     def diagonal(self) -> str:
-        """What figures call this cell; empty where it is off the diagonal. Whatever a file recorded is on it."""
+        """What figures call this pair; empty where its dtypes differ. Whatever a file recorded is on the diagonal."""
         if self.rollout.dtype == self.trainer.dtype:
             return self.rollout.dtype
         return f"recorded → {self.trainer.dtype}" if self.rollout.dtype == "recorded" else ""
 
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "rollout_pass": self.rollout.pass_id,
-            "trainer_pass": self.trainer.pass_id,
-            "rollout_dtype": self.rollout.dtype,
-            "trainer_dtype": self.trainer.dtype,
-            "trainer_mode": self.trainer.mode,
-        }
+    @property
+    def name(self) -> PairName:
+        """What the summary calls it."""
+        return PairName(
+            rollout_pass=self.rollout.pass_id,
+            trainer_pass=self.trainer.pass_id,
+            rollout_dtype=self.rollout.dtype,
+            trainer_dtype=self.trainer.dtype,
+            trainer_mode=self.trainer.mode,
+        )
 
 
 @dataclass(frozen=True)
 class PairResult:
-    """A cell's results.
+    """A pair's results.
 
     Attributes:
-        cell: The two passes.
+        passes: The two passes.
+        pair: What the summary says of them.
         sums: What everything was computed from.
-        metrics: By key of the catalog.
-        budget: The error budget, None without a reference.
-        estimators: What sampled KL estimators cost on this pair, None where no rows were compared.
-        ratio_tests: Whether the mean importance ratio is 1; empty off policy, where it need not be.
-        power: How many more prompts a few metrics need, by key; on the diagonal only.
-        n_nonfinite_exact: Compared positions at which KL(μ‖π) is infinite or not a number.
         prefixes: Prefix sums of an on-policy pair on the diagonal, from which longer responses are predicted.
-        steps: Of a recorded run whose sequences name their training step, a few metrics of each step.
     """
 
-    cell: Cell
+    passes: PassPair
+    pair: Pair
     sums: PairSums
-    metrics: dict[str, MetricValue]
-    budget: dict[str, MetricValue] | None
-    estimators: list[EstimatorCost] | None
-    ratio_tests: list[RatioTest]
-    power: dict[str, PromptsNeeded]
-    n_nonfinite_exact: int
     prefixes: Prefixes | None
-    steps: list[StepResult]
-
-    def as_dict(self) -> dict[str, Any]:
-        """The cell as `summary.json` has it."""
-        budget, estimators, excluded = self.budget, self.estimators, self.sums.excluded
-        return {
-            **self.cell.as_dict(),
-            "on_policy": self.sums.on_policy,
-            "n_tokens": self.sums.n_tokens,
-            "n_sequences": len(self.sums.prompt),
-            "n_prompts": len(self.sums.prompt_ids),
-            "n_prompts_finite": int(np.count_nonzero(self.sums.tokens.counts)),
-            "n_nonfinite": excluded.n_nonfinite,
-            "n_excluded": excluded.n_tokens,
-            "excluded": [vars(row) for row in excluded.rows()],
-            "mean_abs_logprob_diff_all_finite": self.sums.mean_abs_all_finite,
-            "n_nonfinite_exact": self.n_nonfinite_exact,
-            "metrics": {key: value.as_dict() for key, value in self.metrics.items()},
-            "budget": None if budget is None else {key: value.as_dict() for key, value in budget.items()},
-            "estimators": None if estimators is None else [asdict(cost) for cost in estimators],
-            "ratio_tests": [test.as_dict() for test in self.ratio_tests],
-            "prompts_needed": {key: vars(needed) for key, needed in self.power.items()},
-            "steps": [step.as_dict() for step in self.steps],
-        }
 
 
-def analyse_pair(run: RunDirectory, passes: Passes, cell: Cell, seed: int) -> PairResult:
+def analyse_pair(run: RunDirectory, passes: Passes, both: PassPair, seed: int) -> PairResult:
     """Reads the two passes, and the reference where it has scored these tokens, once.
 
     Raises:
         TableError: A table is missing or corrupt, or the passes do not hold the same tokens.
     """
-    rollout_pass, trainer_pass = cell.rollout.pass_id, cell.trainer.pass_id
+    rollout_pass, trainer_pass = both.rollout.pass_id, both.trainer.pass_id
     reference = passes.reference.pass_id if passes.reference is not None else None
     if reference is not None and why_missing(run, rollout_pass, reference):
         reference = None
@@ -119,7 +86,7 @@ def analyse_pair(run: RunDirectory, passes: Passes, cell: Cell, seed: int) -> Pa
         trainer_pass,
         trainer_columns=("entropy", "rank"),
         reference_pass=reference,
-        special_ids=run.manifest.get("special_token_ids", ()),
+        special_ids=run.manifest.special_token_ids,
     )
     sums: PairSums | None = None
     budget: BudgetSums | None = None
@@ -129,7 +96,7 @@ def analyse_pair(run: RunDirectory, passes: Passes, cell: Cell, seed: int) -> Pa
         if sums is None:
             sums = PairSums(chunk, bins={name: edges for name, edges in COLUMN_EDGES.items() if name in chunk.columns})
             budget = BudgetSums(sums.n_prompts) if reference is not None else None
-            prefixes = PrefixSums() if cell.diagonal and chunk.on_policy else None
+            prefixes = PrefixSums() if both.diagonal and chunk.on_policy else None
         sums.update(chunk)
         steps.update(chunk)
         if prefixes is not None:
@@ -139,34 +106,53 @@ def analyse_pair(run: RunDirectory, passes: Passes, cell: Cell, seed: int) -> Pa
     assert sums is not None
     exact = exact_rows(run, rollout_pass, trainer_pass, sums)
     compared = exact is not None and bool(exact.finite(*ESTIMATOR_COLUMNS).any())
-    return PairResult(
-        cell=cell,
-        sums=sums,
-        metrics=compute_metrics(sums, exact, seed=seed),
-        budget=None if budget is None else budget.metrics(seed=seed),
-        estimators=estimator_costs(exact) if exact is not None and compared else None,
-        ratio_tests=ratio_tests(sums, seed=seed) if sums.on_policy and sums.n_finite else [],
-        power=_power(sums, exact) if cell.diagonal and sums.n_finite else {},
-        n_nonfinite_exact=0 if exact is None else int(np.count_nonzero(~exact.finite("kl"))),
-        prefixes=None if prefixes is None else prefixes.result(),
-        steps=steps.results(seed=seed),
+    pair = pair_of(both, sums, compute_metrics(sums, exact, seed=seed)).model_copy(
+        update={
+            "n_nonfinite_exact": 0 if exact is None else int(np.count_nonzero(~exact.finite("kl"))),
+            "budget": None if budget is None else budget.metrics(seed=seed),
+            "estimators": tuple(estimator_costs(exact)) if exact is not None and compared else None,
+            "ratio_tests": tuple(ratio_tests(sums, seed=seed)) if sums.on_policy and sums.n_usable else (),
+            "prompts_needed": _prompts_needed(sums, exact) if both.diagonal and sums.n_usable else {},
+            "steps": tuple(steps.results(seed=seed)),
+        }
+    )
+    return PairResult(both, pair, sums, None if prefixes is None else prefixes.result())
+
+
+def pair_of(both: PassPair, sums: PairSums, metrics: dict[str, MetricValue]) -> Pair:
+    """A pair's counts and metrics, without all that takes more than its sums."""
+    excluded = sums.excluded
+    return Pair(
+        **dict(both.name),
+        on_policy=sums.on_policy,
+        n_tokens=sums.n_tokens,
+        n_sequences=len(sums.prompt),
+        n_prompts=len(sums.prompt_ids),
+        n_prompts_usable=int(np.count_nonzero(sums.tokens.counts)),
+        n_nonfinite=excluded.n_nonfinite,
+        n_excluded=excluded.n_tokens,
+        excluded=tuple(excluded.rows()),
+        mean_abs_logprob_diff_all_finite=sums.mean_abs_all_finite,
+        metrics=metrics,
     )
 
 
-def _power(sums: PairSums, exact: ExactRows | None) -> dict[str, PromptsNeeded]:
+def _prompts_needed(sums: PairSums, exact: ExactRows | None) -> dict[str, PromptsNeeded]:
     """What ±5 % would take."""
-    tokens, metrics = finite_tokens(sums), token_metrics()
+    tokens, metrics = usable_tokens(sums), token_metrics()
     found = {key: metrics[key](tokens) for key in _POWER_KEYS} | {"kl_exact": exact_metrics(exact)["kl_exact"]}
     return {key: prompts_needed(estimate) for key, estimate in found.items() if isinstance(estimate, Estimate)}
 
 
 def why_missing(run: RunDirectory, rollout_pass: str, trainer_pass: str) -> str:
     """Why two passes cannot be compared; empty where they can."""
-    passes = run.manifest["passes"]
     for name in (rollout_pass, trainer_pass):
         if not run.finished(name):
-            return str(passes.get(name, {}).get("why", "this pass has not run yet; continue the run with --resume"))
-    if run.source_of(rollout_pass) not in passes[trainer_pass].get("covers", []):
+            record = run.record_of(name)
+            not_yet = "this pass has not run yet; continue the run with --resume"
+            return not_yet if record is None else record.why
+    trainer = run.manifest.passes[trainer_pass]
+    if run.source_of(rollout_pass) not in trainer.covers:
         not_yet = "the trainer has not scored these sequences yet; continue the run with --resume"
-        return str(passes[trainer_pass].get("extension_failure", not_yet))
+        return trainer.extension_failure or not_yet
     return ""

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-from mismatch_probe.config import DEFAULT_MODEL, CompareConfig
+from mismatch_probe.config import DEFAULT_MODEL, CompareConfig, Sizes
 from mismatch_probe.engines import devices
 from mismatch_probe.engines.models import ModelRef, resolve
 from mismatch_probe.engines.rows import file_bytes
 from mismatch_probe.errors import UsageError
 from mismatch_probe.ingest.base import RecordedRun
 from mismatch_probe.probes.progress import Progress
-from mismatch_probe.probes.recorded import check_recorded, read_recorded, sides_of
+from mismatch_probe.probes.recorded import check_recorded, read_recorded, recorded_of
 from mismatch_probe.prompts import PromptSet, load_prompts
+from mismatch_probe.results.manifest import Recorded
 from mismatch_probe.types import DTYPES, Dtype, EncodedPrompt, RolloutRequest, TrainerDtype, TrainerMode
 
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
@@ -78,12 +78,12 @@ class Passes:
         return [trainer for trainer in (*self.trainers, *extra) if trainer.mode != "recorded"]
 
 
-def passes_of(config: CompareConfig, recorded: Mapping[str, bool] | None = None) -> Passes:
+def passes_of(config: CompareConfig, recorded: Recorded | None = None) -> Passes:
     """The passes that a configuration asks for. Autocast applies to 16-bit types only: FP32 always has `cast`.
 
     Args:
         config: The configuration.
-        recorded: Of a run `--from` a file: whether the file brings log-probs of the `rollout` and of the `trainer`.
+        recorded: Of a run `--from` a file: whose log-probs the file brings.
     """
     trainers = [
         TrainerPass(dtype, mode)
@@ -92,10 +92,10 @@ def passes_of(config: CompareConfig, recorded: Mapping[str, bool] | None = None)
     ]
     source = None
     if recorded is not None:
-        source = RECORDED_ROLLOUT.pass_id if recorded["rollout"] else RECORDED_TRAINER.pass_id
-        rollouts = [RECORDED_ROLLOUT] if recorded["rollout"] else []
+        source = RECORDED_ROLLOUT.pass_id if recorded.rollout else RECORDED_TRAINER.pass_id
+        rollouts = [RECORDED_ROLLOUT] if recorded.rollout else []
         rollouts += [RolloutPass(dtype, "replay") for dtype in config.rollout_dtypes] if config.replay else []
-        if recorded["trainer"]:
+        if recorded.trainer:
             trainers = [RECORDED_TRAINER, *(trainers if config.rescore else [])]
     elif config.sequences == "shared":
         first, *others = config.rollout_dtypes
@@ -110,7 +110,7 @@ def passes_of(config: CompareConfig, recorded: Mapping[str, bool] | None = None)
     return Passes(tuple(rollouts), tuple(trainers), reference, source)
 
 
-def null_pass_id(pass_id: str) -> str:
+def self_noise_pass_id(pass_id: str) -> str:
     """The pass that produces some of a pass's tokens a second time."""
     return f"{pass_id}-null"
 
@@ -123,7 +123,7 @@ class Plan:
     model: ModelRef
     prompts: PromptSet
     device: devices.Device
-    sizes: devices.Sizes
+    sizes: Sizes
     passes: Passes
     recorded: RecordedRun | None = None
 
@@ -243,7 +243,7 @@ def make_plan(config: CompareConfig, progress: Progress | None = None, *, weight
     """
     progress = progress or Progress()
     recorded = None if config.source is None else read_recorded(config.source)
-    passes = passes_of(config, None if recorded is None else sides_of(recorded))
+    passes = passes_of(config, None if recorded is None else recorded_of(recorded))
     if not passes.rollouts:
         raise UsageError(
             f"{config.source} holds no rollout_logprobs, so there is nothing to compare its trainer with.",
@@ -271,7 +271,7 @@ def make_plan(config: CompareConfig, progress: Progress | None = None, *, weight
         raise UsageError(
             "On a CPU vLLM cannot decode given ids again at a temperature other than 1.", "Leave --temperature out."
         )
-    given = {f.name: value for f in fields(devices.Sizes) if (value := getattr(config, f.name)) is not None}
+    given = {f.name: value for f in fields(Sizes) if (value := getattr(config, f.name)) is not None}
     sizes = replace(devices.default_sizes(device), **given)
     if recorded is not None:
         check_recorded(recorded, model)

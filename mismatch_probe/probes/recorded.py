@@ -12,8 +12,9 @@ from mismatch_probe.engines.models import ModelRef
 from mismatch_probe.errors import IngestError
 from mismatch_probe.ingest.base import RecordedRun, Side
 from mismatch_probe.ingest.generic import read_generic
+from mismatch_probe.results.manifest import PassRecord, Recorded
+from mismatch_probe.runs import RunDirectory
 from mismatch_probe.schemas import Masks, sequences_table, tokens_table
-from mismatch_probe.tables import RunDirectory
 from mismatch_probe.types import Rollout, RolloutRequest
 
 
@@ -26,9 +27,10 @@ def read_recorded(path: str) -> RecordedRun:
     return read_generic(path)
 
 
-def sides_of(recorded: RecordedRun) -> dict[str, bool]:
-    """Whether the file brings log-probs of the `rollout` and of the `trainer`."""
-    return {side: side in recorded.sides for side in ("rollout", "trainer")}
+def recorded_of(recorded: RecordedRun) -> Recorded:
+    """What the manifest says of the file."""
+    rollout, trainer = (side in recorded.sides for side in ("rollout", "trainer"))
+    return Recorded(rollout=rollout, trainer=trainer, file=recorded.source)
 
 
 def check_recorded(recorded: RecordedRun, model: ModelRef) -> None:
@@ -86,12 +88,10 @@ def store_recorded(run: RunDirectory, recorded: RecordedRun, texts: Mapping[int,
         ]
         tokens = tokens_table(pass_id, rollouts, lambda r: r.response_token_ids, texts.get, masks=masks)
         tables: dict[str, Any] = {"tokens": tokens}
-        record: dict[str, Any] = {"counts": _counts(recorded, values)}
+        record = PassRecord(status="finished", counts=_counts(recorded, values), sequences_of=source)
         if side == "trainer":
-            record["covers"] = [source or pass_id]
-        if source:
-            record["sequences_of"] = source
-        else:
+            record.covers = (source or pass_id,)
+        if not source:
             steps = None if recorded.step is None else recorded.step.tolist()
             samples = recorded.sample_ids.tolist()
             tables["sequences"] = sequences_table(pass_id, requests, rollouts, recorded.prompt_ids, samples, steps)

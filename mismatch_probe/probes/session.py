@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,16 @@ from mismatch_probe.errors import TableError, UsageError
 from mismatch_probe.files import locked
 from mismatch_probe.metrics.catalog import CATALOG
 from mismatch_probe.probes.analysis import analyse
-from mismatch_probe.probes.compare import Comparison
+from mismatch_probe.probes.compare import PassRunner
 from mismatch_probe.probes.outputs import draw_figures, summary_frame, write_outputs
 from mismatch_probe.probes.planning import Passes, Plan, make_plan, passes_of
 from mismatch_probe.probes.progress import Progress
-from mismatch_probe.probes.recorded import sides_of
+from mismatch_probe.probes.recorded import recorded_of
 from mismatch_probe.report.data import ReportData
-from mismatch_probe.tables import RunDirectory, refuse_occupied
+from mismatch_probe.results.comparison import Comparison
+from mismatch_probe.results.manifest import Environment, Manifest, ModelRecord, PromptsRecord
+from mismatch_probe.runs import RunDirectory
+from mismatch_probe.tables import refuse_occupied
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class RunResult:
     figures: dict[str, Path]
 
     @property
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> Comparison:
+        """What the comparison found."""
         return self.data.summary
 
     def frame(self) -> pd.DataFrame:
@@ -53,13 +56,13 @@ class RunResult:
 
     @property
     def exceeded(self) -> bool:
-        """Whether a limit of `fail_on` is exceeded or cannot be judged."""
-        return any(row["exceeded"] for row in self.summary["limits"])
+        """Whether a limit of `fail_on` is exceeded, or inconclusive."""
+        return any(row.verdict != "ok" for row in self.summary.limits)
 
     @property
     def complete(self) -> bool:
         """Whether every pass that can run here has run."""
-        return bool(self.data.manifest["status"] == "complete")
+        return self.data.manifest.status == "complete"
 
 
 def parse_limits(texts: Sequence[str], passes: Passes | None) -> list[Limit]:
@@ -112,12 +115,12 @@ def resume_run(path: Path, fail_on: Sequence[str], progress: Progress | None, ch
     RunDirectory.open(path)  # before the lock, which would make the folder
     with locked(path):
         run = RunDirectory.open(path)
-        # A pass that failed gets another try; one that an engine refuses would only be refused again.
-        run.manifest["passes"] = {k: v for k, v in run.manifest["passes"].items() if v["status"] != "failed"}
-        for record in run.manifest["passes"].values():
-            record.pop("extension_failure", None)
+        # A pass that failed gets another try; an engine that does not run a dtype will not run it now.
+        run.manifest.passes = {k: v for k, v in run.manifest.passes.items() if v.status != "failed"}
+        for record in run.manifest.passes.values():
+            record.extension_failure = ""
         config = _changed(run, changes)
-        limits = parse_limits(fail_on, passes_of(config, run.manifest.get("recorded")))
+        limits = parse_limits(fail_on, passes_of(config, run.manifest.recorded))
         progress = progress or Progress()
         plan = _plan_again(run, config, progress)
         return _finish(plan, run, limits, progress)
@@ -144,17 +147,16 @@ def _changed(run: RunDirectory, changes: Mapping[str, Any]) -> CompareConfig:
             raise UsageError(
                 f"{flag(name)} cannot be combined with --resume: a run continues as it was configured.", "Leave it out."
             )
-        passes = run.manifest["passes"]  # a null belongs to the pass that it repeats
-        done = [p for p in run.finished_passes() if p.split("-")[0] in _CHANGEABLE[name] and "null_of" not in passes[p]]
+        passes = run.manifest.passes  # a repeat belongs to the pass that it repeats
+        done = [p for p in run.finished_passes() if p.split("-")[0] in _CHANGEABLE[name] and not passes[p].repeats]
         if done:
             raise UsageError(
                 f"{flag(name)} cannot change any more: {done[0]} has finished without it.",
                 "Leave it out, or start a new run.",
             )
-    config = replace(CompareConfig.from_dict(run.manifest["config"]), **changes)
-    run.manifest["config"] = config.as_dict()
-    sizes = run.manifest["sizes"]
-    run.manifest["sizes"] = {**sizes, **{name: value for name, value in changes.items() if name in sizes}}
+    config, sizes = replace(run.manifest.config, **changes), run.manifest.sizes
+    run.manifest.config = config
+    run.manifest.sizes = replace(sizes, **{name: value for name, value in changes.items() if hasattr(sizes, name)})
     return config
 
 
@@ -163,16 +165,16 @@ def _plan_again(run: RunDirectory, config: CompareConfig, progress: Progress) ->
     # Sizes that were left to the machine's default stay what they were, and a hub id stays at its commit.
     # Of a recorded run the file itself says how many prompts, samples and tokens there are.
     own = () if config.source is None else ("num_prompts", "samples_per_prompt", "max_tokens")
-    sizes = {name: value for name, value in run.manifest["sizes"].items() if name not in own}
-    fixed = {**sizes, "revision": run.manifest["model"]["revision"]}
+    sizes = {name: value for name, value in vars(run.manifest.sizes).items() if name not in own}
+    fixed = {**sizes, "revision": run.manifest.model.revision}
     plan = make_plan(replace(config, **fixed), progress)
-    if plan.prompts.sha256 != run.manifest["prompts"]["sha256"]:
+    if plan.prompts.sha256 != run.manifest.prompts.sha256:
         raise TableError(
             "The prompts have changed since this run began.", "Restore the prompt file, or start a new run."
         )
-    if plan.device != run.manifest["device"]:
+    if plan.device != run.manifest.device:
         raise UsageError(
-            f"This run began on {run.manifest['device']}, and this machine offers {plan.device}.",
+            f"This run began on {run.manifest.device}, and this machine offers {plan.device}.",
             "Continue it where it began; `report` works anywhere.",
         )
     return plan
@@ -183,8 +185,7 @@ def report_run(
 ) -> RunResult:
     check_lengths(predict_lengths or ())
     run = RunDirectory.open(path)
-    config = CompareConfig.from_dict(run.manifest["config"])
-    limits = parse_limits(fail_on, passes_of(config, run.manifest.get("recorded")))
+    limits = parse_limits(fail_on, passes_of(run.manifest.config, run.manifest.recorded))
     data = analyse(run, limits, predict_lengths=predict_lengths, extrapolate=extrapolate)
     return RunResult(path, data, write_outputs(run, data))
 
@@ -209,19 +210,19 @@ def _finish(plan: Plan, run: RunDirectory, limits: list[Limit], progress: Progre
 
 def _execute(plan: Plan, run: RunDirectory, progress: Progress) -> None:
     """Runs the passes that are missing, and sees to it that they are all of one model."""
-    hashes, model = _in_background(plan.model.file_hashes), run.manifest["model"]
-    if "files" in model:
+    hashes, model = _in_background(plan.model.file_hashes), run.manifest.model
+    if model.files is not None:
         progress.message("checking that the model is still the same")
-        if model["files"] != hashes.result():
+        if model.files != hashes.result():
             raise TableError("The model's files have changed since this run began.", "Start a new run.")
     try:
-        Comparison(plan, run, progress).execute()
+        PassRunner(plan, run, progress).execute()
     finally:
         # No pass of another model may ever join these; but nobody waits for that who wants to stop.
         if hashes.done() and hashes.exception() is None and run.finished_passes():
-            model["files"] = hashes.result()
+            model.files = hashes.result()
             run.save()
-    model["files"] = hashes.result()
+    model.files = hashes.result()
     run.save()
 
 
@@ -239,21 +240,22 @@ def _in_background(work: Callable[[], dict[str, str]]) -> Future[dict[str, str]]
     return future
 
 
-def _manifest(plan: Plan) -> dict[str, Any]:
+def _manifest(plan: Plan) -> Manifest:
     recorded = plan.recorded
     name = plan.config.model if plan.model.config else f"the recorded run {plan.prompts.source}"
-    return {
-        "tool_version": version("mismatch-probe"),
-        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "config": plan.config.as_dict(),
-        "sizes": vars(plan.sizes),
-        "device": plan.device,
-        "model": {"name": name, "revision": plan.model.revision, "path": str(plan.model.path)},
-        "prompts": {"source": plan.prompts.source, "n": plan.sizes.num_prompts, "sha256": plan.prompts.sha256},
-        **({} if recorded is None else {"recorded": {**sides_of(recorded), **recorded.source.as_dict()}}),
-        "environment": {
-            "versions": devices.package_versions(),
-            "machine": devices.machine(),
-            "variables": devices.recorded_environment(),
-        },
-    }
+    return Manifest(
+        **Manifest.stamp(),
+        status="running",
+        created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        config=plan.config,
+        sizes=plan.sizes,
+        device=plan.device,
+        model=ModelRecord(name=name, revision=plan.model.revision, path=str(plan.model.path)),
+        prompts=PromptsRecord(source=plan.prompts.source, n=plan.sizes.num_prompts, sha256=plan.prompts.sha256),
+        recorded=None if recorded is None else recorded_of(recorded),
+        environment=Environment(
+            versions=devices.package_versions(),
+            machine=devices.machine(),
+            variables=devices.recorded_environment(),
+        ),
+    )

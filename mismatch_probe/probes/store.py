@@ -5,15 +5,15 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mismatch_probe.probes.planning import null_pass_id
+from mismatch_probe.probes.planning import self_noise_pass_id
 from mismatch_probe.probes.workers import Collected
+from mismatch_probe.results.manifest import PassRecord
+from mismatch_probe.runs import RunDirectory
 from mismatch_probe.schemas import REFERENCE_SCHEMA, TOKENS_SCHEMA, Masks, exact_table, sequences_table, tokens_table
-from mismatch_probe.tables import RunDirectory
 from mismatch_probe.types import Rollout, RolloutRequest, Score, ScoreRequest
 
 
@@ -23,9 +23,9 @@ def store_rollouts(
     requests: Sequence[RolloutRequest],
     samples: Sequence[tuple[str, int]],
     collected: Collected,
-    facts: dict[str, Any],
+    record: PassRecord,
 ) -> None:
-    """Finishes a rollout pass, its null first, so that a pass that is finished has its null.
+    """Finishes a rollout pass, its repeat first, so that a pass that is finished has its self-noise.
 
     Args:
         run: Where to.
@@ -33,7 +33,7 @@ def store_rollouts(
         requests: What was asked, in the order of `collected.rollouts`.
         samples: Prompt id and sample number of each request.
         collected: What the worker produced.
-        facts: What else the manifest is to say of the pass.
+        record: Of the pass; what the worker said of itself is filled in.
     """
     tokens = _rollout_tokens(pass_id, collected.rollouts, collected.texts)
     prompt_ids, sample_ids = zip(*samples, strict=True)
@@ -44,8 +44,8 @@ def store_rollouts(
         "n_truncated": sum(r.finish_reason == "length" for r in collected.rollouts),
         "n_empty": sum(len(r.response_token_ids) == 0 for r in collected.rollouts),
     }
-    _store_null(run, pass_id, collected)
-    run.finish_pass(pass_id, _record(collected, counts, facts), {"tokens": tokens, "sequences": sequences})
+    _store_self_noise(run, pass_id, collected)
+    run.finish_pass(pass_id, _filled(record, collected, counts), {"tokens": tokens, "sequences": sequences})
 
 
 def store_replay(
@@ -53,21 +53,22 @@ def store_replay(
     pass_id: str,
     source: str,
     collected: Collected,
-    facts: dict[str, Any],
+    record: PassRecord,
     masks: Masks | None,
 ) -> None:
     """Finishes a pass that decoded the sequences of `source` again; it has tokens, and no sequences of its own."""
     tokens = _rollout_tokens(pass_id, collected.rollouts, collected.texts, masks)
     counts = {"n_sequences": len(collected.rollouts), **_counts(tokens)}
-    _store_null(run, pass_id, collected, masks)
-    run.finish_pass(pass_id, _record(collected, counts, {"sequences_of": source, **facts}), {"tokens": tokens})
+    _store_self_noise(run, pass_id, collected, masks)
+    record.sequences_of = source
+    run.finish_pass(pass_id, _filled(record, collected, counts), {"tokens": tokens})
 
 
-def _store_null(run: RunDirectory, pass_id: str, collected: Collected, masks: Masks | None = None) -> None:
-    if collected.null_rollouts:
-        null = null_pass_id(pass_id)
-        again = _rollout_tokens(null, collected.null_rollouts, collected.texts, masks)
-        run.finish_pass(null, {"null_of": pass_id}, {"tokens": again})
+def _store_self_noise(run: RunDirectory, pass_id: str, collected: Collected, masks: Masks | None = None) -> None:
+    if collected.self_noise_rollouts:
+        repeat = self_noise_pass_id(pass_id)
+        again = _rollout_tokens(repeat, collected.self_noise_rollouts, collected.texts, masks)
+        run.finish_pass(repeat, PassRecord(status="finished", repeats=pass_id), {"tokens": again})
 
 
 def store_scores(
@@ -76,7 +77,7 @@ def store_scores(
     distinct: list[list[ScoreRequest]],
     rows_of: Sequence[str],
     collected: Collected,
-    facts: dict[str, Any],
+    record: PassRecord,
     masks: Masks | None = None,
 ) -> None:
     """Finishes a trainer pass, or extends one by sequences that were sampled later.
@@ -87,7 +88,7 @@ def store_scores(
         distinct: Groups of sequences with the same ids; the first of each was scored for all.
         rows_of: The rollout passes whose rows it compared, in the order of the job's sources.
         collected: What the worker produced.
-        facts: What else the manifest is to say of the pass.
+        record: Of the pass; what the worker said of itself is filled in.
         masks: Which response tokens count, by sequence; None for all.
     """
     twins = {group[0].sequence_id: group for group in distinct}
@@ -106,7 +107,7 @@ def store_scores(
         earlier, compared = run.tokens(pass_id), run.exact(pass_id)
         again = pc.is_in(earlier["sequence_id"], value_set=pa.array(list(ids), pa.int64()))
         if not pc.any(again).as_py():
-            n_distinct += run.manifest["passes"][pass_id]["counts"]["n_distinct_sequences"]
+            n_distinct += run.manifest.passes[pass_id].counts["n_distinct_sequences"]
         order = [("sequence_id", "ascending"), ("position", "ascending")]
         tokens = pa.concat_tables([earlier.filter(pc.invert(again)), tokens]).sort_by(order)
         both = [table for table in (compared, exact) if table is not None]
@@ -117,11 +118,11 @@ def store_scores(
         "n_distinct_sequences": n_distinct,
         **_counts(tokens),
     }
-    if collected.null_scores:
-        null = null_pass_id(pass_id)
-        run.finish_pass(null, {"null_of": pass_id}, {kind: table(null, collected.null_scores)})
+    if collected.self_noise_scores:
+        repeat, again_of = self_noise_pass_id(pass_id), PassRecord(status="finished", repeats=pass_id)
+        run.finish_pass(repeat, again_of, {kind: table(repeat, collected.self_noise_scores)})
     tables = {kind: tokens} | ({} if exact is None else {"exact": exact})
-    run.finish_pass(pass_id, _record(collected, counts, facts), tables)
+    run.finish_pass(pass_id, _filled(record, collected, counts), tables)
 
 
 def distinct_requests(sequences: Sequence[pa.Table]) -> list[list[ScoreRequest]]:
@@ -138,7 +139,7 @@ def distinct_requests(sequences: Sequence[pa.Table]) -> list[list[ScoreRequest]]
 def _rollout_tokens(
     pass_id: str, rollouts: list[Rollout], texts: dict[int, str], masks: Masks | None = None
 ) -> pa.Table:
-    if masks is not None:  # a null repeats the first tokens of a sequence
+    if masks is not None:  # a repeat has the first tokens of a sequence
         masks = {r.sequence_id: masks[r.sequence_id][: len(r.response_token_ids)] for r in rollouts}
     return tokens_table(pass_id, rollouts, lambda rollout: rollout.response_token_ids, texts.get, masks=masks)
 
@@ -148,5 +149,6 @@ def _counts(tokens: pa.Table) -> dict[str, int]:
     return {"n_tokens": tokens.num_rows, "n_nonfinite": tokens.num_rows - finite}
 
 
-def _record(collected: Collected, counts: dict[str, int], facts: dict[str, Any]) -> dict[str, Any]:
-    return {"engine": collected.identity, "timings": collected.timings, "counts": counts, **facts}
+def _filled(record: PassRecord, collected: Collected, counts: dict[str, int]) -> PassRecord:
+    record.engine, record.timings, record.counts = collected.identity, collected.timings, counts
+    return record

@@ -21,10 +21,10 @@ class Collected:
     encoded: list[EncodedPrompt] = field(default_factory=list)
     special: list[int] = field(default_factory=list)
     rollouts: list[Rollout] = field(default_factory=list)
-    null_rollouts: list[Rollout] = field(default_factory=list)
+    self_noise_rollouts: list[Rollout] = field(default_factory=list)
     texts: dict[int, str] = field(default_factory=dict)
     scores: list[Score] = field(default_factory=list)
-    null_scores: list[Score] = field(default_factory=list)
+    self_noise_scores: list[Score] = field(default_factory=list)
     identity: dict[str, Any] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
 

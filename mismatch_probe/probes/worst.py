@@ -5,14 +5,14 @@ from __future__ import annotations
 from mismatch_probe.metrics.frame import pass_sequences
 from mismatch_probe.probes.pairs import PairResult
 from mismatch_probe.report.data import WorstToken
-from mismatch_probe.tables import RunDirectory
+from mismatch_probe.runs import RunDirectory
 
 _CONTEXT_TOKENS = 16
 
 
 def worst_tokens(run: RunDirectory, name: str, result: PairResult) -> list[WorstToken]:
     """The tokens with the largest |d| of a pair that reports call `name`; only their surroundings are read."""
-    pass_id, sums = result.cell.rollout.pass_id, result.sums
+    pass_id, sums = result.passes.rollout.pass_id, result.sums
     sequences = pass_sequences(run, pass_id)
     square = float(sums.binned["probability"].squared_log_ratio.sum())
     tokens = []
@@ -37,7 +37,7 @@ def worst_tokens(run: RunDirectory, name: str, result: PairResult) -> list[Worst
                 rollout_logprob=float(rollout),
                 trainer_logprob=float(trainer),
                 log_ratio=difference,
-                share_of_square=difference**2 / square if square > 0 else 0.0,
+                contribution=difference**2 / square if square > 0 else 0.0,
             )
         )
     return tokens

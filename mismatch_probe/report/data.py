@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mismatch_probe.metrics.curves import BinnedDiff, Ccdf, LengthCurve, PolicyDensity
     from mismatch_probe.metrics.length_prediction import LengthForecast
+    from mismatch_probe.results.comparison import Comparison
+    from mismatch_probe.results.manifest import Manifest
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class WorstToken:
         rollout_logprob: b, nats.
         trainer_logprob: a, nats.
         log_ratio: d = a − b, nats.
-        share_of_square: This token's share of the pair's Σ d².
+        contribution: This token's part of the pair's Σ d².
     """
 
     pair: str
@@ -59,7 +61,7 @@ class WorstToken:
     rollout_logprob: float
     trainer_logprob: float
     log_ratio: float
-    share_of_square: float = 0.0
+    contribution: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -67,16 +69,15 @@ class ReportData:
     """Everything that a report shows.
 
     Attributes:
-        summary: Content of `summary.json`. Exact divergences, `budget` and `estimators` of its pairs, `reference` and
-            `where` may be absent, or None where the run did not measure them.
-        manifest: Content of `manifest.json`; any field may be absent.
+        summary: What the comparison found.
+        manifest: Of the run.
         curves: Curves of the diagonal pairs.
         worst_tokens: Worst first within each pair.
         attribution: Content of `attribute/attribution.json`, None where the gap has not been taken apart.
     """
 
-    summary: dict[str, Any]
-    manifest: dict[str, Any]
+    summary: Comparison
+    manifest: Manifest
     curves: Curves
     worst_tokens: list[WorstToken]
     attribution: dict[str, Any] | None = None

@@ -84,7 +84,7 @@ def render_html(data: ReportData, figures: Mapping[str, Path]) -> str:
         details=view.findings(data)[view.HEADLINES :],
         notes=notes(data),
         missing=view.missing_lines(data.summary),
-        state=state.replace(" ", "-"),
+        state=state,
         verdict=sentence,
         limits=view.limit_lines(data.summary),
         matrix=view.matrix_table(data.summary),
@@ -103,8 +103,8 @@ def render_html(data: ReportData, figures: Mapping[str, Path]) -> str:
         metrics=view.metrics_table(data.summary),
         worst=view.worst_rows(data.worst_tokens),
         passes=view.passes_table(data.manifest),
-        nulls=view.nulls_table(data.summary),
-        provenance=view.provenance_table(data.manifest),
+        self_noise=view.self_noise_table(data.summary),
+        provenance=view.provenance_table(data.manifest.model_dump(mode="json", exclude_none=True)),
     )
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from mismatch_probe.report.data import ReportData
     from mismatch_probe.report.view import Table, WorstRow
+    from mismatch_probe.results.comparison import Comparison
 
 _HTML = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
 _ACTIVE = re.compile(r"[\\`*_{}\[\]#|~$@!]|:(?=//)|(?<=www)\.", re.IGNORECASE)
@@ -39,7 +40,7 @@ def render_markdown(data: ReportData, figures: Mapping[str, str | PurePath]) -> 
     blocks.append(_bullets(f"note: {escape(note)}" for note in notes(data)))
     blocks += [
         "## Mean |Δlogp| of every pair",
-        "Nats, with 95 % intervals over prompts; the null is the same engine against itself.",
+        "Nats, with 95 % intervals over prompts; self-noise is the same engine against itself.",
     ]
     blocks.append(_table(view.matrix_table(data.summary), "No pair was compared."))
     blocks.append(
@@ -60,12 +61,20 @@ def render_markdown(data: ReportData, figures: Mapping[str, str | PurePath]) -> 
         "## What each pass produced, dropped and truncated",
         _table(view.passes_table(data.manifest), "No pass is recorded."),
     ]
-    blocks += ["## Nulls: each engine against itself", _table(view.nulls_table(data.summary), "No null was measured.")]
-    blocks += ["## Provenance", _table(view.provenance_table(data.manifest), "No manifest was given.")]
+    blocks += [
+        "## Self-noise: each engine against itself",
+        _table(view.self_noise_table(data.summary), "Self-noise was not measured."),
+    ]
+    blocks += [
+        "## Provenance",
+        _table(
+            view.provenance_table(data.manifest.model_dump(mode="json", exclude_none=True)), "No manifest was given."
+        ),
+    ]
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
-def _exact_blocks(summary: Mapping[str, Any]) -> list[str]:
+def _exact_blocks(summary: Comparison) -> list[str]:
     """Exact divergences, what estimators of them cost, and the error budget."""
     texts = view_exact.TEXTS
     exact, estimators = view_exact.exact_table(summary), view_exact.estimators_table(summary)
@@ -135,7 +144,7 @@ def _worst(rows: list[WorstRow]) -> str:
             row.log_ratio,
             row.rollout_logprob,
             row.trainer_logprob,
-            row.share_of_square,
+            row.contribution,
             where,
             row.context,
             f"“{row.token}”",

@@ -44,7 +44,7 @@ WHERE_TITLES = {
     "token_kind": "kind of token",
     "position": "position in the response",
 }
-"""What a token is sorted by: keys of a summary's `where`, with the words for an axis or a table."""
+"""What a token is sorted by: keys of a comparison's `where`, with the words for an axis or a table."""
 
 
 def bin_order(labels: Iterable[str]) -> list[str]:

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from mismatch_probe.report import view
 from mismatch_probe.report.format import clipped, count, interval, number
-from mismatch_probe.report.matrix import DEFAULT_METRIC, has_exact, reading, trainer_modes
+from mismatch_probe.report.matrix import DEFAULT_METRIC, has_exact, modes_of
 from mismatch_probe.report.notes import notes
 
 if TYPE_CHECKING:
@@ -22,11 +22,11 @@ ROOMY_FROM = 100
 _TOKEN_CHARACTERS = 24
 _LEGEND = (
     "|Δlogp|: a token's log-prob at the trainer against the rollout engine, in nats [95 % interval over prompts]. "
-    "null: mean |Δlogp| of an engine against itself. KL k3: sampled estimate of KL(μ‖π), nats per token{exact}. "
+    "self-noise: mean |Δlogp| of an engine against itself. KL k3: sampled estimate of KL(μ‖π), nats per token{exact}. "
     "ESS: share of sequences left after importance weighting. worst: largest |Δlogp| of a token."
 )
 _EXACT_LEGEND = "; KL exact: the same from full rows of logits"
-_STYLES = {"exceeded": "bold red", "not judged": "yellow", "within": "green"}
+_STYLES = {"fail": "bold red", "inconclusive": "yellow", "ok": "green"}
 
 
 def print_summary(data: ReportData, console: Console) -> None:
@@ -35,12 +35,12 @@ def print_summary(data: ReportData, console: Console) -> None:
     Needs 80 columns; from 100 on an interval stands beside its value. Control characters in names and text are spelled
     out.
     """
-    modes = trainer_modes(data.summary)
+    modes = modes_of(data.summary)
     title = f"Rollout–trainer mismatch of {view.model_name(data)}"
     if len(modes) == 1:
         title += f" (trainer: {modes[0]})"
     console.print(Text(title, style="bold"))
-    if data.summary.get("pairs"):
+    if data.summary.pairs:
         exact = has_exact(data.summary)
         console.print(_pairs_table(data, roomy=console.width >= ROOMY_FROM, exact=exact))
         console.print(Text(_LEGEND.format(exact=_EXACT_LEGEND if exact else ""), style="dim"))
@@ -66,17 +66,19 @@ def _pairs_table(data: ReportData, *, roomy: bool, exact: bool) -> Table:
         names["kl_k3"] = f"{names['kl_k3']}\n{names.pop('kl_exact')}"
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("rollout → trainer")
-    for name in (view.HEADLINE_METRICS[DEFAULT_METRIC], "null", *names.values(), "tokens"):
+    for name in (view.HEADLINE_METRICS[DEFAULT_METRIC], "self-noise", *names.values(), "tokens"):
         table.add_column(name, justify="right", no_wrap=True)
-    for label, metrics, null, tokens in view.pair_rows(data.summary):
-        mean = reading(metrics, DEFAULT_METRIC)
+    for label, pair in view.pair_rows(data.summary):
+        mean = pair.metrics[DEFAULT_METRIC]
         limits = interval(mean.ci_low, mean.ci_high, digits=3 if roomy else 2)
-        values = {key: number(reading(metrics, key).value) for key in keys}
+        values = {key: number(pair.metrics[key].value) for key in keys}
         if exact and not roomy:
             values["kl_k3"] = f"{values['kl_k3']}\n{values.pop('kl_exact')}"
         estimate = Text(number(mean.value), style="bold")
         estimate.append(f"{' ' if roomy else chr(10)}{limits}" if limits else "", style="not bold")
-        table.add_row(Text(label), estimate, number(null, 2), *values.values(), count(tokens))
+        table.add_row(
+            Text(label), estimate, number(pair.self_noise.mean_abs, 2), *values.values(), count(pair.n_tokens)
+        )
     return table
 
 

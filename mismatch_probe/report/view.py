@@ -15,18 +15,21 @@ from mismatch_probe.report.matrix import (
     DEFAULT_METRIC,
     diagonal_pairs,
     metric_matrix,
-    null_of,
+    modes_of,
     pair_label,
     reading,
-    trainer_modes,
 )
 from mismatch_probe.report.names import catalog_order, metric_formula, metric_title
+from mismatch_probe.report.words import say
+from mismatch_probe.results.comparison import LimitVerdict
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from mismatch_probe.report.data import ReportData, WorstToken
     from mismatch_probe.report.matrix import Cell
+    from mismatch_probe.results.comparison import Comparison, LimitCheck, Pair
+    from mismatch_probe.results.manifest import Manifest
 
 HEADLINE_METRICS = {
     DEFAULT_METRIC: "mean |Δlogp|",
@@ -41,7 +44,7 @@ HEADLINES = 2
 TOKEN_CHARACTERS, CONTEXT_CHARACTERS = 60, 160
 _COUNTS = ("n_sequences", "n_tokens", "n_nonfinite", "n_truncated", "n_empty", "n_dropped")
 
-State = Literal["exceeded", "not judged", "within"]
+State = LimitVerdict
 
 
 @dataclass(frozen=True)
@@ -74,56 +77,49 @@ class WorstRow:
     rollout_logprob: str
     trainer_logprob: str
     log_ratio: str
-    share_of_square: str
+    contribution: str
 
 
 def model_name(data: ReportData) -> str:
-    """The model's name from the summary or, failing that, the manifest."""
-    name = data.summary.get("model") or (data.manifest.get("model") or {}).get("name")
-    return visible(name or "unnamed model")
+    """The model's name."""
+    return visible(data.summary.model)
 
 
 def findings(data: ReportData) -> list[str]:
     """The finding sentences."""
-    return [visible(finding["text"]) for finding in data.summary.get("findings") or [] if finding.get("text")]
+    return [visible(say(finding)) for finding in data.summary.findings]
 
 
-def limit_lines(summary: Mapping[str, Any]) -> list[LimitLine]:
-    """Every limit with its state and measured value, the exceeded first, then those that could not be judged."""
-    order: tuple[State, ...] = ("exceeded", "not judged", "within")
-    lines = [_limit_line(limit) for limit in summary.get("limits") or []]
+def limit_lines(summary: Comparison) -> list[LimitLine]:
+    """Every limit with its verdict and measured value, failures first."""
+    order: tuple[State, ...] = ("fail", "inconclusive", "ok")
+    lines = [_limit_line(limit) for limit in summary.limits]
     return sorted(lines, key=lambda line: order.index(line.state))
 
 
-def _limit_line(limit: Mapping[str, Any]) -> LimitLine:
-    exceeded, value, why = limit.get("exceeded"), limit.get("value"), limit.get("why")
-    state: State = "exceeded" if exceeded else "not judged" if exceeded is None or value is None else "within"
-    name = str(limit.get("limit") or "?")
-    at = "" if "@" in name else f" at {limit.get('rollout_dtype') or '?'}/{limit.get('trainer_dtype') or '?'}"
-    reason = f" ({visible(why)})" if why else ""
-    return LimitLine(state, f"{visible(name + at)}: measured {number(value)}{reason}")
+def _limit_line(limit: LimitCheck) -> LimitLine:
+    at = "" if "@" in limit.limit else f" at {limit.rollout_dtype}/{limit.trainer_dtype}"
+    reason = f" ({visible(limit.why)})" if limit.why else ""
+    return LimitLine(limit.verdict, f"{visible(limit.limit + at)}: measured {number(limit.value)}{reason}")
 
 
-def verdict(summary: Mapping[str, Any]) -> tuple[State | Literal["none"], str]:
+def verdict(summary: Comparison) -> tuple[State | Literal["none"], str]:
     """The overall state and one sentence about all limits."""
     states = [line.state for line in limit_lines(summary)]
     if not states:
         return "none", "No limits were set; --fail-on sets them."
-    parts = [f"{states.count(state)} {state}" for state in ("exceeded", "not judged", "within") if state in states]
+    parts = [f"{states.count(state)} {state}" for state in ("fail", "inconclusive", "ok") if state in states]
     return states[0], f"Limits: {', '.join(parts)}."
 
 
-def missing_lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+def missing_lines(summary: Comparison) -> list[tuple[str, str]]:
     """(pair, why) of every pair that could not be compared."""
-    modes = trainer_modes(summary)
-    return [
-        (visible(pair_label(pair, modes)), visible(pair.get("why") or "no reason recorded"))
-        for pair in summary.get("missing") or []
-    ]
+    modes = modes_of(summary)
+    return [(visible(pair_label(pair, modes)), visible(pair.why)) for pair in summary.missing]
 
 
-def matrix_table(summary: Mapping[str, Any]) -> Table:
-    """Mean |Δlogp| of every pair, with interval and null below the value."""
+def matrix_table(summary: Comparison) -> Table:
+    """Mean |Δlogp| of every pair, with interval and self-noise below the value."""
     matrix = metric_matrix(summary)
     rows = [
         (visible(row), *(_matrix_cell(matrix.cell(row, column)) for column in matrix.columns)) for row in matrix.rows
@@ -132,17 +128,17 @@ def matrix_table(summary: Mapping[str, Any]) -> Table:
 
 
 def _matrix_cell(cell: Cell) -> str:
-    null = "" if cell.null is None else f"null {number(cell.null, 2)}"
-    return stacked(number(cell.value), interval(cell.ci_low, cell.ci_high), null, visible(cell.why))
+    noise = "" if cell.self_noise is None else f"self-noise {number(cell.self_noise, 2)}"
+    return stacked(number(cell.value), interval(cell.ci_low, cell.ci_high), noise, visible(cell.why))
 
 
-def metrics_table(summary: Mapping[str, Any]) -> Table:
+def metrics_table(summary: Comparison) -> Table:
     """All metrics of the diagonal pairs, a column each, and the formula."""
     pairs = diagonal_pairs(summary)
-    keys = catalog_order(key for pair in pairs.values() for key in pair.get("metrics") or {})
+    keys = catalog_order(key for pair in pairs.values() for key in pair.metrics)
     rows = []
     for key in keys:
-        values = [reading(pair.get("metrics"), key) for pair in pairs.values()]
+        values = [reading(pair.metrics, key) for pair in pairs.values()]
         cells = (stacked(number(v.value), interval(v.ci_low, v.ci_high), visible(v.why)) for v in values)
         rows.append((stacked(metric_title(key), visible(key)), *cells, metric_formula(key)))
     return Table(("metric", *(visible(label) for label in pairs), "formula"), tuple(rows))
@@ -162,27 +158,26 @@ def worst_rows(tokens: Iterable[WorstToken]) -> list[WorstRow]:
             rollout_logprob=number(token.rollout_logprob),
             trainer_logprob=number(token.trainer_logprob),
             log_ratio=number(token.log_ratio),
-            share_of_square=percent(token.share_of_square),
+            contribution=percent(token.contribution),
         )
         for token in tokens
     ]
 
 
-def passes_table(manifest: Mapping[str, Any]) -> Table:
+def passes_table(manifest: Manifest) -> Table:
     """Per pass: whether it finished, what it produced, and what was non-finite, truncated, empty or dropped."""
     rows = []
-    for name, state in (manifest.get("passes") or {}).items():
-        counts, promise = state.get("counts") or {}, state.get("deterministic") or {}
-        promised = promise.get("promised")
-        word = NONE if promised is None else "promised" if promised else "not promised"
-        status = stacked(visible(state.get("status") or NONE), visible(state.get("why") or ""))
-        determinism = stacked(word, visible(promise.get("why") or ""))
-        rows.append((visible(name), status, *(count(counts.get(key)) for key in _COUNTS), determinism))
+    for name, record in manifest.passes.items():
+        promise, determinism = record.deterministic, NONE
+        if promise is not None:
+            determinism = stacked("promised" if promise.promised else "not promised", promise.why)
+        status = stacked(record.status, visible(record.why))
+        rows.append((visible(name), status, *(count(record.counts.get(key)) for key in _COUNTS), determinism))
     header = ("pass", "status", "sequences", "tokens", "non-finite", "truncated", "empty", "dropped", "determinism")
     return Table(header, tuple(rows))
 
 
-def nulls_table(summary: Mapping[str, Any]) -> Table:
+def self_noise_table(summary: Comparison) -> Table:
     """Every engine against itself."""
     header = (
         "pass",
@@ -197,27 +192,24 @@ def nulls_table(summary: Mapping[str, Any]) -> Table:
     )
     rows = [
         (
-            *(visible(null.get(key) or NONE) for key in ("pass_id", "null_pass", "engine", "dtype")),
-            *(count(null.get(key)) for key in ("n_tokens", "n_sequences", "n_diverged_sequences")),
-            *(number(null.get(key)) for key in ("mean_abs_logprob_diff", "max_abs_logprob_diff")),
+            *(visible(noise.pass_id), visible(noise.self_noise_pass), noise.engine, noise.dtype),
+            *map(count, (noise.measured.n_tokens, noise.measured.n_sequences, noise.measured.n_diverged_sequences)),
+            *map(number, (noise.measured.mean_abs_logprob_diff, noise.measured.max_abs_logprob_diff)),
         )
-        for null in summary.get("nulls") or []
+        for noise in summary.self_noise
     ]
     return Table(header, tuple(rows))
 
 
 def provenance_table(manifest: Mapping[str, Any]) -> Table:
-    """The manifest, flattened to dotted names."""
+    """A document's provenance, flattened to dotted names."""
     return Table(("entry", "value"), tuple((visible(name), visible(value)) for name, value in _flat(manifest, "")))
 
 
-def pair_rows(summary: Mapping[str, Any]) -> list[tuple[str, dict[str, dict[str, Any]], float | None, int | None]]:
-    """(label, metrics, null, tokens) of every compared pair."""
-    modes = trainer_modes(summary)
-    return [
-        (visible(pair_label(pair, modes)), pair.get("metrics") or {}, null_of(pair), pair.get("n_tokens"))
-        for pair in summary.get("pairs") or []
-    ]
+def pair_rows(summary: Comparison) -> list[tuple[str, Pair]]:
+    """(label, pair) of every compared pair."""
+    modes = modes_of(summary)
+    return [(visible(pair_label(pair, modes)), pair) for pair in summary.pairs]
 
 
 def stacked(*parts: str) -> str:

@@ -6,7 +6,7 @@ show.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mismatch_probe.report.format import NONE, count, estimate, interval, number, percent, visible
 from mismatch_probe.report.matrix import (
@@ -14,19 +14,19 @@ from mismatch_probe.report.matrix import (
     diagonal_pairs,
     dtype_order,
     metric_matrix,
+    modes_of,
     noise_floor,
     ordered_pairs,
     pair_label,
     reading,
-    trainer_modes,
 )
 from mismatch_probe.report.names import WHERE_TITLES, bin_order
 from mismatch_probe.report.view import Table, stacked
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
+    from mismatch_probe.metrics.where import WhereBin
     from mismatch_probe.report.matrix import Cell
+    from mismatch_probe.results.comparison import Comparison
 
 TEXTS = {
     "exact": "KL(μ‖π) in nats per token, summed over the whole vocabulary at the positions whose rows of logits were "
@@ -50,7 +50,7 @@ _ERRORS = {
 }
 
 
-def exact_table(summary: Mapping[str, Any]) -> Table:
+def exact_table(summary: Comparison) -> Table:
     """Exact KL(μ‖π) of every pair with its interval and, below, how often the likeliest token differs.
 
     What limits a value is said once, in the notes.
@@ -77,35 +77,35 @@ def _exact_cell(cell: Cell, flips: Cell) -> str:
     return stacked(number(cell.value), interval(cell.ci_low, cell.ci_high), flip)
 
 
-def estimators_table(summary: Mapping[str, Any]) -> Table:
+def estimators_table(summary: Comparison) -> Table:
     """Per pair of equal dtypes: what the full rows and each sampled estimator of KL(μ‖π) cost."""
     rows = []
     for label, pair in diagonal_pairs(summary).items():
-        costs = {cost.get("key"): cost for cost in pair.get("estimators") or []}
+        costs = {cost.key: cost for cost in pair.estimators or ()}
         for key, name in _ESTIMATORS.items():
             cost = costs.get(key)
             if cost is not None:
-                values = (number(cost.get(field)) for field in ("mean", "bias", "standard_deviation"))
-                rows.append((visible(label), name, *values, count(cost.get("tokens_needed"))))
+                values = map(number, (cost.mean, cost.bias, cost.standard_deviation))
+                rows.append((visible(label), name, *values, count(cost.tokens_needed)))
     header = ("pair", "estimator", "mean", "bias", "standard deviation of one token", "tokens for ±10 %")
     return Table(header, tuple(rows))
 
 
-def budget_table(summary: Mapping[str, Any]) -> Table:
+def budget_table(summary: Comparison) -> Table:
     """Every pair's errors against the reference, the gap that they predict, and the measured one."""
-    modes = trainer_modes(summary)
-    pairs = [pair for pair in ordered_pairs(summary) if pair.get("budget")]
+    modes = modes_of(summary)
+    pairs = [pair for pair in ordered_pairs(summary) if pair.budget]
     rows = [
-        (visible(pair_label(pair, modes)), *(_with_limits(reading(pair.get("budget"), key)) for key in _ERRORS))
+        (visible(pair_label(pair, modes)), *(_with_limits(reading(pair.budget, key)) for key in _ERRORS))
         for pair in pairs
     ]
     return Table(("rollout → trainer", *_ERRORS.values()), tuple(rows))
 
 
-def budget_text(summary: Mapping[str, Any]) -> str:
+def budget_text(summary: Comparison) -> str:
     """What the errors are against, and what has to be known to read them."""
     text = (
-        f"RMS over tokens, nats, against {visible(summary.get('reference') or 'an unnamed reference')}. A Hugging Face "
+        f"RMS over tokens, nats, against {visible(summary.reference or 'an unnamed reference')}. A Hugging Face "
         "reference charges every difference of implementation to vLLM; the float32–float32 pair shows how large those "
         "are. Predicted: √((error of μ)² + (error of π)²), the gap if the two errors are independent."
     )
@@ -121,22 +121,21 @@ def _with_limits(cell: Cell) -> str:
     return stacked(number(cell.value), interval(cell.ci_low, cell.ci_high), why)
 
 
-def where_table(summary: Mapping[str, Any]) -> Table:
-    """Per property of a token and bin: share of Σ d², share of tokens, and mean |d|; a column per pair."""
-    where: Mapping[str, Mapping[str, Any]] = summary.get("where") or {}
-    pairs = dtype_order(where)
+def where_table(summary: Comparison) -> Table:
+    """Per property of a token and bin: contribution to Σ d², fraction of tokens, and mean |d|; a column per pair."""
+    where, pairs = summary.where, dtype_order(summary.where)
     rows = []
     for key, title in WHERE_TITLES.items():
-        bins = {name: {str(row.get("label")): row for row in where[name].get(key) or ()} for name in pairs}
+        bins = {name: {row.label: row for row in where[name].get(key, ())} for name in pairs}
         for label in bin_order(label for found in bins.values() for label in found):
             cells = (_where_cell(bins[name].get(label)) for name in pairs)
             rows.append((title, visible(label), *cells))
     return Table(("property", "bin", *(visible(name) for name in pairs)), tuple(rows))
 
 
-def _where_cell(row: Mapping[str, Any] | None) -> str:
+def _where_cell(row: WhereBin | None) -> str:
     if row is None:
         return NONE
-    mean = f"mean |d| {number(row.get('mean_abs'))} {interval(row.get('ci_low'), row.get('ci_high'))}"
-    tokens = f"{percent(row.get('share_of_tokens'))} of tokens ({count(row.get('n_tokens'))})"
-    return stacked(f"{percent(row.get('share_of_square'))} of Σd²", tokens, mean.rstrip())
+    mean = f"mean |d| {number(row.mean_abs)} {interval(row.ci_low, row.ci_high)}"
+    tokens = f"{percent(row.fraction_of_tokens)} of tokens ({count(row.n_tokens)})"
+    return stacked(f"{percent(row.contribution)} of Σd²", tokens, mean.rstrip())

@@ -27,14 +27,14 @@ from mismatch_probe.errors import TableError, UsageError
 from mismatch_probe.files import locked, write_text
 from mismatch_probe.metrics.frame import pair_arrays
 from mismatch_probe.probes.own_pass import device_of, fp32_trainer, model_of, run_pass
-from mismatch_probe.probes.pairs import Cell, why_missing
+from mismatch_probe.probes.pairs import PassPair, why_missing
 from mismatch_probe.probes.planning import passes_of
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.probes.session import new_run
 from mismatch_probe.results.gradient import Gradient
 from mismatch_probe.rl.gradient_table import REFERENCE, PassData, document_of, frame_of
 from mismatch_probe.rl.gradient_task import DIRECTIONS, PassTask, PassVectors, SequenceTask
-from mismatch_probe.tables import RunDirectory
+from mismatch_probe.runs import RunDirectory
 
 FOLDER = "gradient"
 Source = str | Path | CompareConfig
@@ -113,7 +113,7 @@ def measure_gradient(
     with locked(path):
         run = RunDirectory.open(path)
         data, missing = pass_data(run)
-        config = CompareConfig.from_dict(run.manifest["config"])
+        config = run.manifest.config
         tasks = {name: _task(run, config, found) for name, found in data.items()}
         _make_missing(run, config, list(tasks.values()), progress)
         progress.message("computing metrics and figure")
@@ -123,7 +123,7 @@ def measure_gradient(
             if loaded is None:
                 raise TableError(f"{task.path} cannot be read.", "Run the command again, which makes it anew.")
             vectors[name] = loaded
-        lengths = tuple(predict_lengths or config.predict_lengths or (run.manifest["sizes"]["max_tokens"],))
+        lengths = tuple(predict_lengths or config.predict_lengths or (run.manifest.sizes.max_tokens,))
         sequences = {name: task.sequences for name, task in tasks.items()}
         document = document_of(run, data, vectors, sequences, missing, lengths)
         return GradientResult(path, document, _write(run.path / FOLDER, document))
@@ -136,8 +136,8 @@ def pass_data(run: RunDirectory) -> tuple[dict[str, PassData], dict[str, str]]:
         UsageError: The run has no log-probs of a trainer in FP32.
         TableError: A table is missing or corrupt, or no rollout pass can be used.
     """
-    config = CompareConfig.from_dict(run.manifest["config"])
-    passes = passes_of(config, run.manifest.get("recorded"))
+    config = run.manifest.config
+    passes = passes_of(config, run.manifest.recorded)
     if REFERENCE not in passes.trainers:
         raise UsageError(
             "This run has no log-probs of the trainer in float32, which the gradient is compared with.",
@@ -155,7 +155,7 @@ def pass_data(run: RunDirectory) -> tuple[dict[str, PassData], dict[str, str]]:
         own = [
             trainer
             for trainer in passes.trainers
-            if Cell(rollout, trainer).diagonal and not why_missing(run, name, trainer.pass_id)
+            if PassPair(rollout, trainer).diagonal and not why_missing(run, name, trainer.pass_id)
         ]
         # Of several trainer modes the first one stands for the dtype.
         trainers = dict.fromkeys([*own[:1], REFERENCE])
@@ -187,7 +187,7 @@ def _task(run: RunDirectory, config: CompareConfig, data: PassData) -> PassTask:
         for index, rows in zip(data.kept, data.rows, strict=True)
     ]
     about = [version("mismatch-probe"), DIRECTIONS, device_of(run), config.temperature, config.trainer_attn]
-    digest = hashlib.sha256(json.dumps([*about, run.manifest["model"].get("files")]).encode())
+    digest = hashlib.sha256(json.dumps([*about, run.manifest.model.files]).encode())
     for sequence in sequences:
         digest.update(json.dumps([sequence.prompt, sequence.response, list(sequence.trainers)]).encode())
         for values in (sequence.positions, sequence.rollout, *sequence.trainers.values()):

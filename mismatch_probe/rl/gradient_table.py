@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from mismatch_probe.config import CompareConfig
 from mismatch_probe.metrics.chunks import Ints, usable_rows
 from mismatch_probe.metrics.gradient import GRADIENT_KEYS, Weighted, gradient_metrics, random_walk_ess, sign_draws
 from mismatch_probe.metrics.intervals import UPPER_TAIL, Floats
@@ -32,7 +31,7 @@ from mismatch_probe.results.gradient import (
 )
 from mismatch_probe.rl.gradient_findings import findings_of
 from mismatch_probe.rl.gradient_task import DIRECTIONS, PassVectors, SequenceTask
-from mismatch_probe.tables import RunDirectory
+from mismatch_probe.runs import RunDirectory
 from mismatch_probe.types import MetricValue, PairArrays
 
 REFERENCE = TrainerPass("float32", "cast")
@@ -100,12 +99,12 @@ def document_of(
         missing: Rollout passes that are left out, with the reason.
         lengths: Response lengths at which ESS is predicted.
     """
-    config = CompareConfig.from_dict(run.manifest["config"])
+    config = run.manifest.config
     passes = tuple(_pass(found, vectors[name], tasks[name], lengths, config.seed) for name, found in data.items())
     left_out = tuple(MissingPass(rollout_pass=name, why=why) for name, why in missing.items())
     return Gradient(
         **Gradient.stamp(),
-        model=run.manifest["model"]["name"],
+        model=run.manifest.model.name,
         config=config,
         directions=DIRECTIONS,
         reference=Reference(correction="seq-is", trainer_pass=REFERENCE.pass_id),

@@ -11,7 +11,7 @@ from mismatch_probe.config import check_lengths
 from mismatch_probe.dtypes import dtype_label
 from mismatch_probe.probes.analysis import analyse
 from mismatch_probe.results.sweep import Place
-from mismatch_probe.tables import RunDirectory
+from mismatch_probe.runs import RunDirectory
 from mismatch_probe.types import MetricValue
 
 _DRAWS = 4000
@@ -31,26 +31,22 @@ def places_of(path: Path, tokens: int, sequences: int) -> list[Place]:
     """
     check_lengths((tokens,))
     summary = analyse(RunDirectory.open(path), predict_lengths=(tokens,), extrapolate=True).summary
-    model = Path(str(summary["model"])).name
+    model = Path(summary.model).name
     found = []
-    for dtype, length in summary["length"].items():
-        alike = [p for p in summary["pairs"] if p["rollout_dtype"] == p["trainer_dtype"]]
-        pairs = [p for p in alike if p["rollout_dtype"] == dtype]
-        if not pairs or not length["predictions"]:
+    for dtype, length in summary.length.items():
+        alike = [p for p in summary.pairs if p.rollout_dtype == p.trainer_dtype]
+        pairs = [p for p in alike if p.rollout_dtype == dtype]
+        if not pairs or not length.predictions:
             continue
-        prediction = length["predictions"][0]
         label = f"{model}, {dtype_label(dtype)}, {tokens:,} tokens"
-        ess, gap = (
-            MetricValue.of_dict(prediction["ess_seq"]),
-            MetricValue.of_dict(pairs[0]["metrics"]["mean_abs_logprob_diff"]),
-        )
+        ess = length.predictions[0].values["ess_seq"]
         found.append(
             Place(
                 label=label,
-                dtype=pairs[0]["rollout_dtype"],
+                dtype=pairs[0].rollout_dtype,
                 predicted_ess=ess,
                 ess_seq=_as_seen(ess, sequences),
-                mean_abs_logprob_diff=gap,
+                mean_abs_logprob_diff=pairs[0].metrics["mean_abs_logprob_diff"],
             )
         )
     return found

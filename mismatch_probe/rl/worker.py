@@ -210,7 +210,7 @@ def _engine_job(directories: Sequence[RlDirectory], job: RlJob, longest_prompt: 
         sampling=Sampling(max(c.max_tokens for c in configs), first.temperature, first.seed),
         requests=(),
         batch=min(MOST_AT_ONCE, max(c.prompts_per_step * c.samples_per_prompt for c in configs)),
-        null_tokens=0,
+        self_noise_tokens=0,
         max_model_len=longest_prompt + max(c.max_tokens for c in configs) + 1,
         logit_noise=any(config.stress == "logit-noise" for config in configs),
         trust_remote_code=job.trust_remote_code,

@@ -192,7 +192,7 @@ class TestUsage:
             (["--trainer-mode", "cast"], "--trainer-mode"),
             (["--chat"], "--chat"),
             (["--seed", "1"], "--seed"),
-            (["--null-tokens", "0"], "--null-tokens"),
+            (["--self-noise-tokens", "0"], "--self-noise-tokens"),
             (["--rollout-dtypes", "bf16"], "--rollout-dtypes"),
         ],
     )

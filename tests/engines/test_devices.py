@@ -233,7 +233,7 @@ class TestSizes:
 
     def test_promises_of_determinism(self) -> None:
         promised = {
-            (device, in_process): devices.determinism(device, in_process=in_process)["promised"]
+            (device, in_process): devices.determinism(device, in_process=in_process).promised
             for device in DEVICES
             for in_process in (True, False)
         }

@@ -54,7 +54,7 @@ class TestEvents:
         assert [len(batch) for batch in batches] == [2, 3]  # the first alone, the others to the engine's scheduler
         first = {r.sequence_id: r for batch in batches for r in batch}
         assert sorted(first) == [0, 1, 2, 3, 4]
-        (null,) = payloads(events, "null_rollouts")
+        (null,) = payloads(events, "self_noise_rollouts")
         assert [r.response_token_ids for r in null] == [first[i].response_token_ids[:3] for i in (0, 1)]
         assert [r.logprobs for r in null] == [first[i].logprobs[:3] for i in (0, 1)]
         assert sum(payloads(events, "progress")) == payloads(events, "total")[0] == 5 * 4 + 2 * 3
@@ -74,12 +74,12 @@ class TestEvents:
     def test_one_batch_is_enough_for_few_requests(self, scripted_model: MakeModel, tmp_path: Path) -> None:
         _, events = run(replace(rollout_job(scripted_model()), batch=8), tmp_path)
         assert [len(batch) for batch in payloads(events, "rollouts")] == [5]
-        assert [len(batch) for batch in payloads(events, "null_rollouts")] == [5]
+        assert [len(batch) for batch in payloads(events, "self_noise_rollouts")] == [5]
 
     def test_a_trainer(self, scripted_model: MakeModel, tmp_path: Path) -> None:
         _, events = run(trainer_job(scripted_model()), tmp_path)
         scores = [score for batch in payloads(events, "scores") for score in batch]
-        again = [score for batch in payloads(events, "null_scores") for score in batch]
+        again = [score for batch in payloads(events, "self_noise_scores") for score in batch]
         assert [s.sequence_id for s in scores] == list(range(10))
         assert [s.logprobs for s in again] == [
             s.logprobs for s in scores[:8]

@@ -1,0 +1,1 @@
+"""Small valid documents, changed by keyword."""

@@ -225,7 +225,7 @@ class TestFacts:
             row(loss_mask=[1.0, 1], rollout_logprobs=[1e-7, 0.01], trainer_logprobs=[math.inf, -1.0]),
         ]
         source = read_generic(write_jsonl(tmp_path, rows)).source
-        facts = source.as_dict()
+        facts = source.model_dump(mode="json")
         del facts["path"], facts["sha256"]
         assert facts == {
             "format": "jsonl",
@@ -239,7 +239,7 @@ class TestFacts:
             "n_positive": {"rollout": 1, "trainer": 0},
             "ignored_columns": [],
         }
-        json.dumps(source.as_dict(), allow_nan=False)
+        json.dumps(source.model_dump(mode="json"), allow_nan=False)
 
     def test_an_empty_response_may_leave_out_what_it_has_no_values_for(self, tmp_path: Path) -> None:
         aborted = {"prompt_token_ids": [1], "response_token_ids": []}

@@ -16,8 +16,8 @@ from mismatch_probe.metrics.accumulate import as_sums
 from mismatch_probe.metrics.budget import BudgetSums
 from mismatch_probe.metrics.catalog import CATALOG
 from mismatch_probe.metrics.corrections import touched_shares
-from mismatch_probe.metrics.nulls import null_stat
 from mismatch_probe.metrics.prefixes import PrefixSums
+from mismatch_probe.metrics.self_noise import self_noise
 from mismatch_probe.metrics.steps import StepSums
 from mismatch_probe.metrics.summary import compute_metrics
 from mismatch_probe.types import PairArrays
@@ -219,6 +219,6 @@ def test_whatever_else_reads_a_pair_leaves_the_same_tokens_out(make_pair: Any) -
 def test_an_engine_against_itself() -> None:
     ids = np.arange(4)
     first, again = np.array([-1.0, -9999.0, -9999.0, np.nan]), np.array([-1.5, -9999.0, -2.0, -1.0])
-    stat = null_stat(ids, first, ids, again, np.zeros(4, int))
+    stat = self_noise(ids, first, ids, again, np.zeros(4, int))
     assert (stat.n_tokens, stat.n_nonfinite, stat.n_excluded) == (4, 1, 3)
     assert stat.mean_abs_logprob_diff == stat.max_abs_logprob_diff == 0.5

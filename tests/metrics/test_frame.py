@@ -14,11 +14,11 @@ import pytest
 from mismatch_probe import rowgroups, tables
 from mismatch_probe.errors import TableError
 from mismatch_probe.metrics.frame import pair_arrays, pair_chunks
+from mismatch_probe.runs import RunDirectory
 from mismatch_probe.schemas import sequences_table, tokens_table
-from mismatch_probe.tables import RunDirectory
 from mismatch_probe.types import PairArrays, Rollout, RolloutRequest, Score
+from tests.factories.manifest import make_manifest, make_pass
 
-MANIFEST = {"config": {}, "sizes": {}, "device": "cpu", "model": {}, "prompts": {}}
 ROLLOUTS, TRAINER = ("vllm-bfloat16-decode", "vllm-float16-decode"), "hf-float32-cast"
 LENGTHS = [3, 0, 5, 1, 9, 2, 4, 1]
 
@@ -39,7 +39,7 @@ def small_row_groups(path: Path, rows: int = 4) -> None:
 @pytest.fixture
 def run(tmp_path: Path) -> RunDirectory:
     """Two passes whose sequence ids interleave, sampled from prompts that are not in order; one trainer scored both."""
-    run = RunDirectory.create(tmp_path / "run", MANIFEST)
+    run = RunDirectory.create(tmp_path / "run", make_manifest())
     for parity, name in enumerate(ROLLOUTS):
         sequences = range(parity, 2 * len(LENGTHS), 2)
         requests = [RolloutRequest(i, [1], i) for i in sequences]
@@ -47,13 +47,13 @@ def run(tmp_path: Path) -> RunDirectory:
         prompts = [f"p{i // 2 % 3}" for i in sequences]
         table = sequences_table(name, requests[::-1], rollouts[::-1], prompts[::-1], [0] * len(requests))
         tokens = tokens_table(name, rollouts, lambda r: r.response_token_ids)
-        run.finish_pass(name, {}, {"tokens": tokens, "sequences": table})
+        run.finish_pass(name, make_pass(), {"tokens": tokens, "sequences": table})
     scores = [
         Score(i, logprobs(i, 0.5), np.array(ids_of(i), np.float32), np.array(ids_of(i), np.int32))
         for i in range(2 * len(LENGTHS))
     ]
     tokens = tokens_table(TRAINER, scores, lambda s: ids_of(s.sequence_id))
-    run.finish_pass(TRAINER, {"covers": ROLLOUTS}, {"tokens": tokens})
+    run.finish_pass(TRAINER, make_pass(covers=ROLLOUTS), {"tokens": tokens})
     return run
 
 
@@ -144,7 +144,7 @@ def test_passes_of_different_tokens_are_not_paired(
 @pytest.mark.parametrize("lost", [0, 15])
 def test_a_sequence_that_the_trainer_has_not_scored(run: RunDirectory, lost: int) -> None:
     scores = [Score(i, logprobs(i, 0.5)) for i in range(2 * len(LENGTHS)) if i != lost]
-    run.finish_pass(TRAINER, {}, {"tokens": tokens_table(TRAINER, scores, lambda s: ids_of(s.sequence_id))})
+    run.finish_pass(TRAINER, make_pass(), {"tokens": tokens_table(TRAINER, scores, lambda s: ids_of(s.sequence_id))})
     with pytest.raises(TableError, match=r"differ in their (sequence_id|position) column, so they cannot be paired"):
         list(pair_chunks(run, ROLLOUTS[lost % 2], TRAINER))
     other = ROLLOUTS[1 - lost % 2]
@@ -152,10 +152,10 @@ def test_a_sequence_that_the_trainer_has_not_scored(run: RunDirectory, lost: int
 
 
 def test_a_pass_without_tokens_is_one_empty_chunk(tmp_path: Path) -> None:
-    run = RunDirectory.create(tmp_path / "run", MANIFEST)
+    run = RunDirectory.create(tmp_path / "run", make_manifest())
     nothing = tokens_table("r", [], lambda _: [])
-    run.finish_pass("r", {}, {"tokens": nothing, "sequences": sequences_table("r", [], [], [], [])})
-    run.finish_pass("t", {}, {"tokens": tokens_table("t", [], lambda _: [])})
+    run.finish_pass("r", make_pass(), {"tokens": nothing, "sequences": sequences_table("r", [], [], [], [])})
+    run.finish_pass("t", make_pass(), {"tokens": tokens_table("t", [], lambda _: [])})
     (chunk,) = pair_chunks(run, "r", "t", trainer_columns=["rank"])
     assert len(chunk.rollout_logprob) == len(chunk.sequence) == 0
     assert chunk.prompt_ids == ()

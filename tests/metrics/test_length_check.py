@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import numpy as np
@@ -16,6 +15,7 @@ from mismatch_probe.metrics.length_prediction import KEYS, forecast_pair, predic
 from mismatch_probe.metrics.prefixes import PrefixSums
 from mismatch_probe.probes.findings import findings
 from mismatch_probe.types import MetricValue, PairArrays
+from tests.metrics.strict import assert_strict
 
 Floats = NDArray[np.float64]
 SHARES = ("ess_seq", "frac_seq_outside_2", "frac_seq_outside_3")
@@ -112,7 +112,7 @@ def hard(draw: st.DrawFn) -> PairArrays:
 @settings(max_examples=60, deadline=None)
 def test_whatever_comes_in(pair: PairArrays) -> None:
     found = forecast_pair([pair])
-    json.dumps(found.as_dict(), allow_nan=False)
+    assert_strict(found)
     for prediction in (*found.predictions, *found.curve):
         for key, band in prediction.values.items():
             assert (band.value is None) == (band.ci_low is None) == (band.ci_high is None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from typing import Any
@@ -19,6 +18,7 @@ from mismatch_probe.metrics.length import LengthFit, MeasuredLengths, fit_length
 from mismatch_probe.metrics.length_prediction import KEYS, crossing_length, forecast, forecast_pair, predict
 from mismatch_probe.metrics.prefixes import LENGTHS, Prefixes, PrefixSums
 from mismatch_probe.types import MetricValue, PairArrays
+from tests.metrics.strict import assert_strict
 
 Floats = NDArray[np.float64]
 NONE = MetricValue(None)
@@ -191,7 +191,7 @@ def test_off_policy_pairs_are_not_predicted() -> None:
     assert found.predictions[0].values["ess_seq"] == MetricValue(None, why="temperature 0.7")
     assert found.crossings[0.5] == MetricValue(None, why="temperature 0.7")
     assert found.curve == ()
-    json.dumps(found.as_dict(), allow_nan=False)
+    assert_strict(found)
 
 
 def test_identical_policies_are_predicted_exactly() -> None:
@@ -200,7 +200,7 @@ def test_identical_policies_are_predicted_exactly() -> None:
     assert found.predictions[0].values["ess_seq"] == MetricValue(1.0, 1.0, 1.0)
     assert found.predictions[0].values["kl_seq"] == MetricValue(0.0, 0.0, 0.0)
     assert found.crossings[0.5].why == "never: D is 0 everywhere"
-    json.dumps(found.as_dict(), allow_nan=False)
+    assert_strict(found)
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_what_cannot_be_fitted_says_why(d: Floats, why: str) -> None:
     found = forecast_pair([pair_of(d)], lengths=[128])
     assert why in found.fit.why
     assert why in found.predictions[0].values["ess_seq"].why
-    json.dumps(found.as_dict(), allow_nan=False)
+    assert_strict(found)
 
 
 def test_a_drift_that_no_sampling_law_has_is_named() -> None:
@@ -302,7 +302,7 @@ def test_longer_is_worse_and_order_does_not_matter(seed: int) -> None:
     for a, b in zip(found.predictions, swapped.predictions, strict=True):
         for key in KEYS:
             assert a.values[key].value == pytest.approx(b.values[key].value, rel=1e-3)
-    json.dumps(found.as_dict(), allow_nan=False)
+    assert_strict(found)
 
 
 def test_growth_has_no_scale() -> None:

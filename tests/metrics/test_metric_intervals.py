@@ -25,13 +25,13 @@ from mismatch_probe.metrics.intervals import (
     rare_share_interval,
     share_interval,
 )
-from mismatch_probe.metrics.sample import finite_tokens
+from mismatch_probe.metrics.sample import usable_tokens
 from mismatch_probe.metrics.token import token_metrics
 from mismatch_probe.types import PairArrays
 
 
 def estimate(key: str, pair: PairArrays) -> Estimate:
-    result = token_metrics()[key](finite_tokens(pair))
+    result = token_metrics()[key](usable_tokens(pair))
     assert isinstance(result, Estimate)
     return result
 

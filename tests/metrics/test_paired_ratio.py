@@ -134,7 +134,6 @@ def test_all_pairs_and_metrics_are_one_family(make_pair: Any) -> None:
         assert row.n_prompts == 64
         assert row.detectable_ratio is not None
         assert 1 < row.detectable_ratio < 5
-        assert set(row.as_dict()) >= {"ratio", "difference", "p_value", "p_holm", "detectable_ratio", "differs"}
 
 
 def test_p_value_is_below_5_percent_exactly_where_the_interval_excludes_1(make_pair: Any) -> None:

@@ -9,12 +9,12 @@ import pytest
 
 from mismatch_probe.metrics.intervals import Estimate, evaluate
 from mismatch_probe.metrics.power import prompts_needed
-from mismatch_probe.metrics.sample import finite_tokens
+from mismatch_probe.metrics.sample import usable_tokens
 from mismatch_probe.metrics.token import token_metrics
 
 
 def estimate(pair: Any, key: str = "mean_abs_logprob_diff") -> Estimate:
-    result = token_metrics()[key](finite_tokens(pair))
+    result = token_metrics()[key](usable_tokens(pair))
     assert isinstance(result, Estimate)
     return result
 

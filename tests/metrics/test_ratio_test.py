@@ -77,7 +77,7 @@ def test_a_bias_of_log_softmax_is_significant_and_negligible(make_pair: Any) -> 
     d = rng.normal(-1e-5, 1e-5, 64 * 60)
     for family in ("overall", "position", "probability"):
         pair = make_pair(-rng.exponential(1, len(d)), d, [60] * 64)
-        assert verdicts(pair, family) - {"not judged"} == {"violated but negligible"}
+        assert verdicts(pair, family) - {"inconclusive"} == {"violated but negligible"}
 
 
 def sums_of_laws(near: float, spread: float, one_side: bool, noise: float = 0.1) -> dict[str, np.ndarray]:
@@ -118,7 +118,7 @@ def test_errors_of_near_certain_tokens_are_no_fault_however_many_there_are(
     """The mean d² of all tokens was the tolerance, of which the shift is up to 26 times; the bin's is no better."""
     tests = mean_ratio_tests("probability", **sums_of_laws(near, spread, one_side), replicates=50)
     (tests,) = adjusted_together([tests])
-    assert {test.verdict for test in tests} <= {"holds", "not judged"}
+    assert {test.verdict for test in tests} <= {"holds", "inconclusive"}
     shift = max(abs(test.mean_ratio.value - 1) for test in tests if test.n_tokens > 100 and test.mean_ratio.value)
     assert shift < tests[0].tolerance
     assert tests[0].tolerance < 0.25
@@ -138,7 +138,7 @@ def test_a_fault_does_not_raise_its_own_tolerance(make_pair: Any) -> None:
 def test_regression_to_the_mean_by_probability_is_not_called_a_fault(sampled: Any, noise: float) -> None:
     """Over 90,000 tokens the selection by a noisy probability shows in several bins, and stays below mean d²."""
     tests = ratio_tests(as_sums(sampled(4, noise, n_prompts=1500)), replicates=200)
-    of_bins = [test for test in tests if test.family == "probability" and test.verdict != "not judged"]
+    of_bins = [test for test in tests if test.family == "probability" and test.verdict != "inconclusive"]
     means = [test.mean_ratio for test in of_bins]
     assert sum(mean.ci_high < 1 for mean in means if mean.ci_high is not None) >= 3
     assert {test.verdict for test in of_bins} == {"holds"}
@@ -187,23 +187,23 @@ def test_tests_of_all_pairs_are_adjusted_together() -> None:
     assert [len(tests) for tests in together] == [2] * 9
 
 
-def test_small_and_empty_bins_are_not_judged() -> None:
+def test_small_and_empty_bins_are_inconclusive() -> None:
     rng = np.random.default_rng(7)
     counts = np.column_stack([np.full(64, 10.0), np.zeros(64), np.where(np.arange(64) < 5, 200.0, 0.0), np.eye(64)[0]])
     excess = counts * rng.normal(0, 0.1, counts.shape)
     (bins,) = adjusted_together([mean_ratio_tests("bins", excess, counts, np.arange(5.0), replicates=50)])
     full, empty, few, one = bins
     assert full.verdict in ("holds", "violated")
-    assert (empty.verdict, empty.mean_ratio.why) == ("not judged", "no tokens")
-    assert few.verdict == one.verdict == "not judged"
+    assert (empty.verdict, empty.mean_ratio.why) == ("inconclusive", "no tokens")
+    assert few.verdict == one.verdict == "inconclusive"
     assert few.mean_ratio.why.startswith("1000 tokens of 5 prompts are too few to judge")
     assert full.p_holm == full.p_value
 
 
 def test_a_policy_against_itself_holds_exactly(make_pair: Any) -> None:
     tests = ratio_tests(as_sums(make_pair(-1.0, np.zeros(64 * 60), [60] * 64)), replicates=50)
-    assert {test.verdict for test in tests} == {"holds", "not judged"}
-    assert tests[0].as_dict()["mean_ratio"]["value"] == 1.0
+    assert {test.verdict for test in tests} == {"holds", "inconclusive"}
+    assert tests[0].mean_ratio.value == 1.0
     assert tests[0].p_value == 1.0
 
 
@@ -218,5 +218,5 @@ def test_laws_that_lie_far_apart_have_a_tolerance_that_is_a_number(make_pair: An
 
 def test_off_policy_says_why(make_pair: Any) -> None:
     tests = ratio_tests(as_sums(make_pair(-1.0, [0.1, 0.2], on_policy=False, off_policy_why="replayed")))
-    assert [(test.verdict, test.mean_ratio.why) for test in tests] == [("not judged", "replayed")]
+    assert [(test.verdict, test.mean_ratio.why) for test in tests] == [("inconclusive", "replayed")]
     assert isinstance(tests[0], RatioTest)

@@ -123,7 +123,7 @@ def test_what_is_left_out_is_the_same_in_chunks(make_pair: Any, case: Any, data:
     assert streamed.excluded.n_nonfinite == whole.excluded.n_nonfinite
     assert close(streamed.mean_abs_all_finite, whole.mean_abs_all_finite, rel=1e-12)
     np.testing.assert_array_equal(streamed.abs_log_ratio, whole.abs_log_ratio)
-    np.testing.assert_array_equal(streamed.sequences.n_finite, whole.sequences.n_finite)
+    np.testing.assert_array_equal(streamed.sequences.n_usable, whole.sequences.n_usable)
 
 
 def assert_same_bins(got: BinnedSums, want: BinnedSums) -> None:

@@ -18,51 +18,52 @@ from mismatch_probe.config import Limit
 from mismatch_probe.errors import TableError, UsageError
 from mismatch_probe.probes.analysis import analyse, judge
 from mismatch_probe.probes.session import RunResult
-from mismatch_probe.tables import RunDirectory
+from mismatch_probe.results.comparison import Pair
+from mismatch_probe.runs import RunDirectory
+from mismatch_probe.types import MetricValue
+from tests.factories.comparison import make_metrics, make_missing, make_pair
+from tests.factories.manifest import make_pass
 
 METRICS = ["kl_k3"]
 
 
-def cell(value: float | None, *, why: str = "", n_excluded: int = 0, dtype: str = "bfloat16") -> dict[str, Any]:
-    names = {"rollout_dtype": dtype, "trainer_dtype": "float32", "trainer_mode": "cast"}
-    metric = {"value": value, "why": why}
-    return {**names, "n_excluded": n_excluded, "n_tokens": 10, "metrics": {"kl_k3": metric}}
+def pair(value: float | None, *, why: str = "", dtype: str = "bfloat16", **changes: Any) -> Pair:
+    return make_pair(
+        dtype, "float32", metrics=make_metrics(0.0, kl_k3=MetricValue(value, why=why)), n_tokens=10, **changes
+    )
 
 
 class TestJudge:
-    @pytest.mark.parametrize(("value", "exceeded"), [(0.5, False), (1.0, False), (1.5, True)])
-    def test_a_value(self, value: float, exceeded: bool) -> None:
-        (row,) = judge(Limit.parse("kl_k3>1", METRICS), [cell(value)], [])
-        assert row == {
-            "limit": "kl_k3>1",
-            "rollout_dtype": "bfloat16",
-            "trainer_dtype": "float32",
-            "trainer_mode": "cast",
-            "value": value,
-            "exceeded": exceeded,
-            "why": "",
-        }
+    @pytest.mark.parametrize(("value", "verdict"), [(0.5, "ok"), (1.0, "ok"), (1.5, "fail")])
+    def test_a_value(self, value: float, verdict: str) -> None:
+        (row,) = judge(Limit.parse("kl_k3>1", METRICS), [pair(value)], [])
+        assert (row.rollout_dtype, row.trainer_dtype, row.trainer_mode) == ("bfloat16", "float32", "cast")
+        assert (row.limit, row.value, row.verdict, row.why) == ("kl_k3>1", value, verdict, "")
 
-    def test_what_cannot_be_judged_does_not_pass(self) -> None:
+    def test_what_cannot_be_judged_is_inconclusive(self) -> None:
         limit = Limit.parse("kl_k3>1", METRICS)
-        absent = {"rollout_dtype": "float16", "trainer_dtype": "float32", "trainer_mode": "cast", "why": "refused"}
-        rows = judge(limit, [cell(None, why="too few tokens"), cell(0.5, n_excluded=2)], [absent])
-        assert [row["exceeded"] for row in rows] == [True, True, True]
-        assert [row["why"] for row in rows] == [
-            "too few tokens",
-            "2 of 10 tokens have no usable log-probs, so the pair cannot pass",
-            "refused",
-        ]
+        pairs = [pair(None, why="too few tokens"), pair(0.5, n_excluded=2), pair(1.5, n_excluded=2)]
+        rows = judge(limit, pairs, [make_missing("float16", "float32", "it failed")])
+        assert [row.verdict for row in rows] == ["inconclusive", "inconclusive", "fail", "inconclusive"]
+        assert [row.value for row in rows] == [None, 0.5, 1.5, None]
+        assert (rows[0].why, rows[3].why) == ("too few tokens", "it failed")
+        assert rows[1].why.startswith("2 of 10 tokens")
 
     def test_only_the_pairs_that_are_meant(self) -> None:
         limit = Limit.parse("kl_k3>1@bfloat16/float32", METRICS)
-        assert len(judge(limit, [cell(2.0), cell(2.0, dtype="float16")], [])) == 1
+        assert len(judge(limit, [pair(2.0), pair(2.0, dtype="float16")], [])) == 1
+
+    @pytest.mark.parametrize(("broken", "verdict"), [(0, "ok"), (3, "inconclusive")])
+    def test_an_infinite_exact_kl_is_never_ok(self, broken: int, verdict: str) -> None:
+        found = make_pair(metrics=make_metrics(0.0, kl_exact=MetricValue(1e-5)), n_nonfinite_exact=broken)
+        (row,) = judge(Limit.parse("kl_exact>0.1", ["kl_exact"]), [found], [])
+        assert row.verdict == verdict
 
 
 class TestSummary:
     def test_it_has_the_shape_of_the_design(self, finished: RunResult) -> None:
         document = json.loads((finished.path / "summary.json").read_text())
-        assert document["schema_version"] == 1
+        assert document["schema_version"] == 2
         keys = {
             "rollout_pass",
             "trainer_pass",
@@ -84,14 +85,14 @@ class TestSummary:
                 assert metric["value"] is not None or metric["why"]
 
     def test_the_csv_holds_the_same_numbers(self, finished: RunResult) -> None:
-        pairs = {(p["rollout_pass"], p["trainer_pass"]): p["metrics"] for p in finished.summary["pairs"]}
+        pairs = {(p.rollout_pass, p.trainer_pass): p.metrics for p in finished.summary.pairs}
         with (finished.path / "summary.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
         assert len(rows) == sum(len(metrics) for metrics in pairs.values())
         for row in rows:
             metric = pairs[row["rollout_pass"], row["trainer_pass"]][row["metric"]]
             for name in ("value", "ci_low", "ci_high"):
-                assert (float(row[name]) if row[name] else None) == metric[name]
+                assert (float(row[name]) if row[name] else None) == getattr(metric, name)
 
     def test_the_worst_tokens_are_the_worst(self, finished: RunResult) -> None:
         run = RunDirectory.open(finished.path)
@@ -110,26 +111,27 @@ class TestSummary:
 class TestMissing:
     def test_passes_that_have_not_run(self, run_copy: Path) -> None:
         run = RunDirectory.open(run_copy)
-        del run.manifest["passes"]["vllm-float16-decode"]
-        run.manifest["passes"]["hf-float32-cast"]["covers"].remove("vllm-float32-decode")
-        run.manifest["passes"]["hf-bfloat16-cast"] = {"status": "failed", "why": "It broke.", "fix": ""}
+        del run.manifest.passes["vllm-float16-decode"]
+        scored = run.manifest.passes["hf-float32-cast"]
+        scored.covers = tuple(name for name in scored.covers if name != "vllm-float32-decode")
+        run.manifest.passes["hf-bfloat16-cast"] = make_pass(status="failed", why="It broke.")
         summary = analyse(run).summary
-        reasons = {(m["rollout_dtype"], m["trainer_dtype"]): m["why"] for m in summary["missing"]}
+        reasons = {(m.rollout_dtype, m.trainer_dtype): m.why for m in summary.missing}
         assert len(reasons) == 6
         assert reasons["float16", "float32"] == "this pass has not run yet; continue the run with --resume"
         assert reasons["bfloat16", "bfloat16"] == "It broke."
         assert reasons["float32", "float32"].startswith("the trainer has not scored these sequences yet")
-        assert {(p["rollout_dtype"], p["trainer_dtype"]) for p in summary["pairs"]} == {
+        assert {(p.rollout_dtype, p.trainer_dtype) for p in summary.pairs} == {
             ("bfloat16", "float16"),
             ("bfloat16", "float32"),
             ("float32", "float16"),
         }
 
-    def test_limits_on_missing_cells_are_exceeded(self, run_copy: Path) -> None:
+    def test_limits_on_missing_pairs_are_inconclusive(self, run_copy: Path) -> None:
         run = RunDirectory.open(run_copy)
-        del run.manifest["passes"]["vllm-float16-decode"]
+        del run.manifest.passes["vllm-float16-decode"]
         limits = [Limit.parse("kl_k3>1000@float16", METRICS), Limit.parse("kl_k3>1000@bfloat16", METRICS)]
-        assert [row["exceeded"] for row in analyse(run, limits).summary["limits"]] == [True, False]
+        assert [row.verdict for row in analyse(run, limits).summary.limits] == ["inconclusive", "ok"]
 
 
 class TestReportAndPlot:
@@ -184,17 +186,7 @@ class TestReportAndPlot:
     @pytest.mark.parametrize("again", [mismatch_probe.write_report, mismatch_probe.plot])
     def test_a_run_in_which_nothing_can_be_compared(self, run_copy: Path, again: Callable[[Path], Any]) -> None:
         run = RunDirectory.open(run_copy)
-        run.manifest["passes"] = {}
+        run.manifest.passes = {}
         run.save()
         with pytest.raises(TableError, match="Nothing can be compared: this pass has not run yet"):
             again(run_copy)
-
-
-def test_an_infinite_exact_kl_cannot_pass() -> None:
-    limit = Limit.parse("kl_exact>0.1", ["kl_exact"])
-    cell = {"rollout_dtype": "bfloat16", "trainer_dtype": "bfloat16", "trainer_mode": "cast", "n_nonfinite": 0}
-    pair = {**cell, "n_tokens": 20, "n_nonfinite_exact": 3, "metrics": {"kl_exact": {"value": 1e-5}}}
-    (row,) = judge(limit, [pair], [])
-    assert row["exceeded"]
-    assert "not finite at 3 compared positions" in row["why"]
-    assert not judge(limit, [{**pair, "n_nonfinite_exact": 0}], [])[0]["exceeded"]

@@ -24,7 +24,7 @@ from mismatch_probe.probes.attribute.knobs import choose, knobs_of
 from mismatch_probe.probes.attribute.measure import Readings
 from mismatch_probe.probes.attribute.names import AT_ROLLOUT, PREFILL, REPLAY, TRAINER, WIDE_PREFILL
 from mismatch_probe.probes.attribute.options import AttributeOptions
-from mismatch_probe.tables import RunDirectory
+from mismatch_probe.runs import RunDirectory
 from tests.conftest import MakeModel
 
 pytestmark = pytest.mark.usefixtures("no_figures")
@@ -241,7 +241,7 @@ def test_what_the_pair_leaves_out_is_left_out_here(run_copy: Path) -> None:
     rows = np.flatnonzero(np.isin(tokens["sequence_id"].to_numpy(), list(own)))
     logprobs[rows[:2]] = -9999.0
     column = tokens.schema.get_field_index("logprob")
-    record = run.manifest["passes"][name]
+    record = run.manifest.passes[name]
     run.finish_pass(name, record, {"tokens": tokens.set_column(column, tokens.schema.field(column), [logprobs])})
     planted = Planted(run_copy)
     planted.ladder()

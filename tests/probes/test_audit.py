@@ -16,6 +16,7 @@ import pytest
 import mismatch_probe
 from mismatch_probe.config import CompareConfig
 from mismatch_probe.errors import DtypeRefused, Interrupted, TableError, UsageError
+from mismatch_probe.metrics.accounting import ExcludedValue
 from mismatch_probe.probes.audit.baseline import compare_audits, read_audit
 from mismatch_probe.probes.audit.checks import Checks
 from mismatch_probe.probes.audit.junit import junit_xml
@@ -88,13 +89,13 @@ def test_metrics_are_those_of_the_comparison(document: Document, finished: Any) 
     for pair in document["pairs"]:
         source = next(
             p
-            for p in finished.summary["pairs"]
-            if (p["rollout_dtype"], p["trainer_dtype"]) == (pair["rollout_dtype"], pair["trainer_dtype"])
+            for p in finished.summary.pairs
+            if (p.rollout_dtype, p.trainer_dtype) == (pair["rollout_dtype"], pair["trainer_dtype"])
         )
         for check in pair["checks"]:
-            if check["name"] in source["metrics"]:
-                metric = source["metrics"][check["name"]]
-                assert (check["value"], check["ci_low"]) == (metric["value"], metric["ci_low"])
+            if check["name"] in source.metrics:
+                metric = source.metrics[check["name"]]
+                assert (check["value"], check["ci_low"]) == (metric.value, metric.ci_low)
 
 
 def test_the_exact_kl_is_judged_where_rows_were_kept(
@@ -105,7 +106,7 @@ def test_the_exact_kl_is_judged_where_rows_were_kept(
     )
     document = mismatch_probe.audit_run(run.path).document
     (pair,) = document["pairs"]
-    value = run.summary["pairs"][0]["metrics"]["kl_exact"]["value"]
+    value = run.summary.pairs[0].metrics["kl_exact"].value
     assert value is not None
     assert check_of(pair, "kl_exact")["value"] == value
     assert any("exact KL" in sentence for sentence in document["recommendation"]["sentences"])
@@ -277,11 +278,11 @@ def test_impossible_log_probs_fail_the_check_of_those_that_are_not_finite(finish
     name = "nonfinite_logprobs"
     profile = Profile(name="own", checks={name: Bounds(event="fail", source="us")})
     checks = Checks(profile, finished.summary, {}, {}, 256)
-    pair = finished.summary["pairs"][0]
+    pair = finished.summary.pairs[0]
     # Among so few prompts none excludes no rate that the profile asks to exclude.
     assert [(check.name, check.status) for check in checks.of_pair(pair)] == [(name, "not judged")]
-    excluded = [{"side": "rollout", "kind": "sentinel", "value": "-9999", "n": 3}]
-    (check,) = checks.of_pair({**pair, "n_excluded": 3, "excluded": excluded})
+    excluded = (ExcludedValue("rollout", "sentinel", "-9999", 3),)
+    (check,) = checks.of_pair(pair.model_copy(update={"n_excluded": 3, "excluded": excluded}))
     assert check.status == "fail"
     assert "rollout -9999: 3" in check.evidence
 

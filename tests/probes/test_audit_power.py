@@ -19,9 +19,10 @@ from mismatch_probe.probes.audit.checks import Checks
 from mismatch_probe.probes.audit.judge import Check
 from mismatch_probe.probes.audit.precisions import precisions
 from mismatch_probe.probes.audit.profile import Bounds, Profile, load_profile
-from mismatch_probe.probes.pairs import Cell, PairResult
+from mismatch_probe.probes.pairs import PassPair, pair_of
 from mismatch_probe.probes.planning import RolloutPass, TrainerPass
 from mismatch_probe.types import PairArrays
+from tests.factories.comparison import make_comparison
 from tests.report.audit_documents import audit_document
 
 PROFILES = [load_profile(name) for name in ("default", "strict", "verl")]
@@ -64,11 +65,11 @@ def judged(
         why,
     )
     sums = as_sums(pair)
-    tests = ratio_tests(sums, replicates=200) if on_policy and sums.n_finite else []
+    tests = ratio_tests(sums, replicates=200) if on_policy and sums.n_usable else []
     metrics = compute_metrics(sums, replicates=200)
-    cell = Cell(RolloutPass(dtypes[0], "decode"), TrainerPass(dtypes[1], "cast"))
-    row = PairResult(cell, sums, metrics, None, None, tests, {}, 0, None, []).as_dict()
-    checks = Checks(profile, {"pairs": [row], "length": {}}, ranges or {}, {}, 100)
+    both = PassPair(RolloutPass(dtypes[0], "decode"), TrainerPass(dtypes[1], "cast"))
+    row = pair_of(both, sums, metrics).model_copy(update={"ratio_tests": tuple(tests)})
+    checks = Checks(profile, make_comparison((), pairs=(row,)), ranges or {}, {}, 100)
     return {check.name: check for check in checks.of_pair(row)}
 
 

@@ -21,9 +21,9 @@ from mismatch_probe.engines.models import ModelRef
 from mismatch_probe.errors import DiskFull, Interrupted, PromptError, TableError, UsageError
 from mismatch_probe.files import locked
 from mismatch_probe.probes import workers
-from mismatch_probe.probes.planning import make_plan, null_pass_id
+from mismatch_probe.probes.planning import make_plan, self_noise_pass_id
 from mismatch_probe.probes.session import RunResult, default_folder
-from mismatch_probe.tables import RunDirectory
+from mismatch_probe.runs import RunDirectory
 from mismatch_probe.types import DTYPES
 from tests.conftest import SMALL, MakeModel, Recorder
 
@@ -81,21 +81,21 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 class TestFinishedRun:
-    def test_all_nine_pairs_with_their_nulls(self, finished: RunResult) -> None:
-        pairs = finished.summary["pairs"]
-        assert {(p["rollout_dtype"], p["trainer_dtype"]) for p in pairs} == {(r, t) for r in DTYPES for t in DTYPES}
-        assert finished.summary["missing"] == []
+    def test_all_nine_pairs_with_their_self_noise(self, finished: RunResult) -> None:
+        pairs = finished.summary.pairs
+        assert {(p.rollout_dtype, p.trainer_dtype) for p in pairs} == {(r, t) for r in DTYPES for t in DTYPES}
+        assert finished.summary.missing == ()
         for pair in pairs:
-            assert (pair["n_sequences"], pair["n_tokens"], pair["n_nonfinite"]) == (40, 240, 0)
-            assert pair["on_policy"] is True
+            assert (pair.n_sequences, pair.n_tokens, pair.n_nonfinite) == (40, 240, 0)
+            assert pair.on_policy is True
             for side in ("rollout", "trainer"):
-                assert pair["null"][side]["mean_abs_logprob_diff"] == 0
-                assert pair["null"][side]["n_tokens"] > 0
+                measured = getattr(pair.self_noise, side).measured
+                assert measured.mean_abs_logprob_diff == 0
+                assert measured.n_tokens > 0
 
     def test_metrics_find_the_noise_that_was_scripted(self, finished: RunResult) -> None:
         found = {
-            (p["rollout_dtype"], p["trainer_dtype"]): p["metrics"]["mean_abs_logprob_diff"]["value"]
-            for p in finished.summary["pairs"]
+            (p.rollout_dtype, p.trainer_dtype): p.metrics["mean_abs_logprob_diff"].value for p in finished.summary.pairs
         }
         assert found["bfloat16", "bfloat16"] > 3 * found["float16", "float16"] > 0
         assert found["float32", "float32"] < 1e-4
@@ -131,11 +131,11 @@ class TestFinishedRun:
         }
         assert record["engine"]["dtype"] == "bfloat16"
         assert record["timings"].keys() >= {"import", "load", "generate"}
-        assert CompareConfig.from_dict(found["config"]).num_prompts == 40
+        assert found["config"]["num_prompts"] == 40
 
     def test_every_pass_says_where_and_with_what_it_ran(self, finished: RunResult) -> None:
         passes = manifest(finished.path)["passes"]
-        ran = [record for record in passes.values() if "null_of" not in record]
+        ran = [record for record in passes.values() if not record["repeats"]]
         assert len(ran) == 6
         for record in ran:
             assert {"versions", "machine", "environment"} <= record["engine"].keys()
@@ -169,9 +169,9 @@ class TestFailedPasses:
         model = scripted_model(faults={"rollout-float16": "refuse", "trainer-float32": "refuse"})
         result = compare(model, **{**TWO_BY_ONE, "trainer_dtypes": ("bfloat16", "float32")})
         assert result.complete
-        assert pass_status(result.path)[FP16] == pass_status(result.path)["hf-float32-cast"] == "refused"
-        assert [(p["rollout_dtype"], p["trainer_dtype"]) for p in result.summary["pairs"]] == [("bfloat16", "bfloat16")]
-        reasons = {(m["rollout_dtype"], m["trainer_dtype"]): m["why"] for m in result.summary["missing"]}
+        assert pass_status(result.path)[FP16] == pass_status(result.path)["hf-float32-cast"] == "unsupported"
+        assert [(p.rollout_dtype, p.trainer_dtype) for p in result.summary.pairs] == [("bfloat16", "bfloat16")]
+        reasons = {(m.rollout_dtype, m.trainer_dtype): m.why for m in result.summary.missing}
         assert reasons["float16", "bfloat16"] == "The scripted model does not run in float16."
         assert reasons["bfloat16", "float32"] == "The scripted model does not run in float32."
 
@@ -186,7 +186,7 @@ class TestFailedPasses:
         result = compare(scripted_model(faults={"rollout-float16": "die-generate"}), **TWO_BY_ONE)
         assert not result.complete
         assert manifest(result.path)["status"] == "incomplete"
-        assert "was killed (signal 9)" in result.summary["missing"][0]["why"]
+        assert "was killed (signal 9)" in result.summary.missing[0].why
         before = {name: RunDirectory.open(result.path).tokens(name) for name in (BF16, TRAINER)}
         timings = manifest(result.path)["passes"][BF16]["timings"]
 
@@ -195,9 +195,9 @@ class TestFailedPasses:
         again = mismatch_probe.resume(result.path, progress=recorder)
         assert again.complete
         assert recorder.begun == ["encode", FP16, TRAINER]
-        assert len(again.summary["pairs"]) == 2
+        assert len(again.summary.pairs) == 2
         run = RunDirectory.open(result.path)
-        assert run.manifest["passes"][BF16]["timings"] == timings
+        assert run.manifest.passes[BF16].timings == timings
         assert run.tokens(BF16).equals(before[BF16])
         trainer = run.tokens(TRAINER)
         assert trainer.num_rows == 2 * before[TRAINER].num_rows
@@ -238,17 +238,17 @@ class TestFailedPasses:
         assert sentence in recorder.ends[failed]
         record = manifest(result.path)["passes"][failed]
         assert f"{record['why']} {record['fix']}" == recorder.ends[failed]
-        assert {row["why"] for row in result.summary["missing"]} == {record["why"]}
-        assert len(result.summary["pairs"]) == len(result.summary["missing"]) == 2
+        assert {row.why for row in result.summary.missing} == {record["why"]}
+        assert len(result.summary.pairs) == len(result.summary.missing) == 2
 
     @pytest.mark.parametrize("side", ["rollout", "trainer"])
     def test_nan_is_counted_and_left_out(self, scripted_model: MakeModel, compare: Compare, side: str) -> None:
         result = compare(scripted_model(faults={f"{side}-bfloat16": "nan"}))
-        (pair,) = result.summary["pairs"]
-        assert 0 < pair["n_nonfinite"] < pair["n_tokens"]
+        (pair,) = result.summary.pairs
+        assert 0 < pair.n_nonfinite < pair.n_tokens
         counted = manifest(result.path)["passes"][BF16 if side == "rollout" else TRAINER]["counts"]["n_nonfinite"]
-        assert counted == pair["n_nonfinite"]
-        assert pair["metrics"]["mean_abs_logprob_diff"]["value"] > 0
+        assert counted == pair.n_nonfinite
+        assert pair.metrics["mean_abs_logprob_diff"].value > 0
         assert result.complete
 
     def test_nothing_to_compare(self, scripted_model: MakeModel, compare: Compare, tmp_path: Path) -> None:
@@ -278,13 +278,13 @@ class TestExtension:
         assert not failed.complete
         assert manifest(failed.path)["status"] == "incomplete"
         record = manifest(failed.path)["passes"][TRAINER]
-        why = record.pop("extension_failure")
+        why, record["extension_failure"] = record["extension_failure"], ""
         assert recorder.ends[TRAINER].startswith(why)
         assert record == before
         assert RunDirectory.open(failed.path).tokens(TRAINER).to_pylist() == tokens
-        (missing,) = failed.summary["missing"]
-        assert (missing["rollout_pass"], missing["trainer_pass"], missing["why"]) == (FP16, TRAINER, why)
-        assert [(p["rollout_pass"], p["trainer_pass"]) for p in failed.summary["pairs"]] == [(BF16, TRAINER)]
+        (missing,) = failed.summary.missing
+        assert (missing.rollout_pass, missing.trainer_pass, missing.why) == (FP16, TRAINER, why)
+        assert [(p.rollout_pass, p.trainer_pass) for p in failed.summary.pairs] == [(BF16, TRAINER)]
 
     def test_the_next_resume_scores_only_what_is_missing(
         self, extendable: RunResult, scripted_model: MakeModel
@@ -300,24 +300,24 @@ class TestExtension:
         sequences = run.sequences(FP16).to_pylist()
         lengths = [len(row["prompt_token_ids"]) + len(row["response_token_ids"]) for row in sequences]
         assert counting.totals[TRAINER] == sum(lengths)
-        record = run.manifest["passes"][TRAINER]
-        assert "extension_failure" not in record
-        assert record["covers"] == [BF16, FP16]
+        record = run.manifest.passes[TRAINER]
+        assert not record.extension_failure
+        assert record.covers == (BF16, FP16)
         later = {row["sequence_id"] for row in sequences}
         nonfinite = [row for row in run.tokens(TRAINER).to_pylist() if not math.isfinite(row["logprob"])]
         assert {row["sequence_id"] for row in nonfinite} <= later
         assert nonfinite
-        assert record["counts"] == {
+        assert record.counts == {
             "n_sequences": 8,
             "n_distinct_sequences": 8,
             "n_tokens": 32,
             "n_nonfinite": len(nonfinite),
         }
-        assert (run.tokens(TRAINER).num_rows, run.manifest["passes"][null_pass_id(TRAINER)]["rows"]) == (
+        assert (run.tokens(TRAINER).num_rows, run.manifest.passes[self_noise_pass_id(TRAINER)].rows) == (
             32,
             {"tokens": 16},
         )
-        assert [pair["n_tokens"] for pair in result.summary["pairs"]] == [16, 16]
+        assert [pair.n_tokens for pair in result.summary.pairs] == [16, 16]
 
     def test_a_kill_between_table_and_manifest(
         self,
@@ -334,7 +334,7 @@ class TestExtension:
             pass
 
         def save(self: RunDirectory) -> None:
-            if len(self.manifest["passes"].get(TRAINER, {}).get("covers", [])) == 2:
+            if len(self.manifest.passes[TRAINER].covers) == 2:
                 raise Killed
             real(self)
 
@@ -344,7 +344,7 @@ class TestExtension:
                 mismatch_probe.resume(extendable.path)
         assert (extendable.path / "passes" / f"{TRAINER}.tokens.32.parquet").exists()
         run = RunDirectory.open(extendable.path)
-        assert run.manifest["passes"][TRAINER]["covers"] == [BF16]
+        assert run.manifest.passes[TRAINER].covers == (BF16,)
         assert run.tokens(TRAINER).to_pylist() == tokens
         recorder = Recorder()
         result = mismatch_probe.resume(extendable.path, progress=recorder)
@@ -352,9 +352,7 @@ class TestExtension:
         assert recorder.begun == ["encode", TRAINER]
         assert not (result.path / "passes").exists()
         whole = compare(model, "whole", **TWO_BY_ONE)
-        assert [pair["metrics"] for pair in result.summary["pairs"]] == [
-            pair["metrics"] for pair in whole.summary["pairs"]
-        ]
+        assert [pair.metrics for pair in result.summary.pairs] == [pair.metrics for pair in whole.summary.pairs]
 
 
 class TestInProcess:
@@ -388,7 +386,7 @@ class TestInProcess:
         assert recorder.begun == ["encode", BF16, BF16, FP16, TRAINER]
         record = manifest(result.path)["passes"][FP16]
         assert record["engine"]["in_process"] is True
-        assert "in_process_failure" not in record
+        assert not record["in_process_failure"]
         assert record["deterministic"]["promised"] is True
 
     @pytest.mark.parametrize("fault", ["crash-in-process", "crash-start"])
@@ -401,7 +399,7 @@ class TestInProcess:
         assert recorder.begun == ["encode", BF16, FP16, TRAINER]
         record = manifest(result.path)["passes"][FP16]
         assert record["engine"]["in_process"] is False
-        assert "in_process_failure" not in record
+        assert not record["in_process_failure"]
         assert result.complete is (fault == "crash-in-process")
 
 
@@ -444,7 +442,7 @@ class TestStopped:
             read.set()
         found = manifest(tmp_path / "run")
         assert found["status"] == "interrupted"
-        assert "files" not in found["model"]
+        assert found["model"]["files"] is None
         mismatch_probe.resume(tmp_path / "run")
         assert manifest(tmp_path / "run")["model"]["files"].keys() == {"config.json"}
 
@@ -505,14 +503,14 @@ class TestWhatMayNotChange:
 
     def test_how_they_are_encoded(self, interrupted: RunResult) -> None:
         run = RunDirectory.open(interrupted.path)
-        run.manifest["prompts"]["token_ids_sha256"] = "0" * 64
+        run.manifest.prompts.token_ids_sha256 = "0" * 64
         run.save()
         with pytest.raises(TableError, match="encoded to other ids than when this run began"):
             mismatch_probe.resume(interrupted.path)
 
     def test_the_device(self, interrupted: RunResult) -> None:
         run = RunDirectory.open(interrupted.path)
-        run.manifest["device"] = "cuda"
+        run.manifest.device = "cuda"
         run.save()
         with pytest.raises(UsageError, match="began on cuda, and this machine offers cpu"):
             mismatch_probe.resume(interrupted.path)
@@ -527,7 +525,7 @@ class TestWhatMayNotChange:
         monkeypatch.setattr(devices, "default_sizes", lambda device: replace(real(device), max_tokens=before + 3))
         scripted_model()
         result = mismatch_probe.resume(tmp_path / "run")
-        assert [pair["n_tokens"] for pair in result.summary["pairs"]] == [4 * before] * 2
+        assert [pair.n_tokens for pair in result.summary.pairs] == [4 * before] * 2
 
 
 class TestWhatMayChange:
@@ -600,7 +598,8 @@ class TestWhatMayChange:
     def test_a_hub_id_stays_at_its_commit(self, run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """The branch that the user named may have moved since."""
         run = RunDirectory.open(run_copy)
-        run.manifest["config"]["revision"], run.manifest["model"]["revision"] = "main", "c" * 40
+        run.manifest.config = replace(run.manifest.config, revision="main")
+        run.manifest.model.revision = "c" * 40
         run.save()
         asked: list[str | None] = []
 
@@ -616,7 +615,7 @@ class TestWhatMayChange:
 
 class TestRefusals:
     def test_another_process_is_at_work(self, run_copy: Path) -> None:
-        with locked(run_copy), pytest.raises(UsageError, match="Another process is working"):
+        with locked(run_copy), pytest.raises(UsageError, match="Another process is using"):
             mismatch_probe.resume(run_copy)
 
     def test_a_prompt_longer_than_the_context(

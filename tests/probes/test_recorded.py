@@ -14,9 +14,10 @@ import pytest
 import mismatch_probe
 from mismatch_probe.config import CompareConfig
 from mismatch_probe.errors import IngestError, Interrupted, UsageError
+from mismatch_probe.metrics.accounting import ExcludedValue
 from mismatch_probe.metrics.steps import STEP_KEYS, StepSums
 from mismatch_probe.probes.session import RunResult
-from mismatch_probe.tables import RunDirectory
+from mismatch_probe.runs import RunDirectory
 from mismatch_probe.types import PairArrays
 from tests.conftest import MakeModel, Outcome, Recorder
 
@@ -55,14 +56,14 @@ def record(tmp_path: Path) -> Record:
 def compare(tmp_path: Path, no_figures: None) -> Compare:
     def run(source: Path, out: str = "run", progress: Any = None, **options: Any) -> RunResult:
         return mismatch_probe.compare(
-            CompareConfig(source=str(source), null_tokens=0, **options), out=tmp_path / out, progress=progress
+            CompareConfig(source=str(source), self_noise_tokens=0, **options), out=tmp_path / out, progress=progress
         )
 
     return run
 
 
 def pairs(run: RunResult) -> dict[tuple[str, str], dict[str, Any]]:
-    return {(p["rollout_dtype"], p["trainer_dtype"]): p for p in run.summary["pairs"]}
+    return {(p.rollout_dtype, p.trainer_dtype): p for p in run.summary.pairs}
 
 
 class TestBothSides:
@@ -72,27 +73,27 @@ class TestBothSides:
         assert recorder.begun == []
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         d = np.concatenate([np.subtract(r["trainer_logprobs"], r["rollout_logprobs"]) for r in rows])
-        (pair,) = run.summary["pairs"]
-        assert pair["metrics"]["mean_abs_logprob_diff"]["value"] == pytest.approx(np.abs(d).mean(), rel=1e-6)
-        assert pair["metrics"]["kl_k1"]["value"] == pytest.approx(-d.mean(), rel=1e-5)
-        assert (pair["rollout_pass"], pair["trainer_pass"]) == ("recorded-rollout", "recorded-trainer")
-        assert (pair["on_policy"], pair["n_tokens"], pair["n_sequences"], pair["n_prompts"]) == (True, 10, 4, 2)
-        assert run.summary["model"] == f"the recorded run {path}"
+        (pair,) = run.summary.pairs
+        assert pair.metrics["mean_abs_logprob_diff"].value == pytest.approx(np.abs(d).mean(), rel=1e-6)
+        assert pair.metrics["kl_k1"].value == pytest.approx(-d.mean(), rel=1e-5)
+        assert (pair.rollout_pass, pair.trainer_pass) == ("recorded-rollout", "recorded-trainer")
+        assert (pair.on_policy, pair.n_tokens, pair.n_sequences, pair.n_prompts) == (True, 10, 4, 2)
+        assert run.summary.model == f"the recorded run {path}"
         assert run.complete
 
     def test_the_file_is_named_and_hashed(self, compare: Compare, record: Record) -> None:
         manifest = compare(record(change=lambda i, row: row.update(extra=1))).data.manifest
-        assert manifest["recorded"]["ignored_columns"] == ["extra"]
-        assert len(manifest["recorded"]["sha256"]) == 64
-        assert manifest["prompts"]["n"] == 2
+        assert manifest.recorded.file.ignored_columns == ("extra",)
+        assert len(manifest.recorded.file.sha256) == 64
+        assert manifest.prompts.n == 2
 
     def test_masked_tokens_do_not_count(self, compare: Compare, record: Record) -> None:
         def mask(index: int, row: dict[str, Any]) -> None:
             row["loss_mask"] = [int(t != 1) for t in range(len(row["response_token_ids"]))]
 
         run = compare(record(change=mask))
-        assert run.summary["pairs"][0]["n_tokens"] == 10 - 3
-        assert run.data.manifest["passes"]["recorded-rollout"]["counts"]["n_dropped"] == 3
+        assert run.summary.pairs[0].n_tokens == 10 - 3
+        assert run.data.manifest.passes["recorded-rollout"].counts["n_dropped"] == 3
         tokens = pq.read_table(run.path / "tokens.parquet").to_pandas()
         assert set(tokens["position"]) == {0, 2, 3}
 
@@ -101,27 +102,27 @@ class TestBothSides:
         run = compare(path)
         assert pq.read_table(run.path / "sequences.parquet")["step"].to_pylist() == [0, 1, 0, 1]
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        for step in run.summary["pairs"][0]["steps"]:
-            of = [np.subtract(r["trainer_logprobs"], r["rollout_logprobs"]) for r in rows if r["step"] == step["step"]]
+        for step in run.summary.pairs[0].steps:
+            of = [np.subtract(r["trainer_logprobs"], r["rollout_logprobs"]) for r in rows if r["step"] == step.step]
             d = np.concatenate(of)
-            assert step["n_tokens"] == len(d)
-            assert step["metrics"]["mean_abs_logprob_diff"]["value"] == pytest.approx(np.abs(d).mean(), rel=1e-6)
-            assert set(step["metrics"]) == set(STEP_KEYS)
+            assert step.n_tokens == len(d)
+            assert step.metrics["mean_abs_logprob_diff"].value == pytest.approx(np.abs(d).mean(), rel=1e-6)
+            assert set(step.metrics) == set(STEP_KEYS)
 
     def test_long_runs_are_shown_by_a_selection_of_steps(
         self, compare: Compare, record: Record, monkeypatch: Any
     ) -> None:
         monkeypatch.setattr("mismatch_probe.metrics.steps.MOST_STEPS", 2)
         run = compare(record(change=lambda i, row: row.update(step=10 * i)))
-        assert [step["step"] for step in run.summary["pairs"][0]["steps"]] == [0, 30]
+        assert [step.step for step in run.summary.pairs[0].steps] == [0, 30]
 
     def test_what_is_not_finite_is_counted(self, compare: Compare, record: Record) -> None:
         def spoil(index: int, row: dict[str, Any]) -> None:
             if index == 2:
                 row["trainer_logprobs"][1] = None
 
-        (pair,) = compare(record(change=spoil)).summary["pairs"]
-        assert pair["n_nonfinite"] == 1
+        (pair,) = compare(record(change=spoil)).summary.pairs
+        assert pair.n_nonfinite == 1
 
     @pytest.mark.parametrize(
         ("value", "kind"), [(-9999.0, "sentinel"), (1.0, "sentinel"), (0.0, "sentinel"), (0.125, "positive")]
@@ -138,20 +139,20 @@ class TestBothSides:
                 row[f"{side}_logprobs"][3] = value
 
         run = compare(record(change=spoil))
-        (pair,) = run.summary["pairs"]
-        assert (pair["n_excluded"], pair["n_nonfinite"]) == (1, 0)
+        (pair,) = run.summary.pairs
+        assert (pair.n_excluded, pair.n_nonfinite) == (1, 0)
         text = "> 0" if kind == "positive" else f"{value:g}"
-        assert pair["excluded"] == [{"side": side, "kind": kind, "value": text, "n": 1}]
+        assert pair.excluded == (ExcludedValue(side, kind, text, 1),)
         rows = [json.loads(line) for line in (tmp_path / "recorded.jsonl").read_text().splitlines()]
         d = np.concatenate([np.subtract(r["trainer_logprobs"], r["rollout_logprobs"]) for r in rows])
         kept = np.delete(d, 3 + 1 + 3)
-        mean = pair["metrics"]["mean_abs_logprob_diff"]
-        assert mean["value"] == pytest.approx(np.abs(kept).mean(), rel=1e-6)
-        assert mean["why"].startswith("computed over the 9 of 10 tokens")
-        assert pair["metrics"]["seq_log_ratio_mean"]["why"].startswith("computed over the 3 of 4 sequences")
-        assert pair["mean_abs_logprob_diff_all_finite"] == pytest.approx(np.abs(d).mean(), rel=1e-6)
-        assert run.summary["findings"][0]["name"] == "excluded"
-        assert f"({side} {text}" in run.summary["findings"][0]["text"]
+        mean = pair.metrics["mean_abs_logprob_diff"]
+        assert mean.value == pytest.approx(np.abs(kept).mean(), rel=1e-6)
+        assert mean.why.startswith("computed over the 9 of 10 tokens")
+        assert pair.metrics["seq_log_ratio_mean"].why.startswith("computed over the 3 of 4 sequences")
+        assert pair.mean_abs_logprob_diff_all_finite == pytest.approx(np.abs(d).mean(), rel=1e-6)
+        first = run.summary.findings[0]
+        assert (first.code, first.names("excluded")) == ("excluded-tokens", (f"{side} {text} 1",))
         tokens = pq.read_table(run.path / "tokens.parquet").to_pandas()
         own = tokens[tokens["pass_id"] == f"recorded-{side}"]["logprob"]
         assert own.iloc[7] == np.float32(value)
@@ -173,7 +174,7 @@ class TestBothSides:
             ended = command("compare", "--from", record(change=change), *limit)
             assert ended.code == code
             (row,) = json.loads(ended.out)["limits"]
-            assert row["exceeded"] == bool(code)
+            assert row["verdict"] == ("inconclusive" if code else "ok")
             assert ("1 of 10 tokens have no usable log-probs" in row["why"]) == bool(code)
 
     def test_limits_apply(self, tmp_path: Path, no_figures: None, record: Record) -> None:
@@ -193,7 +194,7 @@ class TestBothSides:
     ) -> None:
         run = compare(record(), model=str(scripted_model()), rescore=True, trainer_dtypes=("float32",))
         assert set(pairs(run)) == {("recorded", "recorded"), ("recorded", "float32")}
-        assert pairs(run)["recorded", "recorded"]["budget"]["trainer_error_rms"]["value"] > 0
+        assert pairs(run)["recorded", "recorded"].budget["trainer_error_rms"].value > 0
 
     def test_next_to_nothing_has_a_report(self, record: Record, tmp_path: Path) -> None:
         def same(index: int, row: dict[str, Any]) -> None:
@@ -243,7 +244,7 @@ class TestOneSide:
         run = compare(record(("rollout",)), model=str(scripted_model()), progress=recorder)
         assert recorder.begun == ["encode", "hf-bfloat16-cast", "hf-float16-cast", "hf-float32-cast"]
         assert set(pairs(run)) == {("recorded", dtype) for dtype in ("bfloat16", "float16", "float32")}
-        assert all(pair["on_policy"] for pair in run.summary["pairs"])
+        assert all(pair.on_policy for pair in run.summary.pairs)
         assert {t.pair for t in run.data.worst_tokens} == {
             f"recorded → {d}" for d in ("bfloat16", "float16", "float32")
         }
@@ -254,9 +255,9 @@ class TestOneSide:
         run = compare(record(("rollout",)), model=str(scripted_model(vocab_size=90)), replay=True, **options)
         found = pairs(run)
         assert set(found) == {("recorded", "float32"), ("float16", "float32"), ("float32", "float32")}
-        assert found["float16", "float32"]["on_policy"] is False
-        assert found["float16", "float32"]["metrics"]["kl_exact"]["value"] > 0
-        assert found["recorded", "float32"]["metrics"]["kl_exact"]["value"] is None
+        assert found["float16", "float32"].on_policy is False
+        assert found["float16", "float32"].metrics["kl_exact"].value > 0
+        assert found["recorded", "float32"].metrics["kl_exact"].value is None
 
     def test_a_masked_replay_counts_the_same_tokens(
         self, compare: Compare, record: Record, scripted_model: MakeModel
@@ -267,7 +268,7 @@ class TestOneSide:
         options = {"rollout_dtypes": ("float16",), "trainer_dtypes": ("float32",), "exact_kl": "all"}
         path = record(("rollout",), mask)
         run = compare(path, model=str(scripted_model(vocab_size=90)), replay=True, **options)
-        assert {pair["n_tokens"] for pair in run.summary["pairs"]} == {6}
+        assert {pair.n_tokens for pair in run.summary.pairs} == {6}
         assert pq.read_table(run.path / "exact.parquet").num_rows == 6
 
     def test_a_trainer_alone_needs_a_replay(self, compare: Compare, record: Record, scripted_model: MakeModel) -> None:

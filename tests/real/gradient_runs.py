@@ -9,9 +9,11 @@ import numpy as np
 
 from mismatch_probe.config import CompareConfig
 from mismatch_probe.engines.models import resolve
+from mismatch_probe.results.manifest import Manifest, ModelRecord
+from mismatch_probe.runs import RunDirectory
 from mismatch_probe.schemas import sequences_table, tokens_table
-from mismatch_probe.tables import RunDirectory
 from mismatch_probe.types import Dtype, Rollout, RolloutRequest, Score, ScoreRequest
+from tests.factories.manifest import make_manifest, make_pass
 from tests.real.test_hf_trainer import scores, trainer
 from tests.real.tiny import VOCABULARY
 
@@ -43,26 +45,24 @@ def plant_run(folder: Path, checkpoint: Path, gaps: Mapping[Dtype, float]) -> Ru
                 trained.setdefault(trainer_dtype, []).append(Score(first + i, logprobs))
         tokens = tokens_table(name, rollouts, lambda rollout: rollout.response_token_ids)
         sequences = sequences_table(name, requests, rollouts, *zip(*samples, strict=True))
-        run.finish_pass(name, {"engine": {}}, {"tokens": tokens, "sequences": sequences})
+        run.finish_pass(name, make_pass(), {"tokens": tokens, "sequences": sequences})
     for dtype, found in trained.items():
         name = f"hf-{dtype}-cast"
         covers = [f"vllm-{rollout}-decode" for rollout in gaps if dtype in (rollout, "float32")]
         tokens = tokens_table(name, found, lambda score: responses[score.sequence_id % len(samples)])
-        run.finish_pass(name, {"covers": covers}, {"tokens": tokens})
+        run.finish_pass(name, make_pass(covers=tuple(covers)), {"tokens": tokens})
     run.merge()
-    run.manifest["status"] = "complete"
+    run.manifest.status = "complete"
     run.save()
     return run
 
 
-def _manifest(checkpoint: Path, dtypes: tuple[Dtype, ...]) -> dict[str, object]:
+def _manifest(checkpoint: Path, dtypes: tuple[Dtype, ...]) -> Manifest:
     trainers = tuple(dict.fromkeys((*dtypes, "float32")))
     config = CompareConfig(model=str(checkpoint), rollout_dtypes=dtypes, trainer_dtypes=trainers)
     model = resolve(str(checkpoint))
-    return {
-        "config": config.as_dict(),
-        "sizes": {"max_tokens": LONGEST},
-        "device": "cpu",
-        "model": {"name": "tiny", "revision": None, "path": str(model.path), "files": model.file_hashes()},
-        "prompts": {"sha256": ""},
-    }
+    return make_manifest(
+        config=config,
+        sizes={"max_tokens": LONGEST},
+        model=ModelRecord(name="tiny", path=str(model.path), files=model.file_hashes()),
+    )

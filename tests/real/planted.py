@@ -73,7 +73,7 @@ class Sampled:
 
 
 def decode(checkpoint: Path, requests: list[RolloutRequest], log: Path, **options: Any) -> Collected:
-    """One start of vLLM in FP32 in a process of its own: everything at once, then whatever `null_tokens` repeats."""
+    """One start of vLLM in FP32 in a process of its own: everything at once, then what `self_noise_tokens` repeats."""
     settings = rollout_settings("cpu", "float32", eager=True, in_process=True, kv_cache_gib=1)
     job = RolloutJob(
         engine="vllm",
@@ -83,7 +83,7 @@ def decode(checkpoint: Path, requests: list[RolloutRequest], log: Path, **option
         sampling=Sampling(MAX_TOKENS),
         requests=requests,
         batch=len(requests),
-        null_tokens=options.pop("null_tokens", 0),
+        self_noise_tokens=options.pop("self_noise_tokens", 0),
         max_model_len=PROMPT_TOKENS + MAX_TOKENS,
         arguments=settings.arguments,
         **options,
@@ -142,7 +142,7 @@ def measure(sampled: Sampled, trainer: Path, hook: Hook | None = None) -> Measur
         device="cpu",
         temperature=1.0,
         requests=wanted,
-        null_sequences=0,
+        self_noise_sequences=0,
         memory_budget=1 << 28,
         exact_sources=[str(sampled.rows)],
         exact=exact,

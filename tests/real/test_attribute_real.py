@@ -14,12 +14,12 @@ import mismatch_probe
 from mismatch_probe.arrays import load_arrays
 from mismatch_probe.config import CompareConfig
 from mismatch_probe.probes.attribute.session import AttributeResult
-from mismatch_probe.tables import RunDirectory
+from mismatch_probe.runs import RunDirectory
 from tests.conftest import Recorder
 
 pytestmark = pytest.mark.engine
 Tiny = Callable[[str], Path]
-SMALL: dict[str, Any] = {"num_prompts": 12, "max_tokens": 16, "null_tokens": 0}
+SMALL: dict[str, Any] = {"num_prompts": 12, "max_tokens": 16, "self_noise_tokens": 0}
 KNOBS = ("batch-1", "prefix-cache", "chunked-prefill", "kv-fp8", "fp32-head", "layout-packed", "attention-sdpa")
 
 

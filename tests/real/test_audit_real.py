@@ -27,7 +27,7 @@ SMALL: dict[str, Any] = {
     "max_tokens": 16,
     "rollout_dtypes": ("float16",),
     "trainer_dtypes": ("float16",),
-    "null_tokens": 0,
+    "self_noise_tokens": 0,
 }
 
 

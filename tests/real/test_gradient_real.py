@@ -109,7 +109,7 @@ def test_from_the_engines_to_the_files(tiny: Tiny, tmp_path: Path) -> None:
         max_tokens=16,
         rollout_dtypes=("bfloat16",),
         trainer_dtypes=("bfloat16", "float32"),
-        null_tokens=0,
+        self_noise_tokens=0,
     )
     result = mismatch_probe.rl_gradient(config, out=tmp_path / "run")
     folder = tmp_path / "run" / "gradient"

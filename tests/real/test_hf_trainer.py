@@ -40,7 +40,7 @@ def trainer(path: Path, **options: Any) -> HfTrainer:
         "device": "cpu",
         "temperature": 1.0,
         "requests": (),
-        "null_sequences": 0,
+        "self_noise_sequences": 0,
         "memory_budget": 1 << 28,
     }
     return HfTrainer(TrainerJob(model_path=str(path), **{**defaults, **options}))

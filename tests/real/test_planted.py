@@ -200,9 +200,9 @@ def test_decoding_again_gives_the_same_tokens_and_the_same_bits(base: Sampled, t
         replace(request, seed=0, forced_token_ids=rollout.response_token_ids)
         for request, rollout in zip(base.requests, base.rollouts, strict=True)
     ]
-    found = decode(base.checkpoint, forced, tmp_path / "vllm.log", null_tokens=MAX_TOKENS)
-    assert len(found.rollouts) == len(found.null_rollouts) == PROMPTS
-    for sampled, replayed, repeated in zip(base.rollouts, found.rollouts, found.null_rollouts, strict=True):
+    found = decode(base.checkpoint, forced, tmp_path / "vllm.log", self_noise_tokens=MAX_TOKENS)
+    assert len(found.rollouts) == len(found.self_noise_rollouts) == PROMPTS
+    for sampled, replayed, repeated in zip(base.rollouts, found.rollouts, found.self_noise_rollouts, strict=True):
         assert sampled.sequence_id == replayed.sequence_id == repeated.sequence_id
         np.testing.assert_array_equal(replayed.response_token_ids, sampled.response_token_ids)
         np.testing.assert_array_equal(repeated.logprobs, replayed.logprobs)

@@ -21,7 +21,7 @@ OPTIONS: dict[str, Any] = {
     "num_prompts": 12,
     "max_tokens": 16,
     "rollout_batch": 8,
-    "null_tokens": 4,
+    "self_noise_tokens": 4,
     "sequences": "shared",
     "exact_kl": "all",
     "reference": "float64",
@@ -29,7 +29,7 @@ OPTIONS: dict[str, Any] = {
 
 
 def cell(run: Any, rollout: str, trainer: str) -> dict[str, Any]:
-    return next(p for p in run.summary["pairs"] if (p["rollout_dtype"], p["trainer_dtype"]) == (rollout, trainer))
+    return next(p for p in run.summary.pairs if (p.rollout_dtype, p.trainer_dtype) == (rollout, trainer))
 
 
 @pytest.fixture(scope="session")
@@ -47,14 +47,14 @@ def test_every_dtype_has_the_same_tokens(shared: Any) -> None:
     sampled = tokens[tokens["pass_id"] == "vllm-bfloat16-decode"]["token_id"].tolist()
     for name in ("vllm-float16-replay", "vllm-float32-replay", "hf-float32-cast"):
         assert tokens[tokens["pass_id"] == name]["token_id"].tolist() == sampled
-    assert {p["on_policy"] for p in shared.summary["pairs"] if p["rollout_dtype"] != "bfloat16"} == {False}
+    assert {p.on_policy for p in shared.summary.pairs if p.rollout_dtype != "bfloat16"} == {False}
 
 
 def test_a_replay_repeats_itself_bit_by_bit(shared: Any) -> None:
-    nulls = {null["pass_id"]: null for null in shared.summary["nulls"]}
+    noise = {found.pass_id: found.measured for found in shared.summary.self_noise}
     for name in ("vllm-float16-replay", "vllm-float32-replay"):
-        assert nulls[name]["n_tokens"] > 0
-        assert nulls[name]["max_abs_logprob_diff"] == 0
+        assert noise[name].n_tokens > 0
+        assert noise[name]["max_abs_logprob_diff"] == 0
 
 
 def test_rows_belong_to_their_tokens(shared: Any) -> None:
@@ -62,14 +62,13 @@ def test_rows_belong_to_their_tokens(shared: Any) -> None:
     agrees with the exact KL to sampling noise, which a row at the wrong place would not.
     """
     for dtype in ("bfloat16", "float16", "float32"):
-        metrics = cell(shared, dtype, dtype)["metrics"]
-        assert metrics["kl_k3"]["value"] == pytest.approx(metrics["kl_exact"]["value"], rel=0.6)
+        metrics = cell(shared, dtype, dtype).metrics
+        assert metrics["kl_k3"].value == pytest.approx(metrics["kl_exact"].value, rel=0.6)
 
 
 def test_precision_orders_exact_divergence(shared: Any) -> None:
     exact = {
-        dtype: cell(shared, dtype, dtype)["metrics"]["kl_exact"]["value"]
-        for dtype in ("bfloat16", "float16", "float32")
+        dtype: cell(shared, dtype, dtype).metrics["kl_exact"].value for dtype in ("bfloat16", "float16", "float32")
     }
     assert 20 < exact["bfloat16"] / exact["float16"] < 200  # 2⁶ = 64
     assert exact["float32"] < 1e-10
@@ -79,12 +78,12 @@ def test_precision_orders_exact_divergence(shared: Any) -> None:
 def test_errors_explain_the_gap(shared: Any) -> None:
     """The tiny checkpoint has FP32 weights, and casting them is an error that both 16-bit sides share."""
     for dtype in ("bfloat16", "float16"):
-        budget = {key: value["value"] for key, value in cell(shared, dtype, dtype)["budget"].items()}
+        budget = {key: value.value for key, value in cell(shared, dtype, dtype).budget.items()}
         cross = 2 * budget["error_correlation"] * budget["rollout_error_rms"] * budget["trainer_error_rms"]
         assert budget["measured_gap_rms"] ** 2 == pytest.approx(budget["predicted_gap_rms"] ** 2 - cross, rel=1e-6)
         assert budget["error_correlation"] > 0.3
         assert budget["measured_over_predicted"] < 0.9
-    floor = cell(shared, "float32", "float32")["budget"]["trainer_error_rms"]["value"]
+    floor = cell(shared, "float32", "float32").budget["trainer_error_rms"].value
     assert 1e-8 < floor < 1e-5
 
 
@@ -115,9 +114,9 @@ def test_vllms_own_engine_process_replays_and_keeps_rows_too(
     dtypes = {"rollout_dtypes": ("bfloat16", "float32"), "trainer_dtypes": ("float32",)}
     options = {**OPTIONS, **dtypes, "exact_kl": 30, "reference": "float32"}
     run = mismatch_probe.compare(CompareConfig(model=str(tiny("llama")), **options), out=tmp_path / "run")
-    assert run.data.manifest["passes"]["vllm-float32-replay"]["engine"]["in_process"] is False
-    metrics = cell(run, "float32", "float32")["metrics"]
-    assert 0 < metrics["kl_exact"]["value"] < 1e-10
+    assert run.data.manifest.passes["vllm-float32-replay"].engine["in_process"] is False
+    metrics = cell(run, "float32", "float32").metrics
+    assert 0 < metrics["kl_exact"].value < 1e-10
     assert len(table(run, "exact")) == 2 * 30
 
 
@@ -130,5 +129,5 @@ def test_on_a_gpu_replays_and_kept_rows_belong_to_their_tokens(tiny: Tiny, tmp_p
     for dtype in ("float16", "float32"):
         assert tokens[tokens["pass_id"] == f"vllm-{dtype}-replay"]["token_id"].tolist() == sampled
     for dtype in ("bfloat16", "float16", "float32"):
-        metrics = cell(run, dtype, dtype)["metrics"]
-        assert metrics["kl_k3"]["value"] == pytest.approx(metrics["kl_exact"]["value"], rel=0.6)
+        metrics = cell(run, dtype, dtype).metrics
+        assert metrics["kl_k3"].value == pytest.approx(metrics["kl_exact"].value, rel=0.6)

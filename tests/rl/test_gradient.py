@@ -20,7 +20,7 @@ from mismatch_probe.rl import gradient
 from mismatch_probe.rl.gradient import pass_data
 from mismatch_probe.rl.gradient_table import REFERENCE, PassData
 from mismatch_probe.rl.gradient_task import DIRECTIONS, PassTask, PassVectors, SequenceTask, Vectors
-from mismatch_probe.tables import RunDirectory
+from mismatch_probe.runs import RunDirectory
 from mismatch_probe.types import MetricValue, PairArrays
 from tests.conftest import SMALL, MakeModel, Outcome
 
@@ -102,7 +102,7 @@ def test_measured_ess_is_that_of_the_comparison(measured: Path) -> None:
                 if (row["rollout_pass"], row["trainer_pass"]) == (found.rollout_pass, pair.trainer_pass)
             ]
             for key in ("mean_abs_logprob_diff", "ess_seq", "ess_seq_gaussian"):
-                assert getattr(pair, key) == MetricValue.of_dict(row["metrics"][key])
+                assert getattr(pair, key) == MetricValue(**row["metrics"][key])
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def task(run_copy: Path) -> PassTask:
     """What the worker would be asked for the first rollout pass."""
     run = RunDirectory.open(run_copy)
     (data, *_) = pass_data(run)[0].values()
-    return gradient._task(run, CompareConfig.from_dict(run.manifest["config"]), data)
+    return gradient._task(run, run.manifest.config, data)
 
 
 class TestReuse:
@@ -125,7 +125,7 @@ class TestReuse:
 
     def test_other_log_probs_are_other_gradients(self, run_copy: Path) -> None:
         run = RunDirectory.open(run_copy)
-        config = CompareConfig.from_dict(run.manifest["config"])
+        config = run.manifest.config
         (data, *_) = pass_data(run)[0].values()
         task = gradient._task(run, config, data)
         pairs = {trainer: _shifted(pair, 1e-12) for trainer, pair in data.pairs.items()}

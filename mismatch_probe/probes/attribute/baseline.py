@@ -25,7 +25,7 @@ from mismatch_probe.metrics.ladder import TokenPrompts
 from mismatch_probe.probes.attribute.availability import Context
 from mismatch_probe.probes.attribute.options import AttributeOptions
 from mismatch_probe.probes.planning import RolloutPass, TrainerPass, passes_of
-from mismatch_probe.tables import RunDirectory
+from mismatch_probe.runs import RunDirectory
 from mismatch_probe.types import RolloutRequest, ScoreRequest
 
 # Of what a reading is; another number makes all of them anew.
@@ -83,7 +83,7 @@ class Baseline:
     @property
     def batch(self) -> int:
         """Requests in the engine at once."""
-        return int(self.run.manifest["sizes"]["rollout_batch"])
+        return self.run.manifest.sizes.rollout_batch
 
     def requests(self) -> list[RolloutRequest]:
         """The sequences, to be decoded again."""
@@ -98,8 +98,8 @@ class Baseline:
         """A digest of all that a reading depends on."""
         config = self.config
         # Not the versions of packages: a run is read elsewhere and later, and every reading says what made it.
-        known: list[Any] = [READINGS, name, *map(repr, about), self.run.manifest["device"]]
-        known += [self.run.manifest["model"].get("files"), self.rollout.pass_id, self.trainer.pass_id]
+        known: list[Any] = [READINGS, name, *map(repr, about), self.run.manifest.device]
+        known += [self.run.manifest.model.files, self.rollout.pass_id, self.trainer.pass_id]
         known += [config.trainer_layout, config.trainer_attn, config.memory_budget_gib]
         known += [config.engine_args, config.eager, self.batch, self.in_process]
         return _digest([*known, self._ids_digest])
@@ -121,9 +121,9 @@ def open_baseline(run: RunDirectory, options: AttributeOptions) -> Baseline:
         UsageError: The run has no such pair, or none that could be run again.
         EngineError: A pass of it did not finish.
     """
-    config = CompareConfig.from_dict(run.manifest["config"])
+    config = run.manifest.config
     wanted_rollout, wanted_trainer = options.dtypes
-    passes = passes_of(config, run.manifest.get("recorded"))
+    passes = passes_of(config, run.manifest.recorded)
     rollout = next((r for r in passes.rollouts if r.dtype == wanted_rollout), None)
     trainer = next((t for t in passes.trainers if t.dtype == wanted_trainer), None)
     if rollout is None or trainer is None:
@@ -138,7 +138,8 @@ def open_baseline(run: RunDirectory, options: AttributeOptions) -> Baseline:
         )
     for name in (rollout.pass_id, trainer.pass_id):
         if not run.finished(name):
-            why = run.manifest["passes"].get(name, {}).get("why", "it did not run")
+            record = run.record_of(name)
+            why = "it did not run" if record is None else record.why
             raise EngineError(f"Pass {name} has not finished: {why}", "Continue the comparison with --resume.")
     source = run.source_of(rollout.pass_id)
     rows = {row["sequence_id"]: row for row in run.sequences(source).to_pylist() if row["response_token_ids"]}
@@ -156,15 +157,15 @@ def open_baseline(run: RunDirectory, options: AttributeOptions) -> Baseline:
     )
     ordered = [rows[key] for key in sorted(rows)]
     context = Context(
-        device=str(run.manifest["device"]),
+        device=run.manifest.device,
         gpus=len(devices.gpu_names()),
         rollout_dtype=str(rollout.dtype),
         trainer_dtype=str(trainer.dtype),
         trainer_mode=str(trainer.mode),
         trainer_layout=config.trainer_layout,
-        model=read_config(run.manifest["model"]["path"]),
-        engine=run.manifest["passes"][rollout.pass_id]["engine"],
-        attention=run.manifest["passes"][trainer.pass_id]["engine"].get("attention", ""),
+        model=read_config(run.manifest.model.path),
+        engine=run.manifest.passes[rollout.pass_id].engine,
+        attention=str(run.manifest.passes[trainer.pass_id].engine.get("attention", "")),
     )
     return Baseline(
         run,

@@ -40,7 +40,7 @@ def attribution_document(evidence: Evidence) -> dict[str, Any]:
     document = {
         "schema_version": SCHEMA_VERSION,
         "tool_version": version("mismatch-probe"),
-        "model": base.run.manifest["model"]["name"],
+        "model": base.run.manifest.model.name,
         "device": context.device,
         "rollout_pass": base.rollout.pass_id,
         "trainer_pass": base.trainer.pass_id,

@@ -19,9 +19,7 @@ from mismatch_probe.probes.attribute.names import FOLDER
 from mismatch_probe.probes.attribute.options import AttributeOptions
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.probes.session import default_folder, new_passes, report_run, resume_run
-from mismatch_probe.tables import RunDirectory
-
-_KEY = "attribute"
+from mismatch_probe.runs import RunDirectory
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ def resume_attribution(path: Path, options: Mapping[str, Any], progress: Progres
     """
     progress = progress or Progress()
     asked = _options(RunDirectory.open(path), options)
-    if RunDirectory.open(path).manifest["status"] != "complete":
+    if RunDirectory.open(path).manifest.status != "complete":
         try:
             resume_run(path, (), progress, {})
         except Interrupted as error:
@@ -106,7 +104,7 @@ def _finish(
         readings = Readings(base, options)
         if engines:
             _check_device(run)
-            run.manifest[_KEY] = options.as_dict()
+            run.manifest.attribution = options.as_dict()
             run.save()
             readings.make_missing(progress, _resume(path, options), again=again)
             progress.message("computing shares and figures")
@@ -121,13 +119,13 @@ def _check_device(run: RunDirectory) -> None:
     """Raises:
     UsageError: The run's engines ran on a device that is not here, where readings would differ by the device, too.
     """
-    if run.manifest["device"] == "cuda" and not devices.gpu_present():
+    if run.manifest.device == "cuda" and not devices.gpu_present():
         raise UsageError("This run began on cuda, and this machine has no GPU.", "Use --from, or continue it there.")
 
 
 def _options(run: RunDirectory, given: Mapping[str, Any]) -> AttributeOptions:
     """What is given, and an earlier attribution's where it is not."""
-    kept = run.manifest.get(_KEY, {})
+    kept = run.manifest.attribution or {}
     found = {name: tuple(v) if isinstance(v, list) else v for name, v in kept.items()}
     return AttributeOptions(**{**found, **given})
 

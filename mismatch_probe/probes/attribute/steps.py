@@ -129,7 +129,7 @@ class Steps:
             sampling=Sampling(max(len(s.response_token_ids) for s in base.sequences), 1.0, base.config.seed),
             requests=base.requests(),
             batch=base.batch,
-            null_tokens=0,
+            self_noise_tokens=0,
             max_model_len=longest,
             in_process=base.in_process,
             trust_remote_code=base.config.trust_remote_code,

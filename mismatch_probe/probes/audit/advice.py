@@ -12,6 +12,7 @@ from mismatch_probe.metrics.floats import FIRST_SCALE, NO_SCALE
 from mismatch_probe.probes.audit.checks import planned_ess, said
 from mismatch_probe.probes.audit.judge import Status
 from mismatch_probe.probes.audit.ranges import scales_of
+from mismatch_probe.results.comparison import Comparison
 from mismatch_probe.types import MetricValue
 
 Document = Mapping[str, Any]
@@ -77,7 +78,7 @@ def best_pair(pairs: Sequence[Document]) -> Document | None:
 def advise(
     pair: Document,
     pairs: Sequence[Document],
-    summary: Document,
+    summary: Comparison,
     ranges: Mapping[str, Document | None],
     touched: Mapping[str, MetricValue],
     planned: int,
@@ -95,13 +96,13 @@ def advise(
     sentences = [_precision(pair, pairs)]
     scale, text = _loss_scale(pair, ranges.get("backward"))
     sentences += [text] if text else []
-    source = next(p for p in summary["pairs"] if _same(p, pair))
+    source = next(p for p in summary.pairs if _same(dict(p), pair))
     correction, texts = _correction(pair["verdict"], planned_ess(summary, source), touched, planned)
     sentences += texts
     lag = _lag(pair, ranges.get("lag"))
     sentences += [lag] if lag else []
-    exact = MetricValue.of_dict(source["metrics"]["kl_exact"])
-    kl = MetricValue.of_dict(source["metrics"]["kl_k3"]) if exact.value is None else exact
+    exact = source.metrics["kl_exact"]
+    kl = source.metrics["kl_k3"] if exact.value is None else exact
     name = "KL k3" if exact.value is None else "exact KL"
     alarm = None
     if kl.value is not None and kl.ci_high is not None:

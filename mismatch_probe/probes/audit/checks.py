@@ -13,6 +13,7 @@ from mismatch_probe.metrics.ratio_test import MIN_PROMPTS, NEGLIGIBLE
 from mismatch_probe.probes.audit.judge import Check, judged, judged_event, judged_extreme, missing, unseen_rate
 from mismatch_probe.probes.audit.profile import RARE, Bounds, Profile, is_extreme
 from mismatch_probe.probes.audit.ranges import headroom, scales_of
+from mismatch_probe.results.comparison import Comparison, Pair
 from mismatch_probe.types import MetricValue
 
 Document = Mapping[str, Any]
@@ -44,7 +45,7 @@ class Checks:
     def __init__(
         self,
         profile: Profile,
-        summary: Document,
+        summary: Comparison,
         ranges: Mapping[str, Document | None],
         why_missing: Mapping[str, str],
         planned_tokens: int,
@@ -52,7 +53,7 @@ class Checks:
         self._bounds, self._summary, self._ranges = profile.checks, summary, ranges
         self._why, self._planned = why_missing, planned_tokens
 
-    def of_pair(self, pair: Document) -> list[Check]:
+    def of_pair(self, pair: Pair) -> list[Check]:
         """Every check that concerns a pair of the summary, in the profile's order."""
         found: dict[str, Check | None] = {}
         for name, bounds in self._bounds.items():
@@ -69,74 +70,74 @@ class Checks:
         bounds = self._bounds.get("fp16_refusal", Bounds(fail_above=0.0, source="the installed vLLM"))
         return [judged("fp16_refusal", MetricValue(1.0), bounds, sentence, exact=True)]
 
-    def _metric(self, name: str, bounds: Bounds, pair: Document) -> Check | None:
-        value = MetricValue.of_dict(pair["metrics"][name])
-        info, n_prompts = CATALOG[name], pair["n_prompts_finite"]
-        if info.level == "exact" and pair["n_nonfinite_exact"]:
-            found = f"{pair['n_nonfinite_exact']} compared positions are not finite"
+    def _metric(self, name: str, bounds: Bounds, pair: Pair) -> Check | None:
+        value = pair.metrics[name]
+        info, n_prompts = CATALOG[name], pair.n_prompts_usable
+        if info.level == "exact" and pair.n_nonfinite_exact:
+            found = f"{pair.n_nonfinite_exact} compared positions are not finite"
             return missing(name, bounds, f"{info.title}: {found}.")
         if info.level == "exact" and value.value is None:
             return None  # a check of runs that kept rows of logits
         if value.value is None:
             return missing(name, bounds, f"{info.title}: {value.why}.")
         if name in RARE:
-            count = int(pair["metrics"]["confident_disagreement_count"]["value"])
-            evidence = f"{info.title}: {count} of {pair['n_tokens']:,} tokens{_at_most(count, n_prompts)}."
+            count = int(pair.metrics["confident_disagreement_count"].value or 0)
+            evidence = f"{info.title}: {count} of {pair.n_tokens:,} tokens{_at_most(count, n_prompts)}."
             return judged_event(name, count, value, bounds, evidence, n_prompts=n_prompts)
         evidence = f"{info.title}: {said(value)}{f' {info.unit}' if info.unit else ''}."
         if is_extreme(name):
             return judged_extreme(name, value, bounds, evidence, n_prompts=n_prompts)
         return judged(name, value, bounds, evidence, n_prompts=n_prompts)
 
-    def _nonfinite_logprobs(self, bounds: Bounds, pair: Document) -> Check:
-        n, total = pair["n_excluded"], pair["n_tokens"]
+    def _nonfinite_logprobs(self, bounds: Bounds, pair: Pair) -> Check:
+        n, total = pair.n_excluded, pair.n_tokens
         low, high = poisson_interval(n)
         rate = MetricValue(n / total if total else None, low / max(1, total), high / max(1, total))
-        n_prompts = pair["n_prompts_finite"]
-        values = "; ".join(f"{row['side']} {row['value']}: {row['n']:,}" for row in pair["excluded"])
+        n_prompts = pair.n_prompts_usable
+        values = "; ".join(f"{row.side} {row.value}: {row.n:,}" for row in pair.excluded)
         evidence = f"{n} of {total:,} tokens have log-probs that are not finite or impossible"
         evidence += f" ({values})." if values else f"{_at_most(n, n_prompts)}."
         return judged_event("nonfinite_logprobs", n, rate, bounds, evidence, n_prompts=n_prompts)
 
-    def _fp32_floor(self, bounds: Bounds, pair: Document) -> Check:
-        floor = next((p for p in self._summary["pairs"] if _dtypes(p) == ("float32", "float32")), None)
+    def _fp32_floor(self, bounds: Bounds, pair: Pair) -> Check:
+        floor = next((p for p in self._summary.pairs if _dtypes(p) == ("float32", "float32")), None)
         if floor is None:
             return missing("fp32_floor", bounds, "The run has no FP32 pair, so a bug could pass for rounding.")
-        value, n_prompts = MetricValue.of_dict(floor["metrics"][_FLOOR]), floor["n_prompts_finite"]
-        if floor["n_excluded"]:
+        value, n_prompts = floor.metrics[_FLOOR], floor.n_prompts_usable
+        if floor.n_excluded:
             return missing(
-                "fp32_floor", bounds, f"{floor['n_excluded']} tokens of the FP32 pair have no usable log-probs."
+                "fp32_floor", bounds, f"{floor.n_excluded} tokens of the FP32 pair have no usable log-probs."
             )
         evidence = f"In FP32 both engines agree to {said(value)} nats."
         return judged("fp32_floor", value, bounds, evidence, n_prompts=n_prompts)
 
-    def _one_sided(self, bounds: Bounds, pair: Document) -> Check | None:
+    def _one_sided(self, bounds: Bounds, pair: Pair) -> Check | None:
         """Whether the mean importance ratio is 1: shown where no test is violated and its interval lies near 1."""
-        if not pair["on_policy"]:
+        if not pair.on_policy:
             return None
-        mean = MetricValue.of_dict(pair["metrics"]["mean_ratio"])
+        mean = pair.metrics["mean_ratio"]
         if mean.value is None or bounds.within is None:
             return missing("one_sided", bounds, f"Mean importance ratio: {mean.why}.")
         about = (bounds.limits, bounds.text(), bounds.source)
-        tests = pair["ratio_tests"]
-        broken = [test for test in tests if test["verdict"] == "violated"]
+        tests = pair.ratio_tests
+        broken = [test for test in tests if test.verdict == "violated"]
         if broken:
-            worst = max(broken, key=lambda test: abs(test["mean_ratio"]["value"] - 1))
-            value = MetricValue.of_dict(worst["mean_ratio"])
-            text = f"The mean importance ratio is {said(value)} ({worst['family']}): a fault of one side, not rounding."
+            worst = max(broken, key=lambda test: abs((test.mean_ratio.value or 1.0) - 1))
+            value = worst.mean_ratio
+            text = f"The mean importance ratio is {said(value)} ({worst.family}): a fault of one side, not rounding."
             level = bounds.event or "fail"
             return Check("one_sided", level, level, value, *about, text)
-        overall = next((test for test in tests if test["family"] == "overall"), None)
+        overall = next((test for test in tests if test.family == "overall"), None)
         text = f"The mean importance ratio is {said(mean)}"
-        if overall is None or overall["verdict"] == "not judged":
-            why = "no test was made" if overall is None else overall["mean_ratio"]["why"]
-            more = max(0, MIN_PROMPTS - pair["n_prompts_finite"]) or None
+        if overall is None or overall.verdict == "inconclusive":
+            why = "no test was made" if overall is None else overall.mean_ratio.why
+            more = max(0, MIN_PROMPTS - pair.n_prompts_usable) or None
             check = replace(missing("one_sided", bounds, f"{text}, and is not tested: {why}."), value=mean)
             return replace(check, more_prompts=more)
-        if overall["verdict"] == "violated but negligible":
+        if overall.verdict == "violated but negligible":
             text += f", off by {abs(mean.value - 1):.1e}: the known bias of float32 log-softmax is up to {NEGLIGIBLE:g}"
         near = Bounds(fail_below=1 - bounds.within, fail_above=1 + bounds.within)
-        shown = judged("one_sided", mean, near, "", n_prompts=pair["n_prompts_finite"])
+        shown = judged("one_sided", mean, near, "", n_prompts=pair.n_prompts_usable)
         if shown.status == "pass":
             return Check(
                 "one_sided", "pass", "pass", mean, *about, f"{text}; nowhere is it shown to be another than 1."
@@ -145,7 +146,7 @@ class Checks:
         worst_level = bounds.event or "fail"
         return Check("one_sided", "pass", worst_level, mean, *about, text, more_prompts=shown.more_prompts)
 
-    def _ess_seq_planned(self, bounds: Bounds, pair: Document) -> Check | None:
+    def _ess_seq_planned(self, bounds: Bounds, pair: Pair) -> Check | None:
         value = planned_ess(self._summary, pair)
         if value is None:
             return None
@@ -155,9 +156,9 @@ class Checks:
         evidence = f"At {self._planned:,} tokens sequence weights leave {said(value)} of the sequences{note}."
         if "extrapolated" in value.why:
             value = MetricValue(value.value, None, None, value.why)  # shown, but no ground to judge on
-        return judged("ess_seq_planned", value, bounds, evidence, n_prompts=pair["n_prompts_finite"])
+        return judged("ess_seq_planned", value, bounds, evidence, n_prompts=pair.n_prompts_usable)
 
-    def _fp16(self, name: str, bounds: Bounds, pair: Document) -> Check | None:
+    def _fp16(self, name: str, bounds: Bounds, pair: Pair) -> Check | None:
         """A check of FP16's range, where a side of the pair runs in FP16."""
         rollout, trainer = (dtype == "float16" for dtype in _dtypes(pair))
         if not (rollout or trainer) or name == "fp16_refusal":
@@ -168,7 +169,7 @@ class Checks:
         found = self._ranges.get(part)
         if found is None:
             return missing(name, bounds, self._why.get(part, "It was not measured."))
-        if name == "fp16_pass" and found["mode"] != pair["trainer_mode"]:
+        if name == "fp16_pass" and found["mode"] != pair.trainer_mode:
             return missing(name, bounds, f"The pass was made with the trainer in mode {found['mode']}.")
         check: Check = getattr(self, f"_{name}")(bounds, found)
         return check
@@ -275,18 +276,18 @@ class Checks:
         return judged("fp16_pass", broken, bounds, evidence, None if proof["finite"] else first, exact=True)
 
 
-def planned_ess(summary: Document, pair: Document) -> MetricValue | None:
+def planned_ess(summary: Comparison, pair: Pair) -> MetricValue | None:
     """The predicted ESS of a pair's sequence weights; None where the pair has no prediction of its own."""
     rollout, trainer = _dtypes(pair)
     # Of several trainer modes the first one was predicted.
-    first = next(p for p in summary["pairs"] if _dtypes(p) == _dtypes(pair))
-    if first["trainer_mode"] != pair["trainer_mode"]:
-        return MetricValue(None, why=f"only the mode {first['trainer_mode']} was predicted")
+    first = next(p for p in summary.pairs if _dtypes(p) == _dtypes(pair))
+    if first.trainer_mode != pair.trainer_mode:
+        return MetricValue(None, why=f"only the mode {first.trainer_mode} was predicted")
     name = rollout if rollout == trainer else f"recorded → {trainer}"
-    found = summary["length"].get(name)
-    if found is None or not found["predictions"]:
+    found = summary.length.get(name)
+    if found is None or not found.predictions:
         return None
-    return MetricValue.of_dict(found["predictions"][0]["ess_seq"])
+    return found.predictions[0].values["ess_seq"]
 
 
 def _at_most(hits: int, n_prompts: int) -> str:
@@ -306,5 +307,5 @@ def said(value: MetricValue) -> str:
     return f"{text} [{value.ci_low:.{digits}g}, {value.ci_high:.{digits}g}]"
 
 
-def _dtypes(pair: Document) -> Sequence[str]:
-    return (pair["rollout_dtype"], pair["trainer_dtype"])
+def _dtypes(pair: Pair) -> Sequence[str]:
+    return (pair.rollout_dtype, pair.trainer_dtype)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mismatch_probe.config import CompareConfig
 from mismatch_probe.engines.audit.names import layer_of
 from mismatch_probe.errors import TableError
 from mismatch_probe.metrics.corrections import CORRECTIONS, touched_shares
@@ -20,8 +19,12 @@ from mismatch_probe.probes.audit.precisions import precisions
 from mismatch_probe.probes.audit.profile import Profile
 from mismatch_probe.probes.audit.ranges import backward_document, forward_document, lag_document, weights_document
 from mismatch_probe.probes.audit.snippets import snippets
+from mismatch_probe.probes.pairs import PassPair
+from mismatch_probe.probes.planning import RolloutPass, TrainerPass
 from mismatch_probe.report.names import precision_label
-from mismatch_probe.tables import RunDirectory
+from mismatch_probe.results.comparison import Comparison, Pair, PairName
+from mismatch_probe.runs import RunDirectory
+from mismatch_probe.types import DTYPES, MetricValue
 
 SCHEMA_VERSION = 1
 _GAP = "mean_abs_logprob_diff"
@@ -53,20 +56,20 @@ def audit_document(
     Raises:
         TableError: A table is missing or corrupt.
     """
-    summary, config = _summary(run, options), CompareConfig.from_dict(run.manifest["config"])
+    summary, config = _summary(run, options), run.manifest.config
     parts = measurements.load()
     ranges, why_missing = ranges_of(parts, measurements.calibration, options), measurements.why_missing()
     planned = options.planned(run)
     checks = Checks(profile, summary, ranges, why_missing, planned)
-    pairs = [_pair(pair, checks.of_pair(pair)) for pair in summary["pairs"]]
-    pairs += [_pair({**row, "metrics": {}}, checks.refused(why)) for row, why in _refused_pairs(run, refused)]
+    pairs = [_pair(pair, checks.of_pair(pair)) for pair in summary.pairs]
+    pairs += [_pair(row, checks.refused(why)) for row, why in _refused_pairs(run, refused)]
     # Of pairs that were asked for, one of these is recommended.
     asked = [pair for pair in pairs if _names(pair)[:2] in options.wanted_pairs] if options.pairs else pairs
     best = best_pair([pair for pair in asked if pair["n_tokens"]])
     recommendation: dict[str, Any] | None = None
     if best is not None:
-        source = next(p for p in summary["pairs"] if _names(p) == _names(best))
-        touched = touched_shares(pair_chunks(run, source["rollout_pass"], source["trainer_pass"]))
+        source = next(p for p in summary.pairs if _names(dict(p)) == _names(best))
+        touched = touched_shares(pair_chunks(run, source.rollout_pass, source.trainer_pass))
         choice = advise(best, pairs, summary, ranges, touched, planned)
         recommendation = {
             **choice.as_dict(),
@@ -77,10 +80,10 @@ def audit_document(
         }
     return {
         "schema_version": SCHEMA_VERSION,
-        "model": run.manifest["model"]["name"],
+        "model": run.manifest.model.name,
         "verdict": _overall(pairs, best, options),
         "decided_by": [precision_label(pair) for pair in _deciding(pairs, best, options)],
-        "precisions": precisions(pairs, summary["missing"]),
+        "precisions": precisions(pairs, [dict(row) for row in summary.missing]),
         "profile": {"name": profile.name, "description": profile.description},
         "options": options.as_dict() | {"planned_tokens": planned, "step_tokens": options.loss_tokens(run)},
         "pairs": pairs,
@@ -114,35 +117,34 @@ def ranges_of(
     return found
 
 
-def _summary(run: RunDirectory, options: AuditOptions) -> dict[str, Any]:
+def _summary(run: RunDirectory, options: AuditOptions) -> Comparison:
     try:
         return analyse(run, predict_lengths=(options.planned(run),), extrapolate=True).summary
     except TableError as error:
         if not error.what.startswith("Nothing can be compared"):
             raise
-        return {"pairs": [], "missing": [], "length": {}, "findings": [], "nulls": []}
+        return Comparison(**Comparison.stamp(), model=run.manifest.model.name, reference=None, pairs=())
 
 
-def _pair(pair: Mapping[str, Any], checks: list[Check]) -> dict[str, Any]:
-    none = {"value": None, "ci_low": None, "ci_high": None, "why": "the pair was not run"}
+def _pair(pair: Pair | PairName, checks: list[Check]) -> dict[str, Any]:
+    gap = pair.metrics[_GAP] if isinstance(pair, Pair) else MetricValue(None, why="the pair was not run")
     return {
-        **{key: pair[key] for key in ("rollout_dtype", "trainer_dtype", "trainer_mode")},
-        "n_tokens": pair.get("n_tokens", 0),
-        "n_prompts": pair.get("n_prompts", 0),
+        **{key: getattr(pair, key) for key in ("rollout_dtype", "trainer_dtype", "trainer_mode")},
+        "n_tokens": pair.n_tokens if isinstance(pair, Pair) else 0,
+        "n_prompts": pair.n_prompts if isinstance(pair, Pair) else 0,
         "verdict": verdict(checks),
-        _GAP: pair["metrics"].get(_GAP, none),
+        _GAP: gap.as_dict(),
         "checks": [check.as_dict() for check in checks],
     }
 
 
-def _refused_pairs(run: RunDirectory, refused: Mapping[str, str]) -> list[tuple[dict[str, Any], str]]:
-    config = CompareConfig.from_dict(run.manifest["config"])
-    about = [(dtype, "cast" if dtype == "float32" else config.trainer_modes[0]) for dtype in config.trainer_dtypes]
-    return [
-        ({"rollout_dtype": rollout, "trainer_dtype": trainer, "trainer_mode": mode}, why)
-        for rollout, why in refused.items()
-        for trainer, mode in about
+def _refused_pairs(run: RunDirectory, refused: Mapping[str, str]) -> list[tuple[PairName, str]]:
+    config = run.manifest.config
+    rollouts = [RolloutPass(dtype, "decode") for dtype in DTYPES if dtype in refused]
+    trainers = [
+        TrainerPass(dtype, "cast" if dtype == "float32" else config.trainer_modes[0]) for dtype in config.trainer_dtypes
     ]
+    return [(PassPair(rollout, trainer).name, refused[rollout.dtype]) for rollout in rollouts for trainer in trainers]
 
 
 def _deciding(
@@ -165,15 +167,15 @@ def _overall(pairs: Sequence[Mapping[str, Any]], best: Mapping[str, Any] | None,
 
 
 def _missing(
-    summary: Mapping[str, Any],
+    summary: Comparison,
     ranges: Mapping[str, Any],
     why_missing: Mapping[str, str],
     refused: Mapping[str, str],
     options: AuditOptions,
 ) -> list[dict[str, str]]:
-    rows = [{"what": precision_label(row), "why": row["why"]} for row in summary["missing"]]
+    rows = [{"what": precision_label(dict(row)), "why": row.why} for row in summary.missing]
     rows += [{"what": f"{dtype} rollouts", "why": why} for dtype, why in refused.items()]
-    there = {_names(row)[:2] for row in (*summary["pairs"], *summary["missing"])}
+    there = {_names(dict(row))[:2] for row in (*summary.pairs, *summary.missing)}
     rows += [
         {"what": f"{rollout} → {trainer}", "why": "It was asked for, and the run has no such pair."}
         for rollout, trainer in options.wanted_pairs
@@ -186,17 +188,16 @@ def _missing(
 def _provenance(run: RunDirectory) -> dict[str, Any]:
     """What could make the same audit come out differently."""
     manifest = run.manifest
-    environment = manifest.get("environment", {})
     return {
-        "created": manifest.get("created"),
-        "tool_version": manifest.get("tool_version"),
-        "versions": environment.get("versions", {}),
-        "machine": environment.get("machine", {}),
-        "variables": environment.get("variables", {}),
-        "device": manifest["device"],
-        "config": manifest["config"],
-        "prompts_sha256": manifest["prompts"].get("token_ids_sha256"),
-        "model_files": manifest["model"].get("files", {}),
+        "created": manifest.created,
+        "tool_version": manifest.tool_version,
+        "versions": manifest.environment.versions,
+        "machine": manifest.environment.machine,
+        "variables": manifest.environment.variables,
+        "device": manifest.device,
+        "config": manifest.content()["config"],
+        "prompts_sha256": manifest.prompts.token_ids_sha256,
+        "model_files": manifest.model.files or {},
     }
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from mismatch_probe.arrays import load_arrays
-from mismatch_probe.config import CompareConfig
 from mismatch_probe.engines import devices
 from mismatch_probe.engines.audit.job import PARTS, AuditJob, histograms_of
 from mismatch_probe.engines.base import TrainerJob
@@ -21,7 +20,7 @@ from mismatch_probe.probes.audit.options import AuditOptions
 from mismatch_probe.probes.own_pass import device_of, fp32_trainer, model_of, run_pass
 from mismatch_probe.probes.planning import passes_of
 from mismatch_probe.probes.progress import Progress
-from mismatch_probe.tables import RunDirectory
+from mismatch_probe.runs import RunDirectory
 from mismatch_probe.types import ScoreRequest
 
 FOLDER = "audit"
@@ -49,8 +48,8 @@ class Calibration:
 
 def calibration_of(run: RunDirectory) -> Calibration:
     """The sequences of the run's most precise rollout pass; none where no rollout pass has any with a prompt."""
-    config = CompareConfig.from_dict(run.manifest["config"])
-    names = [rollout.pass_id for rollout in passes_of(config, run.manifest.get("recorded")).rollouts]
+    passes = passes_of(run.manifest.config, run.manifest.recorded)
+    names = [rollout.pass_id for rollout in passes.rollouts]
     for name in sorted(names, key=lambda name: "float32" not in name):
         if not run.finished(name):
             continue
@@ -74,7 +73,7 @@ class Measurements:
 
     def __init__(self, run: RunDirectory, options: AuditOptions) -> None:
         self._run, self._options = run, options
-        self._config = CompareConfig.from_dict(run.manifest["config"])
+        self._config = run.manifest.config
         self.calibration = calibration_of(run)
         self._device = device_of(run)
         self._keys = {name: self._key(name) for name in PARTS}
@@ -144,7 +143,7 @@ class Measurements:
         """A digest of all that a part depends on; a proof also on how the trainer runs."""
         config, options = self._config, self._options
         about: list[Any] = [version("mismatch-probe"), part, config.temperature, config.trainer_attn]
-        about += [self._run.manifest["model"].get("files")]
+        about += [self._run.manifest.model.files]
         if part in ("backward", "proof"):
             about += [options.loss_tokens(self._run)]
         if part == "lag":

@@ -10,7 +10,7 @@ from mismatch_probe.config import check_lengths, flag
 from mismatch_probe.dtypes import SHORT_DTYPES
 from mismatch_probe.errors import UsageError
 from mismatch_probe.metrics.length_prediction import FURTHEST
-from mismatch_probe.tables import RunDirectory
+from mismatch_probe.runs import RunDirectory
 from mismatch_probe.types import DTYPES
 
 # The paper's step: 64 prompts × 8 samples in 4 minibatches.
@@ -50,7 +50,7 @@ class AuditOptions:
 
     def planned(self, run: RunDirectory) -> int:
         """The planned response length, tokens."""
-        return self.planned_tokens or FURTHEST * int(run.manifest["sizes"]["max_tokens"])
+        return self.planned_tokens or FURTHEST * run.manifest.sizes.max_tokens
 
     def loss_tokens(self, run: RunDirectory) -> int:
         """Response tokens that a step's loss is averaged over."""

@@ -21,10 +21,9 @@ from mismatch_probe.probes.audit.options import AuditOptions
 from mismatch_probe.probes.audit.profile import Profile, load_profile
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.probes.session import default_folder, new_run, resume_run
-from mismatch_probe.tables import RunDirectory
+from mismatch_probe.results.manifest import AuditRecord
+from mismatch_probe.runs import RunDirectory
 
-# Of the manifest: what an audit of the run was asked for.
-_KEY = "audit"
 _KEPT = ("profile", "planned_tokens", "step_tokens", "learning_rates")
 
 
@@ -110,7 +109,7 @@ def resume_audit(
     run = RunDirectory.open(path)
     asked = _options(run, options)
     _check(asked, baseline)
-    if run.manifest["status"] != "complete":
+    if run.manifest.status != "complete":
         with locked(path):
             run = RunDirectory.open(path)
             _remember(run, asked, _known_refusals(run))
@@ -172,18 +171,18 @@ def _resume(path: Path, options: AuditOptions, baseline: str | Path | None) -> s
 
 def _known_refusals(run: RunDirectory) -> dict[str, str]:
     """What an earlier audit of the run knew of the engine's refusals."""
-    return dict(run.manifest.get(_KEY, {}).get("refused", {}))
+    return {} if run.manifest.audit is None else run.manifest.audit.unsupported
 
 
 def _remember(run: RunDirectory, options: AuditOptions, refused: Mapping[str, str]) -> None:
     """Keeps with the run what its audit was asked for."""
-    run.manifest[_KEY] = {"options": options.as_dict(), "refused": dict(refused)}
+    run.manifest.audit = AuditRecord(options=options.as_dict(), unsupported=dict(refused))
     run.save()
 
 
 def _options(run: RunDirectory, given: Mapping[str, Any]) -> AuditOptions:
     """What is given, and of what decides about measurements an earlier audit's where it is not."""
-    kept = run.manifest.get(_KEY, {}).get("options", {})
+    kept = {} if run.manifest.audit is None else run.manifest.audit.options
     found = {name: tuple(v) if isinstance(v, list) else v for name, v in kept.items() if name in _KEPT}
     return AuditOptions(**{**found, **given})
 

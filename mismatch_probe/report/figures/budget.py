@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -14,9 +14,11 @@ from mismatch_probe.report.format import clipped, number, visible
 from mismatch_probe.report.matrix import Cell, diagonal_pairs, noise_floor, reading
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
 
     from matplotlib.axes import Axes
+
+    from mismatch_probe.results.comparison import Comparison, Pair
 
 _WIDTH = 0.2
 _NOTE_WIDTH, _REFERENCE_CHARACTERS = 118, 60
@@ -39,12 +41,12 @@ _BARS = (
 )
 
 
-def has_budget(summary: Mapping[str, Any]) -> bool:
+def has_budget(summary: Comparison) -> bool:
     """Whether a pair of equal dtypes has errors against a reference."""
     return any(_bars_of(pair) for pair in diagonal_pairs(summary).values())
 
 
-def budget_figure(summary: Mapping[str, Any]) -> Figure:
+def budget_figure(summary: Comparison) -> Figure:
     """Per dtype: the two errors, the gap that they predict in quadrature, and the measured one, with 95 % intervals.
 
     Lines across all dtypes show what no 16-bit format has a part in: the float32–float32 gap and, with a float64
@@ -63,7 +65,7 @@ def budget_figure(summary: Mapping[str, Any]) -> Figure:
         for x, pair in enumerate(pairs.values()):
             for k, bar in enumerate(_BARS):
                 at = x + (k - 1.5) * _WIDTH
-                _draw_bar(axes, at, bar, reading(pair.get("budget"), bar.key), label=bar.label if x == 0 else "")
+                _draw_bar(axes, at, bar, reading(pair.budget, bar.key), label=bar.label if x == 0 else "")
         axes.set_xticks(range(len(pairs)), [tick(name) for name in pairs], parse_math=False)
         axes.tick_params(axis="x", length=0)
         _draw_floors(axes, summary)
@@ -77,13 +79,13 @@ def budget_figure(summary: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _bars_of(pair: Mapping[str, Any]) -> list[Cell]:
+def _bars_of(pair: Pair) -> list[Cell]:
     """Those of a pair's four bars that have a value."""
-    cells = (reading(pair.get("budget"), bar.key) for bar in _BARS)
+    cells = (reading(pair.budget, bar.key) for bar in _BARS)
     return [cell for cell in cells if cell.value is not None]
 
 
-def _limits(pairs: Iterable[Mapping[str, Any]]) -> tuple[float, float]:
+def _limits(pairs: Iterable[Pair]) -> tuple[float, float]:
     """Half a decade below the lowest bar, and room for its value above the highest."""
     cells = [cell for pair in pairs for cell in _bars_of(pair)]
     positive = [float(end) for cell in cells for end in (cell.value, cell.ci_low, cell.ci_high) if end and end > 0]
@@ -104,7 +106,7 @@ def _draw_bar(axes: Axes, x: float, bar: _Bar, cell: Cell, *, label: str) -> Non
     axes.annotate(number(cell.value), (x, top), (0, 2), textcoords="offset points", ha="center", fontsize=7)
 
 
-def _draw_floors(axes: Axes, summary: Mapping[str, Any]) -> None:
+def _draw_floors(axes: Axes, summary: Comparison) -> None:
     gap, floor = _float32_gap(summary), noise_floor(summary)
     if gap is not None and gap.value:
         label = f"float32–float32 gap: {number(gap.value)} nats"
@@ -114,15 +116,15 @@ def _draw_floors(axes: Axes, summary: Mapping[str, Any]) -> None:
         axes.axhline(floor.value, color="#333333", linewidth=1.2, linestyle=":", label=label, zorder=0.9)
 
 
-def _float32_gap(summary: Mapping[str, Any]) -> Cell | None:
-    both = (pair for pair in diagonal_pairs(summary).values() if pair.get("rollout_dtype") == "float32")
-    gaps = (reading(pair.get("budget"), "measured_gap_rms") for pair in both)
+def _float32_gap(summary: Comparison) -> Cell | None:
+    both = (pair for pair in diagonal_pairs(summary).values() if pair.rollout_dtype == "float32")
+    gaps = (reading(pair.budget, "measured_gap_rms") for pair in both)
     return next((gap for gap in gaps if gap.value is not None), None)
 
 
-def _note(summary: Mapping[str, Any]) -> str:
+def _note(summary: Comparison) -> str:
     """What the errors are against, and what that does to them."""
-    reference = clipped(visible(summary.get("reference") or "an unnamed reference"), _REFERENCE_CHARACTERS)
+    reference = clipped(visible(summary.reference or "an unnamed reference"), _REFERENCE_CHARACTERS)
     note = f"Errors against {reference}. A Hugging Face reference charges every difference of implementation to vLLM"
     gap = _float32_gap(summary)
     if gap is None:

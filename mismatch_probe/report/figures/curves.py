@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from mismatch_probe.metrics.curves import BinnedDiff, Ccdf
     from mismatch_probe.report.data import ReportData
+    from mismatch_probe.results.comparison import Comparison
 
 __all__ = [
     "FIGURES",
@@ -231,11 +232,11 @@ def draw_all(data: ReportData, folder: Path) -> dict[str, Path]:
         "exact": lambda: exact_figure(data.summary),
         "budget": lambda: budget_figure(data.summary),
         "where": lambda: where_figure(curves.by_probability, curves.by_position),
-        "share": lambda: share_figure(data.summary["where"]),
+        "share": lambda: share_figure(data.summary.where),
         "length": lambda: length_figure(curves.forecast),
         "steps": lambda: steps_figure(data.summary),
     }
-    needs: dict[str, Callable[[Mapping[str, Any]], bool]] = {
+    needs: dict[str, Callable[[Comparison], bool]] = {
         "exact": has_exact,
         "budget": has_budget,
         "share": has_shares,

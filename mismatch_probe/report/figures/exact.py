@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from mismatch_probe.report.figures.style import empty_figure, look, plot_settings, tick
 from mismatch_probe.report.format import number
-from mismatch_probe.report.matrix import EXACT, Cell, has_exact, ordered_pairs, reading, trainer_label, trainer_modes
+from mismatch_probe.report.matrix import EXACT, Cell, has_exact, modes_of, ordered_pairs, reading, trainer_label
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from matplotlib.axes import Axes
+
+    from mismatch_probe.results.comparison import Comparison, Pair
 
 RATIO_LIMITS = (-1.0, 3.0)
 _GAP = 0.5
@@ -44,10 +44,10 @@ class _Slot:
     """A pair's place on the x-axis."""
 
     x: float
-    pair: Mapping[str, Any]
+    pair: Pair
 
     def cell(self, key: str) -> Cell:
-        return reading(self.pair.get("metrics"), key)
+        return reading(self.pair.metrics, key)
 
     @property
     def unit(self) -> float | None:
@@ -56,7 +56,7 @@ class _Slot:
         return value if value is not None and value > 0 else None
 
 
-def exact_figure(summary: Mapping[str, Any]) -> Figure:
+def exact_figure(summary: Comparison) -> Figure:
     """Above, exact KL(μ‖π) of every pair; below, k1, k2 and k3 of the same pair in units of it. 95 % intervals.
 
     Gaps of dtypes lie decades apart, so that the widths of the intervals only show in units of the pair's own KL. What
@@ -70,7 +70,7 @@ def exact_figure(summary: Mapping[str, Any]) -> Figure:
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(1.0, 1.3))
         _draw_exact(top, slots)
         _draw_ratios(bottom, slots)
-        modes = trainer_modes(summary)
+        modes = modes_of(summary)
         labels = [tick(trainer_label(slot.pair, modes)) for slot in slots]
         bottom.set_xticks([slot.x for slot in slots], labels, fontsize=8, parse_math=False)
         bottom.set(xlim=(-0.6, slots[-1].x + 0.6), xlabel="trainer π")
@@ -81,11 +81,11 @@ def exact_figure(summary: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _slots(summary: Mapping[str, Any]) -> list[_Slot]:
+def _slots(summary: Comparison) -> list[_Slot]:
     """The pairs side by side, a gap between rollout dtypes."""
     slots: list[_Slot] = []
     x = 0.0
-    for _, group in groupby(ordered_pairs(summary), key=lambda pair: pair.get("rollout_dtype")):
+    for _, group in groupby(ordered_pairs(summary), key=lambda pair: pair.rollout_dtype):
         for pair in group:
             slots.append(_Slot(x, pair))
             x += 1.0
@@ -98,7 +98,7 @@ def _draw_exact(axes: Axes, slots: list[_Slot]) -> None:
     axes.grid(visible=True, axis="y", color="#e4e4e4", linewidth=0.6)
     drawn: list[float] = []
     for slot in slots:
-        cell, mark = slot.cell(EXACT), look(str(slot.pair.get("trainer_dtype")))
+        cell, mark = slot.cell(EXACT), look(slot.pair.trainer_dtype)
         if slot.unit is None:
             # On a logarithmic axis neither zero nor nothing has a place.
             axes.text(slot.x, 0.03, number(cell.value), transform=axes.get_xaxis_transform(), ha="center", fontsize=8)
@@ -157,7 +157,7 @@ def _draw_ratio(axes: Axes, x: float, cell: Cell, unit: float, mark: _Mark) -> N
 
 def _draw_groups(top: Axes, bottom: Axes, slots: list[_Slot]) -> None:
     """Name each rollout dtype above its pairs, and say below why some of them have no k1."""
-    for rollout, group in groupby(slots, key=lambda slot: slot.pair.get("rollout_dtype")):
+    for rollout, group in groupby(slots, key=lambda slot: slot.pair.rollout_dtype):
         places = [slot.x for slot in group]
         middle = (places[0] + places[-1]) / 2.0
         top.text(

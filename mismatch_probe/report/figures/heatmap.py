@@ -17,16 +17,16 @@ from mismatch_probe.report.matrix import DEFAULT_METRIC, Cell, metric_matrix
 from mismatch_probe.report.names import metric_title
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from matplotlib.axes import Axes
+
+    from mismatch_probe.results.comparison import Comparison
 
 _COLORS = "OrRd"
 _WHY_CHARACTERS, _WHY_WIDTH = 72, 20
 
 
-def matrix_figure(summary: Mapping[str, Any], metric: str = DEFAULT_METRIC) -> Figure:
-    """A cell per pair: value, 95 % interval and null, on a logarithmic colour scale; hatched where missing."""
+def matrix_figure(summary: Comparison, metric: str = DEFAULT_METRIC) -> Figure:
+    """A cell per pair: value, 95 % interval and self-noise, on a logarithmic colour scale; hatched where missing."""
     matrix = metric_matrix(summary, metric)
     with plot_settings():
         if not matrix.rows:
@@ -86,7 +86,10 @@ def _draw_cell(axes: Axes, x: int, y: int, cell: Cell, *, dark: bool) -> None:
         label.set_bbox({"facecolor": "#f2f2f2", "edgecolor": "none", "pad": 1.5})
         return
     color = "white" if dark else "black"
-    below = [interval(cell.ci_low, cell.ci_high), "" if cell.null is None else f"null {number(cell.null, 2)}"]
+    below = [
+        interval(cell.ci_low, cell.ci_high),
+        "" if cell.self_noise is None else f"self-noise {number(cell.self_noise, 2)}",
+    ]
     _annotate(axes, (x, y), number(cell.value), above=8, va="center", color=color, fontsize=12, weight="bold")
     _annotate(axes, (x, y), "\n".join(line for line in below if line), above=-3, va="top", color=color, fontsize=8)
 

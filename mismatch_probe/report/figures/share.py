@@ -1,4 +1,4 @@
-"""Which tokens the squared gap comes from, as a figure: their share of Σ d² beside their share of all tokens."""
+"""Which tokens the squared gap comes from: their contribution to Σ d² beside their fraction of all tokens."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-    Bins = Sequence[Mapping[str, Any]]
+    from mismatch_probe.metrics.where import WhereBin
+    from mismatch_probe.results.comparison import Comparison
+
+    Bins = Sequence[WhereBin]
 
 # Position is left to the figure of mean |d|.
 PROPERTIES = tuple(name for name in WHERE_TITLES if name != "position")
 _TOKENS = "#c4c4c4"
 
 
-def has_shares(summary: Mapping[str, Any]) -> bool:
+def has_shares(summary: Comparison) -> bool:
     """Whether the tokens of any pair were sorted by a property."""
-    return any(bins.get(name) for bins in (summary.get("where") or {}).values() for name in PROPERTIES)
+    return any(bins.get(name) for bins in summary.where.values() for name in PROPERTIES)
 
 
 def share_figure(where: Mapping[str, Mapping[str, Bins]]) -> Figure:
-    """Share of Σ d² and share of tokens per bin: a row per property, a column per dtype.
+    """Contribution to Σ d² and fraction of tokens per bin: a row per property, a column per dtype.
 
     Args:
-        where: Pair name, property, bins, as `summary.json` has them.
+        where: Pair name, property, bins, as a comparison has them.
     """
     properties = [name for name in PROPERTIES if any(bins.get(name) for bins in where.values())]
     with plot_settings():
         if not properties:
             return empty_figure(Figure(figsize=(6.0, 2.0)), "No pair of equal dtypes was compared.")
         pairs = [name for name in dtype_order(where) if any(where[name].get(key) for key in properties)]
-        labels = {
-            key: bin_order(str(row["label"]) for name in pairs for row in where[name].get(key) or ())
-            for key in properties
-        }
+        labels = {key: bin_order(row.label for name in pairs for row in where[name].get(key, ())) for key in properties}
         heights = [len(labels[key]) + 1.0 for key in properties]
         size = (max(2.75 * len(pairs) + 1.3, 4.6), 0.17 * sum(heights) + 0.42 * len(properties) + 0.6)
         figure = Figure(figsize=size, layout="constrained")
@@ -51,7 +51,7 @@ def share_figure(where: Mapping[str, Mapping[str, Bins]]) -> Figure:
         )
         for row, key in zip(panels, properties, strict=True):
             for index, (axes, name) in enumerate(zip(row, pairs, strict=True)):
-                _draw_shares(axes, labels[key], where[name].get(key) or (), look(name, index).color)
+                _draw_shares(axes, labels[key], where[name].get(key, ()), look(name, index).color)
             row[0].set_yticks(range(len(labels[key])), [tick(label) for label in labels[key]], parse_math=False)
             row[0].set_ylim(len(labels[key]) - 0.4, -0.6)
             row[0].set_title(WHERE_TITLES[key], loc="left", fontsize=9, weight="bold")
@@ -66,9 +66,9 @@ def _draw_shares(axes: Axes, labels: list[str], bins: Bins, color: str) -> None:
     if not bins:
         say(axes, "not known")
         return
-    y = [labels.index(str(row["label"])) for row in bins]
-    axes.barh([at - 0.2 for at in y], [row["share_of_square"] for row in bins], 0.4, color=color)
-    axes.barh([at + 0.2 for at in y], [row["share_of_tokens"] for row in bins], 0.4, color=_TOKENS)
+    y = [labels.index(row.label) for row in bins]
+    axes.barh([at - 0.2 for at in y], [row.contribution for row in bins], 0.4, color=color)
+    axes.barh([at + 0.2 for at in y], [row.fraction_of_tokens for row in bins], 0.4, color=_TOKENS)
 
 
 def _finish(figure: Figure, panels: Any, pairs: list[str]) -> None:
@@ -87,5 +87,5 @@ def _finish(figure: Figure, panels: Any, pairs: list[str]) -> None:
     for axes in panels[-1]:
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.set_xlim(left=0.0)
-        axes.set_xlabel("share per bin")
-    figure.suptitle("upper bar: share of Σ d²   ·   lower bar, grey: share of tokens", fontsize=9)
+        axes.set_xlabel("part in the bin")
+    figure.suptitle("upper bar: contribution to Σ d²   ·   lower bar, grey: fraction of tokens", fontsize=9)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -10,26 +10,29 @@ from matplotlib.ticker import MaxNLocator
 
 from mismatch_probe.report.figures.style import Look, look, plot_settings, say
 from mismatch_probe.report.format import visible
-from mismatch_probe.report.matrix import ordered_pairs, pair_label, trainer_modes
+from mismatch_probe.report.matrix import modes_of, ordered_pairs, pair_label
 from mismatch_probe.report.names import metric_title
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Sequence
 
     from matplotlib.axes import Axes
+
+    from mismatch_probe.metrics.steps import StepResult
+    from mismatch_probe.results.comparison import Comparison
 
 _KEYS = ("mean_abs_logprob_diff", "kl_k3", "ess_seq")
 
 
-def has_steps(summary: Mapping[str, Any]) -> bool:
+def has_steps(summary: Comparison) -> bool:
     """Whether some pair of a recorded run has more than one training step."""
-    return any(len(pair.get("steps") or ()) > 1 for pair in summary.get("pairs") or ())
+    return any(len(pair.steps) > 1 for pair in summary.pairs)
 
 
-def steps_figure(summary: Mapping[str, Any]) -> Figure:
+def steps_figure(summary: Comparison) -> Figure:
     """Mean |d|, k3 and ESS by training step, a line with its 95 % band per pair."""
-    modes = trainer_modes(summary)
-    pairs = [pair for pair in ordered_pairs(summary) if pair.get("steps")]
+    modes = modes_of(summary)
+    pairs = [pair for pair in ordered_pairs(summary) if pair.steps]
     with plot_settings():
         figure = Figure(figsize=(6.8, 7.2), layout="constrained")
         panels = figure.subplots(len(_KEYS), 1, sharex=True)
@@ -37,8 +40,8 @@ def steps_figure(summary: Mapping[str, Any]) -> Figure:
             axes.set_ylabel(metric_title(key))
             axes.grid(visible=True, axis="y", color="#e4e4e4", linewidth=0.6)
             for index, pair in enumerate(pairs):
-                mark = look(str(pair.get("trainer_dtype")), index)
-                _draw(axes, pair["steps"], key, mark, visible(pair_label(pair, modes)))
+                mark = look(pair.trainer_dtype, index)
+                _draw(axes, pair.steps, key, mark, visible(pair_label(pair, modes)))
             if not axes.lines:
                 say(axes, "no values")
             elif key != "ess_seq" and all((line.get_ydata() > 0).all() for line in axes.lines):
@@ -51,9 +54,9 @@ def steps_figure(summary: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _draw(axes: Axes, steps: list[dict[str, Any]], key: str, mark: Look, label: str) -> None:
-    found = [(step["step"], step["metrics"].get(key) or {}) for step in steps]
-    rows = [(at, v["value"], v.get("ci_low"), v.get("ci_high")) for at, v in found if v.get("value") is not None]
+def _draw(axes: Axes, steps: Sequence[StepResult], key: str, mark: Look, label: str) -> None:
+    found = [(step.step, step.metrics[key]) for step in steps]
+    rows = [(at, v.value, v.ci_low, v.ci_high) for at, v in found if v.value is not None]
     if not rows:
         return
     at, value, low, high = np.array(rows, dtype=np.float64).T

@@ -126,7 +126,7 @@ def _engine_job(config: SanityConfig, job: SanityJob, longest_prompt: int) -> Ro
         sampling=Sampling(config.max_tokens, config.temperature, config.seed),
         requests=(),
         batch=MOST_AT_ONCE,
-        null_tokens=0,
+        self_noise_tokens=0,
         max_model_len=longest_prompt + config.max_tokens + 1,
         arguments=settings_of(config, job.device).arguments,
     )

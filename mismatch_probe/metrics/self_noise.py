@@ -1,4 +1,4 @@
-"""The null comparison: one engine against itself over the same requests, the size of difference that means nothing."""
+"""Self-noise: how far one engine is from itself over the same requests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mismatch_probe.metrics.intervals import Floats
 
 
 @dataclass(frozen=True)
-class NullStat:
+class SelfNoise:
     """How far an engine is from itself.
 
     Attributes:
@@ -34,9 +34,9 @@ class NullStat:
     n_excluded: int
 
 
-def null_stat(
+def self_noise(
     first_ids: Ints, first_logprobs: Floats, second_ids: Ints, second_logprobs: Floats, sequence: Ints
-) -> NullStat:
+) -> SelfNoise:
     """Compare two passes of one engine, up to the first differing token of each sequence.
 
     After that token the two passes condition on different text, so a comparison would not be of the engine.
@@ -56,7 +56,7 @@ def null_stat(
     finite = common & np.isfinite(first_logprobs) & np.isfinite(second_logprobs)
     kept = finite & usable(first_logprobs, second_logprobs)
     abs_diff = np.abs(first_logprobs[kept].astype(np.float64) - second_logprobs[kept].astype(np.float64))
-    return NullStat(
+    return SelfNoise(
         n_tokens=int(common.sum()),
         n_sequences=len(starts),
         n_diverged_sequences=len(np.unique(row[differs])),

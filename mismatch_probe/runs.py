@@ -1,0 +1,84 @@
+"""A run's folder: its tables and its manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pyarrow as pa
+
+from mismatch_probe.results.manifest import Manifest, PassRecord
+from mismatch_probe.tables import PassTables, refuse_occupied
+
+_FILE = "manifest.json"
+
+
+class RunDirectory(PassTables):
+    """A run's folder, opened by one process at a time.
+
+    `manifest` is the document behind `manifest.json`; assign to its fields, then call `save`.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    @classmethod
+    def create(cls, path: Path, manifest: Manifest) -> RunDirectory:
+        """Makes a new run folder.
+
+        Raises:
+            UsageError: The folder exists and is not empty, or is no folder.
+        """
+        refuse_occupied(path)
+        run = cls(path, manifest)
+        run.save()
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> RunDirectory:
+        """Opens an existing run folder.
+
+        Raises:
+            TableError: It is no run folder, or its manifest cannot be read.
+        """
+        return cls(path, Manifest.read(path / _FILE))
+
+    def save(self) -> None:
+        """Writes the manifest atomically."""
+        self.manifest.write(self.path / _FILE)
+
+    def record_of(self, pass_id: str) -> PassRecord | None:
+        """What the manifest says of a pass; None where it has not been tried."""
+        return self.manifest.passes.get(pass_id)
+
+    def rows_of(self, pass_id: str) -> Mapping[str, int]:
+        record = self.record_of(pass_id)
+        return {} if record is None else record.rows
+
+    def source_of(self, pass_id: str) -> str:
+        record = self.record_of(pass_id)
+        return pass_id if record is None else record.sequences_of or pass_id
+
+    def finish_pass(self, pass_id: str, record: PassRecord, tables: Mapping[str, pa.Table]) -> None:
+        """Stores a finished pass; after this call a resumed run will not compute it again.
+
+        Args:
+            pass_id: Which pass.
+            record: What the manifest is to say of it; status and rows are filled in.
+            tables: By kind: `tokens` or `reference`, and where it has them `sequences` and `exact`.
+        """
+        record.status, record.rows = "finished", self.write_pass(pass_id, tables)
+        self.manifest.passes[pass_id] = record
+        self.save()
+
+    def finished(self, pass_id: str) -> bool:
+        record = self.record_of(pass_id)
+        return record is not None and record.status == "finished"
+
+    def finished_passes(self) -> list[str]:
+        return [pass_id for pass_id in self.manifest.passes if self.finished(pass_id)]
+
+    def merge(self) -> None:
+        """Merges the tables of all finished passes."""
+        self.merge_passes(self.finished_passes())
