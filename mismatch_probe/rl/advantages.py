@@ -57,7 +57,7 @@ def leave_one_out(rewards: NDArray[Any], group: NDArray[Any]) -> Floats:
     centred, index, size = _centred(rewards, group)
     if (size < 2).any():
         raise UsageError(
-            "A group has a single response, so there is no mean of the others.",
+            "A group has a single response, so the others have no mean.",
             "Sample two or more responses for each prompt.",
         )
     unbiased: Floats = centred * (size / (size - 1))[index]

@@ -85,12 +85,12 @@ def save_checkpoint(folder: Path, model: Any, checkpoint: Checkpoint, source: Pa
         # safetensors reports a full disk as an error of its own.
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
             raise DiskFull(
-                f"The disk is full: checkpoint {target.name} could not be written.",
-                "Free some space and continue with --resume; earlier checkpoints are kept.",
+                f"The disk is full: checkpoint {target.name} was not written.",
+                "Free space, then continue with --resume. Earlier checkpoints are kept.",
             ) from error
         if isinstance(error, OSError):
             raise TableError(
-                f"{target} could not be written: {error.strerror or error}.", "Check the folder."
+                f"{target} cannot be written: {error.strerror or error}.", "Check the folder's permissions."
             ) from error
         raise
     return target

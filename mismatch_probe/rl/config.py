@@ -83,7 +83,7 @@ class TaskSettings(BaseModel):
     @model_validator(mode="after")
     def _has_problems(self) -> Self:
         if self.task == "math" and self.problems is None:
-            raise ValueError("problems must name a JSONL file for the task math")
+            raise ValueError("problems must be a JSONL file for the task math")
         return self
 
 
@@ -151,7 +151,7 @@ class RlConfig(TaskSettings):
     @classmethod
     def _known(cls, value: str) -> str:
         if value not in ALGORITHM_NAMES:
-            raise ValueError(f"knows no {value!r}; known are {', '.join(ALGORITHM_NAMES)}")
+            raise ValueError(f"does not accept {value!r}; known are {', '.join(ALGORITHM_NAMES)}")
         return value
 
     @model_validator(mode="after")
@@ -159,16 +159,16 @@ class RlConfig(TaskSettings):
         if self.prompts_per_step % self.updates_per_rollout:
             raise ValueError(
                 f"prompts_per_step ({self.prompts_per_step}) must be a multiple of updates_per_rollout "
-                f"({self.updates_per_rollout}): a minibatch holds whole groups"
+                f"({self.updates_per_rollout}): a minibatch has whole groups"
             )
         if self.prompts_per_step > self.n_problems:
             raise ValueError(f"prompts_per_step ({self.prompts_per_step}) exceeds n_problems ({self.n_problems})")
         if (self.stress == "none") != (self.dose == 0):
-            raise ValueError("stress and dose belong together: name both, or neither")
+            raise ValueError("stress and dose need each other: set both or neither")
         if self.stress == "stale" and self.dose != int(self.dose):
-            raise ValueError(f"dose ({self.dose}) of stale weights is a whole number of steps")
+            raise ValueError(f"dose ({self.dose}) of stale weights must be a whole number of steps")
         if self.stress == "mantissa" and not (self.dose == int(self.dose) and 1 <= self.dose <= 22):
-            raise ValueError(f"dose ({self.dose}) of mantissa is a number of stored bits, 1 to 22")
+            raise ValueError(f"dose ({self.dose}) of mantissa must be a number of stored bits, 1 to 22")
         if self.minimum_loss_scale > self.initial_loss_scale:
             raise ValueError(
                 f"minimum_loss_scale ({self.minimum_loss_scale:g}) exceeds initial_loss_scale "
@@ -244,7 +244,7 @@ def read_toml(path: str | Path, what: str) -> dict[str, Any]:
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no text"
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise UsageError(f"The {what} {path} cannot be read ({reason}).", "Check its path.") from None
     except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"The {what} {path} is no TOML: {error}.", "Fix that line.") from None
+        raise UsageError(f"The {what} {path} is not valid TOML: {error}.", "Fix that line.") from None

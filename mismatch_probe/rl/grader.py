@@ -40,7 +40,7 @@ class Grader:
         """`timeout`: seconds that the grading of one response may take."""
         if importlib.util.find_spec("math_verify") is None:
             raise EngineMissing(
-                "Grading mathematics needs math-verify, which is not installed.",
+                "math-verify is not installed; grading mathematics needs it.",
                 'Run: pip install "mismatch-probe[math]".',
             )
         self.killed = 0
@@ -124,7 +124,7 @@ class _Process:
         if not self._ready:
             self.close()
             raise EngineError(
-                "The grader of mathematics does not start.", "See why with: python -c 'import math_verify'."
+                "The grader of mathematics does not start.", "For the reason run: python -c 'import math_verify'."
             )
 
     def close(self) -> None:

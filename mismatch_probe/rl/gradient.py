@@ -105,7 +105,7 @@ def measure_gradient(
     check_lengths(predict_lengths or ())
     if isinstance(source, CompareConfig):
         if REFERENCE.dtype not in source.trainer_dtypes:
-            raise UsageError("The gradient needs the trainer in float32.", "Put float32 among --trainer-dtypes.")
+            raise UsageError("The gradient needs an FP32 trainer pass.", "Add float32 to --trainer-dtypes.")
         path = new_run(source, out, (), progress).path
     else:
         path = Path(source)
@@ -121,7 +121,7 @@ def measure_gradient(
         for name, task in tasks.items():
             loaded = PassVectors.load(Path(task.path), task.key)
             if loaded is None:
-                raise TableError(f"{task.path} cannot be read.", "Run the command again, which makes it anew.")
+                raise TableError(f"{task.path} cannot be read.", "Run the command again to make it.")
             vectors[name] = loaded
         lengths = tuple(predict_lengths or config.predict_lengths or (run.manifest.sizes.max_tokens,))
         sequences = {name: task.sequences for name, task in tasks.items()}
@@ -140,8 +140,8 @@ def pass_data(run: RunDirectory) -> tuple[dict[str, PassData], dict[str, str]]:
     passes = passes_of(config, run.manifest.recorded)
     if REFERENCE not in passes.trainers:
         raise UsageError(
-            "This run has no log-probs of the trainer in float32, which the gradient is compared with.",
-            "Run compare again with float32 among --trainer-dtypes.",
+            "This run has no FP32 trainer pass; the gradient is compared with it.",
+            "Run `mismatch-probe compare` again with float32 in --trainer-dtypes.",
         )
     found: dict[str, PassData] = {}
     missing: dict[str, str] = {}
@@ -149,7 +149,7 @@ def pass_data(run: RunDirectory) -> tuple[dict[str, PassData], dict[str, str]]:
         name = rollout.pass_id
         missing[name] = why_missing(run, name, REFERENCE.pass_id)
         if run.source_of(name) != name:
-            missing[name] = "it decoded the sequences of another pass, so it is not the policy that sampled them"
+            missing[name] = "it decoded the sequences of another pass, so it did not sample them"
         if missing[name]:
             continue
         own = [
@@ -163,11 +163,13 @@ def pass_data(run: RunDirectory) -> tuple[dict[str, PassData], dict[str, str]]:
         if len(data.kept):
             found[name] = data
         else:
-            missing[name] = "none of its sequences has tokens with finite log-probs throughout"
+            missing[name] = "none of its sequences has finite log-probs for all tokens"
     missing = {name: why for name, why in missing.items() if why}
     if not found:
         reasons = "; ".join(f"{name}: {why.rstrip('.')}" for name, why in missing.items())
-        raise TableError(f"There is no gradient to measure ({reasons}).", "Fix that, and continue the comparison.")
+        raise TableError(
+            f"There is no gradient to measure ({reasons}).", "Fix that, then continue the comparison with --resume."
+        )
     return found, missing
 
 

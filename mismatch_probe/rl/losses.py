@@ -60,12 +60,12 @@ class LossSpec:
     def __post_init__(self) -> None:
         if self.correction in (*_CAPPED, *_MASKING) and not self.cap > self.floor >= 0:
             raise UsageError(
-                f"The correction {self.correction} has no weights between {self.floor:g} and {self.cap:g}.",
+                f"The cap {self.cap:g} of the correction {self.correction} does not exceed its floor {self.floor:g}.",
                 "Set a cap above the floor.",
             )
         if not (0 <= self.clip_low <= 1 and self.clip_high >= 0):
             raise UsageError(
-                f"A ratio cannot be clipped to [1 − {self.clip_low:g}, 1 + {self.clip_high:g}].",
+                f"The clip range [1 − {self.clip_low:g}, 1 + {self.clip_high:g}] is not valid.",
                 "Set clip_low between 0 and 1, and clip_high to 0 or more.",
             )
 

@@ -243,6 +243,6 @@ def _compare_shapes(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, 
     differing = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
     if differing:
         raise TableError(
-            f"The checkpoint is of another model: {differing[0]} differs ({len(differing)} tensors do).",
+            f"The checkpoint belongs to another model: {differing[0]} differs ({len(differing)} tensors do).",
             "Delete it to resume from an earlier one.",
         )

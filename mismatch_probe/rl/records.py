@@ -63,7 +63,7 @@ class RlDirectory:
         """
         if not is_run(path):
             raise TableError(
-                f"{path} is no folder of an RL run.", "Give the folder that `mismatch-probe rl run` wrote."
+                f"{path} is not a folder of an RL run.", "Give a folder written by `mismatch-probe rl run`."
             )
         return cls(path, RlRun.read(path / FILE))
 

@@ -54,8 +54,8 @@ _TRIAL_NOISE = 0.1
 SCAN_EVERY = 100
 # Tensors of a model that is no toy: 545 forward passes of SmolLM2 took 3 minutes on 2 cores.
 _MANY = 100
-_DIFFER = "Run compare on the checkpoint, which measures both sides; check_sync = false trains in spite of it."
-_STOP = "Do not train on: see how weights reach the engine; checkpoints up to here are kept."
+_DIFFER = "Run `mismatch-probe compare` on the checkpoint. check_sync = false skips this check."
+_STOP = "Fix the transfer of weights to the engine before training on. Earlier checkpoints are kept."
 Weights = Mapping[str, torch.Tensor]
 Floats = NDArray[np.float64]
 
@@ -123,7 +123,7 @@ class WeightSync:
         self._sent = cast(policy.weights(), dtype)
         self._first, self._changes = self._sent, 0
         if check and fresh:
-            self._judge(self._sent, self._sent, "As the engine loaded the checkpoint", _DIFFER)
+            self._judge(self._sent, self._sent, "After loading the checkpoint", _DIFFER)
             self._try_others()
 
     def _try_others(self) -> None:
@@ -131,11 +131,11 @@ class WeightSync:
         noisy = stressed(self._policy.weights(), "weight-noise", _TRIAL_NOISE, seed=0, step=0)
         new = cast(noisy, self._dtype)
         if not np.isfinite(self._limit(new, self._logprobs(new))):
-            self._tell("the weight sync could not be tried in advance: with noise on the weights the model overflows")
+            self._tell("the weight sync was not tried in advance: with noise on the weights the model overflows")
             return
         self._load(new)
-        when = "vLLM does not take new weights of this model as it has to: after a trial sync"
-        self._judge(new, self._sent, when, "Train another family, or in another rollout dtype.", scan=True)
+        when = "vLLM does not load new weights of this model correctly: after a trial sync"
+        self._judge(new, self._sent, when, "Use another model family or another --rollout-dtype.", scan=True)
         self._sent = new
 
     def send(self, weights: Weights) -> SyncFacts:
@@ -165,7 +165,7 @@ class WeightSync:
             verb = "lacks" if differing[0] in self._names else "has the unknown"
             raise SyncError(
                 f"The weights for the engine {verb} {differing[0]} ({len(differing)} names differ).",
-                "Give the whole state_dict(), tied heads included; named_parameters() leaves those out.",
+                "Give the whole state_dict() with tied heads; named_parameters() omits them.",
             )
 
     def _judge(self, new: Weights, old: Weights, when: str, fix: str, *, scan: bool = False) -> float:
@@ -195,7 +195,7 @@ class WeightSync:
                 best, clause = left, said
         if suspicious or clause:
             raise SyncError(
-                f"{when} the engine's log-probs are {gap:.1e} nats from those of the weights that it should have "
+                f"{when} the engine's log-probs are {gap:.1e} nats from those of the weights that were sent "
                 f"({typical:.1e} without the largest quarter; {self._explained(limit)}): "
                 f"{clause or 'no single fault explains it'}.",
                 fix,
@@ -209,12 +209,12 @@ class WeightSync:
 
     def _explained(self, limit: float) -> str:
         if np.isfinite(limit):
-            return f"up to {limit:.1e} would be rounding"
+            return f"rounding explains up to {limit:.1e}"
         return f"the trainer's own forward pass overflows in {self._dtype}"
 
     def _hypotheses(self, new: Weights, old: Weights, scan: bool) -> Iterable[tuple[str, Weights]]:
-        yield "it still has the weights of the sync before (stale)", old
-        yield "it still has the weights that it began with (stale)", self._first
+        yield "it still has the weights of the previous sync (stale)", old
+        yield "it still has the initial weights (stale)", self._first
         if not scan:
             return
         experts = [name for name in new if ".experts." in name]

@@ -107,7 +107,7 @@ class ChainTask:
         possible = 10 * (10 * len(OPERATORS)) ** operations
         if n_problems > possible:
             raise UsageError(
-                f"There are {possible} chains of length {operations}, and {n_problems} were asked for.",
+                f"n_problems ({n_problems}) exceeds the {possible} chains of length {operations}.",
                 "Lower n_problems, or raise operations.",
             )
         drawn: dict[Calculation, None] = {}  # each once, in their order
@@ -129,8 +129,8 @@ class ChainTask:
         for problem in problems:
             if not form.fullmatch(problem.prompt):
                 raise PromptError(
-                    f"The problem {problem.problem_id} is none of the task {'reasoning' if free else 'chain'}.",
-                    "Name the task that the file was made with.",
+                    f"The problem {problem.problem_id} does not belong to the task {'reasoning' if free else 'chain'}.",
+                    "Use the task that the file was made with.",
                 )
         task = cls(0, 0, 0, free=free)
         task._problems = list(problems)
@@ -206,11 +206,11 @@ def make_task(
         EngineMissing: math-verify is not installed.
     """
     if name not in ("chain", "reasoning", "math"):
-        raise UsageError(f"There is no task {name!r}.", "Known are chain, reasoning and math.")
+        raise UsageError(f"The task {name!r} is unknown.", "Known are chain, reasoning and math.")
     free = name == "reasoning"
     if path is None:
         if name == "math":
-            raise UsageError("The task math needs a file of problems.", "Name it with --problems.")
+            raise UsageError("The task math needs a file of problems.", "Give one with --problems.")
         return ChainTask(DRAWN if n_problems is None else n_problems, seed, operations, free=free)
     problems = read_problems(path)
     if n_problems is not None and len(problems) > n_problems:
@@ -229,7 +229,7 @@ def read_problems(path: str | Path) -> list[Problem]:
         # Not splitlines(): it splits at characters that JSON leaves as they are.
         lines = Path(path).expanduser().read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no text"
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise PromptError(f"The problem file {path} cannot be read ({reason}).", "Check its path.") from None
     found = [_problem(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not found:
@@ -237,7 +237,9 @@ def read_problems(path: str | Path) -> list[Problem]:
     seen: set[str] = set()
     for problem in found:
         if problem.problem_id in seen:
-            raise PromptError(f"Two problems of {path} have the id {problem.problem_id}.", "Name each one differently.")
+            raise PromptError(
+                f"Two problems of {path} have the id {problem.problem_id}.", "Give each problem its own id."
+            )
         seen.add(problem.problem_id)
     return found
 
@@ -250,6 +252,6 @@ def _problem(path: str | Path, number: int, line: str) -> Problem:
         problem = answer = None
     if not isinstance(problem, str) or not isinstance(answer, str | int | float):
         raise PromptError(
-            f"Line {number} of {path} is no problem with an answer.", 'Write {"problem": "…", "answer": "…"}.'
+            f"Line {number} of {path} is not a problem with an answer.", 'Write {"problem": "…", "answer": "…"}.'
         )
     return Problem(str(row.get("id", f"line-{number}")), problem, str(answer))

@@ -114,12 +114,12 @@ def test_any_key_can_be_set(command: Command, setting: str, key: str, value: Any
         (["--set", "steps=1\nseed=4"], "steps should be a valid integer"),
         (["--steps", "0"], "steps should be greater than 0"),
         (["--steps", "many"], "'many' is not a valid integer"),
-        (["--algorithm", "ppo"], "algorithm knows no 'ppo'"),
+        (["--algorithm", "ppo"], "algorithm does not accept 'ppo'"),
         (["--rollout-dtype", "float64"], "rollout_dtype should be 'bfloat16'"),
-        (["--stress", "stale"], "stress and dose belong together"),
+        (["--stress", "stale"], "stress and dose need each other"),
         (["--dose", "nan"], "dose should be a finite number"),
         (["--task", "sums"], "'sums' is not one of"),
-        (["--task", "math"], "problems must name a JSONL file"),
+        (["--task", "math"], "problems must be a JSONL file"),
         (["--config", "none.toml"], "The configuration none.toml cannot be read"),
         (["--resume", "there", "--steps", "3"], "cannot be combined with --resume"),
         (["--resume", "there", "--set", "steps=3"], "cannot be combined with --resume"),
@@ -141,7 +141,7 @@ def test_a_folder_of_something_else_is_refused(command: Command, tmp_path: Path)
     for path in (tmp_path, tmp_path / "none"):
         found = command("rl", "run", "--resume", path)
         assert found.code == 1
-        assert "is no folder of an RL run" in found.err
+        assert "is not a folder of an RL run" in found.err
         assert "Traceback" not in found.err
     assert not (tmp_path / "none").exists()
 

@@ -103,7 +103,7 @@ def test_a_full_disk_leaves_the_earlier_ones(
         write(tensors, path)
 
     monkeypatch.setattr(module, "save_file", full)
-    with pytest.raises(DiskFull, match="checkpoint step-000002 could not be written"):
+    with pytest.raises(DiskFull, match="checkpoint step-000002 was not written"):
         save(2, n_history=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
     assert load_checkpoint(before).state["step"] == 1
@@ -114,7 +114,7 @@ def test_another_failure_is_said(save: Callable[..., Path], monkeypatch: pytest.
         raise OSError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(os, "replace", refused)
-    with pytest.raises(TableError, match="step-000002 could not be written: Permission denied"):
+    with pytest.raises(TableError, match="step-000002 cannot be written: Permission denied"):
         save(2)
     assert list(tmp_path.iterdir()) == []
 

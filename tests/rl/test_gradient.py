@@ -192,9 +192,9 @@ def test_sequences_with_an_impossible_log_prob_are_counted_and_left_out() -> Non
 class TestRefusals:
     def test_a_run_without_the_fp32_trainer(self, scripted_model: MakeModel, tmp_path: Path, no_figures: None) -> None:
         run = mismatch_probe.compare(CompareConfig(model=str(scripted_model()), **SMALL), out=tmp_path / "run")
-        with pytest.raises(UsageError, match="no log-probs of the trainer in float32"):
+        with pytest.raises(UsageError, match="no FP32 trainer pass"):
             mismatch_probe.rl_gradient(run.path)
-        with pytest.raises(UsageError, match="needs the trainer in float32"):
+        with pytest.raises(UsageError, match="needs an FP32 trainer pass"):
             mismatch_probe.rl_gradient(CompareConfig(model=str(scripted_model()), **SMALL), out=tmp_path / "other")
         assert not (tmp_path / "other").exists()
 
@@ -225,7 +225,7 @@ class TestRefusals:
         run = mismatch_probe.compare(config, out=tmp_path / "run")
         found, missing = pass_data(RunDirectory.open(run.path))
         assert list(found) == ["vllm-bfloat16-decode"]
-        assert "not the policy that sampled them" in missing["vllm-float16-replay"]
+        assert "did not sample them" in missing["vllm-float16-replay"]
 
 
 class TestCommand:

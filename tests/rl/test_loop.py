@@ -303,6 +303,6 @@ def test_an_engine_that_is_wrong_from_the_start_trains_nothing(tmp_path: Path, d
     with torch.no_grad():
         engine.model.model.layers[1].mlp.down_proj.weight.zero_()
     parts = replace(pieces(tmp_path / "run", engine, rollout_dtype=dtype), fresh=True)
-    with pytest.raises(SyncError, match="As the engine loaded the checkpoint"):
+    with pytest.raises(SyncError, match="After loading the checkpoint"):
         Training(parts)
     assert not (tmp_path / "run" / "steps.jsonl").exists()

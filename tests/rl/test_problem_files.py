@@ -60,7 +60,7 @@ class TestArithmetic:
     )
     def test_a_problem_of_another_task_is_refused(self, tmp_path: Path, name: str, prompt: str) -> None:
         path = write(tmp_path / "set.jsonl", [Problem("odd-one", prompt, "0")])
-        with pytest.raises(PromptError, match=f"odd-one is none of the task {name}"):
+        with pytest.raises(PromptError, match=f"odd-one does not belong to the task {name}"):
             make_task(name, n_problems=None, seed=0, path=path)
 
     def test_without_a_number_128_are_drawn(self) -> None:

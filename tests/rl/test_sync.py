@@ -153,9 +153,9 @@ def test_a_fault_stops_before_the_first_step_and_later(mixture: Path, fault: Spo
         engine.load_weights(other)
 
     torch.manual_seed(0)
-    with pytest.raises(SyncError, match="As the engine loaded the checkpoint"):
+    with pytest.raises(SyncError, match="After loading the checkpoint"):
         Setup(mixture, dtype, spoil=load_wrong)
-    with pytest.raises(SyncError, match="vLLM does not take new weights"):
+    with pytest.raises(SyncError, match="vLLM does not load new weights"):
         Setup(mixture, dtype, spoil=fault)
     setup = Setup(mixture, dtype)
     for step in range(2):
@@ -177,7 +177,7 @@ def test_stale_weights_are_named(tied: Path, dtype: Dtype) -> None:
     setup = Setup(tied, dtype)
     setup.sync.send(setup.move())
     setup.engine.drop = set(setup.policy.weights())
-    with pytest.raises(SyncError, match=r"the weights of the sync before \(stale\)"):
+    with pytest.raises(SyncError, match=r"the weights of the previous sync \(stale\)"):
         setup.sync.send(setup.move())
 
 

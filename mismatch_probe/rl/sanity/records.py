@@ -32,7 +32,7 @@ from mismatch_probe.rl.tasks import Problem, read_problems
 from mismatch_probe.tables import refuse_occupied
 
 FILE, SET = "sanity.json", "sanity-set.jsonl"
-_FIX = "Give the folder that `mismatch-probe rl sanity-set` wrote."
+_FIX = "Give a folder written by `mismatch-probe rl sanity-set`."
 _KILLED = b"n_grader_killed"
 # A chunk keeps the engine busy, and is what an interrupted run loses.
 _CHUNK_RESPONSES = 1024
@@ -79,7 +79,7 @@ class SanityDirectory:
             TableError: It is none of a sanity set.
         """
         if not (path / FILE).exists():
-            raise TableError(f"{path} is no folder of a sanity set.", _FIX)
+            raise TableError(f"{path} is not a folder of a sanity set.", _FIX)
         return cls(path, SanitySet.read(path / FILE))
 
     def _update(self, **changes: object) -> None:
@@ -101,7 +101,7 @@ class SanityDirectory:
         if not path.exists():
             write_text(path, "".join(_line(problem) for problem in problems))
         elif read_problems(path) != list(problems):
-            raise TableError("The problems have changed since this run began.", "Restore them, or start a new run.")
+            raise TableError("The problems have changed since this run started.", "Restore them, or start a new run.")
 
     def chunks(self, n_problems: int) -> list[range]:
         """Problems by chunk."""
