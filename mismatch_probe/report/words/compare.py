@@ -161,7 +161,7 @@ def _tokens(length: MetricValue) -> str:
 
 @words(
     "no-forecast",
-    "Longer responses are not predicted: no growth law holds what was measured.",
+    "Longer responses are not predicted: no model of growth agrees with the measurement.",
     {"why": "what contradicts it"},
     "Measure at the length that you plan, with --max-tokens.",
 )
