@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -48,12 +49,17 @@ def test_a_page_is_what_the_code_says(name: str) -> None:
 
 
 def test_every_code_of_a_finding_has_words() -> None:
-    used = {code: path for path in PACKAGE.rglob("*.py") for code in _codes(ast.parse(path.read_text("utf-8")))}
+    used = {code: path for path, code, _ in _made()}
     assert {code: str(path) for code, path in used.items() if code not in all_words()} == {}
 
 
+def test_values_of_a_finding_are_those_of_its_words() -> None:
+    known = {code: set(words.values) for code, words in all_words().items()}
+    assert {code: names ^ known[code] for _, code, names in _made() if names is not None and names != known[code]} == {}
+
+
 def test_every_code_with_words_is_made_somewhere() -> None:
-    trees = [ast.parse(p.read_text("utf-8")) for p in PACKAGE.rglob("*.py") if PACKAGE / "report" not in p.parents]
+    trees = [tree for path, tree in _trees().items() if PACKAGE / "report" not in path.parents]
     texts = re.compile("|".join({_pattern(node) for tree in trees for node in ast.walk(tree)} - {""}))
     assert [code for code in all_words() if not texts.fullmatch(code)] == []
 
@@ -70,9 +76,25 @@ def _pattern(node: ast.AST) -> str:
     return ""
 
 
-def _codes(tree: ast.Module) -> Iterator[str]:
-    """Codes that stand in a call of `Finding`."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) == "Finding":
-            given = [*node.args[:1], *(keyword.value for keyword in node.keywords if keyword.arg == "code")]
-            yield from (one.value for one in given if isinstance(one, ast.Constant) and isinstance(one.value, str))
+@cache
+def _trees() -> dict[Path, ast.Module]:
+    """Every module of the package."""
+    return {path: ast.parse(path.read_text("utf-8")) for path in PACKAGE.rglob("*.py")}
+
+
+def _made() -> Iterator[tuple[Path, str, set[str] | None]]:
+    """Findings that are made with a code that can be read off: file, code, and names of its values if they can be."""
+    for path, tree in _trees().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) == "Finding":
+                given = {keyword.arg: keyword.value for keyword in node.keywords}
+                code, values = given.get("code", node.args[0] if node.args else None), given.get("values")
+                if isinstance(code, ast.Constant) and isinstance(code.value, str):
+                    yield path, code.value, _names(values)
+
+
+def _names(values: ast.expr | None) -> set[str] | None:
+    """Keys of a literal."""
+    keys = values.keys if isinstance(values, ast.Dict) else []
+    texts = {key.value for key in keys if isinstance(key, ast.Constant) and isinstance(key.value, str)}
+    return texts if values is None or (keys and len(texts) == len(keys)) else None
