@@ -17,7 +17,7 @@ from mismatch_probe.metrics.length_prediction import LengthForecast, forecast
 from mismatch_probe.metrics.paired import compare_pairs
 from mismatch_probe.metrics.ratio_test import RatioTest, adjusted_together
 from mismatch_probe.metrics.where import where
-from mismatch_probe.probes.findings import findings
+from mismatch_probe.probes.findings import findings, format_ratio
 from mismatch_probe.probes.pairs import PairResult, PassPair, analyse_pair, why_missing
 from mismatch_probe.probes.planning import passes_of, self_noise_pass_id
 from mismatch_probe.probes.worst import worst_tokens
@@ -90,6 +90,7 @@ def analyse(
     }
     pairs = tuple(result.pair for result in results)
     sums = {name: result.sums for name, result in diagonal.items()}
+    same = {name: result.pair for name, result in diagonal.items()}
     summary = Comparison(
         **Comparison.stamp(),
         model=run.manifest.model.name,
@@ -100,7 +101,7 @@ def analyse(
         where={name: {key: tuple(bins) for key, bins in where(pair).items()} for name, pair in sums.items()},
         comparisons=tuple(compare_pairs(sums, seed=config.seed)),
         length={name: _growth(found) for name, found in forecasts.items()},
-        findings=findings(pairs, diagonal, forecasts, config.seed),
+        findings=findings(pairs, same, format_ratio(diagonal, config.seed), forecasts, run.manifest.status),
         limits=tuple(row for limit in limits for row in judge(limit, pairs, missing)),
     )
     worst = [token for name, result in diagonal.items() for token in worst_tokens(run, name, result)]

@@ -14,7 +14,6 @@ from markupsafe import Markup
 from mismatch_probe.report import view, view_exact
 from mismatch_probe.report.attribute_sections import attribution_view
 from mismatch_probe.report.names import ATTRIBUTE_GUIDES, FIGURE_GUIDES
-from mismatch_probe.report.notes import notes
 from mismatch_probe.report.sections import sections
 
 if TYPE_CHECKING:
@@ -82,7 +81,7 @@ def render_html(data: ReportData, figures: Mapping[str, Path]) -> str:
         model=view.model_name(data),
         headlines=view.findings(data)[: view.HEADLINES],
         details=view.findings(data)[view.HEADLINES :],
-        notes=notes(data),
+        notes=view.notes(data),
         missing=view.missing_lines(data.summary),
         state=state,
         verdict=sentence,

@@ -10,7 +10,6 @@ from urllib.parse import quote
 from mismatch_probe.report import view, view_exact
 from mismatch_probe.report.attribute_sections import attribution_view
 from mismatch_probe.report.names import ATTRIBUTE_GUIDES, FIGURE_GUIDES
-from mismatch_probe.report.notes import notes
 from mismatch_probe.report.sections import sections
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ def render_markdown(data: ReportData, figures: Mapping[str, str | PurePath]) -> 
     blocks += [f"**{text}**" for text in findings[: view.HEADLINES]] + findings[view.HEADLINES :]
     blocks.append(escape(view.verdict(data.summary)[1]))
     blocks.append(_bullets(f"{line.state}: {escape(line.text)}" for line in view.limit_lines(data.summary)))
-    blocks.append(_bullets(f"note: {escape(note)}" for note in notes(data)))
+    blocks.append(_bullets(f"note: {escape(note)}" for note in view.notes(data)))
     blocks += [
         "## Mean |Δlogp| of every pair",
         "Nats, with 95 % intervals over prompts; self-noise is the same engine against itself.",

@@ -11,7 +11,6 @@ from rich.text import Text
 from mismatch_probe.report import view
 from mismatch_probe.report.format import clipped, count, interval, number
 from mismatch_probe.report.matrix import DEFAULT_METRIC, has_exact, modes_of
-from mismatch_probe.report.notes import notes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,7 +50,7 @@ def print_summary(data: ReportData, console: Console) -> None:
         console.print(Text(text, style="bold" if index < view.HEADLINES else ""))
     for pair, why in view.missing_lines(data.summary):
         console.print(Text(f"Missing: {pair}: {why}", style="yellow"))
-    for note in notes(data):
+    for note in view.notes(data):
         console.print(Text(f"Note: {note}", style="yellow"))
     _print_worst(data, console)
     for line in view.limit_lines(data.summary):

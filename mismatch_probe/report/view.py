@@ -86,8 +86,13 @@ def model_name(data: ReportData) -> str:
 
 
 def findings(data: ReportData) -> list[str]:
-    """The finding sentences."""
-    return [visible(say(finding)) for finding in data.summary.findings]
+    """What was found, in sentences."""
+    return [visible(say(finding)) for finding in data.summary.findings if finding.severity != "note"]
+
+
+def notes(data: ReportData) -> list[str]:
+    """What limits the numbers, in sentences."""
+    return [visible(say(finding)) for finding in data.summary.findings if finding.severity == "note"]
 
 
 def limit_lines(summary: Comparison) -> list[LimitLine]:

@@ -2,12 +2,144 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from mismatch_probe.dtypes import dtype_label
 from mismatch_probe.metrics.accounting import CONTRADICTED
 from mismatch_probe.report.format import count, interval, number
 from mismatch_probe.report.model import in_line
 from mismatch_probe.report.words import words
 from mismatch_probe.results.finding import Finding
 from mismatch_probe.types import MetricValue
+
+SHORT_TITLES = {
+    "mean_abs_logprob_diff": "mean |Δlogp|",
+    "kl_k3": "KL k3",
+    "kl_exact": "exact KL",
+    "ess_seq": "ESS",
+    "max_abs_logprob_diff": "worst token",
+}
+"""What headline metrics are called where room is short."""
+_LOOK = "Look for a fault with `mismatch-probe attribute --resume RUN`."
+_EVIDENCE = {
+    "fp32-floor": "both engines differ in FP32",
+    "mean-ratio-not-one": "the mean importance ratio is not 1",
+    "excluded-tokens": "some tokens have no usable log-probs",
+    "bf16-over-fp16": "the gap in FP16 is larger than in BF16",
+    "size": "the gap is larger than 16-bit rounding makes it",
+}
+_OPEN = {
+    "no-fp32": "there is no pair in FP32: add float32 to --rollout-dtypes and --trainer-dtypes",
+    "no-16-bit": "there is no pair in BF16 or FP16 on both sides",
+    "fp32-floor": "too few prompts bound the gap in FP32",
+    "size": "too few prompts bound the gap in {}",
+    "mean-ratio": "too few tokens or prompts test the mean importance ratio in {}",
+    "bf16-over-fp16": "too few prompts tell BF16 and FP16 apart",
+}
+
+
+@words(
+    "all-unusable",
+    "No token of any pair has usable log-probs, so there is nothing to measure.",
+    {
+        "n_tokens": "tokens of all pairs",
+        "n_pairs": "pairs",
+        "excluded": "side, value in place of a log-prob, and number of tokens",
+    },
+    "Look for the first tensor that is not finite: `mismatch-probe audit --resume RUN`.",
+)
+def _all_unusable(finding: Finding) -> str:
+    pairs, tokens = int(finding.number("n_pairs")), int(finding.number("n_tokens"))
+    return (
+        f"No token has usable log-probs in any of {count(pairs)} pairs ({_values(finding)} of {count(tokens)} tokens): "
+        "nothing can be measured. The model, its weights or its dtype is broken: look for the first tensor that is "
+        "not finite."
+    )
+
+
+@words(
+    "run-unfinished",
+    "Some passes have not run, failed, or were interrupted.",
+    {"status": "of the run"},
+    "Continue it with `mismatch-probe compare --resume RUN`.",
+)
+def _unfinished(finding: Finding) -> str:
+    return f"The run is {finding.text('status')}: all numbers are of the passes that finished."
+
+
+@words(
+    "off-policy",
+    "Another policy sampled the tokens of some pairs, so metrics that need the rollout's own are absent.",
+    {"why": "who sampled them"},
+)
+def _off_policy(finding: Finding) -> str:
+    why = finding.text("why") or "the rollout policy did not sample these tokens"
+    return f"{finding.where}: {why}, so metrics that need the rollout policy's own samples are absent."
+
+
+@words(
+    "limited-metrics",
+    "What limits the value or the interval of headline metrics.",
+    {"metrics": "keys of the metrics", "why": "what limits them"},
+)
+def _limited(finding: Finding) -> str:
+    names = ", ".join(SHORT_TITLES[key] for key in finding.names("metrics"))
+    return f"{names}, {finding.where}: {finding.text('why').rstrip('.')}."
+
+
+@words(
+    "kind-rounding",
+    "The gap is rounding: every mark of it was measured, and none is broken.",
+    {"dtypes": "16-bit dtypes of the pairs"},
+)
+def _rounding(finding: Finding) -> str:
+    return f"The gap is rounding, as expected of {_labels(finding.names('dtypes'))}."
+
+
+@words(
+    "kind-more-than-rounding",
+    "The gap is more than rounding.",
+    {"evidence": "codes of what rounding does not do"},
+    _LOOK,
+)
+def _more(finding: Finding) -> str:
+    evidence = "; ".join(_EVIDENCE[code] for code in finding.names("evidence"))
+    return f"The gap is more than rounding: {evidence}."
+
+
+@words(
+    "kind-unclear",
+    "Whether the gap is rounding is unclear: something was not measured, or by too few prompts.",
+    {
+        "open": "what is not settled",
+        "more_prompts": "prompts in addition that would settle what prompts can; none where they cannot",
+    },
+    "Add what is missing, or more prompts with --num-prompts.",
+)
+def _unclear(finding: Finding) -> str:
+    said = []
+    for name in finding.names("open"):
+        kind, _, dtype = name.rpartition("-")
+        said.append(_OPEN[name] if name in _OPEN else _OPEN[kind].format(dtype_label(dtype)))
+    text = f"Whether the gap is rounding is unclear: {'; '.join(said)}."
+    more = finding.maybe("more_prompts")
+    return text if more is None else f"{text} About {count(int(more))} more prompts would settle what prompts can."
+
+
+def _labels(dtypes: Sequence[str]) -> str:
+    return " and ".join(dtype_label(dtype) for dtype in dtypes)
+
+
+def _values(finding: Finding) -> str:
+    """What stands in place of log-probs: `rollout nan: 12; trainer -9999: 3`."""
+    rows = []
+    for row in finding.names("excluded"):
+        side, rest = row.split(" ", 1)
+        value, tokens = rest.rsplit(" ", 1)
+        other = "trainer" if side == "rollout" else "rollout"
+        against = f" where the {other} has less than {CONTRADICTED}" if value == "0" else ""
+        rows.append(f"{side} {value}{against}: {int(tokens):,}")
+    return "; ".join(rows)
 
 
 @words(
@@ -23,17 +155,10 @@ from mismatch_probe.types import MetricValue
     "Find out why an engine writes these values: NaN is an overflow, a sentinel such as −9999 a missing log-prob.",
 )
 def _excluded(finding: Finding) -> str:
-    rows = []
-    for row in finding.names("excluded"):
-        side, rest = row.split(" ", 1)
-        value, tokens = rest.rsplit(" ", 1)
-        other = "trainer" if side == "rollout" else "rollout"
-        against = f" where the {other} has less than {CONTRADICTED}" if value == "0" else ""
-        rows.append(f"{side} {value}{against}: {int(tokens):,}")
     n, total = int(finding.number("n_excluded")), int(finding.number("n_tokens"))
     text = (
         f"{finding.where}: {n:,} of {total:,} tokens have no usable log-probs and are left out of every metric "
-        f"({'; '.join(rows)})."
+        f"({_values(finding)})."
     )
     with_them = finding.maybe("mean_abs_all_finite")
     if with_them is None:
@@ -82,7 +207,7 @@ def _floor(finding: Finding) -> str:
         return f"The FP32 floor is unknown: {floor.why}."
     shown = f"{number(floor.value, 2)} nats"
     if finding.severity == "info":
-        return f"In FP32 both engines agree to {shown}, so the gap in 16 bits is rounding."
+        return f"In FP32 both engines agree to {shown}."
     if finding.severity == "note":
         return f"In FP32 both engines agree to {shown}; the interval reaches {number(bound, 2)} nats and more."
     return f"In FP32 both engines differ by {shown}, more than rounding leaves: they compute different things."
@@ -114,7 +239,7 @@ def _exact(finding: Finding) -> str:
     text = f"Exact KL(μ‖π) in nats per token: {', '.join(parts)}."
     bf16, fp16 = (exact.get(name, MetricValue(None)).value for name in ("bfloat16", "float16"))
     if bf16 and fp16:
-        text += f" BF16 is {bf16 / fp16:.0f} times FP16; rounding alone predicts 2⁶ = 64."
+        text += f" BF16 over FP16 is {number(bf16 / fp16, 2)}; rounding alone predicts 2⁶ = 64."
     return text
 
 

@@ -29,7 +29,7 @@ def result(log_ratio: np.ndarray) -> PairResult:
 def found_of(name: str, log_ratio: np.ndarray) -> dict[str, Finding]:
     """What is found of one pair, by code."""
     one = result(log_ratio)
-    return {finding.code: finding for finding in findings([one.pair], {name: one}, {}, 0)}
+    return {finding.code: finding for finding in findings([one.pair], {name: one.pair}, None, {})}
 
 
 def one_sided(log_ratio: np.ndarray) -> Finding | None:
