@@ -28,11 +28,12 @@ from mismatch_probe.metrics.binned import PROBABILITY_EDGES
 from mismatch_probe.metrics.ratio_test import adjusted_together, ratio_tests
 from mismatch_probe.metrics.summary import compute_metrics
 from mismatch_probe.probes.audit.checks import Checks
-from mismatch_probe.probes.audit.judge import verdict
+from mismatch_probe.probes.audit.judge import verdict_of
 from mismatch_probe.probes.audit.profile import load_profile
 from mismatch_probe.probes.pairs import PassPair, pair_of
 from mismatch_probe.probes.planning import RolloutPass, TrainerPass
-from mismatch_probe.results.comparison import Comparison, Pair
+from mismatch_probe.results.audit import Range
+from mismatch_probe.results.comparison import Pair
 from mismatch_probe.types import PairArrays
 
 Floats = NDArray[np.float32]
@@ -156,17 +157,16 @@ class Judge:
         return pair.model_copy(update={"ratio_tests": tuple(ratio_tests(sums, **self._options))})
 
     def run(self, results: list[Pair]) -> tuple[bool, bool, str]:
-        """Whether any pair shows a violation, whether the audit fails any, and its status of one-sidedness of BF16."""
+        """Whether any pair shows a violation, whether the audit fails any, and its verdict on one-sidedness of BF16."""
         tests = adjusted_together([result.ratio_tests for result in results])
         pairs = tuple(
             result.model_copy(update={"ratio_tests": tuple(own)}) for result, own in zip(results, tests, strict=True)
         )
-        comparison = Comparison(**Comparison.stamp(), model="simulated", reference=None, pairs=pairs)
-        checks = Checks(self._profile, comparison, {}, {}, 0)
+        checks = Checks(self._profile, pairs, {}, Range(), (), 0)
         judged = {(pair.rollout_dtype, pair.trainer_dtype): checks.of_pair(pair) for pair in pairs}
         violated = any(test.verdict == "violated" for own in tests for test in own)
-        failed = any(verdict(found) == "fail" for found in judged.values())
-        return violated, failed, next(check.status for check in judged[BF16] if check.name == "one_sided")
+        failed = any(verdict_of(found) == "fail" for found in judged.values())
+        return violated, failed, next(check.verdict for check in judged[BF16] if check.name == "one_sided")
 
 
 def measured(
@@ -180,12 +180,12 @@ def measured(
         judge = Judge(run, replicates)
         sound, faulty = sums_of(rng, n_tokens, n_prompts, near, one_side, noise)
         results = {name: judge.result(name, sums) for name, sums in sound.items()}
-        violated, failed, status = judge.run(list(results.values()))
-        counts.update(violated=violated, failed=failed, passed=status == "pass")
+        violated, failed, verdict = judge.run(list(results.values()))
+        counts.update(violated=violated, failed=failed, ok=verdict == "ok")
         for fault, sums in faulty.items():
             off = {**results, BF16: judge.result(BF16, sums)}
-            status = judge.run(list(off.values()))[2]
-            counts.update({f"found {fault}": status == "fail", f"passed {fault}": status == "pass"})
+            verdict = judge.run(list(off.values()))[2]
+            counts.update({f"found {fault}": verdict == "fail", f"ok {fault}": verdict == "ok"})
     return counts
 
 
@@ -241,8 +241,8 @@ def main(scale: float, replicates: int, noise: float, seed: int, shifts: bool) -
             counts += measured(size, near, one_side, noise, seed, replicates)
         n = counts["runs"]
         cells = [_share(counts[key], n) for key in ("violated", "failed")]
-        cells += [f"{counts['passed']}/{n}"]
-        cells += [f"{counts[f'found {fault}']}/{n}, {counts[f'passed {fault}']}/{n}" for fault in FAULTS]
+        cells += [f"{counts['ok']}/{n}"]
+        cells += [f"{counts[f'found {fault}']}/{n}, {counts[f'ok {fault}']}/{n}" for fault in FAULTS]
         print(f"{n_tokens:,} | {n_prompts:,} | {' | '.join(cells)}", flush=True)
 
 

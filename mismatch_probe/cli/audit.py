@@ -16,7 +16,7 @@ from mismatch_probe.errors import EXIT_LIMIT, EXIT_OK, UsageError
 
 @click.command(
     params=run_parameters("exact_kl", "trainer_layout", "eager", "rollout_batch", "engine_args"),
-    epilog="Exit codes: 0 pass or warn, 1 error, 2 usage, 3 fail, not judged or worse than the baseline (--strict: a "
+    epilog="Exit codes: 0 ok or warn, 1 error, 2 usage, 3 fail, inconclusive or worse than the baseline (--strict: a "
     "warning, too), 130 interrupted.",
 )
 @click.option("--from", "source", type=click.Path(), metavar="RUN", help="Judge this finished run, without engines.")
@@ -66,7 +66,8 @@ def command(
     """
     from rich.console import Console
 
-    from mismatch_probe.report.audit_terminal import print_audit
+    from mismatch_probe.report.audit import audit_report
+    from mismatch_probe.report.render.terminal import print_report
 
     chosen = {name: value for name, value in given.items() if value is not None and value != ()}
     own = ("profile", "planned_tokens", "step_tokens", "learning_rates", "pairs", "strict")
@@ -89,8 +90,8 @@ def command(
                 CompareConfig(**chosen), out=out, baseline=baseline, progress=progress, **options
             )
     if as_json:
-        print_json(result.document)
+        print_json(result.audit.content())
     else:
-        print_audit(result.document, Console())
+        print_report(audit_report(result.audit, result.path), Console())
     click.echo(f"Report: {result.path / 'audit' / 'report.html'}", err=True)
     return EXIT_LIMIT if result.failed else EXIT_OK

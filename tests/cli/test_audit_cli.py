@@ -15,7 +15,7 @@ Command = Callable[..., Outcome]
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mismatch_probe.report.figures.audit.draw_audit", lambda document, folder: {})
+    monkeypatch.setattr("mismatch_probe.report.figures.draw", lambda data, folder: {})
 
 
 def test_a_finished_run_is_judged_and_its_code_is_the_verdicts(command: Command, run_copy: Path) -> None:
@@ -72,4 +72,4 @@ def test_a_folder_without_a_run_and_a_missing_baseline(command: Command, run_cop
     assert "manifest.json" in outcome.err
     outcome = command("audit", "--from", run_copy, "--baseline", tmp_path / "none.json")
     assert outcome.code == 1
-    assert "There is no audit" in outcome.err
+    assert "none.json does not exist" in outcome.err

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from mismatch_probe.metrics.corrections import CORRECTIONS, Correction, touched_shares
-from mismatch_probe.probes.audit.advice import Choice
-from mismatch_probe.probes.audit.snippets import Snippet, snippets
+from mismatch_probe.probes.audit.snippets import snippets
+from mismatch_probe.results.audit import Snippet
 from mismatch_probe.types import PairArrays
+from tests.factories.audit import recommendation
 from tests.oracles.batches import HERE, Batch, load, make_batch, missing
 from tests.oracles.test_verl import PYTHON
 
@@ -26,8 +27,7 @@ CHOICES: list[tuple[str, Correction | None]] = [
 
 
 def snippet(framework: str, dtype: str, correction: Correction | None) -> Snippet:
-    pair = {"rollout_dtype": dtype, "trainer_dtype": dtype, "trainer_mode": "autocast", "verdict": "pass"}
-    choice = Choice(pair, 10 if dtype == "float16" else None, correction, (), None)
+    choice = recommendation(dtype, correction, 2.0**10 if dtype == "float16" else None)
     return next(found for found in snippets(choice, "model") if found.framework == framework)
 
 
@@ -36,14 +36,14 @@ def test_trl_takes_its_configuration(dtype: str, correction: Correction | None, 
     trl = load("trl")
     found = snippet("trl", dtype, correction)
     given: dict[str, Any] = eval(found.text, {"GRPOConfig": dict})
-    assert given == dict(found.values)
     config = trl.GRPOConfig(output_dir=str(tmp_path), report_to=[], use_cpu=True, **given)
     assert (config.fp16, config.bf16) == (dtype == "float16", dtype == "bfloat16")
     # TRL meets an unknown mode only when it trains, so its source is asked.
     mode = given.get("vllm_importance_sampling_mode")
     assert mode is None or f'"{mode}"' in inspect.getsource(load("trl.trainer.grpo_trainer"))
     assert (mode is None) == (correction is None or correction.level == "geometric")
-    assert ("geometric" in found.note) == (correction is not None and correction.level == "geometric")
+    lacks = "audit-trl-has-no-correction" in {note.code for note in found.notes}
+    assert lacks == (correction is not None and correction.level == "geometric")
 
 
 def arrays_of(batch: Batch) -> PairArrays:

@@ -2,151 +2,146 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
+from collections.abc import Iterable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import jsonschema
 import pytest
 
 import mismatch_probe
 from mismatch_probe.config import CompareConfig
 from mismatch_probe.errors import DtypeRefused, Interrupted, TableError, UsageError
-from mismatch_probe.metrics.accounting import ExcludedValue
 from mismatch_probe.probes.audit.baseline import compare_audits, read_audit
 from mismatch_probe.probes.audit.checks import Checks
-from mismatch_probe.probes.audit.junit import junit_xml
 from mismatch_probe.probes.audit.options import AuditOptions
-from mismatch_probe.probes.audit.profile import Bounds, Profile
+from mismatch_probe.probes.audit.profile import Profile
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.probes.session import RunResult
-from mismatch_probe.resources import data_path
+from mismatch_probe.report.junit import junit_xml
+from mismatch_probe.results.audit import Audit, AuditedPair, Bounds, Check, CheckChange, Range
+from mismatch_probe.types import MetricValue
 from tests.conftest import MakeModel
 
-Document = dict[str, Any]
 ONE_PAIR: dict[str, Any] = {
     "num_prompts": 4,
     "max_tokens": 4,
     "rollout_dtypes": ("bfloat16",),
     "trainer_dtypes": ("bfloat16",),
 }
-SCHEMA = json.loads(data_path("audit.schema.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_pictures(monkeypatch: pytest.MonkeyPatch, no_figures: None) -> None:
     """Figures take most of the time, and few tests look at them."""
-    monkeypatch.setattr("mismatch_probe.report.figures.audit.draw_audit", lambda document, folder: {})
+    monkeypatch.setattr("mismatch_probe.report.figures.draw", lambda data, folder: {})
 
 
 @pytest.fixture(scope="module")
-def audited(finished: RunResult, tmp_path_factory: pytest.TempPathFactory) -> Document:
-    """Of the finished run; read it, never change it."""
+def document(finished: RunResult, tmp_path_factory: pytest.TempPathFactory) -> Audit:
+    """Of the finished run."""
     copied = Path(shutil.copytree(finished.path, tmp_path_factory.mktemp("audited") / "run"))
-    return mismatch_probe.audit_run(copied).document
+    return mismatch_probe.audit_run(copied).audit
 
 
-@pytest.fixture
-def document(audited: Document) -> Document:
-    return copy.deepcopy(audited)
+def pair_of(audit: Audit, rollout: str, trainer: str) -> AuditedPair:
+    return next(pair for pair in audit.pairs if pair.dtypes == (rollout, trainer))
 
 
-def valid(document: Document) -> None:
-    jsonschema.Draft202012Validator(SCHEMA).validate(document)
+def check_of(pair: AuditedPair, name: str) -> Check:
+    found = pair.check(name)
+    assert found is not None
+    return found
 
 
-def pair_of(document: Document, rollout: str, trainer: str) -> Document:
-    return next(p for p in document["pairs"] if (p["rollout_dtype"], p["trainer_dtype"]) == (rollout, trainer))
+def with_pairs(audit: Audit, pairs: Iterable[AuditedPair]) -> Audit:
+    return audit.model_copy(update={"pairs": tuple(pairs)})
 
 
-def check_of(pair: Document, name: str) -> Document:
-    return next(check for check in pair["checks"] if check["name"] == name)
+def codes(found: Iterable[CheckChange]) -> list[tuple[str, str]]:
+    return [(row.name, "" if row.finding is None else row.finding.code) for row in found]
 
 
 def test_a_finished_run_is_judged_as_far_as_it_goes(run_copy: Path, no_pictures: None) -> None:
-    result = mismatch_probe.audit_run(run_copy)
-    document = result.document
-    valid(document)
-    assert len(document["pairs"]) == 9
-    assert all(found is None for found in document["range"].values())
-    whats = [row["what"] for row in document["missing"]]
-    assert "range of activations" in whats
-    assert "--resume" in document["missing"][-1]["why"]
-    fp16 = pair_of(document, "float16", "float16")
-    assert check_of(fp16, "fp16_headroom")["status"] == "not judged"
-    assert fp16["verdict"] in ("not judged", "fail")
-    assert not any(check["name"].startswith("fp16") for check in pair_of(document, "bfloat16", "float32")["checks"])
-    assert json.loads((run_copy / "audit" / "audit.json").read_text()) == document
-    assert (run_copy / "audit" / "report.html").read_text().startswith("<!doctype html>")
+    audit = mismatch_probe.audit_run(run_copy).audit
+    assert len(audit.pairs) == 9
+    assert audit.range == Range()
+    (missing,) = audit.missing
+    assert (missing.code, "forward" in missing.names("parts")) == ("audit-parts-missing", True)
+    fp16 = pair_of(audit, "float16", "float16")
+    headroom = check_of(fp16, "fp16_headroom")
+    assert headroom.verdict == "inconclusive"
+    assert headroom.settle is not None
+    assert headroom.settle.parts == ("forward",)
+    assert fp16.verdict in ("inconclusive", "fail")
+    assert not any(check.name.startswith("fp16") for check in pair_of(audit, "bfloat16", "float32").checks)
+    assert Audit.read(run_copy / "audit" / "audit.json") == audit
+    for name in ("report.html", "report.md"):
+        assert "FP16: inconclusive" in (run_copy / "audit" / name).read_text()
     ElementTree.parse(run_copy / "audit" / "junit.xml")
 
 
-def test_metrics_are_those_of_the_comparison(document: Document, finished: Any) -> None:
-    for pair in document["pairs"]:
-        source = next(
-            p
-            for p in finished.summary.pairs
-            if (p.rollout_dtype, p.trainer_dtype) == (pair["rollout_dtype"], pair["trainer_dtype"])
-        )
-        for check in pair["checks"]:
-            if check["name"] in source.metrics:
-                metric = source.metrics[check["name"]]
-                assert (check["value"], check["ci_low"]) == (metric.value, metric.ci_low)
+def test_metrics_are_those_of_the_comparison(document: Audit, finished: RunResult) -> None:
+    for pair in document.pairs:
+        source = next(p for p in finished.summary.pairs if (p.rollout_dtype, p.trainer_dtype) == pair.dtypes)
+        for check in pair.checks:
+            if check.name in source.metrics:
+                metric = source.metrics[check.name]
+                assert (check.value.value, check.value.ci_low) == (metric.value, metric.ci_low)
 
 
 def test_the_exact_kl_is_judged_where_rows_were_kept(
-    scripted_model: MakeModel, tmp_path: Path, no_pictures: None, no_figures: None
+    scripted_model: MakeModel, tmp_path: Path, no_pictures: None
 ) -> None:
     run = mismatch_probe.compare(
         CompareConfig(model=str(scripted_model()), exact_kl="all", **ONE_PAIR), out=tmp_path / "run"
     )
-    document = mismatch_probe.audit_run(run.path).document
-    (pair,) = document["pairs"]
+    audit = mismatch_probe.audit_run(run.path).audit
+    (pair,) = audit.pairs
     value = run.summary.pairs[0].metrics["kl_exact"].value
     assert value is not None
-    assert check_of(pair, "kl_exact")["value"] == value
-    assert any("exact KL" in sentence for sentence in document["recommendation"]["sentences"])
+    assert check_of(pair, "kl_exact").value.value == value
+    assert audit.recommendation is not None
+    (expected,) = (finding for finding in audit.recommendation.findings if finding.code == "audit-expected-kl")
+    assert expected.text("metric") == "kl_exact"
 
 
 def test_the_asked_for_pair_decides(run_copy: Path, no_pictures: None) -> None:
     found = mismatch_probe.audit_run(run_copy, pairs=("fp16/fp16",))
-    assert found.document["decided_by"] == ["float16 → float16"]
-    assert found.verdict == pair_of(found.document, "float16", "float16")["verdict"]
+    assert [name.dtypes for name in found.audit.decided_by] == [("float16", "float16")]
+    assert found.verdict == pair_of(found.audit, "float16", "float16").verdict
     assert found.failed
 
 
-def test_a_pair_that_was_not_run_cannot_pass(scripted_model: MakeModel, tmp_path: Path, no_pictures: None) -> None:
+def test_a_pair_that_was_not_run_cannot_be_ok(scripted_model: MakeModel, tmp_path: Path, no_pictures: None) -> None:
     config = CompareConfig(model=str(scripted_model()), **ONE_PAIR)
     run = mismatch_probe.compare(config, out=tmp_path / "run")
     found = mismatch_probe.audit_run(run.path, pairs=("fp16",))
-    assert found.verdict == "not judged"
-    assert found.document["decided_by"] == []
-    valid(found.document)
+    assert (found.verdict, found.audit.decided_by) == ("inconclusive", ())
+    assert found.audit.missing[0].code == "audit-pairs-not-in-run"
 
 
-def test_a_run_without_fp32_says_that_a_bug_could_pass_for_rounding(
+def test_a_run_without_fp32_cannot_tell_a_fault_from_rounding(
     scripted_model: MakeModel, tmp_path: Path, no_pictures: None
 ) -> None:
     config = CompareConfig(model=str(scripted_model()), **ONE_PAIR)
     run = mismatch_probe.compare(config, out=tmp_path / "run")
-    pair = mismatch_probe.audit_run(run.path).document["pairs"][0]
-    assert check_of(pair, "fp32_floor")["status"] == "not judged"
-    assert "bug" in check_of(pair, "fp32_floor")["evidence"]
+    floor = check_of(mismatch_probe.audit_run(run.path).audit.pairs[0], "fp32_floor")
+    assert (floor.verdict, floor.finding.code) == ("inconclusive", "audit-no-fp32-pair")
+    assert floor.settle is not None
+    assert floor.settle.dtypes == ("float32",)
 
 
-def test_a_failed_pass_leaves_its_pairs_missing(
-    scripted_model: MakeModel, tmp_path: Path, no_pictures: None, no_figures: None
-) -> None:
+def test_a_failed_pass_leaves_its_pairs_missing(scripted_model: MakeModel, tmp_path: Path, no_pictures: None) -> None:
     model = str(scripted_model({"rollout-float16": "refuse"}))
     config = CompareConfig(model=model, **{**ONE_PAIR, "rollout_dtypes": ("bfloat16", "float16")})
     run = mismatch_probe.compare(config, out=tmp_path / "run")
-    document = mismatch_probe.audit_run(run.path).document
-    valid(document)
-    assert document["missing"][0]["what"] == "float16 → bfloat16"
+    missing = mismatch_probe.audit_run(run.path).audit.missing[0]
+    assert (missing.code, missing.names("pairs")) == ("audit-pairs-missing", ("float16/bfloat16/cast",))
 
 
 def test_a_scripted_model_has_nothing_to_measure(run_copy: Path) -> None:
@@ -179,97 +174,108 @@ def test_options_are_checked() -> None:
     assert AuditOptions(pairs=("bf16", "fp16/fp32")).wanted_pairs == (("bfloat16", "bfloat16"), ("float16", "float32"))
 
 
-def test_junit_has_a_case_a_check(document: Document) -> None:
+def test_junit_has_a_case_a_check(document: Audit) -> None:
     root = ElementTree.fromstring(junit_xml(document))
     assert [suite.get("name") for suite in root][:2] == ["gate", "bfloat16/bfloat16"]
-    checks = [check for pair in document["pairs"] for check in pair["checks"]]
+    checks = [check for pair in document.pairs for check in pair.checks]
     assert int(root.get("tests") or 0) == len(checks) + 1
     assert int(root.get("failures") or 0) == 0
-    assert int(root.get("skipped") or 0) == sum(check["status"] in ("fail", "not judged") for check in checks)
+    assert int(root.get("skipped") or 0) == sum(check.verdict in ("fail", "inconclusive") for check in checks)
 
 
-def failures(document: Document, **options: bool) -> set[tuple[str | None, str | None]]:
-    root = ElementTree.fromstring(junit_xml(document, **options))
+def failures(audit: Audit, *, strict: bool = False) -> set[tuple[str | None, str | None]]:
+    asked = audit.options.model_copy(update={"strict": strict})
+    root = ElementTree.fromstring(junit_xml(audit.model_copy(update={"options": asked})))
     return {
         (suite.get("name"), case.get("name")) for suite in root for case in suite if case.find("failure") is not None
     }
 
 
-def test_junit_fails_where_the_exit_code_does(document: Document) -> None:
+def test_junit_fails_where_the_exit_code_does(document: Audit) -> None:
     assert failures(document) == set()
-    assert document["verdict"] == "warn"
+    assert document.verdict == "warn"
     strict = failures(document, strict=True)
     assert ("gate", "verdict") in strict
-    assert {suite for suite, _ in strict} <= {"gate", document["decided_by"][0].replace(" → ", "/")}
-    for verdict in ("fail", "not judged"):
-        assert ("gate", "verdict") in failures({**document, "verdict": verdict})
+    assert {suite for suite, _ in strict} <= {"gate", "/".join(document.decided_by[0].dtypes)}
+    for verdict in ("fail", "inconclusive"):
+        assert ("gate", "verdict") in failures(document.model_copy(update={"verdict": verdict}))
     worse = compare_audits(document, changed(document, "kl_k3", 20.0), "old")
-    assert ("gate", "baseline") in failures({**document, "baseline": worse})
+    assert ("gate", "baseline") in failures(document.model_copy(update={"baseline": worse}))
 
 
-def test_junit_holds_hostile_text(document: Document) -> None:
-    document["pairs"][0]["checks"][0]["evidence"] = "a\x1b[31m <b> & \x00 ]]>"
-    root = ElementTree.fromstring(junit_xml(document))
-    out = root[1][0].find("system-out")
+def test_junit_holds_hostile_text(document: Audit) -> None:
+    told = document.missing[0].model_copy(
+        update={"code": "audit-dtype-unsupported", "values": {"why": "a\x1b[31m <b> & \x00 ]]>"}}
+    )
+    first = document.pairs[0]
+    check = first.checks[0].model_copy(update={"finding": told})
+    pairs = (first.model_copy(update={"checks": (check, *first.checks[1:])}), *document.pairs[1:])
+    out = ElementTree.fromstring(junit_xml(with_pairs(document, pairs)))[1][0].find("system-out")
     assert out is not None
     assert "a[31m <b> &  ]]>" in (out.text or "")
 
 
-def test_an_audit_against_itself_has_not_changed(document: Document) -> None:
-    found = compare_audits(document, copy.deepcopy(document), "old")
-    assert found["regressions"] == []
-    assert found["changed"] == []
-    assert found["gone"] == []
-    assert all(row["change"] is None or row["change"]["value"] in (0, 1) for row in found["checks"])
-    assert not any(row["regressed"] for row in found["checks"])
-    valid({**document, "baseline": found})
+def test_an_audit_against_itself_has_not_changed(document: Audit) -> None:
+    found = compare_audits(document, document, "old")
+    assert (found.regressions, found.changed, found.gone) == ((), (), ())
+    assert all(row.change is None or row.change.value in (0, 1) for row in found.checks)
+    assert not any(row.finding for row in found.checks)
 
 
-def changed(document: Document, check_name: str, factor: float, **more: Any) -> Document:
-    other = copy.deepcopy(document)
-    check = check_of(pair_of(other, "bfloat16", "bfloat16"), check_name)
-    for key in ("value", "ci_low", "ci_high"):
-        check[key] = None if check[key] is None else check[key] * factor
-    check.update(more)
-    return other
+def changed(audit: Audit, which: str, factor: float = 1.0, value: MetricValue | None = None, **more: Any) -> Audit:
+    """An audit whose BF16 pair has another value of one check, and whatever else is given of it."""
+    pairs = []
+    for pair in audit.pairs:
+        checks = list(pair.checks)
+        if pair.dtypes == ("bfloat16", "bfloat16"):
+            i = next(i for i, check in enumerate(checks) if check.name == which)
+            old = checks[i].value
+            ends = (None if x is None else x * factor for x in (old.value, old.ci_low, old.ci_high))
+            checks[i] = checks[i].model_copy(update={"value": value or MetricValue(*ends), **more})
+        pairs.append(pair.model_copy(update={"checks": tuple(checks)}))
+    return with_pairs(audit, pairs)
 
 
-def test_a_gap_that_is_certainly_larger_is_a_regression(document: Document) -> None:
-    worse = compare_audits(document, changed(document, "kl_k3", 20.0), "old")
-    (row,) = worse["regressions"]
-    assert (row["name"], row["change"]["kind"], row["change"]["value"]) == ("kl_k3", "ratio", pytest.approx(20.0))
-    assert row["change"]["ci_low"] > 1
-    assert compare_audits(document, changed(document, "kl_k3", 1 / 20), "old")["regressions"] == []
-    assert compare_audits(document, changed(document, "kl_k3", 1.01), "old")["regressions"] == []
+def test_a_gap_that_is_certainly_larger_is_a_regression(document: Audit) -> None:
+    (row,) = compare_audits(document, changed(document, "kl_k3", 20.0), "old").regressions
+    assert row.change is not None
+    assert (row.name, row.change.kind, row.change.value) == ("kl_k3", "ratio", pytest.approx(20.0))
+    assert (row.change.ci_low or 0) > 1
+    assert regressions(document, changed(document, "kl_k3", 1 / 20)) == []
+    assert regressions(document, changed(document, "kl_k3", 1.01)) == []
 
 
-def test_the_interval_of_a_ratio_is_that_of_two_independent_estimates(document: Document) -> None:
-    first = changed(document, "kl_k3", 1.0, value=1.0, ci_low=0.8, ci_high=1.25)
-    second = changed(document, "kl_k3", 1.0, value=2.0, ci_low=1.6, ci_high=2.5)
-    rows = compare_audits(first, second, "old")["checks"]
-    row = next(r for r in rows if r["name"] == "kl_k3" and r["rollout_dtype"] == r["trainer_dtype"] == "bfloat16")
+def test_the_interval_of_a_ratio_is_that_of_two_independent_estimates(document: Audit) -> None:
+    first = changed(document, "kl_k3", value=MetricValue(1.0, 0.8, 1.25))
+    second = changed(document, "kl_k3", value=MetricValue(2.0, 1.6, 2.5))
+    rows = compare_audits(first, second, "old").checks
+    row = next(r for r in rows if r.name == "kl_k3" and r.dtypes == ("bfloat16", "bfloat16"))
+    assert row.change is not None
     spread = 1.25 ** (2**0.5)
-    assert row["change"]["ci_low"] == pytest.approx(2 / spread)
-    assert row["change"]["ci_high"] == pytest.approx(2 * spread)
+    assert row.change.ci_low == pytest.approx(2 / spread)
+    assert row.change.ci_high == pytest.approx(2 * spread)
 
 
-def test_a_status_that_got_worse_is_a_regression_only_where_the_value_changed_for_certain(document: Document) -> None:
-    first = changed(document, "kl_k3", 1.0, value=0.9e-3, ci_low=0.8e-3, ci_high=0.99e-3, status="pass", best="pass")
-    near = changed(document, "kl_k3", 1.0, value=1.1e-3, ci_low=1.01e-3, ci_high=1.3e-3, status="warn", best="warn")
-    far = changed(document, "kl_k3", 1.0, value=9e-3, ci_low=8e-3, ci_high=9.9e-3, status="warn", best="warn")
-    assert [row["name"] for row in compare_audits(first, far, "old")["regressions"]] == ["kl_k3"]
-    wide = changed(document, "kl_k3", 1.0, value=0.9e-3, ci_low=0.4e-3, ci_high=1.9e-3, status="pass", best="pass")
-    assert compare_audits(wide, near, "old")["regressions"] == []
+OK, WARN, FAIL = ({"verdict": level, "best": level} for level in ("ok", "warn", "fail"))
 
 
-def regressions(before: Document, after: Document) -> list[str]:
-    return [row["name"] for row in compare_audits(before, after, "old")["regressions"]]
+def test_a_verdict_that_got_worse_is_a_regression_only_where_the_value_changed_for_certain(document: Audit) -> None:
+    first = changed(document, "kl_k3", value=MetricValue(0.9e-3, 0.8e-3, 0.99e-3), **OK)
+    near = changed(document, "kl_k3", value=MetricValue(1.1e-3, 1.01e-3, 1.3e-3), **WARN)
+    far = changed(document, "kl_k3", value=MetricValue(9e-3, 8e-3, 9.9e-3), **WARN)
+    assert codes(compare_audits(first, far, "old").regressions) == [("kl_k3", "audit-verdict-worse")]
+    wide = changed(document, "kl_k3", value=MetricValue(0.9e-3, 0.4e-3, 1.9e-3), **OK)
+    assert regressions(wide, near) == []
 
 
-def test_a_counted_event_that_was_not_there_before_is_a_regression(document: Document) -> None:
+def regressions(before: Audit, after: Audit) -> list[str]:
+    return [row.name for row in compare_audits(before, after, "old").regressions]
+
+
+def test_a_counted_event_that_was_not_there_before_is_a_regression(document: Audit) -> None:
     name = "nonfinite_logprobs"
-    other = changed(document, name, 1.0, value=0.01, ci_low=0.001, ci_high=0.05, status="fail", best="fail")
-    before = changed(document, name, 1.0, value=0.0, ci_low=0.0, ci_high=0.005, status="pass", best="pass")
+    other = changed(document, name, value=MetricValue(0.01, 0.001, 0.05), **FAIL)
+    before = changed(document, name, value=MetricValue(0.0, 0.0, 0.005), **OK)
     assert regressions(before, other) == [name]
     assert regressions(other, before) == []
 
@@ -277,143 +283,134 @@ def test_a_counted_event_that_was_not_there_before_is_a_regression(document: Doc
 def test_impossible_log_probs_fail_the_check_of_those_that_are_not_finite(finished: RunResult) -> None:
     name = "nonfinite_logprobs"
     profile = Profile(name="own", checks={name: Bounds(event="fail", source="us")})
-    checks = Checks(profile, finished.summary, {}, {}, 256)
+    checks = Checks(profile, finished.summary.pairs, {}, Range(), (), 256)
     pair = finished.summary.pairs[0]
     # Among so few prompts none excludes no rate that the profile asks to exclude.
-    assert [(check.name, check.status) for check in checks.of_pair(pair)] == [(name, "not judged")]
-    excluded = (ExcludedValue("rollout", "sentinel", "-9999", 3),)
-    (check,) = checks.of_pair(pair.model_copy(update={"n_excluded": 3, "excluded": excluded}))
-    assert check.status == "fail"
-    assert "rollout -9999: 3" in check.evidence
+    assert [(check.name, check.verdict) for check in checks.of_pair(pair)] == [(name, "inconclusive")]
+    excluded = ({"side": "rollout", "kind": "sentinel", "value": "-9999", "n": 3},)
+    broken = type(pair).model_validate({**dict(pair), "n_excluded": 3, "excluded": excluded})
+    (check,) = checks.of_pair(broken)
+    assert (check.verdict, check.finding.names("values")) == ("fail", ("rollout -9999: 3",))
 
 
-def test_a_fault_that_was_mended_is_none(document: Document) -> None:
-    broken = changed(document, "one_sided", 1.0, value=0.7, ci_low=0.68, ci_high=0.72, status="fail", best="fail")
-    whole = changed(document, "one_sided", 1.0, value=1.0, ci_low=0.99, ci_high=1.01, status="pass", best="pass")
+def test_a_fault_that_was_fixed_is_no_regression(document: Audit) -> None:
+    broken = changed(document, "one_sided", value=MetricValue(0.7, 0.68, 0.72), **FAIL)
+    whole = changed(document, "one_sided", value=MetricValue(1.0, 0.99, 1.01), **OK)
     assert regressions(broken, whole) == []
     assert regressions(whole, broken) == ["one_sided"]
 
 
-EXACT = {"ci_low": None, "ci_high": None, "exact": True}
-OPEN = {"ci_low": None, "ci_high": None, "exact": False}
-
-
-def test_a_value_that_is_no_ground_to_judge_on_is_none_for_a_regression(document: Document) -> None:
-    before, after = (changed(document, "kl_k3", 1.0, value=value, **OPEN) for value in (1e-5, 1e-2))
+def test_a_value_that_is_no_ground_to_judge_on_is_none_for_a_regression(document: Audit) -> None:
+    before, after = (changed(document, "kl_k3", value=MetricValue(value)) for value in (1e-5, 1e-2))
     assert regressions(before, after) == []
-    largest = {"name": "max_abs_logprob_diff", **OPEN}
-    before, after = (changed(document, "kl_k3", 1.0, value=value, **largest) for value in (5.0, 6.0))
+    name = "max_abs_logprob_diff"
+    before, after = (changed(document, "kl_k3", value=MetricValue(value), name=name) for value in (5.0, 6.0))
     assert regressions(before, after) == []
-    after["pairs"][0]["checks"] = [
-        {**check, "best": "fail"} if check["name"] == "max_abs_logprob_diff" else check
-        for check in after["pairs"][0]["checks"]
-    ]
-    assert regressions(before, after) == ["max_abs_logprob_diff"]
+    after = changed(document, "kl_k3", value=MetricValue(6.0), name=name, **FAIL)
+    assert regressions(before, after) == [name]
 
 
-def test_a_pair_that_fails_by_a_new_check_is_a_regression(document: Document) -> None:
-    after = copy.deepcopy(document)
-    after["pairs"][0]["verdict"] = "fail"
-    after["pairs"][0]["checks"].append({**after["pairs"][0]["checks"][0], "name": "kl_exact", "best": "fail"})
+def of_first(audit: Audit, **changes: Any) -> Audit:
+    return with_pairs(audit, (audit.pairs[0].model_copy(update=changes), *audit.pairs[1:]))
+
+
+def test_a_pair_that_fails_by_a_new_check_is_a_regression(document: Audit) -> None:
+    first = document.pairs[0]
+    new = first.checks[0].model_copy(update={"name": "kl_exact", "best": "fail"})
+    after = of_first(document, verdict="fail", checks=(*first.checks, new))
     assert regressions(document, after) == ["verdict"]
 
 
-def test_what_is_computed_counts_by_its_value_in_the_direction_of_its_limits(document: Document) -> None:
+def test_what_is_computed_counts_by_its_value_in_the_direction_of_its_limits(document: Audit) -> None:
     # A check of the model's own range, in the place of one that the scripted run has.
-    def headroom(value: float, **more: Any) -> Document:
-        limits = {"warn_below": 4.0, "fail_below": 1.0}
-        return changed(document, "kl_k3", 1.0, value=value, name="fp16_headroom", limits=limits, **EXACT, **more)
+    def headroom(value: float, **more: Any) -> Audit:
+        bounds = Bounds(warn_below=4.0, fail_below=1.0)
+        given = {"name": "fp16_headroom", "bounds": bounds, "exact": True} | more
+        return changed(document, "kl_k3", value=MetricValue(value), **given)
 
     assert regressions(headroom(1000.0), headroom(4.1)) == ["fp16_headroom"]
     assert regressions(headroom(4.1), headroom(1000.0)) == []
-    assert regressions(headroom(2.29, status="pass", best="pass"), headroom(2.29, status="warn", best="warn")) == []
-    assert regressions(headroom(4.1, best="pass"), headroom(3.9, best="warn")) == ["fp16_headroom"]
+    assert regressions(headroom(2.29, **OK), headroom(2.29, **WARN)) == []
+    assert regressions(headroom(4.1, **OK), headroom(3.9, **WARN)) == ["fp16_headroom"]
 
 
-def test_loss_scales_are_compared_by_powers_of_two(document: Document) -> None:
-    def room(value: float) -> Document:
-        limits = {"warn_below": 2.0, "fail_below": 0.0}
-        return changed(document, "kl_k3", 1.0, value=value, name="fp16_loss_scale", limits=limits, best="pass", **EXACT)
+def test_loss_scales_are_compared_by_powers_of_two(document: Audit) -> None:
+    def room(value: float) -> Audit:
+        given = {"name": "fp16_loss_scale", "bounds": Bounds(warn_below=2.0, fail_below=0.0), "exact": True}
+        return changed(document, "kl_k3", value=MetricValue(value), **given, **OK)
 
-    (row,) = compare_audits(room(13.0), room(8.0), "old")["regressions"]
-    assert (row["change"]["kind"], row["change"]["value"], row["why"]) == ("difference", -5.0, "worse by at least 5")
+    (row,) = compare_audits(room(13.0), room(8.0), "old").regressions
+    assert row.change is not None
+    assert row.finding is not None
+    assert (row.change.kind, row.change.value) == ("difference", -5.0)
+    assert (row.finding.code, row.finding.number("amount")) == ("audit-value-worse-by", 5.0)
     assert regressions(room(13.0), room(12.0)) == []
 
 
-def test_a_value_near_1_counts_by_the_way_to_its_limit(document: Document) -> None:
-    def error(value: float) -> Document:
-        return changed(
-            document, "token_mult_prob_error", 1.0, value=value, ci_low=value - 1e-4, ci_high=value + 1e-4, best="pass"
-        )
+def test_a_value_near_1_counts_by_the_way_to_its_limit(document: Audit) -> None:
+    def error(value: float) -> Audit:
+        return changed(document, "token_mult_prob_error", value=MetricValue(value, value - 1e-4, value + 1e-4), **OK)
 
     assert regressions(error(1.001), error(1.049)) == ["token_mult_prob_error"]
     assert regressions(error(1.049), error(1.001)) == []
     assert regressions(error(1.001), error(1.0011)) == []
 
 
-def test_a_pair_that_was_usable_and_is_gone_or_open_now_is_a_regression(document: Document) -> None:
-    gone = copy.deepcopy(document)
-    lost = gone["pairs"].pop(0)
-    assert lost["verdict"] in ("pass", "warn")
-    found = compare_audits(document, gone, "old")
-    assert [(row["name"], row["why"]) for row in found["regressions"]] == [("verdict", "the pair is gone")]
-    valid({**document, "baseline": found})
-    unjudged = copy.deepcopy(document)
-    unjudged["pairs"][0]["verdict"] = "not judged"
-    assert regressions(document, unjudged) == ["verdict"]
-    assert regressions(unjudged, document) == []
-    refused = copy.deepcopy(document)
-    refused["pairs"][0] |= {"verdict": "fail", "checks": [{**lost["checks"][0], "name": "fp16_refusal"}]}
-    assert regressions(document, refused) == ["verdict"]
+def test_a_pair_that_was_usable_and_is_gone_or_open_now_is_a_regression(document: Audit) -> None:
+    lost = document.pairs[0]
+    assert lost.verdict in ("ok", "warn")
+    found = compare_audits(document, with_pairs(document, document.pairs[1:]), "old")
+    assert codes(found.regressions) == [("verdict", "audit-pair-gone")]
+    open_ = of_first(document, verdict="inconclusive")
+    assert regressions(document, open_) == ["verdict"]
+    assert regressions(open_, document) == []
+    unsupported = lost.checks[0].model_copy(update={"name": "fp16_unsupported"})
+    assert regressions(document, of_first(document, verdict="fail", checks=(unsupported,))) == ["verdict"]
 
 
-def test_a_baseline_that_had_not_measured_a_check_is_not_beaten(document: Document) -> None:
-    unknown = changed(document, "kl_k3", 1.0, value=None, ci_low=None, ci_high=None, status="not judged", best="pass")
-    assert regressions(unknown, changed(document, "kl_k3", 1.0, status="warn", best="warn")) == []
+def test_a_baseline_that_had_not_measured_a_check_is_not_beaten(document: Audit) -> None:
+    unknown = changed(document, "kl_k3", value=MetricValue(None), verdict="inconclusive", best="ok")
+    assert regressions(unknown, changed(document, "kl_k3", **WARN)) == []
 
 
-def test_what_was_made_differently_is_listed(document: Document) -> None:
-    other = copy.deepcopy(document)
-    other["provenance"]["versions"]["vllm"] = "99"
-    other["provenance"]["config"]["eager"] = True
-    found = compare_audits(document, other, "old")["changed"]
-    assert {row["what"] for row in found} == {"versions.vllm", "config.eager"}
-    other["pairs"].pop()
-    assert len(compare_audits(document, other, "old")["gone"]) == len(document["pairs"][-1]["checks"])
+def test_what_was_made_differently_is_listed(document: Audit) -> None:
+    made = document.provenance
+    environment = made.environment.model_copy(update={"versions": {**made.environment.versions, "vllm": "99"}})
+    config = replace(made.config, eager=True)
+    other = document.model_copy(
+        update={"provenance": made.model_copy(update={"environment": environment, "config": config})}
+    )
+    found = compare_audits(document, other, "old").changed
+    assert {row.what for row in found} == {"environment.versions.vllm", "config.eager"}
+    fewer = with_pairs(document, document.pairs[:-1])
+    assert len(compare_audits(document, fewer, "old").gone) == len(document.pairs[-1].checks)
 
 
-def test_a_baseline_closes_the_gate(run_copy: Path, document: Document, tmp_path: Path, no_pictures: None) -> None:
-    better = changed(document, "kl_k3", 1 / 50)
-    (tmp_path / "old.json").write_text(json.dumps(better))
+def test_a_baseline_closes_the_gate(run_copy: Path, document: Audit, tmp_path: Path, no_pictures: None) -> None:
+    changed(document, "kl_k3", 1 / 50).write(tmp_path / "old.json")
     found = mismatch_probe.audit_run(run_copy, baseline=tmp_path / "old.json", pairs=("bf16",))
     assert found.regressed
     assert found.failed
-    valid(found.document)
+    assert Audit.read(run_copy / "audit" / "audit.json") == found.audit
 
 
 def test_a_baseline_is_found_by_its_file_or_folder(run_copy: Path, tmp_path: Path, no_pictures: None) -> None:
-    document = mismatch_probe.audit_run(run_copy).document
+    audit = mismatch_probe.audit_run(run_copy).audit
     for place in (run_copy, run_copy / "audit", run_copy / "audit" / "audit.json"):
-        assert read_audit(place) == document
-    with pytest.raises(TableError, match="There is no audit"):
-        read_audit(tmp_path)
-    (tmp_path / "audit.json").write_text('{"schema_version": 9}')
-    with pytest.raises(TableError, match="no audit that this release reads"):
-        read_audit(tmp_path / "audit.json")
-    for damaged in ({"schema_version": 1, "pairs": []}, {**document, "pairs": {}}, {**document, "pairs": [{}]}, []):
-        (tmp_path / "audit.json").write_text(json.dumps(damaged))
-        with pytest.raises(TableError, match="no audit that this release reads"):
-            read_audit(tmp_path / "audit.json")
-    (tmp_path / "audit.json").write_text("{")
-    with pytest.raises(TableError, match="cannot be read"):
-        read_audit(tmp_path)
+        assert read_audit(place) == audit
+    for damaged in ("{}", "{", '{"schema_version": 9}', '{"schema_version": 1}', '{"schema_version": 2}'):
+        (tmp_path / "audit.json").write_text(damaged)
+        with pytest.raises(TableError, match=r"audit\.json"):
+            read_audit(tmp_path)
+    with pytest.raises(TableError, match="does not exist"):
+        read_audit(tmp_path / "none.json")
 
 
 def test_a_look_at_a_run_changes_nothing_of_it(run_copy: Path, no_pictures: None) -> None:
     before = (run_copy / "manifest.json").read_bytes()
     mismatch_probe.audit_run(run_copy, planned_tokens=17, profile="verl", strict=True)
     assert (run_copy / "manifest.json").read_bytes() == before
-    assert mismatch_probe.audit_run(run_copy).document["options"]["planned_tokens"] == 48
+    assert mismatch_probe.audit_run(run_copy).audit.options.planned_tokens == 48
 
 
 def recorded(folder: Path, prompt: list[int], n: int = 40) -> Path:
@@ -434,44 +431,43 @@ def recorded(folder: Path, prompt: list[int], n: int = 40) -> Path:
 
 @pytest.mark.parametrize("prompt", [[1, 2], []])
 def test_a_recorded_run_is_judged_by_its_log_probs_and_names_no_dtype(
-    tmp_path: Path, prompt: list[int], no_pictures: None, no_figures: None
+    tmp_path: Path, prompt: list[int], no_pictures: None
 ) -> None:
     run = mismatch_probe.compare(CompareConfig(source=str(recorded(tmp_path, prompt))), out=tmp_path / "run")
-    document = mismatch_probe.audit_run(run.path).document
-    valid(document)
-    (pair,) = document["pairs"]
-    assert check_of(pair, "kl_k3")["status"] == "pass"
-    snippets = document["recommendation"]["snippets"]
-    assert [found["framework"] for found in snippets] == ["trl", "verl"]
-    assert not any("recorded" in found["text"] for found in snippets)
+    (tmp_path / "lax.toml").write_text("[checks.kl_k3]\nfail_above = 1.0\n")
+    audit = mismatch_probe.audit_run(run.path, profile=str(tmp_path / "lax.toml")).audit
+    (pair,) = audit.pairs
+    assert check_of(pair, "kl_k3").verdict == "ok"
+    assert audit.recommendation is not None
+    snippets = audit.recommendation.snippets
+    assert [found.framework for found in snippets] == ["trl", "verl"]
+    assert not any("recorded" in found.text for found in snippets)
     with pytest.raises(UsageError, match="names no model"):
         mismatch_probe.audit_resume(run.path)
 
 
-def test_a_run_whose_rollouts_all_failed_is_not_judged(
-    scripted_model: MakeModel, tmp_path: Path, no_pictures: None, no_figures: None
+def test_a_run_whose_rollouts_all_failed_is_inconclusive(
+    scripted_model: MakeModel, tmp_path: Path, no_pictures: None
 ) -> None:
     config = CompareConfig(model=str(scripted_model({"rollout-bfloat16": "refuse"})), **ONE_PAIR)
     with pytest.raises(TableError):
         mismatch_probe.compare(config, out=tmp_path / "run")
     found = mismatch_probe.audit_run(tmp_path / "run")
-    valid(found.document)
-    assert (found.verdict, found.failed, found.document["recommendation"]) == ("not judged", True, None)
+    assert (found.verdict, found.failed, found.audit.recommendation) == ("inconclusive", True, None)
 
 
 def test_two_trainer_modes_are_two_pairs_and_share_no_prediction(
-    scripted_model: MakeModel, tmp_path: Path, no_pictures: None, no_figures: None
+    scripted_model: MakeModel, tmp_path: Path, no_pictures: None
 ) -> None:
     sizes = {**ONE_PAIR, "num_prompts": 12, "max_tokens": 12}
     config = CompareConfig(model=str(scripted_model()), trainer_modes=("cast", "autocast"), **sizes)
     run = mismatch_probe.compare(config, out=tmp_path / "run")
-    document = mismatch_probe.audit_run(run.path).document
-    valid(document)
-    cast, autocast = document["pairs"]
-    assert (cast["trainer_mode"], autocast["trainer_mode"]) == ("cast", "autocast")
-    assert check_of(autocast, "ess_seq_planned")["status"] == "not judged"
-    assert "only the mode cast was predicted" in check_of(autocast, "ess_seq_planned")["evidence"]
-    assert compare_audits(document, copy.deepcopy(document), "old")["regressions"] == []
+    audit = mismatch_probe.audit_run(run.path).audit
+    cast, autocast = audit.pairs
+    assert (cast.trainer_mode, autocast.trainer_mode) == ("cast", "autocast")
+    ess = check_of(autocast, "ess_seq_planned")
+    assert (ess.verdict, ess.value.why) == ("inconclusive", "only the mode cast was predicted")
+    assert compare_audits(audit, audit, "old").regressions == ()
 
 
 class Impatient(Progress):
@@ -486,13 +482,13 @@ class Impatient(Progress):
 
 
 def test_an_audit_that_dies_keeps_what_it_was_asked_for(
-    scripted_model: MakeModel, tmp_path: Path, no_pictures: None, no_figures: None
+    scripted_model: MakeModel, tmp_path: Path, no_pictures: None
 ) -> None:
     config = CompareConfig(model=str(scripted_model()), num_prompts=4, max_tokens=4)
     with pytest.raises(ZeroDivisionError):
         mismatch_probe.audit(config, out=tmp_path / "run", planned_tokens=99, progress=Impatient(ZeroDivisionError))
     mismatch_probe.resume(tmp_path / "run")
-    assert mismatch_probe.audit_run(tmp_path / "run").document["options"]["planned_tokens"] == 99
+    assert mismatch_probe.audit_run(tmp_path / "run").audit.options.planned_tokens == 99
 
 
 def test_an_audit_leaves_another_runs_folder_alone(scripted_model: MakeModel, run_copy: Path) -> None:
@@ -503,7 +499,7 @@ def test_an_audit_leaves_another_runs_folder_alone(scripted_model: MakeModel, ru
 
 
 def test_an_interrupted_audit_goes_on_as_an_audit_and_keeps_what_it_was_asked_for(
-    scripted_model: MakeModel, tmp_path: Path, no_pictures: None, no_figures: None
+    scripted_model: MakeModel, tmp_path: Path, no_pictures: None
 ) -> None:
     config = CompareConfig(model=str(scripted_model()), num_prompts=4, max_tokens=4)
     with pytest.raises(Interrupted) as error:
@@ -518,4 +514,4 @@ def test_an_interrupted_audit_goes_on_as_an_audit_and_keeps_what_it_was_asked_fo
     resume = f"mismatch-probe audit --resume {tmp_path / 'run'} --pair bf16 --strict"
     assert error.value.fix == f"Continue with: {resume}"
     mismatch_probe.resume(tmp_path / "run")
-    assert mismatch_probe.audit_run(tmp_path / "run").document["options"]["planned_tokens"] == 99
+    assert mismatch_probe.audit_run(tmp_path / "run").audit.options.planned_tokens == 99

@@ -1,4 +1,4 @@
-"""No audit check passes for want of evidence: each that does has an interval, or the prompts that exclude more."""
+"""No audit check is ok for want of evidence: each that does has an interval, or the prompts that exclude more."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from mismatch_probe.metrics.accumulate import as_sums
 from mismatch_probe.metrics.catalog import CATALOG
 from mismatch_probe.metrics.ratio_test import ratio_tests
 from mismatch_probe.metrics.summary import compute_metrics
+from mismatch_probe.probes.audit.answers import answers
 from mismatch_probe.probes.audit.checks import Checks
-from mismatch_probe.probes.audit.judge import Check
-from mismatch_probe.probes.audit.precisions import precisions
-from mismatch_probe.probes.audit.profile import Bounds, Profile, load_profile
+from mismatch_probe.probes.audit.document import not_finite
+from mismatch_probe.probes.audit.profile import Profile, load_profile
 from mismatch_probe.probes.pairs import PassPair, pair_of
 from mismatch_probe.probes.planning import RolloutPass, TrainerPass
+from mismatch_probe.results.audit import Bounds, Check, Range
+from mismatch_probe.results.comparison import MissingPair, Pair
 from mismatch_probe.types import PairArrays
-from tests.factories.comparison import make_comparison
-from tests.report.audit_documents import audit_document
+from tests.factories.audit import activations, audited, check, compared, gradients, measured, overflowing
 
 PROFILES = [load_profile(name) for name in ("default", "strict", "verl")]
 # Every metric that exists, with limits that nothing exceeds.
@@ -46,7 +47,7 @@ def judged(
     *,
     dtypes: tuple[str, str] = ("float16", "float16"),
     profile: Profile = PROFILES[0],
-    ranges: Any = None,
+    found: Range | None = None,
     on_policy: bool = True,
 ) -> dict[str, Check]:
     """The checks of a pair with a prompt a sequence, by name."""
@@ -66,15 +67,14 @@ def judged(
     )
     sums = as_sums(pair)
     tests = ratio_tests(sums, replicates=200) if on_policy and sums.n_usable else []
-    metrics = compute_metrics(sums, replicates=200)
     both = PassPair(RolloutPass(dtypes[0], "decode"), TrainerPass(dtypes[1], "cast"))
-    row = pair_of(both, sums, metrics).model_copy(update={"ratio_tests": tuple(tests)})
-    checks = Checks(profile, make_comparison((), pairs=(row,)), ranges or {}, {}, 100)
+    row = pair_of(both, sums, compute_metrics(sums, replicates=200)).model_copy(update={"ratio_tests": tuple(tests)})
+    checks = Checks(profile, (row,), {}, found or Range(), (), 100)
     return {check.name: check for check in checks.of_pair(row)}
 
 
 def supported(check: Check, profile: Profile, n_prompts: int) -> bool:
-    """Whether a pass has an interval with width, or so many prompts that the rate of its bounds is excluded."""
+    """Whether an ok has an interval with width, or so many prompts that the rate of its bounds is excluded."""
     value, bounds = check.value, profile.checks[check.name]
     if check.name in EXACT:
         return value.value is not None
@@ -91,16 +91,17 @@ def supported(check: Check, profile: Profile, n_prompts: int) -> bool:
 def test_a_trainer_15_percent_off_is_not_passed_where_no_test_is_made(lengths: list[int]) -> None:
     noise = np.random.default_rng(0).normal(0, 1e-3, sum(lengths))
     check = judged(math.log(0.85) + noise, lengths)["one_sided"]
-    assert (check.status, check.worst) == ("not judged", "fail")
-    assert check.more_prompts == 16 - len(lengths)
-    assert "too few to judge" in check.evidence
+    assert (check.verdict, check.worst) == ("inconclusive", "fail")
+    assert check.finding.code == "audit-mean-ratio-untested"
+    assert check.settle is not None
+    assert check.settle.more_prompts == 16 - len(lengths)
 
 
-@pytest.mark.parametrize(("kept", "status"), [(0.85, "fail"), (0.97, "fail"), (1.0, "pass")])
+@pytest.mark.parametrize(("kept", "status"), [(0.85, "fail"), (0.97, "fail"), (1.0, "ok")])
 def test_with_prompts_and_tokens_it_is_found_and_a_sound_one_passes(kept: float, status: str) -> None:
     noise = np.random.default_rng(0).normal(-0.5 * 0.05**2, 0.05, 64 * 60)
     check = judged(math.log(kept) + noise, [60] * 64)["one_sided"]
-    assert check.status == status
+    assert check.verdict == status
     assert check.value.ci_low is not None
 
 
@@ -108,16 +109,16 @@ def test_a_ratio_that_could_as_well_be_two_percent_off_is_not_passed() -> None:
     """Nothing is violated, and a fault of 1 % is not excluded; the prompts that would exclude it are told."""
     noise = np.random.default_rng(3).normal(-0.5 * 0.3**2, 0.3, 40 * 40)
     check = judged(noise, [40] * 40)["one_sided"]
-    assert check.status == "not judged"
-    assert "does not exclude a fault of 1%" in check.evidence
-    assert check.more_prompts is not None
-    assert check.more_prompts > 40
+    assert check.verdict == "inconclusive"
+    assert (check.finding.code, check.finding.number("within")) == ("audit-mean-ratio-open", 0.01)
+    assert check.settle is not None
+    assert (check.settle.more_prompts or 0) > 40
 
 
 @pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("recorded", "bfloat16")])
 def test_every_pair_on_policy_is_tested_for_one_sidedness(dtypes: tuple[str, str]) -> None:
     noise = np.random.default_rng(0).normal(0, 0.01, 64 * 60)
-    assert judged(math.log(0.85) + noise, [60] * 64, dtypes=dtypes)["one_sided"].status == "fail"
+    assert judged(math.log(0.85) + noise, [60] * 64, dtypes=dtypes)["one_sided"].verdict == "fail"
     assert "one_sided" not in judged(noise, [60] * 64, dtypes=dtypes, on_policy=False)
 
 
@@ -125,8 +126,8 @@ def test_every_pair_on_policy_is_tested_for_one_sidedness(dtypes: tuple[str, str
 def test_the_bias_of_float32_log_softmax_is_named_as_such(bias: float) -> None:
     noise = np.random.default_rng(0).normal(bias, 1e-6, 64 * 60)
     check = judged(noise, [60] * 64, dtypes=("float32", "float32"))["one_sided"]
-    assert check.status == "pass"
-    assert "off by 1.0e-05: the known bias of float32 log-softmax is up to 0.0001" in check.evidence
+    assert check.verdict == "ok"
+    assert check.finding.values["negligible"]
 
 
 def test_confident_disagreements_are_counted_among_what_is_finite() -> None:
@@ -135,26 +136,23 @@ def test_confident_disagreements_are_counted_among_what_is_finite() -> None:
     rollout = -np.random.default_rng(1).exponential(1.0, len(log_ratio))
     log_ratio[1920 + np.flatnonzero(rollout[1920:] > -0.5)[:2]] = -3.0
     check = judged(log_ratio, [50] * 64)["confident_disagreement_rate"]
-    assert check.evidence == "Confident disagreements: 2 of 3,200 tokens."
-    assert check.status == "warn"
+    assert (check.finding.number("n"), check.finding.number("n_tokens")) == (2, 3200)
+    assert check.verdict == "warn"
 
 
 def test_an_event_that_no_prompt_of_64_showed_may_still_show_in_1_of_18() -> None:
-    ranges = {"forward": audit_document()["range"]["forward"]}
     noise = np.random.default_rng(0).normal(0, 1e-3, 64 * 50)
-    check = judged(noise, [50] * 64, ranges=ranges)["fp16_overflow_rate"]
-    assert (check.status, check.worst, check.more_prompts) == ("not judged", "warn", 310)
-    assert "at most 5.6 % of prompts have one" in check.evidence
+    check = judged(noise, [50] * 64, found=measured())["fp16_overflow_rate"]
+    assert (check.verdict, check.worst) == ("inconclusive", "warn")
+    assert check.settle is not None
+    assert check.settle.more_prompts == 310
+    assert check.finding.number("upper") == pytest.approx(0.056, abs=1e-4)
     assert check.value.ci_high == pytest.approx(0.056, abs=1e-4)
 
 
-def ranges_of(n_prompts: int) -> dict[str, Any]:
-    found: dict[str, Any] = audit_document()["range"]
-    return {
-        **found,
-        "forward": found["forward"] | {"n_prompts": n_prompts, "n_sequences": n_prompts},
-        "backward": found["backward"] | {"n_prompts": min(16, n_prompts)},
-    }
+def range_of(n_prompts: int) -> Range:
+    forward = activations(n_prompts=n_prompts, n_sequences=n_prompts)
+    return measured(forward=forward, backward=gradients(n_prompts=min(16, n_prompts)))
 
 
 @settings(max_examples=60, deadline=None)
@@ -182,36 +180,93 @@ def test_no_check_passes_without_an_interval_or_the_prompts_for_it(
         log_ratio[:] = math.nan
         n_finite = 0
     lengths = [length] * n_prompts + [0] * empty
-    checks = judged(log_ratio, lengths, profile=profile, ranges=ranges_of(n_prompts), on_policy=on_policy)
-    for name, check in checks.items():
+    checks = judged(log_ratio, lengths, profile=profile, found=range_of(n_prompts), on_policy=on_policy)
+    for name, found in checks.items():
         own = {"fp16_loss_scale": min(16, n_prompts), "fp16_loss_scale_start": min(16, n_prompts)}
         prompts = own.get(name, n_prompts if name.startswith("fp16") else n_finite)
-        assert check.status != "pass" or supported(check, profile, prompts), check
+        assert found.verdict != "ok" or supported(found, profile, prompts), found
+
+
+def test_fp16_that_overflows_at_layer_11_fails_beside_fp32_that_is_ok() -> None:
+    tensor = "model.layers.11.mlp.down_proj"
+    found = Range(forward=overflowing(tensor, 11))
+    profile = Profile(name="own", checks={"fp16_headroom": PROFILES[0].checks["fp16_headroom"]})
+    lax = Profile(name="own", checks={**profile.checks, "kl_k3": Bounds(fail_above=1.0)})
+    noise = np.random.default_rng(0).normal(0, 1e-3, 64 * 20)
+    pairs = [
+        audited(dtype, dtype, list(judged(noise, [20] * 64, dtypes=(dtype, dtype), profile=lax, found=found).values()))
+        for dtype in ("float32", "float16")
+    ]
+    fp16, bf16, fp32 = answers(pairs, [pairs[0].name], (), ())
+    assert (fp16.verdict, fp16.check, fp16.finding.where) == ("fail", "fp16_headroom", tensor)
+    assert (bf16.verdict, bf16.compared) == ("inconclusive", False)
+    assert (fp32.verdict, fp32.decides, fp32.settle) == ("ok", True, None)
+
+
+def test_a_dtype_that_the_engine_does_not_support_still_tells_what_its_range_is() -> None:
+    checks = Checks(PROFILES[0], (), {}, Range(forward=overflowing()), (), 100)
+    pair = audited("float16", "float16", checks.of_unsupported("float16", "float16", "cast", "vLLM has no FP16."))
+    assert [check.name for check in pair.checks] == [
+        "fp16_unsupported",
+        "fp16_headroom",
+        "fp16_overflow_rate",
+        "fp16_attention_headroom",
+    ]
+    answer = answers([pair], (), (), ())[0]
+    assert (answer.check, answer.also[:1]) == ("fp16_unsupported", ("fp16_headroom",))
 
 
 def test_every_precision_has_an_answer() -> None:
-    """The one that fails says by what number, the open one what would settle it, the missing one why."""
-    document = audit_document()
-    fp16, bf16 = document["pairs"]
-    open_ = {"status": "not judged", "best": "pass", "worst": "fail"}
-    fp16 |= {
-        "verdict": "fail",
-        "checks": [{**c, "best": "fail"} for c in fp16["checks"] if c["name"] == "fp16_headroom"],
-    }
-    bf16["checks"] = [
-        {**check, **open_, "more_prompts": more} for check, more in zip(bf16["checks"], (40, 310, None), strict=True)
-    ]
-    bf16["verdict"] = "not judged"
-    missing = [{"trainer_dtype": "float32", "why": "the pass was not run"}]
-    rows = {row["dtype"]: row for row in precisions([fp16, bf16], missing)}
-    assert (rows["float16"]["verdict"], rows["float16"]["check"]) == ("fail", "fp16_headroom")
-    assert rows["float16"]["evidence"] == "Evidence of fp16_headroom."
-    assert rows["bfloat16"]["verdict"] == "not judged"
-    assert rows["bfloat16"]["more_prompts"] == 310
-    assert rows["bfloat16"]["settle"] == (
-        "About 310 more prompts would settle it. More prompts alone do not settle one_sided."
+    """The one that fails says by what, the open one what would settle it, the missing one why."""
+    fp16 = audited(
+        "float16", "float16", [check("kl_k3", "fail"), check("fp16_headroom", "fail", where="model.layers.4")]
     )
-    bf16["checks"][2] |= {"value": None, "evidence": "Measure it."}
-    assert precisions([bf16], [])[0]["settle"] == "About 310 more prompts would settle it. one_sided: Measure it."
-    assert rows["float32"]["evidence"] == "it was not compared: the pass was not run."
-    assert [row["verdict"] for row in precisions([], [])] == ["not judged"] * 3
+    open_ = [check("kl_k3", "inconclusive"), check("one_sided", "inconclusive")]
+    settles = ({"more_prompts": 40}, {"unknown": ("one_sided",), "more_prompts": None})
+    bf16 = audited(
+        "bfloat16",
+        "bfloat16",
+        [
+            c.model_copy(update={"settle": c.settle.model_copy(update=s)}) if c.settle is not None else c
+            for c, s in zip(open_, settles, strict=True)
+        ],
+    )
+    missing = MissingPair(
+        rollout_pass="a",
+        trainer_pass="b",
+        rollout_dtype="float32",
+        trainer_dtype="float32",
+        trainer_mode="cast",
+        why="it died",
+    )
+    first, second, third = answers([fp16, bf16], [bf16.name], [missing], [])
+    assert (first.dtypes, first.verdict, first.check) == (("float16", "float16"), "fail", "fp16_headroom")
+    assert (first.also, first.settle) == (("kl_k3",), None)
+    assert (second.verdict, second.decides) == ("inconclusive", True)
+    assert second.settle is not None
+    assert (second.settle.more_prompts, second.settle.unknown) == (40, ("one_sided",))
+    assert (third.verdict, third.compared, third.finding.text("why")) == ("inconclusive", False, "it died")
+    assert [answer.verdict for answer in answers([], (), (), ())] == ["inconclusive"] * 3
+
+
+def test_what_is_certain_needs_nothing_that_settles_it() -> None:
+    pair = audited("float16", "float16", [check("kl_k3", "warn"), check("one_sided", "open")])
+    answer = answers([pair], (), (), ())[0]
+    assert (answer.verdict, answer.check, answer.also, answer.settle) == ("warn", "kl_k3", (), None)
+    pair = audited("float16", "float16", [check("kl_k3", "ok"), check("one_sided", "open")])
+    answer = answers([pair], (), (), ())[0]
+    assert answer.settle is not None
+    assert (answer.verdict, answer.check, answer.settle.more_prompts) == ("warn", "one_sided", 40)
+
+
+def test_a_model_without_a_finite_log_prob_is_told_with_the_first_tensor_that_is_not_finite() -> None:
+    def pair(n_excluded: int) -> Pair:
+        return compared("float16", "float16", n_excluded=n_excluded)
+
+    forward = activations(first_nonfinite="model.layers.3.mlp")
+    (told,) = not_finite([pair(1877), pair(1877)], Range(forward=forward))
+    assert (told.code, told.where, told.number("n_tokens")) == ("audit-no-finite-logprob", "model.layers.3.mlp", 3754)
+    assert not_finite([pair(1877), pair(1876)], Range(forward=forward)) == ()
+    assert not_finite([], Range()) == ()
+    (told,) = not_finite([pair(1877)], Range())
+    assert (told.where, told.values["measured"]) == ("", False)

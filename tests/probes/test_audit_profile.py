@@ -9,6 +9,7 @@ import pytest
 from mismatch_probe.errors import UsageError
 from mismatch_probe.metrics.catalog import CATALOG
 from mismatch_probe.probes.audit.profile import OWN_CHECKS, PROFILES, RARE, is_extreme, load_profile
+from mismatch_probe.report.words.audit import CHECK_TITLES, limit_text
 
 
 @pytest.mark.parametrize("name", PROFILES)
@@ -19,7 +20,7 @@ def test_shipped_profiles_load_and_say_who_says_so(name: str) -> None:
     for check, bounds in profile.checks.items():
         assert check in CATALOG or check in OWN_CHECKS
         assert bounds.source, check
-        assert bounds.text()
+        assert limit_text(bounds)
         assert (check in RARE) == (bounds.event is not None)
 
 
@@ -32,8 +33,9 @@ def test_maxima_and_counts_are_extremes_and_k_hat_is_not() -> None:
     assert not is_extreme("fp16_weights")
 
 
-def test_every_own_check_is_in_the_default_profile() -> None:
+def test_every_own_check_is_in_the_default_profile_and_has_a_title() -> None:
     assert set(OWN_CHECKS) <= set(load_profile("default").checks)
+    assert set(OWN_CHECKS) == set(CHECK_TITLES)
 
 
 def test_limits_of_the_contract() -> None:

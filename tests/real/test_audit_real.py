@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
 
 import mismatch_probe
 from mismatch_probe.config import CompareConfig
 from mismatch_probe.errors import DtypeRefused
 from mismatch_probe.metrics.corrections import CORRECTIONS
-from mismatch_probe.probes.audit.advice import Choice
 from mismatch_probe.probes.audit.snippets import snippets
-from mismatch_probe.resources import data_path
+from mismatch_probe.results.audit import Audit, AuditedPair, Check
 from tests.conftest import Recorder
+from tests.factories.audit import recommendation
 from tests.real.planted_range import LAYER, plant_outlier
 
 pytestmark = pytest.mark.engine
@@ -31,22 +29,25 @@ SMALL: dict[str, Any] = {
 }
 
 
-def check_of(pair: dict[str, Any], name: str) -> dict[str, Any]:
-    return next(check for check in pair["checks"] if check["name"] == name)
+def check_of(pair: AuditedPair, name: str) -> Check:
+    return next(check for check in pair.checks if check.name == name)
 
 
 def test_an_outlier_fails_in_the_real_engine_too_and_a_second_call_starts_none(tiny: Tiny, tmp_path: Path) -> None:
     sequences = [list(range(4 + i, 24 + i)) for i in range(16)]
     model = plant_outlier(tiny("llama"), tmp_path / "model", sequences, 400_000)
     result = mismatch_probe.audit(CompareConfig(model=str(model), **SMALL), out=tmp_path / "run")
-    schema = json.loads(data_path("audit.schema.json").read_text(encoding="utf-8"))
-    jsonschema.Draft202012Validator(schema).validate(result.document)
-    (pair,) = result.document["pairs"]
-    assert (result.verdict, result.failed, pair["verdict"]) == ("fail", True, "fail")
+    assert Audit.read(tmp_path / "run" / "audit" / "audit.json") == result.audit
+    (pair,) = result.audit.pairs
+    assert (result.verdict, result.failed, pair.verdict) == ("fail", True, "fail")
     for name in ("fp16_headroom", "fp16_pass"):
-        assert (check_of(pair, name)["status"], check_of(pair, name)["where"]) == ("fail", f"{LAYER}.mlp.down_proj")
+        found = check_of(pair, name)
+        assert (found.verdict, found.finding.where) == ("fail", f"{LAYER}.mlp.down_proj")
     # vLLM's own FP16 forward breaks as well.
-    assert check_of(pair, "nonfinite_logprobs")["status"] == "fail"
+    assert check_of(pair, "nonfinite_logprobs").verdict == "fail"
+    # The answer of FP16 names the tensor, not what follows from it.
+    answer = result.audit.answers[0]
+    assert (answer.check, answer.finding.where) == ("fp16_headroom", f"{LAYER}.mlp.down_proj")
     assert set(result.figures) == {"range", "gradients", "lag"}
     for path in (*result.figures.values(), tmp_path / "run" / "audit" / "report.html"):
         assert path.stat().st_size > 10_000
@@ -54,21 +55,23 @@ def test_an_outlier_fails_in_the_real_engine_too_and_a_second_call_starts_none(t
     again = Recorder()
     second = mismatch_probe.audit_resume(result.path, progress=again)
     assert again.begun == []
-    assert second.document == result.document
-    assert mismatch_probe.audit_run(result.path).document == result.document
+    assert second.audit == result.audit
+    assert mismatch_probe.audit_run(result.path).audit == result.audit
 
     (result.path / "audit" / "proof.npz").write_bytes(b"cut off")
-    lacking = mismatch_probe.audit_run(result.path).document
-    assert [row["what"] for row in lacking["missing"]] == ["a real FP16 forward and backward pass"]
-    mended = mismatch_probe.audit_resume(result.path, progress=again)
+    (missing,) = mismatch_probe.audit_run(result.path).audit.missing
+    assert (missing.code, missing.names("parts")) == ("audit-parts-stale", ("proof",))
+    whole = mismatch_probe.audit_resume(result.path, progress=again)
     assert again.begun == ["audit"]
-    assert mended.document == result.document
+    assert whole.audit == result.audit
     # Another step makes other gradients, and nothing else anew.
-    shifted = mismatch_probe.audit_resume(result.path, step_tokens=4096, progress=again).document["range"]
-    first = result.document["range"]
-    assert shifted["forward"] == first["forward"]
-    ratio = first["backward"]["step_tokens"] / 4096
-    assert shifted["backward"]["largest"] == pytest.approx(first["backward"]["largest"] * ratio, rel=1e-4)
+    shifted = mismatch_probe.audit_resume(result.path, step_tokens=4096, progress=again).audit.range
+    first = result.audit.range
+    assert shifted.forward == first.forward
+    assert shifted.backward is not None
+    assert first.backward is not None
+    ratio = first.backward.step_tokens / 4096
+    assert shifted.backward.largest == pytest.approx(first.backward.largest * ratio, rel=1e-4)
 
 
 def test_a_model_type_that_vllm_refuses_gets_the_sentence_and_nothing_is_loaded(tiny: Tiny, tmp_path: Path) -> None:
@@ -83,8 +86,7 @@ def test_vllm_takes_the_command_line_that_is_recommended() -> None:
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    pair = {"rollout_dtype": "float16", "trainer_dtype": "float16", "trainer_mode": "cast", "verdict": "pass"}
-    found = snippets(Choice(pair, 16, CORRECTIONS[0], (), None), "organisation/model")[-1]
+    found = snippets(recommendation("float16", CORRECTIONS[0], 2.0**16, "cast"), "organisation/model")[-1]
     words = found.text.split()
     assert words[:2] == ["vllm", "serve"]
     parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(words[2:])

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from tests.report.test_audit_page import Page
 
 from mismatch_probe.report.attribute_sections import AttributionView, attribution_view
 from mismatch_probe.report.attribute_tables import AttributedSection
@@ -28,7 +29,6 @@ from tests.report.attribute_documents import (
     nulls,
     routers,
 )
-from tests.report.test_audit_page import Page
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -20,13 +20,13 @@ from mismatch_probe.arrays import save_arrays
 from mismatch_probe.engines.base import OnTrainer
 from mismatch_probe.metrics.floats import ExponentHistogram
 from mismatch_probe.metrics.peaks import PeakSums
+from mismatch_probe.results.audit import PARTS, PartName
 from mismatch_probe.types import ScoreRequest
 
 if TYPE_CHECKING:
     from mismatch_probe.engines.hf import HfTrainer
     from mismatch_probe.engines.logprobs import Batch
 
-PARTS = ("weights", "forward", "backward", "lag", "proof")
 # Made in the dtype by eager attention only: fused kernels keep them in FP32.
 FUSED = ("attention product", "softmax input")
 SAMPLED = 512
@@ -53,7 +53,7 @@ class AuditJob(OnTrainer):
     """
 
     folder: str
-    keys: Mapping[str, str]
+    keys: Mapping[PartName, str]
     sequences: Sequence[ScoreRequest]
     n_gradients: int
     n_lag: int

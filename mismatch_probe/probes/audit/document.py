@@ -2,204 +2,234 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
-from mismatch_probe.engines.audit.names import layer_of
 from mismatch_probe.errors import TableError
-from mismatch_probe.metrics.corrections import CORRECTIONS, touched_shares
+from mismatch_probe.metrics.corrections import touched_shares
 from mismatch_probe.metrics.frame import pair_chunks
 from mismatch_probe.probes.analysis import analyse
-from mismatch_probe.probes.audit.advice import advise, best_pair
-from mismatch_probe.probes.audit.checks import Checks
-from mismatch_probe.probes.audit.judge import Check, verdict
-from mismatch_probe.probes.audit.measure import Calibration, Measurements, Part
+from mismatch_probe.probes.audit.advice import Evidence, recommend
+from mismatch_probe.probes.audit.answers import answers, best_pair
+from mismatch_probe.probes.audit.checks import Checks, planned_ess
+from mismatch_probe.probes.audit.judge import verdict_of
+from mismatch_probe.probes.audit.measure import Measurements
 from mismatch_probe.probes.audit.options import AuditOptions
-from mismatch_probe.probes.audit.precisions import precisions
 from mismatch_probe.probes.audit.profile import Profile
-from mismatch_probe.probes.audit.ranges import backward_document, forward_document, lag_document, weights_document
-from mismatch_probe.probes.audit.snippets import snippets
-from mismatch_probe.probes.pairs import PassPair
-from mismatch_probe.probes.planning import RolloutPass, TrainerPass
-from mismatch_probe.report.names import precision_label
-from mismatch_probe.results.comparison import Comparison, Pair, PairName
+from mismatch_probe.probes.audit.ranges import range_of
+from mismatch_probe.results.audit import (
+    PARTS,
+    VERDICTS,
+    AskedFor,
+    Audit,
+    AuditedPair,
+    AuditProvenance,
+    PartName,
+    PrecisionPair,
+    ProfileName,
+    Range,
+    Recommendation,
+    Verdict,
+)
+from mismatch_probe.results.comparison import Comparison, LengthGrowth, MissingPair, Pair
+from mismatch_probe.results.finding import Finding, Value
 from mismatch_probe.runs import RunDirectory
-from mismatch_probe.types import DTYPES, MetricValue
+from mismatch_probe.types import MetricValue
 
-SCHEMA_VERSION = 1
 _GAP = "mean_abs_logprob_diff"
-_PARTS = {
-    "weights": "conversion of the weights to 16 bits",
-    "forward": "range of activations",
-    "backward": "range of gradients",
-    "lag": "lag of the engine behind FP32 masters",
-    "proof": "a real FP16 forward and backward pass",
-}
 
 
-def audit_document(
+def audit_of(
     run: RunDirectory,
     options: AuditOptions,
     profile: Profile,
     measurements: Measurements,
-    refused: Mapping[str, str],
-) -> dict[str, Any]:
+    unsupported: Mapping[str, str],
+) -> Audit:
     """Judges a run.
 
     Args:
         run: The comparison.
         options: Of the audit.
-        profile: Its thresholds.
+        profile: Its limits.
         measurements: On the model itself.
-        refused: By rollout dtype that the engine refuses, the sentence that says so.
+        unsupported: By rollout dtype that the engine does not support, its reason.
 
     Raises:
         TableError: A table is missing or corrupt.
     """
-    summary, config = _summary(run, options), run.manifest.config
-    parts = measurements.load()
-    ranges, why_missing = ranges_of(parts, measurements.calibration, options), measurements.why_missing()
-    planned = options.planned(run)
-    checks = Checks(profile, summary, ranges, why_missing, planned)
-    pairs = [_pair(pair, checks.of_pair(pair)) for pair in summary.pairs]
-    pairs += [_pair(row, checks.refused(why)) for row, why in _refused_pairs(run, refused)]
+    found = _comparison(run, options)
+    compared: Sequence[Pair] = () if found is None else found.pairs
+    length: Mapping[str, LengthGrowth] = {} if found is None else found.length
+    missing: Sequence[MissingPair] = () if found is None else found.missing
+    parts, stale, planned = measurements.load(), measurements.stale(), options.planned(run)
+    measured = range_of(parts, measurements.calibration.prompts, options.learning_rates)
+    checks = Checks(profile, compared, length, measured, stale, planned)
+    pairs = tuple(_pairs(run, compared, checks, unsupported))
     # Of pairs that were asked for, one of these is recommended.
-    asked = [pair for pair in pairs if _names(pair)[:2] in options.wanted_pairs] if options.pairs else pairs
-    best = best_pair([pair for pair in asked if pair["n_tokens"]])
-    recommendation: dict[str, Any] | None = None
-    if best is not None:
-        source = next(p for p in summary.pairs if _names(dict(p)) == _names(best))
-        touched = touched_shares(pair_chunks(run, source.rollout_pass, source.trainer_pass))
-        choice = advise(best, pairs, summary, ranges, touched, planned)
-        recommendation = {
-            **choice.as_dict(),
-            "corrections": [
-                {**vars(c), "touched": touched[c.name].as_dict()} for c in CORRECTIONS if c.name in touched
-            ],
-            "snippets": [found.as_dict() for found in snippets(choice, config.model or "MODEL", config.temperature)],
-        }
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "model": run.manifest.model.name,
-        "verdict": _overall(pairs, best, options),
-        "decided_by": [precision_label(pair) for pair in _deciding(pairs, best, options)],
-        "precisions": precisions(pairs, [dict(row) for row in summary.missing]),
-        "profile": {"name": profile.name, "description": profile.description},
-        "options": options.as_dict() | {"planned_tokens": planned, "step_tokens": options.loss_tokens(run)},
-        "pairs": pairs,
-        "recommendation": recommendation,
-        "range": ranges,
-        "missing": _missing(summary, ranges, why_missing, refused, options),
-        "provenance": _provenance(run) | {"measured_with": {n: facts["made_with"] for n, (facts, _) in parts.items()}},
-        "baseline": None,
+    wanted = options.wanted_pairs
+    asked = [pair for pair in pairs if pair.dtypes in wanted] if wanted else pairs
+    best = best_pair([pair for pair in asked if pair.n_tokens])
+    decided_by = tuple(pair.name for pair in asked) if wanted else () if best is None else (best.name,)
+    return Audit(
+        **Audit.stamp(),
+        model=run.manifest.model.name,
+        n_prompts=run.manifest.sizes.num_prompts,
+        max_tokens=run.manifest.sizes.max_tokens,
+        verdict=overall(pairs, decided_by, wanted),
+        decided_by=decided_by,
+        answers=answers(pairs, decided_by, missing, wanted),
+        findings=not_finite(compared, measured),
+        profile=ProfileName(name=profile.name, description=profile.description),
+        options=AskedFor(
+            profile=options.profile,
+            planned_tokens=planned,
+            step_tokens=options.loss_tokens(run),
+            learning_rates=options.learning_rates,
+            pairs=options.pairs,
+            strict=options.strict,
+        ),
+        pairs=pairs,
+        recommendation=None if best is None else _recommendation(run, best, compared, length, measured, planned),
+        range=measured,
+        missing=tuple(_missing(missing, compared, measured, stale, unsupported, wanted)),
+        provenance=_provenance(run, {name: facts["made_with"] for name, (facts, _) in parts.items()}),
+        baseline=None,
+    )
+
+
+def overall(
+    pairs: Sequence[AuditedPair], decided_by: Sequence[PrecisionPair], wanted: Sequence[tuple[str, str]]
+) -> Verdict:
+    """The worst verdict of the pairs that decide; inconclusive where one that was asked for is not there."""
+    keys = {name.key for name in decided_by}
+    found: list[Verdict] = [pair.verdict for pair in pairs if pair.key in keys]
+    there = {pair.dtypes for pair in pairs}
+    if any(dtypes not in there for dtypes in wanted):
+        found.append("inconclusive")
+    if not found:
+        return "fail" if pairs else "inconclusive"
+    return next(verdict for verdict in VERDICTS if verdict in found)
+
+
+def not_finite(pairs: Sequence[Pair], measured: Range) -> tuple[Finding, ...]:
+    """Told where no token of any pair has a usable log-prob, with the first tensor that is not finite."""
+    if not pairs or any(pair.n_excluded < pair.n_tokens or not pair.n_tokens for pair in pairs):
+        return ()
+    weights = () if measured.weights is None else measured.weights.tensors
+    weight = next((row.name for row in weights if row.n_nonfinite), None)
+    tensor = None if measured.forward is None else measured.forward.first_nonfinite
+    values = {
+        "n_tokens": sum(pair.n_tokens for pair in pairs),
+        "n_pairs": len(pairs),
+        "weight": weight,
+        "tensor": tensor,
+        "measured": measured.forward is not None,
     }
+    return (Finding(code="audit-no-finite-logprob", severity="fail", where=weight or tensor or "", values=values),)
 
 
-def ranges_of(
-    parts: Mapping[str, Part], calibration: Calibration, options: AuditOptions
-) -> dict[str, dict[str, Any] | None]:
-    """The parts as documents, None for one that was not measured."""
-    found: dict[str, dict[str, Any] | None] = dict.fromkeys(_PARTS)
-    prompts = calibration.prompts
-    if "weights" in parts:
-        found["weights"] = weights_document(parts["weights"][0])
-    if "forward" in parts:
-        found["forward"] = forward_document(*parts["forward"], prompts)
-    if "backward" in parts:
-        found["backward"] = backward_document(*parts["backward"], prompts)
-    if "lag" in parts:
-        n = int(parts["lag"][1]["sequence"].max()) + 1
-        backward = parts.get("backward")
-        layers = [] if backward is None else [layer_of(name) for name in backward[0]["tensors"]]
-        found["lag"] = lag_document(parts["lag"], backward, prompts[:n], options.learning_rates, layers)
-    if "proof" in parts:
-        found["proof"] = {name: value for name, value in parts["proof"][0].items() if name != "made_with"}
-    return found
-
-
-def _summary(run: RunDirectory, options: AuditOptions) -> Comparison:
+def _comparison(run: RunDirectory, options: AuditOptions) -> Comparison | None:
+    """None where no pair of passes is finished."""
     try:
         return analyse(run, predict_lengths=(options.planned(run),), extrapolate=True).summary
     except TableError as error:
         if not error.what.startswith("Nothing can be compared"):
             raise
-        return Comparison(**Comparison.stamp(), model=run.manifest.model.name, reference=None, pairs=())
+        return None
 
 
-def _pair(pair: Pair | PairName, checks: list[Check]) -> dict[str, Any]:
-    gap = pair.metrics[_GAP] if isinstance(pair, Pair) else MetricValue(None, why="the pair was not run")
-    return {
-        **{key: getattr(pair, key) for key in ("rollout_dtype", "trainer_dtype", "trainer_mode")},
-        "n_tokens": pair.n_tokens if isinstance(pair, Pair) else 0,
-        "n_prompts": pair.n_prompts if isinstance(pair, Pair) else 0,
-        "verdict": verdict(checks),
-        _GAP: gap.as_dict(),
-        "checks": [check.as_dict() for check in checks],
-    }
-
-
-def _refused_pairs(run: RunDirectory, refused: Mapping[str, str]) -> list[tuple[PairName, str]]:
+def _pairs(
+    run: RunDirectory, compared: Sequence[Pair], checks: Checks, unsupported: Mapping[str, str]
+) -> Iterator[AuditedPair]:
+    for pair in compared:
+        found = checks.of_pair(pair)
+        yield AuditedPair(
+            rollout_dtype=pair.rollout_dtype,
+            trainer_dtype=pair.trainer_dtype,
+            trainer_mode=pair.trainer_mode,
+            n_tokens=pair.n_tokens,
+            n_prompts=pair.n_prompts,
+            verdict=verdict_of(found),
+            mean_abs_logprob_diff=pair.metrics[_GAP],
+            checks=found,
+        )
     config = run.manifest.config
-    rollouts = [RolloutPass(dtype, "decode") for dtype in DTYPES if dtype in refused]
-    trainers = [
-        TrainerPass(dtype, "cast" if dtype == "float32" else config.trainer_modes[0]) for dtype in config.trainer_dtypes
-    ]
-    return [(PassPair(rollout, trainer).name, refused[rollout.dtype]) for rollout in rollouts for trainer in trainers]
+    for rollout, why in unsupported.items():
+        for trainer in config.trainer_dtypes:
+            mode = "cast" if trainer == "float32" else config.trainer_modes[0]
+            found = checks.of_unsupported(rollout, trainer, mode, why)
+            yield AuditedPair(
+                rollout_dtype=rollout,
+                trainer_dtype=trainer,
+                trainer_mode=mode,
+                n_tokens=0,
+                n_prompts=0,
+                verdict=verdict_of(found),
+                mean_abs_logprob_diff=MetricValue(None, why="the pair was not run"),
+                checks=found,
+            )
 
 
-def _deciding(
-    pairs: Sequence[Mapping[str, Any]], best: Mapping[str, Any] | None, options: AuditOptions
-) -> list[Mapping[str, Any]]:
-    """The pairs that the verdict is of: those that were asked for, or the recommended one."""
-    if options.pairs:
-        return [pair for pair in pairs if _names(pair)[:2] in options.wanted_pairs]
-    return [] if best is None else [best]
-
-
-def _overall(pairs: Sequence[Mapping[str, Any]], best: Mapping[str, Any] | None, options: AuditOptions) -> str:
-    found = [pair["verdict"] for pair in _deciding(pairs, best, options)]
-    there = {_names(pair)[:2] for pair in pairs}
-    if any(pair not in there for pair in options.wanted_pairs):
-        found.append("not judged")
-    if not found:
-        return "fail" if pairs else "not judged"
-    return next((level for level in ("fail", "not judged", "warn") if level in found), "pass")
+def _recommendation(
+    run: RunDirectory,
+    best: AuditedPair,
+    compared: Sequence[Pair],
+    length: Mapping[str, LengthGrowth],
+    measured: Range,
+    planned: int,
+) -> Recommendation:
+    pair = next(p for p in compared if (p.rollout_dtype, p.trainer_dtype, p.trainer_mode) == best.key)
+    config = run.manifest.config
+    evidence = Evidence(
+        pair=pair,
+        touched=touched_shares(pair_chunks(run, pair.rollout_pass, pair.trainer_pass)),
+        planned_ess=planned_ess(compared, length, pair),
+        planned_tokens=planned,
+        model=config.model or "MODEL",
+        temperature=config.temperature,
+    )
+    return recommend(best, measured, evidence)
 
 
 def _missing(
-    summary: Comparison,
-    ranges: Mapping[str, Any],
-    why_missing: Mapping[str, str],
-    refused: Mapping[str, str],
-    options: AuditOptions,
-) -> list[dict[str, str]]:
-    rows = [{"what": precision_label(dict(row)), "why": row.why} for row in summary.missing]
-    rows += [{"what": f"{dtype} rollouts", "why": why} for dtype, why in refused.items()]
-    there = {_names(dict(row))[:2] for row in (*summary.pairs, *summary.missing)}
-    rows += [
-        {"what": f"{rollout} → {trainer}", "why": "It was asked for, and the run has no such pair."}
-        for rollout, trainer in options.wanted_pairs
-        if (rollout, trainer) not in there and rollout not in refused
-    ]
-    rows += [{"what": _PARTS[name], "why": why_missing[name]} for name, found in ranges.items() if found is None]
-    return rows
+    missing: Sequence[MissingPair],
+    compared: Sequence[Pair],
+    measured: Range,
+    stale: Sequence[PartName],
+    unsupported: Mapping[str, str],
+    wanted: Sequence[tuple[str, str]],
+) -> Iterator[Finding]:
+    by_why: dict[str, list[str]] = {}
+    for row in missing:
+        by_why.setdefault(row.why, []).append("/".join((row.rollout_dtype, row.trainer_dtype, row.trainer_mode)))
+    for why, names in by_why.items():
+        yield _note("audit-pairs-missing", pairs=tuple(names), why=why)
+    there = {(row.rollout_dtype, row.trainer_dtype) for row in (*compared, *missing)}
+    lost = tuple("/".join(pair) for pair in wanted if pair not in there and pair[0] not in unsupported)
+    if lost:
+        yield _note("audit-pairs-not-in-run", pairs=lost)
+    absent = [part for part in PARTS if getattr(measured, part) is None]
+    for code, parts in (
+        ("audit-parts-missing", tuple(part for part in absent if part not in stale)),
+        ("audit-parts-stale", tuple(part for part in absent if part in stale)),
+    ):
+        if parts:
+            yield _note(code, parts=parts)
 
 
-def _provenance(run: RunDirectory) -> dict[str, Any]:
-    """What could make the same audit come out differently."""
+def _note(code: str, **values: Value) -> Finding:
+    return Finding(code=code, severity="note", values=values)
+
+
+def _provenance(run: RunDirectory, measured_with: Mapping[PartName, dict[str, str]]) -> AuditProvenance:
     manifest = run.manifest
-    return {
-        "created": manifest.created,
-        "tool_version": manifest.tool_version,
-        "versions": manifest.environment.versions,
-        "machine": manifest.environment.machine,
-        "variables": manifest.environment.variables,
-        "device": manifest.device,
-        "config": manifest.content()["config"],
-        "prompts_sha256": manifest.prompts.token_ids_sha256,
-        "model_files": manifest.model.files or {},
-    }
-
-
-def _names(pair: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(pair[key] for key in ("rollout_dtype", "trainer_dtype", "trainer_mode"))
+    return AuditProvenance(
+        created=manifest.created,
+        tool_version=manifest.tool_version,
+        environment=manifest.environment,
+        device=manifest.device,
+        config=manifest.config,
+        prompts_sha256=manifest.prompts.token_ids_sha256,
+        model_files=manifest.model.files,
+        measured_with=dict(measured_with),
+    )

@@ -1,6 +1,6 @@
-"""From a value with its interval and a check's bounds to a status: it is the interval that has to be on one side.
+"""From a value with its interval and a check's bounds to a verdict: it is the interval that has to be on one side.
 
-Nothing passes for want of evidence: a value needs an interval, and an event that did not occur or a maximum needs as
+No check is ok for want of evidence: a value needs an interval, and an event that did not occur or a maximum needs as
 many prompts as exclude the rate that its bounds name. Of such events the prompt is the unit: what one token of a prompt
 does, others of it do, and an overflow takes the prompt's whole loss with it. So 0 of 64 prompts excludes only rates
 above 5.6 %, however many tokens they have. Only what was counted over all there is (weights, the engine's refusal), or
@@ -10,86 +10,62 @@ claims nothing beyond what ran (the FP16 pass), needs no interval.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import get_args
 
 from mismatch_probe.metrics.catalog import CALIBRATED_PROMPTS
 from mismatch_probe.metrics.inference import UPPER_TAIL
 from mismatch_probe.metrics.power import rounded_up
-from mismatch_probe.probes.audit.profile import Bounds, title_of
+from mismatch_probe.results.audit import Bounds, Check, Level, Settle, Verdict
+from mismatch_probe.results.finding import Finding, Severity
 from mismatch_probe.types import MetricValue
 
-Level = Literal["pass", "warn", "fail"]
-Status = Literal["pass", "warn", "fail", "not judged"]
-_ORDER: tuple[Level, ...] = ("pass", "warn", "fail")
+_ORDER: tuple[Level, ...] = get_args(Level)
+_SEVERITIES: dict[Verdict, Severity] = {"ok": "info", "warn": "warn", "fail": "fail", "inconclusive": "note"}
 UNCALIBRATED = "uncalibrated"
 # An event that more than one prompt in ten would show, and none did, is no ground to refuse a model: it can only warn.
 _COMMON = 0.1
 _MOST_PROMPTS = 1_000_000
 
 
-@dataclass(frozen=True)
-class Check:
-    """One named check of a pair.
+def made(
+    name: str,
+    best: Level,
+    worst: Level,
+    value: MetricValue,
+    bounds: Bounds,
+    evidence: Finding,
+    *,
+    exact: bool = False,
+    settle: Settle | None = None,
+) -> Check:
+    """A check; its verdict and the severity of its evidence follow from what the data leave open.
 
-    Attributes:
-        name: A metric of the catalog, or one of `profile.OWN_CHECKS`.
-        best, worst: The levels that the value may have: they differ where the data leave it open.
-        limits: Of the value, by name; empty for an event.
-        value: With its interval, None where nothing was measured; then `why` says so.
-        threshold, source: In words.
-        evidence: A sentence.
-        where: The module that decides, where one does.
-        exact: Whether the value was counted or computed, so that it needs no interval.
-        more_prompts: Of a check that is not judged: how many more prompts of the same kind would settle it, if the
-            value stays; None where that is not what it lacks, or nobody can tell.
+    Args:
+        name: Of the check.
+        best, worst: The verdicts that the data leave open.
+        value: What was measured.
+        bounds: Its limits.
+        evidence: Whatever its severity.
+        exact: Whether the value needs no interval.
+        settle: What would settle it; nothing known for None.
     """
-
-    name: str
-    best: Level
-    worst: Level
-    value: MetricValue
-    limits: Mapping[str, float]
-    threshold: str
-    source: str
-    evidence: str
-    where: str | None = None
-    exact: bool = False
-    more_prompts: int | None = None
-
-    @property
-    def status(self) -> Status:
-        return self.best if self.best == self.worst else "not judged"
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "title": title_of(self.name),
-            "status": self.status,
-            "best": self.best,
-            "worst": self.worst,
-            "why": "",
-            **self.value.as_dict(),
-            "exact": self.exact,
-            "limits": dict(self.limits),
-            "threshold": self.threshold,
-            "source": self.source,
-            "evidence": self.evidence,
-            "where": self.where,
-            "more_prompts": self.more_prompts if self.status == "not judged" else None,
-        }
+    verdict: Verdict = best if best == worst else "inconclusive"
+    return Check(
+        name=name,
+        verdict=verdict,
+        best=best,
+        worst=worst,
+        value=value,
+        exact=exact,
+        bounds=bounds,
+        finding=evidence.model_copy(update={"severity": _SEVERITIES[verdict]}),
+        settle=(settle or Settle(unknown=(name,))) if verdict == "inconclusive" else None,
+    )
 
 
 def judged(
-    name: str,
-    value: MetricValue,
-    bounds: Bounds,
-    evidence: str,
-    where: str | None = None,
-    *,
-    exact: bool = False,
-    n_prompts: int = 0,
+    name: str, value: MetricValue, bounds: Bounds, evidence: Finding, *, exact: bool = False, n_prompts: int = 0
 ) -> Check:
     """Judges a value.
 
@@ -98,32 +74,23 @@ def judged(
         value: With its interval. One that is marked uncalibrated counts at twice its width, and says nothing without
             width.
         bounds: Its limits.
-        evidence: A sentence.
-        where: The module that decides.
+        evidence: What was found.
         exact: Whether the value was counted or computed, so that it needs no interval.
         n_prompts: That the value is of; 0 where they do not decide.
     """
-    about = (bounds.limits, bounds.text(), bounds.source)
     ends = (value.value, value.value) if exact and value.value is not None else _ends(value)
     if value.value is None or ends is None or any(map(math.isnan, (value.value, *ends))):
-        return Check(name, "pass", _worst(bounds), value, *about, evidence, where)
+        return made(name, "ok", _worst(bounds), value, bounds, evidence)
     levels = [_level(end, bounds) for end in ends]
     # Limits on both sides of an interval make its middle better than either end.
     middle = _level(value.value, bounds)
     best, worst = min([*levels, middle], key=_ORDER.index), max(levels, key=_ORDER.index)
-    more = _more_for_limits(value, bounds, n_prompts)
-    return Check(name, best, worst, value, *about, evidence, where, exact, more)
+    settle = _prompts(_more_for_limits(value, bounds, n_prompts))
+    return made(name, best, worst, value, bounds, evidence, exact=exact, settle=settle)
 
 
 def judged_event(
-    name: str,
-    hits: int,
-    rate: MetricValue,
-    bounds: Bounds,
-    evidence: str,
-    where: str | None = None,
-    *,
-    n_prompts: int,
+    name: str, hits: int, rate: MetricValue, bounds: Bounds, evidence: Finding, *, n_prompts: int
 ) -> Check:
     """Judges a rare event: one that occurred is what its bounds call it, one that did not is judged by the upper limit
     of its rate over prompts.
@@ -133,42 +100,34 @@ def judged_event(
         hits: How often it occurred.
         rate: Over tokens, where it did.
         bounds: The event, and the rate of prompts that has to be excluded.
-        evidence: A sentence.
-        where: The module that decides.
+        evidence: What was found.
         n_prompts: Prompts that could have shown it.
     """
-    about = (bounds.limits, bounds.text(), bounds.source)
-    event: Level = bounds.event or "pass"
+    event: Level = bounds.event or "ok"
     if hits:
-        return Check(name, event, event, rate, *about, evidence, where)
+        return made(name, event, event, rate, bounds, evidence)
     unseen = unseen_rate(n_prompts)
-    worst: Level = "pass" if _is_rare(unseen, bounds) else "warn" if (unseen.ci_high or 1.0) < _COMMON else event
-    more = _more_for_rate(bounds, n_prompts)
-    return Check(name, "pass", worst, unseen, *about, evidence, where, more_prompts=more)
+    worst: Level = "ok" if _is_rare(unseen, bounds) else "warn" if (unseen.ci_high or 1.0) < _COMMON else event
+    return made(name, "ok", worst, unseen, bounds, evidence, settle=_prompts(_more_for_rate(bounds, n_prompts)))
 
 
 def judged_extreme(
-    name: str,
-    value: MetricValue,
-    bounds: Bounds,
-    evidence: str,
-    where: str | None = None,
-    *,
-    exact: bool = False,
-    n_prompts: int,
+    name: str, value: MetricValue, bounds: Bounds, evidence: Finding, *, exact: bool = False, n_prompts: int
 ) -> Check:
     """Judges a maximum or a count: one beyond a limit is, and of one within them a larger sample may show worse, unless
     the upper limit of the rate of prompts that would is low enough. `exact` tells whether the value itself is without
     error, so that an older one compares with it.
     """
-    check = replace(judged(name, value, bounds, evidence, where, exact=True), exact=exact)
-    if value.value is None or check.best == "fail" or _is_rare(unseen_rate(n_prompts), bounds):
-        return check
-    return replace(check, worst=_worst(bounds), more_prompts=_more_for_rate(bounds, n_prompts))
+    check = judged(name, value, bounds, evidence, exact=True)
+    worst = check.worst
+    if value.value is not None and check.best != "fail" and not _is_rare(unseen_rate(n_prompts), bounds):
+        worst = _worst(bounds)
+    settle = _prompts(_more_for_rate(bounds, n_prompts))
+    return made(name, check.best, worst, value, bounds, evidence, exact=exact, settle=settle)
 
 
 def unseen_rate(n_prompts: int) -> MetricValue:
-    """The share of prompts that shows what none of `n_prompts` did: Clopper–Pearson's."""
+    """The fraction of prompts that shows what none of `n_prompts` did: Clopper–Pearson's."""
     if n_prompts < 1:
         return MetricValue(None, why="no prompts")
     return MetricValue(0.0, 0.0, -math.expm1(math.log1p(-UPPER_TAIL) / n_prompts))
@@ -205,19 +164,24 @@ def _more(needed: float, n_prompts: int) -> int | None:
     return rounded_up(more) if 0 < more <= _MOST_PROMPTS else None
 
 
-def missing(name: str, bounds: Bounds, why: str) -> Check:
+def _prompts(more: int | None) -> Settle | None:
+    return None if more is None else Settle(more_prompts=more)
+
+
+def missing(name: str, bounds: Bounds, why: str, evidence: Finding, settle: Settle | None = None) -> Check:
     """A check that nothing was measured for."""
     worst = bounds.event or _worst(bounds)
-    return Check(name, "pass", worst, MetricValue(None, why=why), bounds.limits, bounds.text(), bounds.source, why)
+    return made(name, "ok", worst, MetricValue(None, why=why), bounds, evidence, settle=settle)
 
 
-def verdict(checks: list[Check]) -> Status:
-    """Fail where a check fails; not judged where one may; warn where one warns or is not shown to pass; else pass."""
-    if any(check.best == "fail" for check in checks):
+def verdict_of(checks: Iterable[Check]) -> Verdict:
+    """Fail where a check fails; inconclusive where one may; warn where one warns or is not shown to be ok; else ok."""
+    found = list(checks)
+    if any(check.best == "fail" for check in found):
         return "fail"
-    if not checks or any(check.worst == "fail" for check in checks):
-        return "not judged"
-    return "warn" if any(check.worst == "warn" for check in checks) else "pass"
+    if not found or any(check.worst == "fail" for check in found):
+        return "inconclusive"
+    return "warn" if any(check.worst == "warn" for check in found) else "ok"
 
 
 def _worst(bounds: Bounds) -> Level:
@@ -231,7 +195,7 @@ def _level(value: float, bounds: Bounds) -> Level:
         return "fail"
     above = bounds.warn_above is not None and value > bounds.warn_above
     below = bounds.warn_below is not None and value < bounds.warn_below
-    return "warn" if above or below else "pass"
+    return "warn" if above or below else "ok"
 
 
 def _ends(value: MetricValue) -> tuple[float, float] | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from mismatch_probe.arrays import load_arrays
 from mismatch_probe.engines import devices
-from mismatch_probe.engines.audit.job import PARTS, AuditJob, histograms_of
+from mismatch_probe.engines.audit.job import AuditJob, Part, histograms_of
 from mismatch_probe.engines.base import TrainerJob
 from mismatch_probe.errors import UsageError
 from mismatch_probe.metrics.floats import scale_range
@@ -20,17 +20,12 @@ from mismatch_probe.probes.audit.options import AuditOptions
 from mismatch_probe.probes.own_pass import device_of, fp32_trainer, model_of, run_pass
 from mismatch_probe.probes.planning import passes_of
 from mismatch_probe.probes.progress import Progress
+from mismatch_probe.results.audit import PARTS, PartName
 from mismatch_probe.runs import RunDirectory
 from mismatch_probe.types import ScoreRequest
 
 FOLDER = "audit"
 N_GRADIENTS, N_LAG, N_PROOF = 16, 32, 4
-NOT_MEASURED = "The run has no measurement of it: `mismatch-probe audit --resume RUN` makes it, with the engine."
-OTHER_SETTINGS = (
-    "It was measured with other settings or by another release, or its file is damaged: "
-    "`mismatch-probe audit --resume RUN` measures it with these."
-)
-Part = tuple[dict[str, Any], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -78,14 +73,14 @@ class Measurements:
         self._device = device_of(run)
         self._keys = {name: self._key(name) for name in PARTS}
 
-    def load(self) -> dict[str, Part]:
+    def load(self) -> dict[PartName, Part]:
         """The parts that are there and were made of this run with these options."""
         found = {name: self._load(name) for name in PARTS}
         return {name: part for name, part in found.items() if part is not None}
 
-    def why_missing(self) -> dict[str, str]:
-        """By part, why there is none."""
-        return {name: OTHER_SETTINGS if self._file(name).exists() else NOT_MEASURED for name in PARTS}
+    def stale(self) -> tuple[PartName, ...]:
+        """Parts whose file was made with other settings or by another release, or is damaged."""
+        return tuple(name for name in PARTS if self._file(name).exists() and self._load(name) is None)
 
     def make_missing(self, progress: Progress, resume: str) -> None:
         """Makes the parts that are not there yet: those in FP32 in one process, the FP16 pass in another.
@@ -105,7 +100,7 @@ class Measurements:
         if not self.calibration.sequences:
             raise UsageError("No sequence of this run has a prompt and a response to measure on.", "Use --from.")
         trainer = fp32_trainer(self._config, model, self._device)
-        wide = {name: key for name, key in keys.items() if name != "proof"}
+        wide: dict[PartName, str] = {name: key for name, key in keys.items() if name != "proof"}
         if wide:
             self._run_job(trainer, wide, "activations, gradients, lag", resume, progress)
         if "proof" in keys:
@@ -114,7 +109,7 @@ class Measurements:
             self._run_job(half, {"proof": keys["proof"]}, "a pass in FP16", resume, progress)
 
     def _run_job(
-        self, trainer: TrainerJob, keys: Mapping[str, str], text: str, resume: str, progress: Progress
+        self, trainer: TrainerJob, keys: Mapping[PartName, str], text: str, resume: str, progress: Progress
     ) -> None:
         sequences, backward = self.calibration.sequences, self._load("backward")
         scales = None if backward is None else scale_range(histograms_of(*backward))
@@ -133,7 +128,7 @@ class Measurements:
         settings = devices.trainer_settings(self._device, trainer.dtype)
         run_pass(self._run, job, settings, "audit", text, resume, progress)
 
-    def _load(self, name: str) -> Part | None:
+    def _load(self, name: PartName) -> Part | None:
         return load_arrays(self._file(name), self._keys[name])
 
     def _file(self, name: str) -> Path:

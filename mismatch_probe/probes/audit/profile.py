@@ -1,4 +1,4 @@
-"""Thresholds of an audit: the profiles that ship with the tool, and a user's own, in TOML."""
+"""Limits of an audit: the profiles that ship with the tool, and a user's own, in TOML."""
 
 from __future__ import annotations
 
@@ -7,36 +7,32 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from mismatch_probe.errors import UsageError
 from mismatch_probe.metrics.catalog import CATALOG
 from mismatch_probe.resources import data_path
+from mismatch_probe.results.audit import Bounds
 
 PROFILES = ("default", "nemo-rl", "verl", "prime-rl", "strict")
-# Checks beside the metrics of the catalog, with what their value is. Events are judged by whether they occur.
-OWN_CHECKS: dict[str, str] = {
-    "nonfinite_logprobs": "log-probs that are not finite or impossible",
-    "fp32_floor": "mean |d| of the FP32 pair, nats",
-    "one_sided": "mean importance ratio where it is not 1",
-    "ess_seq_planned": "predicted ESS of sequence weights at the planned length",
-    "fp16_refusal": "vLLM's own refusal of float16",
-    "fp16_headroom": "65504 over the largest activation",
-    "fp16_overflow_rate": "tokens with an activation that FP16 has no number for",
-    "fp16_attention_headroom": "65504 over the largest product q·k",
-    "fp16_weights": "relative error of the weight tensor that FP16 keeps worst",
-    "fp16_loss_scale": "room between loss scales that flush and that overflow, powers of two",
-    "fp16_loss_scale_start": "room above the usual first loss scale of 2^16, powers of two",
-    "fp16_pass": "tensors that are not finite in a real FP16 forward and backward pass",
-}
+# Checks beside the metrics of the catalog. Events are judged by whether they occur.
+OWN_CHECKS = (
+    "nonfinite_logprobs",
+    "fp32_floor",
+    "one_sided",
+    "ess_seq_planned",
+    "fp16_unsupported",
+    "fp16_headroom",
+    "fp16_overflow_rate",
+    "fp16_attention_headroom",
+    "fp16_weights",
+    "fp16_loss_scale",
+    "fp16_loss_scale_start",
+    "fp16_pass",
+)
 # Those of them that are maxima over the sequences that ran.
 _OWN_EXTREMES = ("fp16_headroom", "fp16_attention_headroom", "fp16_loss_scale", "fp16_loss_scale_start")
 RARE = ("nonfinite_logprobs", "one_sided", "fp16_overflow_rate", "confident_disagreement_rate")
-
-
-def title_of(check: str) -> str:
-    """A check in a few words."""
-    return CATALOG[check].title if check in CATALOG else OWN_CHECKS.get(check, check)
 
 
 def is_extreme(check: str) -> bool:
@@ -44,61 +40,8 @@ def is_extreme(check: str) -> bool:
     return check in _OWN_EXTREMES or (check in CATALOG and not CATALOG[check].has_interval and check != "pareto_k")
 
 
-class Bounds(BaseModel):
-    """When a check warns and fails.
-
-    Attributes:
-        warn_above, fail_above, warn_below, fail_below: Limits of the value.
-        event: Of a rare event: what one occurrence is.
-        rate_below: Of a rare event that did not occur, and of a maximum that exceeds no limit: the upper 95 % limit of
-            the share of prompts that would show it has to be below this, or the check is not judged. Without it such a
-            check never passes.
-        within: Of `one_sided`: the interval of the mean importance ratio has to lie within 1 ± this, or the check is
-            not judged.
-        source: Who says so.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    warn_above: float | None = None
-    fail_above: float | None = None
-    warn_below: float | None = None
-    fail_below: float | None = None
-    event: Literal["warn", "fail"] | None = None
-    rate_below: float | None = Field(default=None, gt=0)
-    within: float | None = Field(default=None, gt=0)
-    source: str = ""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if not self.limits and self.event is None:
-            raise ValueError("names no limit")
-        for warn, fail, order in (("warn_above", "fail_above", 1), ("warn_below", "fail_below", -1)):
-            first, second = getattr(self, warn), getattr(self, fail)
-            if first is not None and second is not None and order * (second - first) < 0:
-                raise ValueError(f"{warn} = {first:g} would never warn before {fail} = {second:g}")
-        return self
-
-    @property
-    def limits(self) -> dict[str, float]:
-        """The limits of the value that there are, by name."""
-        names = ("warn_above", "fail_above", "warn_below", "fail_below")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
-
-    def text(self) -> str:
-        """In words: `warn above 0.001, fail above 0.015`."""
-        parts = [f"{name.replace('_', ' ')} {value:g}" for name, value in self.limits.items()]
-        if self.event is not None:
-            parts.append(f"{self.event} when one occurs")
-        if self.rate_below is not None:
-            parts.append(f"judged when at most {self.rate_below:g} of prompts can show more")
-        if self.within is not None:
-            parts.append(f"judged when the interval lies within 1 ± {self.within:g}")
-        return ", ".join(parts)
-
-
 class Profile(BaseModel):
-    """A set of thresholds.
+    """A set of limits.
 
     Attributes:
         name: Of a shipped profile, or the file's name without its suffix.
@@ -149,7 +92,7 @@ def load_profile(name: str) -> Profile:
     except FileNotFoundError:
         raise UsageError(f"The profile {name} does not exist.", "Check its path.") from None
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"The profile {name} cannot be read: {error}.", "Mend the file.") from None
+        raise UsageError(f"The profile {name} cannot be read: {error}.", "Correct the file.") from None
     profile = _validated(document, path)
     if profile.extends is None:
         return profile

@@ -1,4 +1,4 @@
-"""One audit from beginning to end: refusals, comparison, measurements, verdict, files."""
+"""One audit from beginning to end: unsupported dtypes, comparison, measurements, verdict, files."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from mismatch_probe.config import DEFAULT_MODEL, CompareConfig
 from mismatch_probe.engines.models import resolve
 from mismatch_probe.engines.refusals import refusal
 from mismatch_probe.errors import DtypeRefused, Interrupted, ProbeError, UsageError
-from mismatch_probe.files import locked, write_json, write_text
+from mismatch_probe.files import locked, write_text
 from mismatch_probe.probes.audit.baseline import compare_audits, read_audit
-from mismatch_probe.probes.audit.document import audit_document
-from mismatch_probe.probes.audit.junit import junit_xml
+from mismatch_probe.probes.audit.document import audit_of
 from mismatch_probe.probes.audit.measure import FOLDER, Measurements
 from mismatch_probe.probes.audit.options import AuditOptions
 from mismatch_probe.probes.audit.profile import Profile, load_profile
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.probes.session import default_folder, new_run, resume_run
+from mismatch_probe.results.audit import Audit, Verdict
 from mismatch_probe.results.manifest import AuditRecord
 from mismatch_probe.runs import RunDirectory
 
@@ -33,32 +33,28 @@ class AuditResult:
 
     Attributes:
         path: The run directory; everything of the audit lies in its folder `audit`.
-        document: The content of `audit.json`.
+        audit: What `audit.json` holds.
         figures: Figure files by name.
-        strict: Whether a warning counts as a failure.
     """
 
     path: Path
-    document: dict[str, Any]
+    audit: Audit
     figures: dict[str, Path]
-    strict: bool
 
     @property
-    def verdict(self) -> str:
-        """`pass`, `warn`, `fail` or `not judged`."""
-        return str(self.document["verdict"])
+    def verdict(self) -> Verdict:
+        """`ok`, `warn`, `fail` or `inconclusive`."""
+        return self.audit.verdict
 
     @property
     def regressed(self) -> bool:
         """Whether a baseline was given, and something is worse than it was there."""
-        baseline = self.document["baseline"]
-        return bool(baseline and baseline["regressions"])
+        return self.audit.regressed
 
     @property
     def failed(self) -> bool:
-        """Whether a gate has to close: a failure, what cannot be judged, a regression, or under `strict` a warning."""
-        bad = ("fail", "not judged", "warn") if self.strict else ("fail", "not judged")
-        return self.verdict in bad or self.regressed
+        """Whether a gate has to close: fail, inconclusive, a regression, or under `strict` a warning."""
+        return self.audit.failed
 
 
 def new_audit(
@@ -77,12 +73,12 @@ def new_audit(
     progress = progress or Progress()
     asked = AuditOptions(**options)
     _check(asked, baseline)  # mistakes are told before minutes of work
-    refused = _refused(config)
-    for why in refused.values():
+    unsupported = _unsupported(config)
+    for why in unsupported.values():
         progress.message(why)
-    dtypes = tuple(dtype for dtype in config.rollout_dtypes if dtype not in refused)
+    dtypes = tuple(dtype for dtype in config.rollout_dtypes if dtype not in unsupported)
     if not dtypes:
-        raise DtypeRefused(" ".join(refused.values()), "Audit it with --rollout-dtypes bf16.")
+        raise DtypeRefused(" ".join(unsupported.values()), "Audit it with --rollout-dtypes bf16.")
     path = Path(out) if out is not None else default_folder(config.source or config.model or DEFAULT_MODEL)
     try:
         new_run(replace(config, rollout_dtypes=dtypes), path, (), progress)
@@ -90,11 +86,11 @@ def new_audit(
         raise  # nothing was begun; what lies at the path may be somebody else's
     except BaseException as error:
         with suppress(ProbeError):
-            _remember(RunDirectory.open(path), asked, refused)
+            _remember(RunDirectory.open(path), asked, unsupported)
         if isinstance(error, Interrupted):
             raise Interrupted(error.what, f"Continue with: {_resume(path, asked, baseline)}") from None
         raise
-    return _finish(path, asked, baseline, progress, refused, engines=True)
+    return _finish(path, asked, baseline, progress, unsupported, engines=True)
 
 
 def resume_audit(
@@ -112,7 +108,7 @@ def resume_audit(
     if run.manifest.status != "complete":
         with locked(path):
             run = RunDirectory.open(path)
-            _remember(run, asked, _known_refusals(run))
+            _remember(run, asked, _known_unsupported(run))
         try:
             resume_run(path, (), progress, {})
         except Interrupted as error:
@@ -135,7 +131,7 @@ def _finish(
     options: AuditOptions,
     baseline: str | Path | None,
     progress: Progress,
-    refused: Mapping[str, str] | None,
+    unsupported: Mapping[str, str] | None,
     *,
     engines: bool,
 ) -> AuditResult:
@@ -146,21 +142,23 @@ def _finish(
         options: Of the audit.
         baseline: An older audit.
         progress: Told what is done.
-        refused: By rollout dtype the engine's refusal; None for what an earlier audit of the run knew.
+        unsupported: By rollout dtype that the engine does not support, its reason; None for what an earlier audit of
+            the run knew.
         engines: Whether to measure what is missing.
     """
     profile, old = _check(options, baseline)
     with locked(path):
         run = RunDirectory.open(path)
-        known = _known_refusals(run) if refused is None else refused
+        known = _known_unsupported(run) if unsupported is None else unsupported
         measurements = Measurements(run, options)
         if engines:
             _remember(run, options, known)
             measurements.make_missing(progress, _resume(path, options, baseline))
             progress.message("computing verdict and figures")
-        document = audit_document(run, options, profile, measurements, known)
-        document["baseline"] = None if old is None else compare_audits(old, document, str(baseline))
-        return AuditResult(path, document, _write(path / FOLDER, document, options), options.strict)
+        audit = audit_of(run, options, profile, measurements, known)
+        if old is not None:
+            audit = audit.model_copy(update={"baseline": compare_audits(old, audit, str(baseline))})
+        return AuditResult(path, audit, _write(path, audit))
 
 
 def _resume(path: Path, options: AuditOptions, baseline: str | Path | None) -> str:
@@ -169,14 +167,14 @@ def _resume(path: Path, options: AuditOptions, baseline: str | Path | None) -> s
     return f"mismatch-probe audit --resume {path}{options.flags()}{old}"
 
 
-def _known_refusals(run: RunDirectory) -> dict[str, str]:
-    """What an earlier audit of the run knew of the engine's refusals."""
+def _known_unsupported(run: RunDirectory) -> dict[str, str]:
+    """What an earlier audit of the run knew of dtypes that the engine does not support."""
     return {} if run.manifest.audit is None else run.manifest.audit.unsupported
 
 
-def _remember(run: RunDirectory, options: AuditOptions, refused: Mapping[str, str]) -> None:
+def _remember(run: RunDirectory, options: AuditOptions, unsupported: Mapping[str, str]) -> None:
     """Keeps with the run what its audit was asked for."""
-    run.manifest.audit = AuditRecord(options=options.as_dict(), unsupported=dict(refused))
+    run.manifest.audit = AuditRecord(options=options.as_dict(), unsupported=dict(unsupported))
     run.save()
 
 
@@ -187,23 +185,26 @@ def _options(run: RunDirectory, given: Mapping[str, Any]) -> AuditOptions:
     return AuditOptions(**{**found, **given})
 
 
-def _check(options: AuditOptions, baseline: str | Path | None) -> tuple[Profile, dict[str, Any] | None]:
+def _check(options: AuditOptions, baseline: str | Path | None) -> tuple[Profile, Audit | None]:
     return load_profile(options.profile), None if baseline is None else read_audit(baseline)
 
 
-def _write(folder: Path, document: dict[str, Any], options: AuditOptions) -> dict[str, Path]:
-    from mismatch_probe.report.audit_page import render_audit
-    from mismatch_probe.report.figures.audit import draw_audit
+def _write(run: Path, audit: Audit) -> dict[str, Path]:
+    from mismatch_probe.report.audit import audit_report
+    from mismatch_probe.report.figures import draw
+    from mismatch_probe.report.junit import junit_xml
+    from mismatch_probe.report.render.files import write_report
 
-    write_json(folder / "audit.json", document)
-    write_text(folder / "junit.xml", junit_xml(document, strict=options.strict))
-    figures = draw_audit(document, folder / "figures")
-    write_text(folder / "report.html", render_audit(document, figures))
+    folder = run / FOLDER
+    audit.write(folder / "audit.json")
+    write_text(folder / "junit.xml", junit_xml(audit))
+    figures = draw(audit, folder / "figures")
+    write_report(audit_report(audit, run), figures, folder)
     return figures
 
 
-def _refused(config: CompareConfig) -> dict[str, str]:
-    """By rollout dtype that vLLM is known to refuse for the model, the sentence; read without loading anything."""
+def _unsupported(config: CompareConfig) -> dict[str, str]:
+    """By rollout dtype that vLLM does not support for the model, its sentence; read without loading anything."""
     if config.source is not None and not config.model:
         return {}
     known = resolve(config.model or DEFAULT_MODEL, revision=config.revision, weights=False)

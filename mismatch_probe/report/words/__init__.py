@@ -66,4 +66,5 @@ def say(finding: Finding) -> str:
     Raises:
         KeyError: Nobody has registered its code.
     """
-    return all_words()[finding.code].say(finding)
+    known = _REGISTRY if finding.code in _REGISTRY else all_words()
+    return known[finding.code].say(finding)
