@@ -214,17 +214,20 @@ class WeightSync:
 
     def _hypotheses(self, new: Weights, old: Weights, scan: bool) -> Iterable[tuple[str, Weights]]:
         yield "it still has the weights of the previous sync (stale)", old
-        yield "it still has the initial weights (stale)", self._first
+        # Up to the first sync both are the same: each hypothesis takes a forward pass, so none is tried twice.
+        earlier = (old,) if old is self._first else (old, self._first)
+        if len(earlier) > 1:
+            yield "it still has the initial weights (stale)", self._first
         if not scan:
             return
         experts = [name for name in new if ".experts." in name]
-        for earlier in (old, self._first) if experts else ():
-            left_out = {name: earlier[name] for name in experts}
+        for before in earlier if experts else ():
+            left_out = {name: before[name] for name in experts}
             yield "the weights of experts did not arrive (partial sync)", {**new, **left_out}
         for name in new:
-            for earlier in (old, self._first):
-                if not torch.equal(new[name], earlier[name]):
-                    yield f"{name} did not arrive (partial sync)", {**new, name: earlier[name]}
+            for before in earlier:
+                if not torch.equal(new[name], before[name]):
+                    yield f"{name} did not arrive (partial sync)", {**new, name: before[name]}
         for other in TORCH_DTYPES:
             if other != self._dtype:
                 rounded = cast(cast(new, other), self._dtype)

@@ -7,19 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.real.tiny import EXPERTS, save_model, save_tiny
+from tests.real.tiny import ARCHITECTURES, EXPERTS, save_model
 
 
 @pytest.fixture(scope="session")
 def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Qwen3 whose head is its embedding."""
-    return save_tiny("qwen3", tmp_path_factory.mktemp("tied"))
+    return _two_layers("qwen3", tmp_path_factory.mktemp("tied"))
 
 
 @pytest.fixture(scope="session")
 def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Llama with a head of its own."""
-    return save_tiny("llama", tmp_path_factory.mktemp("untied"))
+    return _two_layers("llama", tmp_path_factory.mktemp("untied"))
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +27,12 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Qwen3 with experts."""
     options = EXPERTS | {"num_hidden_layers": 2, "num_experts": 4}
     return save_model("Qwen3MoeConfig", options, tmp_path_factory.mktemp("mixture"))
+
+
+def _two_layers(architecture: str, folder: Path) -> Path:
+    """A layer less than elsewhere: trials of hypotheses take a forward pass for every tensor."""
+    kind, options = ARCHITECTURES[architecture]
+    return save_model(kind, options | {"num_hidden_layers": 2}, folder)
 
 
 @pytest.fixture(scope="session", autouse=True)
