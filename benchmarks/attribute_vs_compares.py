@@ -46,7 +46,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         mismatch_probe.attribute(
-            CompareConfig(**size), out=Path(folder) / "attribute", knobs=tuple(SETTINGS), layers=False
+            CompareConfig(**size), out=Path(folder) / "attribute", settings=tuple(SETTINGS), layers=False
         )
         together = time.perf_counter() - started
         print(f"attribute, {len(SETTINGS)} settings: {together:.0f} s", flush=True)

@@ -37,8 +37,7 @@ from mismatch_probe.engines.models import read_config, resolve
 from mismatch_probe.engines.process import EngineProcess
 from mismatch_probe.metrics import inside
 from mismatch_probe.metrics.conclusions import Conclusion, conclude
-from mismatch_probe.metrics.inside import Located
-from mismatch_probe.probes.attribute.depth import inside_row
+from mismatch_probe.metrics.inside import Inside, Located
 from mismatch_probe.types import Sampling
 
 if TYPE_CHECKING:
@@ -114,9 +113,9 @@ class Trainer:
         """Of the passes `kinds`."""
         return self._comparison.differences(kinds)
 
-    def row(self) -> dict[str, Any]:
+    def inside(self) -> Inside:
         """What `attribution.json` has of the dtype."""
-        return inside_row(*kept_of(self._comparison), self._dtype)
+        return inside.inside_of(*kept_of(self._comparison), self._dtype)
 
     @property
     def layers(self) -> list[tuple[str, nn.Module]]:
@@ -209,8 +208,8 @@ def code_answers(trainers: Mapping[str, Trainer], fault: CodeFault, strength: fl
         with ExitStack() as stack:
             for trainer in trainers.values():
                 stack.enter_context(fault.planted(trainer.layers[index][1], strength))
-            rows = {dtype: trainer.row() for dtype, trainer in trainers.items()}
-        for dtype, conclusion in conclude(rows, ("bfloat16", "bfloat16"), routers=False).dtypes.items():
+            insides = {dtype: trainer.inside() for dtype, trainer in trainers.items()}
+        for dtype, conclusion in conclude(insides, ("bfloat16", "bfloat16"), routers=False).dtypes.items():
             found[dtype].append(conclusion)
         places.append(("layer", fault.kind, name + fault.place))
     answers = {}
@@ -228,7 +227,7 @@ def code_grid(checkpoint: Path, folder: Path, dtypes: Sequence[str], *, windowed
     for dtype in dtypes:
         trace(checkpoint, dtype, folder / dtype / "trace", CODE_TOKENS)
         trainers[dtype] = Trainer(checkpoint, dtype, folder / dtype / "trace")
-    clean = conclude({d: t.row() for d, t in trainers.items()}, ("bfloat16", "bfloat16"), routers=False)
+    clean = conclude({d: t.inside() for d, t in trainers.items()}, ("bfloat16", "bfloat16"), routers=False)
     print("unaltered:", "; ".join(f"{d} {c.code} ({c.score:.2f})" for d, c in clean.dtypes.items()), flush=True)
     for fault in FAULTS:
         for strength in fault.strengths if fault.windowed == windowed else ():

@@ -14,12 +14,12 @@ from mismatch_probe.errors import ProbeError
 
 if TYPE_CHECKING:
     from mismatch_probe.engines.models import ModelRef
-    from mismatch_probe.probes.attribute.plan import AttributePlan
     from mismatch_probe.probes.attribute.session import AttributeResult
     from mismatch_probe.probes.audit.session import AuditResult
     from mismatch_probe.probes.planning import Plan
     from mismatch_probe.probes.progress import Progress
     from mismatch_probe.probes.session import RunResult
+    from mismatch_probe.results.attribution import AttributionPlan
     from mismatch_probe.rl.config import RlConfig
     from mismatch_probe.rl.gradient import GradientResult
     from mismatch_probe.rl.plan import PlannedRun
@@ -161,8 +161,8 @@ def attribute(
         config: What to compare; its dtypes are those of `pair`.
         out: A new folder for the run; by default one under `runs/`.
         progress: Told about every pass.
-        options: Fields of `probes.attribute.options.AttributeOptions`: `pair`, `knobs`, `layers`, `layer_dtypes`,
-            `target`.
+        options: Fields of `probes.attribute.options.AttributeOptions`: `pair`, `settings`, `layers`,
+            `layer_dtypes`, `target`.
 
     Raises:
         ProbeError: See `mismatch_probe.errors`; what is finished stays in the run directory.
@@ -195,12 +195,12 @@ def attribute_run(path: str | Path, **options: Any) -> AttributeResult:
     Raises:
         TableError: The folder holds no run, or a table is missing or corrupt.
     """
-    from mismatch_probe.probes.attribute.session import attribution_of
+    from mismatch_probe.probes.attribute.session import attribute_again
 
-    return attribution_of(Path(path), options)
+    return attribute_again(Path(path), options)
 
 
-def attribute_plan(config: CompareConfig, **options: Any) -> AttributePlan:
+def attribute_plan(config: CompareConfig, **options: Any) -> AttributionPlan:
     """What an attribution would run and what it would leave out, with the reason; loads nothing.
 
     Args:

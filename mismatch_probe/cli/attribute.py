@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 import mismatch_probe
-from mismatch_probe.cli.compare import NameList, duration, engine_args_of, json_option, run_parameters
+from mismatch_probe.cli.compare import NameList, engine_args_of, json_option, run_parameters
 from mismatch_probe.cli.output import print_json
 from mismatch_probe.cli.progress import shown_progress
 from mismatch_probe.config import CompareConfig
 from mismatch_probe.errors import EXIT_ERROR, EXIT_OK, UsageError
 from mismatch_probe.types import DTYPES
-
-if TYPE_CHECKING:
-    from mismatch_probe.probes.attribute.plan import AttributePlan
 
 # The pair decides these.
 _NOT_HERE = ("rollout_dtypes", "trainer_dtypes", "temperature")
@@ -31,7 +28,7 @@ _NOT_HERE = ("rollout_dtypes", "trainer_dtypes", "temperature")
 )
 @click.option("--pair", metavar="ROLLOUT/TRAINER", help="Whose gap; one dtype means both.  [default: bfloat16]")
 @click.option(
-    "--knobs",
+    "--settings",
     metavar="LIST",
     help="default, all, none, or names (see --plan); rollout: or trainer: before one means that side.",
 )
@@ -40,12 +37,18 @@ _NOT_HERE = ("rollout_dtypes", "trainer_dtypes", "temperature")
 @click.option(
     "--target",
     type=float,
-    metavar="PART",
-    help="Part of the gap that FP32 modules may leave.  [default: 4/5 of what an FP32 trainer closes are to go]",
+    metavar="FRACTION",
+    help="Stop when the remaining gap is at or below this fraction.  [default: 4/5 of what an FP32 trainer closes]",
 )
-@click.option("--from", "source", type=click.Path(), metavar="RUN", help="Compute it again, without engines.")
-@click.option("--resume", type=click.Path(), metavar="RUN", help="Run what this run still lacks.")
-@click.option("--plan", "plan_only", is_flag=True, help="Print processes, settings, what is left out and why.")
+@click.option(
+    "--from",
+    "source",
+    type=click.Path(),
+    metavar="RUN",
+    help="Compute the attribution of this run again, without engines.",
+)
+@click.option("--resume", type=click.Path(), metavar="RUN", help="Run what is missing in this run.")
+@click.option("--plan", "plan_only", is_flag=True, help="Print processes and settings, and run nothing.")
 @json_option
 def command(
     source: str | None,
@@ -53,32 +56,33 @@ def command(
     out: str | None,
     plan_only: bool,
     as_json: bool,
-    knobs: str | None,
+    settings: str | None,
     engine_args: tuple[str, ...],
     **given: Any,
 ) -> int:
     """Where does the mismatch come from: which rung, which setting, which layer?
 
-    Compares one pair of dtypes, then reads the same tokens again: decode against prefill, batching, one setting of
+    Compares one pair of dtypes, then runs the same tokens again: decode against prefill, batching, one setting of
     vLLM or of the trainer after another, and both models layer by layer and module by module.
 
     \b
     Examples:
       mismatch-probe attribute
-      mismatch-probe attribute --model ./my-checkpoint --pair bf16/bf16 --knobs default,compiled
-      mismatch-probe attribute --model ./my-checkpoint --knobs kv-fp8,trainer:fp32-head --no-layers
+      mismatch-probe attribute --model ./my-checkpoint --pair bf16/bf16 --settings default,compiled
+      mismatch-probe attribute --model ./my-checkpoint --settings kv-fp8,trainer:fp32-head --no-layers
       mismatch-probe attribute --resume runs/smollm2-135m-20260101-120000
     """
     from rich.console import Console
 
-    from mismatch_probe.report.attribute_terminal import print_attribution
+    from mismatch_probe.report.attribution import plan_report
+    from mismatch_probe.report.render.terminal import print_report
 
     chosen = {name: value for name, value in given.items() if value is not None and value != ()}
     options: dict[str, Any] = {
         name: chosen.pop(name) for name in ("pair", "layers", "layer_dtypes", "target") if name in chosen
     }
-    if knobs is not None:
-        options["knobs"] = tuple(part.strip() for part in knobs.split(",") if part.strip())
+    if settings is not None:
+        options["settings"] = tuple(part.strip() for part in settings.split(",") if part.strip())
     if engine_args:
         chosen["engine_args"] = engine_args_of(engine_args)
     if source is not None and resume is not None:
@@ -88,7 +92,8 @@ def command(
     if (source or resume) and (chosen or out is not None or plan_only):
         raise UsageError("Options of a new run cannot be combined with --from or --resume.", "Leave them out.")
     if plan_only:
-        _show_plan(mismatch_probe.attribute_plan(CompareConfig(**chosen), **options), as_json)
+        plan = mismatch_probe.attribute_plan(CompareConfig(**chosen), **options)
+        print_json(plan.model_dump(mode="json")) if as_json else print_report(plan_report(plan), Console())
         return EXIT_OK
     with shown_progress() as progress:
         if source is not None:
@@ -98,10 +103,10 @@ def command(
         else:
             result = mismatch_probe.attribute(CompareConfig(**chosen), out=out, progress=progress, **options)
     if as_json:
-        print_json(result.document)
+        print_json(result.attribution.content())
     else:
-        print_attribution(result.document, Console())
-    click.echo(f"Report: {result.path / 'report.html'}", err=True)
+        print_report(result.report(), Console())
+    click.echo(f"Report: {result.page}", err=True)
     if result.failed:
         click.echo(
             f"{', '.join(result.failed)} failed; try again with: mismatch-probe attribute --resume {result.path}",
@@ -109,18 +114,3 @@ def command(
         )
         return EXIT_ERROR
     return EXIT_OK
-
-
-def _show_plan(plan: AttributePlan, as_json: bool) -> None:
-    if as_json:
-        print_json(plan.as_dict())
-        return
-    click.echo(f"{'process':<32}{'readings':>10}{'time, roughly':>16}")
-    for row in plan.passes:
-        click.echo(f"{row.pass_id:<32}{1:>10}{duration(row.seconds):>16}")
-    for name, readings, seconds in plan.processes:
-        click.echo(f"{name:<32}{readings:>10}{duration(seconds):>16}")
-    click.echo(f"{'all':<32}{'':>10}{duration(plan.seconds):>16}")
-    click.echo(f"\nTraces of layers take up to {plan.disk_gib:.1f} GiB of disk while they are compared.\n")
-    for name, change, why in plan.knobs:
-        click.echo(f"{name:<38}{change:<46}{f'no: {why}' if why else 'yes'}")

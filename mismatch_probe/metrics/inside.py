@@ -4,14 +4,14 @@ Two engines that only round differently are apart by what both round: √2 times
 against a wider forward pass on the same input, when the errors are independent. A module's *score* is how far apart
 they are over that; a fault in one of them shows as a score that rounding does not reach.
 
-Shape legend: `M` tensors, `S` sequences, `L` layers.
+Shape legend: `M` tensors, `S` sequences, `L` layers, `Q` rows whose logits were kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,8 @@ from mismatch_probe.dtypes import DTYPE_INFOS
 from mismatch_probe.types import DTYPES, MetricValue
 
 Floats = NDArray[np.float64]
+Kind = Literal["module", "between", "end"]
+Verdict = Literal["layer", "everywhere", "outside", "not finite", "no single layer"]
 # Scores of clean pairs of engines stay below 1.5 (benchmarks/clean_families.py); 2 leaves room for other kernels.
 THRESHOLD = 2.0
 # RMS relative error of one rounding of a smooth distribution, in units of the unit roundoff u.
@@ -44,14 +46,150 @@ class Located:
         score: Of the module, or the largest of all.
     """
 
-    verdict: str
+    verdict: Verdict
     name: str
-    kind: str
+    kind: Kind | Literal[""]
     layer: int | None
     score: float
 
-    def as_dict(self) -> dict[str, Any]:
-        return {**vars(self)}
+
+NOTHING = Located("no single layer", "", "", None, 0.0)
+# JSON has no infinity: a score that is not finite is this.
+ENDLESS = 1e30
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One decoder layer, compared on both sides. Relative errors are RMS differences over the RMS of what they are of.
+
+    Attributes:
+        layer: Its index.
+        relative_error: Of the residual stream after it, which holds what all layers before have added; None where it
+            is not finite.
+        step: How far apart the sides are after this layer when both are given the engine's input; None likewise.
+        step_expected: How far apart rounding lets them be there; None likewise.
+        score: `step` over `step_expected`; `ENDLESS` where a tensor is not finite.
+        lens_kl: KL(rollout‖trainer), nats per position, of what both residual streams would predict if the head came
+            next; None where it was not computed.
+    """
+
+    layer: int
+    relative_error: float | None
+    step: float | None
+    step_expected: float | None
+    score: float
+    lens_kl: float | None
+
+
+@dataclass(frozen=True)
+class TensorRow:
+    """One tensor inside the models, compared where both sides are given the engine's input. Errors are relative.
+
+    Attributes:
+        name: Of its module.
+        layer: Index of its layer, None outside of the layers.
+        kind: As in `Located`.
+        apart: How far apart the sides are; None where it is not finite, as below.
+        engine_error, trainer_error: Of each side against a wider forward pass.
+        score: `apart` over what rounding lets it be; `ENDLESS` where a tensor is not finite.
+    """
+
+    name: str
+    layer: int | None
+    kind: Kind
+    apart: float | None
+    engine_error: float | None
+    trainer_error: float | None
+    score: float
+
+
+@dataclass(frozen=True)
+class Inside:
+    """Both models layer by layer and module by module, in one dtype.
+
+    Attributes:
+        why: Why nothing was compared; empty where something was.
+        n_tokens, n_sequences: What was run through both.
+        layers: In order.
+        growth_per_layer: Factor by which the residual stream's relative error grows from a layer to the next.
+        first_beyond: Index of the first layer whose score is beyond the threshold, None without any.
+        worst_layer: Index of the layer with the largest score.
+        end_score: Of the last layer's residual stream: what all layers together have added, over what rounding lets
+            them add; None where there is no layer.
+        tensors: Those that stand on their own: modules' results, what reaches modules, and ends of layers.
+        located: What stands out among them; None where nothing was compared.
+    """
+
+    why: str = ""
+    n_tokens: int = 0
+    n_sequences: int = 0
+    layers: tuple[LayerRow, ...] = ()
+    growth_per_layer: MetricValue | None = None
+    first_beyond: int | None = None
+    worst_layer: int | None = None
+    end_score: float | None = None
+    tensors: tuple[TensorRow, ...] = ()
+    located: Located | None = None
+
+
+def inside_of(facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], dtype: str) -> Inside:
+    """Layers and tensors of a dtype.
+
+    Args:
+        facts: `records` of `M` tensors (`kind`, `name`, `layer`), `trained_layers` and `layers` with a lens, by name.
+        arrays: `apart`, `engine`, `trainer` and `size` `[M, S]` sums of squares, `lens` `[L, Q]` nats.
+        dtype: In which both sides compute.
+    """
+    records, names = facts["records"], list(facts["trained_layers"])
+    apart, engine, trainer = (relative(arrays[k], arrays["size"]) for k in ("apart", "engine", "trainer"))
+    score = scores(apart, trainer, dtype)
+    lens = dict(zip(facts["layers"], arrays["lens"].mean(1).tolist(), strict=True)) if facts["layers"] else {}
+    by = {(record["kind"], record["name"]): index for index, record in enumerate(records)}
+    layers = []
+    for index, name in enumerate(names):
+        stream, own = by.get(("stream", name)), by.get(("layer", name))
+        if stream is not None and own is not None:
+            limit, kl = _known(expected(trainer, dtype)[own]), _known(lens.get(name, np.nan))
+            layers.append(LayerRow(index, _known(apart[stream]), _known(apart[own]), limit, _bounded(score[own]), kl))
+    kept = [i for i, record in enumerate(records) if record["kind"] in ("module", "between", "end")]
+    tensors = tuple(
+        TensorRow(
+            records[i]["name"],
+            records[i]["layer"],
+            records[i]["kind"],
+            _known(apart[i]),
+            _known(engine[i]),
+            _known(trainer[i]),
+            _bounded(score[i]),
+        )
+        for i in kept
+    )
+    kinds = [tensor.kind for tensor in tensors]
+    located = locate([t.name for t in tensors], [t.layer for t in tensors], kinds, score[kept], len(names))
+    streams = [by["stream", name] for name in names if ("stream", name) in by]
+    first = first_beyond(np.array([row.score for row in layers], np.float64))
+    worst = max(layers, key=lambda row: row.score, default=None)
+    return Inside(
+        "",
+        int(arrays["size"][streams[0]].sum()) if streams else 0,
+        int(arrays["size"].shape[1]),
+        tuple(layers),
+        growth(arrays["apart"][streams], arrays["size"][streams]),
+        None if first is None else layers[first].layer,
+        None if worst is None else worst.layer,
+        _bounded(score[streams[-1]]) if streams else None,
+        tensors,
+        replace(located, score=_bounded(located.score)),
+    )
+
+
+def _bounded(value: float) -> float:
+    return float(min(value, ENDLESS))
+
+
+def _known(value: float) -> float | None:
+    """JSON has no NaN: then there is none."""
+    return float(value) if np.isfinite(value) else None
 
 
 def relative(squares: Floats, size: Floats) -> Floats:
@@ -77,7 +215,7 @@ def scores(apart: Floats, trainer: Floats, dtype: str) -> Floats:
 
 
 def locate(
-    names: Sequence[str], layers: Sequence[int | None], kinds: Sequence[str], found: Floats, count: int
+    names: Sequence[str], layers: Sequence[int | None], kinds: Sequence[Kind], found: Floats, count: int
 ) -> Located:
     """The module that stands out.
 
@@ -89,7 +227,7 @@ def locate(
         count: Decoder layers of the model.
     """
     if not len(found):
-        return Located("no single layer", "", "", None, 0.0)
+        return NOTHING
     worst = int(np.argmax(found))  # the first of equals: of tensors that are not finite the one that was made first
     top, kind = float(found[worst]), kinds[worst]
     if np.isinf(top):

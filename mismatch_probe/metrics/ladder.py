@@ -1,9 +1,9 @@
 """How a gap is made: rung by rung, and what a change does to it.
 
-A ladder is a row of readings of the same tokens, from the rollout's to the trainer's, each with one change against the
-one before. The differences of neighbours, d_rung, add up to d token by token. A rung's share is
-E[d_rung · d] / E[d²], about zero and not about means, so that a bias counts: shares add up to 1, a rung that undoes
-what others did has a negative one, and another order of the same changes gives other shares.
+A ladder is a row of passes over the same tokens, from the rollout's to the trainer's, each with one change against the
+one before. The differences of neighbours, d_rung, add up to d token by token. A rung's contribution is
+E[d_rung · d] / E[d²], about zero and not about means, so that a bias counts: contributions add up to 1, a rung that
+undoes what others did has a negative one, and another order of the same changes gives other contributions.
 
 Shape legend: `N` tokens, `P` prompts.
 """
@@ -21,12 +21,12 @@ from mismatch_probe.metrics import scales
 from mismatch_probe.metrics.chunks import group_sums
 from mismatch_probe.metrics.inference import TESTED_PROMPTS
 from mismatch_probe.metrics.intervals import Estimate, evaluate, infer, metric_value, with_interval
-from mismatch_probe.metrics.multiplicity import SIGNIFICANCE
+from mismatch_probe.metrics.multiplicity import SIGNIFICANCE, holm
 from mismatch_probe.types import MetricValue
 
 Floats = NDArray[np.float64]
 UNCHANGED = "no token changed"
-NO_TOKENS = "no token is finite in all readings"
+NO_TOKENS = "no token is finite in all passes"
 NO_GAP = "there is no gap"
 CLOSED = "no gap is left"
 
@@ -68,12 +68,25 @@ class Rung:
     Attributes:
         rms: Of d_rung, nats.
         mean: Of d_rung, nats: its bias.
-        share: Of E[d²].
+        contribution: To E[d²], as a fraction; negative where the rung undoes what others did.
     """
 
     rms: MetricValue
     mean: MetricValue
-    share: MetricValue
+    contribution: MetricValue
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How large a gap is.
+
+    Attributes:
+        rms: Of d, nats.
+        k3: Mean of exp(d) − 1 − d, nats.
+    """
+
+    rms: MetricValue
+    k3: MetricValue
 
 
 @dataclass(frozen=True)
@@ -89,6 +102,9 @@ class Change:
         p_value: Two-sided, of `rms_ratio` being 1: below 0.05 exactly where its interval leaves 1 out; None where
             nothing can be tested, as below 16 prompts. Where no gap is left, that of a sign test over the prompts that
             had one.
+        p_holm: `p_value` adjusted over a family of changes (Holm 1979), see `tested_together`; None where there is no
+            test.
+        differs: Whether `p_holm` is below 5 %; None where there is no test.
     """
 
     rms: MetricValue
@@ -97,62 +113,79 @@ class Change:
     k3_ratio: MetricValue
     shift: MetricValue
     p_value: float | None = None
+    p_holm: float | None = None
+    differs: bool | None = None
 
-    def as_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
-        return {
-            name: value.as_dict() if isinstance(value, MetricValue) else value for name, value in vars(self).items()
-        }
+    def alters(self, *, larger: bool) -> bool:
+        """Whether a tested change makes the gap larger, or smaller."""
+        ratio = self.rms_ratio.value
+        return bool(self.differs) and ratio is not None and (ratio > 1) == larger
+
+    @property
+    def closed(self) -> MetricValue:
+        """The fraction of E[d²] that is gone with the change, 1 − `rms_ratio`²; negative where the gap grows."""
+        ratio = self.rms_ratio
+        value, low, high = (None if end is None else 1 - end**2 for end in (ratio.value, ratio.ci_high, ratio.ci_low))
+        return MetricValue(value, low, high, ratio.why)
 
 
-def climb(levels: Sequence[Floats], tokens: TokenPrompts, *, seed: int = 0, replicates: int = 1000) -> list[Rung]:
-    """The rungs between neighbouring levels.
+def tested_together(changes: Sequence[Change]) -> list[Change]:
+    """The changes with `p_holm` and `differs`: all of them are one family of tests."""
+    adjusted = holm([change.p_value for change in changes])
+    return [
+        replace(change, p_holm=p, differs=None if p is None else p < SIGNIFICANCE)
+        for change, p in zip(changes, adjusted, strict=True)
+    ]
+
+
+def climb(passes: Sequence[Floats], tokens: TokenPrompts, *, seed: int = 0, replicates: int = 1000) -> list[Rung]:
+    """The rungs between neighbouring passes.
 
     Args:
-        levels: `[N]` log-probs each, nats, the rollout's first; two or more.
+        passes: `[N]` log-probs each, nats, the rollout's first; two or more.
         tokens: Whose they are.
         seed: Of the bootstrap.
         replicates: Of the bootstrap.
     """
-    readings = np.stack(levels)
-    finite = np.asarray(np.isfinite(readings).all(axis=0))
-    readings, tokens = readings[:, finite], tokens.where(finite)
-    total, steps = readings[-1] - readings[0], np.diff(readings, axis=0)
+    logprobs = np.stack(passes)
+    finite = np.asarray(np.isfinite(logprobs).all(axis=0))
+    logprobs, tokens = logprobs[:, finite], tokens.where(finite)
+    total, steps = logprobs[-1] - logprobs[0], np.diff(logprobs, axis=0)
     if not finite.any():
         nothing = MetricValue(None, why=NO_TOKENS)
         return [Rung(nothing, nothing, nothing) for _ in steps]
     estimates: dict[str, Estimate] = {}
-    shares: dict[str, Estimate] = {}
+    contributions: dict[str, Estimate] = {}
     for index, step in enumerate(steps):
         if step.any():
             estimates[f"rms-{index}"] = tokens.estimate(scales.log_root_mean, scales.exp, step**2)
             estimates[f"mean-{index}"] = tokens.estimate(scales.plain, scales.as_is, step)
             if total.any():
-                shares[f"share-{index}"] = tokens.estimate(_ratio, scales.as_is, step * total, total**2)
+                contributions[f"contribution-{index}"] = tokens.estimate(_ratio, scales.as_is, step * total, total**2)
     found = evaluate(estimates, seed=seed, replicates=replicates)
-    # A share is the same for every prompt where one rung makes all: resampled, it would have no spread to divide by.
-    found |= evaluate(shares, seed=seed, replicates=0)
+    # A contribution is the same for every prompt where one rung makes all: resampled, it would have no spread.
+    found |= evaluate(contributions, seed=seed, replicates=0)
     zero = MetricValue(0.0, why=UNCHANGED)
     none = zero if total.any() else MetricValue(None, why=NO_GAP)
     return [
-        Rung(found.get(f"rms-{i}", zero), found.get(f"mean-{i}", zero), found.get(f"share-{i}", none))
+        Rung(found.get(f"rms-{i}", zero), found.get(f"mean-{i}", zero), found.get(f"contribution-{i}", none))
         for i in range(len(steps))
     ]
 
 
-def gap(d: Floats, tokens: TokenPrompts, *, seed: int = 0, replicates: int = 1000) -> dict[str, MetricValue]:
-    """`rms` and `k3` of a gap `[N]`, nats."""
+def gap(d: Floats, tokens: TokenPrompts, *, seed: int = 0, replicates: int = 1000) -> Gap:
+    """How large a gap `[N]` is, nats."""
     finite = np.isfinite(d)
     d, tokens = d[finite], tokens.where(finite)
     if not finite.any():
-        return dict.fromkeys(("rms", "k3"), MetricValue(None, why=NO_TOKENS))
+        return Gap(*[MetricValue(None, why=NO_TOKENS)] * 2)
     if not d.any():
-        return dict.fromkeys(("rms", "k3"), MetricValue(0.0, why=NO_GAP))
+        return Gap(*[MetricValue(0.0, why=NO_GAP)] * 2)
     estimates = {
         "rms": tokens.estimate(scales.log_root_mean, scales.exp, d**2),
         "k3": tokens.estimate(scales.log_mean, scales.exp, scales.k3(d)),
     }
-    return evaluate(estimates, seed=seed, replicates=replicates)
+    return Gap(**evaluate(estimates, seed=seed, replicates=replicates))
 
 
 def change(before: Floats, after: Floats, tokens: TokenPrompts, *, seed: int = 0, replicates: int = 1000) -> Change:
@@ -177,7 +210,7 @@ def change(before: Floats, after: Floats, tokens: TokenPrompts, *, seed: int = 0
     before, after, tokens = before[finite], after[finite], tokens.where(finite)
     own = gap(after, tokens, seed=seed, replicates=replicates)
     none = MetricValue(None, why=NO_GAP if finite.any() else NO_TOKENS)
-    found = Change(own["rms"], own["k3"], none, none, none)
+    found = Change(own.rms, own.k3, none, none, none)
     if not finite.any():
         return found
     if not (after - before).any():
@@ -207,8 +240,8 @@ def change(before: Floats, after: Floats, tokens: TokenPrompts, *, seed: int = 0
     return replace(found, rms_ratio=ratios["rms_ratio"], k3_ratio=ratios["k3_ratio"], p_value=p_value)
 
 
-def share_of_squares(d: Floats, chosen: NDArray[np.bool_], tokens: TokenPrompts, *, seed: int = 0) -> MetricValue:
-    """The share of Σ d² that lies on some of the tokens."""
+def contribution_of(d: Floats, chosen: NDArray[np.bool_], tokens: TokenPrompts, *, seed: int = 0) -> MetricValue:
+    """The fraction of Σ d² that lies on some of the tokens."""
     finite = np.isfinite(d)
     d, chosen, tokens = d[finite], chosen[finite], tokens.where(finite)
     if not d.any():
@@ -216,7 +249,7 @@ def share_of_squares(d: Floats, chosen: NDArray[np.bool_], tokens: TokenPrompts,
     if not (d * chosen).any():
         return MetricValue(0.0, why="none of its tokens differs")
     estimate = tokens.estimate(_ratio, scales.as_is, d**2 * chosen, d**2)
-    return evaluate({"share": estimate}, seed=seed, replicates=0)["share"]
+    return evaluate({"contribution": estimate}, seed=seed, replicates=0)["contribution"]
 
 
 def _alone(value: MetricValue) -> MetricValue:

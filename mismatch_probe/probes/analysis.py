@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from mismatch_probe.config import Limit
 from mismatch_probe.errors import TableError
@@ -22,6 +21,7 @@ from mismatch_probe.probes.pairs import PairResult, PassPair, analyse_pair, why_
 from mismatch_probe.probes.planning import passes_of, self_noise_pass_id
 from mismatch_probe.probes.worst import worst_tokens
 from mismatch_probe.report.data import Curves, ReportData
+from mismatch_probe.results.attribution import Attribution
 from mismatch_probe.results.comparison import (
     Comparison,
     Crossing,
@@ -35,11 +35,6 @@ from mismatch_probe.results.comparison import (
     SelfNoisePass,
 )
 from mismatch_probe.runs import RunDirectory
-from mismatch_probe.tables import read_json
-
-# What a report shows of an attribution.
-_ATTRIBUTED = {"gap", "ladder", "knobs", "two_sided", "layers", "fixes", "experts", "failed", "nulls", "causes"}
-_ATTRIBUTED |= {"conclusions", "left_in_fp32"}
 
 
 def analyse(
@@ -114,24 +109,14 @@ def analyse(
     )
 
 
-def read_attribution(run: RunDirectory) -> dict[str, Any] | None:
-    """The content of a run's `attribute/attribution.json`; None where there is none.
+def read_attribution(run: RunDirectory) -> Attribution | None:
+    """A run's attribution; None where its gap has not been taken apart.
 
     Raises:
-        TableError: It is damaged, or of an unknown schema version.
+        TableError: It is damaged, or of a schema that is not read here.
     """
     path = run.path / "attribute" / "attribution.json"
-    if not path.exists():
-        return None
-    fix = f"Run `mismatch-probe attribute --from {run.path}` again."
-    try:
-        document: dict[str, Any] = read_json(path)
-    except TableError as error:
-        raise TableError(error.what, fix) from None
-    lacking = _ATTRIBUTED - document.keys()
-    if lacking:
-        raise TableError(f"{path} lacks {', '.join(sorted(lacking))}.", fix)
-    return document
+    return Attribution.read(path) if path.exists() else None
 
 
 def _completed(result: PairResult, tests: Sequence[RatioTest], noise: Mapping[str, SelfNoisePass]) -> PairResult:

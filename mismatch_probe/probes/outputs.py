@@ -40,11 +40,7 @@ def write_outputs(run: RunDirectory, data: ReportData) -> dict[str, Path]:
 
 
 def draw_figures(run: RunDirectory, data: ReportData) -> dict[str, Path]:
-    """Draws every figure into `figures/`, and an attribution's into `attribute/figures/`."""
-    from mismatch_probe.report.figures.attribute import draw_attribution
+    """Draws every figure into `figures/`."""
     from mismatch_probe.report.figures.curves import draw_all
 
-    drawn = draw_all(data, run.path / "figures")
-    if data.attribution is not None:
-        drawn |= draw_attribution(data.attribution, run.path / "attribute" / "figures")
-    return drawn
+    return draw_all(data, run.path / "figures")

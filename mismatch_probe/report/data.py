@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mismatch_probe.metrics.curves import BinnedDiff, Ccdf, LengthCurve, PolicyDensity
     from mismatch_probe.metrics.length_prediction import LengthForecast
+    from mismatch_probe.results.attribution import Attribution
     from mismatch_probe.results.comparison import Comparison
     from mismatch_probe.results.manifest import Manifest
 
@@ -73,11 +74,11 @@ class ReportData:
         manifest: Of the run.
         curves: Curves of the diagonal pairs.
         worst_tokens: Worst first within each pair.
-        attribution: Content of `attribute/attribution.json`, None where the gap has not been taken apart.
+        attribution: Where the gap of one pair arises; None where it has not been taken apart.
     """
 
     summary: Comparison
     manifest: Manifest
     curves: Curves
     worst_tokens: list[WorstToken]
-    attribution: dict[str, Any] | None = None
+    attribution: Attribution | None = None

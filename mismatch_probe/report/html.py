@@ -12,8 +12,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mismatch_probe.report import view, view_exact
-from mismatch_probe.report.attribute_sections import attribution_view
-from mismatch_probe.report.names import ATTRIBUTE_GUIDES, FIGURE_GUIDES
+from mismatch_probe.report.attribution import attribution_answer
+from mismatch_probe.report.format import visible
+from mismatch_probe.report.names import FIGURE_GUIDES
 from mismatch_probe.report.sections import sections
 
 if TYPE_CHECKING:
@@ -69,13 +70,13 @@ def render_html(data: ReportData, figures: Mapping[str, Path]) -> str:
 
     Args:
         data: What to show; model text in it may be hostile.
-        figures: Figure name (as in `FIGURES` or `ATTRIBUTE_GUIDES`) to its PNG file; absent figures are left out.
+        figures: Figure name (as in `FIGURES`) to its PNG file; absent figures are left out.
 
     Raises:
         OSError: a figure cannot be read.
     """
     state, sentence = view.verdict(data.summary)
-    attribution = None if data.attribution is None else attribution_view(data.attribution)
+    answer = () if data.attribution is None else attribution_answer(data.attribution)
     return render_page(
         "report.html.j2",
         model=view.model_name(data),
@@ -92,11 +93,7 @@ def render_html(data: ReportData, figures: Mapping[str, Path]) -> str:
         budget=view_exact.budget_table(data.summary),
         texts={**view_exact.TEXTS, "budget": view_exact.budget_text(data.summary)},
         where=view_exact.where_table(data.summary),
-        attribution=attribution,
-        attributed={
-            section.name: embedded(figures, {name: ATTRIBUTE_GUIDES[name] for name in section.figures})
-            for section in (attribution.sections if attribution else ())
-        },
+        attribution=[visible(text) for text in answer],
         figures=embedded(figures, FIGURE_GUIDES),
         sections=sections(data.summary),
         metrics=view.metrics_table(data.summary),

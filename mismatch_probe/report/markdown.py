@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from mismatch_probe.report import view, view_exact
-from mismatch_probe.report.attribute_sections import attribution_view
-from mismatch_probe.report.names import ATTRIBUTE_GUIDES, FIGURE_GUIDES
+from mismatch_probe.report.attribution import attribution_answer
+from mismatch_probe.report.format import visible
+from mismatch_probe.report.names import FIGURE_GUIDES
 from mismatch_probe.report.sections import sections
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def render_markdown(data: ReportData, figures: Mapping[str, str | PurePath]) -> 
 
     Args:
         data: What to show; model text in it may be hostile.
-        figures: Figure name (as in `FIGURES` or `ATTRIBUTE_GUIDES`) to its path relative to the document; absent ones
+        figures: Figure name (as in `FIGURES`) to its path relative to the document; absent ones
             are left out.
     """
     blocks = [f"# Rollout–trainer mismatch of {escape(view.model_name(data))}"]
@@ -47,7 +48,7 @@ def render_markdown(data: ReportData, figures: Mapping[str, str | PurePath]) -> 
     )
     blocks += _exact_blocks(data.summary)
     if data.attribution is not None:
-        blocks += _attribution_blocks(data.attribution, figures)
+        blocks += ["## Where it comes from", *(escape(visible(text)) for text in attribution_answer(data.attribution))]
     for name, (title, guide) in FIGURE_GUIDES.items():
         if name in figures:
             blocks += [f"## {title}", _image(title, figures[name]), escape(guide)]
@@ -87,22 +88,6 @@ def _exact_blocks(summary: Comparison) -> list[str]:
         blocks += [escape(view_exact.budget_text(summary)), _table(budget, "")]
     else:
         blocks.append(escape(texts["no_budget"]))
-    return blocks
-
-
-def _attribution_blocks(document: Mapping[str, Any], figures: Mapping[str, str | PurePath]) -> list[str]:
-    """Where the gap comes from; details of layers and modules are left to the HTML page."""
-    found = attribution_view(document)
-    blocks = ["## Where it comes from", *(escape(text) for text in found.texts)]
-    blocks.append(_bullets(f"note: {escape(note)}" for note in found.notes))
-    for section in found.sections:
-        if section.brief:
-            blocks += [f"### {escape(section.title)}", escape(section.text)]
-            for name in section.figures:
-                if name in figures:
-                    title, guide = ATTRIBUTE_GUIDES[name]
-                    blocks += [_image(title, figures[name]), escape(guide)]
-            blocks.append(_table(section.table, ""))
     return blocks
 
 

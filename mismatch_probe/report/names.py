@@ -104,34 +104,3 @@ FIGURE_GUIDES: dict[str, tuple[str, str]] = {
     ),
 }
 """Title and one-sentence reading guide of each figure, in the order of a report."""
-
-
-ATTRIBUTE_GUIDES: dict[str, tuple[str, str]] = {
-    "attribute-ladder": (
-        "Where the gap arises, rung by rung",
-        "Bars add up to the whole gap in the order of the rows, and a hatched one undoes part of it; below, a level is "
-        "the better the closer its error is to 0.",
-    ),
-    "attribute-knobs": (
-        "What each setting does to the gap",
-        "Left of the line at 1 the gap is smaller with the setting; an arrow is an interval that goes on.",
-    ),
-    "attribute-layers": (
-        "How the engines part with depth",
-        "Above, a jump is a layer that adds more than others; below, only what lies in the shaded region is more than "
-        "rounding.",
-    ),
-    "attribute-lens": (
-        "What the residual streams would predict",
-        "Where a line rises, the engines' next-token predictions come apart at that depth.",
-    ),
-    "attribute-fixes": (
-        "FP32 modules at the trainer, and what they cost",
-        "What lies left of a dashed line is enough, and of that the shortest bar is the cheapest; below 0 is noise.",
-    ),
-    "attribute-experts": (
-        "Where the routers disagree",
-        "Left, a low layer is one whose router is easily tipped; right, what of the gap is left without disagreement.",
-    ),
-}
-"""Title and one-sentence reading guide of each figure of an attribution."""

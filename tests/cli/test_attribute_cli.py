@@ -16,8 +16,8 @@ Command = Callable[..., Outcome]
 def test_a_finished_run_is_taken_apart_as_far_as_it_goes(command: Command, run_copy: Path, no_figures: None) -> None:
     outcome = command("attribute", "--from", run_copy, "--no-layers")
     assert outcome.code == 0
-    assert "The gap of bfloat16 → bfloat16" in outcome.out
-    assert str(run_copy / "report.html") in outcome.err
+    assert outcome.out.startswith("Where the gap of ")
+    assert str(run_copy / "attribute" / "report.html") in outcome.err
 
 
 def test_json_is_one_document(command: Command, run_copy: Path, no_figures: None) -> None:
@@ -33,7 +33,7 @@ def test_json_is_one_document(command: Command, run_copy: Path, no_figures: None
         (("--from", "a", "--model", "m"), "cannot be combined with --from or --resume"),
         (("--resume", "a", "--plan"), "cannot be combined with --from or --resume"),
         (("--pair", "bf16/int4", "--plan"), "is not rollout/trainer"),
-        (("--target", "2", "--plan"), "--target is a part"),
+        (("--target", "2", "--plan"), "--target is a fraction"),
         (("--trainer-mode", "cast,autocast", "--plan"), "one --trainer-mode"),
         (("--rollout-dtypes", "bf16"), "No such option"),
     ],
@@ -45,17 +45,17 @@ def test_mistakes_are_sentences(command: Command, arguments: tuple[str, ...], wo
     assert "Traceback" not in outcome.err
 
 
-def test_an_unknown_knob_lists_the_known(command: Command, scripted_model: MakeModel) -> None:
-    outcome = command("attribute", "--model", scripted_model(), "--knobs", "foo", "--plan")
+def test_an_unknown_setting_lists_the_known(command: Command, scripted_model: MakeModel) -> None:
+    outcome = command("attribute", "--model", scripted_model(), "--settings", "foo", "--plan")
     assert outcome.code == 2
-    assert "knows no 'foo'" in outcome.err
+    assert "does not know 'foo'" in outcome.err
     assert "kv-fp8" in outcome.err
 
 
 def test_a_plan_lists_processes_and_settings(command: Command, scripted_model: MakeModel) -> None:
     outcome = command("attribute", "--model", scripted_model(), "--plan")
     assert outcome.code == 0
-    assert "vLLM baseline" in outcome.out
+    assert "vLLM as it sampled" in outcome.out
     assert "it needs two GPUs" in outcome.out
     document = json.loads(command("attribute", "--model", scripted_model(), "--plan", "--json").out)
     assert document["seconds"] > 0

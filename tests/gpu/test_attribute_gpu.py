@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -21,40 +20,38 @@ def result(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> AttributeRes
     config = CompareConfig(
         model=str(tiny("qwen3_moe")), device="cuda", num_prompts=16, samples_per_prompt=1, max_tokens=48
     )
-    return mismatch_probe.attribute(config, out=tmp_path_factory.mktemp("gpu") / "run", knobs=("all",))
-
-
-def knob_of(result: AttributeResult, name: str) -> dict[str, Any]:
-    return next(row for row in result.document["knobs"] if row["name"] == name)
+    return mismatch_probe.attribute(config, out=tmp_path_factory.mktemp("gpu") / "run", settings=("all",))
 
 
 def test_rungs_add_up(result: AttributeResult) -> None:
-    rows = result.document["ladder"]["rungs"]
-    assert sum(row["share"]["value"] for row in rows) == pytest.approx(1, abs=1e-9)
+    rungs = result.attribution.ladder.rungs
+    assert sum(rung.contribution.value or 0.0 for rung in rungs) == pytest.approx(1, abs=1e-9)
 
 
 def test_nothing_failed(result: AttributeResult) -> None:
     assert result.failed == []
 
 
-def test_eager_mode_is_told_beside_the_layers(result: AttributeResult) -> None:
-    layers = result.document["layers"]
-    assert layers["rollout_eager"] is False
-    assert layers["eager_vs_compiled_shift"]["value"] is not None
+def test_eager_mode_is_measured_beside_the_layers(result: AttributeResult) -> None:
+    layers = result.attribution.layers
+    assert layers.rollout_eager is False
+    assert layers.eager_vs_compiled_shift is not None
 
 
 def test_clean_engines_have_no_single_layer_at_fault(result: AttributeResult) -> None:
-    for dtype, found in result.document["layers"]["dtypes"].items():
-        assert found["why"] == "", dtype
-        assert found["located"]["verdict"] == "no single layer", dtype
+    for dtype, found in result.attribution.layers.dtypes.items():
+        assert found.why == "", dtype
+        assert found.located is not None
+        assert found.located.verdict == "no single layer", dtype
 
 
-def test_knobs_of_a_gpu_are_measured(result: AttributeResult) -> None:
-    for name in ("rollout-eager", "rollout-attention-triton_attn", "rollout-batch-invariant"):
-        assert knob_of(result, name)["status"] == "measured", name
+def test_settings_of_a_gpu_are_measured(result: AttributeResult) -> None:
+    measured = {row.name for row in result.attribution.settings if row.status == "measured"}
+    assert measured >= {"rollout-eager", "rollout-attention-triton_attn", "rollout-batch-invariant"}
 
 
 def test_routes_are_kept_by_the_other_model_runner(result: AttributeResult) -> None:
-    found = result.document["experts"]
-    assert found["why"] == ""
-    assert all(0.5 < row["agreement"] <= 1 for row in found["layers"])
+    found = result.attribution.experts
+    assert found is not None
+    assert found.why == ""
+    assert all(0.5 < row.agreement <= 1 for row in found.layers)

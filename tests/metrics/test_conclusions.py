@@ -1,4 +1,4 @@
-"""What both models' insides come to, by dtype and on rounding: each case, and that no two conclusions contradict."""
+"""Where a gap arises, and what both models' insides come to: each case, and that no two conclusions contradict."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from mismatch_probe.metrics.conclusions import FP32_FLOOR, LEAST, Conclusion, Left, Rounding, conclude
-from mismatch_probe.metrics.inside import THRESHOLD
-from tests.metrics.insides import BF16, FP16, FP32, quiet, results
+from mismatch_probe.metrics.conclusions import FP32_FLOOR, LEAST, Arises, Conclusion, Left, Rounding, arises, conclude
+from mismatch_probe.metrics.inside import THRESHOLD, Inside
+from mismatch_probe.metrics.ladder import UNCHANGED
+from mismatch_probe.types import MetricValue
+from tests.metrics.insides import BF16, FP16, FP32, NOT_COMPARED, quiet, results
 
 PAIR = (BF16, BF16)
 
 
-def codes(rows: dict[str, Any], left: float | None = None, pair: tuple[str, str] = PAIR, **about: Any) -> Any:
-    found = conclude(rows, pair, Left(left, None if left is None else 0.05), **({"routers": False} | about))
+def codes(insides: dict[str, Inside], left: float | None = None, pair: tuple[str, str] = PAIR, **about: Any) -> Any:
+    found = conclude(insides, pair, Left(left, None if left is None else 0.05), **({"routers": False} | about))
     return {dtype: c.code for dtype, c in found.dtypes.items()}, found.rounding
 
 
@@ -80,22 +82,22 @@ def test_what_fp32_rounds_itself_is_rounding_as_well() -> None:
     """A third of a gap of 3e-5 nats is torch's float32 log-softmax, unless the models' insides differ in FP32."""
     rows = {FP16: quiet(FP16), FP32: quiet(FP32)}
     assert conclude(rows, (FP16, FP16), Left(0.1, 1e-5), routers=False).rounding == Rounding("cause", 0.1)
-    for wide in (quiet(FP32, end=9.0), quiet(FP32) | {"end_score": 9.0}):
+    for wide in (quiet(FP32, end=9.0), quiet(FP32, stream=9.0)):
         assert conclude({**rows, FP32: wide}, (FP16, FP16), Left(0.1, 1e-5), routers=False).rounding.code == "part"
 
 
 @pytest.mark.parametrize(
-    ("row", "rounding"),
+    ("inside", "rounding"),
     [
         (quiet(FP32), Rounding("cause")),
         (quiet(FP32, between=9.0), Rounding("no cause")),
-        (quiet(FP32) | {"end_score": 40.0}, Rounding("no cause", elsewhere=True)),
-        (quiet(FP32) | {"end_score": None}, Rounding("unknown")),
-        ({"located": None, "modules": [], "layers": []}, Rounding("unknown")),
+        (quiet(FP32, stream=40.0), Rounding("no cause", elsewhere=True)),
+        (quiet(FP32, stream=None), Rounding("unknown")),
+        (NOT_COMPARED, Rounding("unknown")),
     ],
 )
-def test_a_pair_in_fp32_is_judged_by_the_error_against_float64(row: Any, rounding: Rounding) -> None:
-    assert codes({FP32: row}, None, (FP32, FP32))[1] == rounding
+def test_a_pair_in_fp32_is_judged_by_the_error_against_float64(inside: Inside, rounding: Rounding) -> None:
+    assert codes({FP32: inside}, None, (FP32, FP32))[1] == rounding
 
 
 def test_a_tensor_that_is_not_finite_hides_nothing_of_others() -> None:
@@ -103,20 +105,41 @@ def test_a_tensor_that_is_not_finite_hides_nothing_of_others() -> None:
     assert found == {BF16: "quiet", FP16: "not finite", FP32: "quiet"}
 
 
+def part(value: float, half: float | None = None) -> MetricValue:
+    return MetricValue(value) if half is None else MetricValue(value, value - half, value + half)
+
+
+@pytest.mark.parametrize(
+    ("contributions", "found"),
+    [
+        ({"a": part(0.8, 0.1), "b": part(0.3, 0.1), "c": part(-0.1, 0.1)}, Arises("one", ("a",))),
+        ({"a": part(0.3, 0.3), "b": part(0.6, 0.3), "c": part(0.1, 0.01)}, Arises("undecided", ("b", "a"))),
+        ({"a": part(0.3, 0.2), "b": part(0.7, 0.2)}, Arises("undecided", ("b", "a"))),  # they touch
+        ({"a": part(0.9), "b": part(0.1)}, Arises("estimate", ("a",))),
+        ({"a": part(0.9, 0.1), "b": part(0.1)}, Arises("undecided", ("a", "b"))),  # an interval is not known
+        ({"a": part(1.0), "b": MetricValue(0.0, why=UNCHANGED)}, Arises("one", ("a",))),
+        ({"a": MetricValue(None, why="there is no gap")}, Arises("nowhere")),
+        ({}, Arises("nowhere")),
+    ],
+)
+def test_a_rung_is_named_where_its_interval_allows_it(contributions: dict[str, MetricValue], found: Arises) -> None:
+    assert arises(contributions) == found
+
+
 @given(results())
 @settings(max_examples=300, deadline=None)
-def test_conclusions_never_contradict_each_other(given_: tuple[dict[str, Any], tuple[str, str], Left, bool]) -> None:
-    rows, pair, left, routers = given_
-    found = conclude(rows, pair, left, routers=routers)
-    assert found.dtypes.keys() == rows.keys()
+def test_conclusions_never_contradict_each_other(given_: tuple[dict[str, Inside], tuple[str, str], Left, bool]) -> None:
+    insides, pair, left, routers = given_
+    found = conclude(insides, pair, left, routers=routers)
+    assert found.dtypes.keys() == insides.keys()
     for dtype, conclusion in found.dtypes.items():
-        assert_of_one(conclusion, rows[dtype])
+        assert_of_one(conclusion, insides[dtype])
         if conclusion.seen_in:  # hidden or absent: from what has more bits, and is beyond
             assert found.dtypes[conclusion.seen_in].stands_out
             assert conclusion.located == found.dtypes[conclusion.seen_in].located
     wide, rounding = found.dtypes.get(FP32, Conclusion("not compared")), found.rounding
     if rounding.code == "cause":
-        assert left.share is None or left.share < LEAST or (left.rms or 0) <= FP32_FLOOR
+        assert left.fraction is None or left.fraction < LEAST or (left.rms or 0) <= FP32_FLOOR
         assert not (pair == (FP32, FP32) and wide.is_fault)
         for dtype in set(pair) & found.dtypes.keys():
             assert not found.dtypes[dtype].is_fault or found.dtypes[dtype].place == wide.place
@@ -125,11 +148,11 @@ def test_conclusions_never_contradict_each_other(given_: tuple[dict[str, Any], t
         assert rounding.code in ("part", "no cause")
 
 
-def assert_of_one(found: Conclusion, row: Any) -> None:
+def assert_of_one(found: Conclusion, inside: Inside) -> None:
     """A conclusion says of a dtype what its rows say, whatever the others show."""
-    steps = [layer["score"] for layer in row["layers"]]
-    beyond = [record["score"] for record in row["modules"] if record["score"] > THRESHOLD]
-    assert (found.code == "not compared") == (row["located"] is None)
+    steps = [row.score for row in inside.layers]
+    beyond = [tensor.score for tensor in inside.tensors if tensor.score > THRESHOLD]
+    assert (found.code == "not compared") == (inside.located is None)
     assert (found.code in ("fault", "not finite")) == bool(beyond)
     assert (found.code == "step") == (not beyond and max(steps, default=0.0) > THRESHOLD)
     if found.code in ("quiet", "hidden", "absent"):

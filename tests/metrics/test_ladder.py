@@ -1,4 +1,4 @@
-"""Shares of a ladder and changes of a gap: sums, closed forms, and the bootstrap's own arithmetic on plain arrays."""
+"""Contributions of rungs and changes of a gap: sums, closed forms, and the bootstrap's own arithmetic."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from mismatch_probe.metrics.ladder import (
     TokenPrompts,
     change,
     climb,
+    contribution_of,
     gap,
-    share_of_squares,
 )
 
 PROMPTS, EACH = 40, 25
@@ -26,7 +26,7 @@ def tokens_of(n_prompts: int = PROMPTS, each: int = EACH) -> TokenPrompts:
     return TokenPrompts(np.repeat(np.arange(n_prompts), each), n_prompts)
 
 
-def levels_of(seed: int, scales: list[float], bias: float = 0.0) -> list[NDArray[np.float64]]:
+def passes_of(seed: int, scales: list[float], bias: float = 0.0) -> list[NDArray[np.float64]]:
     rng = np.random.default_rng(seed)
     found = [-rng.exponential(2.0, PROMPTS * EACH)]
     for scale in scales:
@@ -36,68 +36,68 @@ def levels_of(seed: int, scales: list[float], bias: float = 0.0) -> list[NDArray
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 1000), scales=st.lists(st.floats(1e-6, 10), min_size=1, max_size=5), bias=st.floats(-1, 1))
-def test_shares_add_up_to_one_and_rungs_to_the_gap(seed: int, scales: list[float], bias: float) -> None:
-    levels = levels_of(seed, scales, bias)
-    rungs = climb(levels, tokens_of(), replicates=50)
-    assert sum(rung.share.value or 0.0 for rung in rungs) == pytest.approx(1, abs=1e-9)
-    assert sum(rung.mean.value or 0.0 for rung in rungs) == pytest.approx(np.mean(levels[-1] - levels[0]), abs=1e-9)
+def test_contributions_add_up_to_one_and_rungs_to_the_gap(seed: int, scales: list[float], bias: float) -> None:
+    passes = passes_of(seed, scales, bias)
+    rungs = climb(passes, tokens_of(), replicates=50)
+    assert sum(rung.contribution.value or 0.0 for rung in rungs) == pytest.approx(1, abs=1e-9)
+    assert sum(rung.mean.value or 0.0 for rung in rungs) == pytest.approx(np.mean(passes[-1] - passes[0]), abs=1e-9)
 
 
-def test_a_share_is_what_its_formula_says() -> None:
-    first, second, third = levels_of(0, [0.3, 0.1])
+def test_a_contribution_is_what_its_formula_says() -> None:
+    first, second, third = passes_of(0, [0.3, 0.1])
     rungs = climb([first, second, third], tokens_of())
     d = third - first
-    assert rungs[0].share.value == pytest.approx(np.sum((second - first) * d) / np.sum(d**2), rel=1e-12)
+    assert rungs[0].contribution.value == pytest.approx(np.sum((second - first) * d) / np.sum(d**2), rel=1e-12)
     assert rungs[1].rms.value == pytest.approx(np.sqrt(np.mean((third - second) ** 2)), rel=1e-12)
 
 
-def test_independent_rungs_have_shares_by_their_variances_within_the_intervals() -> None:
-    rungs = climb(levels_of(1, [0.3, 0.4]), tokens_of())
-    for rung, share in zip(rungs, (0.09 / 0.25, 0.16 / 0.25), strict=True):
-        assert rung.share.ci_low is not None
-        assert rung.share.ci_high is not None
-        assert rung.share.ci_low < share < rung.share.ci_high
+def test_independent_rungs_contribute_by_their_variances_within_the_intervals() -> None:
+    rungs = climb(passes_of(1, [0.3, 0.4]), tokens_of())
+    for rung, expected in zip(rungs, (0.09 / 0.25, 0.16 / 0.25), strict=True):
+        assert rung.contribution.ci_low is not None
+        assert rung.contribution.ci_high is not None
+        assert rung.contribution.ci_low < expected < rung.contribution.ci_high
 
 
 def test_a_bias_counts() -> None:
     start = np.zeros(PROMPTS * EACH)
     noise = 0.01 * np.random.default_rng(0).standard_normal(len(start))
     rungs = climb([start, start + noise, start + noise + 0.1], tokens_of())
-    assert rungs[1].share.value == pytest.approx(1, abs=0.05)
+    assert rungs[1].contribution.value == pytest.approx(1, abs=0.05)
 
 
-def test_a_rung_that_undoes_another_has_a_negative_share() -> None:
+def test_a_rung_that_undoes_another_has_a_negative_contribution() -> None:
     start, noise = np.zeros(PROMPTS * EACH), np.random.default_rng(0).standard_normal((2, PROMPTS * EACH))
     rungs = climb([start, start + noise[0], start + 0.1 * noise[1] + 0.5 * noise[0]], tokens_of())
-    assert rungs[0].share.value > 1
-    assert rungs[1].share.value < 0
+    assert rungs[0].contribution.value > 1
+    assert rungs[1].contribution.value < 0
 
 
 def test_a_rung_without_any_change_is_exactly_zero_and_says_so() -> None:
-    first, last = levels_of(0, [0.1])
+    first, last = passes_of(0, [0.1])
     rungs = climb([first, first, last], tokens_of())
-    assert (rungs[0].share.value, rungs[0].share.why) == (0.0, UNCHANGED)
-    assert rungs[1].share.value == pytest.approx(1)
+    assert (rungs[0].contribution.value, rungs[0].contribution.why) == (0.0, UNCHANGED)
+    assert rungs[1].contribution.value == pytest.approx(1)
     # One rung makes all of every prompt's gap: nothing varies, and the interval says as much.
-    assert rungs[1].share.ci_low == pytest.approx(1)
-    assert rungs[1].share.ci_high == pytest.approx(1)
+    assert rungs[1].contribution.ci_low == pytest.approx(1)
+    assert rungs[1].contribution.ci_high == pytest.approx(1)
 
 
-def test_without_a_gap_there_are_no_shares() -> None:
-    first = levels_of(0, [])[0]
+def test_without_a_gap_there_are_no_contributions() -> None:
+    first = passes_of(0, [])[0]
     other = first + 0.1
     rungs = climb([first, other, first], tokens_of())
-    assert rungs[0].share.value is None
-    assert rungs[0].share.why == NO_GAP
+    assert rungs[0].contribution.value is None
+    assert rungs[0].contribution.why == NO_GAP
     assert rungs[0].rms.value == pytest.approx(0.1)
 
 
-def test_tokens_that_are_not_finite_in_one_reading_are_left_out_of_all() -> None:
-    levels = levels_of(0, [0.1, 0.1])
-    levels[1][::7] = np.nan
-    kept = np.isfinite(levels[1])
-    rungs = climb(levels, tokens_of())
-    assert rungs[1].rms.value == pytest.approx(np.sqrt(np.mean((levels[2] - levels[1])[kept] ** 2)))
+def test_tokens_that_are_not_finite_in_one_pass_are_left_out_of_all() -> None:
+    passes = passes_of(0, [0.1, 0.1])
+    passes[1][::7] = np.nan
+    kept = np.isfinite(passes[1])
+    rungs = climb(passes, tokens_of())
+    assert rungs[1].rms.value == pytest.approx(np.sqrt(np.mean((passes[2] - passes[1])[kept] ** 2)))
     assert climb([np.full(4, np.nan)] * 2, tokens_of(2, 2))[0].rms.value is None
 
 
@@ -147,19 +147,19 @@ def test_a_change_that_breaks_tokens_has_no_ratio() -> None:
 
 
 def test_a_gap_of_nothing() -> None:
-    assert gap(np.zeros(50), tokens_of(2, 25))["rms"].value == 0
+    assert gap(np.zeros(50), tokens_of(2, 25)).rms.value == 0
     assert change(np.zeros(50), np.zeros(50), tokens_of(2, 25)).rms_ratio.value is None
     one = change(np.zeros(50), np.ones(50), tokens_of(2, 25))
     assert one.rms_ratio.value is None
     assert one.rms.value == pytest.approx(1)
 
 
-def test_shares_of_squares_of_some_tokens() -> None:
+def test_contributions_of_some_tokens() -> None:
     d = np.ones(PROMPTS * EACH)
     chosen = np.arange(len(d)) % 4 == 0
     d[chosen] = 3.0
-    assert share_of_squares(d, chosen, tokens_of()).value == pytest.approx(9 / (9 + 3), rel=0.01)
-    assert share_of_squares(d, np.zeros_like(chosen), tokens_of()).value == 0
+    assert contribution_of(d, chosen, tokens_of()).value == pytest.approx(9 / (9 + 3), rel=0.01)
+    assert contribution_of(d, np.zeros_like(chosen), tokens_of()).value == 0
 
 
 @settings(max_examples=40, deadline=None)

@@ -109,12 +109,14 @@ def windowed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trainer]:
 
 def test_ends_of_layers_of_clean_engines_are_compared(windowed: dict[str, Trainer]) -> None:
     for trainer in windowed.values():
-        row = trainer.row()
-        assert row["located"]["verdict"] == "no single layer"
-        ends = [record for record in row["modules"] if record["kind"] == "end"]
-        assert [record["layer"] for record in ends] == [0, 1, 2]
-        assert max(record["score"] for record in ends) < 1.3
-        assert row["end_score"] < 1.3
+        inside = trainer.inside()
+        assert inside.located is not None
+        assert inside.located.verdict == "no single layer"
+        ends = [tensor for tensor in inside.tensors if tensor.kind == "end"]
+        assert [tensor.layer for tensor in ends] == [0, 1, 2]
+        assert max(tensor.score for tensor in ends) < 1.3
+        assert inside.end_score is not None
+        assert inside.end_score < 1.3
 
 
 # Layers that are named in bfloat16, float16 and float32; in the others it is said that none could be.

@@ -29,7 +29,7 @@ class Inside:
     """A trace, and the trainer that it is compared with.
 
     Attributes:
-        name: Of the reading.
+        name: Of the pass.
         key: A digest of all that it depends on.
         dtype, mode: The trainer's.
         trace: The trace's folder.
@@ -44,12 +44,12 @@ class Inside:
 
 @dataclass(frozen=True)
 class InsideJob(OnTrainer):
-    """Readings `NAME.npz`: `apart`, `engine`, `trainer`, `size` `[M, S]` (see `inside.Difference`), `lens` `[L, Q]`.
+    """Passes `NAME.npz`: `apart`, `engine`, `trainer`, `size` `[M, S]` (see `inside.Difference`), `lens` `[L, Q]`.
 
     Attributes:
         trainer: As it is trained, without requests.
         insides: What to compare.
-        folder: Where readings go.
+        folder: Where passes go.
     """
 
     folder: str

@@ -21,7 +21,7 @@ from mismatch_probe.arrays import save_arrays
 from mismatch_probe.engines import faults
 from mismatch_probe.engines.attribute.memory import peak_bytes, reset_peak
 from mismatch_probe.engines.attribute.trace import TraceRequest
-from mismatch_probe.engines.attribute.variants import Take
+from mismatch_probe.engines.attribute.variants import PassKind
 from mismatch_probe.engines.base import RolloutJob
 from mismatch_probe.types import RolloutRequest
 
@@ -50,33 +50,33 @@ class Routers:
 
 @dataclass(frozen=True)
 class RolloutVariants:
-    """Readings of vLLM in one configuration, each a file `NAME.npz` with `logprobs` `[N]`, `index` of its sequences and
+    """Passes of vLLM in one configuration, each a file `NAME.npz` with `logprobs` `[N]`, `index` of its sequences and
     how many response `tokens` it has of each.
 
     Attributes:
         rollout: The engine; its requests bring the tokens to decode again.
-        takes: By the reading's name, how the engine goes over the tokens.
-        keys: By name, of `ROUTES` too, a digest of all that the reading depends on.
-        folder: Where readings go.
-        alone: Of a take that runs one sequence at a time: response tokens of each of the first sequences.
+        passes: By name, how the engine goes over the tokens.
+        keys: By name, of `ROUTES` too, a digest of all that the pass depends on.
+        folder: Where passes go.
+        alone: Of a pass that runs one sequence at a time: response tokens of each of the first sequences.
         trace: What is kept of its inside, if anything.
-        routers: Where given, the experts of every token are kept as the reading `ROUTES`.
+        routers: Where given, the experts of every token are kept as the pass `ROUTES`.
     """
 
     rollout: RolloutJob
-    takes: Mapping[str, Take]
+    passes: Mapping[str, PassKind]
     keys: Mapping[str, str]
     folder: str
     alone: Sequence[int]
     trace: TraceRequest | None = None
     routers: Routers | None = None
     memory_advice: str = field(
-        default="Attribute with a lower --rollout-batch, or leave this knob out of --knobs.", init=False
+        default="Attribute with a lower --rollout-batch, or leave this setting out of --settings.", init=False
     )
 
     @property
     def subject(self) -> str:
-        return f"The engine with {', '.join(self.takes) or 'hooks'}"
+        return f"The engine with {', '.join(self.passes) or 'hooks'}"
 
     @property
     def model_path(self) -> str:
@@ -87,7 +87,7 @@ class RolloutVariants:
         return self.rollout.trust_remote_code
 
     def run(self, channel: Any) -> None:
-        """Events: `identity`, `total` and `progress` in sequences; a phase for each reading."""
+        """Events: `identity`, `total` and `progress` in sequences; a phase for each pass."""
         import torch
 
         from mismatch_probe.engines import devices
@@ -99,10 +99,10 @@ class RolloutVariants:
         channel.phase("load")
         identity = engine.identity()
         channel.send("identity", identity | devices.running())
-        channel.send("total", len(self.takes) + (self.trace is not None) + (self.routers is not None))
+        channel.send("total", len(self.passes) + (self.trace is not None) + (self.routers is not None))
         facts = {"identity": identity, "made_with": devices.package_versions()}
-        for name, take in self.takes.items():
-            self._save(name, *self._read(engine, take, facts))
+        for name, kind in self.passes.items():
+            self._save(name, *self._read(engine, kind, facts))
             channel.send("progress", 1)
             channel.phase(name)
         if self.trace is not None:
@@ -117,24 +117,24 @@ class RolloutVariants:
         engine.close()
 
     def _read(
-        self, engine: VllmRollout, take: Take, facts: Mapping[str, Any]
+        self, engine: VllmRollout, kind: PassKind, facts: Mapping[str, Any]
     ) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-        """Facts and arrays of one reading; one that fails leaves the others, and where the engine itself is gone, the
+        """Facts and arrays of one pass; one that fails leaves the others, and where the engine itself is gone, the
         next one says so.
         """
         import torch
 
         device, requests = torch.device(self.rollout.device), list(self.rollout.requests)
-        if take.endswith("alone"):
+        if kind.endswith("alone"):
             requests = [
                 replace(request, forced_token_ids=request.forced_token_ids[:tokens])
                 for request, tokens in zip(requests, self.alone, strict=False)
             ]
         try:
-            if take == "decode-warm":
+            if kind == "decode-warm":
                 self._decode(engine, requests)
             started = time.perf_counter()
-            found = self._take(engine, take, requests)
+            found = self._pass(engine, kind, requests)
             seconds = time.perf_counter() - started
         except Exception as error:
             empty: dict[str, NDArray[Any]] = {"logprobs": np.empty(0, np.float32), "index": np.empty(0, np.int64)}
@@ -148,23 +148,23 @@ class RolloutVariants:
         }
 
     def _warm(self, engine: VllmRollout) -> None:
-        """Sets up whatever is set up at first use, which is not the first reading's."""
+        """Sets up whatever is set up at first use, which is not the first pass's."""
         first = list(self.rollout.requests)[: self.rollout.batch]
-        if any(take.startswith("decode") for take in self.takes.values()):
+        if any(kind.startswith("decode") for kind in self.passes.values()):
             engine.generate(first, replace(self.rollout.sampling, max_tokens=1), _nothing)
-        elif self.takes:  # an engine that splits prompts may not be able to decode with seeds (see `devices`)
+        elif self.passes:  # an engine that splits prompts may not be able to decode with seeds (see `devices`)
             _prefill(engine, first)
 
-    def _take(
-        self, engine: VllmRollout, take: Take, requests: Sequence[RolloutRequest]
+    def _pass(
+        self, engine: VllmRollout, kind: PassKind, requests: Sequence[RolloutRequest]
     ) -> list[NDArray[np.floating[Any]]]:
         """`[T]` log-probs of each sequence's response."""
-        if take.startswith("prefill"):
-            groups = [[request] for request in requests] if take == "prefill-alone" else [list(requests)]
-            return [reading for group in groups for reading in _prefill(engine, group)]
-        if take == "decode-alone":
-            return [reading for request in requests for reading in self._decode(engine, [request])]
-        return self._decode(engine, requests, keep_cache=take == "decode-warm")
+        if kind.startswith("prefill"):
+            groups = [[request] for request in requests] if kind == "prefill-alone" else [list(requests)]
+            return [logprobs for group in groups for logprobs in _prefill(engine, group)]
+        if kind == "decode-alone":
+            return [logprobs for request in requests for logprobs in self._decode(engine, [request])]
+        return self._decode(engine, requests, keep_cache=kind == "decode-warm")
 
     def _decode(
         self, engine: VllmRollout, requests: Sequence[RolloutRequest], *, keep_cache: bool = False
@@ -200,7 +200,7 @@ class RolloutVariants:
                 groups[-1].append(request)
             else:
                 groups.append([request])
-        found = [reading for group in groups for reading in _prefill(engine, group)]
+        found = [logprobs for group in groups for logprobs in _prefill(engine, group)]
         kept = engine.on_model(vllm_hooks.finish_routes)
         routes = np.frombuffer(kept["routes"], np.int16).reshape(kept["shape"])
         return list(kept["layers"]), routes, np.concatenate(found)

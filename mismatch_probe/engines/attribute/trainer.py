@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from mismatch_probe.engines.hf import HfTrainer
 
 FIXES = "fixes"
-BASELINE = "trainer"
+UNCHANGED = "trainer"
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class FixSearch:
 
     Attributes:
         logprobs: `[N]` the rollout's, nats.
-        target: Part of the gap's RMS that may be left; None where no set is looked for.
-        classes: That have a reading of their own.
+        target: Fraction of the gap's RMS that may be left; None where no set is looked for.
+        classes: That have a pass of their own.
     """
 
     logprobs: NDArray[np.float64]
@@ -53,13 +53,13 @@ class FixSearch:
 
 @dataclass(frozen=True)
 class TrainerVariants(OnTrainer):
-    """Readings of the trainer with changes, each a file `NAME.npz` with `logprobs` `[N]` and `index` `[S]`.
+    """Passes of the trainer with changes, each a file `NAME.npz` with `logprobs` `[N]` and `index` `[S]`.
 
     Attributes:
         trainer: As it is trained; its requests are left empty.
-        variants: What to read.
-        keys: By a reading's name, a digest of all that it depends on.
-        folder: Where readings go.
+        variants: What to run.
+        keys: By a pass's name, a digest of all that it depends on.
+        folder: Where passes go.
         sequences: `S` of the run.
         most_tokens, most_rows: What the engine's scheduler takes at once.
         fixes: Where given, classes are then put together until the target is met.
@@ -78,7 +78,7 @@ class TrainerVariants(OnTrainer):
     memory_advice: str = field(default="Attribute with a lower --memory-budget.", init=False)
 
     def run(self, channel: Any) -> None:
-        """Events: `identity`, `total` and `progress` in readings; a phase for each."""
+        """Events: `identity`, `total` and `progress` in passes; a phase for each."""
         channel.send("total", len(self.variants))
         groups: dict[tuple[TrainerDtype, TrainerMode], list[TrainerVariant]] = {}
         for variant in self.variants:
@@ -113,7 +113,7 @@ class TrainerVariants(OnTrainer):
         return HfTrainer(replace(self.trainer, dtype=dtype, mode=mode, flags=flags))
 
     def _read(self, engine: HfTrainer, variant: TrainerVariant) -> None:
-        """Takes one reading; a change that the model does not allow is one, too."""
+        """Runs one pass; a change that the model does not allow leaves one, too, with the reason."""
         import torch
 
         device = next(engine.model.parameters()).device
@@ -137,11 +137,11 @@ class TrainerVariants(OnTrainer):
     def _failure(self, error: Exception) -> dict[str, Any]:
         """Whether a change does not exist for this model, or failed, and why."""
         if isinstance(error, NotThereError):
-            return {"unavailable": str(error)}
+            return {"unsupported": str(error)}
         if isinstance(error, EngineError):  # a refusal in so many words
-            return {"unavailable": error.what}
+            return {"unsupported": error.what}
         if isinstance(error, TypeError) and "position_ids" in str(error):
-            return {"unavailable": "the model numbers positions by itself"}
+            return {"unsupported": "the model numbers positions by itself"}
         return {"failed": faults.told(error, self)}
 
     @contextmanager
@@ -190,7 +190,7 @@ class TrainerVariants(OnTrainer):
         return {"logprobs": np.concatenate(found), "index": np.arange(len(self.sequences))}
 
     def _routed(self, engine: HfTrainer) -> dict[str, NDArray[Any]]:
-        """Readings with the trainer's own experts and with the engine's: `own` and `logprobs` `[N]`, `routes` of the
+        """Passes with the trainer's own experts and with the engine's: `own` and `logprobs` `[N]`, `routes` of the
         trainer `[L, R, K]`.
         """
         from mismatch_probe.engines.attribute.routes import Routing
@@ -204,7 +204,7 @@ class TrainerVariants(OnTrainer):
         ends = accumulate((request.length for request in self.sequences), initial=0)
         starts = dict(zip((request.sequence_id for request in self.sequences), ends, strict=False))
         seen = np.full_like(wanted, UNKNOWN)
-        readings: dict[bool, dict[int, NDArray[Any]]] = {False: {}, True: {}}
+        passes: dict[bool, dict[int, NDArray[Any]]] = {False: {}, True: {}}
         layers = list(routing.layers)
         with routing.watching():
             for batch in engine.plan(self.sequences):
@@ -212,23 +212,23 @@ class TrainerVariants(OnTrainer):
                 for follow in (False, True):
                     routing.choose(_wanted(engine, wanted, layers, rows) if follow else {})
                     for score in engine.score(batch, self.trainer.temperature):
-                        readings[follow][score.sequence_id] = np.asarray(score.logprobs)
+                        passes[follow][score.sequence_id] = np.asarray(score.logprobs)
                     if not follow:
                         _note(routing, layers, rows, seen)
-        own, followed = (np.concatenate([found[r.sequence_id] for r in self.sequences]) for found in readings.values())
+        own, followed = (np.concatenate([found[r.sequence_id] for r in self.sequences]) for found in passes.values())
         return {"own": own, "logprobs": followed, "routes": seen, "index": np.arange(len(self.sequences))}
 
     def _search(self, engine: HfTrainer, search: FixSearch, channel: Any) -> None:
-        """Reads sets of classes until the target is met or none is left."""
-        base = load_arrays(Path(self.folder) / f"{BASELINE}.npz", self.keys[BASELINE])
-        assert base is not None, "the baseline is read first"
+        """Runs sets of classes until the target is met or none is left."""
+        base = load_arrays(Path(self.folder) / f"{UNCHANGED}.npz", self.keys[UNCHANGED])
+        assert base is not None, "the trainer without a change is run first"
         if "seconds" not in base[0]:
-            self._save(FIXES, {"failed": "the trainer without a change could not be read"}, {})
+            self._save(FIXES, {"failed": "the trainer without a change could not be run"}, {})
             return
         fixes = []
         for name in search.classes:
-            reading = single_name(name)
-            single = load_arrays(Path(self.folder) / f"{reading}.npz", self.keys[reading])
+            alone = single_name(name)
+            single = load_arrays(Path(self.folder) / f"{alone}.npz", self.keys[alone])
             if single is not None and "seconds" in single[0]:
                 fixes.append(Fix.of((name,), search.logprobs, base, single))
         sets: list[str] = []
@@ -255,17 +255,17 @@ class TrainerVariants(OnTrainer):
 
 
 def _nothing() -> dict[str, NDArray[Any]]:
-    """The arrays of a reading that there is not."""
+    """The arrays of a pass that there is not."""
     return {"logprobs": np.empty(0, np.float32), "index": np.empty(0, np.int64)}
 
 
 def single_name(name: str) -> str:
-    """The reading with one class of modules in FP32."""
-    return f"{BASELINE}-fp32-{name}"
+    """The pass with one class of modules in FP32."""
+    return f"{UNCHANGED}-fp32-{name}"
 
 
 def set_name(index: int) -> str:
-    """File of the reading of a set of classes; they share the search's key."""
+    """File of the pass of a set of classes; they share the search's key."""
     return f"{FIXES}-{index}"
 
 

@@ -1,6 +1,6 @@
 """One change to one side, as data: nothing here imports torch.
 
-A *variant* is an engine in one configuration; its *reading* is the log-probs that it gives the run's tokens.
+A *variant* is an engine in one configuration; its *pass* holds the log-probs that it gives the run's tokens.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from mismatch_probe.types import TrainerDtype, TrainerMode
 
 # How an engine goes over the tokens: `decode` as it sampled them, `prefill` all of a sequence at once; `alone` one
 # sequence in the engine at a time; `warm` from the prefix cache that decoding left.
-Take = Literal["decode", "prefill", "decode-alone", "prefill-alone", "decode-warm"]
-# Classes of a trainer's modules that can run in FP32 for themselves.
+PassKind = Literal["decode", "prefill", "decode-alone", "prefill-alone", "decode-warm"]
 # In routes, where two experts tie for the last place.
 UNKNOWN = -1
+# Classes of a trainer's modules that can run in FP32 for themselves.
 FP32_CLASSES = ("norms", "attention", "rope", "mlp", "residual", "head")
 
 

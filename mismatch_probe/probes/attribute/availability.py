@@ -16,10 +16,13 @@ from typing import Any
 from mismatch_probe.engines.attribute.trace import layers_of
 from mismatch_probe.engines.models import text_config
 
+ALREADY = "it is set already"
+"""The comparison ran with the setting."""
+
 
 @dataclass(frozen=True)
 class Context:
-    """What decides which knobs exist.
+    """What decides which settings exist.
 
     Attributes:
         device: `cpu` or `cuda`.
@@ -93,7 +96,7 @@ def no_backend(name: str) -> Callable[[Context], str]:
         if context.device == "cpu":
             return "a CPU has one backend, CPU_ATTN"
         if name in context.engine.get("attention_backends", ()):
-            return "it is the baseline's"
+            return ALREADY
         if context.rollout_dtype == "float32" and name in ("FLASH_ATTN", "FLASHINFER"):
             return "it takes no float32"
         if name == "FLASHINFER" and find_spec("flashinfer") is None:
@@ -111,7 +114,7 @@ def no_invariance(context: Context) -> str:
 
 def no_head_dtype(context: Context) -> str:
     if "head_dtype" in (context.engine.get("arguments", {}).get("hf_overrides") or {}):
-        return "the baseline chooses it"
+        return ALREADY
     if context.rollout_dtype == "float32":
         return "it is in float32 already"
     return "" if "def head_dtype" in _vllm_source("config/model.py") else "the installed vLLM has no head_dtype"
@@ -130,7 +133,7 @@ def no_chunks(context: Context) -> str:
 def no_attention(name: str) -> Callable[[Context], str]:
     def why(context: Context) -> str:
         if name == context.attention:
-            return "it is the baseline's"
+            return ALREADY
         if name.startswith("flash"):
             if context.device == "cpu":
                 return "FlashAttention runs on GPUs"
@@ -144,7 +147,7 @@ def no_attention(name: str) -> Callable[[Context], str]:
 
 
 def not_the_layout(name: str) -> Callable[[Context], str]:
-    return lambda context: "it is the baseline's" if context.trainer_layout == name else ""
+    return lambda context: ALREADY if context.trainer_layout == name else ""
 
 
 def no_mode(context: Context) -> str:

@@ -17,15 +17,15 @@ class AttributeOptions:
 
     Attributes:
         pair: `rollout/trainer` dtypes whose gap is taken apart; one dtype means both.
-        knobs: `default`, `all`, `none`, or names, see `knobs.choose`.
+        settings: `default`, `all`, `none`, or names, see `settings.choose`.
         layers: Whether to look inside both models.
         layer_dtypes: In which dtypes.
-        target: Part of the gap's RMS that classes of modules in FP32 may leave; None for four fifths of what a trainer
-            wholly in FP32 closes.
+        target: Largest fraction of the gap's RMS that classes of modules in FP32 may leave; None for four fifths of
+            what a trainer wholly in FP32 closes.
     """
 
     pair: str = "bfloat16"
-    knobs: tuple[str, ...] = ("default",)
+    settings: tuple[str, ...] = ("default",)
     layers: bool = True
     layer_dtypes: tuple[str, ...] = DTYPES
     target: float | None = None
@@ -34,9 +34,9 @@ class AttributeOptions:
         self.dtypes  # noqa: B018  raises where it is malformed
         for dtype in self.layer_dtypes:
             if dtype not in DTYPES:
-                raise UsageError(f"--layer-dtypes knows no {dtype!r}.", f"Known are {', '.join(DTYPES)}.")
+                raise UsageError(f"--layer-dtypes does not know {dtype!r}.", f"Known are {', '.join(DTYPES)}.")
         if self.target is not None and not (math.isfinite(self.target) and 0 < self.target < 1):
-            raise UsageError("--target is a part of the gap, between 0 and 1.", "Write for example --target 0.9.")
+            raise UsageError("--target is a fraction of the gap, between 0 and 1.", "Write for example --target 0.9.")
 
     @property
     def dtypes(self) -> tuple[str, str]:

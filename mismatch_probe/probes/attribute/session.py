@@ -1,4 +1,4 @@
-"""One attribution from beginning to end: comparison, readings, document, files."""
+"""One attribution from beginning to end: comparison, passes, document, report."""
 
 from __future__ import annotations
 
@@ -10,15 +10,21 @@ from typing import Any
 from mismatch_probe.config import CompareConfig
 from mismatch_probe.engines import devices
 from mismatch_probe.errors import Interrupted, UsageError
-from mismatch_probe.files import locked, write_json
-from mismatch_probe.probes.attribute.baseline import open_baseline
-from mismatch_probe.probes.attribute.document import attribution_document
+from mismatch_probe.files import locked
+from mismatch_probe.probes.attribute.attribution import attribution_of
 from mismatch_probe.probes.attribute.evidence import Evidence
-from mismatch_probe.probes.attribute.measure import Readings
+from mismatch_probe.probes.attribute.measure import make_missing
 from mismatch_probe.probes.attribute.names import FOLDER
 from mismatch_probe.probes.attribute.options import AttributeOptions
+from mismatch_probe.probes.attribute.pair import open_pair
+from mismatch_probe.probes.attribute.store import PassStore
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.probes.session import default_folder, new_passes, report_run, resume_run
+from mismatch_probe.report.attribution import attribution_report
+from mismatch_probe.report.figures import draw
+from mismatch_probe.report.model import Report
+from mismatch_probe.report.render.files import write_report
+from mismatch_probe.results.attribution import Attribution
 from mismatch_probe.runs import RunDirectory
 
 
@@ -28,18 +34,27 @@ class AttributeResult:
 
     Attributes:
         path: The run directory.
-        document: The content of `attribute/attribution.json`.
+        attribution: The content of `attribute/attribution.json`.
         figures: Figure files by name.
     """
 
     path: Path
-    document: dict[str, Any]
+    attribution: Attribution
     figures: dict[str, Path]
 
     @property
     def failed(self) -> list[str]:
-        """Readings that were asked for and could not be made."""
-        return list(self.document["failed"])
+        """Passes that were asked for and could not be made."""
+        return list(self.attribution.failed)
+
+    @property
+    def page(self) -> Path:
+        """The report as one HTML file."""
+        return self.path / FOLDER / "report.html"
+
+    def report(self) -> Report:
+        """What is shown of it."""
+        return attribution_report(self.attribution, str(self.path))
 
 
 def new_attribution(
@@ -48,7 +63,7 @@ def new_attribution(
     """Compares, then takes the gap apart.
 
     Raises:
-        ProbeError: What a comparison raises, and what its readings do.
+        ProbeError: What a comparison raises, and what its passes do.
     """
     progress, asked = progress or Progress(), AttributeOptions(**options)
     config = config_of(config, asked)
@@ -77,7 +92,7 @@ def resume_attribution(path: Path, options: Mapping[str, Any], progress: Progres
     return _finish(path, asked, progress, engines=True, again=True)
 
 
-def attribution_of(path: Path, options: Mapping[str, Any]) -> AttributeResult:
+def attribute_again(path: Path, options: Mapping[str, Any]) -> AttributeResult:
     """Computes the document again, without an engine.
 
     Raises:
@@ -100,24 +115,26 @@ def _finish(
 ) -> AttributeResult:
     with locked(path):
         run = RunDirectory.open(path)
-        base = open_baseline(run, options)
-        readings = Readings(base, options)
+        pair = open_pair(run, options)
+        store = PassStore(pair, options)
         if engines:
             _check_device(run)
             run.manifest.attribution = options.as_dict()
             run.save()
-            readings.make_missing(progress, _resume(path, options), again=again)
-            progress.message("computing shares and figures")
-        document = attribution_document(Evidence(base, readings, readings.load()))
-        write_json(path / FOLDER / "attribution.json", document)
-        # The page of the comparison takes the attribution in.
-        figures = report_run(path, (), None, None).figures
-    return AttributeResult(path, document, figures)
+            make_missing(store, pair, options, progress, _resume(path, options), again=again)
+            progress.message("computing contributions and figures")
+        found = attribution_of(Evidence(pair, store, store.load()))
+        found.write(path / FOLDER / "attribution.json")
+        result = AttributeResult(path, found, draw(found, path / FOLDER / "figures"))
+        write_report(result.report(), result.figures, path / FOLDER)
+        if engines:
+            report_run(path, (), None, None)  # the comparison's report quotes the answer
+    return result
 
 
 def _check_device(run: RunDirectory) -> None:
     """Raises:
-    UsageError: The run's engines ran on a device that is not here, where readings would differ by the device, too.
+    UsageError: The run's engines ran on a device that is not here, where passes would differ by the device, too.
     """
     if run.manifest.device == "cuda" and not devices.gpu_present():
         raise UsageError("This run began on cuda, and this machine has no GPU.", "Use --from, or continue it there.")
@@ -134,7 +151,7 @@ def _resume(path: Path, options: AttributeOptions) -> str:
     """The command that goes on; a run remembers its options only once its comparison is finished."""
     default = AttributeOptions()
     flags = "" if options.pair == default.pair else f" --pair {options.pair}"
-    flags += "" if options.knobs == default.knobs else f" --knobs {','.join(options.knobs)}"
+    flags += "" if options.settings == default.settings else f" --settings {','.join(options.settings)}"
     flags += "" if options.layers else " --no-layers"
     flags += "" if options.target is None else f" --target {options.target:g}"
     if options.layer_dtypes != default.layer_dtypes:

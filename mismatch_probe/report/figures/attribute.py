@@ -1,14 +1,17 @@
-"""The figures of an attribution: pure functions from its document to a Figure, which compute nothing but layout."""
+"""The figures of an attribution: its ladder, its settings, and FP32 modules at the trainer."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import math
+from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 from matplotlib.markers import CARETLEFT
 from matplotlib.ticker import MaxNLocator
 
-from mismatch_probe.report.attribute_rows import (
+from mismatch_probe.report.figures import figure
+from mismatch_probe.report.figures.rows import (
     DIM,
     INK,
     SIDES,
@@ -19,256 +22,234 @@ from mismatch_probe.report.attribute_rows import (
     name_rows,
     ratio_axis,
     row_label,
-    value_of,
     whisker,
-)
-from mismatch_probe.report.attribute_words import class_names, fix_wanted, order_of, share_percent, share_percents
-from mismatch_probe.report.figures import save
-from mismatch_probe.report.figures.inside import (
-    experts_figure,
-    has_experts,
-    has_layers,
-    has_lens,
-    layers_figure,
-    lens_figure,
+    with_limits,
 )
 from mismatch_probe.report.figures.style import plot_settings
 from mismatch_probe.report.format import NONE, interval, number, percent
+from mismatch_probe.report.words.attribute import PASSES, part_interval, part_text, rung_label
+from mismatch_probe.results.attribution import Attribution
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Sequence
 
     from matplotlib.axes import Axes
 
-    Document = Mapping[str, Any]
+    from mismatch_probe.metrics.ladder import Change
+    from mismatch_probe.results.attribution import Fixes, FixResult, SettingResult
+    from mismatch_probe.types import MetricValue
 
 _ADDS, _UNDOES = "#5b8fc9", "#f0b277"
-# Ends of intervals further than this from every share are arrows at the edge.
+# Ends of intervals further than this from every contribution are arrows at the edge.
 _ROOM = 0.5
 # Points right of a panel.
 _RMS_COLUMN, _TIME_COLUMN = 158, 134
 
 
-def draw_attribution(document: Document, folder: Path) -> dict[str, Path]:
-    """Writes the figures that the document has data for as PNG, and returns where they are, by name.
-
-    Raises:
-        DiskFull: No space is left on the device.
-        TableError: A file cannot be written.
-    """
-    drawings: dict[str, tuple[Callable[[Document], bool], Callable[[Document], Figure]]] = {
-        "ladder": (has_ladder, ladder_figure),
-        "knobs": (has_knobs, knobs_figure),
-        "layers": (has_layers, layers_figure),
-        "lens": (has_lens, lens_figure),
-        "fixes": (has_fixes, fixes_figure),
-        "experts": (has_experts, experts_figure),
-    }
-    return {
-        f"attribute-{name}": save(draw(document), folder / f"{name}.png")
-        for name, (has, draw) in drawings.items()
-        if has(document)
-    }
+def _has_ladder(document: Attribution) -> bool:
+    rungs = document.ladder.rungs
+    return bool(rungs) and all(rung.contribution.value is not None for rung in rungs)
 
 
-def has_ladder(document: Document) -> bool:
-    """Whether every rung has a share."""
-    rungs = document["ladder"]["rungs"]
-    return bool(rungs) and all(value_of(rung["share"]) is not None for rung in rungs)
-
-
-def ladder_figure(document: Document) -> Figure:
-    """Shares of E[d²] rung by rung, each from where the one before ended; below, each level's error against FP32."""
-    rungs = document["ladder"]["rungs"]
-    anchor = [row for row in document["ladder"]["anchor"] if value_of(row["error_rms"]) is not None]
-    heights = (len(rungs) + 1.2, 0.7 * len(anchor) + 0.2) if anchor else (len(rungs) + 1.2,)
+@figure(
+    "attribute-ladder",
+    of=Attribution,
+    title="Where the gap arises, rung by rung",
+    guide="Bars add up to the whole gap in the order of the rows, and a hatched one undoes part of it; below, a pass "
+    "is the better the closer its error is to 0.",
+    alt="Horizontal bars, one for each rung from rollout to trainer, each starting where the one before ended: its "
+    "contribution to E[d²] with its interval. A second panel shows each pass's RMS error against the FP32 trainer.",
+    needs=_has_ladder,
+    order=1,
+)
+def ladder_figure(document: Attribution) -> Figure:
+    """Contributions to E[d²] rung by rung; below, each pass's error against FP32."""
+    rungs = document.ladder.rungs
+    errors = {PASSES[row.key]: row.error_rms for row in document.ladder.passes}
+    known = {name: error for name, error in errors.items() if error is not None and error.value is not None}
+    heights = (len(rungs) + 1.2, 0.7 * len(known) + 0.2) if known else (len(rungs) + 1.2,)
     with plot_settings():
-        figure = Figure(figsize=(9.6, 0.42 * sum(heights) + 0.7 * len(heights)), layout="constrained")
-        panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
-        _draw_rungs(panels[0], rungs)
-        if anchor:
-            _draw_anchor(panels[1], anchor)
-    return figure
+        drawn = Figure(figsize=(9.6, 0.42 * sum(heights) + 0.7 * len(heights)), layout="constrained")
+        panels = drawn.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+        _draw_rungs(panels[0], document)
+        if known:
+            _draw_errors(panels[1], list(known), list(known.values()))
+    return drawn
 
 
-def _draw_rungs(axes: Axes, rungs: Sequence[Document]) -> None:
-    names = [row_label(rung["change"]) for rung in rungs]
-    name_rows(axes, range(len(rungs) + 1), [*names, "all of the gap"])
-    starts, levels, whiskers = [], [0.0], []
+def _draw_rungs(axes: Axes, document: Attribution) -> None:
+    rungs = document.ladder.rungs
+    labels = [row_label(rung_label(rung.key, document)) for rung in rungs]
+    name_rows(axes, range(len(rungs) + 1), [*labels, "all of the gap"])
+    ends = [0.0]
     for rung in rungs:
-        starts.append(levels[-1])
-        levels.append(levels[-1] + rung["share"]["value"])
-        ends = limits_of(rung["share"])
-        whiskers.append(None if ends is None else (starts[-1] + ends[0], starts[-1] + ends[1]))
-    low, high = bounds_of([*levels, 1.0], [end for ends in whiskers if ends for end in ends], _ROOM)
+        ends.append(ends[-1] + (rung.contribution.value or 0.0))
+    whiskers = [
+        None if (limits := limits_of(rung.contribution)) is None else (start + limits[0], start + limits[1])
+        for start, rung in zip(ends, rungs, strict=False)
+    ]
+    low, high = bounds_of([*ends, 1.0], [end for limits in whiskers if limits for end in limits], _ROOM)
     axes.set_xlim(low - 0.04 * (high - low), high + 0.04 * (high - low))
-    for y, (rung, start, ends) in enumerate(zip(rungs, starts, whiskers, strict=True)):
-        share = rung["share"]["value"]
-        color, hatch = (_ADDS, "") if share >= 0 else (_UNDOES, "////")
-        axes.barh(y, share, 0.56, start, color=color, hatch=hatch, edgecolor=INK, linewidth=0.7)
-        axes.vlines(start + share, y - 0.28, y + 1.28, color=INK, linewidth=0.7)
-        if ends is not None:
-            whisker(axes, y, ends, "black")
-        beside(axes, y, share_percent(share), 10, weight="bold")
-        beside(axes, y, share_percents(rung["share"]), 58)
-        beside(axes, y, _with_limits(rung["rms"]), _RMS_COLUMN)
-    axes.barh(len(rungs), levels[-1], 0.56, color="#cfd4da", edgecolor=INK, linewidth=0.7)
-    beside(axes, len(rungs), share_percent(levels[-1]), 10, weight="bold")
+    for y, (rung, (start, end), limits) in enumerate(zip(rungs, pairwise(ends), whiskers, strict=True)):
+        color, hatch = (_ADDS, "") if end >= start else (_UNDOES, "////")
+        axes.barh(y, end - start, 0.56, start, color=color, hatch=hatch, edgecolor=INK, linewidth=0.7)
+        axes.vlines(end, y - 0.28, y + 1.28, color=INK, linewidth=0.7)
+        if limits is not None:
+            whisker(axes, y, limits, "black")
+        beside(axes, y, part_text(rung.contribution.value), 10, weight="bold")
+        beside(axes, y, part_interval(rung.contribution), 58)
+        beside(axes, y, with_limits(rung.rms), _RMS_COLUMN)
+    axes.barh(len(rungs), ends[-1], 0.56, color="#cfd4da", edgecolor=INK, linewidth=0.7)
+    beside(axes, len(rungs), part_text(ends[-1]), 10, weight="bold")
     axes.axvline(0.0, color=INK, linewidth=1.0)
     axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-    axes.set_xlabel("share of E[d²], added up from the rollout to the trainer")
-    heading_beside(axes, "share, 95 % interval", 10)
+    axes.set_xlabel("contribution to E[d²], added up from the rollout to the trainer")
+    heading_beside(axes, "contribution, 95 % interval", 10)
     heading_beside(axes, "RMS of the rung (nats)", _RMS_COLUMN)
 
 
-def _draw_anchor(axes: Axes, anchor: Sequence[Document]) -> None:
-    name_rows(axes, range(len(anchor)), [row_label(row["level"]) for row in anchor])
-    errors = [row["error_rms"] for row in anchor]
-    values = [error["value"] for error in errors]
+def _draw_errors(axes: Axes, names: Sequence[str], errors: Sequence[MetricValue]) -> None:
+    name_rows(axes, range(len(names)), [row_label(name) for name in names])
+    values = [error.value or 0.0 for error in errors]
     ends = [end for error in errors for end in limits_of(error) or ()]
     high = bounds_of([0.0, *values], ends, max(values))[1]
     axes.set_xlim(0.0, 1.06 * high or 1.0)
     axes.xaxis.set_major_locator(MaxNLocator(6))
-    for y, error in enumerate(errors):
+    for y, (value, error) in enumerate(zip(values, errors, strict=True)):
         limits = limits_of(error)
         if limits is not None:
             whisker(axes, y, limits, INK)
-        axes.plot([error["value"]], [y], "D", color=INK, markersize=5, clip_on=False)
-        beside(axes, y, _with_limits(error), 10)
+        axes.plot([value], [y], "D", color=INK, markersize=5, clip_on=False)
+        beside(axes, y, with_limits(error), 10)
     axes.set_xlabel("RMS error of a log-prob against the FP32 trainer (nats)")
 
 
-def has_knobs(document: Document) -> bool:
-    """Whether a setting has been measured."""
-    return any(row["status"] == "measured" for row in document["knobs"])
-
-
-def knobs_figure(document: Document) -> Figure:
+@figure(
+    "attribute-settings",
+    of=Attribution,
+    title="What each setting does to the gap",
+    guide="Left of the line at 1 the gap is smaller with the setting; an arrow is an interval that goes on.",
+    alt="A row for each measured setting, rollout settings above trainer settings, the smallest gap first: RMS of the "
+    "gap with the setting over that without, logarithmic, with its interval. Filled marks differ from 1 (Holm, 5 %).",
+    needs=lambda document: any(row.effect is not None for row in document.settings),
+    order=2,
+)
+def settings_figure(document: Attribution) -> Figure:
     """RMS of the gap with each setting over that without it, by side, what makes it smaller first."""
-    measured = [row for row in document["knobs"] if row["status"] == "measured"]
-    groups = {side: _sorted(row for row in measured if row["side"] == side) for side in SIDES}
-    lines: list[str | Document] = []
-    for side, rows in groups.items():
-        lines += [side, *rows] if rows else []
+    measured = [(row, row.effect) for row in document.settings if row.effect is not None]
+    lines: list[tuple[SettingResult, Change] | str] = []
+    for side in SIDES:
+        own = [pair for pair in measured if pair[0].side == side]
+        own.sort(key=lambda pair: math.inf if pair[1].rms_ratio.value is None else pair[1].rms_ratio.value)
+        lines += [f"{side} settings", *own] if own else []
     with plot_settings():
-        figure = Figure(figsize=(9.6, 0.27 * len(lines) + 1.1), layout="constrained")
-        axes = figure.add_subplot()
-        names = [f"{line} settings" if isinstance(line, str) else row_label(_marked(line), 60) for line in lines]
-        name_rows(axes, range(len(lines)), names)
-        ratio_axis(axes, [row["rms_ratio"] for row in measured])
+        drawn = Figure(figsize=(9.6, 0.27 * len(lines) + 1.1), layout="constrained")
+        axes = drawn.add_subplot()
+        labels = [line if isinstance(line, str) else row_label(_marked(line[0]), 60) for line in lines]
+        name_rows(axes, range(len(lines)), labels)
+        ratio_axis(axes, [effect.rms_ratio for _, effect in measured])
         for y, line in enumerate(lines):
             if isinstance(line, str):
                 axes.get_yticklabels()[y].set_fontweight("bold")
             else:
-                _draw_knob(axes, y, line)
+                _draw_setting(axes, y, *line)
         axes.set_xlabel("RMS of the gap with the setting / without it; filled where it differs from 1 (Holm, 5 %)")
         heading_beside(axes, "ratio, 95 % interval", 10)
         heading_beside(axes, "time", _TIME_COLUMN)
-        if any(row["note"] for row in measured):
-            note = "† see its note in the table of settings"
-            figure.supxlabel(note, fontsize=8, color=DIM)
-    return figure
+        if any(row.notes for row, _ in measured):
+            drawn.supxlabel("† see its note in the table of settings", fontsize=8, color=DIM)
+    return drawn
 
 
-def _sorted(rows: Any) -> list[Document]:
-    return sorted(rows, key=lambda row: order_of(row["rms_ratio"]))
+def _marked(row: SettingResult) -> str:
+    return f"{row.change} †" if row.notes else row.change
 
 
-def _marked(row: Document) -> str:
-    return f"{row['change']} †" if row["note"] else str(row["change"])
-
-
-def _draw_knob(axes: Axes, y: int, row: Document) -> None:
-    mark, ratio = SIDES[row["side"]], row["rms_ratio"]
-    ends, value = limits_of(ratio), value_of(ratio)
-    if ends is not None:
-        whisker(axes, y, ends, mark.color)
+def _draw_setting(axes: Axes, y: int, row: SettingResult, effect: Change) -> None:
+    mark, ratio = SIDES[row.side], effect.rms_ratio
+    limits, value = limits_of(ratio), ratio.value
+    if limits is not None:
+        whisker(axes, y, limits, mark.color)
     if value == 0:  # not on a logarithmic axis
         axes.plot([axes.get_xlim()[0]], [y], marker=CARETLEFT, color=mark.color, markersize=6)
     elif value:
-        face = mark.color if row["differs"] else "white"
+        face = mark.color if effect.differs else "white"
         axes.plot([value], [y], mark.marker, color=mark.color, markerfacecolor=face, markersize=5.5, zorder=3)
     # A ratio without an interval says why in its place.
-    text = f"{number(value)} {_limits(ratio) or row_label(ratio.get('why', ''))[:24]}"
+    text = f"{number(value)} {interval(ratio.ci_low, ratio.ci_high) or row_label(ratio.why)[:24]}"
     beside(axes, y, text.rstrip(), 10)
-    time = row["time_ratio"]
-    beside(axes, y, NONE if time is None else f"{number(time)}×", _TIME_COLUMN)
+    beside(axes, y, NONE if row.time_ratio is None else f"{number(row.time_ratio)}×", _TIME_COLUMN)
 
 
-def has_fixes(document: Document) -> bool:
-    """Whether a class of modules has been tried in FP32."""
-    return any(_left(row) is not None for row in document["fixes"]["rows"])
+def _tried(fixes: Fixes) -> list[tuple[FixResult, MetricValue, float]]:
+    """Sets of modules with the ratio of RMS that they leave, and its value."""
+    effects = [(row, row.effect.rms_ratio) for row in fixes.rows if row.effect is not None]
+    return [(row, ratio, ratio.value) for row, ratio in effects if ratio.value is not None]
 
 
-def fixes_figure(document: Document) -> Figure:
+@figure(
+    "attribute-fixes",
+    of=Attribution,
+    title="FP32 modules at the trainer, and what they cost",
+    guide="What lies left of the dashed line is enough, and its shortest bar is the cheapest; below 0 is noise.",
+    alt="Left: for each set of module classes in FP32, the RMS of the gap that it leaves over that without it, with "
+    "its interval, and lines at the target and at a trainer wholly in FP32. Right: bars of the time that it adds.",
+    needs=lambda document: bool(_tried(document.fixes)),
+    order=5,
+)
+def fixes_figure(document: Attribution) -> Figure:
     """What classes of modules in FP32 leave of the gap, and beside it the time that they add."""
-    fixes = document["fixes"]
-    rows = [row for row in fixes["rows"] if _left(row) is not None]
-    wanted = fix_wanted(fixes)
+    fixes, rows = document.fixes, _tried(document.fixes)
+    names = [row_label(" + ".join(row.classes), 34) for row, _, _ in rows]
     with plot_settings():
-        figure = Figure(figsize=(9.6, 0.36 * len(rows) + 1.5), layout="constrained")
-        left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1.7, 1.0))
-        name_rows(left, range(len(rows)), [row_label(class_names(row["classes"]), 34) for row in rows])
-        name_rows(right, range(len(rows)), [row_label(class_names(row["classes"]), 34) for row in rows])
+        drawn = Figure(figsize=(9.6, 0.36 * len(rows) + 1.5), layout="constrained")
+        left, right = drawn.subplots(1, 2, sharey=True, width_ratios=(1.7, 1.0))
+        name_rows(left, range(len(rows)), names)
+        name_rows(right, range(len(rows)), names)
         right.tick_params(axis="y", labelleft=False)
-        values = [row["rms_ratio"]["value"] for row in rows]
-        ends = [end for row in rows for end in limits_of(row["rms_ratio"]) or ()]
-        left.set_xlim(0.0, 1.05 * bounds_of([0.0, 1.0, *values], ends, 0.5)[1])
+        ends = [end for _, ratio, _ in rows for end in limits_of(ratio) or ()]
+        left.set_xlim(0.0, 1.05 * bounds_of([0.0, 1.0, *(value for _, _, value in rows)], ends, 0.5)[1])
         _draw_marks(left, fixes)
-        for y, row in enumerate(rows):
-            _draw_fix(left, right, y, row, chosen=wanted is not None and row["classes"] == wanted["classes"])
+        for y, (row, ratio, value) in enumerate(rows):
+            chosen = fixes.cheapest is not None and row.classes == fixes.cheapest.classes
+            _draw_ratio(left, y, ratio, value, chosen=chosen)
+            if row.added_time is not None:
+                right.barh(y, row.added_time, 0.5, color="#c9cdd3", edgecolor=INK, linewidth=0.7)
+                beside(right, y, percent(row.added_time), 8)
         left.set_xlabel("RMS of the gap left / without a change")
         right.set_xlabel("time added")
         right.axvline(0.0, color=INK, linewidth=0.8)
         right.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
         if left.get_legend_handles_labels()[0]:
-            figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8, handlelength=3.0)
-    return figure
+            drawn.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8, handlelength=3.0)
+    return drawn
 
 
-def _left(row: Document) -> float | None:
-    return value_of(row.get("rms_ratio")) if row["status"] == "measured" else None
-
-
-def _draw_marks(axes: Axes, fixes: Document) -> None:
+def _draw_marks(axes: Axes, fixes: Fixes) -> None:
     """What is wanted, and what a trainer wholly in FP32 would leave."""
     axes.axvline(1.0, color=INK, linewidth=0.8, zorder=1.5)
-    whole = value_of(fixes.get("whole_trainer_in_fp32"))
-    if whole is not None:
-        label = f"the whole trainer in FP32: {number(whole)}"
-        axes.axvline(whole, color="#777777", linewidth=1.3, linestyle=":", label=label, zorder=1.5)
-    if fixes["target"] is not None and fixes["target"] < 1:
-        label = f"target: {number(fixes['target'])} or less"
-        axes.axvline(fixes["target"], color="#b3261e", linewidth=1.3, linestyle="--", label=label, zorder=1.5)
+    whole = fixes.whole_trainer_in_fp32
+    if whole is not None and whole.value is not None:
+        label = f"the whole trainer in FP32: {number(whole.value)}"
+        axes.axvline(whole.value, color="#777777", linewidth=1.3, linestyle=":", label=label, zorder=1.5)
+    if fixes.target is not None:
+        label = f"target: {number(fixes.target)} or less"
+        axes.axvline(fixes.target, color="#b3261e", linewidth=1.3, linestyle="--", label=label, zorder=1.5)
 
 
-def _draw_fix(left: Axes, right: Axes, y: int, row: Document, *, chosen: bool) -> None:
-    mark, ratio, time = SIDES["trainer"], row["rms_ratio"], row["added_time"]
-    ends = limits_of(ratio)
-    if ends is not None:
-        whisker(left, y, ends, mark.color)
-    label = "cheapest set that meets the target" if chosen else None
-    left.plot(
-        [ratio["value"]],
+def _draw_ratio(axes: Axes, y: int, ratio: MetricValue, value: float, *, chosen: bool) -> None:
+    mark, limits = SIDES["trainer"], limits_of(ratio)
+    if limits is not None:
+        whisker(axes, y, limits, mark.color)
+    axes.plot(
+        [value],
         [y],
         "*" if chosen else mark.marker,
         color=INK if chosen else mark.color,
         markersize=12 if chosen else 5.5,
         linestyle="none",
-        label=label,
+        label="cheapest set that meets the target" if chosen else None,
         zorder=3,
     )
     if chosen:
-        left.get_yticklabels()[y].set_fontweight("bold")
-    if time is not None:
-        right.barh(y, time, 0.5, color="#c9cdd3", edgecolor=INK, linewidth=0.7)
-        beside(right, y, percent(time), 8)
-
-
-def _limits(metric: Document) -> str:
-    return interval(metric.get("ci_low"), metric.get("ci_high"))
-
-
-def _with_limits(metric: Document) -> str:
-    return f"{number(metric.get('value'))} {_limits(metric)}".rstrip()
+        axes.get_yticklabels()[y].set_fontweight("bold")

@@ -1,23 +1,23 @@
-"""Charts of named rows, each a value with its interval: what the figures of an attribution have in common."""
+"""Charts of named rows, each a value with its interval: for figures of an attribution."""
 
 from __future__ import annotations
 
 import math
 import textwrap
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from matplotlib.markers import CARETLEFT, CARETRIGHT
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from mismatch_probe.report.figures.style import Look
-from mismatch_probe.report.format import clipped, visible
+from mismatch_probe.report.format import clipped, interval, number, visible
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
     from matplotlib.axes import Axes
 
-    Metric = Mapping[str, Any]
+    from mismatch_probe.types import MetricValue
 
 GRID, INK, DIM = "#e4e4e4", "#222222", "#555555"
 SIDES = {"rollout": Look("#1f5fa8", "-", "o"), "trainer": Look("#d95f02", "-", "s")}
@@ -33,15 +33,16 @@ def row_label(text: object, width: int = _LABEL_WIDTH) -> str:
     return textwrap.fill(clipped(visible(text), _LABEL_CHARACTERS), width)
 
 
-def value_of(metric: Metric | None) -> float | None:
-    """Of a metric that may be absent."""
-    return None if metric is None else metric.get("value")
-
-
-def limits_of(metric: Metric | None) -> tuple[float, float] | None:
+def limits_of(metric: MetricValue | None) -> tuple[float, float] | None:
     """Both ends of an interval, None where one is absent."""
-    ends = (None, None) if metric is None else (metric.get("ci_low"), metric.get("ci_high"))
-    return None if ends[0] is None or ends[1] is None else (float(ends[0]), float(ends[1]))
+    if metric is None or metric.ci_low is None or metric.ci_high is None:
+        return None
+    return metric.ci_low, metric.ci_high
+
+
+def with_limits(metric: MetricValue) -> str:
+    """`4.35e-2 [4.02e-2, 4.64e-2]`."""
+    return f"{number(metric.value)} {interval(metric.ci_low, metric.ci_high)}".rstrip()
 
 
 def name_rows(axes: Axes, places: Sequence[float], names: Sequence[str]) -> None:
@@ -53,7 +54,7 @@ def name_rows(axes: Axes, places: Sequence[float], names: Sequence[str]) -> None
     axes.set_axisbelow(True)
 
 
-def beside(axes: Axes, y: float, text: str, offset: float, **style: Any) -> None:
+def beside(axes: Axes, y: float, text: str, offset: float, weight: str = "normal") -> None:
     """Text of a row in a column `offset` points right of the panel."""
     axes.annotate(
         text,
@@ -66,7 +67,7 @@ def beside(axes: Axes, y: float, text: str, offset: float, **style: Any) -> None
         annotation_clip=False,
         fontsize=8,
         color=INK,
-        **style,
+        weight=weight,
     )
 
 
@@ -97,9 +98,9 @@ def whisker(axes: Axes, y: float, ends: tuple[float, float], color: str) -> None
         axes.plot([right], [y], marker=CARETRIGHT, color=color, markersize=6)
 
 
-def ratio_axis(axes: Axes, metrics: Sequence[Metric]) -> None:
+def ratio_axis(axes: Axes, metrics: Sequence[MetricValue]) -> None:
     """A logarithmic x axis from the metrics' values, with 1 on it and ticks that can be read."""
-    values = [math.log(value) for metric in metrics if (value := value_of(metric))]
+    values = [math.log(metric.value) for metric in metrics if metric.value]
     ends = [math.log(end) for metric in metrics for end in limits_of(metric) or () if end > 0]
     low, high = bounds_of([0.0, *values], ends, math.log(1.5))
     pad = max(0.06 * (high - low), 0.01)

@@ -28,19 +28,19 @@ from mismatch_probe.probes.planning import RolloutPass, TrainerPass, passes_of
 from mismatch_probe.runs import RunDirectory
 from mismatch_probe.types import RolloutRequest, ScoreRequest
 
-# Of what a reading is; another number makes all of them anew.
-READINGS = 1
+# Of what a pass holds; another number makes all of them anew.
+PASSES = 1
 
 
 @dataclass(frozen=True)
-class Baseline:
-    """A pair, and what is known of its engines.
+class Pair:
+    """The pair whose gap is taken apart, and what is known of its engines.
 
     Attributes:
         run: The comparison.
         config: Its configuration.
         rollout, trainer: The pair's passes.
-        context: What decides which knobs exist.
+        context: What decides which settings exist.
         sequences: `S` prompts with responses, in the order of the pair's tokens.
         rollout_logprobs, trainer_logprobs: `[N]` nats, NaN on both sides where the pair leaves a token out.
         float32_logprobs: `[N]` of the trainer in FP32, None where the run has no such pass.
@@ -95,10 +95,10 @@ class Baseline:
         return np.cumsum([0, *(len(s.response_token_ids) for s in self.sequences)])
 
     def key(self, name: str, *about: Any) -> str:
-        """A digest of all that a reading depends on."""
+        """A digest of all that a pass depends on."""
         config = self.config
-        # Not the versions of packages: a run is read elsewhere and later, and every reading says what made it.
-        known: list[Any] = [READINGS, name, *map(repr, about), self.run.manifest.device]
+        # Not the versions of packages: a run is read elsewhere and later, and every pass says what made it.
+        known: list[Any] = [PASSES, name, *map(repr, about), self.run.manifest.device]
         known += [self.run.manifest.model.files, self.rollout.pass_id, self.trainer.pass_id]
         known += [config.trainer_layout, config.trainer_attn, config.memory_budget_gib]
         known += [config.engine_args, config.eager, self.batch, self.in_process]
@@ -114,7 +114,7 @@ def _digest(known: Any) -> str:
     return hashlib.sha256(json.dumps(known, default=str).encode()).hexdigest()
 
 
-def open_baseline(run: RunDirectory, options: AttributeOptions) -> Baseline:
+def open_pair(run: RunDirectory, options: AttributeOptions) -> Pair:
     """Reads a run's pair.
 
     Raises:
@@ -133,8 +133,8 @@ def open_baseline(run: RunDirectory, options: AttributeOptions) -> Baseline:
         )
     if config.temperature != 1:
         raise UsageError(
-            "Only temperature 1 can be taken apart: prefill gives no log-probs at another.",
-            "Leave --temperature out.",
+            "An attribution needs temperature 1: prefill gives log-probs at no other.",
+            "Compare without --temperature.",
         )
     for name in (rollout.pass_id, trainer.pass_id):
         if not run.finished(name):
@@ -145,15 +145,15 @@ def open_baseline(run: RunDirectory, options: AttributeOptions) -> Baseline:
     rows = {row["sequence_id"]: row for row in run.sequences(source).to_pylist() if row["response_token_ids"]}
     if any(not row["prompt_token_ids"] for row in rows.values()):
         raise UsageError("A sequence of this run has no prompt, so no engine can score it.", "Compare with prompts.")
-    pair = pair_arrays(run, rollout.pass_id, trainer.pass_id)
-    if len(pair.rollout_logprob) != sum(len(row["response_token_ids"]) for row in rows.values()):
+    arrays = pair_arrays(run, rollout.pass_id, trainer.pass_id)
+    if len(arrays.rollout_logprob) != sum(len(row["response_token_ids"]) for row in rows.values()):
         raise UsageError("Some tokens of this run were left out of the comparison.", "Compare the model's own samples.")
     wide = TrainerPass("float32", "cast").pass_id
-    anchor = pair_arrays(run, rollout.pass_id, wide).trainer_logprob if run.finished(wide) else None
-    usable = usable_rows(pair)
-    finite = np.isfinite(pair.rollout_logprob) & np.isfinite(pair.trainer_logprob)
+    float32 = pair_arrays(run, rollout.pass_id, wide).trainer_logprob if run.finished(wide) else None
+    usable = usable_rows(arrays)
+    finite = np.isfinite(arrays.rollout_logprob) & np.isfinite(arrays.trainer_logprob)
     rollout_logprobs, trainer_logprobs = (
-        np.where(usable, side, np.nan) for side in (pair.rollout_logprob, pair.trainer_logprob)
+        np.where(usable, side, np.nan) for side in (arrays.rollout_logprob, arrays.trainer_logprob)
     )
     ordered = [rows[key] for key in sorted(rows)]
     context = Context(
@@ -167,7 +167,7 @@ def open_baseline(run: RunDirectory, options: AttributeOptions) -> Baseline:
         engine=run.manifest.passes[rollout.pass_id].engine,
         attention=str(run.manifest.passes[trainer.pass_id].engine.get("attention", "")),
     )
-    return Baseline(
+    return Pair(
         run,
         config,
         rollout,
@@ -176,7 +176,7 @@ def open_baseline(run: RunDirectory, options: AttributeOptions) -> Baseline:
         tuple(ScoreRequest(i, r["prompt_token_ids"], r["response_token_ids"]) for i, r in enumerate(ordered)),
         rollout_logprobs,
         trainer_logprobs,
-        anchor,
-        TokenPrompts(pair.prompt[pair.sequence], len(pair.prompt_ids)),
+        float32,
+        TokenPrompts(arrays.prompt[arrays.sequence], len(arrays.prompt_ids)),
         int((finite & ~usable).sum()),
     )

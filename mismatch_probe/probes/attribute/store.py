@@ -1,0 +1,147 @@
+"""Which passes an attribution has, which of them are asked for, and their files in the run's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from mismatch_probe.arrays import load_arrays
+from mismatch_probe.engines.attribute.rollout import ROUTES
+from mismatch_probe.engines.attribute.trainer import FIXES, set_name, single_name
+from mismatch_probe.engines.attribute.variants import FP32_CLASSES
+from mismatch_probe.engines.refusals import refusal
+from mismatch_probe.probes.attribute.names import (
+    AT_ROLLOUT,
+    CAST,
+    FOLDER,
+    FOLLOWED,
+    PREFILL,
+    REPLAY,
+    SAME_DTYPE,
+    TRAINER,
+    WIDE_PREFILL,
+    inside_name,
+)
+from mismatch_probe.probes.attribute.options import AttributeOptions
+from mismatch_probe.probes.attribute.pair import Pair
+from mismatch_probe.probes.attribute.settings import Setting, choose, settings_of
+from mismatch_probe.types import DTYPES
+
+# Of what is compared inside; another number makes all of it anew.
+INSIDES = 2
+Part = tuple[dict[str, Any], dict[str, NDArray[Any]]]
+"""Facts and arrays of a pass, as its file holds them."""
+
+
+class PassStore:
+    """The passes of an attribution in a run's folder.
+
+    Args:
+        pair: What is taken apart.
+        options: The attribution's.
+    """
+
+    def __init__(self, pair: Pair, options: AttributeOptions) -> None:
+        self._pair, self._options = pair, options
+        self.settings = settings_of(pair.context)
+        chosen = choose(self.settings, options.settings)
+        if options.layers and not pair.eager:
+            # Layers are seen in eager mode only, so how far that is from the sampled pass is always measured.
+            chosen += [setting for setting in self.settings if setting.name == "rollout-eager" if setting not in chosen]
+        self.chosen = tuple(chosen)
+        self.wanted = tuple(setting for setting in chosen if not setting.why_missing(pair.context))
+
+    def key(self, name: str) -> str:
+        """A digest of all that a pass depends on."""
+        pair = self._pair
+        setting = next((setting for setting in self.settings if setting.name == name), None)
+        if setting is not None:
+            about = (setting.arguments, setting.how, setting.variant, setting.dtype, setting.environment)
+            return pair.key(name, *about)
+        if name == FIXES:
+            return pair.key(name, self._options.target)
+        if name in map(inside_name, DTYPES):
+            return pair.key(name, INSIDES)
+        return pair.key(name)
+
+    @property
+    def folder(self) -> Path:
+        """Where the files are."""
+        return self._pair.run.path / FOLDER / "passes"
+
+    def file(self, name: str) -> Path:
+        """The file of a pass."""
+        return self.folder / f"{name}.npz"
+
+    def has(self, name: str) -> bool:
+        """Whether the file of a pass is there and was made of this run."""
+        return load_arrays(self.file(name), self.key(name)) is not None
+
+    def load(self) -> dict[str, Part]:
+        """The passes that are there and were made of this run, also those that nobody asks for now."""
+        names = dict.fromkeys([*self.names(self.settings), FIXES])
+        found = {name: load_arrays(self.file(name), self.key(name)) for name in names}
+        parts = {name: part for name, part in found.items() if part is not None}
+        for index, _ in enumerate(parts[FIXES][0].get("sets", ()) if FIXES in parts else ()):
+            part = load_arrays(self.file(set_name(index)), self.key(FIXES))
+            if part is not None:
+                parts[set_name(index)] = part
+        return parts
+
+    def missing(self, *, again: bool) -> list[str]:
+        """The passes that are asked for and are not there; with `again`, also those that failed, whose files go."""
+        there = self.load()
+        for name in [name for name, (facts, _) in there.items() if again and "failed" in facts]:
+            self.file(name).unlink()
+            del there[name]
+        if FIXES in there and not set(self.fix_classes) <= set(there[FIXES][0].get("classes", self.fix_classes)):
+            del there[FIXES]  # it was looked for among fewer classes
+        return [name for name in self.names(self.wanted) if name not in there]
+
+    def names(self, settings: Sequence[Setting]) -> list[str]:
+        """Every pass that an attribution with these settings has."""
+        context = self._pair.context
+        names = [REPLAY, PREFILL, TRAINER, AT_ROLLOUT]
+        names += [CAST] if context.trainer_mode == "autocast" else []
+        names += [SAME_DTYPE] if context.mixed else []
+        names += [setting.name for setting in settings]
+        names += [FIXES] if self.fix_classes else []
+        names += [ROUTES, FOLLOWED] if context.experts and not context.why_no_routes else []
+        names += [WIDE_PREFILL] if self.wide == WIDE_PREFILL else []
+        return names + [inside_name(dtype) for dtype in self.layer_dtypes]
+
+    @property
+    def wide(self) -> str:
+        """The pass of the engine in FP32, by prefill, which runs for its layers where it did not sample in FP32; empty
+        where there is none.
+        """
+        if self._pair.context.rollout_dtype == "float32":
+            return PREFILL
+        return WIDE_PREFILL if "float32" in self.layer_dtypes else ""
+
+    @property
+    def why_no_layers(self) -> str:
+        """Why no layer can be compared; empty where they can."""
+        if not self._options.layers:
+            return "left out: --no-layers"
+        if not self._pair.context.layers:
+            return "the checkpoint's config.json does not say how many layers it has"
+        ranks = self._pair.engine.get("tensor_parallel_size", 1)
+        return f"a model that is split over {ranks} GPUs has no whole tensors to look at" if ranks > 1 else ""
+
+    @property
+    def layer_dtypes(self) -> tuple[str, ...]:
+        """Dtypes whose layers are compared, from few bits to many: those that the engine takes."""
+        if self.why_no_layers:
+            return ()
+        wanted = (dtype for dtype in DTYPES if dtype in self._options.layer_dtypes)
+        return tuple(dtype for dtype in wanted if not refusal(self._pair.context.model, dtype))
+
+    @property
+    def fix_classes(self) -> tuple[str, ...]:
+        """Classes of modules that run in FP32."""
+        names = {setting.name for setting in self.wanted}
+        return tuple(name for name in FP32_CLASSES if single_name(name) in names)
