@@ -261,7 +261,7 @@ class TestCommand:
         [
             (["--keep", "0.8", "0.2"], "upper bound first"),
             (["--keep", "-1", "0.2"], "keep"),
-            (["--task", "math"], "problems must name"),
+            (["--task", "math"], "problems must be"),
             (["--n-samples", "1"], "n_samples"),
             (["--resume", "x", "--seed", "1"], "--resume"),
         ],
