@@ -6,6 +6,7 @@ import shlex
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from mismatch_probe.config import CompareConfig
 from mismatch_probe.report import model
 from mismatch_probe.report.format import NONE, interval, number
 from mismatch_probe.report.model import Cell, Column, FigureRef, Report, Step, Text, section
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from mismatch_probe.types import MetricValue
 
 _STATES: dict[str, State] = {"gradient-turned": "warn", "gradient-undecided": "inconclusive", "gradient-agrees": "ok"}
-_IN_STEPS = "gradient-closest-correction"
+_IN_STEPS = ("gradient-closest-correction", "gradient-no-closer")
 # Intervals shrink with the square root of the prompts: these halve them, and are enough to be calibrated.
 _MORE, _LEAST_PROMPTS = 4, 64
 _LEGEND = (
@@ -33,7 +34,7 @@ _LEGEND = (
 def gradient_report(document: Gradient) -> Report:
     """The document as a report."""
     verdicts = [finding for finding in document.findings if finding.code in _STATES]
-    others = [f for f in document.findings if f.code not in _STATES and f.code != _IN_STEPS]
+    others = [f for f in document.findings if f.code not in _STATES and f.code not in _IN_STEPS]
     return Report(
         title=f"Policy gradient under mismatch, {document.model}",
         state=_STATES[verdicts[0].code] if verdicts else "none",
@@ -54,8 +55,10 @@ def gradient_report(document: Gradient) -> Report:
 def _steps(document: Gradient) -> Iterator[Step]:
     codes = {finding.code: finding for finding in document.findings}
     for finding in document.findings:
-        if finding.code == _IN_STEPS:
+        if finding.code == "gradient-closest-correction":
             yield Step(say(finding), _train(document, finding))
+        elif finding.code == "gradient-no-closer":
+            yield Step(say(finding), _explain(document, finding))
     if "gradient-undecided" in codes:
         yield _more(document)
     elif "gradient-turned" not in codes:
@@ -70,6 +73,13 @@ def _train(document: Gradient, finding: Finding) -> str:
     return shlex.join(
         [*words, "--rollout-dtype", dtype, "--trainer-dtype", dtype, "--algorithm", finding.text("algorithm")]
     )
+
+
+def _explain(document: Gradient, finding: Finding) -> str:
+    config = document.config
+    same = CompareConfig(config.model, config.revision, config.trust_remote_code)
+    pair = ["--pair", finding.text("dtype")]
+    return shlex.join(["mismatch-probe", "attribute", *same.arguments(), *pair]) if config.source is None else ""
 
 
 def _more(document: Gradient) -> Step:

@@ -29,7 +29,7 @@ def agreement(cosine: MetricValue) -> Agreement:
 
 
 def findings_of(passes: Sequence[RolloutGradient], missing: Sequence[MissingPass]) -> Iterator[Finding]:
-    """Every rollout dtype is in one of three findings; a correction is recommended where the gradient is turned."""
+    """Every rollout dtype is in one of three findings; corrections are judged where the gradient is turned."""
     plain = {found.rollout_dtype: found.estimates[0].metrics.cosine for found in passes}
     for code, severity in _SEVERITIES.items():
         cosines = {dtype: cosine for dtype, cosine in plain.items() if agreement(cosine) == code}
@@ -37,7 +37,7 @@ def findings_of(passes: Sequence[RolloutGradient], missing: Sequence[MissingPass
             yield Finding(code=code, severity=severity, values={"cosine": cosines, "negligible": NEGLIGIBLE})
     for found in passes:
         if agreement(plain[found.rollout_dtype]) == "gradient-turned":
-            yield from _closest(found)
+            yield _corrections(found)
     for found in passes:
         counts = {"empty": found.n_empty, "nonfinite": found.n_nonfinite, "impossible": found.n_impossible}
         if any(counts.values()):
@@ -48,22 +48,25 @@ def findings_of(passes: Sequence[RolloutGradient], missing: Sequence[MissingPass
     yield from _limits(passes)
 
 
-def _closest(found: RolloutGradient) -> Iterator[Finding]:
-    """The estimate nearest to the reference among those that training in this dtype can have."""
-    known = [estimate for estimate in found.estimates if found.own(estimate) and _place(estimate) is not None]
-    if not known:
-        return
-    best = max(known, key=lambda estimate: _place(estimate) or (0.0, 0.0))
-    equal = tuple(estimate.correction for estimate in known if _place(estimate) == _place(best))
-    algorithm = {"none": "pg", "icepop": "icepop"}.get(equal[0], f"pg-{equal[0]}")
-    values: dict[str, Value] = {
-        "dtype": found.rollout_dtype,
-        "corrections": equal,
-        "algorithm": algorithm,
-        "cosine": best.metrics.cosine,
+def _corrections(found: RolloutGradient) -> Finding:
+    """Whether one of the corrections that training in this dtype can have comes closer than none, by the intervals."""
+    plain, *others = (estimate for estimate in found.estimates if found.own(estimate))
+    known = [estimate for estimate in others if _place(estimate) is not None]
+    best = max(known, key=lambda estimate: _place(estimate) or (0.0, 0.0), default=None)
+    equal = tuple(estimate.correction for estimate in known if best and _place(estimate) == _place(best))
+    values: dict[str, Value] = {"dtype": found.rollout_dtype, "corrections": equal}
+    if best is None:
+        values |= {"cosine": MetricValue(None, why="no correction has one")}
+        return Finding(code="gradient-no-closer", severity="note", where=found.rollout_pass, values=values)
+    low, high = best.metrics.cosine.ci_low, plain.metrics.cosine.ci_high
+    values |= {"cosine": best.metrics.cosine}
+    if low is None or high is None or low <= high:
+        return Finding(code="gradient-no-closer", severity="note", where=found.rollout_pass, values=values)
+    values |= {
+        "algorithm": "icepop" if equal[0] == "icepop" else f"pg-{equal[0]}",
         "effective_batch": best.metrics.effective_batch,
     }
-    yield Finding(code="gradient-closest-correction", severity="info", where=found.rollout_pass, values=values)
+    return Finding(code="gradient-closest-correction", severity="info", where=found.rollout_pass, values=values)
 
 
 def _place(estimate: GradientEstimate) -> tuple[float, float] | None:

@@ -25,6 +25,9 @@ COSINES = {
 }
 
 
+CORRECTIONS_JUDGED = {"gradient-closest-correction", "gradient-no-closer"}
+
+
 def codes(document: Gradient) -> list[str]:
     return [finding.code for finding in document.findings]
 
@@ -44,14 +47,14 @@ def test_every_dtype_has_one_verdict_and_only_a_turned_gradient_gets_a_correctio
     said = {dtype: f.code for f in document.findings if f.code in COSINES for dtype in f.metrics("cosine")}
     assert said == dict(zip(dtypes, verdicts, strict=True))
     assert sum(f.code in COSINES for f in document.findings) == len(set(verdicts))
-    corrected = [f.text("dtype") for f in document.findings if f.code == "gradient-closest-correction"]
-    assert corrected == [dtype for dtype, code in said.items() if code == "gradient-turned"]
+    judged = [f.text("dtype") for f in document.findings if f.code in CORRECTIONS_JUDGED]
+    assert judged == [dtype for dtype, code in said.items() if code == "gradient-turned"]
     report = gradient_report(document)
     states = {"gradient-turned": "warn", "gradient-undecided": "inconclusive", "gradient-agrees": "ok"}
     assert report.state == next(state for code, state in states.items() if code in verdicts)
     assert 1 <= len(report.answer) <= 2
     commands = [step.command for step in report.steps]
-    assert sum("rl run" in command for command in commands) == len(corrected)
+    assert sum("rl run" in command for command in commands) == len(judged)
     assert sum("rl gradient" in command for command in commands) == ("gradient-undecided" in verdicts)
     assert report.steps
 
@@ -65,15 +68,27 @@ def test_an_estimate_that_points_backwards_is_turned() -> None:
     assert "gradient-turned" in codes(gradient({"bfloat16": MetricValue(-0.99, -0.999, -0.98)}))
 
 
-def test_the_closest_correction_is_one_that_training_can_have() -> None:
+def test_a_correction_is_recommended_where_it_is_closer_by_the_intervals() -> None:
+    found = rollout("bfloat16", 0.9)  # [0.898, 0.902]
+    reference = estimate("seq-is", "float32", metric(0.99))  # training has no such weights
+    for cosine, code in ((0.95, "gradient-closest-correction"), (0.904, "gradient-no-closer")):
+        equal = [estimate(name, "bfloat16", metric(cosine)) for name in ("seq-tis", "seq-mis")]
+        worse = estimate("token-tis", "bfloat16", metric(0.89))
+        estimates = (found.estimates[0], worse, *equal, reference)
+        document = gradient(passes=(found.model_copy(update={"estimates": estimates}),))
+        (judged,) = [f for f in document.findings if f.code in CORRECTIONS_JUDGED]
+        assert judged.code == code
+        assert judged.names("corrections") == ("seq-tis", "seq-mis")
+        assert judged.metric("cosine").value == cosine
+        (step,) = gradient_report(document).steps
+        assert ("--algorithm pg-seq-tis" in step.command) == (code == "gradient-closest-correction")
+        assert ("attribute --model smollm2-135m --pair bfloat16" in step.command) == (code == "gradient-no-closer")
+
+
+def test_without_a_correction_nothing_is_recommended() -> None:
     found = rollout("bfloat16", 0.9)
-    equal = [estimate(name, "bfloat16", metric(0.95)) for name in ("seq-tis", "seq-mis")]
-    better = estimate("seq-is", "float32", metric(0.99))
-    passes = (found.model_copy(update={"estimates": (found.estimates[0], *equal, better)}),)
-    (closest,) = [f for f in gradient(passes=passes).findings if f.code == "gradient-closest-correction"]
-    assert closest.names("corrections") == ("seq-tis", "seq-mis")
-    assert closest.text("algorithm") == "pg-seq-tis"
-    assert closest.metric("cosine").value == 0.95
+    estimates = (found.estimates[0], estimate("seq-is", "bfloat16", NONE))
+    assert "gradient-no-closer" in codes(gradient(passes=(found.model_copy(update={"estimates": estimates}),)))
 
 
 def test_more_prompts_are_asked_for_as_the_run_was_configured() -> None:

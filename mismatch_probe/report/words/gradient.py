@@ -65,7 +65,8 @@ def _degrees(cosine: float) -> str:
 
 @words(
     "gradient-closest-correction",
-    "Of the corrections that training in the rollout's own dtype can have, these come closest to the reference.",
+    "Of the corrections that training in the rollout's own dtype can have, these come closest to the reference, and "
+    "closer than none by the intervals.",
     {
         "dtype": "dtype of the rollouts",
         "corrections": "the corrections, more than one where their weights are the same here",
@@ -82,6 +83,24 @@ def _closest(finding: Finding) -> str:
     return (
         f"{finding.text('dtype')} rollouts: {names}{same} comes closest to the reference, {angle}, "
         f"at an effective batch of {in_line(batch)}."
+    )
+
+
+@words(
+    "gradient-no-closer",
+    "By the intervals, no correction that training in the rollout's own dtype can have comes closer than none.",
+    {
+        "dtype": "dtype of the rollouts",
+        "corrections": "those with the best estimate, more than one where their weights are the same here",
+        "cosine": "their cosine with the reference",
+    },
+    "Make the gap smaller: `mismatch-probe attribute` says where it comes from.",
+)
+def _no_closer(finding: Finding) -> str:
+    best = f"{', '.join(finding.names('corrections'))}: " if finding.names("corrections") else ""
+    return (
+        f"No correction is shown to come closer to the reference for {finding.text('dtype')} rollouts (best: {best}"
+        f"{_angle(finding.metric('cosine'))}). See where the gap comes from."
     )
 
 
