@@ -112,11 +112,21 @@ def _answer(audit: Audit) -> tuple[str, ...]:
     deciding = [_label(answer) for answer in audit.answers if answer.decides]
     whose = "the recommended precision" if not audit.options.pairs else "as --pair asks"
     of = f" The verdict is of {' and '.join(deciding)}, {whose}." if deciding else ""
-    return (f"{names}.{of}", *(_sentence(answer, audit.max_tokens) for answer in audit.answers))
+    return (
+        f"{names}.{of}",
+        *(_sentence(answer, _decides(audit, answer), audit.max_tokens) for answer in audit.answers),
+    )
 
 
-def _sentence(answer: Answer, max_tokens: int) -> str:
+def _decides(audit: Audit, answer: Answer) -> Check | None:
+    pair = audit.pair(answer)
+    return None if pair is None else pair.check(answer.check)
+
+
+def _sentence(answer: Answer, check: Check | None, max_tokens: int) -> str:
     parts = [f"{_label(answer)}: {answer.verdict}. {say(answer.finding)}"]
+    if check is not None and check.name in CATALOG and check.value.value is not None:
+        parts.append(f"Limit: {limit_text(check.bounds)} ({check.bounds.source}).")
     if answer.also:
         parts.append(f"Also: {', '.join(answer.also)}.")
     if answer.settle is not None:
@@ -245,8 +255,10 @@ def _recommendation(audit: Audit) -> tuple[Section, ...]:
     chosen = None if found.correction is None else found.correction.name
     rows = [
         (
-            Cell(row.correction.title, below=row.correction.name),
-            Cell("recommended" if row.correction.name == chosen else ""),
+            Cell(
+                row.correction.title,
+                below=f"{row.correction.name}{', recommended' if row.correction.name == chosen else ''}",
+            ),
             Cell(_bounds(row.correction)),
             Cell(
                 percent(row.fraction.value),
@@ -256,7 +268,7 @@ def _recommendation(audit: Audit) -> tuple[Section, ...]:
         )
         for row in found.corrections
     ]
-    header = ("correction", "", "weight", Column("tokens touched", numeric=True))
+    header = ("correction", "weight", Column("tokens touched", numeric=True))
     blocks: list[Block] = []
     for snippet in found.snippets:
         blocks.append(Code(snippet.text, _FRAMEWORKS[snippet.framework]))

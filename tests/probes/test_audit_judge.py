@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mismatch_probe.probes.audit.judge import judged, judged_event, judged_extreme, missing, verdict_of
@@ -155,6 +155,7 @@ def test_the_verdict_is_the_worst_that_is_certain_or_cannot_be_excluded() -> Non
     assert verdict_of([]) == "inconclusive"
 
 
+@settings(deadline=None)
 @given(st.floats(1e-6, 100), st.floats(1.0, 3.0), st.floats(1.0, 3.0))
 def test_a_wider_interval_never_decides_more(value: float, narrow: float, more: float) -> None:
     first = of(value / narrow, value, value * narrow)
