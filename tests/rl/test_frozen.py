@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,23 +16,7 @@ from mismatch_probe.results.sanity import SanityOutcome
 from mismatch_probe.rl import gradient
 from mismatch_probe.rl.gradient_task import PassTask
 from mismatch_probe.rl.sanity.selection import outcome_of
-
-FROZEN = Path(__file__).parents[1] / "frozen"
-
-
-def assert_equal(found: Any, frozen: Any, where: str = "") -> None:
-    """JSON values are equal, numbers to 1e-12: processors differ in last digits."""
-    if isinstance(frozen, dict):
-        assert found.keys() == frozen.keys(), where
-        for key, value in frozen.items():
-            assert_equal(found[key], value, f"{where}.{key}")
-    elif isinstance(frozen, list):
-        assert len(found) == len(frozen), where
-        for index, value in enumerate(frozen):
-            assert_equal(found[index], value, f"{where}[{index}]")
-    else:
-        expected = pytest.approx(frozen, rel=1e-12, abs=1e-12) if isinstance(frozen, float) else frozen
-        assert found == expected, where
+from tests.frozen import FROZEN, assert_equal
 
 
 def test_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
