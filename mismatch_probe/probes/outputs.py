@@ -41,6 +41,6 @@ def write_outputs(run: RunDirectory, data: ReportData) -> dict[str, Path]:
 
 def draw_figures(run: RunDirectory, data: ReportData) -> dict[str, Path]:
     """Draws every figure into `figures/`."""
-    from mismatch_probe.report.figures.curves import draw_all
+    from mismatch_probe.report.figures import draw
 
-    return draw_all(data, run.path / "figures")
+    return draw(data, run.path / "figures")

@@ -13,15 +13,14 @@ from markupsafe import Markup
 
 from mismatch_probe.report import view, view_exact
 from mismatch_probe.report.attribution import attribution_answer
+from mismatch_probe.report.data import ReportData
+from mismatch_probe.report.figures import all_figures
 from mismatch_probe.report.format import visible
-from mismatch_probe.report.names import FIGURE_GUIDES
 from mismatch_probe.report.sections import sections
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
-
-    from mismatch_probe.report.data import ReportData
 
 
 @dataclass(frozen=True)
@@ -65,12 +64,17 @@ def embedded(figures: Mapping[str, Path], guides: Mapping[str, tuple[str, str]])
     ]
 
 
+def guides() -> dict[str, tuple[str, str]]:
+    """Title and reading guide of each figure of a comparison."""
+    return {info.name: (info.title, info.guide) for info in all_figures().values() if info.of is ReportData}
+
+
 def render_html(data: ReportData, figures: Mapping[str, Path]) -> str:
     """A self-contained page.
 
     Args:
         data: What to show; model text in it may be hostile.
-        figures: Figure name (as in `FIGURES`) to its PNG file; absent figures are left out.
+        figures: Figure name (as registered) to its PNG file; absent figures are left out.
 
     Raises:
         OSError: a figure cannot be read.
@@ -94,7 +98,7 @@ def render_html(data: ReportData, figures: Mapping[str, Path]) -> str:
         texts={**view_exact.TEXTS, "budget": view_exact.budget_text(data.summary)},
         where=view_exact.where_table(data.summary),
         attribution=[visible(text) for text in answer],
-        figures=embedded(figures, FIGURE_GUIDES),
+        figures=embedded(figures, guides()),
         sections=sections(data.summary),
         metrics=view.metrics_table(data.summary),
         worst=view.worst_rows(data.worst_tokens),

@@ -10,7 +10,7 @@ from urllib.parse import quote
 from mismatch_probe.report import view, view_exact
 from mismatch_probe.report.attribution import attribution_answer
 from mismatch_probe.report.format import visible
-from mismatch_probe.report.names import FIGURE_GUIDES
+from mismatch_probe.report.html import guides
 from mismatch_probe.report.sections import sections
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def render_markdown(data: ReportData, figures: Mapping[str, str | PurePath]) -> 
 
     Args:
         data: What to show; model text in it may be hostile.
-        figures: Figure name (as in `FIGURES`) to its path relative to the document; absent ones
+        figures: Figure name (as registered) to its path relative to the document; absent ones
             are left out.
     """
     blocks = [f"# Rollout–trainer mismatch of {escape(view.model_name(data))}"]
@@ -49,7 +49,7 @@ def render_markdown(data: ReportData, figures: Mapping[str, str | PurePath]) -> 
     blocks += _exact_blocks(data.summary)
     if data.attribution is not None:
         blocks += ["## Where it comes from", *(escape(visible(text)) for text in attribution_answer(data.attribution))]
-    for name, (title, guide) in FIGURE_GUIDES.items():
+    for name, (title, guide) in guides().items():
         if name in figures:
             blocks += [f"## {title}", _image(title, figures[name]), escape(guide)]
     blocks += ["## Where the gap lies", _table(view_exact.where_table(data.summary), view_exact.TEXTS["no_where"])]

@@ -7,13 +7,15 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 
+from mismatch_probe.report.figures import figures_of
 from mismatch_probe.report.figures.budget import budget_figure
 from mismatch_probe.report.figures.exact import RATIO_LIMITS, exact_figure
 from mismatch_probe.report.figures.share import share_figure
 from mismatch_probe.report.matrix import noise_floor
 from mismatch_probe.report.names import bin_order
 from mismatch_probe.types import MetricValue
-from tests.factories.comparison import absent, make_comparison
+from tests.factories.comparison import absent
+from tests.factories.report_data import make_report_data
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,7 +64,7 @@ def _spans(axes: Axes) -> list[tuple[float, float, float]]:
 
 
 def test_budget_bars_are_the_four_numbers_of_each_dtype_with_their_intervals(exact: ReportData) -> None:
-    axes = budget_figure(exact.summary).axes[0]
+    axes = budget_figure(exact).axes[0]
     dtypes = ("bfloat16", "float16", "float32")
     cells = [_budget(exact.summary, dtype)[key] for dtype in dtypes for key in BUDGET]
     assert axes.get_yscale() == "log"
@@ -76,13 +78,13 @@ def test_budget_bars_are_the_four_numbers_of_each_dtype_with_their_intervals(exa
 
 
 def test_budget_bars_differ_on_a_grey_print(exact: ReportData) -> None:
-    bars = _bars(budget_figure(exact.summary).axes[0])[:4]
+    bars = _bars(budget_figure(exact).axes[0])[:4]
     looks = {(round(float(np.dot(to_rgb(bar.get_facecolor()), (0.3, 0.59, 0.11))), 1), bar.get_hatch()) for bar in bars}
     assert len(looks) == 4
 
 
 def test_the_budget_names_its_reference_and_shows_what_float32_leaves(exact: ReportData) -> None:
-    figure = budget_figure(exact.summary)
+    figure = budget_figure(exact)
     note = figure.get_supxlabel().replace("\n", " ")
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert "against hf-float64-cast" in note
@@ -101,7 +103,7 @@ def test_only_a_float64_reference_has_a_noise_floor(exact: ReportData) -> None:
 
 def test_a_budget_without_float32_says_that_nothing_shows_the_implementations(exact: ReportData) -> None:
     pairs = [pair for pair in exact.summary.pairs if "float32" not in (pair.rollout_dtype, pair.trainer_dtype)]
-    figure = budget_figure(exact.summary.model_copy(update={"pairs": tuple(pairs)}))
+    figure = budget_figure(make_report_data(summary=exact.summary.model_copy(update={"pairs": tuple(pairs)})))
     assert "no float32–float32 pair" in figure.get_supxlabel().replace("\n", " ")
     assert not figure.axes[0].lines
 
@@ -109,13 +111,13 @@ def test_a_budget_without_float32_says_that_nothing_shows_the_implementations(ex
 def test_an_error_of_zero_is_written_and_has_no_bar(exact: ReportData) -> None:
     zero, none = MetricValue(0.0, 0.0, 0.0), absent("no token is finite")
     summary = _with(exact.summary, "float32", "float32", "budget", trainer_error_rms=zero, predicted_gap_rms=none)
-    axes = budget_figure(summary.model_copy(update={"reference": "hf-float32-cast"})).axes[0]
+    axes = budget_figure(make_report_data(summary=summary.model_copy(update={"reference": "hf-float32-cast"}))).axes[0]
     assert [bar.get_height() for bar in _bars(axes)][9:11] == [0.0, 0.0]
     assert _texts(axes)[9:11] == ["0", "–"]
 
 
 def test_exact_kl_of_every_pair_is_drawn_by_rollout_dtype(exact: ReportData) -> None:
-    top, bottom = exact_figure(exact.summary).axes
+    top, bottom = exact_figure(exact).axes
     pairs = [(pair, pair.metrics["kl_exact"]) for pair in exact.summary.pairs]
     points = [line for line in top.lines if line.get_marker() not in {"", "None"}]
     assert top.get_yscale() == "log"
@@ -125,13 +127,13 @@ def test_exact_kl_of_every_pair_is_drawn_by_rollout_dtype(exact: ReportData) -> 
     )
     assert [line.get_marker() for line in points] == ["o", "s", "^"] * 3
     assert [tick.get_text() for tick in bottom.get_xticklabels()] == [pair.trainer_dtype for pair, _ in pairs]
-    assert [text for text in _texts(top) if text.startswith("rollout")] == [
-        f"rollout μ: {dtype}" for dtype in ("bfloat16", "float16", "float32")
+    assert [text for text in _texts(top) if text.startswith("μ")] == [
+        f"μ: {dtype}" for dtype in ("bfloat16", "float16", "float32")
     ]
 
 
 def test_estimates_are_drawn_in_units_of_the_exact_value(exact: ReportData) -> None:
-    bottom = exact_figure(exact.summary).axes[1]
+    bottom = exact_figure(exact).axes[1]
     np.testing.assert_allclose([y for _, y in _points(bottom, "#111111")], 1.0)
     np.testing.assert_allclose([y for _, y in _points(bottom, "#2166ac")], 1.1 / 0.9)
     np.testing.assert_allclose([y for _, y in _points(bottom, "#4d9221")], 1.0 / 0.9)
@@ -140,7 +142,7 @@ def test_estimates_are_drawn_in_units_of_the_exact_value(exact: ReportData) -> N
 
 
 def test_an_interval_that_leaves_the_panel_ends_in_arrows_and_a_negative_estimate_is_shown(exact: ReportData) -> None:
-    bottom = exact_figure(exact.summary).axes[1]
+    bottom = exact_figure(exact).axes[1]
     drawn = [y for _, y in _points(bottom, "#b2182b")]
     assert len(drawn) == 9  # only bfloat16 sampled: three estimates, two arrowheads each
     np.testing.assert_allclose(sorted(set(np.round(drawn, 9))), [RATIO_LIMITS[0], -0.5 / 0.9, RATIO_LIMITS[1]])
@@ -153,7 +155,9 @@ def test_an_estimate_outside_the_panel_is_given_as_a_number(exact: ReportData) -
     unit = _pair(exact.summary, "bfloat16", "bfloat16").metrics["kl_exact"].value
     assert unit is not None
     far = MetricValue(-812 * unit, -900 * unit, -700 * unit)
-    bottom = exact_figure(_with(exact.summary, "bfloat16", "bfloat16", "metrics", kl_k1=far)).axes[1]
+    bottom = exact_figure(
+        make_report_data(summary=_with(exact.summary, "bfloat16", "bfloat16", "metrics", kl_k1=far))
+    ).axes[1]
     assert _texts(bottom) == ["-812×"]
     assert [y for x, y in _points(bottom, "#b2182b") if x == pytest.approx(-0.1)] == [RATIO_LIMITS[0]]
 
@@ -161,7 +165,7 @@ def test_an_estimate_outside_the_panel_is_given_as_a_number(exact: ReportData) -
 def test_a_pair_without_exact_value_leaves_its_place_empty(exact: ReportData) -> None:
     summary = _with(exact.summary, "float16", "float16", "metrics", kl_exact=MetricValue(0.0, 0.0, 0.0))
     summary = _with(summary, "float16", "float32", "metrics", kl_exact=absent())
-    top, bottom = exact_figure(summary).axes
+    top, bottom = exact_figure(make_report_data(summary=summary)).axes
     assert len([line for line in top.lines if line.get_marker() not in {"", "None"}]) == 7
     assert {"0", "–"} <= set(_texts(top))
     assert len(_points(bottom, "#111111")) == 7
@@ -172,13 +176,13 @@ def test_all_exact_values_being_zero_can_be_drawn(exact: ReportData) -> None:
     for pair in exact.summary.pairs:
         zero = MetricValue(0.0, 0.0, 0.0)
         summary = _with(summary, pair.rollout_dtype, pair.trainer_dtype, "metrics", kl_exact=zero)
-    figure = exact_figure(summary)
+    figure = exact_figure(make_report_data(summary=summary))
     figure.draw_without_rendering()
     assert _texts(figure.axes[0]).count("0") == 9
 
 
 def test_shares_hold_the_data_with_a_row_per_property_and_a_column_per_dtype(exact: ReportData) -> None:
-    figure = share_figure(exact.summary.where)
+    figure = share_figure(exact)
     panels = np.array(figure.axes).reshape(4, 3)
     names = ("probability", "entropy", "rank", "token_kind")
     for row, name in zip(panels, names, strict=True):
@@ -195,7 +199,9 @@ def test_a_bin_that_one_dtype_lacks_keeps_its_place(exact: ReportData) -> None:
     where = {dtype: dict(found) for dtype, found in exact.summary.where.items()}
     where["float16"]["rank"] = where["float16"]["rank"][::2]
     del where["float32"]["rank"]
-    panels = np.array(share_figure(where).axes).reshape(4, 3)
+    panels = np.array(
+        share_figure(make_report_data(summary=exact.summary.model_copy(update={"where": where}))).axes
+    ).reshape(4, 3)
     assert [bar.get_y() + 0.4 for bar in _bars(panels[2, 1])[:2]] == pytest.approx([0.0, 2.0])
     assert _texts(panels[2, 2]) == ["not known"]
 
@@ -207,8 +213,6 @@ def test_bins_are_ordered_by_their_lower_limit_or_kind() -> None:
     assert bin_order(["special", "word", "digit", "??"]) == ["digit", "word", "special", "??"]
 
 
-def test_figures_without_data_say_so() -> None:
-    old = make_comparison()
-    for figure in (budget_figure(old), exact_figure(old), share_figure({})):
-        assert len(figure.axes) == 1
-        assert _texts(figure.axes[0])
+def test_figures_without_data_are_not_drawn(exact: ReportData) -> None:
+    whole, bare = ({info.name for info in figures_of(data)} for data in (exact, make_report_data()))
+    assert whole - bare == {"budget", "exact", "share"}

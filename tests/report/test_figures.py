@@ -11,19 +11,14 @@ from matplotlib.patches import Rectangle
 
 from mismatch_probe.errors import TableError
 from mismatch_probe.report.data import Curves, ReportData
-from mismatch_probe.report.figures.curves import (
-    FIGURES,
-    ccdf_figure,
-    draw_all,
-    matrix_figure,
-    policy_figure,
-    where_figure,
-)
-from mismatch_probe.report.names import FIGURE_GUIDES
+from mismatch_probe.report.figures import draw
+from mismatch_probe.report.figures.curves import ccdf_figure, where_figure
+from mismatch_probe.report.figures.heatmap import matrix_figure
+from mismatch_probe.report.figures.policy import policy_figure
 from mismatch_probe.types import MetricValue
 from tests.factories.comparison import make_comparison, make_metrics, make_missing, make_pair
 from tests.factories.manifest import make_manifest
-from tests.factories.report_data import make_curves
+from tests.factories.report_data import make_curves, make_report_data
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,6 +30,10 @@ if TYPE_CHECKING:
 
 HATCHED = "///"
 ALWAYS = {"policy", "ccdf", "matrix", "where"}
+
+
+def of(curves: Curves) -> ReportData:
+    return make_report_data(curves=curves)
 
 
 def _texts(axes: Axes) -> str:
@@ -55,7 +54,7 @@ def _line(axes: Axes, label: str) -> Any:
 @pytest.mark.parametrize("dtypes", [("bfloat16",), ("bfloat16", "float16"), ("bfloat16", "float16", "float32")])
 def test_policy_figure_shows_the_data_of_each_dtype(dtypes: tuple[str, ...]) -> None:
     curves = make_curves(dtypes)
-    figure = policy_figure(curves.density, curves.length)
+    figure = policy_figure(of(curves))
     panels = figure.axes[: 2 * len(dtypes)]
     for dtype, top, bottom in zip(dtypes, panels[: len(dtypes)], panels[len(dtypes) :], strict=True):
         assert top.get_title().startswith(dtype)
@@ -74,16 +73,16 @@ def test_policy_figure_shows_the_data_of_each_dtype(dtypes: tuple[str, ...]) -> 
 
 def test_policy_axes_are_labelled_with_units() -> None:
     curves = make_curves(("bfloat16",))
-    top, bottom = policy_figure(curves.density, curves.length).axes[:2]
+    top, bottom = policy_figure(of(curves)).axes[:2]
     assert top.get_xlabel() == "rollout probability μ(token)"
     assert top.get_ylabel() == "trainer probability π(token)"
     assert bottom.get_xlabel() == "response length (tokens)"
-    assert bottom.get_ylabel() == "sequence log ratio log(π/μ) (nats)"
+    assert bottom.get_ylabel() == "log(π/μ) of a sequence (nats)"
 
 
 def test_long_responses_are_drawn_in_thousands_and_the_line_stays() -> None:
     curves = make_curves(("bfloat16",), longest=26_000)
-    bottom = policy_figure(curves.density, curves.length).axes[1]
+    bottom = policy_figure(of(curves)).axes[1]
     assert bottom.get_xlabel() == "response length (thousand tokens)"
     assert max(_line(bottom, "sequences").get_xdata()) == 26.0
     curve = curves.length["bfloat16"]
@@ -94,7 +93,7 @@ def test_long_responses_are_drawn_in_thousands_and_the_line_stays() -> None:
 
 def test_sixteen_bit_panels_share_a_symmetric_scale_and_float32_says_that_it_has_its_own() -> None:
     curves = make_curves()
-    bf16, fp16, fp32 = policy_figure(curves.density, curves.length).axes[3:6]
+    bf16, fp16, fp32 = policy_figure(of(curves)).axes[3:6]
     assert bf16.get_ylim() == fp16.get_ylim()
     low, high = fp32.get_ylim()
     assert low == -high
@@ -112,7 +111,7 @@ def test_the_slope_carries_its_interval_or_the_reason_why_there_is_none() -> Non
     curves.length["float16"] = replace(
         curves.length["float16"], slope_per_1k=None, intercept=None, slope_ci=None, why=why
     )
-    fitted, not_fitted = policy_figure(curves.density, curves.length).axes[2:4]
+    fitted, not_fitted = policy_figure(of(curves)).axes[2:4]
     assert "slope -8.00e-2 [-0.120, -4.00e-2]" in _texts(fitted)
     assert "not fitted: lengths hardly vary" in _texts(not_fitted)
     assert not [line for line in not_fitted.lines if line.get_label() == "fit"]
@@ -121,21 +120,21 @@ def test_the_slope_carries_its_interval_or_the_reason_why_there_is_none() -> Non
 def test_a_fit_shows_what_limits_it() -> None:
     curves = make_curves(("bfloat16",))
     curves.length["bfloat16"] = replace(curves.length["bfloat16"], why="uncalibrated: 8 prompts")
-    assert "uncalibrated: 8 prompts" in _texts(policy_figure(curves.density, curves.length).axes[1])
+    assert "uncalibrated: 8 prompts" in _texts(policy_figure(of(curves)).axes[1])
 
 
 def test_a_dtype_with_half_of_its_curves_leaves_the_other_panel_saying_so() -> None:
     curves = make_curves(("bfloat16", "float16"))
     del curves.length["float16"]
     del curves.density["bfloat16"]
-    axes = policy_figure(curves.density, curves.length).axes
+    axes = policy_figure(of(curves)).axes
     assert _texts(axes[0]) == "no tokens"
     assert _texts(axes[3]) == "no sequences"
 
 
 def test_ccdf_holds_the_data_and_tells_dtypes_apart_without_colour() -> None:
     curves = make_curves()
-    axes = ccdf_figure(curves.ccdf).axes[0]
+    axes = ccdf_figure(of(curves)).axes[0]
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
     assert axes.get_xlabel().endswith("(nats)")
     for dtype, curve in curves.ccdf.items():
@@ -146,7 +145,7 @@ def test_ccdf_holds_the_data_and_tells_dtypes_apart_without_colour() -> None:
 
 def test_where_holds_the_data_and_skips_intervals_that_do_not_exist() -> None:
     curves = make_curves()
-    left, right = where_figure(curves.by_probability, curves.by_position).axes[:2]
+    left, right = where_figure(of(curves)).axes[:2]
     for axes, binned in ((left, curves.by_probability), (right, curves.by_position)):
         bands = [artist for artist in axes.collections if isinstance(artist, PolyCollection)]
         assert len(bands) == 3
@@ -163,28 +162,25 @@ def test_bins_that_only_one_dtype_has_keep_their_place() -> None:
     short = curves.by_probability["float16"]
     fields = ("left", "right", "n", "mean_abs", "ci_low", "ci_high")
     curves.by_probability["float16"] = replace(short, **{name: getattr(short, name)[2:] for name in fields})
-    axes = where_figure(curves.by_probability, curves.by_position).axes[0]
+    axes = where_figure(of(curves)).axes[0]
     assert list(_line(axes, "float16").get_xdata()) == [2, 3, 4]
 
 
 def test_no_difference_is_said_and_not_drawn() -> None:
     curves = make_curves(scale=0.0)
-    assert "No difference above 0." in _texts(ccdf_figure(curves.ccdf).axes[0])
-    assert all(
-        "No difference above 0." in _texts(axes)
-        for axes in where_figure(curves.by_probability, curves.by_position).axes
-    )
+    assert "No difference above 0." in _texts(ccdf_figure(of(curves)).axes[0])
+    assert all("No difference above 0." in _texts(axes) for axes in where_figure(of(curves)).axes)
 
 
 def test_one_dtype_without_difference_is_named_in_the_legend() -> None:
     mixed = make_curves(("bfloat16",)).ccdf | make_curves(("float32",), scale=0.0).ccdf
-    legend = ccdf_figure(mixed).axes[0].get_legend()
+    legend = ccdf_figure(of(Curves(ccdf=mixed))).axes[0].get_legend()
     assert legend is not None
     assert [text.get_text() for text in legend.get_texts()] == ["bfloat16", "float32: no difference above 0"]
 
 
 def test_matrix_cells_carry_value_interval_and_self_noise(data: ReportData) -> None:
-    axes = matrix_figure(data.summary).axes[0]
+    axes = matrix_figure(data).axes[0]
     texts = [text.get_text() for text in axes.texts]
     assert texts[:2] == ["4.00e-2", "[3.60e-2, 4.40e-2]\nself-noise 1.2e-4"]
     assert "[4.50e-6, 5.50e-6]\nself-noise 0" in texts
@@ -195,14 +191,16 @@ def test_matrix_cells_carry_value_interval_and_self_noise(data: ReportData) -> N
 
 
 def test_missing_cells_are_hatched_and_say_why(data: ReportData) -> None:
-    axes = matrix_figure(data.summary).axes[0]
+    axes = matrix_figure(data).axes[0]
     hatched = [patch for patch in axes.patches if isinstance(patch, Rectangle) and patch.get_hatch() == HATCHED]
     assert [patch.get_xy() for patch in hatched] == [(-0.5, 0.5)]
     assert "no float16 in vLLM" in _texts(axes)
 
 
 def test_several_trainer_modes_get_a_column_each() -> None:
-    axes = matrix_figure(make_comparison(("bfloat16", "float16"), modes=("cast", "autocast"))).axes[0]
+    axes = matrix_figure(
+        make_report_data(summary=make_comparison(("bfloat16", "float16"), modes=("cast", "autocast")))
+    ).axes[0]
     labels = [tick.get_text() for tick in axes.get_xticklabels()]
     assert labels == ["bfloat16\n(cast)", "bfloat16\n(autocast)", "float16\n(cast)", "float16\n(autocast)"]
 
@@ -214,14 +212,14 @@ def _rendered(figure: Figure, path: Path) -> None:
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf"), None, 3e-3])
 def test_matrix_of_one_odd_value_can_be_drawn(tmp_path: Path, value: float | None) -> None:
     pair = make_pair(metrics=make_metrics(1.0, mean_abs_logprob_diff=MetricValue(value)))
-    _rendered(matrix_figure(make_comparison((), pairs=(pair,))), tmp_path / "matrix.png")
+    _rendered(matrix_figure(make_report_data(summary=make_comparison((), pairs=(pair,)))), tmp_path / "matrix.png")
 
 
-def test_draw_all_writes_every_figure_reproducibly_and_leaves_nothing_else(tmp_path: Path) -> None:
+def test_draw_writes_every_figure_reproducibly_and_leaves_nothing_else(tmp_path: Path) -> None:
     data = ReportData(make_comparison(("bfloat16",)), make_manifest(), make_curves(("bfloat16",)), [])
-    first, second = draw_all(data, tmp_path / "a"), draw_all(data, tmp_path / "b")
-    assert first == {name: tmp_path / "a" / FIGURES[name] for name in ALWAYS}
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted(FIGURES[name] for name in ALWAYS)
+    first, second = draw(data, tmp_path / "a"), draw(data, tmp_path / "b")
+    assert first == {name: tmp_path / "a" / f"{name}.png" for name in ALWAYS}
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted(f"{name}.png" for name in ALWAYS)
     for name in ALWAYS:
         content = first[name].read_bytes()
         assert content.startswith(b"\x89PNG")
@@ -230,36 +228,30 @@ def test_draw_all_writes_every_figure_reproducibly_and_leaves_nothing_else(tmp_p
         assert b"tIME" not in content
 
 
-WITHOUT_MORE = set(FIGURES) - {"length", "steps"}
+WITHOUT_MORE = {*ALWAYS, "exact", "budget", "share"}
 
 
 @pytest.mark.parametrize(
     ("run", "drawn"),
-    [("empty", ALWAYS), ("data", ALWAYS), ("hostile", WITHOUT_MORE), ("exact", WITHOUT_MORE)],
+    [("empty", set()), ("data", ALWAYS), ("hostile", WITHOUT_MORE), ("exact", WITHOUT_MORE)],
 )
-def test_draw_all_draws_what_the_run_has(
-    run: str, drawn: set[str], tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    assert set(draw_all(request.getfixturevalue(run), tmp_path)) == drawn
+def test_draw_draws_what_the_run_has(run: str, drawn: set[str], tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    assert set(draw(request.getfixturevalue(run), tmp_path)) == drawn
 
 
-def test_every_figure_has_a_guide_in_the_same_order() -> None:
-    assert list(FIGURE_GUIDES) == list(FIGURES)
-
-
-def test_draw_all_of_curves_without_a_single_difference(tmp_path: Path) -> None:
-    draw_all(ReportData(make_comparison(()), make_manifest(), make_curves(("bfloat16",), scale=0.0), []), tmp_path)
+def test_draw_of_curves_without_a_single_difference(tmp_path: Path) -> None:
+    draw(ReportData(make_comparison(()), make_manifest(), make_curves(("bfloat16",), scale=0.0), []), tmp_path)
 
 
 def test_reasons_in_other_scripts_raise_no_warning(tmp_path: Path) -> None:
     summary = make_comparison(("bfloat16",), missing=(make_missing("float16", "bfloat16", "显存不足 $x_{$"),))
-    draw_all(ReportData(summary, make_manifest(), Curves(), []), tmp_path)
+    draw(ReportData(summary, make_manifest(), Curves(), []), tmp_path)
 
 
-def test_a_failed_write_leaves_no_partial_file(empty: ReportData, tmp_path: Path) -> None:
+def test_a_failed_write_leaves_no_partial_file(data: ReportData, tmp_path: Path) -> None:
     (tmp_path / "policy.png").mkdir()
     with pytest.raises(TableError, match=r"policy\.png"):
-        draw_all(empty, tmp_path)
+        draw(data, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["policy.png"]
 
 

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mismatch_probe.report.figures.curves import FIGURES
-from mismatch_probe.report.html import render_html
+from mismatch_probe.report.html import guides, render_html
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -87,7 +86,7 @@ class Page(HTMLParser):
 @pytest.fixture
 def figures(tmp_path: Path) -> dict[str, Path]:
     """Files in place of figures, each with bytes of its own."""
-    paths = {name: tmp_path / file for name, file in FIGURES.items()}
+    paths = {name: tmp_path / f"{name}.png" for name in guides()}
     for name, path in paths.items():
         path.write_bytes(b"\x89PNG " + name.encode())
     return paths
@@ -167,14 +166,14 @@ def test_figures_are_embedded_with_a_guide_each(data: ReportData, figures: dict[
     page = Page(render_html(data, figures))
     images = page.attributes("img")
     embedded = [base64.b64decode(image["src"].removeprefix("data:image/png;base64,")) for image in images]
-    assert embedded == [figures[name].read_bytes() for name in FIGURES]
+    assert embedded == [figures[name].read_bytes() for name in guides()]
     assert all(image["alt"] for image in images)
-    assert len(page.attributes("figcaption")) == len(FIGURES)
+    assert len(page.attributes("figcaption")) == len(guides())
 
 
 def test_absent_figures_are_left_out(data: ReportData, figures: dict[str, Path]) -> None:
     del figures["where"]
-    assert len(Page(render_html(data, figures)).attributes("img")) == len(FIGURES) - 1
+    assert len(Page(render_html(data, figures)).attributes("img")) == len(guides()) - 1
 
 
 def test_an_empty_run_says_what_is_not_there(empty: ReportData) -> None:

@@ -8,8 +8,10 @@ import pytest
 from matplotlib.collections import PolyCollection
 
 from mismatch_probe.metrics.length_prediction import LengthForecast, forecast_pair
+from mismatch_probe.report.data import Curves
 from mismatch_probe.report.figures.length import length_figure
 from mismatch_probe.types import PairArrays
+from tests.factories.report_data import make_report_data
 
 
 def _pair(scale: float) -> PairArrays:
@@ -34,7 +36,7 @@ def _legend(figure: Any) -> list[str]:
 
 
 def test_curves_bands_and_measured_points_are_those_of_the_forecast(forecasts: dict[str, LengthForecast]) -> None:
-    figure = length_figure(forecasts)
+    figure = length_figure(make_report_data(curves=Curves(forecast=forecasts)))
     spread, ess = figure.axes
     assert spread.get_xlabel() == "response length L (tokens)"
     assert "(nats)" in spread.get_ylabel()
@@ -51,7 +53,7 @@ def test_curves_bands_and_measured_points_are_those_of_the_forecast(forecasts: d
 
 
 def test_crossings_are_marked_and_named(forecasts: dict[str, LengthForecast]) -> None:
-    figure = length_figure(forecasts)
+    figure = length_figure(make_report_data(curves=Curves(forecast=forecasts)))
     crossing = forecasts["bfloat16"].crossings[0.5]
     assert crossing.value is not None
     marked = [(line.get_xdata()[0], line.get_ydata()[0]) for line in figure.axes[1].lines if len(line.get_xdata()) == 1]
@@ -66,21 +68,19 @@ def test_crossings_are_marked_and_named(forecasts: dict[str, LengthForecast]) ->
 def test_an_open_upper_limit_is_an_arrow() -> None:
     found = forecast_pair([_pair(0.1)])
     open_ended = replace(found.crossings[0.5], value=None, ci_high=None)
-    figure = length_figure({"bfloat16": replace(found, crossings={0.5: open_ended})})
+    figure = length_figure(
+        make_report_data(curves=Curves(forecast={"bfloat16": replace(found, crossings={0.5: open_ended})}))
+    )
     assert ">" in [line.get_marker() for line in figure.axes[1].lines]
     assert f"at >512 [{open_ended.ci_low:,.0f}, >512] tokens" in _legend(figure)[0]
 
 
 def test_what_could_not_be_predicted_says_why_as_plain_text() -> None:
     pair = replace(_pair(0.1), on_policy=False, off_policy_why="$x$ \x1b[31m")
-    figure = length_figure({"bfloat16": forecast_pair([pair])})
+    figure = length_figure(make_report_data(curves=Curves(forecast={"bfloat16": forecast_pair([pair])})))
     assert "bfloat16: $x$ ⟨U+001B⟩[31m" in figure.get_supxlabel()
     figure.canvas.draw()
 
 
-def test_no_pairs() -> None:
-    assert "No pair" in length_figure({}).axes[0].texts[0].get_text()
-
-
 def test_no_tokens_are_drawn_without_warning() -> None:
-    length_figure({"bfloat16": forecast_pair([])}).canvas.draw()
+    length_figure(make_report_data(curves=Curves(forecast={"bfloat16": forecast_pair([])}))).canvas.draw()

@@ -5,8 +5,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mismatch_probe.report.figures.curves import FIGURES
+from mismatch_probe.report.html import guides
 from mismatch_probe.report.markdown import escape, render_markdown
+
+FIGURES = {name: f"{name}.png" for name in guides()}
 
 if TYPE_CHECKING:
     from mismatch_probe.report.data import ReportData

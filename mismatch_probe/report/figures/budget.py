@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from mismatch_probe.report.figures.style import empty_figure, plot_settings, tick
+from mismatch_probe.report.data import ReportData
+from mismatch_probe.report.figures import figure
+from mismatch_probe.report.figures.style import plot_settings, tick
 from mismatch_probe.report.format import clipped, number, visible
 from mismatch_probe.report.matrix import Cell, diagonal_pairs, noise_floor, reading
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from mismatch_probe.results.comparison import Comparison, Pair
 
 _WIDTH = 0.2
-_NOTE_WIDTH, _REFERENCE_CHARACTERS = 118, 60
+_NOTE_WIDTH, _REFERENCE_CHARACTERS = 72, 60
 
 
 @dataclass(frozen=True)
@@ -46,18 +48,29 @@ def has_budget(summary: Comparison) -> bool:
     return any(_bars_of(pair) for pair in diagonal_pairs(summary).values())
 
 
-def budget_figure(summary: Comparison) -> Figure:
+@figure(
+    "budget",
+    ReportData,
+    "Whose errors make the gap",
+    "The taller of the two blue bars is the side that is further off; a measured gap as high as the hatched bar is "
+    "what independent errors make.",
+    "Four bars for each dtype on a logarithmic axis in nats: the error of the rollout, the error of the trainer, the "
+    "gap that they predict if they are independent (hatched), and the measured gap (dotted), with 95 % intervals. "
+    "Horizontal lines mark the gap in FP32 and the noise floor of an FP32 reference.",
+    needs=lambda data: has_budget(data.summary),
+    order=4,
+)
+def budget_figure(data: ReportData) -> Figure:
     """Per dtype: the two errors, the gap that they predict in quadrature, and the measured one, with 95 % intervals.
 
     Lines across all dtypes show what no 16-bit format has a part in: the float32–float32 gap and, with a float64
     reference, how far float32 itself is from it.
     """
+    summary = data.summary
     with plot_settings():
-        if not has_budget(summary):
-            return empty_figure(Figure(figsize=(6.0, 2.0)), "No pair of equal dtypes has errors against a reference.")
         pairs = {name: pair for name, pair in diagonal_pairs(summary).items() if _bars_of(pair)}
-        figure = Figure(figsize=(max(2.3 * len(pairs) + 1.2, 8.2), 5.0), layout="constrained")
-        axes = figure.add_subplot()
+        drawing = Figure(figsize=(max(1.5 * len(pairs) + 0.9, 5.2), 5.6), layout="constrained")
+        axes = drawing.add_subplot()
         axes.set(yscale="log", ylabel="RMS over tokens (nats)", xlim=(-0.6, len(pairs) - 0.4))
         axes.set_ylim(*_limits(pairs.values()))
         axes.grid(visible=True, axis="y", color="#e4e4e4", linewidth=0.6)
@@ -72,11 +85,11 @@ def budget_figure(summary: Comparison) -> Figure:
         bars_first = sorted(
             zip(*axes.get_legend_handles_labels(), strict=True), key=lambda entry: isinstance(entry[0], Line2D)
         )
-        figure.legend(
-            *zip(*bars_first, strict=True), loc="outside upper center", ncols=2, frameon=False, handlelength=2.6
+        drawing.legend(
+            *zip(*bars_first, strict=True), loc="outside upper center", ncols=1, frameon=False, handlelength=2.6
         )
-        figure.supxlabel(textwrap.fill(_note(summary), _NOTE_WIDTH), fontsize=8, color="#555555", parse_math=False)
-    return figure
+        drawing.supxlabel(textwrap.fill(_note(summary), _NOTE_WIDTH), fontsize=8, color="#555555", parse_math=False)
+    return drawing
 
 
 def _bars_of(pair: Pair) -> list[Cell]:
@@ -89,7 +102,7 @@ def _limits(pairs: Iterable[Pair]) -> tuple[float, float]:
     """Half a decade below the lowest bar, and room for its value above the highest."""
     cells = [cell for pair in pairs for cell in _bars_of(pair)]
     positive = [float(end) for cell in cells for end in (cell.value, cell.ci_low, cell.ci_high) if end and end > 0]
-    return (min(positive) / 3.0, max(positive) * 3.0) if positive else (1e-8, 1.0)
+    return (min(positive) / 3.0, max(positive) * 10.0) if positive else (1e-8, 1.0)
 
 
 def _draw_bar(axes: Axes, x: float, bar: _Bar, cell: Cell, *, label: str) -> None:
@@ -103,7 +116,9 @@ def _draw_bar(axes: Axes, x: float, bar: _Bar, cell: Cell, *, label: str) -> Non
     if height and cell.ci_low is not None and cell.ci_high is not None:
         axes.vlines(x, max(cell.ci_low, bottom), cell.ci_high, color="black", linewidth=1.3)
         top = cell.ci_high
-    axes.annotate(number(cell.value), (x, top), (0, 2), textcoords="offset points", ha="center", fontsize=7)
+    axes.annotate(
+        number(cell.value), (x, top), (0, 3), textcoords="offset points", ha="center", fontsize=8, rotation=90
+    )
 
 
 def _draw_floors(axes: Axes, summary: Comparison) -> None:

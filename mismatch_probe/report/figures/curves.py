@@ -1,4 +1,4 @@
-"""The figures of a report: pure functions from curves and summaries to a Figure, which compute nothing but layout."""
+"""Figures of the curves of a comparison: how many tokens differ by how much, and where."""
 
 from __future__ import annotations
 
@@ -8,60 +8,41 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mismatch_probe.report.figures import save
-from mismatch_probe.report.figures.budget import budget_figure, has_budget
-from mismatch_probe.report.figures.exact import exact_figure
-from mismatch_probe.report.figures.heatmap import matrix_figure
-from mismatch_probe.report.figures.length import length_figure
-from mismatch_probe.report.figures.policy import policy_figure
-from mismatch_probe.report.figures.share import has_shares, share_figure
-from mismatch_probe.report.figures.steps import has_steps, steps_figure
-from mismatch_probe.report.figures.style import empty_figure, look, plot_settings, say
+from mismatch_probe.report.data import ReportData
+from mismatch_probe.report.figures import figure
+from mismatch_probe.report.figures.style import look, plot_settings, say
 from mismatch_probe.report.format import visible
-from mismatch_probe.report.matrix import dtype_order, has_exact
+from mismatch_probe.report.matrix import dtype_order
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Mapping, Sequence
 
     from matplotlib.axes import Axes
 
     from mismatch_probe.metrics.curves import BinnedDiff, Ccdf
-    from mismatch_probe.report.data import ReportData
-    from mismatch_probe.results.comparison import Comparison
-
-__all__ = [
-    "FIGURES",
-    "budget_figure",
-    "ccdf_figure",
-    "draw_all",
-    "exact_figure",
-    "length_figure",
-    "matrix_figure",
-    "policy_figure",
-    "share_figure",
-    "steps_figure",
-    "where_figure",
-]
-
-FIGURES: dict[str, str] = {
-    name: f"{name}.png" for name in ("policy", "ccdf", "matrix", "exact", "budget", "where", "share", "length", "steps")
-}
-"""File of each figure that a report can have; those in `draw_all`'s answer are the ones that it has."""
 
 
-def ccdf_figure(ccdf: Mapping[str, Ccdf]) -> Figure:
-    """The share of tokens whose |d| is at least x, for all dtypes in one log-log panel."""
+@figure(
+    "ccdf",
+    ReportData,
+    "How many tokens differ by how much",
+    "Read up from a size of |d| to the fraction of tokens that differ by at least that much; further left is better.",
+    "One line for each dtype on logarithmic axes: the fraction of tokens whose |d| is at least x, against x in nats. "
+    "Dtypes differ in colour and line style.",
+    needs=lambda data: bool(data.curves.ccdf),
+    order=1,
+)
+def ccdf_figure(data: ReportData) -> Figure:
+    """The fraction of tokens whose |d| is at least x, for all dtypes in one log-log panel."""
+    ccdf = data.curves.ccdf
     with plot_settings():
-        if not ccdf:
-            return empty_figure(Figure(figsize=(6.0, 2.0)), "No pair of equal dtypes was compared.")
-        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-        axes = figure.add_subplot()
+        drawing = Figure(figsize=(5.2, 4.0), layout="constrained")
+        axes = drawing.add_subplot()
         axes.set(
             xscale="log",
             yscale="log",
             xlabel="|d| = |log π − log μ| of a token (nats)",
-            ylabel="share of tokens with |d| ≥ x",
+            ylabel="fraction of tokens with |d| ≥ x",
         )
         for index, dtype in enumerate(dtype_order(ccdf)):
             curve, mark = ccdf[dtype], look(dtype, index)
@@ -82,7 +63,7 @@ def ccdf_figure(ccdf: Mapping[str, Ccdf]) -> Figure:
             axes.set_xlim(left=start)
         axes.grid(visible=True, color="#e4e4e4", linewidth=0.6)
         axes.legend(frameon=False, handlelength=3.2, loc="lower left")
-    return figure
+    return drawing
 
 
 def _ccdf_start(ccdf: Mapping[str, Ccdf]) -> float | None:
@@ -102,25 +83,35 @@ def _say_zero(axes: Axes) -> None:
     say(axes, "No difference above 0.")
 
 
-def where_figure(by_probability: Mapping[str, BinnedDiff], by_position: Mapping[str, BinnedDiff]) -> Figure:
+@figure(
+    "where",
+    ReportData,
+    "Where the gap lies",
+    "Rounding is largest at improbable tokens and flat in position; a rise with position has another cause.",
+    "Two panels of the mean |d| in nats on a logarithmic axis, one line with a 95 % band for each dtype: first over "
+    "bins of the rollout probability of the token, second over the position in the response, in tokens.",
+    needs=lambda data: bool(data.curves.by_probability or data.curves.by_position),
+    order=5,
+)
+def where_figure(data: ReportData) -> Figure:
     """Mean |d| by the token's rollout probability and by its position in the response, with 95 % bands."""
+    by_probability, by_position = data.curves.by_probability, data.curves.by_position
     with plot_settings():
-        if not by_probability and not by_position:
-            return empty_figure(Figure(figsize=(6.0, 2.0)), "No pair of equal dtypes was compared.")
-        figure = Figure(figsize=(9.6, 4.0), layout="constrained")
-        left, right = figure.subplots(1, 2, sharey=True)
+        drawing = Figure(figsize=(5.2, 6.6), layout="constrained")
+        left, right = drawing.subplots(2, 1, sharey=True)
         _draw_by_probability(left, by_probability)
         _draw_by_position(right, by_position)
         left.set_ylabel("mean |d| (nats)")
+        right.set_ylabel("mean |d| (nats)")
         _limit_to_means(left, [*by_probability.values(), *by_position.values()])
         for axes in (left, right):
             axes.grid(visible=True, axis="y", color="#e4e4e4", linewidth=0.6)
         handles, labels = (left if by_probability else right).get_legend_handles_labels()
         if handles:
-            figure.legend(
+            drawing.legend(
                 handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, handlelength=3.2
             )
-    return figure
+    return drawing
 
 
 def _limit_to_means(axes: Axes, curves: Sequence[BinnedDiff]) -> None:
@@ -211,37 +202,3 @@ def _draw_band(
         floor = np.where(curve.ci_low > 0, curve.ci_low, mean / 10.0)
         axes.fill_between(x, floor, curve.ci_high, where=banded.tolist(), color=mark.color, alpha=0.22, linewidth=0)
         axes.vlines(x[banded], floor[banded], curve.ci_high[banded], color=mark.color, linewidth=0.9, alpha=0.7)
-
-
-def draw_all(data: ReportData, folder: Path) -> dict[str, Path]:
-    """Write the figures of `FIGURES` into `folder` as PNG, each by atomic rename, and return where they are.
-
-    Those that need full rows of logits, a reference or sorted tokens are drawn where the run has them; the others
-    always, and say why where they stay empty. The files carry no date and no version, so equal data gives equal bytes
-    with one matplotlib.
-
-    Raises:
-        DiskFull: No space is left on the device.
-        TableError: A file cannot be written.
-    """
-    curves = data.curves
-    drawings: dict[str, Callable[[], Figure]] = {
-        "policy": lambda: policy_figure(curves.density, curves.length),
-        "ccdf": lambda: ccdf_figure(curves.ccdf),
-        "matrix": lambda: matrix_figure(data.summary),
-        "exact": lambda: exact_figure(data.summary),
-        "budget": lambda: budget_figure(data.summary),
-        "where": lambda: where_figure(curves.by_probability, curves.by_position),
-        "share": lambda: share_figure(data.summary.where),
-        "length": lambda: length_figure(curves.forecast),
-        "steps": lambda: steps_figure(data.summary),
-    }
-    needs: dict[str, Callable[[Comparison], bool]] = {
-        "exact": has_exact,
-        "budget": has_budget,
-        "share": has_shares,
-        "length": lambda _: bool(curves.forecast),
-        "steps": has_steps,
-    }
-    drawn = [name for name in FIGURES if name not in needs or needs[name](data.summary)]
-    return {name: save(drawings[name](), folder / FIGURES[name]) for name in drawn}

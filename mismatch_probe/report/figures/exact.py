@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from mismatch_probe.report.figures.style import empty_figure, look, plot_settings, tick
+from mismatch_probe.report.data import ReportData
+from mismatch_probe.report.figures import figure
+from mismatch_probe.report.figures.style import look, plot_settings, tick
 from mismatch_probe.report.format import number
 from mismatch_probe.report.matrix import EXACT, Cell, has_exact, modes_of, ordered_pairs, reading, trainer_label
 
@@ -56,29 +58,39 @@ class _Slot:
         return value if value is not None and value > 0 else None
 
 
-def exact_figure(summary: Comparison) -> Figure:
+@figure(
+    "exact",
+    ReportData,
+    "Exact KL of every pair, and what sampled estimates make of it",
+    "Above, how far apart the two policies are; below, the shorter an interval, the more that estimate makes of the "
+    "run's tokens.",
+    "Two panels over the pairs, grouped by rollout dtype. Above, the exact KL of each pair in nats per token on a "
+    "logarithmic axis, with its 95 % interval. Below, the exact value and the estimates k1, k2 and k3, each with a "
+    "marker of its own, divided by the exact KL; a line marks 1.",
+    needs=lambda data: has_exact(data.summary),
+    order=3,
+)
+def exact_figure(data: ReportData) -> Figure:
     """Above, exact KL(μ‖π) of every pair; below, k1, k2 and k3 of the same pair in units of it. 95 % intervals.
 
     Gaps of dtypes lie decades apart, so that the widths of the intervals only show in units of the pair's own KL. What
     leaves that panel ends in an arrow, with its value where the estimate itself is outside.
     """
     with plot_settings():
-        if not has_exact(summary):
-            return empty_figure(Figure(figsize=(6.0, 2.0)), "No exact divergence was computed.")
-        slots = _slots(summary)
-        figure = Figure(figsize=(max(0.85 * slots[-1].x + 2.2, 6.0), 6.2), layout="constrained")
-        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(1.0, 1.3))
+        slots = _slots(data.summary)
+        drawing = Figure(figsize=(max(0.42 * slots[-1].x + 1.4, 5.2), 6.8), layout="constrained")
+        top, bottom = drawing.subplots(2, 1, sharex=True, height_ratios=(1.0, 1.3))
         _draw_exact(top, slots)
         _draw_ratios(bottom, slots)
-        modes = modes_of(summary)
+        modes = modes_of(data.summary)
         labels = [tick(trainer_label(slot.pair, modes)) for slot in slots]
-        bottom.set_xticks([slot.x for slot in slots], labels, fontsize=8, parse_math=False)
+        bottom.set_xticks([slot.x for slot in slots], labels, fontsize=8, rotation=90, parse_math=False)
         bottom.set(xlim=(-0.6, slots[-1].x + 0.6), xlabel="trainer π")
         for axes in (top, bottom):
             axes.tick_params(axis="x", length=0)
             axes.set_axisbelow(True)
         _draw_groups(top, bottom, slots)
-    return figure
+    return drawing
 
 
 def _slots(summary: Comparison) -> list[_Slot]:
@@ -110,9 +122,9 @@ def _draw_exact(axes: Axes, slots: list[_Slot]) -> None:
             ends += [cell.ci_low, cell.ci_high]
         drawn += ends
         at = (slot.x, max(ends))
-        axes.annotate(number(slot.unit), at, (0, 5), textcoords="offset points", ha="center", fontsize=7.5)
+        axes.annotate(number(slot.unit), at, (0, 5), textcoords="offset points", ha="center", fontsize=8, rotation=90)
     if drawn:
-        axes.set_ylim(min(drawn) / 10.0, max(drawn) * 10.0)
+        axes.set_ylim(min(drawn) / 10.0, max(drawn) * 3e4)
     else:
         axes.set(yticks=[])
         axes.minorticks_off()
@@ -132,7 +144,9 @@ def _draw_ratios(axes: Axes, slots: list[_Slot]) -> None:
         Line2D([], [], color=mark.color, marker=mark.marker, markerfacecolor=mark.face, label=mark.label)
         for mark in _MARKS
     ]
-    axes.legend(handles=legend, loc="lower center", bbox_to_anchor=(0.5, 1.07), ncols=4, frameon=False)
+    axes.legend(
+        handles=legend, loc="lower center", bbox_to_anchor=(0.5, 1.07), ncols=4, frameon=False, columnspacing=1.0
+    )
 
 
 def _draw_ratio(axes: Axes, x: float, cell: Cell, unit: float, mark: _Mark) -> None:
@@ -163,7 +177,7 @@ def _draw_groups(top: Axes, bottom: Axes, slots: list[_Slot]) -> None:
         top.text(
             middle,
             1.03,
-            f"rollout μ: {tick(rollout)}",
+            f"μ: {tick(rollout)}",
             transform=top.get_xaxis_transform(),
             ha="center",
             parse_math=False,

@@ -11,7 +11,9 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from mismatch_probe.report.figures.style import empty_figure, plot_settings
+from mismatch_probe.report.data import ReportData
+from mismatch_probe.report.figures import figure
+from mismatch_probe.report.figures.style import plot_settings
 from mismatch_probe.report.format import clipped, interval, number, visible
 from mismatch_probe.report.matrix import DEFAULT_METRIC, Cell, metric_matrix
 from mismatch_probe.report.names import metric_title
@@ -19,21 +21,28 @@ from mismatch_probe.report.names import metric_title
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from mismatch_probe.results.comparison import Comparison
 
 _COLORS = "OrRd"
-_WHY_CHARACTERS, _WHY_WIDTH = 72, 20
+_WHY_CHARACTERS, _WHY_WIDTH = 72, 18
 
 
-def matrix_figure(summary: Comparison, metric: str = DEFAULT_METRIC) -> Figure:
+@figure(
+    "matrix",
+    ReportData,
+    "Every rollout dtype with every trainer dtype",
+    "Lighter is closer; a value at its self-noise is as close as an engine is to itself.",
+    "A matrix with a row for each rollout dtype and a column for each trainer dtype. A cell holds the mean |d| of the "
+    "pair in nats, its 95 % interval and the self-noise; darker is larger. A hatched cell says why there is no value.",
+    needs=lambda data: bool(data.summary.pairs or data.summary.missing),
+    order=2,
+)
+def matrix_figure(data: ReportData) -> Figure:
     """A cell per pair: value, 95 % interval and self-noise, on a logarithmic colour scale; hatched where missing."""
-    matrix = metric_matrix(summary, metric)
+    matrix = metric_matrix(data.summary)
     with plot_settings():
-        if not matrix.rows:
-            return empty_figure(Figure(figsize=(6.0, 2.0)), "No pair was compared.")
-        size = (1.95 * len(matrix.columns) + 2.2, 1.05 * len(matrix.rows) + 1.35)
-        figure = Figure(figsize=size, layout="constrained")
-        axes = figure.add_subplot()
+        size = (1.35 * len(matrix.columns) + 1.6, 1.05 * len(matrix.rows) + 1.35)
+        drawing = Figure(figsize=size, layout="constrained")
+        axes = drawing.add_subplot()
         values = np.array(
             [[_shown(matrix.cell(row, column).value) for column in matrix.columns] for row in matrix.rows]
         )
@@ -50,8 +59,8 @@ def matrix_figure(summary: Comparison, metric: str = DEFAULT_METRIC) -> Figure:
         axes.set_yticks(np.arange(1, len(matrix.rows)) - 0.5, minor=True)
         axes.grid(which="minor", color="white", linewidth=2)
         axes.tick_params(which="minor", length=0)
-        figure.colorbar(image, ax=axes, label=metric_title(metric), pad=0.02)
-    return figure
+        drawing.colorbar(image, ax=axes, label=metric_title(DEFAULT_METRIC), pad=0.02)
+    return drawing
 
 
 def _shown(value: float | None) -> float:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.figure import Figure
 
-from mismatch_probe.report.figures.style import Look, empty_figure, look, plot_settings, say
+from mismatch_probe.report.data import ReportData
+from mismatch_probe.report.figures import figure
+from mismatch_probe.report.figures.style import Look, look, plot_settings, say
 from mismatch_probe.report.format import clipped, estimate, visible
 from mismatch_probe.report.matrix import dtype_order
 
@@ -25,16 +27,28 @@ _GRID = "#e4e4e4"
 _WHY_CHARACTERS, _WHY_WIDTH = 160, 60
 
 
-def length_figure(forecasts: Mapping[str, LengthForecast]) -> Figure:
+@figure(
+    "length",
+    ReportData,
+    "What longer responses do",
+    "Markers are measured and bands are predicted; where a band falls below a dashed line, sequence weights leave "
+    "less than that fraction of the samples.",
+    "Two panels over the response length in tokens. First, the standard deviation of the sequence log ratio in nats, "
+    "on logarithmic axes; second, the effective sample size as a fraction of the sequences, from 0 to 1. Open markers "
+    "are measured; a line with a 95 % band for each dtype is predicted; filled markers show where it falls below 0.5 "
+    "and 0.1.",
+    needs=lambda data: bool(data.curves.forecast),
+    order=7,
+)
+def length_figure(data: ReportData) -> Figure:
     """Left: standard deviation of D(L) against L. Right: `ess_seq`, and where it falls below a threshold.
 
     Markers are measured, over the sequences that reach a length; lines with 95 % bands are predicted, by dtype.
     """
+    forecasts = data.curves.forecast
     with plot_settings():
-        if not forecasts:
-            return empty_figure(Figure(figsize=(6.0, 2.0)), "No pair of equal dtypes was compared.")
-        figure = Figure(figsize=(9.6, 4.6), layout="constrained")
-        left, right = figure.subplots(1, 2)
+        drawing = Figure(figsize=(5.2, 8.4), layout="constrained")
+        left, right = drawing.subplots(2, 1)
         dtypes = dtype_order(forecasts)
         for index, dtype in enumerate(dtypes):
             _draw_curve(left, dtype, index, forecasts[dtype], "seq_log_ratio_std")
@@ -43,11 +57,11 @@ def length_figure(forecasts: Mapping[str, LengthForecast]) -> Figure:
         _finish_ess(right, dtypes, forecasts)
         handles, labels = left.get_legend_handles_labels()
         if handles:
-            figure.legend(handles, labels, loc="outside upper center", ncols=1, frameon=False, handlelength=3.2)
+            drawing.legend(handles, labels, loc="outside upper center", ncols=1, frameon=False, handlelength=3.2)
         notes = [f"{visible(dtype)}: {why}" for dtype in dtypes if (why := _note(forecasts[dtype]))]
         if notes:
-            figure.supxlabel("\n".join(notes), fontsize=8, color="#555555", parse_math=False)
-    return figure
+            drawing.supxlabel("\n".join(notes), fontsize=8, color="#555555", parse_math=False)
+    return drawing
 
 
 def _draw_curve(axes: Axes, dtype: str, index: int, forecast: LengthForecast, key: str) -> None:
@@ -90,7 +104,7 @@ def _legend(dtype: str, forecast: LengthForecast) -> str:
     parts = [f"γ {estimate(exponent.value, exponent.ci_low, exponent.ci_high, 2)}"]
     end = f"{forecast.curve[-1].length:,}" if forecast.curve else "–"
     parts += [f"ESS < {ess:g} {_says(crossing, end)}" for ess, crossing in forecast.crossings.items()]
-    return f"{visible(dtype)}: " + "; ".join(parts)
+    return f"{visible(dtype)}: " + ";\n".join(parts)
 
 
 def _says(crossing: MetricValue, end: str) -> str:
@@ -105,7 +119,7 @@ def _note(forecast: LengthForecast) -> str:
     if forecast.fit.predictable and not forecast.fit.identical:
         return ""
     why = forecast.fit.why or forecast.fit.variance_exponent.why
-    return textwrap.fill(clipped(visible(why), _WHY_CHARACTERS), 2 * _WHY_WIDTH)
+    return textwrap.fill(clipped(visible(why), _WHY_CHARACTERS), _WHY_WIDTH)
 
 
 def _has_points(axes: Axes) -> bool:
@@ -114,7 +128,7 @@ def _has_points(axes: Axes) -> bool:
 
 
 def _finish_spread(axes: Axes) -> None:
-    axes.set(xlabel="response length L (tokens)", ylabel="standard deviation of log(π/μ) of L tokens (nats)")
+    axes.set(xlabel="response length L (tokens)", ylabel="standard deviation of log(π/μ) (nats)")
     if not _has_points(axes):
         say(axes, "nothing above 0 was measured")
         return
@@ -124,14 +138,12 @@ def _finish_spread(axes: Axes) -> None:
 
 
 def _finish_ess(axes: Axes, dtypes: list[str], forecasts: Mapping[str, LengthForecast]) -> None:
-    axes.set(xlabel="response length L (tokens)", ylabel="effective sample size, share of sequences", ylim=(0, 1.04))
+    axes.set(xlabel="response length L (tokens)", ylabel="ESS, fraction of sequences", ylim=(0, 1.04))
     if not _has_points(axes):
         say(axes, "nothing measured")
         return
     axes.set_xscale("log")
-    axes.set_title(
-        "filled: where ESS falls below 0.5 and 0.1; vertical: fitted length", loc="left", fontsize=8, color="#555555"
-    )
+    axes.set_title("filled: ESS falls below 0.5, 0.1; vertical: fitted length", loc="left", fontsize=8, color="#555555")
     axes.grid(visible=True, axis="y", color=_GRID, linewidth=0.6)
     end = max((forecast.curve[-1].length for forecast in forecasts.values() if forecast.curve), default=1)
     for threshold in sorted({ess for forecast in forecasts.values() for ess in forecast.crossings}, reverse=True):

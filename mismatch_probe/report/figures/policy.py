@@ -1,4 +1,4 @@
-"""The offline mismatch figure: token densities above, sequence log ratios against length below, a column per dtype.
+"""The offline mismatch figure: token densities, and sequence log ratios against length, a row per dtype.
 
 Layout after Qi et al., arXiv 2510.26788.
 """
@@ -13,7 +13,9 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 
-from mismatch_probe.report.figures.style import empty_figure, look, plot_settings, say
+from mismatch_probe.report.data import ReportData
+from mismatch_probe.report.figures import figure
+from mismatch_probe.report.figures.style import look, plot_settings, say
 from mismatch_probe.report.format import clipped, count, estimate, visible
 from mismatch_probe.report.matrix import dtype_order
 
@@ -26,25 +28,36 @@ if TYPE_CHECKING:
     from mismatch_probe.metrics.curves import LengthCurve, PolicyDensity
 
 THOUSANDS_FROM = 2000
-_WHY_CHARACTERS, _WHY_WIDTH = 110, 40
+_WHY_CHARACTERS, _WHY_WIDTH = 110, 32
 _DENSITY = LinearSegmentedColormap.from_list("density", matplotlib.colormaps["magma_r"](np.linspace(0.18, 1.0, 256)))
 
 
-def policy_figure(density: Mapping[str, PolicyDensity], length: Mapping[str, LengthCurve]) -> Figure:
-    """Top: μ(token) against π(token) as a density. Bottom: log(π/μ) of whole sequences against their length.
+@figure(
+    "policy",
+    ReportData,
+    "Token probabilities, and sequences by length",
+    "Left, tokens off the dashed diagonal are more likely to one side than to the other; right, a sloping line means "
+    "that the log ratio of a sequence drifts with its length.",
+    "A row of two panels for each dtype. Left, a density of tokens, trainer probability against rollout "
+    "probability, both from 0 to 1, with a dashed diagonal. Right, a dot for each sequence, its log ratio in nats "
+    "against its length in tokens, with a fitted line and its slope.",
+    needs=lambda data: bool(data.curves.density or data.curves.length),
+)
+def policy_figure(data: ReportData) -> Figure:
+    """Left: μ(token) against π(token) as a density. Right: log(π/μ) of whole sequences against their length.
 
-    The 16-bit dtypes share one symmetric y-scale below, so that their spread compares by eye; float32, orders of
+    The 16-bit dtypes share one symmetric y-scale on the right, so that their spread compares by eye; float32, orders of
     magnitude closer, has its own, and its panel says so.
     """
+    density, length = data.curves.density, data.curves.length
     dtypes = dtype_order([*density, *length])
     with plot_settings():
-        if not dtypes:
-            return empty_figure(Figure(figsize=(6.0, 2.0)), "No pair of equal dtypes was compared.")
-        figure = Figure(figsize=(max(3.1 * len(dtypes), 4.2) + 0.7, 6.2), layout="constrained")
-        panels = figure.subplots(2, len(dtypes), squeeze=False)
-        _draw_densities(figure, list(panels[0]), dtypes, density)
-        _draw_lengths(list(panels[1]), dtypes, length)
-    return figure
+        drawing = Figure(figsize=(5.6, 2.7 * len(dtypes) + 0.4), layout="constrained")
+        grid = drawing.add_gridspec(len(dtypes), 2)
+        left, right = ([drawing.add_subplot(grid[row, column]) for row in range(len(dtypes))] for column in (0, 1))
+        _draw_densities(drawing, left, dtypes, density)
+        _draw_lengths(right, dtypes, length)
+    return drawing
 
 
 def _draw_densities(
@@ -63,10 +76,12 @@ def _draw_densities(
         counts = np.where(curve.counts.T > 0, curve.counts.T, np.nan)
         mesh = axes.pcolormesh(curve.edges, curve.edges, counts, norm=norm, cmap=_DENSITY, rasterized=True)
         axes.axline((0, 0), (1, 1), color="#6fc3ff", linewidth=0.8, linestyle=(0, (4, 3)))
-    panels[0].set_ylabel("trainer probability π(token)")
+    for axes in panels:
+        axes.set_ylabel("trainer probability π(token)")
     if mesh is not None:
-        # Inside the last panel's box, so that both rows of panels keep the same columns.
-        figure.colorbar(mesh, cax=panels[-1].inset_axes((1.06, 0.0, 0.05, 1.0)), label="tokens per cell")
+        # Inside the last panel's box, so that both columns of panels keep the same rows.
+        bar = figure.colorbar(mesh, cax=panels[-1].inset_axes((0.1, 0.88, 0.4, 0.05)), orientation="horizontal")
+        bar.set_label("tokens per cell", fontsize=8)
 
 
 def _draw_lengths(panels: list[Axes], dtypes: list[str], length: Mapping[str, LengthCurve]) -> None:
@@ -89,7 +104,8 @@ def _draw_lengths(panels: list[Axes], dtypes: list[str], length: Mapping[str, Le
             axes.set_title("own y-scale", loc="right", fontsize=8, style="italic", color="#555555")
         elif several:
             axes.set_title("shared y-scale", loc="right", fontsize=8, style="italic", color="#555555")
-    panels[0].set_ylabel("sequence log ratio log(π/μ) (nats)")
+    for axes in panels:
+        axes.set_ylabel("log(π/μ) of a sequence (nats)")
 
 
 def _draw_length(axes: Axes, dtype: str, curve: LengthCurve, unit: float) -> None:

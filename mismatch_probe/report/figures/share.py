@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from mismatch_probe.report.figures.style import empty_figure, look, plot_settings, say, tick
+from mismatch_probe.report.data import ReportData
+from mismatch_probe.report.figures import figure
+from mismatch_probe.report.figures.style import look, plot_settings, say, tick
 from mismatch_probe.report.matrix import dtype_order
 from mismatch_probe.report.names import WHERE_TITLES, bin_order
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from matplotlib.axes import Axes
 
@@ -31,22 +33,28 @@ def has_shares(summary: Comparison) -> bool:
     return any(bins.get(name) for bins in summary.where.values() for name in PROPERTIES)
 
 
-def share_figure(where: Mapping[str, Mapping[str, Bins]]) -> Figure:
-    """Contribution to Σ d² and fraction of tokens per bin: a row per property, a column per dtype.
-
-    Args:
-        where: Pair name, property, bins, as a comparison has them.
-    """
+@figure(
+    "share",
+    ReportData,
+    "Which tokens the squared gap comes from",
+    "Where the upper bar is the longer one, tokens of that bin add more to Σ d² than their number explains.",
+    "A row of panels for each property of a token (rollout probability, entropy, rank, kind) and a column for each "
+    "dtype. Each bin has two horizontal bars: above in the colour of the dtype its contribution to the sum of d², "
+    "below in grey its fraction of the tokens, both in percent.",
+    needs=lambda data: has_shares(data.summary),
+    order=6,
+)
+def share_figure(data: ReportData) -> Figure:
+    """Contribution to Σ d² and fraction of tokens per bin: a row per property, a column per dtype."""
+    where = data.summary.where
     properties = [name for name in PROPERTIES if any(bins.get(name) for bins in where.values())]
     with plot_settings():
-        if not properties:
-            return empty_figure(Figure(figsize=(6.0, 2.0)), "No pair of equal dtypes was compared.")
         pairs = [name for name in dtype_order(where) if any(where[name].get(key) for key in properties)]
         labels = {key: bin_order(row.label for name in pairs for row in where[name].get(key, ())) for key in properties}
         heights = [len(labels[key]) + 1.0 for key in properties]
-        size = (max(2.75 * len(pairs) + 1.3, 4.6), 0.17 * sum(heights) + 0.42 * len(properties) + 0.6)
-        figure = Figure(figsize=size, layout="constrained")
-        panels = figure.subplots(
+        size = (max(1.4 * len(pairs) + 1.4, 4.6), 0.17 * sum(heights) + 0.42 * len(properties) + 0.6)
+        drawing = Figure(figsize=size, layout="constrained")
+        panels = drawing.subplots(
             len(properties), len(pairs), squeeze=False, sharex=True, sharey="row", height_ratios=heights
         )
         for row, key in zip(panels, properties, strict=True):
@@ -55,8 +63,8 @@ def share_figure(where: Mapping[str, Mapping[str, Bins]]) -> Figure:
             row[0].set_yticks(range(len(labels[key])), [tick(label) for label in labels[key]], parse_math=False)
             row[0].set_ylim(len(labels[key]) - 0.4, -0.6)
             row[0].set_title(WHERE_TITLES[key], loc="left", fontsize=9, weight="bold")
-        _finish(figure, panels, pairs)
-    return figure
+        _finish(drawing, panels, pairs)
+    return drawing
 
 
 def _draw_shares(axes: Axes, labels: list[str], bins: Bins, color: str) -> None:
@@ -71,7 +79,7 @@ def _draw_shares(axes: Axes, labels: list[str], bins: Bins, color: str) -> None:
     axes.barh([at + 0.2 for at in y], [row.fraction_of_tokens for row in bins], 0.4, color=_TOKENS)
 
 
-def _finish(figure: Figure, panels: Any, pairs: list[str]) -> None:
+def _finish(drawing: Figure, panels: Any, pairs: list[str]) -> None:
     """What holds for all panels: names of the pairs, one scale, and what the two bars are."""
     for axes, name in zip(panels[0], pairs, strict=True):
         axes.annotate(
@@ -87,5 +95,6 @@ def _finish(figure: Figure, panels: Any, pairs: list[str]) -> None:
     for axes in panels[-1]:
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.set_xlim(left=0.0)
+        axes.xaxis.set_major_locator(MaxNLocator(3))
         axes.set_xlabel("part in the bin")
-    figure.suptitle("upper bar: contribution to Σ d²   ·   lower bar, grey: fraction of tokens", fontsize=9)
+    drawing.suptitle("upper bar: contribution to Σ d²   ·   lower bar, grey: fraction of tokens", fontsize=9)

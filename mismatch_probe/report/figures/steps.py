@@ -8,6 +8,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from mismatch_probe.report.data import ReportData
+from mismatch_probe.report.figures import figure
 from mismatch_probe.report.figures.style import Look, look, plot_settings, say
 from mismatch_probe.report.format import visible
 from mismatch_probe.report.matrix import modes_of, ordered_pairs, pair_label
@@ -29,13 +31,23 @@ def has_steps(summary: Comparison) -> bool:
     return any(len(pair.steps) > 1 for pair in summary.pairs)
 
 
-def steps_figure(summary: Comparison) -> Figure:
+@figure(
+    "steps",
+    ReportData,
+    "The mismatch while the policy is trained",
+    "Rounding neither grows with the steps nor falls when the engine is restarted.",
+    "Three panels over the training step: mean |d| in nats, KL k3 in nats per token, and the effective sample size of "
+    "sequence weights. One line with a 95 % band for each pair.",
+    needs=lambda data: has_steps(data.summary),
+    order=8,
+)
+def steps_figure(data: ReportData) -> Figure:
     """Mean |d|, k3 and ESS by training step, a line with its 95 % band per pair."""
-    modes = modes_of(summary)
-    pairs = [pair for pair in ordered_pairs(summary) if pair.steps]
+    modes = modes_of(data.summary)
+    pairs = [pair for pair in ordered_pairs(data.summary) if pair.steps]
     with plot_settings():
-        figure = Figure(figsize=(6.8, 7.2), layout="constrained")
-        panels = figure.subplots(len(_KEYS), 1, sharex=True)
+        drawing = Figure(figsize=(6.8, 7.2), layout="constrained")
+        panels = drawing.subplots(len(_KEYS), 1, sharex=True)
         for axes, key in zip(panels, _KEYS, strict=True):
             axes.set_ylabel(metric_title(key))
             axes.grid(visible=True, axis="y", color="#e4e4e4", linewidth=0.6)
@@ -50,8 +62,8 @@ def steps_figure(summary: Comparison) -> Figure:
         panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
         handles, labels = panels[0].get_legend_handles_labels()
         if len(handles) > 1:
-            figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
-    return figure
+            drawing.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
+    return drawing
 
 
 def _draw(axes: Axes, steps: Sequence[StepResult], key: str, mark: Look, label: str) -> None:

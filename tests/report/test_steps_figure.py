@@ -8,6 +8,7 @@ from mismatch_probe.metrics.steps import StepResult
 from mismatch_probe.report.figures.steps import has_steps, steps_figure
 from mismatch_probe.results.comparison import Comparison
 from tests.factories.comparison import absent, make_comparison, make_pair, value
+from tests.factories.report_data import make_report_data
 
 KEYS = ("mean_abs_logprob_diff", "kl_k3", "ess_seq")
 
@@ -22,7 +23,7 @@ def recorded(*means: float | None) -> Comparison:
 def test_the_steps_figure_shows_every_step_and_its_band() -> None:
     summary = recorded(0.01, 0.02, 0.03, 0.04, 0.05)
     assert has_steps(summary)
-    figure = steps_figure(summary)
+    figure = steps_figure(make_report_data(summary=summary))
     for axes in figure.axes[:3]:
         (line,) = axes.lines
         assert list(line.get_xdata()) == [0, 1, 2, 3, 4]
@@ -34,4 +35,6 @@ def test_the_steps_figure_shows_every_step_and_its_band() -> None:
 
 def test_one_step_is_no_course_and_missing_values_are_said() -> None:
     assert not has_steps(recorded(0.01))
-    assert "no values" in [text.get_text() for text in steps_figure(recorded(None, None)).axes[0].texts]
+    assert "no values" in [
+        text.get_text() for text in steps_figure(make_report_data(summary=recorded(None, None))).axes[0].texts
+    ]
