@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mismatch_probe.probes.planning import Plan
     from mismatch_probe.probes.progress import Progress
     from mismatch_probe.probes.session import RunResult
+    from mismatch_probe.report.model import TokenSequence
     from mismatch_probe.results.attribution import AttributionPlan
     from mismatch_probe.rl.config import RlConfig
     from mismatch_probe.rl.gradient import GradientResult
@@ -55,6 +56,7 @@ __all__ = [
     "rl_sanity_set_resume",
     "rl_sweep",
     "rl_sweep_resume",
+    "tokens",
     "write_report",
 ]
 
@@ -135,6 +137,19 @@ def write_report(
     from mismatch_probe.probes.session import report_run
 
     return report_run(Path(path), fail_on, predict_lengths, extrapolate)
+
+
+def tokens(path: str | Path, sequence_id: int) -> tuple[TokenSequence, ...]:
+    """The tokens of one sequence with log μ, log π, entropy and rank, in every pair of equal dtypes that has it.
+
+    Raises:
+        UsageError: No compared pair has the sequence.
+        TableError: The folder holds no run, or a table is missing or corrupt.
+    """
+    from mismatch_probe.probes.tokens import tokens_of
+    from mismatch_probe.runs import RunDirectory
+
+    return tokens_of(RunDirectory.open(Path(path)), sequence_id)
 
 
 def plot(path: str | Path) -> dict[str, Path]:

@@ -13,12 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 import mismatch_probe
 from mismatch_probe.config import CompareConfig
 from mismatch_probe.engines.devices import gpu_present
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.probes.session import RunResult
+
+# No test asserts a wall-clock time.
+settings.register_profile("any-speed", deadline=None)
+settings.load_profile("any-speed")
 
 MakeModel = Callable[..., Path]
 SMALL: dict[str, Any] = {

@@ -208,12 +208,13 @@ def show_result(result: RunResult, as_json: bool) -> int:
     """Prints a result, says where its files are, and returns the exit code."""
     from rich.console import Console
 
-    from mismatch_probe.report.terminal import print_summary
+    from mismatch_probe.report.compare import compare_report
+    from mismatch_probe.report.render.terminal import print_report
 
     if as_json:
         print_json(result.summary.content())
     else:
-        print_summary(result.data, Console())
+        print_report(compare_report(result.data), Console())
     click.echo(f"Report: {result.path / 'report.html'}", err=True)
     if not result.complete:
         click.echo(

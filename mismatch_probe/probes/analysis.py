@@ -19,6 +19,7 @@ from mismatch_probe.metrics.where import where
 from mismatch_probe.probes.findings import findings, format_ratio
 from mismatch_probe.probes.pairs import PairResult, PassPair, analyse_pair, why_missing
 from mismatch_probe.probes.planning import passes_of, self_noise_pass_id
+from mismatch_probe.probes.tokens import token_view
 from mismatch_probe.probes.worst import worst_tokens
 from mismatch_probe.report.data import Curves, ReportData
 from mismatch_probe.results.attribution import Attribution
@@ -105,7 +106,9 @@ def analyse(
         manifest=run.manifest,
         curves=_curves(sums, forecasts),
         worst_tokens=worst,
+        tokens=token_view(run, diagonal),
         attribution=read_attribution(run),
+        folder=run.path,
     )
 
 

@@ -27,15 +27,13 @@ def summary_frame(summary: Comparison) -> pd.DataFrame:
 
 def write_outputs(run: RunDirectory, data: ReportData) -> dict[str, Path]:
     """Writes summary, figures and reports into the run's folder; returns the figures."""
-    from mismatch_probe.report.html import render_html
-    from mismatch_probe.report.markdown import render_markdown
+    from mismatch_probe.report.compare import compare_report
+    from mismatch_probe.report.render.files import write_report
 
     data.summary.write(run.path / "summary.json")
     write_text(run.path / "summary.csv", summary_frame(data.summary).to_csv(index=False, lineterminator="\n"))
     figures = draw_figures(run, data)
-    write_text(run.path / "report.html", render_html(data, figures))
-    relative = {name: path.relative_to(run.path) for name, path in figures.items()}
-    write_text(run.path / "report.md", render_markdown(data, relative))
+    write_report(compare_report(data), figures, run.path)
     return figures
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mismatch_probe.metrics.curves import BinnedDiff, Ccdf, LengthCurve, PolicyDensity
     from mismatch_probe.metrics.length_prediction import LengthForecast
+    from mismatch_probe.report.model import TokenSequence
     from mismatch_probe.results.attribution import Attribution
     from mismatch_probe.results.comparison import Comparison
     from mismatch_probe.results.manifest import Manifest
@@ -75,6 +77,8 @@ class ReportData:
         curves: Curves of the diagonal pairs.
         worst_tokens: Worst first within each pair.
         attribution: Where the gap of one pair arises; None where it has not been taken apart.
+        tokens: Sequences for the token view.
+        folder: The run's folder, for the commands that a report names.
     """
 
     summary: Comparison
@@ -82,3 +86,5 @@ class ReportData:
     curves: Curves
     worst_tokens: list[WorstToken]
     attribution: Attribution | None = None
+    tokens: tuple[TokenSequence, ...] = ()
+    folder: Path = Path()

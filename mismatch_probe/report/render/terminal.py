@@ -58,8 +58,10 @@ def print_report(report: Report, console: Console) -> None:
     if report.table:
         console.print()
         print_table(report.table, console)
+    if report.notes:
+        console.print()
     for note in report.notes:
-        _say(console, note.text, note.tone)
+        _say(console, f"• {note.text}", note.tone)
     for section in report.sections:
         if section.depth == "screen":
             console.print()

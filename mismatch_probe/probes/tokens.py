@@ -1,0 +1,100 @@
+"""Sequences for the token view: the worst of each pair of equal dtypes and some that stand for the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mismatch_probe.errors import UsageError
+from mismatch_probe.metrics.frame import PassSequences, pass_sequences
+from mismatch_probe.probes.pairs import PairResult, PassPair, why_missing
+from mismatch_probe.probes.planning import passes_of
+from mismatch_probe.report.model import Token, TokenSequence
+from mismatch_probe.runs import RunDirectory
+
+WORST, OTHERS = 2, 2
+"""Sequences of a pair with the largest |d|, and evenly spaced ones beside them."""
+LONGEST = 1200
+"""Tokens of a sequence that are shown, around the one with the largest |d|."""
+
+
+def token_view(run: RunDirectory, diagonal: Mapping[str, PairResult]) -> tuple[TokenSequence, ...]:
+    """The sequences that a report shows of each pair.
+
+    Raises:
+        TableError: A table is missing or corrupt.
+    """
+    found: list[TokenSequence] = []
+    for name, result in diagonal.items():
+        pair, sequences = result.passes, pass_sequences(run, result.passes.rollout.pass_id)
+        worst = list(dict.fromkeys(sequences.ids[result.sums.largest.sequence].tolist()))[:WORST]
+        spaced = np.linspace(0, len(sequences.ids) - 1, min(OTHERS, len(sequences.ids))).round().astype(int)
+        others = [i for i in dict.fromkeys(sequences.ids[spaced].tolist()) if i not in worst]
+        for kind, ids in (("largest |d|", worst), ("sample", others)):
+            found += [_sequence(run, name, pair, sequences, sequence_id, kind) for sequence_id in ids]
+    return tuple(found)
+
+
+def tokens_of(run: RunDirectory, sequence_id: int) -> tuple[TokenSequence, ...]:
+    """One sequence, whole, in every pair of equal dtypes that has it.
+
+    Raises:
+        UsageError: No such pair has the sequence.
+        TableError: A table is missing or corrupt.
+    """
+    passes = passes_of(run.manifest.config, run.manifest.recorded)
+    found: dict[str, TokenSequence] = {}
+    for pair in (PassPair(rollout, trainer) for rollout in passes.rollouts for trainer in passes.trainers):
+        name = pair.diagonal
+        if name and name not in found and not why_missing(run, pair.rollout.pass_id, pair.trainer.pass_id):
+            sequences = pass_sequences(run, pair.rollout.pass_id)
+            if sequence_id in sequences.ids:
+                found[name] = _sequence(run, name, pair, sequences, sequence_id, "", longest=None)
+    if not found:
+        raise UsageError(f"No compared pair has sequence {sequence_id}.", "The report's worst tokens name sequences.")
+    return tuple(found.values())
+
+
+def _sequence(
+    run: RunDirectory,
+    name: str,
+    pair: PassPair,
+    sequences: PassSequences,
+    sequence_id: int,
+    kind: str,
+    longest: int | None = LONGEST,
+) -> TokenSequence:
+    columns = ["position", "logprob"]
+    rollout = _rows(run, pair.rollout.pass_id, [*columns, "token_text"], sequence_id)
+    trainer = _rows(run, pair.trainer.pass_id, [*columns, "entropy", "rank"], sequence_id)
+    pairs = zip(rollout.to_pylist(), trainer.to_pylist(), strict=True)
+    tokens = [
+        Token(here["token_text"] or "", here["logprob"], there["logprob"], there["entropy"], there["rank"])
+        for here, there in pairs
+    ]
+    prompt = sequences.prompt_ids[sequences.prompt[np.searchsorted(sequences.ids, sequence_id)]]
+    title = f"{name}: sequence {sequence_id} of prompt {prompt}" + (f" ({kind})" if kind else "")
+    first, last = window(tokens, longest)
+    if last - first < len(tokens):
+        title += f", tokens {first + 1:,} to {last:,} of {len(tokens):,}"
+    return TokenSequence(title, tuple(tokens[first:last]))
+
+
+def window(tokens: list[Token], longest: int | None) -> tuple[int, int]:
+    """The part to show: all, or `longest` tokens around the one with the largest |d|."""
+    if longest is None or len(tokens) <= longest:
+        return 0, len(tokens)
+    sizes = [abs(token.trainer_logprob - token.rollout_logprob) for token in tokens]
+    worst = int(np.argmax(np.nan_to_num(sizes, nan=np.inf)))
+    first = min(max(0, worst - longest // 2), len(tokens) - longest)
+    return first, first + longest
+
+
+def _rows(run: RunDirectory, pass_id: str, columns: list[str], sequence_id: int) -> pa.Table:
+    batches: Iterable[pa.Table] = run.iter_tokens(pass_id, ["sequence_id", *columns], ids=(sequence_id, sequence_id))
+    parts: Iterator[Any] = (batch.filter(pc.equal(batch["sequence_id"], sequence_id)) for batch in batches)
+    return pa.concat_tables(parts)
