@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mismatch_probe.metrics.catalog import CATALOG
 from mismatch_probe.metrics.kinds import KINDS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-
-
-def precision_label(pair: Mapping[str, Any]) -> str:
-    """`float16 → float16`, as an audit calls a pair, with the trainer's mode where it is autocast; not yet visible."""
-    mode = " (autocast)" if pair["trainer_mode"] == "autocast" else ""
-    return f"{pair['rollout_dtype']} → {pair['trainer_dtype']}{mode}"
+    from collections.abc import Iterable
 
 
 def metric_title(key: str) -> str:
