@@ -93,12 +93,13 @@ class RlDirectory:
         self.document = self.document.model_copy(update={"ending": ending})
         self.summarise(steps)
 
-    def summarise(self, steps: pd.DataFrame) -> None:
-        """Computes what the steps show, and writes it into the document."""
+    def summarise(self, steps: pd.DataFrame) -> RlRun:
+        """Computes what the steps show, and writes it into the document, which it returns."""
         summary = summarise(steps, self.config)
         findings = run_findings(self.config, self.document.ending, summary)
         self.document = self.document.model_copy(update={"summary": summary, "findings": findings})
         self.document.write(self.path / FILE)
+        return self.document
 
     def steps(self) -> pd.DataFrame:
         """A row per finished step.

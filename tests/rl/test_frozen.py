@@ -7,15 +7,22 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import mismatch_probe
 from mismatch_probe.arrays import save_arrays
 from mismatch_probe.results.gradient import Gradient
+from mismatch_probe.results.rl_run import RlRun
 from mismatch_probe.results.sanity import SanityOutcome
+from mismatch_probe.results.sweep import RlSweep
 from mismatch_probe.rl import gradient
 from mismatch_probe.rl.gradient_task import PassTask
+from mismatch_probe.rl.plan import checked_runs
+from mismatch_probe.rl.records import RlDirectory
 from mismatch_probe.rl.sanity.selection import outcome_of
+from mismatch_probe.rl.sweep_findings import sweep_findings
+from mismatch_probe.rl.sweep_summary import summarise_sweep
 from tests.frozen import FROZEN, assert_equal
 
 
@@ -42,3 +49,25 @@ def test_sanity_set() -> None:
         lengths, truncated = np.array(case["lengths"]), np.array(case["truncated"], bool)
         found = outcome_of(np.array(case["right"]), frozen.n_samples, frozen.keep, lengths, truncated)
         assert_equal(found.model_dump(mode="json"), frozen.model_dump(mode="json"))
+
+
+def test_rl_run(tmp_path: Path) -> None:
+    """Five steps of the bundled model in BF16."""
+    run = Path(shutil.copytree(FROZEN / "rl-run", tmp_path / "run"))
+    frozen = RlRun.read(run / "run.json")
+    directory = RlDirectory.open(run)
+    found = directory.summarise(directory.steps())
+    assert_equal(found.content(), frozen.content())
+
+
+def test_sweep() -> None:
+    """Five arms of eight seeds, with made-up steps of which some runs collapse, diverge or are missing."""
+    frozen = RlSweep.read(FROZEN / "sweep" / "sweep.json")
+    runs = pd.read_parquet(FROZEN / "sweep" / "runs.parquet")
+    assert frozen.summary is not None
+    found = summarise_sweep(checked_runs(frozen, FROZEN), runs, ())
+    assert_equal(found.model_dump(mode="json"), frozen.summary.model_dump(mode="json"))
+    assert_equal(
+        [one.model_dump(mode="json") for one in sweep_findings(found)],
+        [one.model_dump(mode="json") for one in frozen.findings],
+    )
