@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mismatch_probe.engines.logprobs import Batch, token_logprobs
 from mismatch_probe.resources import data_path
 from mismatch_probe.results.rl_run import Ending
 from mismatch_probe.rl.config import RlConfig, make_config
@@ -58,7 +59,9 @@ class TorchEngine:
 
     @torch.no_grad()
     def score(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
-        return [self._logprobs(list(sequence)) for sequence in sequences]
+        batch = Batch.of([s[:1] for s in sequences], [s[1:] for s in sequences], torch.device("cpu"))
+        rows = token_logprobs(self.model, batch, 1.0)[0].numpy()
+        return [row[: len(s) - 1] for row, s in zip(rows, sequences, strict=True)]
 
     @torch.no_grad()
     def generate(
@@ -68,26 +71,22 @@ class TorchEngine:
         ids = torch.tensor([[0] * (width - len(r.prompt_token_ids)) + list(r.prompt_token_ids) for r in requests])
         mask = torch.tensor([[0] * (width - len(r.prompt_token_ids)) + [1] * len(r.prompt_token_ids) for r in requests])
         draws = np.stack([np.random.default_rng(r.seed).random(sampling.max_tokens) for r in requests])
+        logprobs = []
         for step in range(sampling.max_tokens):
             logits = self.model(ids, attention_mask=mask).logits[:, -1] / sampling.temperature
             below = logits.double().softmax(-1).cumsum(-1)
             token = (
                 (below < torch.tensor(draws[:, step : step + 1])).sum(-1, keepdim=True).clamp(max=logits.shape[1] - 1)
             )
+            logprobs.append(logits.log_softmax(-1).gather(-1, token))
             ids, mask = torch.cat([ids, token], 1), torch.cat([mask, torch.ones_like(token)], 1)
-        return [self._rollout(request, row) for request, row in zip(requests, ids[:, width:].tolist(), strict=True)]
+        rows = zip(requests, ids[:, width:].tolist(), torch.cat(logprobs, 1).numpy(), strict=True)
+        return [self._rollout(request, tokens, values) for request, tokens, values in rows]
 
-    def _rollout(self, request: RolloutRequest, row: list[int]) -> Rollout:
+    def _rollout(self, request: RolloutRequest, row: list[int], logprobs: NDArray[np.float32]) -> Rollout:
         kept = row[: row.index(self.end) + 1] if self.end in row else row
-        prompt = [int(token) for token in request.prompt_token_ids]
-        logprobs = self._logprobs([*prompt, *kept])[len(prompt) - 1 :]
         reason = "stop" if self.end in row else "length"
-        return Rollout(request.sequence_id, np.array(kept, np.int32), logprobs, reason, "")
-
-    def _logprobs(self, ids: list[int]) -> NDArray[np.float32]:
-        logprobs = self.model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
-        found: NDArray[np.float32] = logprobs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].numpy()
-        return found
+        return Rollout(request.sequence_id, np.array(kept, np.int32), logprobs[: len(kept)].copy(), reason, "")
 
 
 class Events(list[tuple[str, Any]]):
