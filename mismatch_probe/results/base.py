@@ -18,7 +18,13 @@ PACKAGE = "mismatch-probe"
 class Result(BaseModel):
     """A part of a document. Fields are fixed after construction, and unknown ones are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        ser_json_inf_nan="constants",  # as they are, which `write_json` refuses; else they become null without a word
+    )
 
 
 class Document(Result):
