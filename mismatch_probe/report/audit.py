@@ -136,7 +136,12 @@ def _sentence(answer: Answer, check: Check | None, max_tokens: int) -> str:
 
 def _steps(audit: Audit, run: str) -> Iterator[Step]:
     if audit.findings:
-        yield Step("Compare the checkpoint's files with their source, and load it in FP32 elsewhere.")
+        weights = any(finding.where for finding in audit.findings)
+        yield Step(
+            "Compare the checkpoint's files with their source, and load it in FP32 elsewhere."
+            if weights
+            else "Look at both engines' log-probs in tokens.parquet: no tensor of the model is known not to be finite."
+        )
     elif audit.recommendation is not None:
         yield from (Step(say(finding)) for finding in audit.recommendation.findings if finding.code != _LAG)
     unmeasured = any(getattr(audit.range, part) is None for part in PARTS)

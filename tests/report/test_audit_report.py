@@ -76,6 +76,9 @@ def test_a_model_that_computes_nothing_finite_is_told_once_and_without_a_table_o
     assert report.state == "fail"
     assert report.answer == ("FP16 fails, BF16 fails, FP32 fails.", say(told))
     assert "model.layers.3.mlp" in report.answer[1]
+    assert "checkpoint" in report.steps[0].text
+    elsewhere = told.model_copy(update={"where": "", "values": {**told.values, "tensor": None}})
+    assert "tokens.parquet" in audit_report(audit(broken, findings=(elsewhere,))).steps[0].text
     assert report.table is None
     assert report.notes == ()
     names = {section.name for section in report.sections}
