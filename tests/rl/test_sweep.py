@@ -85,6 +85,8 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Script]:
     def install(faults: Callable[[str, int], BaseException | None] = lambda name, tries: None) -> Script:
         script = Script(faults)
         monkeypatch.setattr(sweep, "EngineProcess", script.process)
+        # Figures take most of a scripted sweep's time; `tests/report/test_sweep.py` draws them.
+        monkeypatch.setattr("mismatch_probe.report.figures.draw", lambda data, folder: {})
         monkeypatch.setattr(sweep_session.devices, "choose_device", lambda requested: "cpu")
         return script
 
