@@ -152,17 +152,6 @@ class MetricValue:
     ci_high: float | None = None
     why: str = ""
 
-    @classmethod
-    def of_dict(cls, row: Mapping[str, Any]) -> MetricValue:
-        """From what `as_dict` gave, whatever else is in the row."""
-        return cls(row["value"], row["ci_low"], row["ci_high"], row.get("why", ""))
-
-    def as_dict(self) -> dict[str, Any]:
-        row: dict[str, Any] = {"value": self.value, "ci_low": self.ci_low, "ci_high": self.ci_high}
-        if self.why:
-            row["why"] = self.why
-        return row
-
 
 @dataclass(frozen=True)
 class PairArrays:
