@@ -188,7 +188,8 @@ def attribute(
 
 
 def attribute_resume(path: str | Path, *, progress: Progress | None = None, **options: Any) -> AttributeResult:
-    """Makes what an attribution of a run lacks; works on any comparison that sampled, too. What failed is tried again.
+    """Makes what is missing of an attribution of a run; works on any comparison that sampled, too. What failed is tried
+    again.
 
     Args:
         path: The run directory.
@@ -259,7 +260,7 @@ def audit(
 def audit_resume(
     path: str | Path, *, baseline: str | Path | None = None, progress: Progress | None = None, **options: Any
 ) -> AuditResult:
-    """Runs what a comparison or an audit still lacks, and judges; arguments as in `audit`. Profile, lengths and rates
+    """Runs what is missing of a comparison or an audit, and judges; arguments as in `audit`. Profile, lengths and rates
     that are not given are those of the run's last audit.
 
     Raises:
@@ -456,7 +457,7 @@ def rl_sanity_set(*, out: str | Path | None = None, progress: Progress | None = 
 
 
 def rl_sanity_set_resume(path: str | Path, *, progress: Progress | None = None) -> SanityResult:
-    """Goes on with a sanity set: samples the chunks of problems that it lacks.
+    """Goes on with a sanity set: samples the chunks of problems that are missing.
 
     Raises:
         TableError: The folder holds no sanity set, or its model or problems have changed.

@@ -296,7 +296,7 @@ class Setup:
     def _create(self, variant: str) -> None:
         if importlib.util.find_spec("venv") is None or importlib.util.find_spec("ensurepip") is None:
             raise SetupError(
-                "This Python lacks the module venv or ensurepip.",
+                "This Python has no module venv or ensurepip.",
                 "Install it (Debian and Ubuntu: apt install python3-venv), or choose another Python with PYTHON=….",
             )
         free = shutil.disk_usage(str(self.venv)).free / 1e9

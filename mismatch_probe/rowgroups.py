@@ -40,7 +40,7 @@ def require_columns(path: Path, names: Sequence[str], wanted: Sequence[str]) -> 
 
 
 def with_nulls(table: pa.Table, schema: pa.Schema, names: Sequence[str]) -> pa.Table:
-    """The table with those columns, null throughout where it lacks them."""
+    """The table with those columns, null throughout where it has none."""
     for name in names:
         if name not in table.column_names:
             table = table.append_column(name, pa.nulls(table.num_rows, schema.field(name).type))
@@ -70,10 +70,10 @@ class PassRows:
         column: The column that names the pass of a row.
         pass_id: Which pass.
         schema: Types that known columns are cast to; other columns keep theirs.
-        optional: Columns that are null where the file lacks them.
+        optional: Columns that are null where the file has none.
 
     Raises:
-        TableError: The file is missing, corrupt, or lacks `column`.
+        TableError: The file is missing, corrupt, or has no `column`.
     """
 
     def __init__(self, path: Path, column: str, pass_id: str, schema: pa.Schema, optional: Sequence[str] = ()) -> None:
@@ -98,7 +98,7 @@ class PassRows:
             ids: Leave out row groups without any `sequence_id` between these two, both included.
 
         Raises:
-            TableError: The file is corrupt, or lacks a column.
+            TableError: The file is corrupt, or misses a column.
         """
         with table_errors(self._path), pq.ParquetFile(self._path) as file:
             require_columns(self._path, [*file.schema_arrow.names, *self._optional], columns)

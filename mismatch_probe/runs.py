@@ -40,7 +40,7 @@ class RunDirectory(PassTables):
         """Opens an existing run folder.
 
         Raises:
-            TableError: It is no run folder, or its manifest cannot be read.
+            TableError: It is not a run folder, or its manifest cannot be read.
         """
         return cls(path, Manifest.read(path / _FILE))
 

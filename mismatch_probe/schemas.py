@@ -1,6 +1,6 @@
 """What the tables of a run directory hold: their schemas, and the tables that passes make.
 
-A file of an earlier release may lack the columns of `OPTIONAL`; they are then null throughout.
+A file of an earlier release may miss the columns of `OPTIONAL`; they are then null throughout.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def _joined(parts: Sequence[Any], kind: pa.DataType) -> pa.Array:
 
 
 def _optional_column(parts: Sequence[Any], length: int, kind: pa.DataType) -> pa.Array:
-    """A column that an item may lack; then it is null throughout."""
+    """A column that an item may miss; then it is null throughout."""
     if not parts or any(part is None for part in parts):
         return pa.nulls(length, kind)
     return pa.array(np.concatenate(parts)).cast(kind)

@@ -65,7 +65,7 @@ class EncodedPrompt:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the rollout engine samples. No truncation or penalty exists here on purpose: exp(b) is the sampling law."""
+    """How the rollout engine samples. There is no truncation or penalty: exp(b) is the sampling distribution."""
 
     max_tokens: int
     temperature: float = 1.0
@@ -123,7 +123,7 @@ class Score:
     Attributes:
         sequence_id: The sequence.
         logprobs: Nats, one per token; float64 from a float64 forward.
-        entropy: Of the law at each token, nats.
+        entropy: Of the distribution at each token, nats.
         rank: How many tokens of the vocabulary are likelier, at each token.
         exact: Columns of equal length, a row per position and rollout pass: `source`, `sequence_id`, `position`,
             `weight`, `stands_for` and what `metrics.exact.divergences` gives.
@@ -164,7 +164,7 @@ class PairArrays:
         position: `[N]` int64, index of the token in its response, from 0.
         prompt: `[S]` int64, index of the sequence's prompt, 0 … P−1: the unit of every interval.
         prompt_ids: `[P]` names of the prompts, so that two pairs can be matched prompt by prompt.
-        on_policy: True when exp(b) is the law that these tokens were sampled from.
+        on_policy: True when exp(b) is the distribution that these tokens were sampled from.
         off_policy_why: The reason when `on_policy` is False.
         columns: Further properties of the tokens, `[N]` each, by name, e.g. `"entropy"`.
         usable: `[N]` which tokens count, all of them finite on both sides; None where every finite one does.

@@ -20,7 +20,7 @@ from mismatch_probe.errors import EXIT_LIMIT, EXIT_OK, UsageError
     "warning, too), 130 interrupted.",
 )
 @click.option("--from", "source", type=click.Path(), metavar="RUN", help="Judge this finished run, without engines.")
-@click.option("--resume", type=click.Path(), metavar="RUN", help="Run what this run still lacks, and judge it.")
+@click.option("--resume", type=click.Path(), metavar="RUN", help="Run what is missing of this run, and judge it.")
 @click.option("--profile", help="default, nemo-rl, verl, prime-rl, strict, or a TOML file.  [default: default]")
 @click.option("--planned-tokens", type=int, help="Response length of the RL run.  [default: 8 times the longest here]")
 @click.option(

@@ -31,7 +31,7 @@ from mismatch_probe.errors import UsageError
 @click.option("--seed", type=int, help="Of everything.  [default: 0]")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="[default: auto]")
 @click.option("--out", type=click.Path(), help="New folder.  [default: runs/sanity-set-MODEL-TIME]")
-@click.option("--resume", type=click.Path(), metavar="RUN", help="Sample what this folder still lacks.")
+@click.option("--resume", type=click.Path(), metavar="RUN", help="Sample what is missing in this folder.")
 @json_option
 def command(out: str | None, resume: str | None, as_json: bool, **flags: Any) -> int:
     """Keep the problems that a model solves sometimes: an RL run that is sound must learn all of them.

@@ -176,12 +176,12 @@ class RolloutEngine(Protocol):
 
         Args:
             requests: What to sample or to decode.
-            sampling: Law and length.
+            sampling: Distribution and length.
             on_tokens: Called with the number of tokens that each step made.
             capture: Which rows of logits are kept; none for None.
 
         Returns:
-            Responses in the order of the requests; log-probs are those of the law that was sampled from.
+            Responses in the order of the requests; log-probs are those of the distribution that was sampled from.
         """
 
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:

@@ -281,8 +281,8 @@ def _upcast(logits: torch.Tensor) -> torch.Tensor:
 def _token_columns(
     logits: torch.Tensor, targets: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """log softmax(logits / temperature) at the targets, the entropy of that law in nats, and how many tokens are
-    likelier than the target. `logits [R, V]`, `targets [R]` → three `[R]`.
+    """log softmax(logits / temperature) at the targets, the entropy of that distribution in nats, and how many tokens
+    are likelier than the target. `logits [R, V]`, `targets [R]` → three `[R]`.
     """
     if temperature != 1:
         logits = logits / temperature

@@ -25,7 +25,7 @@ _GRACE_SECONDS = 20
 
 
 class UnexpectedEngineError(EngineError):
-    """The engine failed in a way that is not known to be the user's to mend."""
+    """The engine failed in a way that is not known to be the user's to fix."""
 
 
 class EngineProcess:

@@ -160,7 +160,7 @@ class RowsV1(AdapterLogitsProcessor):  # type: ignore[misc]
 class _Noise:
     """An injected stress of known size, see `rl.stress`, that depends on the request's seed and the position alone.
 
-    The engine must report processed log-probs, which are those of the law that was sampled from.
+    The engine must report processed log-probs, which are those of the distribution that was sampled from.
     """
 
     scale: float

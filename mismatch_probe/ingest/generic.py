@@ -2,7 +2,7 @@
 
     prompt_token_ids    list of int      the ids that the model saw
     response_token_ids  list of int      the ids that were sampled, end-of-sequence included
-    rollout_logprobs    list of float    b_t, one per response token, of the law that sampled them
+    rollout_logprobs    list of float    b_t, one per response token, of the distribution that sampled them
     trainer_logprobs    list of float    a_t likewise; at least one of the two sides
     loss_mask           list of 0 and 1  optional: the response tokens that count
     step                int              optional: the training step

@@ -41,7 +41,7 @@ def divergences(
     Args:
         rollout_logits: `[R, V]`, −inf for tokens that cannot occur.
         trainer_logits: `[R, V]`
-        temperature: Of the sampling law.
+        temperature: Of the sampling distribution.
 
     Returns:
         `[R]` float64 per key of `DIVERGENCES`, in nats where they have a unit: `kl` is KL(μ‖π), `kl_reverse` KL(π‖μ),

@@ -77,7 +77,7 @@ def student(degrees: float) -> float:
 
 
 def excess_kurtosis(values: Floats) -> float:
-    """Excess kurtosis of the law that the values `[P ≥ 4]` come from, unbiased for normal ones (G₂ of Fisher 1930)."""
+    """Excess kurtosis of the distribution behind the values `[P ≥ 4]`, unbiased for normal ones (G₂ of Fisher 1930)."""
     n = len(values)
     centred = values - values.mean()
     spread = np.abs(centred).max()

@@ -105,7 +105,7 @@ def fit_length(prefixes: Prefixes, *, off_policy: str = "", seed: int = 0, repli
 
     Args:
         prefixes: Prefix sums of one pair.
-        off_policy: Why exp(b) is not the sampling law of these tokens; then nothing is fitted.
+        off_policy: Why exp(b) is not the sampling distribution of these tokens; then nothing is fitted.
         seed: Seed of the bootstrap over prompts.
         replicates: Bootstrap replicates.
     """
@@ -198,7 +198,7 @@ def _drift_why(sample: GrowthSample, mean: MetricValue) -> str:
     drift = max(-mean.ci_low, mean.ci_high) / sample.length[-1]
     if drift <= NEGLIGIBLE:
         return f"D drifts by at most {drift:.1e} nats a token, the known bias of float32 log-softmax"
-    return "the mean of D does not fit its variance, so exp(b) is not the sampling law (see mean_ratio)"
+    return "the mean of D does not fit its variance, so exp(b) is not the sampling distribution (see mean_ratio)"
 
 
 def _measured(prefixes: Prefixes) -> MeasuredLengths:

@@ -1,4 +1,4 @@
-"""One cell of the matrix: everything that is computed of a rollout pass and a trainer pass, in one read of both."""
+"""One pair: everything that is computed of a rollout pass and a trainer pass, in one read of both."""
 
 from __future__ import annotations
 

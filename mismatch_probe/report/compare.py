@@ -241,7 +241,7 @@ def _worst(data: ReportData) -> tuple[Section, ...]:
         )
         for token in data.worst_tokens
     ]
-    numbers = numeric("d", "log μ", "log π", "part of Σd²")
+    numbers = numeric("d", "log μ", "log π", "contribution to Σd²")
     return (
         *section("worst", "Worst token of each pair of equal dtypes", Items(lines), depth="screen"),
         *section("worst-tokens", "Worst tokens", table(columns("pair", *numbers, "where", "token, after"), rows)),

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def metric_title(key: str) -> str:
-    """The metric's title with its unit where it has one, or the key of a metric that the catalogue lacks."""
+    """The metric's title with its unit where it has one, or the key of a metric that is not in the catalogue."""
     info = CATALOG.get(key)
     if info is None:
         return key
@@ -20,7 +20,7 @@ def metric_title(key: str) -> str:
 
 
 def metric_formula(key: str) -> str:
-    """The metric's formula, empty for a metric that the catalogue lacks."""
+    """The metric's formula, empty for a metric that is not in the catalogue."""
     info = CATALOG.get(key)
     return info.formula if info else ""
 

@@ -143,7 +143,7 @@ class LengthGrowth(Result):
     trend_weight: float | None
     """Weight of a trend of the mean; None where nothing is predicted."""
     contradicted: dict[str, str]
-    """By predicted key, the measured value that the law does not hold."""
+    """By predicted key, the measured value that the model of growth does not hold."""
     why: str
     """Why nothing is predicted, or what limits it."""
     predictions: tuple[LengthPrediction, ...]

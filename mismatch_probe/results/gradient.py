@@ -74,7 +74,7 @@ class GradientEstimate(Result):
     correction: str
     """The correction, `"none"` for weights of 1."""
     trainer_pass: str | None
-    """The trainer pass whose log-probs make the weights; null without a correction."""
+    """The trainer pass whose log-probs make the weights; None without a correction."""
     trainer_dtype: str | None
     """Its dtype."""
     trainer_mode: str | None

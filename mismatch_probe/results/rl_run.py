@@ -79,7 +79,7 @@ class Ending(Result):
     steps: int
     """Finished steps."""
     last_healthy_checkpoint: str | None
-    """The newest checkpoint that is no later than the best window of rewards; None where none was written."""
+    """The newest checkpoint not later than the best window of rewards; None where none was written."""
     passed: bool
     """The sanity test: the lower 95 % limit of the mean reward over the last window exceeds `pass_above`."""
     first_above_step: int | None

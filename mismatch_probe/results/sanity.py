@@ -73,6 +73,6 @@ class SanitySet(Document):
     engines: tuple[dict[str, JsonValue], ...] = ()
     """What each engine says of itself; a resumed set can have several."""
     outcome: SanityOutcome | None = None
-    """What was found; null while there is something left to sample."""
+    """What was found; None while there is something left to sample."""
     findings: tuple[Finding, ...] = ()
     """Statements about the set, the most important one first."""

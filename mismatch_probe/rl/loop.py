@@ -435,7 +435,7 @@ class Training:
             self._recent.append((np.array(hits), np.array(counts)))
 
     def _healthy_checkpoint(self) -> str | None:
-        """The newest checkpoint that is no later than the last healthy step."""
+        """The newest checkpoint not later than the last healthy step."""
         healthy = self._detector.last_healthy_step
         names = [p.name for p in checkpoints(self._p.directory.checkpoints)]
         if healthy is None:

@@ -4,7 +4,7 @@ It is never precision: whatever is drawn from it is labelled *injected stress, n
 
 - `weight-noise`: every weight is multiplied by 1 + dose·ε, ε standard normal, fresh at each sync.
 - `mantissa`: every weight is rounded to `dose` stored mantissa bits (ties to even; the exponent is not limited).
-- `logit-noise`: dose·ε is added to every logit, fresh at each token; the engine reports the law that it sampled from.
+- `logit-noise`: dose·ε is added to every logit, fresh at each token; the engine reports what it sampled from.
 - `stale`: the engine has the weights of `dose` steps ago.
 """
 

@@ -152,7 +152,7 @@ class WeightSync:
         return SyncFacts(gap)
 
     def resend(self, weights: Weights) -> None:
-        """Gives the engine weights without asking whether they arrived, e.g. after a fault was mended."""
+        """Gives the engine weights without asking whether they arrived, e.g. after a fault was fixed."""
         self._sent = cast(weights, self._dtype)
         self._load(self._sent)
 

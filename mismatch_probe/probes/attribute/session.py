@@ -76,7 +76,7 @@ def new_attribution(
 
 
 def resume_attribution(path: Path, options: Mapping[str, Any], progress: Progress | None) -> AttributeResult:
-    """Makes what a run lacks, of the comparison and of the attribution.
+    """Makes what is missing of a run, of the comparison and of the attribution.
 
     Raises:
         TableError: The folder holds no run, or a table is missing or corrupt.

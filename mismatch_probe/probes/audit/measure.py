@@ -1,4 +1,4 @@
-"""The engine part of an audit: which measurements a run still lacks, and the process that makes them."""
+"""The engine part of an audit: which measurements are missing in a run, and the process that makes them."""
 
 from __future__ import annotations
 

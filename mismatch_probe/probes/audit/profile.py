@@ -80,7 +80,7 @@ def load_profile(name: str) -> Profile:
     """A shipped profile by its name, or a file's.
 
     Raises:
-        UsageError: There is no such profile or file, it is no TOML, a key or a check is unknown, or a limit cannot be.
+        UsageError: There is no such profile or file, it is not TOML, a key or a check is unknown, or a limit cannot be.
     """
     own = name not in PROFILES
     path = Path(name) if own else data_path(f"audit/{name}.toml")

@@ -96,7 +96,7 @@ def new_audit(
 def resume_audit(
     path: Path, options: Mapping[str, Any], baseline: str | Path | None, progress: Progress | None
 ) -> AuditResult:
-    """Goes on with the passes and the measurements that a run lacks, and judges.
+    """Goes on with the passes and the measurements that are missing, and judges.
 
     Raises:
         ProbeError: The folder holds no run, its model has changed, or an engine failed.

@@ -150,7 +150,7 @@ def _draw_ratios(axes: Axes, slots: list[_Slot]) -> None:
 
 
 def _draw_ratio(axes: Axes, x: float, cell: Cell, unit: float, mark: _Mark) -> None:
-    """An estimate in units of the exact KL; nothing where the pair lacks it."""
+    """An estimate in units of the exact KL; nothing where the pair has none."""
     if cell.value is None:
         return
     low, high = RATIO_LIMITS

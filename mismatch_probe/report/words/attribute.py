@@ -556,7 +556,7 @@ def _(finding: Finding) -> str:
     return f"{count(int(finding.number('tokens')))} tokens are not finite on one side and are left out."
 
 
-@words("attribution-tokens-impossible", "Tokens have a value that is no log-prob.", {"tokens": "how many"})
+@words("attribution-tokens-impossible", "Tokens have a value that cannot be a log-prob.", {"tokens": "how many"})
 def _(finding: Finding) -> str:
     return f"{count(int(finding.number('tokens')))} tokens have an impossible log-prob and are left out."
 

@@ -754,7 +754,7 @@ def _trl_trains_under_autocast(finding: Finding) -> str:
     )
 
 
-@words("audit-trl-has-no-correction", "TRL lacks a correction.", {"correction": "its name"})
+@words("audit-trl-has-no-correction", "TRL does not offer a correction.", {"correction": "its name"})
 def _trl_has_no_correction(finding: Finding) -> str:
     name = finding.text("correction")
     return f"TRL has no correction of this kind: {_CORRECTIONS.get(name, name)}."

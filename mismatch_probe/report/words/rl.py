@@ -456,7 +456,7 @@ def _undetectable(found: Finding) -> str:
 
 @words(
     "sweep-few-pairs",
-    "Final rewards that were not tested for lack of seeds.",
+    "Final rewards that were not tested: too few seeds.",
     {**_ARMS, "pairs": "smallest number of shared seeds", **_NEEDED},
     fix="Run more seeds.",
 )

@@ -29,7 +29,7 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class SanityJob:
-    """Samples what a folder lacks.
+    """Samples what is missing in a folder.
 
     Attributes:
         folder: With its `config.json`.
