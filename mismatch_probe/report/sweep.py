@@ -101,7 +101,7 @@ def _arms(summary: SweepSummary) -> Table:
         Column("arm"),
         Column("runs", numeric=True, rank=3),
         Column("ESS", numeric=True),
-        Column("mean |Δ|, nats", numeric=True, rank=1),
+        Column("mean |Δ log-prob|, nats", numeric=True, rank=1),
         Column("final reward", numeric=True),
         Column("clean reward", numeric=True, rank=2),
         Column("kept", numeric=True, rank=4),
@@ -182,7 +182,7 @@ def _dose(response: DoseResponse | None, found: Sequence[Finding]) -> tuple[Sect
             "of final reward between arms around the best monotone curve of the measure.",
         ),
         FigureRef("equal_ess"),
-        table(["arms of equal ESS", *numeric("ESS", "mean |Δ|", "difference of final reward", "p")], matched)
+        table(["arms of equal ESS", *numeric("ESS", "mean |Δ log-prob|", "difference of final reward", "p")], matched)
         if matched
         else None,
     )
@@ -193,7 +193,7 @@ def _places(places: Sequence[Place], found: Sequence[Finding]) -> tuple[Section,
         (Cell(p.label), estimate(p.predicted_ess), estimate(p.ess_seq), estimate(p.mean_abs_logprob_diff))
         for p in places
     ]
-    header = columns("model", *numeric("predicted ESS", "ESS of a step's sequences", "mean |Δ|, nats"))
+    header = columns("model", *numeric("predicted ESS", "ESS of a step's sequences", "mean |Δ log-prob|, nats"))
     shown = table(header, rows)
     return section("places", "Placed models", Items(tuple(Text(say(one)) for one in found)), shown)
 

@@ -82,7 +82,7 @@ class PassVectors:
         score: `[n, K]` without weights.
         of_tokens: `[n, K]` of the corrections that weight tokens.
         sums: `[3, n]` of every correction: number of weights, Σ (w − 1), Σ (w − 1)².
-        logprob_gap: Largest |Δlogp| of this forward pass against the run's FP32 trainer pass, nats.
+        logprob_gap: Largest |d| of this forward pass against the run's FP32 trainer pass, nats.
     """
 
     score: NDArray[np.float32]

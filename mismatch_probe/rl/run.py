@@ -198,7 +198,7 @@ def step_line(row: Mapping[str, Any]) -> str:
     shown = ["–" if value is None else f"{value:.3g}" for value in (gap, ess, row["grad_norm"])]
     seconds = sum(row[f"seconds_{phase}"] for phase in ("rollout", "sync", "forward_backward", "other"))
     return (
-        f"step {row['step']}: reward {row['reward']:.3f}, mean |Δlogp| {shown[0]}, ESS {shown[1]}, entropy "
+        f"step {row['step']}: reward {row['reward']:.3f}, mean |d| {shown[0]}, ESS {shown[1]}, entropy "
         f"{row['entropy']:.3f}, gradient {shown[2]}, {seconds:.1f} s"
     )
 

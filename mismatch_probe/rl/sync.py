@@ -77,7 +77,7 @@ class SyncFacts:
     """A sync that was accepted.
 
     Attributes:
-        gap: Mean |Δlogp| at the fixed sequences, engine against the FP32 forward of the weights that were sent, nats;
+        gap: Mean |d| at the fixed sequences, engine against the FP32 forward of the weights that were sent, nats;
             None where it was not checked.
     """
 

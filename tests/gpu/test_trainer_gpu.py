@@ -28,7 +28,7 @@ def on_cuda(path: Path, **options: Any) -> HfTrainer:
 
 
 def error(path: Path, wanted: list[ScoreRequest], **options: Any) -> float:
-    """Mean |Δlogp| from float64."""
+    """Mean |d| from float64."""
     found = scores(on_cuda(path, **options), wanted)
     return float(np.mean([np.abs(found[r.sequence_id] - plain(path, r)).mean() for r in wanted]))
 

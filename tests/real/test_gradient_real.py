@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mismatch_probe.rl.gradient_job import DIRECTIONS
 
 import mismatch_probe
 from mismatch_probe.config import CompareConfig
@@ -18,6 +17,7 @@ from mismatch_probe.metrics.gradient import Weighted, gradient_metrics
 from mismatch_probe.results.gradient import Gradient
 from mismatch_probe.rl.gradient import pass_data
 from mismatch_probe.rl.gradient_table import REFERENCE
+from mismatch_probe.rl.gradient_task import DIRECTIONS
 from tests.conftest import Recorder
 from tests.real.gradient_runs import plant_run
 from tests.real.planted import change_weights

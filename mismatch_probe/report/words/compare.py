@@ -13,7 +13,7 @@ from mismatch_probe.results.finding import Finding
 from mismatch_probe.types import MetricValue
 
 SHORT_TITLES = {
-    "mean_abs_logprob_diff": "mean |Δlogp|",
+    "mean_abs_logprob_diff": "mean |d|",
     "kl_k3": "KL k3",
     "kl_exact": "exact KL",
     "ess_seq": "ESS",
@@ -164,7 +164,7 @@ def _excluded(finding: Finding) -> str:
     if with_them is None:
         return text
     without = number(finding.maybe("mean_abs"))
-    return f"{text} With the finite ones mean |Δlogp| would be {number(with_them)} nats, not {without}."
+    return f"{text} With the finite ones mean |d| would be {number(with_them)} nats, not {without}."
 
 
 @words(
@@ -179,9 +179,9 @@ def _formats(finding: Finding) -> str:
         return f"BF16 and FP16 cannot be compared: {ratio.why}."
     if ratio.ci_low is None or ratio.ci_high is None:
         shown = number(ratio.value)
-        return f"The gap in BF16 is {shown} times that in FP16 (mean |Δlogp|), without interval: {ratio.why}."
+        return f"The gap in BF16 is {shown} times that in FP16 (mean |d|), without interval: {ratio.why}."
     shown = f"{number(ratio.value)} {interval(ratio.ci_low, ratio.ci_high)}"
-    basis = f"mean |Δlogp|, paired over {count(int(finding.number('n_prompts')))} prompts, 95 % interval"
+    basis = f"mean |d|, paired over {count(int(finding.number('n_prompts')))} prompts, 95 % interval"
     basis += f", {ratio.why}" if ratio.why else ""
     if ratio.ci_low > 1:
         return f"The gap in BF16 is {shown} times that in FP16 ({basis})."
