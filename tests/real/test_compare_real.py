@@ -11,13 +11,14 @@ import pytest
 import mismatch_probe
 from mismatch_probe import CompareConfig
 from mismatch_probe.engines.devices import gpu_present
+from mismatch_probe.results.comparison import Pair
 
 pytestmark = pytest.mark.engine
 Tiny = Callable[[str], Path]
 SMALL: dict[str, Any] = {"num_prompts": 8, "max_tokens": 24, "rollout_batch": 8, "self_noise_tokens": 4}
 
 
-def pair(result: Any, rollout: str, trainer: str) -> dict[str, Any]:
+def pair(result: Any, rollout: str, trainer: str) -> Pair:
     return next(p for p in result.summary.pairs if (p.rollout_dtype, p.trainer_dtype) == (rollout, trainer))
 
 
@@ -52,11 +53,11 @@ def test_the_manifest_says_what_ran(qwen3: Any) -> None:
     passes = qwen3.data.manifest.passes
     for dtype in ("bfloat16", "float16", "float32"):
         rollout = passes[f"vllm-{dtype}-decode"]
-        assert rollout["engine"]["dtype"] == dtype
-        assert rollout["engine"]["in_process"] is True
-        assert rollout["engine"]["logprobs_mode"] == "raw_logprobs"
-        assert rollout["engine"]["attention_backends"]
-        assert set(rollout["timings"]) >= {"import", "load", "generate", "null"}
+        assert rollout.engine["dtype"] == dtype
+        assert rollout.engine["in_process"] is True
+        assert rollout.engine["logprobs_mode"] == "raw_logprobs"
+        assert rollout.engine["attention_backends"]
+        assert set(rollout.timings) >= {"import", "load", "generate", "self_noise"}
     assert "model.safetensors" in qwen3.data.manifest.model.files
 
 
@@ -91,9 +92,9 @@ def test_an_architecture_that_needs_the_engine_process_gets_it(
     result = mismatch_probe.compare(CompareConfig(model=str(tiny("olmo2")), **options), out=tmp_path / "run")
     rollout = result.data.manifest.passes["vllm-float32-decode"]
     assert mean_abs(result, "float32", "float32") < 1e-5
-    assert rollout["engine"]["in_process"] is False
-    assert rollout["engine"]["attention_backends"]
-    assert rollout["deterministic"]["promised"] is False
+    assert rollout.engine["in_process"] is False
+    assert rollout.engine["attention_backends"]
+    assert rollout.deterministic.promised is False
 
 
 def test_a_dtype_that_vllm_refuses_leaves_its_cells_empty_with_the_reason(tiny: Tiny, tmp_path: Path) -> None:

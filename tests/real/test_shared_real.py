@@ -14,6 +14,7 @@ import pytest
 
 import mismatch_probe
 from mismatch_probe import CompareConfig
+from mismatch_probe.results.comparison import Pair
 
 pytestmark = pytest.mark.engine
 Tiny = Callable[[str], Path]
@@ -28,7 +29,7 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def cell(run: Any, rollout: str, trainer: str) -> dict[str, Any]:
+def pair(run: Any, rollout: str, trainer: str) -> Pair:
     return next(p for p in run.summary.pairs if (p.rollout_dtype, p.trainer_dtype) == (rollout, trainer))
 
 
@@ -54,7 +55,7 @@ def test_a_replay_repeats_itself_bit_by_bit(shared: Any) -> None:
     noise = {found.pass_id: found.measured for found in shared.summary.self_noise}
     for name in ("vllm-float16-replay", "vllm-float32-replay"):
         assert noise[name].n_tokens > 0
-        assert noise[name]["max_abs_logprob_diff"] == 0
+        assert noise[name].max_abs_logprob_diff == 0
 
 
 def test_rows_belong_to_their_tokens(shared: Any) -> None:
@@ -62,13 +63,13 @@ def test_rows_belong_to_their_tokens(shared: Any) -> None:
     agrees with the exact KL to sampling noise, which a row at the wrong place would not.
     """
     for dtype in ("bfloat16", "float16", "float32"):
-        metrics = cell(shared, dtype, dtype).metrics
+        metrics = pair(shared, dtype, dtype).metrics
         assert metrics["kl_k3"].value == pytest.approx(metrics["kl_exact"].value, rel=0.6)
 
 
 def test_precision_orders_exact_divergence(shared: Any) -> None:
     exact = {
-        dtype: cell(shared, dtype, dtype).metrics["kl_exact"].value for dtype in ("bfloat16", "float16", "float32")
+        dtype: pair(shared, dtype, dtype).metrics["kl_exact"].value for dtype in ("bfloat16", "float16", "float32")
     }
     assert 20 < exact["bfloat16"] / exact["float16"] < 200  # 2⁶ = 64
     assert exact["float32"] < 1e-10
@@ -78,12 +79,12 @@ def test_precision_orders_exact_divergence(shared: Any) -> None:
 def test_errors_explain_the_gap(shared: Any) -> None:
     """The tiny checkpoint has FP32 weights, and casting them is an error that both 16-bit sides share."""
     for dtype in ("bfloat16", "float16"):
-        budget = {key: value.value for key, value in cell(shared, dtype, dtype).budget.items()}
+        budget = {key: value.value for key, value in pair(shared, dtype, dtype).budget.items()}
         cross = 2 * budget["error_correlation"] * budget["rollout_error_rms"] * budget["trainer_error_rms"]
         assert budget["measured_gap_rms"] ** 2 == pytest.approx(budget["predicted_gap_rms"] ** 2 - cross, rel=1e-6)
         assert budget["error_correlation"] > 0.3
         assert budget["measured_over_predicted"] < 0.9
-    floor = cell(shared, "float32", "float32").budget["trainer_error_rms"].value
+    floor = pair(shared, "float32", "float32").budget["trainer_error_rms"].value
     assert 1e-8 < floor < 1e-5
 
 
@@ -115,7 +116,7 @@ def test_vllms_own_engine_process_replays_and_keeps_rows_too(
     options = {**OPTIONS, **dtypes, "exact_kl": 30, "reference": "float32"}
     run = mismatch_probe.compare(CompareConfig(model=str(tiny("llama")), **options), out=tmp_path / "run")
     assert run.data.manifest.passes["vllm-float32-replay"].engine["in_process"] is False
-    metrics = cell(run, "float32", "float32").metrics
+    metrics = pair(run, "float32", "float32").metrics
     assert 0 < metrics["kl_exact"].value < 1e-10
     assert len(table(run, "exact")) == 2 * 30
 
@@ -129,5 +130,5 @@ def test_on_a_gpu_replays_and_kept_rows_belong_to_their_tokens(tiny: Tiny, tmp_p
     for dtype in ("float16", "float32"):
         assert tokens[tokens["pass_id"] == f"vllm-{dtype}-replay"]["token_id"].tolist() == sampled
     for dtype in ("bfloat16", "float16", "float32"):
-        metrics = cell(run, dtype, dtype).metrics
+        metrics = pair(run, dtype, dtype).metrics
         assert metrics["kl_k3"].value == pytest.approx(metrics["kl_exact"].value, rel=0.6)
