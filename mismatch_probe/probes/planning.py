@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from mismatch_probe.config import DEFAULT_MODEL, CompareConfig, Sizes
+from mismatch_probe.dtypes import DTYPE_INFOS
 from mismatch_probe.engines import devices
 from mismatch_probe.engines.models import ModelRef, resolve
 from mismatch_probe.engines.rows import file_bytes
@@ -18,7 +19,6 @@ from mismatch_probe.prompts import PromptSet, load_prompts
 from mismatch_probe.results.manifest import Recorded
 from mismatch_probe.types import DTYPES, Dtype, EncodedPrompt, RolloutRequest, TrainerDtype, TrainerMode
 
-_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
 # Sustained FLOP/s of matrix products: per CPU core as measured on 2-core machines without and with BF16 instructions,
 # assumed for a GPU. Good to a factor of two or three, which is what an estimate beforehand needs.
 _CPU_RATE = {"bfloat16": (5e9, 100e9), "float16": (6e9, 14e9), "float32": (30e9, 56e9), "float64": (15e9, 28e9)}
@@ -173,12 +173,12 @@ def estimate(plan: Plan) -> list[PassEstimate]:
         tokens = each * sizes.samples_per_prompt
     engines = [rollout for rollout in plan.passes.rollouts if rollout.kind != "recorded"]
     for rollout in engines:
-        weights = parameters * _BYTES[rollout.dtype] / devices.GIB
+        weights = parameters * DTYPE_INFOS[rollout.dtype].bytes / devices.GIB
         memory = weights + kv_cache_gib(plan) if plan.device == "cpu" else None
         rows.append(PassEstimate(rollout.pass_id, tokens, memory, _seconds(plan, rollout.dtype, parameters, tokens)))
     for trainer in plan.passes.scored:
         held = "float32" if trainer.mode == "autocast" else trainer.dtype
-        memory = parameters * _BYTES[held] / devices.GIB + sizes.memory_budget_gib
+        memory = parameters * DTYPE_INFOS[held].bytes / devices.GIB + sizes.memory_budget_gib
         work = tokens * (1 if plan.passes.source else len(engines))
         rows.append(PassEstimate(trainer.pass_id, work, memory, _seconds(plan, trainer.dtype, parameters, work)))
     return rows

@@ -14,10 +14,10 @@ from mismatch_probe.report.matrix import (
     diagonal_pairs,
     dtype_order,
     has_exact,
+    modes_of,
     noise_floor,
     ordered_pairs,
     pair_label,
-    trainer_modes,
 )
 from mismatch_probe.report.model import (
     Cell,
@@ -35,6 +35,7 @@ from mismatch_probe.report.model import (
     columns,
     estimate,
     fraction,
+    in_line,
     numeric,
     plain,
     row,
@@ -115,10 +116,6 @@ def compare_report(data: ReportData) -> Report:
     )
 
 
-def _modes(summary: Comparison) -> list[str]:
-    return trainer_modes([*summary.pairs, *summary.missing])
-
-
 def _answer(summary: Comparison, kind: Finding | None, results: list[Finding]) -> tuple[str, ...]:
     found = [*([] if kind is None else [kind]), *results[:1]]
     return (*_over(summary), *(say(one) for one in found)) or ("Nothing was compared.",)
@@ -155,7 +152,7 @@ def _steps_after(data: ReportData, kind: Finding | None) -> tuple[Step, ...]:
 def pairs_table(summary: Comparison) -> Table | None:
     """A row per pair: mean |d| with its interval, self-noise, and a few metrics more; None without a pair."""
     keys = [key for key in _COLUMNS if key != EXACT or has_exact(summary)]
-    modes = _modes(summary)
+    modes = modes_of(summary)
     rows = [
         row(
             Cell(pair_label(pair, modes)),
@@ -177,7 +174,7 @@ def pairs_table(summary: Comparison) -> Table | None:
 
 
 def _notes(data: ReportData) -> tuple[Text, ...]:
-    summary, modes = data.summary, _modes(data.summary)
+    summary, modes = data.summary, modes_of(data.summary)
     met = [limit.verdict == "ok" for limit in summary.limits]
     notes = [Text(f"All {len(met)} limits of --fail-on are met.", "ok")] if met and all(met) else []
     notes += [Text(f"{pair_label(pair, modes)} is missing: {pair.why}", "warn") for pair in summary.missing]
@@ -194,12 +191,12 @@ def _over(summary: Comparison) -> tuple[str, ...]:
     if not over:
         return ()
     first = over[0]
-    where = pair_label(first, _modes(summary))
+    where = pair_label(first, modes_of(summary))
     return (f"{len(over)} of {len(summary.limits)} limits of --fail-on are not met, e.g. {first.limit} at {where}.",)
 
 
 def _limits(summary: Comparison) -> Table:
-    modes = _modes(summary)
+    modes = modes_of(summary)
     order = ("fail", "inconclusive", "ok")
     rows = [
         row(
@@ -258,7 +255,7 @@ def _attribution(data: ReportData) -> tuple[Section, ...]:
 def _exact(summary: Comparison) -> tuple[Section, ...]:
     if not has_exact(summary):
         return ()
-    modes = _modes(summary)
+    modes = modes_of(summary)
     rows = [
         row(
             pair_label(pair, modes),
@@ -299,7 +296,7 @@ def _estimators(summary: Comparison) -> Table:
 
 
 def _budget(summary: Comparison) -> tuple[Section, ...]:
-    modes = _modes(summary)
+    modes = modes_of(summary)
     rows = [
         row(pair_label(pair, modes), *(estimate(pair.budget.get(key)) for key in _ERRORS))
         for pair in ordered_pairs(summary)
@@ -312,7 +309,7 @@ def _budget(summary: Comparison) -> tuple[Section, ...]:
         "implementation to vLLM; the float32 pair shows how large those are."
     )
     if floor is not None:
-        legend += f" Error of a float32 reference itself: {number(floor.value)} nats."
+        legend += f" Error of a float32 reference itself: {in_line(floor, unit='nats')}."
     header = columns("pair", *numeric(*_ERRORS.values()))
     return section("budget", "Error budget", table(header, rows, legend), FigureRef("budget"))
 
@@ -404,7 +401,7 @@ def _comparisons(summary: Comparison) -> tuple[Section, ...]:
 
 
 def _ratio_tests(summary: Comparison) -> tuple[Section, ...]:
-    modes = _modes(summary)
+    modes = modes_of(summary)
     rows = []
     for pair in ordered_pairs(summary):
         for test in pair.ratio_tests:
@@ -425,7 +422,7 @@ def _ratio_tests(summary: Comparison) -> tuple[Section, ...]:
 
 
 def _power(summary: Comparison) -> tuple[Section, ...]:
-    modes = _modes(summary)
+    modes = modes_of(summary)
     rows = [
         row(
             pair_label(pair, modes),
@@ -448,7 +445,7 @@ def _power(summary: Comparison) -> tuple[Section, ...]:
 
 
 def _training_steps(summary: Comparison) -> tuple[Section, ...]:
-    modes = _modes(summary)
+    modes = modes_of(summary)
     pairs = [pair for pair in ordered_pairs(summary) if pair.steps]
     keys = list(dict.fromkeys(key for pair in pairs for step in pair.steps for key in step.metrics))
     rows = [

@@ -1,50 +1,29 @@
-"""Pairs, their numbers, and the rollout × trainer matrix of one metric, read from a summary."""
+"""Pairs, their numbers, and the rollout × trainer matrix of a summary."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mismatch_probe.types import DTYPES, MetricValue
+from mismatch_probe.types import DTYPES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from mismatch_probe.results.comparison import Comparison, MissingPair, Pair, PairName
+    from mismatch_probe.types import MetricValue
 
 DEFAULT_METRIC = "mean_abs_logprob_diff"
 EXACT = "kl_exact"
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One pair's metric with its 95 % interval.
-
-    Attributes:
-        value: The estimate, None when there is none (then `why`).
-        ci_low: Lower limit or None.
-        ci_high: Upper limit or None.
-        self_noise: Mean |d| of an engine against itself, the larger of the two sides; None when not measured.
-        why: Why there is no value, or what limits it.
-    """
-
-    value: float | None = None
-    ci_low: float | None = None
-    ci_high: float | None = None
-    self_noise: float | None = None
-    why: str = ""
-
-
-@dataclass(frozen=True)
 class Matrix:
-    """Cells by (rollout label, trainer label), in the order of `rows` and `columns`."""
+    """Pairs by (rollout label, trainer label), in the order of `rows` and `columns`."""
 
     rows: tuple[str, ...]
     columns: tuple[str, ...]
-    cells: Mapping[tuple[str, str], Cell]
-
-    def cell(self, row: str, column: str) -> Cell:
-        return self.cells.get((row, column), Cell(why="not run"))
+    pairs: Mapping[tuple[str, str], Pair | MissingPair]
 
 
 def dtype_order(names: Iterable[str]) -> list[str]:
@@ -95,28 +74,23 @@ def ordered_pairs(summary: Comparison) -> list[Pair]:
     )
 
 
-def reading(table: Mapping[str, MetricValue] | None, key: str) -> Cell:
-    """`key` of a pair's `metrics` or `budget`; without a value where the pair has no such table, or not the key."""
-    value = (table or {}).get(key, MetricValue(None))
-    return Cell(value.value, value.ci_low, value.ci_high, why=value.why)
-
-
 def has_exact(summary: Comparison) -> bool:
     """Whether any pair has an exact KL."""
-    return any(reading(pair.metrics, EXACT).value is not None for pair in summary.pairs)
+    return any(pair.metrics[EXACT].value is not None for pair in summary.pairs)
 
 
-def noise_floor(summary: Comparison) -> Cell | None:
+def noise_floor(summary: Comparison) -> MetricValue | None:
     """RMS error of float32 against a float64 reference, nats: what a float32 reference would blur. None without one."""
     if "float64" not in (summary.reference or "").split("-"):
         return None
-    float32 = (pair for pair in [*diagonal_pairs(summary).values(), *ordered_pairs(summary)])
-    floors = (reading(pair.budget, "trainer_error_rms") for pair in float32 if pair.trainer_dtype == "float32")
+    pairs = [*diagonal_pairs(summary).values(), *ordered_pairs(summary)]
+    budgets = (pair.budget for pair in pairs if pair.trainer_dtype == "float32" and pair.budget is not None)
+    floors = (budget["trainer_error_rms"] for budget in budgets if "trainer_error_rms" in budget)
     return next((floor for floor in floors if floor.value is not None), None)
 
 
-def metric_matrix(summary: Comparison, metric: str = DEFAULT_METRIC) -> Matrix:
-    """The matrix of `metric`: rows are rollout dtypes, columns trainer dtypes, split by mode where a run has several.
+def matrix_of(summary: Comparison) -> Matrix:
+    """Rows are rollout dtypes, columns trainer dtypes, split by mode where a run has several.
 
     Of two pairs with the same labels the first is shown.
     """
@@ -126,14 +100,10 @@ def metric_matrix(summary: Comparison, metric: str = DEFAULT_METRIC) -> Matrix:
     by_dtype = dtype_order(pair.trainer_dtype for pair in everything)
     labels = {trainer_label(pair, modes): pair.trainer_dtype for pair in everything}
     columns = sorted(labels, key=lambda label: by_dtype.index(labels[label]))
-    cells: dict[tuple[str, str], Cell] = {}
-    for pair in summary.pairs:
-        found = pair.metrics[metric]
-        cell = Cell(found.value, found.ci_low, found.ci_high, pair.self_noise.mean_abs, found.why)
-        cells.setdefault((pair.rollout_dtype, trainer_label(pair, modes)), cell)
-    for missing in summary.missing:
-        cells.setdefault((missing.rollout_dtype, trainer_label(missing, modes)), Cell(why=missing.why))
-    return Matrix(tuple(rows), tuple(columns), cells)
+    pairs: dict[tuple[str, str], Pair | MissingPair] = {}
+    for pair in everything:
+        pairs.setdefault((pair.rollout_dtype, trainer_label(pair, modes)), pair)
+    return Matrix(tuple(rows), tuple(columns), pairs)
 
 
 def _all_pairs(summary: Comparison) -> list[Pair | MissingPair]:

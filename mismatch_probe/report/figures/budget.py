@@ -13,7 +13,8 @@ from mismatch_probe.report.data import ReportData
 from mismatch_probe.report.figures import figure
 from mismatch_probe.report.figures.style import plot_settings, tick
 from mismatch_probe.report.format import clipped, number, visible
-from mismatch_probe.report.matrix import Cell, diagonal_pairs, noise_floor, reading
+from mismatch_probe.report.matrix import diagonal_pairs, noise_floor
+from mismatch_probe.types import MetricValue
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -78,7 +79,7 @@ def budget_figure(data: ReportData) -> Figure:
         for x, pair in enumerate(pairs.values()):
             for k, bar in enumerate(_BARS):
                 at = x + (k - 1.5) * _WIDTH
-                _draw_bar(axes, at, bar, reading(pair.budget, bar.key), label=bar.label if x == 0 else "")
+                _draw_bar(axes, at, bar, _value(pair, bar.key), label=bar.label if x == 0 else "")
         axes.set_xticks(range(len(pairs)), [tick(name) for name in pairs], parse_math=False)
         axes.tick_params(axis="x", length=0)
         _draw_floors(axes, summary)
@@ -92,32 +93,37 @@ def budget_figure(data: ReportData) -> Figure:
     return drawing
 
 
-def _bars_of(pair: Pair) -> list[Cell]:
+def _value(pair: Pair, key: str) -> MetricValue:
+    return (pair.budget or {}).get(key, MetricValue(None))
+
+
+def _bars_of(pair: Pair) -> list[MetricValue]:
     """Those of a pair's four bars that have a value."""
-    cells = (reading(pair.budget, bar.key) for bar in _BARS)
-    return [cell for cell in cells if cell.value is not None]
+    values = (_value(pair, bar.key) for bar in _BARS)
+    return [value for value in values if value.value is not None]
 
 
 def _limits(pairs: Iterable[Pair]) -> tuple[float, float]:
     """Half a decade below the lowest bar, and room for its value above the highest."""
-    cells = [cell for pair in pairs for cell in _bars_of(pair)]
-    positive = [float(end) for cell in cells for end in (cell.value, cell.ci_low, cell.ci_high) if end and end > 0]
+    values = [value for pair in pairs for value in _bars_of(pair)]
+    ends = [end for value in values for end in (value.value, value.ci_low, value.ci_high)]
+    positive = [end for end in ends if end and end > 0]
     return (min(positive) / 3.0, max(positive) * 10.0) if positive else (1e-8, 1.0)
 
 
-def _draw_bar(axes: Axes, x: float, bar: _Bar, cell: Cell, *, label: str) -> None:
+def _draw_bar(axes: Axes, x: float, bar: _Bar, value: MetricValue, *, label: str) -> None:
     """A bar from the bottom of the logarithmic axis, which has no zero: that one is written instead."""
     bottom = axes.get_ylim()[0]
-    height = cell.value if cell.value is not None and cell.value > bottom else 0.0
+    height = value.value if value.value is not None and value.value > bottom else 0.0
     axes.bar(
         x, height, _WIDTH, color=bar.color, hatch=bar.hatch, edgecolor="#222222", linewidth=0.7, label=label or None
     )
     top = max(height, bottom)
-    if height and cell.ci_low is not None and cell.ci_high is not None:
-        axes.vlines(x, max(cell.ci_low, bottom), cell.ci_high, color="black", linewidth=1.3)
-        top = cell.ci_high
+    if height and value.ci_low is not None and value.ci_high is not None:
+        axes.vlines(x, max(value.ci_low, bottom), value.ci_high, color="black", linewidth=1.3)
+        top = value.ci_high
     axes.annotate(
-        number(cell.value), (x, top), (0, 3), textcoords="offset points", ha="center", fontsize=8, rotation=90
+        number(value.value), (x, top), (0, 3), textcoords="offset points", ha="center", fontsize=8, rotation=90
     )
 
 
@@ -131,9 +137,9 @@ def _draw_floors(axes: Axes, summary: Comparison) -> None:
         axes.axhline(floor.value, color="#333333", linewidth=1.2, linestyle=":", label=label, zorder=0.9)
 
 
-def _float32_gap(summary: Comparison) -> Cell | None:
+def _float32_gap(summary: Comparison) -> MetricValue | None:
     both = (pair for pair in diagonal_pairs(summary).values() if pair.rollout_dtype == "float32")
-    gaps = (reading(pair.budget, "measured_gap_rms") for pair in both)
+    gaps = (_value(pair, "measured_gap_rms") for pair in both)
     return next((gap for gap in gaps if gap.value is not None), None)
 
 

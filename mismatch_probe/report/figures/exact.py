@@ -13,7 +13,8 @@ from mismatch_probe.report.data import ReportData
 from mismatch_probe.report.figures import figure
 from mismatch_probe.report.figures.style import look, plot_settings, tick
 from mismatch_probe.report.format import number
-from mismatch_probe.report.matrix import EXACT, Cell, has_exact, modes_of, ordered_pairs, reading, trainer_label
+from mismatch_probe.report.matrix import EXACT, has_exact, modes_of, ordered_pairs, trainer_label
+from mismatch_probe.types import MetricValue
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,13 +49,13 @@ class _Slot:
     x: float
     pair: Pair
 
-    def cell(self, key: str) -> Cell:
-        return reading(self.pair.metrics, key)
+    def metric(self, key: str) -> MetricValue:
+        return self.pair.metrics[key]
 
     @property
     def unit(self) -> float | None:
         """The pair's exact KL where something can be measured in it."""
-        value = self.cell(EXACT).value
+        value = self.metric(EXACT).value
         return value if value is not None and value > 0 else None
 
 
@@ -110,16 +111,16 @@ def _draw_exact(axes: Axes, slots: list[_Slot]) -> None:
     axes.grid(visible=True, axis="y", color="#e4e4e4", linewidth=0.6)
     drawn: list[float] = []
     for slot in slots:
-        cell, mark = slot.cell(EXACT), look(slot.pair.trainer_dtype)
+        exact, mark = slot.metric(EXACT), look(slot.pair.trainer_dtype)
         if slot.unit is None:
             # On a logarithmic axis neither zero nor nothing has a place.
-            axes.text(slot.x, 0.03, number(cell.value), transform=axes.get_xaxis_transform(), ha="center", fontsize=8)
+            axes.text(slot.x, 0.03, number(exact.value), transform=axes.get_xaxis_transform(), ha="center", fontsize=8)
             continue
         axes.plot(slot.x, slot.unit, mark.marker, color=mark.color, markersize=4.5)
         ends = [slot.unit]
-        if cell.ci_low is not None and cell.ci_high is not None and cell.ci_low > 0:
-            axes.vlines(slot.x, cell.ci_low, cell.ci_high, color=mark.color, linewidth=1.6)
-            ends += [cell.ci_low, cell.ci_high]
+        if exact.ci_low is not None and exact.ci_high is not None and exact.ci_low > 0:
+            axes.vlines(slot.x, exact.ci_low, exact.ci_high, color=mark.color, linewidth=1.6)
+            ends += [exact.ci_low, exact.ci_high]
         drawn += ends
         at = (slot.x, max(ends))
         axes.annotate(number(slot.unit), at, (0, 5), textcoords="offset points", ha="center", fontsize=8, rotation=90)
@@ -139,7 +140,7 @@ def _draw_ratios(axes: Axes, slots: list[_Slot]) -> None:
     for slot in slots:
         for k, mark in enumerate(_MARKS):
             if slot.unit is not None:
-                _draw_ratio(axes, slot.x + 0.2 * (k - 1.5), slot.cell(mark.key), slot.unit, mark)
+                _draw_ratio(axes, slot.x + 0.2 * (k - 1.5), slot.metric(mark.key), slot.unit, mark)
     legend = [
         Line2D([], [], color=mark.color, marker=mark.marker, markerfacecolor=mark.face, label=mark.label)
         for mark in _MARKS
@@ -149,19 +150,21 @@ def _draw_ratios(axes: Axes, slots: list[_Slot]) -> None:
     )
 
 
-def _draw_ratio(axes: Axes, x: float, cell: Cell, unit: float, mark: _Mark) -> None:
+def _draw_ratio(axes: Axes, x: float, value: MetricValue, unit: float, mark: _Mark) -> None:
     """An estimate in units of the exact KL; nothing where the pair has none."""
-    if cell.value is None:
+    if value.value is None:
         return
     low, high = RATIO_LIMITS
-    ratio = cell.value / unit
+    ratio = value.value / unit
     if low <= ratio <= high:
         axes.plot(x, ratio, mark.marker, color=mark.color, markerfacecolor=mark.face, markersize=5)
     else:
         # Above the panel there is room for a number; below it stand the dtypes, so that one goes beside its arrow.
         end, offset, ha = (high, (0, 4), "center") if ratio > high else (low, (5, 3), "left")
         axes.annotate(f"{number(ratio, 2)}×", (x, end), offset, textcoords="offset points", ha=ha, va="bottom")
-    ends = (cell.ci_low, cell.ci_high) if cell.ci_low is not None and cell.ci_high is not None else (cell.value,) * 2
+    ends = (
+        (value.ci_low, value.ci_high) if value.ci_low is not None and value.ci_high is not None else (value.value,) * 2
+    )
     lowest, highest = ends[0] / unit, ends[1] / unit
     axes.vlines(x, min(max(lowest, low), high), max(min(highest, high), low), color=mark.color, linewidth=1.2)
     for beyond, end, marker in ((highest > high, high, "^"), (lowest < low, low, "v")):
@@ -185,5 +188,5 @@ def _draw_groups(top: Axes, bottom: Axes, slots: list[_Slot]) -> None:
         if places[-1] < slots[-1].x:
             for axes in (top, bottom):
                 axes.axvline(places[-1] + (1.0 + _GAP) / 2.0, color="#cccccc", linewidth=0.8)
-    if any(slot.unit is not None and slot.cell("kl_k1").value is None for slot in slots):
+    if any(slot.unit is not None and slot.metric("kl_k1").value is None for slot in slots):
         bottom.set_xlabel("trainer π\nno k1 where another policy sampled the tokens", linespacing=1.6)

@@ -15,8 +15,9 @@ from mismatch_probe.report.data import ReportData
 from mismatch_probe.report.figures import figure
 from mismatch_probe.report.figures.style import plot_settings
 from mismatch_probe.report.format import clipped, interval, number, visible
-from mismatch_probe.report.matrix import DEFAULT_METRIC, Cell, metric_matrix
+from mismatch_probe.report.matrix import DEFAULT_METRIC, matrix_of
 from mismatch_probe.report.names import metric_title
+from mismatch_probe.results.comparison import MissingPair, Pair
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,18 +39,18 @@ _WHY_CHARACTERS, _WHY_WIDTH = 72, 18
 )
 def matrix_figure(data: ReportData) -> Figure:
     """A cell per pair: value, 95 % interval and self-noise, on a logarithmic colour scale; hatched where missing."""
-    matrix = metric_matrix(data.summary)
+    matrix = matrix_of(data.summary)
     with plot_settings():
         size = (1.35 * len(matrix.columns) + 1.6, 1.05 * len(matrix.rows) + 1.35)
         drawing = Figure(figsize=size, layout="constrained")
         axes = drawing.add_subplot()
         values = np.array(
-            [[_shown(matrix.cell(row, column).value) for column in matrix.columns] for row in matrix.rows]
+            [[_shown(matrix.pairs.get((row, column))) for column in matrix.columns] for row in matrix.rows]
         )
         image = axes.imshow(values, cmap=_COLORS, norm=_norm(values), aspect="auto")
         for i, row in enumerate(matrix.rows):
             for j, column in enumerate(matrix.columns):
-                _draw_cell(axes, j, i, matrix.cell(row, column), dark=_is_dark(values[i, j], image.norm))
+                _draw_cell(axes, j, i, matrix.pairs.get((row, column)), dark=_is_dark(values[i, j], image.norm))
         axes.set_xticks(range(len(matrix.columns)), [visible(name).replace(" (", "\n(") for name in matrix.columns])
         axes.set_yticks(range(len(matrix.rows)), [visible(name) for name in matrix.rows])
         axes.set(xlabel="trainer π", ylabel="rollout μ")
@@ -63,8 +64,9 @@ def matrix_figure(data: ReportData) -> Figure:
     return drawing
 
 
-def _shown(value: float | None) -> float:
-    return float("nan") if value is None else float(value)
+def _shown(pair: Pair | MissingPair | None) -> float:
+    value = pair.metrics[DEFAULT_METRIC].value if isinstance(pair, Pair) else None
+    return float("nan") if value is None else value
 
 
 def _norm(values: np.ndarray[Any, np.dtype[np.float64]]) -> LogNorm:
@@ -83,23 +85,23 @@ def _is_dark(value: float, norm: Any) -> bool:
     return 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
 
 
-def _draw_cell(axes: Axes, x: int, y: int, cell: Cell, *, dark: bool) -> None:
-    if cell.value is None or not np.isfinite(cell.value):
+def _draw_cell(axes: Axes, x: int, y: int, pair: Pair | MissingPair | None, *, dark: bool) -> None:
+    found = pair.metrics[DEFAULT_METRIC] if isinstance(pair, Pair) else None
+    if found is None or found.value is None or not np.isfinite(found.value):
         axes.add_patch(
             Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor="#f2f2f2", edgecolor="#bbbbbb", hatch="///", linewidth=0)
         )
-        why = clipped(visible(cell.why or "no value"), _WHY_CHARACTERS)
-        text = why if cell.value is None else f"{number(cell.value)}\n{why}"
+        reason = pair.why if isinstance(pair, MissingPair) else "not run" if found is None else found.why
+        why = clipped(visible(reason or "no value"), _WHY_CHARACTERS)
+        text = why if found is None or found.value is None else f"{number(found.value)}\n{why}"
         text = "\n".join(textwrap.fill(line, _WHY_WIDTH) for line in text.split("\n"))
         label = axes.text(x, y, text, ha="center", va="center", fontsize=7, parse_math=False)
         label.set_bbox({"facecolor": "#f2f2f2", "edgecolor": "none", "pad": 1.5})
         return
     color = "white" if dark else "black"
-    below = [
-        interval(cell.ci_low, cell.ci_high),
-        "" if cell.self_noise is None else f"self-noise {number(cell.self_noise, 2)}",
-    ]
-    _annotate(axes, (x, y), number(cell.value), above=8, va="center", color=color, fontsize=12, weight="bold")
+    noise = pair.self_noise.mean_abs if isinstance(pair, Pair) else None
+    below = [interval(found.ci_low, found.ci_high), "" if noise is None else f"self-noise {number(noise, 2)}"]
+    _annotate(axes, (x, y), number(found.value), above=8, va="center", color=color, fontsize=12, weight="bold")
     _annotate(axes, (x, y), "\n".join(line for line in below if line), above=-3, va="top", color=color, fontsize=8)
 
 
