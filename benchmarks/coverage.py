@@ -105,7 +105,7 @@ def measure(
     score = np.ones((len(weights), 1))
     weighted = Weighted(weights[:, None] * score, np.ones(len(weights)), weights - 1, (weights - 1) ** 2)
     gradient = gradient_metrics(weighted, score, score, pair.prompt, seed=seed, replicates=replicates)
-    return {**found, WEIGHTS: gradient[WEIGHTS]}
+    return {**found, WEIGHTS: gradient.ess_weights}
 
 
 def truth(generator: str, n_prompts: int = TRUTH_PROMPTS) -> dict[str, float]:

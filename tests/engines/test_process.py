@@ -58,7 +58,7 @@ class TestEvents:
         assert [r.response_token_ids for r in null] == [first[i].response_token_ids[:3] for i in (0, 1)]
         assert [r.logprobs for r in null] == [first[i].logprobs[:3] for i in (0, 1)]
         assert sum(payloads(events, "progress")) == payloads(events, "total")[0] == 5 * 4 + 2 * 3
-        assert [name for name, _ in payloads(events, "phase")] == ["import", "wait", "load", "generate", "null"]
+        assert [name for name, _ in payloads(events, "phase")] == ["import", "wait", "load", "generate", "self_noise"]
         (texts,) = payloads(events, "texts")
         assert all(texts[token] == chr(token) for r in first.values() for token in r.response_token_ids)
         (identity,) = payloads(events, "identity")

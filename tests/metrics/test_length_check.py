@@ -15,6 +15,7 @@ from mismatch_probe.metrics.length_prediction import KEYS, forecast_pair, predic
 from mismatch_probe.metrics.prefixes import PrefixSums
 from mismatch_probe.probes.findings import findings
 from mismatch_probe.types import MetricValue, PairArrays
+from tests.factories.comparison import make_pair
 from tests.metrics.strict import assert_strict
 
 Floats = NDArray[np.float64]
@@ -68,8 +69,9 @@ def test_a_gap_at_the_last_token_is_not_outside_of_the_forecast(gap: float) -> N
         assert value.value is None
         assert value.why == found.fit.why
     assert found.curve == ()
-    (row,) = findings({}, {"recorded": found}, 0)
-    assert row["text"] == f"Longer responses are not predicted, recorded: {found.fit.why}."
+    said = findings((make_pair(),), {}, None, {"recorded": found})
+    (finding,) = [one for one in said if one.code == "no-forecast"]
+    assert (finding.where, finding.values["why"]) == ("recorded", found.fit.why)
 
 
 def test_sound_sequences_are_predicted() -> None:

@@ -223,7 +223,7 @@ def test_a_drift_that_no_sampling_law_has_is_named() -> None:
     d = walk(np.random.default_rng(0), 40, 64, 0.1)
     assert fit_length(prefixes(pair_of(d))).why == ""
     for bias in (0.02, -0.02):
-        assert "exp(b) is not the sampling law" in fit_length(prefixes(pair_of(d + bias))).why
+        assert "exp(b) is not the sampling distribution" in fit_length(prefixes(pair_of(d + bias))).why
 
 
 @pytest.mark.parametrize("bias", [1e-5, -1e-5])
