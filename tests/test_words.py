@@ -35,6 +35,7 @@ ALLOWED = {
         "null where",
         "`null`",
         "null value",
+        "-null",
     ],
     "law": ["growth law", "power law"],
 }
@@ -44,7 +45,10 @@ PAGES = ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.
 def strings(source: str) -> Iterator[tuple[int, str]]:
     """Literals of several words, docstrings of public functions and the text of f-strings, with their lines."""
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value.strip():
+        if isinstance(node, ast.JoinedStr):
+            parts = (part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+            yield node.lineno, "".join(str(part) for part in parts)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value.strip():
             yield node.lineno, node.value
 
 

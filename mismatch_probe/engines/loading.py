@@ -25,7 +25,7 @@ def load_model(path: str, **options: Any) -> Any:
     missing = sorted(found["missing_keys"])
     if missing:
         raise ModelError(
-            f"The checkpoint {path} lacks {len(missing)} tensors, first {missing[0]}.",
+            f"The checkpoint {path} has no values for {len(missing)} tensors, first {missing[0]}.",
             "Save the whole model with model.save_pretrained(folder).",
         )
     return model

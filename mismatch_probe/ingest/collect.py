@@ -92,7 +92,8 @@ class Collector:
         for key, there in present.items():
             odd = np.flatnonzero(there != self._present[key])
             if len(odd):
-                what = f"lacks {key}, which {first} has" if self._present[key] else f"has {key}, which {first} lacks"
+                no, yes = f"has no {key}, which {first} has", f"has {key}, which {first} does not have"
+                what = no if self._present[key] else yes
                 self._place.refuse(int(chunk.rows[odd[0]]), what, f"Write {key} in every row or in none.")
         if not any(self._present[key] for key in LOGPROBS):
             self._place.refuse(

@@ -162,7 +162,7 @@ class WeightSync:
     def _compare_names(self, weights: Weights) -> None:
         differing = sorted(self._names ^ set(weights))
         if differing:
-            verb = "lacks" if differing[0] in self._names else "has the unknown"
+            verb = "have no" if differing[0] in self._names else "have the unknown"
             raise SyncError(
                 f"The weights for the engine {verb} {differing[0]} ({len(differing)} names differ).",
                 "Give the whole state_dict() with tied heads; named_parameters() omits them.",

@@ -52,10 +52,10 @@ ROWS: list[tuple[Row, str, str]] = [
     (row(loss_mask=[0, 0, 0, 1, 1]), "has 5 loss_mask for 2", "leave out the first 3"),
     (row(loss_mask=[1] * 7), "has 7 loss_mask for 2", "one 0 or 1 per response token"),
     (row(loss_mask=[1, 2]), "has 2.0 as loss_mask[1], which is neither 0 nor 1", "one 0 or 1"),
-    (row(loss_mask=[1, 1]), "has loss_mask, which {word} 1 lacks", "in every row or in none"),
-    (row(trainer_logprobs=None), "lacks trainer_logprobs, which {word} 1 has", "in every row or in none"),
-    (row(step=1), "has step, which {word} 1 lacks", "in every row or in none"),
-    (row(prompt_id="a"), "has prompt_id, which {word} 1 lacks", "in every row or in none"),
+    (row(loss_mask=[1, 1]), "has loss_mask, which {word} 1 does not have", "in every row or in none"),
+    (row(trainer_logprobs=None), "has no trainer_logprobs, which {word} 1 has", "in every row or in none"),
+    (row(step=1), "has step, which {word} 1 does not have", "in every row or in none"),
+    (row(prompt_id="a"), "has prompt_id, which {word} 1 does not have", "in every row or in none"),
 ]
 
 

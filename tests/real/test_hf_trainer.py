@@ -139,7 +139,7 @@ def test_a_soft_cap_of_attention_scores_is_kept_unless_the_user_names_sdpa(tiny:
 
 
 def test_flash_attention_refuses_float32(tiny: Tiny) -> None:
-    with pytest.raises(DtypeRefused, match="does not take float32"):
+    with pytest.raises(DtypeRefused, match="does not support float32"):
         trainer(tiny("qwen3"), attention="flash_attention_2")
 
 

@@ -49,7 +49,7 @@ def test_every_fault_is_caught_and_named(
     assert named or (said["tied"].startswith("gap ") and (dtype == "float16" or device == "cuda")), said
     if dtype != "bfloat16":  # there it is what the engine does anyway
         assert "bfloat16" in said["cast"], said
-    assert "lacks lm_head.weight" in said["names"], said
+    assert "have no lm_head.weight" in said["names"], said
 
 
 SYNCED = {

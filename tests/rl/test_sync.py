@@ -289,7 +289,7 @@ def test_a_partial_sync_below_the_limit_is_found_at_a_scan_only(tied: Path) -> N
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda w: w.pop("lm_head.weight"), "lacks lm_head.weight"),
+        (lambda w: w.pop("lm_head.weight"), "have no lm_head.weight"),
         (lambda w: w.update(extra=torch.ones(1)), "has the unknown extra"),
     ],
 )
