@@ -80,7 +80,7 @@ def test_what_cannot_be_is_refused(base: dict[str, Any], grids: list[dict[str, A
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("x = ", "is no TOML"), ("[bass]\n", "unknown table 'bass'"), ("[grid]\nseeds = 2\n", "no list of tables")],
+    [("x = ", "not valid TOML"), ("[bass]\n", "unknown table 'bass'"), ("[grid]\nseeds = 2\n", "no list of tables")],
 )
 def test_a_file_that_is_no_plan_is_refused(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "plan.toml").write_text(text)
