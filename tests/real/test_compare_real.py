@@ -102,7 +102,7 @@ def test_a_dtype_that_vllm_refuses_leaves_its_cells_empty_with_the_reason(tiny: 
     result = mismatch_probe.compare(CompareConfig(model=str(tiny("gemma2")), **options), out=tmp_path / "run")
     (missing,) = result.summary.missing
     assert missing.rollout_dtype == "float16"
-    assert "refuses float16 for model type gemma2" in missing.why
+    assert "does not support float16 for model type gemma2" in missing.why
     assert result.complete
     assert mean_abs(result, "float32", "float32") < 1e-5
 

@@ -376,8 +376,8 @@ class TestNonFinite:
         policy = make_policy(tied, **FLOAT32)
         assert policy.non_finite() is None
         with torch.no_grad():
-            policy.model.model.layers[2].self_attn.q_proj.weight[0, 0] = math.nan
-        assert policy.non_finite() == "model.layers.2.self_attn.q_proj.weight"
+            policy.model.model.layers[1].self_attn.q_proj.weight[0, 0] = math.nan
+        assert policy.non_finite() == "model.layers.1.self_attn.q_proj.weight"
 
 
 class TestState:
