@@ -19,17 +19,18 @@ from mismatch_probe.results.gradient import Gradient
 from mismatch_probe.rl import gradient
 from mismatch_probe.rl.gradient import pass_data
 from mismatch_probe.rl.gradient_table import REFERENCE, PassData
-from mismatch_probe.rl.gradient_task import DIRECTIONS, PassTask, PassVectors, SequenceTask, Vectors
+from mismatch_probe.rl.gradient_task import PassTask, PassVectors, SequenceTask, Vectors
 from mismatch_probe.runs import RunDirectory
 from mismatch_probe.types import MetricValue, PairArrays
 from tests.conftest import SMALL, MakeModel, Outcome
 
+WIDTH = 256  # of a vector, where the worker has `DIRECTIONS`
 CORRECTIONS = ("token-tis", "icepop", "seq-is", "seq-tis", "seq-mis")
 
 
 def vectors_of(task: SequenceTask, row: int) -> Vectors:
     """As the worker would give them, of scores that are drawn."""
-    score = np.random.default_rng(row).normal(size=DIRECTIONS)
+    score = np.random.default_rng(row).normal(size=WIDTH)
     of_tokens, weights = {}, {}
     for name in CORRECTIONS:
         for trainer, logprobs in task.trainers.items():
