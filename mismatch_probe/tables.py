@@ -6,7 +6,6 @@ A finished pass lies in `passes/` as its own files until the run ends; `merge` t
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,6 @@ from mismatch_probe.files import LOCK, atomic_path
 from mismatch_probe.rowgroups import PassRows, require_columns, table_errors, with_nulls
 from mismatch_probe.schemas import EXACT_SCHEMA, OPTIONAL, REFERENCE_SCHEMA, SEQUENCES_SCHEMA, TOKENS_SCHEMA
 
-SCHEMA_VERSION = 1
 # Schema of each kind of table, and the column that names the pass of a row.
 _KINDS = {
     "sequences": (SEQUENCES_SCHEMA, "rollout_pass"),
@@ -28,29 +26,6 @@ _KINDS = {
     "reference": (REFERENCE_SCHEMA, "pass_id"),
     "exact": (EXACT_SCHEMA, "pass_id"),
 }
-
-
-def read_json(path: Path) -> Any:
-    """Reads a JSON file of a run directory.
-
-    Raises:
-        TableError: The file is missing, is not JSON, or has an unknown schema version.
-    """
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise TableError(f"{path} does not exist.", "Give a folder written by `mismatch-probe compare`.") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise TableError(
-            f"{path} cannot be read as JSON ({error}).", "Restore the file or run the comparison again."
-        ) from None
-    version = document.get("schema_version") if isinstance(document, dict) else None
-    if version != SCHEMA_VERSION:
-        raise TableError(
-            f"{path} has schema version {version!r}; this release reads version {SCHEMA_VERSION}.",
-            "Use the release that wrote it, or a newer one.",
-        )
-    return document
 
 
 def _write_parquet(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> None:

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from mismatch_probe import tables
 from mismatch_probe.errors import DiskFull, TableError, UsageError
 from mismatch_probe.files import locked
+from mismatch_probe.results.manifest import Manifest
 from mismatch_probe.runs import RunDirectory
 from mismatch_probe.schemas import sequences_table, tokens_table
-from mismatch_probe.tables import read_json
 from mismatch_probe.types import Rollout, RolloutRequest, Score
 from tests.factories.manifest import make_manifest, make_pass
 
@@ -267,7 +267,7 @@ class TestDamage:
 
     def test_a_json_file_that_cannot_be_opened(self, tmp_path: Path) -> None:
         with pytest.raises(TableError, match="cannot be read as JSON"):
-            read_json(tmp_path)
+            Manifest.read(tmp_path)
 
 
 def rewrite(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:

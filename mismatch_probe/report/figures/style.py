@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 DPI = 150
 _TICK_CHARACTERS = 28
@@ -66,11 +65,3 @@ def tick(label: object) -> str:
 def say(axes: Axes, text: str, *, y: float = 0.5) -> None:
     """Write `text` into an empty panel."""
     axes.text(0.5, y, text, transform=axes.transAxes, ha="center", va="center", color="#555555", parse_math=False)
-
-
-def empty_figure(figure: Figure, text: str) -> Figure:
-    """A figure that says why nothing is drawn."""
-    axes = figure.add_subplot()
-    axes.set_axis_off()
-    say(axes, text)
-    return figure
