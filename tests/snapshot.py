@@ -15,7 +15,7 @@ from mismatch_probe.report.render.markdown import markdown_page
 from mismatch_probe.report.render.terminal import print_report
 
 FOLDER = Path(__file__).parent / "snapshots"
-_STYLE = re.compile(r"<style>.*?</style>|style-src 'sha256-[^']*'", re.DOTALL)
+_STYLE = re.compile(r"<style>.*?</style>|style-src &#39;sha256-[^&]*&#39;", re.DOTALL)
 
 
 def screen(report: Report, width: int = 80) -> str:
