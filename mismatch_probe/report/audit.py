@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
@@ -29,7 +28,9 @@ from mismatch_probe.report.model import (
     Tone,
     columns,
     estimate,
+    flattened,
     fraction,
+    json_text,
     numeric,
     plain,
     section,
@@ -623,7 +624,7 @@ def _baseline(found: Baseline | None) -> tuple[Section, ...]:
         blocks.append(Text(f"No longer checked: {gone}."))
     if not found.changed:
         blocks.append(Text("Nothing is recorded to differ in how the two were made."))
-    changed = [(Cell(row.what), Cell(_json(row.before)), Cell(_json(row.after))) for row in found.changed]
+    changed = [(Cell(row.what), Cell(json_text(row.before)), Cell(json_text(row.after))) for row in found.changed]
     blocks += [
         _changes(found.regressions, "What is worse."),
         table(("setting", "before", "now"), changed, "What differs in how the two were made."),
@@ -660,19 +661,5 @@ def _provenance(audit: Audit) -> Iterator[tuple[Cell, Cell]]:
         **audit.model_dump(mode="json", include={"profile", "options"}),
         **audit.provenance.model_dump(mode="json"),
     }
-    for name, value in _flat(content, ""):
-        yield Cell(name), Cell(_json(value))
-
-
-def _flat(content: Mapping[str, JsonValue], prefix: str) -> Iterator[tuple[str, JsonValue]]:
-    for key, value in content.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _json(value: JsonValue) -> str:
-    if value is None:
-        return NONE
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    for name, value in flattened(content):
+        yield Cell(name), Cell(value)

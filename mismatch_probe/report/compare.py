@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from typing import TYPE_CHECKING
 
@@ -34,6 +33,7 @@ from mismatch_probe.report.model import (
     Tone,
     columns,
     estimate,
+    flattened,
     fraction,
     in_line,
     numeric,
@@ -46,10 +46,6 @@ from mismatch_probe.report.names import WHERE_TITLES, bin_order, catalog_order, 
 from mismatch_probe.report.words import say
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from pydantic import JsonValue
-
     from mismatch_probe.report.data import ReportData
     from mismatch_probe.results.comparison import Comparison, Pair
     from mismatch_probe.results.finding import Finding
@@ -511,20 +507,9 @@ def _passes(data: ReportData) -> tuple[Section, ...]:
     ]
     numbers = ("tokens", "sequences", "diverged sequences", "mean |d| (nats)", "max |d| (nats)")
     noise_table = table(columns("pass", *numeric(*numbers)), noise)
-    provenance = table(["entry", "value"], list(_flat(data.manifest.content(), "")))
+    provenance = table(["entry", "value"], list(flattened(data.manifest.content())))
     return (
         *section("passes", "Passes", passes, depth="detail"),
         *section("self-noise", "Self-noise: each engine against itself", noise_table, depth="detail"),
         *section("provenance", "Provenance", provenance, depth="detail"),
     )
-
-
-def _flat(value: JsonValue, name: str) -> Iterator[tuple[str, str]]:
-    """The manifest, flattened to dotted names."""
-    if isinstance(value, dict) and (value or not name):
-        for key, inner in value.items():
-            yield from _flat(inner, f"{name}.{key}" if name else key)
-    elif isinstance(value, str):
-        yield name, value
-    else:
-        yield name, NONE if value is None else json.dumps(value, ensure_ascii=False)

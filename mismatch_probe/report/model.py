@@ -6,15 +6,21 @@ escape it, once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from pydantic import JsonValue
+
 from mismatch_probe.report.format import NONE, count, interval, number, percent
+from mismatch_probe.results.finding import Severity
 from mismatch_probe.types import MetricValue
 
 Tone = Literal["plain", "strong", "dim", "note", "ok", "warn", "fail"]
 State = Literal["ok", "warn", "fail", "inconclusive", "none"]
+STATES: dict[Severity, State] = {"info": "ok", "note": "inconclusive", "warn": "warn", "fail": "fail"}
+"""The state of an answer by the severity of the finding that decides it."""
 Depth = Literal["screen", "page", "detail"]
 """Where a section stands: `screen` everywhere, `page` folded in HTML and Markdown, `detail` folded in HTML alone."""
 
@@ -210,6 +216,22 @@ def plain(value: float | int | str | bool | None, *, digits: int = 3, below: str
 def fraction(value: float | None, *, below: str = "", tone: Tone = "plain") -> Cell:
     """A cell of a fraction as a percentage."""
     return Cell(percent(value), below=below, tone=tone)
+
+
+def json_text(value: JsonValue) -> str:
+    """A JSON value as a cell shows it: a text as it is, `–` for None."""
+    if value is None:
+        return NONE
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def flattened(content: Mapping[str, JsonValue], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Every value of nested JSON as a text, under its dotted name; an empty mapping is a value."""
+    for key, value in content.items():
+        if isinstance(value, dict) and value:
+            yield from flattened(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", json_text(value)
 
 
 def columns(*header: str | Column) -> tuple[Column, ...]:

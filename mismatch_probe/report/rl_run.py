@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 from mismatch_probe.report.format import count, number
 from mismatch_probe.report.model import (
+    STATES,
     Cell,
     FigureRef,
     Items,
     Report,
     Section,
-    State,
     Step,
     Table,
     Text,
@@ -27,7 +27,7 @@ from mismatch_probe.report.words import say
 from mismatch_probe.report.words.rl import collapse_rule
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from pydantic import JsonValue
 
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from mismatch_probe.results.rl_run import Provenance, RunSummary, Window
 
 _SECTIONED = frozenset({"rl-gap-source"})
-_STATES: dict[str, State] = {"info": "ok", "note": "inconclusive", "warn": "warn", "fail": "fail"}
 _RUN = "mismatch-probe rl run"
 
 
@@ -47,7 +46,7 @@ def rl_run_report(data: RlRunData) -> Report:
     assert summary is not None
     return Report(
         title=f"RL run of {data.model}: task {data.task}, {data.precision}, {data.algorithm}",
-        state=_STATES[outcome.severity],
+        state=STATES[outcome.severity],
         answer=(say(outcome), say(gap)),
         steps=_next(data),
         table=_windows(summary),
@@ -58,7 +57,7 @@ def rl_run_report(data: RlRunData) -> Report:
             *_sync(summary),
             *_details(summary),
             *_time(summary),
-            *_settings(data.run.config),
+            *settings_section("Settings", data.run.config),
             *section("provenance", "Provenance", provenance_table(data.run.provenance), depth="detail"),
         ),
     )
@@ -201,11 +200,12 @@ def _time(summary: RunSummary) -> tuple[Section, ...]:
     return section("time", "Time", table(header, rows if whole else []), depth="detail")
 
 
-def _settings(config: dict[str, JsonValue]) -> tuple[Section, ...]:
+def settings_section(title: str, config: Mapping[str, JsonValue]) -> tuple[Section, ...]:
+    """Settings, and the rule of collapse that follows from them."""
     rows = [(name, "–" if value is None else str(value)) for name, value in config.items()]
     window = config.get("collapse_window")
     rule = Text(collapse_rule(window)) if isinstance(window, int) else None
-    return section("settings", "Settings", table(("setting", "value"), rows), rule, depth="detail")
+    return section("settings", title, table(("setting", "value"), rows), rule, depth="detail")
 
 
 def provenance_table(provenance: Provenance) -> Table:

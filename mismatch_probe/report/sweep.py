@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 from mismatch_probe.report.format import NONE, count, number
 from mismatch_probe.report.model import (
+    STATES,
     Cell,
     Column,
     FigureRef,
     Items,
     Report,
     Section,
-    State,
     Step,
     Table,
     Text,
@@ -26,9 +26,8 @@ from mismatch_probe.report.model import (
     table,
 )
 from mismatch_probe.report.rl_data import STRESS_NOTE
-from mismatch_probe.report.rl_run import provenance_table
+from mismatch_probe.report.rl_run import provenance_table, settings_section
 from mismatch_probe.report.words import say
-from mismatch_probe.report.words.rl import collapse_rule
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,7 +38,6 @@ if TYPE_CHECKING:
     from mismatch_probe.results.finding import Finding
     from mismatch_probe.results.sweep import ArmResult, Place, SweepSummary
 
-_STATES: dict[str, State] = {"info": "ok", "note": "inconclusive", "warn": "warn", "fail": "fail"}
 _TONES: dict[str, Tone] = {"info": "plain", "note": "note", "warn": "warn", "fail": "fail"}
 _FEW_SEEDS = frozenset({"sweep-one-run-per-arm", "sweep-untested"})
 _SEEDS = 8
@@ -54,7 +52,7 @@ def sweep_report(data: SweepData) -> Report:
     places = [found for found in rest if found.code.startswith("place-")]
     return Report(
         title=f"RL sweep of {data.model}, task {data.task}",
-        state="fail" if failed else _STATES[difference.severity],
+        state="fail" if failed else STATES[difference.severity],
         answer=(say(difference), say(health)) if summary.n_ended else (say(difference),),
         steps=_next(data, difference),
         table=_arms(summary),
@@ -214,10 +212,6 @@ def _number(value: float) -> Cell:
 
 
 def _settings(data: SweepData) -> tuple[Section, ...]:
-    """Settings that all runs share, and the rule of collapse."""
     configs = [run.config for run in data.sweep.runs]
     shared = {name: value for name, value in configs[0].items() if all(one.get(name) == value for one in configs)}
-    rows = [(name, "–" if value is None else str(value)) for name, value in shared.items()]
-    window = shared.get("collapse_window")
-    rule = Text(collapse_rule(window)) if isinstance(window, int) else None
-    return section("settings", "Settings of all runs", table(["setting", "value"], rows), rule, depth="detail")
+    return settings_section("Settings of all runs", shared)
