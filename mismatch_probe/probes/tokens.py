@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ def token_view(run: RunDirectory, diagonal: Mapping[str, PairResult]) -> tuple[T
         others = [i for i in dict.fromkeys(sequences.ids[spaced].tolist()) if i not in worst]
         for kind, ids in (("largest |d|", worst), ("sample", others)):
             found += [_sequence(run, name, pair, sequences, sequence_id, kind) for sequence_id in ids]
-    return tuple(found)
+    return tuple(sequence for sequence in found if sequence.tokens)
 
 
 def tokens_of(run: RunDirectory, sequence_id: int) -> tuple[TokenSequence, ...]:
@@ -54,8 +54,11 @@ def tokens_of(run: RunDirectory, sequence_id: int) -> tuple[TokenSequence, ...]:
             sequences = pass_sequences(run, pair.rollout.pass_id)
             if sequence_id in sequences.ids:
                 found[name] = _sequence(run, name, pair, sequences, sequence_id, "", longest=None)
+    found = {name: sequence for name, sequence in found.items() if sequence.tokens}
     if not found:
-        raise UsageError(f"No compared pair has sequence {sequence_id}.", "The report's worst tokens name sequences.")
+        raise UsageError(
+            f"No compared pair has tokens of sequence {sequence_id}.", "The report's worst tokens name sequences."
+        )
     return tuple(found.values())
 
 
@@ -71,7 +74,7 @@ def _sequence(
     columns = ["position", "logprob"]
     rollout = _rows(run, pair.rollout.pass_id, [*columns, "token_text"], sequence_id)
     trainer = _rows(run, pair.trainer.pass_id, [*columns, "entropy", "rank"], sequence_id)
-    pairs = zip(rollout.to_pylist(), trainer.to_pylist(), strict=True)
+    pairs = zip(rollout, trainer, strict=True)
     tokens = [
         Token(here["token_text"] or "", here["logprob"], there["logprob"], there["entropy"], there["rank"])
         for here, there in pairs
@@ -94,7 +97,7 @@ def window(tokens: list[Token], longest: int | None) -> tuple[int, int]:
     return first, first + longest
 
 
-def _rows(run: RunDirectory, pass_id: str, columns: list[str], sequence_id: int) -> pa.Table:
+def _rows(run: RunDirectory, pass_id: str, columns: list[str], sequence_id: int) -> list[dict[str, Any]]:
+    """The rows of a sequence; none of an empty one."""
     batches: Iterable[pa.Table] = run.iter_tokens(pass_id, ["sequence_id", *columns], ids=(sequence_id, sequence_id))
-    parts: Iterator[Any] = (batch.filter(pc.equal(batch["sequence_id"], sequence_id)) for batch in batches)
-    return pa.concat_tables(parts)
+    return [row for batch in batches for row in batch.filter(pc.equal(batch["sequence_id"], sequence_id)).to_pylist()]

@@ -8,6 +8,7 @@ import pytest
 
 import mismatch_probe
 from mismatch_probe.errors import UsageError
+from mismatch_probe.probes.analysis import analyse
 from mismatch_probe.probes.session import RunResult
 from mismatch_probe.probes.tokens import LONGEST, window
 from mismatch_probe.report.model import Token
@@ -40,6 +41,22 @@ def test_a_report_shows_the_worst_sequence_of_each_pair(finished: RunResult) -> 
 def test_a_sequence_that_is_not_there(finished: RunResult) -> None:
     with pytest.raises(UsageError, match="987654"):
         mismatch_probe.tokens(finished.path, 987_654)
+
+
+def test_a_sequence_without_tokens_is_left_out(finished: RunResult, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model can answer with the end of the text alone."""
+    empty = finished.data.worst_tokens[0].sequence_id
+    read = RunDirectory.iter_tokens
+
+    def without(self: RunDirectory, *args: Any, ids: tuple[int, int] | None = None, **options: Any) -> Any:
+        return iter(()) if ids == (empty, empty) else read(self, *args, ids=ids, **options)
+
+    monkeypatch.setattr(RunDirectory, "iter_tokens", without)
+    shown = analyse(RunDirectory.open(finished.path)).tokens
+    assert shown
+    assert not any(f"sequence {empty} of" in sequence.title for sequence in shown)
+    with pytest.raises(UsageError, match=f"tokens of sequence {empty}"):
+        mismatch_probe.tokens(finished.path, empty)
 
 
 def test_the_command(finished: RunResult, command: Any) -> None:

@@ -290,7 +290,7 @@ def test_a_partial_sync_below_the_limit_is_found_at_a_scan_only(tied: Path) -> N
     ("change", "said"),
     [
         (lambda w: w.pop("lm_head.weight"), "have no lm_head.weight"),
-        (lambda w: w.update(extra=torch.ones(1)), "has the unknown extra"),
+        (lambda w: w.update(extra=torch.ones(1)), "have the unknown extra"),
     ],
 )
 def test_names_are_compared_before_anything_is_loaded(tied: Path, change: Any, said: str) -> None:
