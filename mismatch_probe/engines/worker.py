@@ -74,7 +74,7 @@ def run_rollout(job: RolloutJob, channel: _Channel) -> None:
 
         engine = ScriptedRollout(job)
     else:
-        from mismatch_probe.engines.vllm import VllmRollout
+        from mismatch_probe.engines.vllm.engine import VllmRollout
 
         engine = VllmRollout(job)
     channel.phase("load")

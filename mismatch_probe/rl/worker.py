@@ -47,7 +47,7 @@ class RlJob:
         its folder."""
         import torch
 
-        from mismatch_probe.engines.vllm import VllmRollout
+        from mismatch_probe.engines.vllm.engine import VllmRollout
 
         if self.cores:
             os.sched_setaffinity(0, self.cores)

@@ -55,7 +55,7 @@ def run(folder: Path, source: Path, **options: Any) -> tuple[Ending, Any]:
 
 @pytest.fixture(autouse=True)
 def without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mismatch_probe.engines.vllm.VllmRollout", HfRollout)
+    monkeypatch.setattr("mismatch_probe.engines.vllm.engine.VllmRollout", HfRollout)
 
 
 @pytest.mark.parametrize(

@@ -42,8 +42,8 @@ class TraceFaults:
         from safetensors.torch import load_file
 
         from benchmarks.planted_faults import noise
-        from mismatch_probe.engines.attribute import vllm_hooks
-        from mismatch_probe.engines.vllm import VllmRollout
+        from mismatch_probe.engines.vllm import hooks
+        from mismatch_probe.engines.vllm.engine import VllmRollout
 
         engine = VllmRollout(self.rollout)
         clean = load_file(Path(self.model_path) / "model.safetensors")
@@ -51,7 +51,7 @@ class TraceFaults:
             altered = {n: w + noise(w, self.size, index) if n == name else w for n, w in clean.items()}
             engine.load_weights(altered)
             request = replace(self.request, folder=str(Path(self.request.folder) / (name or "clean")))
-            engine.on_model(partial(vllm_hooks.start_trace, request))
+            engine.on_model(partial(hooks.start_trace, request))
             engine.score(request.sequences)
-            engine.on_model(vllm_hooks.finish_trace)
+            engine.on_model(hooks.finish_trace)
         engine.close()

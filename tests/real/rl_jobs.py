@@ -71,7 +71,7 @@ class SyncFaultsJob:
     def run(self, channel: Any) -> None:
         import torch
 
-        from mismatch_probe.engines.vllm import VllmRollout
+        from mismatch_probe.engines.vllm.engine import VllmRollout
         from mismatch_probe.rl.config import make_config
         from mismatch_probe.rl.policy import Policy
         from mismatch_probe.rl.sync import WeightSync
@@ -135,7 +135,7 @@ class FamiliesJob:
     def run(self, channel: Any) -> None:
         import torch
 
-        from mismatch_probe.engines.vllm import VllmRollout
+        from mismatch_probe.engines.vllm.engine import VllmRollout
         from mismatch_probe.rl.config import make_config
         from mismatch_probe.rl.policy import Policy
         from mismatch_probe.rl.sync import WeightSync

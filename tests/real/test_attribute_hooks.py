@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mismatch_probe.engines.attribute import vllm_hooks
 from mismatch_probe.engines.attribute.trace import OUTSIDE, TraceFiles, TraceRequest
+from mismatch_probe.engines.vllm import hooks
 
 pytestmark = pytest.mark.engine
 LAYERS, WIDTH, VOCABULARY = 3, 8, 16
@@ -146,8 +146,8 @@ def test_an_addend_of_zero_is_no_sign(tmp_path: Path) -> None:
 
 def traced(model: Model, folder: Path) -> Callable[[str], dict[str, Tensor]]:
     """Reads the records of the model's pass over the ids, with another sequence beside them."""
-    vllm_hooks.start_trace(TraceRequest(str(folder), (IDS,), LAYERS, (0, 4)), model)
+    hooks.start_trace(TraceRequest(str(folder), (IDS,), LAYERS, (0, 4)), model)
     model(torch.tensor((*OTHERS, *IDS)), torch.tensor((*range(len(OTHERS)), *range(len(IDS)))))
-    vllm_hooks.finish_trace(model)
+    hooks.finish_trace(model)
     files = TraceFiles(folder)
     return lambda part: files.read(part)

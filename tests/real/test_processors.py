@@ -15,11 +15,11 @@ import vllm
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate
 
-from mismatch_probe.engines import vllm_processors
 from mismatch_probe.engines.base import Capture
 from mismatch_probe.engines.rows import RowFile
-from mismatch_probe.engines.vllm import VllmRollout
-from mismatch_probe.engines.vllm_processors import NoiseV1, NoiseV2, RowsV1, RowsV2, request_arguments
+from mismatch_probe.engines.vllm import processors
+from mismatch_probe.engines.vllm.engine import VllmRollout
+from mismatch_probe.engines.vllm.processors import NoiseV1, NoiseV2, RowsV1, RowsV2, request_arguments
 from tests.real.rl_jobs import engine_job
 
 pytestmark = pytest.mark.engine
@@ -28,9 +28,9 @@ VOCABULARY = 6
 
 @pytest.fixture(autouse=True)
 def no_writers() -> Iterator[None]:
-    vllm_processors._writer.cache_clear()
+    processors._writer.cache_clear()
     yield
-    vllm_processors._writer.cache_clear()
+    processors._writer.cache_clear()
 
 
 def params(capture: Capture | None, sequence_id: int, prompt_length: int, forced: tuple[int, ...] = ()) -> Any:
@@ -101,7 +101,7 @@ def test_v2_a_preempted_request_goes_on_where_it_was(tmp_path: Path) -> None:
 
 
 def test_v2_other_ranks_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_processors, "_first_rank", lambda: False)
+    monkeypatch.setattr(processors, "_first_rank", lambda: False)
     processor = RowsV2(None, None)
     processor.add_request(0, params(Capture(str(tmp_path / "rows"), 100), 1, prompt_length=2))
     processor.apply(logits(0.1), context([0], [2]))
@@ -192,7 +192,7 @@ def test_a_request_that_wants_nothing_carries_nothing() -> None:
 
 def test_a_row_with_nan_is_kept_like_the_least_sure_one() -> None:
     rows = torch.tensor([[0.0, float("nan"), 1.0], [50.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
-    assert vllm_processors._weights(rows).tolist() == pytest.approx([1.0, 0.1, 2 / 3])
+    assert processors._weights(rows).tolist() == pytest.approx([1.0, 0.1, 2 / 3])
 
 
 @pytest.mark.parametrize("modern", [True, False])
@@ -209,5 +209,5 @@ def test_the_engine_gets_the_class_that_its_model_runner_takes(
     job = replace(engine_job("a folder", "bfloat16"), logit_noise=noise, capture=None if noise else Capture("rows", 1))
     VllmRollout(job)
     name = f"{'Noise' if noise else 'Rows'}{'V2' if modern else 'V1'}"
-    assert asked["logits_processors"] == [f"mismatch_probe.engines.vllm_processors:{name}"]
-    assert hasattr(vllm_processors, name)
+    assert asked["logits_processors"] == [f"mismatch_probe.engines.vllm.processors:{name}"]
+    assert hasattr(processors, name)

@@ -26,7 +26,7 @@ from mismatch_probe.engines.base import RolloutJob
 from mismatch_probe.types import RolloutRequest
 
 if TYPE_CHECKING:
-    from mismatch_probe.engines.vllm import VllmRollout
+    from mismatch_probe.engines.vllm.engine import VllmRollout
 
 ROUTES = "routes"
 
@@ -91,7 +91,7 @@ class RolloutVariants:
         import torch
 
         from mismatch_probe.engines import devices
-        from mismatch_probe.engines.vllm import VllmRollout
+        from mismatch_probe.engines.vllm.engine import VllmRollout
 
         reset_peak(torch.device(self.rollout.device))
         engine = VllmRollout(self.rollout)
@@ -176,21 +176,21 @@ class RolloutVariants:
         return [np.asarray(rollout.logprobs, np.float32) for group in found for rollout in group]
 
     def _trace(self, engine: VllmRollout, request: TraceRequest) -> None:
-        from mismatch_probe.engines.attribute import vllm_hooks
+        from mismatch_probe.engines.vllm import hooks
 
-        engine.on_model(partial(vllm_hooks.start_trace, request))
+        engine.on_model(partial(hooks.start_trace, request))
         engine.score(request.sequences)
-        engine.on_model(vllm_hooks.finish_trace)
+        engine.on_model(hooks.finish_trace)
 
     def _routes(
         self, engine: VllmRollout, routers: Routers
     ) -> tuple[list[int], NDArray[np.int16], NDArray[np.float32]]:
         """Layers with a router, `[L, R, K]` experts, and the `[N]` log-probs of the same prefill."""
-        from mismatch_probe.engines.attribute import vllm_hooks
+        from mismatch_probe.engines.vllm import hooks
 
         requests = list(self.rollout.requests)
         ids = tuple(_ids(request) for request in requests)
-        begin = partial(vllm_hooks.start_routes, ids, routers.layers, routers.experts, routers.chosen)
+        begin = partial(hooks.start_routes, ids, routers.layers, routers.experts, routers.chosen)
         engine.on_model(begin)
         # No more at once than one step takes: a sequence that is split over two is in no step as a whole.
         groups: list[list[RolloutRequest]] = []
@@ -201,7 +201,7 @@ class RolloutVariants:
             else:
                 groups.append([request])
         found = [logprobs for group in groups for logprobs in _prefill(engine, group)]
-        kept = engine.on_model(vllm_hooks.finish_routes)
+        kept = engine.on_model(hooks.finish_routes)
         routes = np.frombuffer(kept["routes"], np.int16).reshape(kept["shape"])
         return list(kept["layers"]), routes, np.concatenate(found)
 

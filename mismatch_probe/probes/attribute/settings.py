@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mismatch_probe.engines.attribute.variants import FP32_CLASSES, PassKind, TrainerVariant
-from mismatch_probe.engines.refusals import refusal
+from mismatch_probe.engines.vllm.refusals import refusal
 from mismatch_probe.errors import UsageError
 from mismatch_probe.probes.attribute.availability import (
     ALREADY,

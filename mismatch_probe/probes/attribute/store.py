@@ -12,7 +12,7 @@ from mismatch_probe.arrays import load_arrays
 from mismatch_probe.engines.attribute.rollout import ROUTES
 from mismatch_probe.engines.attribute.trainer import FIXES, set_name, single_name
 from mismatch_probe.engines.attribute.variants import FP32_CLASSES
-from mismatch_probe.engines.refusals import refusal
+from mismatch_probe.engines.vllm.refusals import refusal
 from mismatch_probe.probes.attribute.names import (
     AT_ROLLOUT,
     CAST,

@@ -10,7 +10,7 @@ from typing import Any
 
 from mismatch_probe.config import DEFAULT_MODEL, CompareConfig
 from mismatch_probe.engines.models import resolve
-from mismatch_probe.engines.refusals import refusal
+from mismatch_probe.engines.vllm.refusals import refusal
 from mismatch_probe.errors import DtypeRefused, Interrupted, ProbeError, UsageError
 from mismatch_probe.files import locked, write_text
 from mismatch_probe.probes.audit.baseline import compare_audits, read_audit

@@ -46,7 +46,7 @@ class SanityJob:
 
     def run(self, channel: Any) -> None:
         """Events: `identity`, `total` and `progress` in tokens."""
-        from mismatch_probe.engines.vllm import VllmRollout
+        from mismatch_probe.engines.vllm.engine import VllmRollout
 
         directory = SanityDirectory.open(Path(self.folder))
         setup = Setup.of(directory.config, self.model_path)

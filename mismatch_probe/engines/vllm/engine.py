@@ -67,7 +67,7 @@ class VllmRollout:
             )
         self._native_replay = modern and replays
         name = f"{kind}V2" if modern else f"{kind}V1"
-        chosen: dict[str, Any] = {"logits_processors": [f"mismatch_probe.engines.vllm_processors:{name}"]}
+        chosen: dict[str, Any] = {"logits_processors": [f"mismatch_probe.engines.vllm.processors:{name}"]}
         return chosen | ({"enable_trace_replay": True} if self._native_replay else {})
 
     def generate(
@@ -133,7 +133,7 @@ class VllmRollout:
         Raises:
             EngineError: vLLM takes none of this family, or something is missing; its model is of no use any more.
         """
-        from mismatch_probe.engines.vllm_weights import load_weights
+        from mismatch_probe.engines.vllm.weights import load_weights
 
         assert self._in_process
         try:
@@ -208,7 +208,7 @@ class VllmRollout:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        from mismatch_probe.engines.vllm_processors import request_arguments
+        from mismatch_probe.engines.vllm.processors import request_arguments
 
         forced = _forced(request, sampling)
         return SamplingParams(
