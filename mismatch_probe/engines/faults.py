@@ -11,6 +11,13 @@ from mismatch_probe.errors import DiskFull, DtypeRefused, EngineError, EngineMis
 Job = EncodeJob | RolloutJob | TrainerJob | OwnJob
 
 _DTYPE = re.compile(r"model type '(?P<model>[^']+)' does not support (?P<dtype>b?float\d+)\. Reason: (?P<why>[^\n\[]+)")
+_WEIGHTS = re.compile(
+    r"deserializing header|referenced in index but missing|safetensors.*(No such file|not found)", re.DOTALL
+)
+_ARCHITECTURE = re.compile(
+    r"does not recognize this architecture|Model architectures .* (are not supported|failed to be inspected)|"
+    r"Model architecture \w+ was supported in vLLM until"
+)
 _MEMORY = re.compile(
     r"out of memory|can't allocate memory|cannot allocate memory|No available memory for the cache|"
     r"larger than the available KV cache memory|less than desired GPU memory utilization",
@@ -59,6 +66,16 @@ def classify(error: BaseException, job: Job) -> ProbeError | None:
         return DtypeRefused(
             f"vLLM does not support {refused['dtype']} for model type {refused['model']}: {why}.",
             "Leave this dtype out, or try a newer vLLM.",
+        )
+    if type(error).__name__ == "SafetensorError" or _WEIGHTS.search(text):
+        return ModelError(
+            f"A weight file of {job.model_path} is missing or damaged: {first_line(error)}.",
+            f"Run `mismatch-probe preflight {job.model_path}` to see which, and restore it.",
+        )
+    if _ARCHITECTURE.search(text):
+        return ModelError(
+            f"The installed versions do not support this model: {first_line(error)}",
+            "Use a model or versions that both engines support; `mismatch-probe env` lists what is installed.",
         )
     if isinstance(error, ImportError):
         return EngineMissing(

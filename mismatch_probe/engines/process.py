@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mismatch_probe.engines import faults
+from mismatch_probe.engines.root_cause import read_since, root_cause
 from mismatch_probe.errors import EngineError, ProbeError
 
 Kind = Literal["vllm", "hf", "encode", "scripted"]
@@ -38,6 +39,7 @@ class EngineProcess:
         self._connection = Connection(ours.detach())
         command = [sys.executable, "-m", "mismatch_probe.engines.worker", str(theirs.fileno()), kind]
         with theirs, log.open("ab") as output:
+            self._log_offset = output.tell()
             self._process = subprocess.Popen(
                 command,
                 pass_fds=[theirs.fileno()],
@@ -62,7 +64,7 @@ class EngineProcess:
         try:
             for name, payload in self._events(job):
                 if name == "error":
-                    raise payload if isinstance(payload, ProbeError) else self._unexpected(payload, job)
+                    raise payload if isinstance(payload, ProbeError) else self._failure(payload, job)
                 on_event(name, payload)
             with contextlib.suppress(subprocess.TimeoutExpired):  # `close` ends what hangs in its tear-down
                 self._process.wait(_GRACE_SECONDS)
@@ -87,11 +89,20 @@ class EngineProcess:
         self._process.wait()
         self._connection.close()
 
-    def _unexpected(self, message: str, job: faults.Job) -> UnexpectedEngineError:
+    def _failure(self, message: str, job: faults.Job) -> ProbeError:
+        """What went wrong by the log of this very process, which knows more than the message where vLLM's own processes
+        failed.
+        """
+        cause = root_cause(read_since(self._log, self._log_offset))
+        if cause is not None:
+            known = faults.classify(cause.exception(), job)
+            if known is not None:
+                return known
+            message = faults.first_line(cause.exception())
         error = faults.unexpected(message, job, str(self._log))
         return UnexpectedEngineError(error.what, error.fix)
 
-    def _death(self, job: faults.Job) -> EngineError:
+    def _death(self, job: faults.Job) -> ProbeError:
         try:
             code = self._process.wait(_GRACE_SECONDS)
         except subprocess.TimeoutExpired:
@@ -102,4 +113,4 @@ class EngineProcess:
                 "Free memory or use smaller batches, then continue with --resume.",
             )
         cause = f"signal {-code}" if code < 0 else f"exit status {code}"
-        return self._unexpected(f"its process ended with {cause}.", job)
+        return self._failure(f"its process ended with {cause}.", job)
