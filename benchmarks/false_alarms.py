@@ -27,11 +27,11 @@ from mismatch_probe.metrics.accumulate import PairSums
 from mismatch_probe.metrics.binned import PROBABILITY_EDGES
 from mismatch_probe.metrics.ratio_test import adjusted_together, ratio_tests
 from mismatch_probe.metrics.summary import compute_metrics
+from mismatch_probe.passes import PassId
 from mismatch_probe.probes.audit.checks import Checks
 from mismatch_probe.probes.audit.judge import verdict_of
 from mismatch_probe.probes.audit.profile import load_profile
 from mismatch_probe.probes.pairs import PassPair, pair_of
-from mismatch_probe.probes.planning import RolloutPass, TrainerPass
 from mismatch_probe.results.audit import Range
 from mismatch_probe.results.comparison import Pair
 from mismatch_probe.types import PairArrays
@@ -152,7 +152,7 @@ class Judge:
 
     def result(self, name: Pass, sums: PairSums) -> Pair:
         """A pair, whose tests are not adjusted yet over the others."""
-        both = PassPair(RolloutPass(name[0], "decode"), TrainerPass(name[1], "cast"))
+        both = PassPair(PassId.rollout(name[0]), PassId.trainer(name[1]))
         pair = pair_of(both, sums, compute_metrics(sums, keys=self._keys, **self._options))
         return pair.model_copy(update={"ratio_tests": tuple(ratio_tests(sums, **self._options))})
 

@@ -261,7 +261,7 @@ def run_real(path: Path) -> None:
     rows: list[tuple[bool, bool]] = []
     passes = passes_of(config, run.manifest.recorded)
     for both in (PassPair(rollout, trainer) for rollout in passes.rollouts for trainer in passes.trainers):
-        names = both.rollout.pass_id, both.trainer.pass_id
+        names = str(both.rollout), str(both.trainer)
         if not both.diagonal or why_missing(run, *names):
             continue
         prefixes = prefixes_of(pair_arrays(run, *names))

@@ -232,7 +232,11 @@ def _show_plan(plan: Plan, as_json: bool) -> None:
     rows = estimate(plan)
     total = sum(row.seconds for row in rows)
     if as_json:
-        document = {"device": plan.device, "sizes": asdict(plan.sizes), "passes": [asdict(row) for row in rows]}
+        document = {
+            "device": plan.device,
+            "sizes": asdict(plan.sizes),
+            "passes": [{**asdict(row), "pass_id": str(row.pass_id)} for row in rows],
+        }
         print_json({**document, "seconds": total, "disk_gib": disk_gib(plan, rows)})
         return
     sizes = plan.sizes
@@ -246,7 +250,7 @@ def _show_plan(plan: Plan, as_json: bool) -> None:
     click.echo(f"{'pass':<28}{'tokens':>12}{'memory':>18}{'time, roughly':>16}")
     for row in rows:
         memory = "share of the card" if row.memory_gib is None else f"{row.memory_gib:.1f} GiB"
-        click.echo(f"{row.pass_id:<28}{row.tokens:>12,}{memory:>18}{duration(row.seconds):>16}")
+        click.echo(f"{row.pass_id!s:<28}{row.tokens:>12,}{memory:>18}{duration(row.seconds):>16}")
     click.echo(f"{'all':<28}{'':>12}{f'{1024 * disk_gib(plan, rows):.1f} MiB on disk':>18}{duration(total):>16}")
     click.echo("Lengths are estimated from characters and speed from the device: expect errors of a factor of 2 to 3.")
 

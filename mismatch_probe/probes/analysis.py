@@ -16,9 +16,10 @@ from mismatch_probe.metrics.length_prediction import LengthForecast, forecast
 from mismatch_probe.metrics.paired import compare_pairs
 from mismatch_probe.metrics.ratio_test import RatioTest, adjusted_together
 from mismatch_probe.metrics.where import where
+from mismatch_probe.passes import PassId
 from mismatch_probe.probes.findings import findings, format_ratio
 from mismatch_probe.probes.pairs import PairResult, PassPair, analyse_pair, why_missing
-from mismatch_probe.probes.planning import passes_of, self_noise_pass_id
+from mismatch_probe.probes.planning import passes_of
 from mismatch_probe.probes.tokens import token_view
 from mismatch_probe.probes.worst import worst_tokens
 from mismatch_probe.report.data import Curves, ReportData
@@ -62,7 +63,7 @@ def analyse(
     results: list[PairResult] = []
     missing: list[MissingPair] = []
     for both in [PassPair(rollout, trainer) for rollout in passes.rollouts for trainer in passes.trainers]:
-        why = why_missing(run, both.rollout.pass_id, both.trainer.pass_id)
+        why = why_missing(run, both)
         if why:
             missing.append(MissingPair(**dict(both.name), why=why))
         else:
@@ -90,7 +91,7 @@ def analyse(
     summary = Comparison(
         **Comparison.stamp(),
         model=run.manifest.model.name,
-        reference=None if passes.reference is None else passes.reference.pass_id,
+        reference=None if passes.reference is None else str(passes.reference),
         pairs=pairs,
         missing=tuple(missing),
         self_noise=tuple(noise.values()),
@@ -149,12 +150,14 @@ def _growth(found: LengthForecast) -> LengthGrowth:
 
 
 def _self_noise_pass(run: RunDirectory, pass_id: str) -> SelfNoisePass | None:
-    repeat = self_noise_pass_id(pass_id)
+    found = PassId.parse(pass_id)
+    repeat = str(found.repeat)
     if not run.finished(repeat):
         return None
-    engine, dtype = pass_id.split("-")[:2]
     measured = self_noise_of(run, pass_id, repeat)
-    return SelfNoisePass(pass_id=pass_id, self_noise_pass=repeat, engine=engine, dtype=dtype, measured=measured)
+    return SelfNoisePass(
+        pass_id=pass_id, self_noise_pass=repeat, engine=found.engine, dtype=found.dtype, measured=measured
+    )
 
 
 def judge(limit: Limit, pairs: Sequence[Pair], missing: Sequence[MissingPair]) -> list[LimitCheck]:

@@ -12,15 +12,16 @@ from mismatch_probe.engines import devices
 from mismatch_probe.engines.base import EncodeJob, RolloutJob, TrainerJob
 from mismatch_probe.engines.process import Kind, UnexpectedEngineError
 from mismatch_probe.errors import DiskFull, DtypeRefused, EngineError, Interrupted, PromptError, TableError
+from mismatch_probe.passes import PassId
 from mismatch_probe.probes.kept_rows import KeptRows
-from mismatch_probe.probes.planning import Plan, RolloutPass, TrainerPass, kv_cache_gib, request_seed
+from mismatch_probe.probes.planning import Plan, kv_cache_gib, request_seed
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.probes.recorded import masks_of, store_recorded
 from mismatch_probe.probes.store import distinct_requests, store_replay, store_rollouts, store_scores
 from mismatch_probe.probes.workers import Collected, Workers, drive
 from mismatch_probe.results.manifest import PassRecord, PassStatus, RunStatus
 from mismatch_probe.runs import RunDirectory
-from mismatch_probe.types import Dtype, EncodedPrompt, RolloutRequest, Sampling, TrainerDtype
+from mismatch_probe.types import EncodedPrompt, RolloutRequest, Sampling
 
 SELF_NOISE_SEQUENCES = 16
 
@@ -112,9 +113,9 @@ class PassRunner:
         if context is not None and len(longest.token_ids) + self._plan.sizes.max_tokens > context:
             self._progress.message(f"responses end at the model's context of {context} tokens, prompt included")
 
-    def _rollout(self, workers: Workers, rollout: RolloutPass, encoded: list[EncodedPrompt]) -> None:
-        pass_id, dtype = rollout.pass_id, rollout.dtype
-        if dtype == "recorded" or self._settled(pass_id):
+    def _rollout(self, workers: Workers, rollout: PassId, encoded: list[EncodedPrompt]) -> None:
+        pass_id, dtype = str(rollout), rollout.dtype
+        if dtype == "recorded" or dtype == "float64" or self._settled(pass_id):
             return
         plan, sizes = self._plan, self._plan.sizes
         try:
@@ -131,7 +132,7 @@ class PassRunner:
         capture = self._rows.capture(pass_id, requests, sampling)
 
         def attempt() -> Collected:
-            kind, settings = self._rollout_process(dtype)
+            kind, settings = self._process(rollout)
             job = RolloutJob(
                 engine=kind,
                 model_path=str(plan.model.path),
@@ -180,10 +181,11 @@ class PassRunner:
             in_process_failure=self._fallback,
         )
         if rollout.kind == "replay":
-            store_replay(self._run, pass_id, str(plan.passes.source), collected, record, self._masks)
+            assert plan.passes.source is not None
+            store_replay(self._run, rollout, plan.passes.source, collected, record, self._masks)
             return
         samples = [(prompt.prompt_id, sample) for prompt in encoded for sample in range(sizes.samples_per_prompt)]
-        store_rollouts(self._run, pass_id, requests, samples, collected, record)
+        store_rollouts(self._run, rollout, requests, samples, collected, record)
 
     def _replay_requests(self) -> list[RolloutRequest]:
         """The sequences of the pass that the others follow, each to be decoded again."""
@@ -208,10 +210,10 @@ class PassRunner:
             if response
         ]
 
-    def _train(self, workers: Workers, trainer: TrainerPass) -> None:
-        pass_id, run = trainer.pass_id, self._run
+    def _train(self, workers: Workers, trainer: PassId) -> None:
+        pass_id, run = str(trainer), self._run
         assert trainer.dtype != "recorded"
-        assert trainer.mode != "recorded"
+        assert trainer.mode == "cast" or trainer.mode == "autocast"
         known = run.record_of(pass_id)
         covered = () if known is None else known.covers
         missing = tuple(name for name in self._to_cover() if name not in covered)
@@ -224,7 +226,7 @@ class PassRunner:
             known.covers = covered + missing  # a replay of sequences that have been scored
             run.save()
             return
-        kind, settings = self._trainer_process(trainer.dtype)
+        kind, settings = self._process(trainer)
         job = TrainerJob(
             engine=kind,
             model_path=str(self._plan.model.path),
@@ -252,13 +254,13 @@ class PassRunner:
         if collected is not None:
             deterministic = devices.determinism(self._plan.device, in_process=True)
             record = PassRecord(status="finished", deterministic=deterministic, covers=covered + missing)
-            store_scores(run, pass_id, distinct, with_rows, collected, record, self._masks)
+            store_scores(run, trainer, distinct, with_rows, collected, record, self._masks)
 
     def _to_cover(self) -> list[str]:
         """The finished passes whose sequences a trainer pass is to score."""
         passes = self._plan.passes
-        names = [rollout.pass_id for rollout in passes.rollouts]
-        names += [passes.source] if passes.source is not None and passes.source not in names else []
+        wanted = dict.fromkeys((*passes.rollouts, *([passes.source] if passes.source is not None else [])))
+        names = map(str, wanted)
         return [name for name in names if self._run.finished(name)]
 
     def _settled(self, pass_id: str) -> bool:
@@ -284,25 +286,29 @@ class PassRunner:
         self._run.save()
         self._progress.end(pass_id, str(error))
 
-    def _rollout_process(self, dtype: Dtype) -> tuple[Kind, devices.EngineSettings]:
+    def _process(self, wanted: PassId) -> tuple[Kind, devices.EngineSettings]:
+        """What imports for a pass, and with which settings."""
         plan = self._plan
+        assert wanted.dtype != "recorded"
         if plan.model.scripted:
             return "scripted", devices.EngineSettings()
+        if wanted.side == "trainer":
+            return "hf", devices.trainer_settings(plan.device, wanted.dtype)
+        assert wanted.dtype != "float64"
         settings = devices.rollout_settings(
-            plan.device, dtype, eager=plan.config.eager, in_process=self._in_process, kv_cache_gib=kv_cache_gib(plan)
+            plan.device,
+            wanted.dtype,
+            eager=plan.config.eager,
+            in_process=self._in_process,
+            kv_cache_gib=kv_cache_gib(plan),
         )
         return "vllm", settings
-
-    def _trainer_process(self, dtype: TrainerDtype) -> tuple[Kind, devices.EngineSettings]:
-        if self._plan.model.scripted:
-            return "scripted", devices.EngineSettings()
-        return "hf", devices.trainer_settings(self._plan.device, dtype)
 
     def _prepare_next(self, workers: Workers, current: str | None) -> None:
         """Lets the process of the pass after `current` import ahead."""
         order: list[tuple[str, tuple[Kind, devices.EngineSettings]]] = [
-            *((r.pass_id, self._rollout_process(r.dtype)) for r in self._plan.passes.rollouts if r.dtype != "recorded"),
-            *((t.pass_id, self._trainer_process(t.dtype)) for t in self._plan.passes.scored if t.dtype != "recorded"),
+            *((str(p), self._process(p)) for p in self._plan.passes.rollouts if not p.recorded),
+            *((str(p), self._process(p)) for p in self._plan.passes.scored),
         ]
         names = [name for name, _ in order]
         for name, (kind, settings) in order[names.index(current) + 1 if current else 0 :]:

@@ -62,7 +62,7 @@ class KeptRows:
         """
         if self._plan.passes.source is None:
             return None
-        names = [rollout.pass_id for rollout in self._plan.passes.rollouts if rollout.pass_id != pass_id]
+        names = [str(rollout) for rollout in self._plan.passes.rollouts if str(rollout) != pass_id]
         found = next((name for name in names if self._run.finished(name) and self.path(name).exists()), None)
         if found is None:
             return None

@@ -19,7 +19,8 @@ from mismatch_probe.metrics.steps import StepSums
 from mismatch_probe.metrics.summary import compute_metrics
 from mismatch_probe.metrics.token import token_metrics
 from mismatch_probe.metrics.where import COLUMN_EDGES
-from mismatch_probe.probes.planning import Passes, RolloutPass, TrainerPass
+from mismatch_probe.passes import PassId
+from mismatch_probe.probes.planning import Passes
 from mismatch_probe.results.comparison import Pair, PairName
 from mismatch_probe.runs import RunDirectory
 from mismatch_probe.types import MetricValue
@@ -31,22 +32,22 @@ _POWER_KEYS = ("mean_abs_logprob_diff", "rms_logprob_diff", "kl_k3")
 class PassPair:
     """A rollout pass and a trainer pass."""
 
-    rollout: RolloutPass
-    trainer: TrainerPass
+    rollout: PassId
+    trainer: PassId
 
     @property
     def diagonal(self) -> str:
         """What figures call this pair; empty where its dtypes differ. Whatever a file recorded is on the diagonal."""
         if self.rollout.dtype == self.trainer.dtype:
             return self.rollout.dtype
-        return f"recorded → {self.trainer.dtype}" if self.rollout.dtype == "recorded" else ""
+        return f"recorded → {self.trainer.dtype}" if self.rollout.recorded else ""
 
     @property
     def name(self) -> PairName:
         """What the summary calls it."""
         return PairName(
-            rollout_pass=self.rollout.pass_id,
-            trainer_pass=self.trainer.pass_id,
+            rollout_pass=str(self.rollout),
+            trainer_pass=str(self.trainer),
             rollout_dtype=self.rollout.dtype,
             trainer_dtype=self.trainer.dtype,
             trainer_mode=self.trainer.mode,
@@ -76,10 +77,10 @@ def analyse_pair(run: RunDirectory, passes: Passes, both: PassPair, seed: int) -
     Raises:
         TableError: A table is missing or corrupt, or the passes do not hold the same tokens.
     """
-    rollout_pass, trainer_pass = both.rollout.pass_id, both.trainer.pass_id
-    reference = passes.reference.pass_id if passes.reference is not None else None
-    if reference is not None and why_missing(run, rollout_pass, reference):
-        reference = None
+    rollout_pass, trainer_pass = str(both.rollout), str(both.trainer)
+    reference = None
+    if passes.reference is not None and not why_missing(run, PassPair(both.rollout, passes.reference)):
+        reference = str(passes.reference)
     chunks = pair_chunks(
         run,
         rollout_pass,
@@ -144,8 +145,9 @@ def _prompts_needed(sums: PairSums, exact: ExactRows | None) -> dict[str, Prompt
     return {key: prompts_needed(estimate) for key, estimate in found.items() if isinstance(estimate, Estimate)}
 
 
-def why_missing(run: RunDirectory, rollout_pass: str, trainer_pass: str) -> str:
+def why_missing(run: RunDirectory, pair: PassPair) -> str:
     """Why two passes cannot be compared; empty where they can."""
+    rollout_pass, trainer_pass = str(pair.rollout), str(pair.trainer)
     for name in (rollout_pass, trainer_pass):
         if not run.finished(name):
             record = run.record_of(name)

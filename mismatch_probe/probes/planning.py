@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, fields, replace
-from typing import Literal
 
 from mismatch_probe.config import DEFAULT_MODEL, CompareConfig, Sizes
 from mismatch_probe.dtypes import DTYPE_INFOS
@@ -13,11 +12,12 @@ from mismatch_probe.engines.models import ModelRef, resolve
 from mismatch_probe.engines.rows import file_bytes
 from mismatch_probe.errors import UsageError
 from mismatch_probe.ingest.base import RecordedRun
+from mismatch_probe.passes import RECORDED_ROLLOUT, RECORDED_TRAINER, PassId
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.probes.recorded import check_recorded, read_recorded, recorded_of
 from mismatch_probe.prompts import PromptSet, load_prompts
 from mismatch_probe.results.manifest import Recorded
-from mismatch_probe.types import DTYPES, Dtype, EncodedPrompt, RolloutRequest, TrainerDtype, TrainerMode
+from mismatch_probe.types import DTYPES, EncodedPrompt, RolloutRequest
 
 # Sustained FLOP/s of matrix products: per CPU core as measured on 2-core machines without and with BF16 instructions,
 # assumed for a GPU. Good to a factor of two or three, which is what an estimate beforehand needs.
@@ -25,34 +25,6 @@ _CPU_RATE = {"bfloat16": (5e9, 100e9), "float16": (6e9, 14e9), "float32": (30e9,
 _GPU_RATE = {"bfloat16": 1e14, "float16": 1e14, "float32": 1.5e13, "float64": 1e12}
 _START_SECONDS = 15.0
 _CHARACTERS_PER_TOKEN = 4
-
-
-@dataclass(frozen=True)
-class RolloutPass:
-    """A row of the matrix: responses that a dtype samples, ids that it decodes again, or what a file recorded."""
-
-    dtype: Dtype | Literal["recorded"]
-    kind: Literal["decode", "replay", "recorded"]
-
-    @property
-    def pass_id(self) -> str:
-        return "recorded-rollout" if self.kind == "recorded" else f"vllm-{self.dtype}-{self.kind}"
-
-
-@dataclass(frozen=True)
-class TrainerPass:
-    """A column of the matrix, or the reference beside it."""
-
-    dtype: TrainerDtype | Literal["recorded"]
-    mode: TrainerMode | Literal["recorded"]
-
-    @property
-    def pass_id(self) -> str:
-        return "recorded-trainer" if self.mode == "recorded" else f"hf-{self.dtype}-{self.mode}"
-
-
-RECORDED_ROLLOUT = RolloutPass("recorded", "recorded")
-RECORDED_TRAINER = TrainerPass("recorded", "recorded")
 
 
 @dataclass(frozen=True)
@@ -66,16 +38,16 @@ class Passes:
         source: The pass whose sequences every other pass takes; None where each rollout samples its own.
     """
 
-    rollouts: tuple[RolloutPass, ...]
-    trainers: tuple[TrainerPass, ...]
-    reference: TrainerPass | None
-    source: str | None
+    rollouts: tuple[PassId, ...]
+    trainers: tuple[PassId, ...]
+    reference: PassId | None
+    source: PassId | None
 
     @property
-    def scored(self) -> list[TrainerPass]:
+    def scored(self) -> list[PassId]:
         """The passes that a trainer engine runs."""
         extra = [self.reference] if self.reference is not None and self.reference not in self.trainers else []
-        return [trainer for trainer in (*self.trainers, *extra) if trainer.mode != "recorded"]
+        return [trainer for trainer in (*self.trainers, *extra) if not trainer.recorded]
 
 
 def passes_of(config: CompareConfig, recorded: Recorded | None = None) -> Passes:
@@ -86,33 +58,28 @@ def passes_of(config: CompareConfig, recorded: Recorded | None = None) -> Passes
         recorded: Of a run `--from` a file: whose log-probs the file brings.
     """
     trainers = [
-        TrainerPass(dtype, mode)
+        PassId.trainer(dtype, mode)
         for dtype in config.trainer_dtypes
         for mode in (config.trainer_modes if dtype != "float32" else ("cast",))
     ]
     source = None
     if recorded is not None:
-        source = RECORDED_ROLLOUT.pass_id if recorded.rollout else RECORDED_TRAINER.pass_id
+        source = RECORDED_ROLLOUT if recorded.rollout else RECORDED_TRAINER
         rollouts = [RECORDED_ROLLOUT] if recorded.rollout else []
-        rollouts += [RolloutPass(dtype, "replay") for dtype in config.rollout_dtypes] if config.replay else []
+        rollouts += [PassId.rollout(dtype, "replay") for dtype in config.rollout_dtypes] if config.replay else []
         if recorded.trainer:
             trainers = [RECORDED_TRAINER, *(trainers if config.rescore else [])]
     elif config.sequences == "shared":
         first, *others = config.rollout_dtypes
-        rollouts = [RolloutPass(first, "decode"), *(RolloutPass(dtype, "replay") for dtype in others)]
-        source = rollouts[0].pass_id
+        rollouts = [PassId.rollout(first), *(PassId.rollout(dtype, "replay") for dtype in others)]
+        source = rollouts[0]
     else:
-        rollouts = [RolloutPass(dtype, "decode") for dtype in config.rollout_dtypes]
-    reference: TrainerPass | None = TrainerPass(config.reference, "cast")
-    engines = any(trainer.mode != "recorded" for trainer in trainers)
+        rollouts = [PassId.rollout(dtype) for dtype in config.rollout_dtypes]
+    reference: PassId | None = PassId.trainer(config.reference)
+    engines = any(not trainer.recorded for trainer in trainers)
     if not engines or (config.reference == "float32" and reference not in trainers):
         reference = None
     return Passes(tuple(rollouts), tuple(trainers), reference, source)
-
-
-def self_noise_pass_id(pass_id: str) -> str:
-    """The pass that produces some of a pass's tokens a second time."""
-    return f"{pass_id}-null"
 
 
 @dataclass(frozen=True)
@@ -155,7 +122,7 @@ class PassEstimate:
     On a GPU vLLM takes its share of the card whatever the model, so `memory_gib` is None there.
     """
 
-    pass_id: str
+    pass_id: PassId
     tokens: int
     memory_gib: float | None
     seconds: float
@@ -171,16 +138,16 @@ def estimate(plan: Plan) -> list[PassEstimate]:
         characters = sum(len(p.text or str(p.messages)) for p in plan.prompts.prompts)
         each = characters // _CHARACTERS_PER_TOKEN + len(plan.prompts.prompts) * sizes.max_tokens
         tokens = each * sizes.samples_per_prompt
-    engines = [rollout for rollout in plan.passes.rollouts if rollout.kind != "recorded"]
+    engines = [rollout for rollout in plan.passes.rollouts if not rollout.recorded]
     for rollout in engines:
         weights = parameters * DTYPE_INFOS[rollout.dtype].bytes / devices.GIB
         memory = weights + kv_cache_gib(plan) if plan.device == "cpu" else None
-        rows.append(PassEstimate(rollout.pass_id, tokens, memory, _seconds(plan, rollout.dtype, parameters, tokens)))
+        rows.append(PassEstimate(rollout, tokens, memory, _seconds(plan, rollout.dtype, parameters, tokens)))
     for trainer in plan.passes.scored:
         held = "float32" if trainer.mode == "autocast" else trainer.dtype
         memory = parameters * DTYPE_INFOS[held].bytes / devices.GIB + sizes.memory_budget_gib
         work = tokens * (1 if plan.passes.source else len(engines))
-        rows.append(PassEstimate(trainer.pass_id, work, memory, _seconds(plan, trainer.dtype, parameters, work)))
+        rows.append(PassEstimate(trainer, work, memory, _seconds(plan, trainer.dtype, parameters, work)))
     return rows
 
 
@@ -194,7 +161,7 @@ def _seconds(plan: Plan, dtype: str, parameters: int, tokens: int) -> float:
 
 def disk_gib(plan: Plan, rows: list[PassEstimate]) -> float:
     """Disk of the tables, before compression (about 36 bytes a token row), and of the rows of logits that are kept."""
-    engines = [row for row in rows if row.pass_id.startswith("vllm")]
+    engines = [row for row in rows if row.pass_id.side == "rollout"]
     kept = 0
     for row in engines if plan.config.exact_kl else ():
         most = row.tokens if plan.config.exact_kl == "all" else min(row.tokens, int(plan.config.exact_kl))
@@ -250,7 +217,7 @@ def make_plan(config: CompareConfig, progress: Progress | None = None, *, weight
             "Add --replay to decode its ids with vLLM.",
         )
     _check_engines(config, passes)
-    if passes.scored or any(rollout.kind != "recorded" for rollout in passes.rollouts):
+    if passes.scored or any(not rollout.recorded for rollout in passes.rollouts):
         if recorded is not None and not config.model:
             raise UsageError(
                 "Scoring or replaying recorded sequences needs the model that sampled them.", "Name it with --model."

@@ -12,6 +12,7 @@ from mismatch_probe.engines.models import ModelRef
 from mismatch_probe.errors import IngestError
 from mismatch_probe.ingest.base import RecordedRun, Side
 from mismatch_probe.ingest.generic import read_generic
+from mismatch_probe.passes import RECORDED_ROLLOUT, RECORDED_TRAINER
 from mismatch_probe.results.manifest import PassRecord, Recorded
 from mismatch_probe.runs import RunDirectory
 from mismatch_probe.schemas import Masks, sequences_table, tokens_table
@@ -77,7 +78,7 @@ def store_recorded(run: RunDirectory, recorded: RecordedRun, texts: Mapping[int,
     requests = [RolloutRequest(i, ids.tolist(), 0) for i, ids in enumerate(recorded.prompt_token_ids)]
     responses, source, masks = list(recorded.response_token_ids), "", masks_of(recorded)
     for side in recorded.sides:
-        pass_id = f"recorded-{side}"
+        pass_id = str(RECORDED_ROLLOUT if side == "rollout" else RECORDED_TRAINER)
         if run.finished(pass_id):
             source = source or pass_id
             continue

@@ -18,6 +18,7 @@ from mismatch_probe.engines import devices
 from mismatch_probe.errors import TableError, UsageError
 from mismatch_probe.files import locked
 from mismatch_probe.metrics.catalog import CATALOG
+from mismatch_probe.passes import PassId
 from mismatch_probe.probes.analysis import analyse
 from mismatch_probe.probes.compare import PassRunner
 from mismatch_probe.probes.outputs import draw_figures, summary_frame, write_outputs
@@ -126,17 +127,17 @@ def resume_run(path: Path, fail_on: Sequence[str], progress: Progress | None, ch
         return _finish(plan, run, limits, progress)
 
 
-# What may still change on resume, and which engine must have finished no pass yet, since the others would differ.
+# What may still change on resume, and the side of which no pass may be finished yet, since the others would differ.
 _CHANGEABLE = {
-    "memory_budget_gib": (),
-    "predict_lengths": (),
-    "extrapolate": (),
-    "trainer_layout": ("hf",),
-    "trainer_attn": ("hf",),
-    "rollout_batch": ("vllm",),
-    "engine_args": ("vllm",),
-    "eager": ("vllm",),
-    "exact_kl": ("vllm",),
+    "memory_budget_gib": "",
+    "predict_lengths": "",
+    "extrapolate": "",
+    "trainer_layout": "trainer",
+    "trainer_attn": "trainer",
+    "rollout_batch": "rollout",
+    "engine_args": "rollout",
+    "eager": "rollout",
+    "exact_kl": "rollout",
 }
 
 
@@ -148,7 +149,7 @@ def _changed(run: RunDirectory, changes: Mapping[str, Any]) -> CompareConfig:
                 f"{flag(name)} cannot be combined with --resume: a run continues as it was configured.", "Leave it out."
             )
         passes = run.manifest.passes  # a repeat belongs to the pass that it repeats
-        done = [p for p in run.finished_passes() if p.split("-")[0] in _CHANGEABLE[name] and not passes[p].repeats]
+        done = [p for p in run.finished_passes() if PassId.parse(p).side == _CHANGEABLE[name] and not passes[p].repeats]
         if done:
             raise UsageError(
                 f"{flag(name)} cannot change any more: {done[0]} has finished without it.",

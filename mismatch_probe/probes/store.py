@@ -9,7 +9,7 @@ from dataclasses import replace
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mismatch_probe.probes.planning import self_noise_pass_id
+from mismatch_probe.passes import PassId
 from mismatch_probe.probes.workers import Collected
 from mismatch_probe.results.manifest import PassRecord
 from mismatch_probe.runs import RunDirectory
@@ -19,7 +19,7 @@ from mismatch_probe.types import Rollout, RolloutRequest, Score, ScoreRequest
 
 def store_rollouts(
     run: RunDirectory,
-    pass_id: str,
+    pass_id: PassId,
     requests: Sequence[RolloutRequest],
     samples: Sequence[tuple[str, int]],
     collected: Collected,
@@ -35,9 +35,10 @@ def store_rollouts(
         collected: What the worker produced.
         record: Of the pass; what the worker said of itself is filled in.
     """
-    tokens = _rollout_tokens(pass_id, collected.rollouts, collected.texts)
+    name = str(pass_id)
+    tokens = _rollout_tokens(name, collected.rollouts, collected.texts)
     prompt_ids, sample_ids = zip(*samples, strict=True)
-    sequences = sequences_table(pass_id, requests, collected.rollouts, prompt_ids, sample_ids)
+    sequences = sequences_table(name, requests, collected.rollouts, prompt_ids, sample_ids)
     counts = {
         "n_sequences": len(requests),
         **_counts(tokens),
@@ -45,35 +46,35 @@ def store_rollouts(
         "n_empty": sum(len(r.response_token_ids) == 0 for r in collected.rollouts),
     }
     _store_self_noise(run, pass_id, collected)
-    run.finish_pass(pass_id, _filled(record, collected, counts), {"tokens": tokens, "sequences": sequences})
+    run.finish_pass(name, _filled(record, collected, counts), {"tokens": tokens, "sequences": sequences})
 
 
 def store_replay(
     run: RunDirectory,
-    pass_id: str,
-    source: str,
+    pass_id: PassId,
+    source: PassId,
     collected: Collected,
     record: PassRecord,
     masks: Masks | None,
 ) -> None:
     """Finishes a pass that decoded the sequences of `source` again; it has tokens, and no sequences of its own."""
-    tokens = _rollout_tokens(pass_id, collected.rollouts, collected.texts, masks)
+    tokens = _rollout_tokens(str(pass_id), collected.rollouts, collected.texts, masks)
     counts = {"n_sequences": len(collected.rollouts), **_counts(tokens)}
     _store_self_noise(run, pass_id, collected, masks)
-    record.sequences_of = source
-    run.finish_pass(pass_id, _filled(record, collected, counts), {"tokens": tokens})
+    record.sequences_of = str(source)
+    run.finish_pass(str(pass_id), _filled(record, collected, counts), {"tokens": tokens})
 
 
-def _store_self_noise(run: RunDirectory, pass_id: str, collected: Collected, masks: Masks | None = None) -> None:
+def _store_self_noise(run: RunDirectory, pass_id: PassId, collected: Collected, masks: Masks | None = None) -> None:
     if collected.self_noise_rollouts:
-        repeat = self_noise_pass_id(pass_id)
+        repeat = str(pass_id.repeat)
         again = _rollout_tokens(repeat, collected.self_noise_rollouts, collected.texts, masks)
-        run.finish_pass(repeat, PassRecord(status="finished", repeats=pass_id), {"tokens": again})
+        run.finish_pass(repeat, PassRecord(status="finished", repeats=str(pass_id)), {"tokens": again})
 
 
 def store_scores(
     run: RunDirectory,
-    pass_id: str,
+    pass_id: PassId,
     distinct: list[list[ScoreRequest]],
     rows_of: Sequence[str],
     collected: Collected,
@@ -91,23 +92,24 @@ def store_scores(
         record: Of the pass; what the worker said of itself is filled in.
         masks: Which response tokens count, by sequence; None for all.
     """
+    name = str(pass_id)
     twins = {group[0].sequence_id: group for group in distinct}
     ids = {request.sequence_id: request.response_token_ids for group in distinct for request in group}
 
-    kind, schema = ("reference", REFERENCE_SCHEMA) if pass_id.startswith("hf-float64") else ("tokens", TOKENS_SCHEMA)
+    kind, schema = ("reference", REFERENCE_SCHEMA) if pass_id.dtype == "float64" else ("tokens", TOKENS_SCHEMA)
 
-    def table(name: str, scores: list[Score]) -> pa.Table:
+    def table(of: str, scores: list[Score]) -> pa.Table:
         every = [replace(s, sequence_id=twin.sequence_id) for s in scores for twin in twins[s.sequence_id]]
-        return tokens_table(name, every, lambda score: ids[score.sequence_id], schema=schema, masks=masks)
+        return tokens_table(of, every, lambda score: ids[score.sequence_id], schema=schema, masks=masks)
 
-    tokens, n_distinct = table(pass_id, collected.scores), len(distinct)
-    exact = exact_table(pass_id, rows_of, collected.scores, masks)
-    if run.finished(pass_id):
+    tokens, n_distinct = table(name, collected.scores), len(distinct)
+    exact = exact_table(name, rows_of, collected.scores, masks)
+    if run.finished(name):
         # A sequence that was scored again, for the rows of a later replay, replaces itself.
-        earlier, compared = run.tokens(pass_id), run.exact(pass_id)
+        earlier, compared = run.tokens(name), run.exact(name)
         again = pc.is_in(earlier["sequence_id"], value_set=pa.array(list(ids), pa.int64()))
         if not pc.any(again).as_py():
-            n_distinct += run.manifest.passes[pass_id].counts["n_distinct_sequences"]
+            n_distinct += run.manifest.passes[name].counts["n_distinct_sequences"]
         order = [("sequence_id", "ascending"), ("position", "ascending")]
         tokens = pa.concat_tables([earlier.filter(pc.invert(again)), tokens]).sort_by(order)
         both = [table for table in (compared, exact) if table is not None]
@@ -119,10 +121,10 @@ def store_scores(
         **_counts(tokens),
     }
     if collected.self_noise_scores:
-        repeat, again_of = self_noise_pass_id(pass_id), PassRecord(status="finished", repeats=pass_id)
+        repeat, again_of = str(pass_id.repeat), PassRecord(status="finished", repeats=str(pass_id))
         run.finish_pass(repeat, again_of, {kind: table(repeat, collected.self_noise_scores)})
     tables = {kind: tokens} | ({} if exact is None else {"exact": exact})
-    run.finish_pass(pass_id, _filled(record, collected, counts), tables)
+    run.finish_pass(name, _filled(record, collected, counts), tables)
 
 
 def distinct_requests(sequences: Sequence[pa.Table]) -> list[list[ScoreRequest]]:

@@ -30,7 +30,7 @@ def token_view(run: RunDirectory, diagonal: Mapping[str, PairResult]) -> tuple[T
     """
     found: list[TokenSequence] = []
     for name, result in diagonal.items():
-        pair, sequences = result.passes, pass_sequences(run, result.passes.rollout.pass_id)
+        pair, sequences = result.passes, pass_sequences(run, str(result.passes.rollout))
         worst = list(dict.fromkeys(sequences.ids[result.sums.largest.sequence].tolist()))[:WORST]
         spaced = np.linspace(0, len(sequences.ids) - 1, min(OTHERS, len(sequences.ids))).round().astype(int)
         others = [i for i in dict.fromkeys(sequences.ids[spaced].tolist()) if i not in worst]
@@ -50,8 +50,8 @@ def tokens_of(run: RunDirectory, sequence_id: int) -> tuple[TokenSequence, ...]:
     found: dict[str, TokenSequence] = {}
     for pair in (PassPair(rollout, trainer) for rollout in passes.rollouts for trainer in passes.trainers):
         name = pair.diagonal
-        if name and name not in found and not why_missing(run, pair.rollout.pass_id, pair.trainer.pass_id):
-            sequences = pass_sequences(run, pair.rollout.pass_id)
+        if name and name not in found and not why_missing(run, pair):
+            sequences = pass_sequences(run, str(pair.rollout))
             if sequence_id in sequences.ids:
                 found[name] = _sequence(run, name, pair, sequences, sequence_id, "", longest=None)
     found = {name: sequence for name, sequence in found.items() if sequence.tokens}
@@ -72,8 +72,8 @@ def _sequence(
     longest: int | None = LONGEST,
 ) -> TokenSequence:
     columns = ["position", "logprob"]
-    rollout = _rows(run, pair.rollout.pass_id, [*columns, "token_text"], sequence_id)
-    trainer = _rows(run, pair.trainer.pass_id, [*columns, "entropy", "rank"], sequence_id)
+    rollout = _rows(run, str(pair.rollout), [*columns, "token_text"], sequence_id)
+    trainer = _rows(run, str(pair.trainer), [*columns, "entropy", "rank"], sequence_id)
     pairs = zip(rollout, trainer, strict=True)
     tokens = [
         Token(here["token_text"] or "", here["logprob"], there["logprob"], there["entropy"], there["rank"])

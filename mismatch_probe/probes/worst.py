@@ -12,7 +12,7 @@ _CONTEXT_TOKENS = 16
 
 def worst_tokens(run: RunDirectory, name: str, result: PairResult) -> list[WorstToken]:
     """The tokens with the largest |d| of a pair that reports call `name`; only their surroundings are read."""
-    pass_id, sums = result.passes.rollout.pass_id, result.sums
+    pass_id, sums = str(result.passes.rollout), result.sums
     sequences = pass_sequences(run, pass_id)
     square = float(sums.binned["probability"].squared_log_ratio.sum())
     tokens = []

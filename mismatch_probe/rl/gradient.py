@@ -146,8 +146,8 @@ def pass_data(run: RunDirectory) -> tuple[dict[str, PassData], dict[str, str]]:
     found: dict[str, PassData] = {}
     missing: dict[str, str] = {}
     for rollout in passes.rollouts:
-        name = rollout.pass_id
-        missing[name] = why_missing(run, name, REFERENCE.pass_id)
+        name = str(rollout)
+        missing[name] = why_missing(run, PassPair(rollout, REFERENCE))
         if run.source_of(name) != name:
             missing[name] = "it decoded the sequences of another pass, so it did not sample them"
         if missing[name]:
@@ -155,11 +155,11 @@ def pass_data(run: RunDirectory) -> tuple[dict[str, PassData], dict[str, str]]:
         own = [
             trainer
             for trainer in passes.trainers
-            if PassPair(rollout, trainer).diagonal and not why_missing(run, name, trainer.pass_id)
+            if PassPair(rollout, trainer).diagonal and not why_missing(run, PassPair(rollout, trainer))
         ]
         # Of several trainer modes the first one stands for the dtype.
         trainers = dict.fromkeys([*own[:1], REFERENCE])
-        data = PassData.of(rollout, {trainer: pair_arrays(run, name, trainer.pass_id) for trainer in trainers})
+        data = PassData.of(rollout, {trainer: pair_arrays(run, name, str(trainer)) for trainer in trainers})
         if len(data.kept):
             found[name] = data
         else:
@@ -175,7 +175,7 @@ def pass_data(run: RunDirectory) -> tuple[dict[str, PassData], dict[str, str]]:
 
 def _task(run: RunDirectory, config: CompareConfig, data: PassData) -> PassTask:
     """The worker's task of a rollout pass."""
-    name = data.rollout.pass_id
+    name = str(data.rollout)
     table = run.sequences(name).sort_by("sequence_id")
     prompts, responses = (table[column].to_pylist() for column in ("prompt_token_ids", "response_token_ids"))
     sequences = [
@@ -184,7 +184,7 @@ def _task(run: RunDirectory, config: CompareConfig, data: PassData) -> PassTask:
             responses[index],
             data.pairs[REFERENCE].position[rows],
             data.pairs[REFERENCE].rollout_logprob[rows],
-            {trainer.pass_id: pair.trainer_logprob[rows] for trainer, pair in data.pairs.items()},
+            {str(trainer): pair.trainer_logprob[rows] for trainer, pair in data.pairs.items()},
         )
         for index, rows in zip(data.kept, data.rows, strict=True)
     ]
@@ -194,7 +194,7 @@ def _task(run: RunDirectory, config: CompareConfig, data: PassData) -> PassTask:
         digest.update(json.dumps([sequence.prompt, sequence.response, list(sequence.trainers)]).encode())
         for values in (sequence.positions, sequence.rollout, *sequence.trainers.values()):
             digest.update(np.ascontiguousarray(values).tobytes())
-    return PassTask(str(run.path / FOLDER / f"{name}.npz"), digest.hexdigest(), sequences, REFERENCE.pass_id)
+    return PassTask(str(run.path / FOLDER / f"{name}.npz"), digest.hexdigest(), sequences, str(REFERENCE))
 
 
 def _make_missing(run: RunDirectory, config: CompareConfig, tasks: Sequence[PassTask], progress: Progress) -> None:

@@ -17,7 +17,7 @@ from mismatch_probe.metrics.gradient import GRADIENT_KEYS, Weighted, gradient_me
 from mismatch_probe.metrics.intervals import UPPER_TAIL, Floats
 from mismatch_probe.metrics.length_prediction import forecast_pair
 from mismatch_probe.metrics.summary import compute_metrics
-from mismatch_probe.probes.planning import RolloutPass, TrainerPass
+from mismatch_probe.passes import PassId
 from mismatch_probe.results.gradient import (
     CentralRange,
     Draws,
@@ -34,7 +34,7 @@ from mismatch_probe.rl.gradient_task import DIRECTIONS, PassVectors, SequenceTas
 from mismatch_probe.runs import RunDirectory
 from mismatch_probe.types import MetricValue, PairArrays
 
-REFERENCE = TrainerPass("float32", "cast")
+REFERENCE = PassId.trainer("float32")
 HALF = 0.5
 DRAWS = 400
 _PAIR_KEYS = ("mean_abs_logprob_diff", "ess_seq", "ess_seq_gaussian")
@@ -58,8 +58,8 @@ class PassData:
         n_impossible: Others with a token that is not usable.
     """
 
-    rollout: RolloutPass
-    pairs: Mapping[TrainerPass, PairArrays]
+    rollout: PassId
+    pairs: Mapping[PassId, PairArrays]
     kept: Ints
     rows: Sequence[slice]
     n_empty: int
@@ -67,7 +67,7 @@ class PassData:
     n_impossible: int
 
     @classmethod
-    def of(cls, rollout: RolloutPass, pairs: Mapping[TrainerPass, PairArrays]) -> PassData:
+    def of(cls, rollout: PassId, pairs: Mapping[PassId, PairArrays]) -> PassData:
         first = next(iter(pairs.values()))
         usable = np.logical_and.reduce([usable_rows(pair) for pair in pairs.values()])
         sides = np.stack([side for pair in pairs.values() for side in (pair.rollout_logprob, pair.trainer_logprob)])
@@ -107,7 +107,7 @@ def document_of(
         model=run.manifest.model.name,
         config=config,
         directions=DIRECTIONS,
-        reference=Reference(correction="seq-is", trainer_pass=REFERENCE.pass_id),
+        reference=Reference(correction="seq-is", trainer_pass=str(REFERENCE)),
         passes=passes,
         missing=left_out,
         findings=tuple(findings_of(passes, left_out)),
@@ -119,7 +119,7 @@ def _pass(
 ) -> RolloutGradient:
     first = next(iter(data.pairs.values()))
     return RolloutGradient(
-        rollout_pass=data.rollout.pass_id,
+        rollout_pass=str(data.rollout),
         rollout_dtype=data.rollout.dtype,
         n_sequences=len(data.kept),
         n_prompts=len(np.unique(first.prompt[data.kept])),
@@ -133,14 +133,14 @@ def _pass(
     )
 
 
-def _pair(trainer: TrainerPass, pair: PairArrays, lengths: Sequence[int], seed: int) -> PairEss:
+def _pair(trainer: PassId, pair: PairArrays, lengths: Sequence[int], seed: int) -> PairEss:
     """ESS as measured and as predicted."""
     found = compute_metrics(pair, keys=_PAIR_KEYS, seed=seed)
     mean_length = len(pair.sequence) / max(1, len(np.unique(pair.sequence)))
     walk = random_walk_ess(pair, {"": mean_length, **{str(length): length for length in lengths}}, seed=seed)
     forecast = forecast_pair([pair], lengths=lengths, seed=seed)
     return PairEss(
-        trainer_pass=trainer.pass_id,
+        trainer_pass=str(trainer),
         trainer_dtype=trainer.dtype,
         trainer_mode=trainer.mode,
         mean_length=mean_length,
@@ -163,14 +163,14 @@ def _estimates(
 ) -> Iterator[GradientEstimate]:
     """Every correction with every trainer's log-probs, the one without weights first."""
     plain = vectors.score.astype(np.float64)
-    reference = vectors.weighted(("seq-is", REFERENCE.pass_id)).vectors
+    reference = vectors.weighted(("seq-is", str(REFERENCE))).vectors
     _, prompt = np.unique(next(iter(data.pairs.values())).prompt[data.kept], return_inverse=True)
     signs = _signs(tasks)
     n = len(plain)
-    weightings: list[tuple[str, TrainerPass | None, Weighted]] = [
+    weightings: list[tuple[str, PassId | None, Weighted]] = [
         ("none", None, Weighted(plain, np.ones(n), np.zeros(n), np.zeros(n))),
         *(
-            (correction, trainer, vectors.weighted((correction, trainer.pass_id)))
+            (correction, trainer, vectors.weighted((correction, str(trainer))))
             for trainer in data.pairs
             for correction in dict.fromkeys(name for name, _ in vectors.sums)
         ),
@@ -179,7 +179,7 @@ def _estimates(
         cosines, norms = sign_draws(weighted.vectors, reference, signs)
         yield GradientEstimate(
             correction=correction,
-            trainer_pass=trainer.pass_id if trainer else None,
+            trainer_pass=str(trainer) if trainer else None,
             trainer_dtype=trainer.dtype if trainer else None,
             trainer_mode=trainer.mode if trainer else None,
             metrics=gradient_metrics(weighted, plain, reference, prompt.astype(np.int64), seed=seed),

@@ -259,7 +259,7 @@ def test_a_setting_that_breaks_tokens_is_no_remedy(plant: Callable[..., Planted]
 def test_what_the_pair_leaves_out_is_left_out_here(run_copy: Path) -> None:
     """A placeholder among the trainer's log-probs is NaN to every rung and setting, and counted."""
     run = RunDirectory.open(run_copy)
-    name = open_pair(run, AttributeOptions(layers=False)).trainer.pass_id
+    name = str(open_pair(run, AttributeOptions(layers=False)).trainer)
     before = Planted(run_copy)
     tokens = run.tokens(name)
     logprobs = tokens["logprob"].to_numpy().copy()

@@ -15,12 +15,12 @@ from mismatch_probe.metrics.accumulate import as_sums
 from mismatch_probe.metrics.catalog import CATALOG
 from mismatch_probe.metrics.ratio_test import ratio_tests
 from mismatch_probe.metrics.summary import compute_metrics
+from mismatch_probe.passes import PassId
 from mismatch_probe.probes.audit.answers import answers
 from mismatch_probe.probes.audit.checks import Checks
 from mismatch_probe.probes.audit.document import not_finite
 from mismatch_probe.probes.audit.profile import Profile, load_profile
 from mismatch_probe.probes.pairs import PassPair, pair_of
-from mismatch_probe.probes.planning import RolloutPass, TrainerPass
 from mismatch_probe.results.audit import Bounds, Check, Range
 from mismatch_probe.results.comparison import MissingPair, Pair
 from mismatch_probe.types import PairArrays
@@ -67,7 +67,7 @@ def judged(
     )
     sums = as_sums(pair)
     tests = ratio_tests(sums, replicates=200) if on_policy and sums.n_usable else []
-    both = PassPair(RolloutPass(dtypes[0], "decode"), TrainerPass(dtypes[1], "cast"))
+    both = PassPair(PassId.rollout(dtypes[0]), PassId.trainer(dtypes[1]))
     row = pair_of(both, sums, compute_metrics(sums, replicates=200)).model_copy(update={"ratio_tests": tuple(tests)})
     checks = Checks(profile, (row,), {}, found or Range(), (), 100)
     return {check.name: check for check in checks.of_pair(row)}

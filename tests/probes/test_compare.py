@@ -20,8 +20,9 @@ from mismatch_probe.engines.base import RolloutJob, TrainerJob
 from mismatch_probe.engines.models import ModelRef
 from mismatch_probe.errors import DiskFull, Interrupted, PromptError, TableError, UsageError
 from mismatch_probe.files import locked
+from mismatch_probe.passes import PassId
 from mismatch_probe.probes import workers
-from mismatch_probe.probes.planning import make_plan, self_noise_pass_id
+from mismatch_probe.probes.planning import make_plan
 from mismatch_probe.probes.session import RunResult, default_folder
 from mismatch_probe.runs import RunDirectory
 from mismatch_probe.types import DTYPES
@@ -313,7 +314,7 @@ class TestExtension:
             "n_tokens": 32,
             "n_nonfinite": len(nonfinite),
         }
-        assert (run.tokens(TRAINER).num_rows, run.manifest.passes[self_noise_pass_id(TRAINER)].rows) == (
+        assert (run.tokens(TRAINER).num_rows, run.manifest.passes[str(PassId.parse(TRAINER).repeat)].rows) == (
             32,
             {"tokens": 16},
         )

@@ -8,9 +8,9 @@ import pytest
 from mismatch_probe.metrics.accumulate import as_sums
 from mismatch_probe.metrics.ratio_test import ratio_tests
 from mismatch_probe.metrics.summary import compute_metrics
+from mismatch_probe.passes import PassId
 from mismatch_probe.probes.findings import findings
 from mismatch_probe.probes.pairs import PairResult, PassPair, pair_of
-from mismatch_probe.probes.planning import RolloutPass, TrainerPass
 from mismatch_probe.results.finding import Finding
 from mismatch_probe.types import PairArrays
 
@@ -21,7 +21,7 @@ def result(log_ratio: np.ndarray) -> PairResult:
     rollout = -np.random.default_rng(1).exponential(1.0, n)
     pair = PairArrays(rollout, rollout + log_ratio, np.arange(n) // 30, np.arange(n) % 30, np.arange(n // 30))
     sums = as_sums(pair)
-    both = PassPair(RolloutPass("bfloat16", "decode"), TrainerPass("bfloat16", "cast"))
+    both = PassPair(PassId.rollout("bfloat16"), PassId.trainer("bfloat16"))
     found = pair_of(both, sums, compute_metrics(sums)).model_copy(update={"ratio_tests": tuple(ratio_tests(sums))})
     return PairResult(both, found, sums, None)
 

@@ -59,9 +59,9 @@ def test_projected_gradients_give_what_full_ones_in_float64_give(tiny: Tiny, tmp
     zeros = np.zeros(len(d))
     expected = {
         ("none", None): plain,
-        ("token-tis", REFERENCE.pass_id): of_tokens,
-        ("seq-is", REFERENCE.pass_id): w[:, None] * plain,
-        ("seq-mis", REFERENCE.pass_id): np.where(w > 3, 0, w)[:, None] * plain,
+        ("token-tis", str(REFERENCE)): of_tokens,
+        ("seq-is", str(REFERENCE)): w[:, None] * plain,
+        ("seq-mis", str(REFERENCE)): np.where(w > 3, 0, w)[:, None] * plain,
     }
     found = {(one.correction, one.trainer_pass): one.metrics for one in bf16.estimates}
     for key, vectors in expected.items():

@@ -39,7 +39,7 @@ def vectors_of(task: SequenceTask, row: int) -> Vectors:
                 weights[name, trainer] = ratio.prod(keepdims=True)
             else:
                 weights[name, trainer], of_tokens[name, trainer] = ratio, ratio.mean() * score
-    return Vectors(score, of_tokens, weights, task.trainers[REFERENCE.pass_id])
+    return Vectors(score, of_tokens, weights, task.trainers[str(REFERENCE)])
 
 
 def save(task: PassTask) -> None:
@@ -56,7 +56,7 @@ def measured(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_every_rollout_dtype_has_its_own_trainer_and_the_one_in_fp32(run_copy: Path) -> None:
     found, missing = pass_data(RunDirectory.open(run_copy))
-    assert {name: [trainer.pass_id for trainer in data.pairs] for name, data in found.items()} == {
+    assert {name: [str(trainer) for trainer in data.pairs] for name, data in found.items()} == {
         "vllm-bfloat16-decode": ["hf-bfloat16-cast", "hf-float32-cast"],
         "vllm-float16-decode": ["hf-float16-cast", "hf-float32-cast"],
         "vllm-float32-decode": ["hf-float32-cast"],

@@ -22,9 +22,10 @@ from mismatch_probe.errors import EngineError, UsageError
 from mismatch_probe.metrics.chunks import usable_rows
 from mismatch_probe.metrics.frame import pair_arrays
 from mismatch_probe.metrics.ladder import TokenPrompts
+from mismatch_probe.passes import PassId
 from mismatch_probe.probes.attribute.availability import Context
 from mismatch_probe.probes.attribute.options import AttributeOptions
-from mismatch_probe.probes.planning import RolloutPass, TrainerPass, passes_of
+from mismatch_probe.probes.planning import passes_of
 from mismatch_probe.runs import RunDirectory
 from mismatch_probe.types import RolloutRequest, ScoreRequest
 
@@ -50,8 +51,8 @@ class Pair:
 
     run: RunDirectory
     config: CompareConfig
-    rollout: RolloutPass
-    trainer: TrainerPass
+    rollout: PassId
+    trainer: PassId
     context: Context
     sequences: tuple[ScoreRequest, ...]
     rollout_logprobs: NDArray[np.float64]
@@ -99,7 +100,7 @@ class Pair:
         config = self.config
         # Not the versions of packages: a run is read elsewhere and later, and every pass says what made it.
         known: list[Any] = [PASSES, name, *map(repr, about), self.run.manifest.device]
-        known += [self.run.manifest.model.files, self.rollout.pass_id, self.trainer.pass_id]
+        known += [self.run.manifest.model.files, str(self.rollout), str(self.trainer)]
         known += [config.trainer_layout, config.trainer_attn, config.memory_budget_gib]
         known += [config.engine_args, config.eager, self.batch, self.in_process]
         return _digest([*known, self._ids_digest])
@@ -136,20 +137,20 @@ def open_pair(run: RunDirectory, options: AttributeOptions) -> Pair:
             "An attribution needs temperature 1: prefill gives log-probs at no other.",
             "Compare without --temperature.",
         )
-    for name in (rollout.pass_id, trainer.pass_id):
+    for name in (str(rollout), str(trainer)):
         if not run.finished(name):
             record = run.record_of(name)
             why = "it did not run" if record is None else record.why
             raise EngineError(f"Pass {name} has not finished: {why}", "Continue the comparison with --resume.")
-    source = run.source_of(rollout.pass_id)
+    source = run.source_of(str(rollout))
     rows = {row["sequence_id"]: row for row in run.sequences(source).to_pylist() if row["response_token_ids"]}
     if any(not row["prompt_token_ids"] for row in rows.values()):
         raise UsageError("A sequence of this run has no prompt, so no engine can score it.", "Compare with prompts.")
-    arrays = pair_arrays(run, rollout.pass_id, trainer.pass_id)
+    arrays = pair_arrays(run, str(rollout), str(trainer))
     if len(arrays.rollout_logprob) != sum(len(row["response_token_ids"]) for row in rows.values()):
         raise UsageError("Some tokens of this run were left out of the comparison.", "Compare the model's own samples.")
-    wide = TrainerPass("float32", "cast").pass_id
-    float32 = pair_arrays(run, rollout.pass_id, wide).trainer_logprob if run.finished(wide) else None
+    wide = str(PassId.trainer("float32"))
+    float32 = pair_arrays(run, str(rollout), wide).trainer_logprob if run.finished(wide) else None
     usable = usable_rows(arrays)
     finite = np.isfinite(arrays.rollout_logprob) & np.isfinite(arrays.trainer_logprob)
     rollout_logprobs, trainer_logprobs = (
@@ -164,8 +165,8 @@ def open_pair(run: RunDirectory, options: AttributeOptions) -> Pair:
         trainer_mode=str(trainer.mode),
         trainer_layout=config.trainer_layout,
         model=read_config(run.manifest.model.path),
-        engine=run.manifest.passes[rollout.pass_id].engine,
-        attention=str(run.manifest.passes[trainer.pass_id].engine.get("attention", "")),
+        engine=run.manifest.passes[str(rollout)].engine,
+        attention=str(run.manifest.passes[str(trainer)].engine.get("attention", "")),
     )
     return Pair(
         run,

@@ -50,7 +50,7 @@ def plan_attribution(config: CompareConfig, options: Mapping[str, Any]) -> Attri
     if asked.layers and not context.engine["enforce_eager"]:
         reasons["rollout-eager"] = ""  # always beside the layers
     chosen = [setting for setting in settings if not reasons[setting.name]]
-    passes = [PlannedProcess(name=row.pass_id, n_passes=1, seconds=row.seconds) for row in rows]
+    passes = [PlannedProcess(name=str(row.pass_id), n_passes=1, seconds=row.seconds) for row in rows]
     processes = _processes(chosen, rows, asked)
     return AttributionPlan(
         model=plan.config.model,
@@ -64,8 +64,8 @@ def plan_attribution(config: CompareConfig, options: Mapping[str, Any]) -> Attri
 
 
 def _processes(chosen: list[Setting], rows: list[PassEstimate], options: AttributeOptions) -> list[PlannedProcess]:
-    decode = next(row.seconds for row in rows if row.pass_id.startswith("vllm"))
-    score = max(1.0, next(row.seconds for row in rows if row.pass_id.startswith("hf")) - _START)
+    decode = next(row.seconds for row in rows if row.pass_id.side == "rollout")
+    score = max(1.0, next(row.seconds for row in rows if row.pass_id.side == "trainer") - _START)
     same = [setting for setting in chosen if setting.side == "rollout" and setting.arguments is None]
     alone = sum(_ALONE * decode for setting in same if setting.how == "decode-alone")
     found = [("vLLM as it sampled", 2 + len(same), decode * 2 + alone)]

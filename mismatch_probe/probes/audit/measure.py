@@ -44,8 +44,8 @@ class Calibration:
 def calibration_of(run: RunDirectory) -> Calibration:
     """The sequences of the run's most precise rollout pass; none where no rollout pass has any with a prompt."""
     passes = passes_of(run.manifest.config, run.manifest.recorded)
-    names = [rollout.pass_id for rollout in passes.rollouts]
-    for name in sorted(names, key=lambda name: "float32" not in name):
+    for rollout in sorted(passes.rollouts, key=lambda rollout: rollout.dtype != "float32"):
+        name = str(rollout)
         if not run.finished(name):
             continue
         rows = [row for row in run.sequences(name).to_pylist() if row["response_token_ids"] and row["prompt_token_ids"]]
