@@ -59,12 +59,11 @@ class BinnedSums:
         self._grow(int(bins.max()) + 1)
         width = self._sums.shape[2]
         cell = tokens.token_prompt[keep] * width + bins
-        log_ratio = tokens.log_ratio[keep]
-        shift = scales.shift_of(log_ratio)
-        common = max(self.shift, shift)
+        common = max(self.shift, scales.shift_of(tokens.log_ratio[keep]))
         self._sums[3] *= np.exp(self.shift - common)
         self.shift = common
-        columns = (None, np.abs(log_ratio), log_ratio**2, scales.shifted_expm1(log_ratio, common))
+        excess = tokens.ratio_excess(common)[keep]
+        columns = (None, tokens.abs_log_ratio[keep], tokens.squared_log_ratio[keep], excess)
         for sums, column in zip(self._sums, columns, strict=True):
             sums += np.bincount(cell, column, minlength=sums.size).reshape(sums.shape)
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mismatch_probe.metrics import scales
 from mismatch_probe.metrics.intervals import Floats
 from mismatch_probe.types import PairArrays
 
@@ -124,6 +125,18 @@ class TokenChunk:
     @cached_property
     def abs_log_ratio(self) -> Floats:
         return np.abs(self.log_ratio)
+
+    @cached_property
+    def squared_log_ratio(self) -> Floats:
+        return self.log_ratio**2
+
+    def ratio_excess(self, shift: float) -> Floats:
+        """`[n]` (ρ − 1)·exp(−`shift`); kept where `shift` is 0, which it nearly always is."""
+        return self._ratio_excess if shift == 0.0 else scales.shifted_expm1(self.log_ratio, shift)
+
+    @cached_property
+    def _ratio_excess(self) -> Floats:
+        return scales.shifted_expm1(self.log_ratio, 0.0)
 
     @cached_property
     def rollout_prob(self) -> Floats:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,6 +111,10 @@ def pair_chunks(
         feeds.append(_Feed(run, reference_pass, sequences))
     source = run.source_of(rollout_pass)
     why = "" if source == rollout_pass else f"these tokens were sampled by {source}"
+    yield from _ahead(_pairs(sequences, feeds, why, chunk_tokens))
+
+
+def _pairs(sequences: PassSequences, feeds: Sequence[_Feed], why: str, chunk_tokens: int) -> Iterator[PairArrays]:
     kept: list[Rows] = []
     size = 0
     for rows in _paired_rows(feeds):
@@ -125,6 +130,15 @@ def pair_chunks(
         # Copied, so that what was yielded can be freed.
         kept, size = [{name: values[cut:].copy() for name, values in joined.items()}], size - cut
     yield _pair(sequences, _concatenate(kept), why)
+
+
+def _ahead(chunks: Iterator[PairArrays]) -> Iterator[PairArrays]:
+    """The same chunks; the next one is read in a thread while the present one is computed with."""
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(next, chunks, None)
+        while (chunk := coming.result()) is not None:
+            coming = reader.submit(next, chunks, None)
+            yield chunk
 
 
 def pair_arrays(run: PassTables, rollout_pass: str, trainer_pass: str) -> PairArrays:

@@ -59,6 +59,8 @@ _USABLE_SHARE = 0.99
 _CHUNK_ELEMENTS = 2_000_000
 _COMPLEX_STEP = 1e-80
 _ROUNDED = 1e-12
+# How many times the tail of a quantile is searched for its limits, before all values are.
+_TAILS = 4.0
 
 
 @dataclass(frozen=True)
@@ -381,22 +383,31 @@ def quantile_interval(values: Floats, prompt: NDArray[np.int64], level: float) -
     value = float(np.quantile(values, level))
     counts = np.bincount(prompt).astype(np.float64)
 
-    def share(chosen: NDArray[np.bool_]) -> Interval | None:
-        hits = np.bincount(prompt, weights=chosen, minlength=len(counts)).astype(np.float64, copy=False)
+    def share(prompts: NDArray[np.int64]) -> Interval | None:
+        hits = np.bincount(prompts, minlength=len(counts)).astype(np.float64)
         return share_interval(hits, counts, heavy_tailed=True)
 
-    interval = share(values > value)
+    interval = share(prompt[values > value])
     if interval is None:
         return value, None
     if np.count_nonzero(values == value) <= 1:
         low, high = np.quantile(values, (1 - interval[1], 1 - interval[0]))
         return value, (min(value, float(low)), max(value, float(high)))
     # Among ties the share above the value is not 1 − level: the limits are the last values that the share of values
-    # beyond them does not exclude.
-    tail, points = 1 - level, np.unique(values)
+    # beyond them does not exclude. They are looked for in the tail alone, where it is long enough to hold them.
+    tail = 1 - level
+
+    def possible(interval: Interval | None) -> bool:
+        return interval is None or interval[0] <= tail
+
+    start = float(np.quantile(values, max(0.0, 1 - _TAILS * tail)))
+    whole = possible(share(prompt[values > start]))
+    chosen = slice(None) if whole else values >= start
+    values, prompt = values[chosen], prompt[chosen]
+    points = np.unique(values)
     at = int(np.searchsorted(points, value))
-    low = _last(points[: at + 1][::-1], lambda point: (share(values > point) or (0.0, 1.0))[0] <= tail)
-    high = _last(points[at:], lambda point: (share(values >= point) or (0.0, 1.0))[1] > tail)
+    low = _last(points[: at + 1][::-1], lambda point: possible(share(prompt[values > point])))
+    high = _last(points[at:], lambda point: (share(prompt[values >= point]) or (0.0, 1.0))[1] > tail)
     return value, (low, high)
 
 

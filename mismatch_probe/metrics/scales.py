@@ -132,10 +132,12 @@ def shifted_expm1(x: Floats, shift: float) -> Floats:
 
 def k3(d: Floats) -> Floats:
     """expm1(d) − d, never negative; by its series where the difference of two close numbers would lose digits."""
+    k3 = np.expm1(d, out=np.empty_like(d))
+    k3 -= d
     small = np.abs(d) < 1e-3
-    x = np.where(small, d, 0.0)
-    series = 0.5 * x**2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5)))
-    return np.where(small, series, np.expm1(d) - d)
+    x = d[small]
+    k3[small] = 0.5 * x**2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5)))
+    return k3
 
 
 def shifted_k3(d: Floats, shift: float) -> Floats:

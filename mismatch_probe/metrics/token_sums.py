@@ -59,7 +59,7 @@ class TokenSums:
         self.counts += tokens.counts
         self.log_ratio += tokens.per_prompt(d)
         self.abs_log_ratio += tokens.per_prompt(size)
-        self.squared_log_ratio += tokens.per_prompt(d**2)
+        self.squared_log_ratio += tokens.per_prompt(tokens.squared_log_ratio)
         self.js_k3 += tokens.per_prompt(scales.js_k3(size))
         self.outside_clip += tokens.per_prompt((d < self._log_clip[0]) | (d > self._log_clip[1]))
         confident = (tokens.rollout_logprob > CONFIDENT_ROLLOUT_LOGPROB) & (d < CONFIDENT_LOG_RATIO)
@@ -74,7 +74,7 @@ class TokenSums:
     def _update_ratios(self, tokens: TokenChunk) -> None:
         d, size = tokens.log_ratio, tokens.abs_log_ratio
         before, shift = self.ratio.shift, max(self.ratio.shift, scales.shift_of(d))
-        excess = scales.shifted_expm1(d, shift)
+        excess = tokens.ratio_excess(shift)
         self.ratio.update([tokens.per_prompt(scales.shifted_k3(d, shift)), tokens.per_prompt(excess)], shift)
         self.ratio_excess.scale(math.exp(before - shift))
         self.ratio_excess.update([excess], tokens.counts, tokens.per_prompt)
