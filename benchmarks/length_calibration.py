@@ -26,8 +26,7 @@ from mismatch_probe.metrics.length_prediction import predict
 from mismatch_probe.metrics.prefixes import Prefixes, PrefixSums
 from mismatch_probe.metrics.summary import compute_metrics
 from mismatch_probe.probes.pairs import PassPair, why_missing
-from mismatch_probe.probes.planning import passes_of
-from mismatch_probe.runs import RunDirectory
+from mismatch_probe.runs.comparison import RunDirectory
 from mismatch_probe.types import MetricValue, PairArrays
 
 Floats = NDArray[np.float64]
@@ -257,9 +256,8 @@ def measured(prefixes: Prefixes, column: int) -> dict[str, tuple[float, float, f
 
 def run_real(path: Path) -> None:
     run = RunDirectory.open(path)
-    config = run.manifest.config
     rows: list[tuple[bool, bool]] = []
-    passes = passes_of(config, run.manifest.recorded)
+    passes = run.passes
     for both in (PassPair(rollout, trainer) for rollout in passes.rollouts for trainer in passes.trainers):
         names = str(both.rollout), str(both.trainer)
         if not both.diagonal or why_missing(run, *names):

@@ -147,7 +147,7 @@ def tokens(path: str | Path, sequence_id: int) -> tuple[TokenSequence, ...]:
         TableError: The folder holds no run, or a table is missing or corrupt.
     """
     from mismatch_probe.probes.tokens import tokens_of
-    from mismatch_probe.runs import RunDirectory
+    from mismatch_probe.runs.comparison import RunDirectory
 
     return tokens_of(RunDirectory.open(Path(path)), sequence_id)
 
@@ -424,14 +424,14 @@ def rl_report(
         ProbeError: A folder holds neither sweep nor run.
     """
     from mismatch_probe.rl.place import places_of
-    from mismatch_probe.rl.plan import is_sweep
-    from mismatch_probe.rl.records import RlDirectory, is_run
+    from mismatch_probe.rl.records import RlDirectory
     from mismatch_probe.rl.run import write_rl_run
     from mismatch_probe.rl.sweep import SweepDirectory
     from mismatch_probe.rl.sweep_session import write_sweep
+    from mismatch_probe.runs.folder import RL_RUN, kind_of
 
     folder = Path(path)
-    if not place and not is_sweep(folder) and is_run(folder):
+    if not place and kind_of(folder) is RL_RUN:
         return write_rl_run(RlDirectory.open(folder))
     directory = SweepDirectory.open(folder)
     config = directory.runs[0].config

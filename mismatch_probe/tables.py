@@ -14,8 +14,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mismatch_probe.errors import TableError, UsageError
-from mismatch_probe.files import LOCK, atomic_path
+from mismatch_probe.errors import TableError
+from mismatch_probe.files import atomic_path
 from mismatch_probe.rowgroups import PassRows, require_columns, table_errors, with_nulls
 from mismatch_probe.schemas import EXACT_SCHEMA, OPTIONAL, REFERENCE_SCHEMA, SEQUENCES_SCHEMA, TOKENS_SCHEMA
 
@@ -40,24 +40,6 @@ def _read_parquet(path: Path, schema: pa.Schema, **options: Any) -> pa.Table:
         table = with_nulls(table, schema, [name for name in OPTIONAL if name in schema.names])
         require_columns(path, table.column_names, schema.names)
         return table.select(schema.names).cast(schema)
-
-
-def refuse_occupied(path: Path) -> None:
-    """Checks that a new run may be made at `path`.
-
-    Raises:
-        UsageError: The folder exists and is not empty, or is no folder.
-    """
-    try:
-        occupied = any(entry.name != LOCK for entry in path.iterdir())
-    except FileNotFoundError:
-        occupied = False
-    except OSError as error:
-        raise UsageError(
-            f"{path} cannot be used as a run folder ({error.strerror}).", "Choose another --out."
-        ) from None
-    if occupied:
-        raise UsageError(f"{path} is not empty.", "Choose another --out, or continue the run with --resume.")
 
 
 class PassTables:

@@ -19,7 +19,7 @@ from mismatch_probe import tables
 from mismatch_probe.errors import DiskFull, TableError, UsageError
 from mismatch_probe.files import locked
 from mismatch_probe.results.manifest import Manifest
-from mismatch_probe.runs import RunDirectory
+from mismatch_probe.runs.comparison import RunDirectory
 from mismatch_probe.schemas import sequences_table, tokens_table
 from mismatch_probe.types import Rollout, RolloutRequest, Score
 from tests.factories.manifest import make_manifest, make_pass
@@ -262,7 +262,7 @@ class TestDamage:
             RunDirectory.open(merged.path)
 
     def test_a_folder_without_a_manifest_is_no_run(self, tmp_path: Path) -> None:
-        with pytest.raises(TableError, match=r"manifest\.json does not exist"):
+        with pytest.raises(TableError, match="holds no comparison"):
             RunDirectory.open(tmp_path)
 
     def test_a_json_file_that_cannot_be_opened(self, tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ from mismatch_probe.metrics.where import where
 from mismatch_probe.passes import PassId
 from mismatch_probe.probes.findings import findings, format_ratio
 from mismatch_probe.probes.pairs import PairResult, PassPair, analyse_pair, why_missing
-from mismatch_probe.probes.planning import passes_of
 from mismatch_probe.probes.tokens import token_view
 from mismatch_probe.probes.worst import worst_tokens
 from mismatch_probe.report.data import Curves, ReportData
@@ -36,7 +35,7 @@ from mismatch_probe.results.comparison import (
     PairSelfNoise,
     SelfNoisePass,
 )
-from mismatch_probe.runs import RunDirectory
+from mismatch_probe.runs.comparison import RunDirectory
 
 
 def analyse(
@@ -58,7 +57,7 @@ def analyse(
         TableError: A table is missing or corrupt, or nothing can be compared.
     """
     config = run.manifest.config
-    passes = passes_of(config, run.manifest.recorded)
+    passes = run.passes
     noise = {name: found for name in run.finished_passes() if (found := _self_noise_pass(run, name)) is not None}
     results: list[PairResult] = []
     missing: list[MissingPair] = []

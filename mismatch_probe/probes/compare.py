@@ -20,7 +20,7 @@ from mismatch_probe.probes.recorded import masks_of, store_recorded
 from mismatch_probe.probes.store import distinct_requests, store_replay, store_rollouts, store_scores
 from mismatch_probe.probes.workers import Collected, Workers, drive
 from mismatch_probe.results.manifest import PassRecord, PassStatus, RunStatus
-from mismatch_probe.runs import RunDirectory
+from mismatch_probe.runs.comparison import RunDirectory
 from mismatch_probe.types import EncodedPrompt, RolloutRequest, Sampling
 
 SELF_NOISE_SEQUENCES = 16

@@ -18,7 +18,7 @@ from mismatch_probe.engines.rows import KeptRow, RowFile, file_bytes, uniform
 from mismatch_probe.errors import DiskFull
 from mismatch_probe.probes.planning import Plan
 from mismatch_probe.probes.recorded import masks_of
-from mismatch_probe.runs import RunDirectory
+from mismatch_probe.runs.comparison import RunDirectory
 from mismatch_probe.types import RolloutRequest, Sampling, ScoreRequest
 
 # By sequence and position, the weight of a position and what it stands for.

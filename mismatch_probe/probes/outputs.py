@@ -10,7 +10,7 @@ import pandas as pd
 from mismatch_probe.files import write_text
 from mismatch_probe.report.data import ReportData
 from mismatch_probe.results.comparison import Comparison
-from mismatch_probe.runs import RunDirectory
+from mismatch_probe.runs.comparison import RunDirectory
 
 
 def summary_frame(summary: Comparison) -> pd.DataFrame:

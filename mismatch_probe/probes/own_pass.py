@@ -11,7 +11,7 @@ from mismatch_probe.engines.models import ModelRef, resolve
 from mismatch_probe.engines.process import EngineProcess
 from mismatch_probe.errors import Interrupted, ProbeError, TableError, UsageError
 from mismatch_probe.probes.progress import Progress
-from mismatch_probe.runs import RunDirectory
+from mismatch_probe.runs.comparison import RunDirectory
 
 
 def model_of(run: RunDirectory, config: CompareConfig, progress: Progress) -> ModelRef:

@@ -12,11 +12,11 @@ from mismatch_probe.engines.models import ModelRef, resolve
 from mismatch_probe.engines.rows import file_bytes
 from mismatch_probe.errors import UsageError
 from mismatch_probe.ingest.base import RecordedRun
-from mismatch_probe.passes import RECORDED_ROLLOUT, RECORDED_TRAINER, PassId
+from mismatch_probe.passes import PassId
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.probes.recorded import check_recorded, read_recorded, recorded_of
 from mismatch_probe.prompts import PromptSet, load_prompts
-from mismatch_probe.results.manifest import Recorded
+from mismatch_probe.runs.comparison import Passes, passes_of
 from mismatch_probe.types import DTYPES, EncodedPrompt, RolloutRequest
 
 # Sustained FLOP/s of matrix products: per CPU core as measured on 2-core machines without and with BF16 instructions,
@@ -25,61 +25,6 @@ _CPU_RATE = {"bfloat16": (5e9, 100e9), "float16": (6e9, 14e9), "float32": (30e9,
 _GPU_RATE = {"bfloat16": 1e14, "float16": 1e14, "float32": 1.5e13, "float64": 1e12}
 _START_SECONDS = 15.0
 _CHARACTERS_PER_TOKEN = 4
-
-
-@dataclass(frozen=True)
-class Passes:
-    """The passes of a comparison.
-
-    Attributes:
-        rollouts: Rows of the matrix, in the order in which they run.
-        trainers: Columns.
-        reference: What the error budget charges errors against, None where there is none.
-        source: The pass whose sequences every other pass takes; None where each rollout samples its own.
-    """
-
-    rollouts: tuple[PassId, ...]
-    trainers: tuple[PassId, ...]
-    reference: PassId | None
-    source: PassId | None
-
-    @property
-    def scored(self) -> list[PassId]:
-        """The passes that a trainer engine runs."""
-        extra = [self.reference] if self.reference is not None and self.reference not in self.trainers else []
-        return [trainer for trainer in (*self.trainers, *extra) if not trainer.recorded]
-
-
-def passes_of(config: CompareConfig, recorded: Recorded | None = None) -> Passes:
-    """The passes that a configuration asks for. Autocast applies to 16-bit types only: FP32 always has `cast`.
-
-    Args:
-        config: The configuration.
-        recorded: Of a run `--from` a file: whose log-probs the file brings.
-    """
-    trainers = [
-        PassId.trainer(dtype, mode)
-        for dtype in config.trainer_dtypes
-        for mode in (config.trainer_modes if dtype != "float32" else ("cast",))
-    ]
-    source = None
-    if recorded is not None:
-        source = RECORDED_ROLLOUT if recorded.rollout else RECORDED_TRAINER
-        rollouts = [RECORDED_ROLLOUT] if recorded.rollout else []
-        rollouts += [PassId.rollout(dtype, "replay") for dtype in config.rollout_dtypes] if config.replay else []
-        if recorded.trainer:
-            trainers = [RECORDED_TRAINER, *(trainers if config.rescore else [])]
-    elif config.sequences == "shared":
-        first, *others = config.rollout_dtypes
-        rollouts = [PassId.rollout(first), *(PassId.rollout(dtype, "replay") for dtype in others)]
-        source = rollouts[0]
-    else:
-        rollouts = [PassId.rollout(dtype) for dtype in config.rollout_dtypes]
-    reference: PassId | None = PassId.trainer(config.reference)
-    engines = any(not trainer.recorded for trainer in trainers)
-    if not engines or (config.reference == "float32" and reference not in trainers):
-        reference = None
-    return Passes(tuple(rollouts), tuple(trainers), reference, source)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from mismatch_probe.ingest.base import RecordedRun, Side
 from mismatch_probe.ingest.generic import read_generic
 from mismatch_probe.passes import RECORDED_ROLLOUT, RECORDED_TRAINER
 from mismatch_probe.results.manifest import PassRecord, Recorded
-from mismatch_probe.runs import RunDirectory
+from mismatch_probe.runs.comparison import RunDirectory
 from mismatch_probe.schemas import Masks, sequences_table, tokens_table
 from mismatch_probe.types import Rollout, RolloutRequest
 

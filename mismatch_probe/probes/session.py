@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,20 +15,19 @@ import pandas as pd
 from mismatch_probe.config import CompareConfig, Limit, check_lengths, flag
 from mismatch_probe.engines import devices
 from mismatch_probe.errors import TableError, UsageError
-from mismatch_probe.files import locked
 from mismatch_probe.metrics.catalog import CATALOG
 from mismatch_probe.passes import PassId
 from mismatch_probe.probes.analysis import analyse
 from mismatch_probe.probes.compare import PassRunner
 from mismatch_probe.probes.outputs import draw_figures, summary_frame, write_outputs
-from mismatch_probe.probes.planning import Passes, Plan, make_plan, passes_of
+from mismatch_probe.probes.planning import Plan, make_plan
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.probes.recorded import recorded_of
 from mismatch_probe.report.data import ReportData
 from mismatch_probe.results.comparison import Comparison
 from mismatch_probe.results.manifest import Environment, Manifest, ModelRecord, PromptsRecord
-from mismatch_probe.runs import RunDirectory
-from mismatch_probe.tables import refuse_occupied
+from mismatch_probe.runs.comparison import Passes, RunDirectory, passes_of
+from mismatch_probe.runs.folder import new_folder
 
 
 @dataclass(frozen=True)
@@ -93,9 +91,7 @@ def new_run(
     progress = progress or Progress()
     plan = make_plan(config, progress)
     limits = parse_limits(fail_on, plan.passes)
-    path = Path(out) if out is not None else default_folder(config.source or plan.config.model)
-    refuse_occupied(path)  # before the lock, which would leave its file in a folder that is none of ours
-    with locked(path):
+    with new_folder(out, config.source or plan.config.model) as path:
         return _finish(plan, RunDirectory.create(path, _manifest(plan)), limits, progress)
 
 
@@ -105,17 +101,14 @@ def new_passes(config: CompareConfig, out: str | Path, progress: Progress) -> Pa
     Raises:
         ProbeError: What `new_run` raises.
     """
-    plan, path = make_plan(config, progress), Path(out)
-    refuse_occupied(path)
-    with locked(path):
+    plan = make_plan(config, progress)
+    with new_folder(out, plan.config.model) as path:
         _execute(plan, RunDirectory.create(path, _manifest(plan)), progress)
-    return path
+        return path
 
 
 def resume_run(path: Path, fail_on: Sequence[str], progress: Progress | None, changes: Mapping[str, Any]) -> RunResult:
-    RunDirectory.open(path)  # before the lock, which would make the folder
-    with locked(path):
-        run = RunDirectory.open(path)
+    with RunDirectory.reopened(path) as run:
         # A pass that failed gets another try; an engine that does not run a dtype will not run it now.
         run.manifest.passes = {k: v for k, v in run.manifest.passes.items() if v.status != "failed"}
         for record in run.manifest.passes.values():
@@ -186,7 +179,7 @@ def report_run(
 ) -> RunResult:
     check_lengths(predict_lengths or ())
     run = RunDirectory.open(path)
-    limits = parse_limits(fail_on, passes_of(run.manifest.config, run.manifest.recorded))
+    limits = parse_limits(fail_on, run.passes)
     data = analyse(run, limits, predict_lengths=predict_lengths, extrapolate=extrapolate)
     return RunResult(path, data, write_outputs(run, data))
 
@@ -194,12 +187,6 @@ def report_run(
 def plot_run(path: Path) -> dict[str, Path]:
     run = RunDirectory.open(path)
     return draw_figures(run, analyse(run))
-
-
-def default_folder(model: str) -> Path:
-    """`runs/<model>-<local time>`."""
-    name = re.sub(r"[^\w.-]+", "-", Path(model).name).strip("-") or "model"
-    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def _finish(plan: Plan, run: RunDirectory, limits: list[Limit], progress: Progress) -> RunResult:

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from mismatch_probe.passes import PassId
 from mismatch_probe.probes.workers import Collected
 from mismatch_probe.results.manifest import PassRecord
-from mismatch_probe.runs import RunDirectory
+from mismatch_probe.runs.comparison import RunDirectory
 from mismatch_probe.schemas import REFERENCE_SCHEMA, TOKENS_SCHEMA, Masks, exact_table, sequences_table, tokens_table
 from mismatch_probe.types import Rollout, RolloutRequest, Score, ScoreRequest
 

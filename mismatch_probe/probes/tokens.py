@@ -12,9 +12,8 @@ import pyarrow.compute as pc
 from mismatch_probe.errors import UsageError
 from mismatch_probe.metrics.frame import PassSequences, pass_sequences
 from mismatch_probe.probes.pairs import PairResult, PassPair, why_missing
-from mismatch_probe.probes.planning import passes_of
 from mismatch_probe.report.model import Token, TokenSequence
-from mismatch_probe.runs import RunDirectory
+from mismatch_probe.runs.comparison import RunDirectory
 
 WORST, OTHERS = 2, 2
 """Sequences of a pair with the largest |d|, and evenly spaced ones beside them."""
@@ -46,7 +45,7 @@ def tokens_of(run: RunDirectory, sequence_id: int) -> tuple[TokenSequence, ...]:
         UsageError: No such pair has the sequence.
         TableError: A table is missing or corrupt.
     """
-    passes = passes_of(run.manifest.config, run.manifest.recorded)
+    passes = run.passes
     found: dict[str, TokenSequence] = {}
     for pair in (PassPair(rollout, trainer) for rollout in passes.rollouts for trainer in passes.trainers):
         name = pair.diagonal

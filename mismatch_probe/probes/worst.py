@@ -5,7 +5,7 @@ from __future__ import annotations
 from mismatch_probe.metrics.frame import pass_sequences
 from mismatch_probe.probes.pairs import PairResult
 from mismatch_probe.report.data import WorstToken
-from mismatch_probe.runs import RunDirectory
+from mismatch_probe.runs.comparison import RunDirectory
 
 _CONTEXT_TOKENS = 16
 

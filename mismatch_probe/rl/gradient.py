@@ -28,13 +28,12 @@ from mismatch_probe.files import locked, write_text
 from mismatch_probe.metrics.frame import pair_arrays
 from mismatch_probe.probes.own_pass import device_of, fp32_trainer, model_of, run_pass
 from mismatch_probe.probes.pairs import PassPair, why_missing
-from mismatch_probe.probes.planning import passes_of
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.probes.session import new_run
 from mismatch_probe.results.gradient import Gradient
 from mismatch_probe.rl.gradient_table import REFERENCE, PassData, document_of, frame_of
 from mismatch_probe.rl.gradient_task import DIRECTIONS, PassTask, PassVectors, SequenceTask
-from mismatch_probe.runs import RunDirectory
+from mismatch_probe.runs.comparison import RunDirectory
 
 FOLDER = "gradient"
 Source = str | Path | CompareConfig
@@ -136,8 +135,7 @@ def pass_data(run: RunDirectory) -> tuple[dict[str, PassData], dict[str, str]]:
         UsageError: The run has no log-probs of a trainer in FP32.
         TableError: A table is missing or corrupt, or no rollout pass can be used.
     """
-    config = run.manifest.config
-    passes = passes_of(config, run.manifest.recorded)
+    passes = run.passes
     if REFERENCE not in passes.trainers:
         raise UsageError(
             "This run has no FP32 trainer pass; the gradient is compared with it.",

@@ -31,7 +31,7 @@ from mismatch_probe.results.gradient import (
 )
 from mismatch_probe.rl.gradient_findings import findings_of
 from mismatch_probe.rl.gradient_task import DIRECTIONS, PassVectors, SequenceTask
-from mismatch_probe.runs import RunDirectory
+from mismatch_probe.runs.comparison import RunDirectory
 from mismatch_probe.types import MetricValue, PairArrays
 
 REFERENCE = PassId.trainer("float32")

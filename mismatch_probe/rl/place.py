@@ -11,7 +11,7 @@ from mismatch_probe.config import check_lengths
 from mismatch_probe.dtypes import dtype_label
 from mismatch_probe.probes.analysis import analyse
 from mismatch_probe.results.sweep import Place
-from mismatch_probe.runs import RunDirectory
+from mismatch_probe.runs.comparison import RunDirectory
 from mismatch_probe.types import MetricValue
 
 _DRAWS = 4000

@@ -26,8 +26,8 @@ from mismatch_probe.dtypes import DTYPE_INFOS
 from mismatch_probe.errors import TableError, UsageError
 from mismatch_probe.results.sweep import RlSweep
 from mismatch_probe.rl.config import RlConfig, checked, make_config, precision_label, read_toml
+from mismatch_probe.runs.folder import SWEEP, read_document
 
-FILE = "sweep.json"
 # Keys that grids set, and `base` must not.
 _DECIDED = {"seed": "seeds", "dose": "stress", "stress": "stress"}
 # Doses of the demo: from one that training hardly feels to one under which the sampled policy is another one.
@@ -80,30 +80,14 @@ def read_plan(path: str | Path, seeds: int | None = None) -> list[PlannedRun]:
         TableError: The folder holds no sweep.
     """
     folder = Path(path)
-    runs = checked_runs(read_sweep(folder), folder) if folder.is_dir() else _read_toml_plan(path)
+    runs = _runs_of_sweep(folder) if folder.is_dir() else _read_toml_plan(path)
     if seeds is None:
         return runs
     arms = {run.arm: run.config for run in runs}.values()
     return [planned_run(config.model_copy(update={"seed": seed})) for seed in range(seeds) for config in arms]
 
 
-def is_sweep(folder: Path) -> bool:
-    """Whether the folder looks like a sweep's."""
-    return (folder / FILE).exists()
-
-
-def read_sweep(folder: Path) -> RlSweep:
-    """The document of a sweep.
-
-    Raises:
-        TableError: The folder holds no sweep, or its document is damaged.
-    """
-    if not is_sweep(folder):
-        raise TableError(f"{folder} is no folder of a sweep.", "Give the folder that `mismatch-probe rl sweep` wrote.")
-    return RlSweep.read(folder / FILE)
-
-
-def checked_runs(document: RlSweep, folder: Path) -> list[PlannedRun]:
+def planned_runs(document: RlSweep, path: Path) -> list[PlannedRun]:
     """The planned runs of a sweep's document.
 
     Raises:
@@ -111,8 +95,12 @@ def checked_runs(document: RlSweep, folder: Path) -> list[PlannedRun]:
     """
     runs = [planned_run(make_config(run.config)) for run in document.runs]
     if not runs or [run.name for run in runs] != [run.name for run in document.runs]:
-        raise TableError(f"{folder / FILE} is damaged: names of runs do not match their settings.", "Restore the file.")
+        raise TableError(f"{path} is damaged: names of runs do not match their settings.", "Restore the file.")
     return runs
+
+
+def _runs_of_sweep(folder: Path) -> list[PlannedRun]:
+    return planned_runs(read_document(folder, SWEEP, RlSweep), folder / SWEEP.file)
 
 
 def _read_toml_plan(path: str | Path) -> list[PlannedRun]:

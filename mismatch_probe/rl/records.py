@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas as pd
 import pyarrow as pa
@@ -21,25 +21,22 @@ import pyarrow.parquet as pq
 
 from mismatch_probe.errors import TableError
 from mismatch_probe.files import atomic_path, write_json, write_text, writing
+from mismatch_probe.results.base import Document
 from mismatch_probe.results.finding import Finding
 from mismatch_probe.results.rl_run import Ending, Provenance, RlRun
 from mismatch_probe.rl.config import RlConfig, make_config
 from mismatch_probe.rl.summary import run_findings, summarise
-from mismatch_probe.tables import refuse_occupied
-
-FILE = "run.json"
+from mismatch_probe.runs.folder import RL_RUN, Kind, RunFolder
 
 
-class RlDirectory:
-    """A run's folder, written by one process at a time.
+class RlDirectory(RunFolder[RlRun]):
+    """The folder of an RL run."""
 
-    Attributes:
-        path: The folder.
-        document: The content of `run.json` when the folder was opened, or last written here.
-    """
+    KIND: ClassVar[Kind] = RL_RUN
+    DOCUMENT: ClassVar[type[Document]] = RlRun
 
     def __init__(self, path: Path, document: RlRun) -> None:
-        self.path, self.document = path, document
+        super().__init__(path, document)
         self.config = make_config(document.config)
 
     @classmethod
@@ -49,23 +46,7 @@ class RlDirectory:
         Raises:
             UsageError: The folder exists and is not empty, or is no folder.
         """
-        refuse_occupied(path)
-        document = RlRun(**RlRun.stamp(), config=config.as_dict(), provenance=provenance)
-        document.write(path / FILE)
-        return cls(path, document)
-
-    @classmethod
-    def open(cls, path: Path) -> RlDirectory:
-        """Opens an existing run folder.
-
-        Raises:
-            TableError: It is none.
-        """
-        if not is_run(path):
-            raise TableError(
-                f"{path} is not a folder of an RL run.", "Give a folder written by `mismatch-probe rl run`."
-            )
-        return cls(path, RlRun.read(path / FILE))
+        return cls._create(path, RlRun(**RlRun.stamp(), config=config.as_dict(), provenance=provenance))
 
     @property
     def checkpoints(self) -> Path:
@@ -73,7 +54,7 @@ class RlDirectory:
 
     def ending(self) -> Ending | None:
         """How the run ended, whichever process wrote it; None while it has not."""
-        return RlRun.read(self.path / FILE).ending
+        return RlDirectory.open(self.path).document.ending
 
     def finish(self, ending: Ending) -> None:
         """Writes the tables and then the document, which says that there is nothing left to do."""
@@ -97,8 +78,7 @@ class RlDirectory:
         """Computes what the steps show, and writes it into the document, which it returns."""
         summary = summarise(steps, self.config)
         findings = run_findings(self.config, self.document.ending, summary)
-        self.document = self.document.model_copy(update={"summary": summary, "findings": findings})
-        self.document.write(self.path / FILE)
+        self.write(self.document.model_copy(update={"summary": summary, "findings": findings}))
         return self.document
 
     def steps(self) -> pd.DataFrame:
@@ -151,8 +131,3 @@ class RlDirectory:
         for part in (self.path / "rollouts").glob("step-*.parquet"):
             if int(part.stem.removeprefix("step-")) >= step:
                 part.unlink()
-
-
-def is_run(path: Path) -> bool:
-    """Whether the folder looks like an RL run's."""
-    return (path / FILE).exists()

@@ -13,10 +13,8 @@ import pandas as pd
 from mismatch_probe.engines import devices
 from mismatch_probe.engines.models import ModelRef, resolve
 from mismatch_probe.engines.process import EngineProcess
-from mismatch_probe.errors import EXIT_LIMIT, EXIT_OK, Interrupted, TableError
-from mismatch_probe.files import locked
+from mismatch_probe.errors import EXIT_LIMIT, EXIT_OK, TableError
 from mismatch_probe.probes.progress import Progress
-from mismatch_probe.probes.session import default_folder
 from mismatch_probe.report.model import Report
 from mismatch_probe.report.rl_data import RlRunData
 from mismatch_probe.report.words import say
@@ -25,7 +23,7 @@ from mismatch_probe.results.rl_run import Environment, Machine, Provenance, RlRu
 from mismatch_probe.rl.config import RlConfig, TaskSettings, precision_label
 from mismatch_probe.rl.records import RlDirectory
 from mismatch_probe.rl.worker import RlJob
-from mismatch_probe.tables import refuse_occupied
+from mismatch_probe.runs.folder import RL_RUN, continued_by, new_folder
 
 CHAIN = "chain"
 
@@ -96,9 +94,7 @@ def new_rl_run(config: RlConfig, out: str | Path | None, progress: Progress | No
     """
     progress = progress or Progress()
     model, device = resolve_model(config, progress), devices.choose_device(config.device)
-    path = Path(out) if out is not None else default_folder(f"rl-{Path(config.model).name}")
-    refuse_occupied(path)
-    with locked(path):
+    with new_folder(out, f"rl-{Path(config.model).name}") as path:
         return _execute(RlDirectory.create(path, config, provenance_of(model, device)), model, device, progress)
 
 
@@ -109,9 +105,7 @@ def resume_rl_run(path: Path, progress: Progress | None) -> RlResult:
         TableError: The folder is none of an RL run, or the model has changed.
     """
     progress = progress or Progress()
-    RlDirectory.open(path)  # before the lock, which would make the folder
-    with locked(path):
-        directory = RlDirectory.open(path)
+    with RlDirectory.reopened(path) as directory:
         if directory.document.ending is not None:
             return write_rl_run(directory)
         model = same_model(directory.config, directory.document.provenance.model.files, progress)
@@ -147,13 +141,8 @@ def _execute(directory: RlDirectory, model: ModelRef, device: devices.Device, pr
             ended = str(payload[1].status)
 
     progress.begin("rl", "rl run")
-    try:
+    with continued_by(RL_RUN.resume(directory.path), "steps up to the last checkpoint are kept"):
         process.run(job, on_event)
-    except KeyboardInterrupt:
-        raise Interrupted(
-            "Stopped; steps up to the last checkpoint are kept.",
-            f"Continue with: mismatch-probe rl run --resume {directory.path}",
-        ) from None
     progress.end("rl", ended)
     return write_rl_run(RlDirectory.open(directory.path))
 

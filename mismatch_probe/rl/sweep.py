@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from mismatch_probe.engines import devices
 from mismatch_probe.engines.models import ModelRef
@@ -21,34 +21,37 @@ from mismatch_probe.engines.process import EngineProcess, UnexpectedEngineError
 from mismatch_probe.errors import DiskFull, EngineError, EngineMissing, Interrupted, ProbeError, UsageError
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.report.words import say
+from mismatch_probe.results.base import Document
 from mismatch_probe.results.rl_run import FailedRun, Provenance
 from mismatch_probe.results.sweep import RlSweep, SweepRun
-from mismatch_probe.rl.plan import FILE, PlannedRun, checked_runs, read_sweep
-from mismatch_probe.rl.records import RlDirectory, is_run
+from mismatch_probe.rl.plan import PlannedRun, planned_runs
+from mismatch_probe.rl.records import RlDirectory
 from mismatch_probe.rl.run import worker_environment
 from mismatch_probe.rl.worker import RlJob
-from mismatch_probe.tables import refuse_occupied
+from mismatch_probe.runs.folder import RL_RUN, SWEEP, Kind, RunFolder
 
 # A trainer that computes in real FP16 takes so many times as long on a CPU: what takes longest has to begin first.
 _FP16_COST = 4
 _ATTEMPTS = 2
 
 
-class SweepDirectory:
-    """A sweep's folder.
+class SweepDirectory(RunFolder[RlSweep]):
+    """The folder of a sweep.
 
     sweep.json          the sweep's document: planned runs, provenance, and what the runs show
     runs/NAME           a run's folder each, see `rl.records`
     logs/               a worker's each
 
     Attributes:
-        path: The folder.
-        document: The content of `sweep.json` when the folder was opened, or last written here.
         runs: The planned runs.
     """
 
-    def __init__(self, path: Path, document: RlSweep, runs: Sequence[PlannedRun]) -> None:
-        self.path, self.document, self.runs = path, document, list(runs)
+    KIND: ClassVar[Kind] = SWEEP
+    DOCUMENT: ClassVar[type[Document]] = RlSweep
+
+    def __init__(self, path: Path, document: RlSweep) -> None:
+        super().__init__(path, document)
+        self.runs = planned_runs(document, path / self.KIND.file)
 
     @classmethod
     def create(cls, path: Path, runs: Sequence[PlannedRun], provenance: Provenance) -> SweepDirectory:
@@ -57,31 +60,13 @@ class SweepDirectory:
         Raises:
             UsageError: The folder exists and is not empty, or is no folder.
         """
-        refuse_occupied(path)
         planned = tuple(SweepRun(name=run.name, arm=run.arm, config=run.config.as_dict()) for run in runs)
-        document = RlSweep(**RlSweep.stamp(), runs=planned, provenance=provenance)
-        document.write(path / FILE)
-        return cls(path, document, runs)
-
-    @classmethod
-    def open(cls, path: Path) -> SweepDirectory:
-        """Opens an existing folder.
-
-        Raises:
-            TableError: It is none.
-        """
-        document = read_sweep(path)
-        return cls(path, document, checked_runs(document, path))
-
-    def write(self, document: RlSweep) -> None:
-        """Replaces the document."""
-        self.document = document
-        document.write(self.path / FILE)
+        return cls._create(path, RlSweep(**RlSweep.stamp(), runs=planned, provenance=provenance))
 
     def existing(self, run: PlannedRun) -> RlDirectory | None:
         """The run's folder; None where it has not begun."""
         path = self.path / "runs" / run.name
-        return RlDirectory.open(path) if is_run(path) else None
+        return RlDirectory.open(path) if RL_RUN.held_by(path) else None
 
     def folder_of(self, run: PlannedRun) -> RlDirectory:
         """The run's folder, made where it is missing."""
@@ -206,7 +191,7 @@ class Scheduler:
             self._stop(
                 Interrupted(
                     "Stopped; finished runs are kept, and the others up to their last checkpoint.",
-                    f"Continue with: mismatch-probe rl sweep --resume {self._directory.path}",
+                    f"Continue with: {SWEEP.resume(self._directory.path)}",
                 )
             )
             for thread in threads:

@@ -10,9 +10,8 @@ import pandas as pd
 
 from mismatch_probe.engines import devices
 from mismatch_probe.errors import EXIT_ERROR, EXIT_LIMIT, EXIT_OK
-from mismatch_probe.files import atomic_path, locked
+from mismatch_probe.files import atomic_path
 from mismatch_probe.probes.progress import Progress
-from mismatch_probe.probes.session import default_folder
 from mismatch_probe.report.model import Report
 from mismatch_probe.report.rl_data import SweepData
 from mismatch_probe.results.sweep import Place, RlSweep, SweepSummary
@@ -21,7 +20,7 @@ from mismatch_probe.rl.run import provenance_of, resolve_model, same_model
 from mismatch_probe.rl.sweep import Scheduler, SweepDirectory, slots
 from mismatch_probe.rl.sweep_findings import sweep_findings
 from mismatch_probe.rl.sweep_summary import runs_table, steps_table, summarise_sweep
-from mismatch_probe.tables import refuse_occupied
+from mismatch_probe.runs.folder import new_folder
 
 
 @dataclass(frozen=True)
@@ -84,10 +83,8 @@ def new_sweep(
     progress = progress or Progress()
     first = runs[0].config
     model, device = resolve_model(first, progress), devices.choose_device(first.device)
-    path = Path(out) if out is not None else default_folder(f"rl-{kind}-{Path(first.model).name}")
     at = slots(device, workers)
-    refuse_occupied(path)
-    with locked(path):
+    with new_folder(out, f"rl-{kind}-{Path(first.model).name}") as path:
         directory = SweepDirectory.create(path, runs, provenance_of(model, device))
         Scheduler(directory, model, device, at, progress).run()
         return write_sweep(directory)
@@ -100,9 +97,7 @@ def resume_sweep(path: Path, workers: int | None, progress: Progress | None) -> 
         TableError: The folder is none of a sweep, or the model has changed.
     """
     progress = progress or Progress()
-    SweepDirectory.open(path)  # before the lock, which would make the folder
-    with locked(path):
-        directory = SweepDirectory.open(path)
+    with SweepDirectory.reopened(path) as directory:
         first = directory.runs[0].config
         model = same_model(first, directory.document.provenance.model.files, progress)
         device = devices.choose_device(first.device)

@@ -141,7 +141,7 @@ def test_a_folder_of_something_else_is_refused(command: Command, tmp_path: Path)
     for path in (tmp_path, tmp_path / "none"):
         found = command("rl", "run", "--resume", path)
         assert found.code == 1
-        assert "is not a folder of an RL run" in found.err
+        assert "holds no RL run" in found.err
         assert "Traceback" not in found.err
     assert not (tmp_path / "none").exists()
 

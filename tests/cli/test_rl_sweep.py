@@ -107,7 +107,7 @@ def test_a_run_of_compare_is_placed(command: Run, sweep: Path, run_copy: Path) -
 def test_a_folder_that_is_no_sweep_is_an_error(command: Run, tmp_path: Path) -> None:
     ended = command("rl", "report", tmp_path)
     assert ended.code == 1
-    assert "no folder of a sweep" in ended.err
+    assert "holds no sweep" in ended.err
 
 
 def test_writing_again_changes_no_byte(sweep: Path) -> None:

@@ -11,9 +11,10 @@ import torch
 from mismatch_probe.results.rl_run import Ending
 from mismatch_probe.rl.config import make_config
 from mismatch_probe.rl.policy import Policy
-from mismatch_probe.rl.records import RlDirectory, is_run
+from mismatch_probe.rl.records import RlDirectory
 from mismatch_probe.rl.sync import SyncError, WeightSync
 from mismatch_probe.rl.worker import RlJob
+from mismatch_probe.runs.folder import RL_RUN
 from tests.factories.rl_run import PROVENANCE
 from tests.gpu.hf_engine import HfRollout
 from tests.real.rl_jobs import Tampering, engine_job
@@ -45,7 +46,7 @@ class Channel:
 
 def run(folder: Path, source: Path, **options: Any) -> tuple[Ending, Any]:
     """A run from the start, or from the newest checkpoint; how it ended, and its steps."""
-    if not is_run(folder):
+    if not RL_RUN.held_by(folder):
         RlDirectory.create(folder, make_config({**SMALL, **options}), PROVENANCE)
     channel = Channel()
     RlJob([str(folder)], str(source), "cuda").run(channel)

@@ -14,7 +14,7 @@ import pytest
 from mismatch_probe import rowgroups, tables
 from mismatch_probe.errors import TableError
 from mismatch_probe.metrics.frame import pair_arrays, pair_chunks
-from mismatch_probe.runs import RunDirectory
+from mismatch_probe.runs.comparison import RunDirectory
 from mismatch_probe.schemas import sequences_table, tokens_table
 from mismatch_probe.types import PairArrays, Rollout, RolloutRequest, Score
 from tests.factories.manifest import make_manifest, make_pass

@@ -19,7 +19,7 @@ from mismatch_probe.errors import TableError, UsageError
 from mismatch_probe.probes.analysis import analyse, judge
 from mismatch_probe.probes.session import RunResult
 from mismatch_probe.results.comparison import Pair
-from mismatch_probe.runs import RunDirectory
+from mismatch_probe.runs.comparison import RunDirectory
 from mismatch_probe.types import MetricValue
 from tests.factories.comparison import make_metrics, make_missing, make_pair
 from tests.factories.manifest import make_pass

@@ -29,7 +29,7 @@ from mismatch_probe.probes.attribute.store import PassStore
 from mismatch_probe.report.attribution import attribution_answer
 from mismatch_probe.results.attribution import WHERE, Attribution, AttributionPlan, BothSides, SettingResult
 from mismatch_probe.results.finding import Finding
-from mismatch_probe.runs import RunDirectory
+from mismatch_probe.runs.comparison import RunDirectory
 from tests.conftest import MakeModel
 from tests.factories.attribution import effect, setting, unchanged
 

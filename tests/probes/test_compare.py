@@ -23,8 +23,9 @@ from mismatch_probe.files import locked
 from mismatch_probe.passes import PassId
 from mismatch_probe.probes import workers
 from mismatch_probe.probes.planning import make_plan
-from mismatch_probe.probes.session import RunResult, default_folder
-from mismatch_probe.runs import RunDirectory
+from mismatch_probe.probes.session import RunResult
+from mismatch_probe.runs.comparison import RunDirectory
+from mismatch_probe.runs.folder import default_folder
 from mismatch_probe.types import DTYPES
 from tests.conftest import SMALL, MakeModel, Recorder
 
@@ -649,7 +650,7 @@ class TestRefusals:
             mismatch_probe.compare(CompareConfig(model=str(scripted_model())), out=run_copy)
 
     def test_a_folder_that_is_no_run(self, tmp_path: Path) -> None:
-        with pytest.raises(TableError, match=r"manifest\.json does not exist"):
+        with pytest.raises(TableError, match="holds no comparison"):
             mismatch_probe.resume(tmp_path)
 
 

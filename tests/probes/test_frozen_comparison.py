@@ -5,7 +5,7 @@ from __future__ import annotations
 from mismatch_probe.config import Limit
 from mismatch_probe.metrics.catalog import CATALOG
 from mismatch_probe.probes.analysis import analyse
-from mismatch_probe.runs import RunDirectory
+from mismatch_probe.runs.comparison import RunDirectory
 from tests.frozen import FROZEN, assert_frozen
 
 LIMITS = ("kl_k3>0.001@bf16", "mean_abs_logprob_diff>1e-9")

@@ -16,9 +16,9 @@ from mismatch_probe.probes.planning import (
     estimate,
     kv_cache_gib,
     make_plan,
-    passes_of,
     request_seed,
 )
+from mismatch_probe.runs.comparison import passes_of
 from mismatch_probe.types import DTYPES, EncodedPrompt
 from tests.conftest import MakeModel
 

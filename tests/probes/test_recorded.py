@@ -17,7 +17,7 @@ from mismatch_probe.errors import IngestError, Interrupted, UsageError
 from mismatch_probe.metrics.accounting import ExcludedValue
 from mismatch_probe.metrics.steps import STEP_KEYS, StepSums
 from mismatch_probe.probes.session import RunResult
-from mismatch_probe.runs import RunDirectory
+from mismatch_probe.runs.comparison import RunDirectory
 from mismatch_probe.types import PairArrays
 from tests.conftest import MakeModel, Outcome, Recorder
 

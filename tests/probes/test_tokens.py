@@ -12,7 +12,7 @@ from mismatch_probe.probes.analysis import analyse
 from mismatch_probe.probes.session import RunResult
 from mismatch_probe.probes.tokens import LONGEST, window
 from mismatch_probe.report.model import Token
-from mismatch_probe.runs import RunDirectory
+from mismatch_probe.runs.comparison import RunDirectory
 
 
 def rows(run: RunDirectory, pass_id: str, sequence_id: int) -> list[dict[str, Any]]:

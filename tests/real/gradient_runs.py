@@ -10,7 +10,7 @@ import numpy as np
 from mismatch_probe.config import CompareConfig
 from mismatch_probe.engines.models import resolve
 from mismatch_probe.results.manifest import Manifest, ModelRecord
-from mismatch_probe.runs import RunDirectory
+from mismatch_probe.runs.comparison import RunDirectory
 from mismatch_probe.schemas import sequences_table, tokens_table
 from mismatch_probe.types import Dtype, Rollout, RolloutRequest, Score, ScoreRequest
 from tests.factories.manifest import make_manifest, make_pass

@@ -18,7 +18,7 @@ from mismatch_probe.probes.attribute.evidence import NOT_MEASURED
 from mismatch_probe.probes.attribute.session import AttributeResult
 from mismatch_probe.report.attribution import attribution_answer
 from mismatch_probe.results.attribution import Attribution, SettingResult
-from mismatch_probe.runs import RunDirectory
+from mismatch_probe.runs.comparison import RunDirectory
 from tests.conftest import Recorder
 
 pytestmark = pytest.mark.engine

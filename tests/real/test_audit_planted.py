@@ -14,7 +14,7 @@ import pytest
 
 import mismatch_probe
 from mismatch_probe.results.audit import AuditedPair, Check
-from mismatch_probe.runs import RunDirectory
+from mismatch_probe.runs.comparison import RunDirectory
 from tests.real.gradient_runs import plant_run
 from tests.real.planted_range import (
     LAYER,

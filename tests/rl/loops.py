@@ -19,8 +19,9 @@ from mismatch_probe.resources import data_path
 from mismatch_probe.results.rl_run import Ending
 from mismatch_probe.rl.config import RlConfig, make_config
 from mismatch_probe.rl.loop import Pieces, Training
-from mismatch_probe.rl.records import RlDirectory, is_run
+from mismatch_probe.rl.records import RlDirectory
 from mismatch_probe.rl.tasks import ChainTask, Problem, Response
+from mismatch_probe.runs.folder import RL_RUN
 from mismatch_probe.types import Rollout, RolloutRequest, Sampling
 from tests.factories.rl_run import PROVENANCE
 
@@ -99,7 +100,7 @@ class Events(list[tuple[str, Any]]):
 def pieces(path: Path, engine: Any, *, tell: Any = None, **changes: Any) -> Pieces:
     """A loop of `SMALL`, new in `path` or going on there."""
     config = make_config(SMALL | changes)
-    directory = RlDirectory.open(path) if is_run(path) else RlDirectory.create(path, config, PROVENANCE)
+    directory = RlDirectory.open(path) if RL_RUN.held_by(path) else RlDirectory.create(path, config, PROVENANCE)
     return Pieces(
         directory=directory,
         engine=engine,

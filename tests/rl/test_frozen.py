@@ -18,7 +18,7 @@ from mismatch_probe.results.sanity import SanityOutcome
 from mismatch_probe.results.sweep import RlSweep
 from mismatch_probe.rl import gradient
 from mismatch_probe.rl.gradient_task import PassTask
-from mismatch_probe.rl.plan import checked_runs
+from mismatch_probe.rl.plan import planned_runs
 from mismatch_probe.rl.records import RlDirectory
 from mismatch_probe.rl.sanity.selection import outcome_of
 from mismatch_probe.rl.sweep_findings import sweep_findings
@@ -65,7 +65,7 @@ def test_sweep() -> None:
     frozen = RlSweep.read(FROZEN / "sweep" / "sweep.json")
     runs = pd.read_parquet(FROZEN / "sweep" / "runs.parquet")
     assert frozen.summary is not None
-    found = summarise_sweep(checked_runs(frozen, FROZEN), runs, ())
+    found = summarise_sweep(planned_runs(frozen, FROZEN), runs, ())
     assert_equal(found.model_dump(mode="json"), frozen.summary.model_dump(mode="json"))
     assert_equal(
         [one.model_dump(mode="json") for one in sweep_findings(found)],

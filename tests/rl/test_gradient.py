@@ -20,7 +20,7 @@ from mismatch_probe.rl import gradient
 from mismatch_probe.rl.gradient import pass_data
 from mismatch_probe.rl.gradient_table import REFERENCE, PassData
 from mismatch_probe.rl.gradient_task import PassTask, PassVectors, SequenceTask, Vectors
-from mismatch_probe.runs import RunDirectory
+from mismatch_probe.runs.comparison import RunDirectory
 from mismatch_probe.types import MetricValue, PairArrays
 from tests.conftest import SMALL, MakeModel, Outcome
 

@@ -59,7 +59,7 @@ def test_a_run_is_opened_with_its_configuration(directory: RlDirectory) -> None:
 def test_a_folder_in_use_and_a_folder_of_something_else_are_refused(directory: RlDirectory, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not empty"):
         RlDirectory.create(directory.path, directory.config, PROVENANCE)
-    with pytest.raises(TableError, match="not a folder of an RL run"):
+    with pytest.raises(TableError, match="holds no RL run"):
         RlDirectory.open(tmp_path)
     (tmp_path / "run.json").write_text('{"schema_version": 2, "tool_version": "1", "pairs": []}')
     with pytest.raises(TableError, match="no valid RL run: config"):

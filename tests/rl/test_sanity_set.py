@@ -221,7 +221,7 @@ class TestResume:
             mismatch_probe.rl_sanity_set_resume(tmp_path / "set")
 
     def test_a_folder_of_something_else_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(TableError, match="not a folder of a sanity set"):
+        with pytest.raises(TableError, match="holds no sanity set"):
             mismatch_probe.rl_sanity_set_resume(tmp_path)
         assert os.listdir(tmp_path) == []
 

@@ -296,9 +296,9 @@ def test_the_slowest_engine_starts_first(tmp_path: Path, scripted: Any) -> None:
 
 
 def test_a_folder_that_is_none_of_a_sweep_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(TableError, match="no folder of a sweep"):
+    with pytest.raises(TableError, match="holds no sweep"):
         mismatch_probe.rl_sweep_resume(tmp_path)
-    with pytest.raises(TableError, match="no folder of a sweep"):
+    with pytest.raises(TableError, match="holds no sweep"):
         mismatch_probe.rl_report(tmp_path)
     assert not list(tmp_path.iterdir())
 

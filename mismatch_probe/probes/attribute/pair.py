@@ -25,8 +25,7 @@ from mismatch_probe.metrics.ladder import TokenPrompts
 from mismatch_probe.passes import PassId
 from mismatch_probe.probes.attribute.availability import Context
 from mismatch_probe.probes.attribute.options import AttributeOptions
-from mismatch_probe.probes.planning import passes_of
-from mismatch_probe.runs import RunDirectory
+from mismatch_probe.runs.comparison import RunDirectory
 from mismatch_probe.types import RolloutRequest, ScoreRequest
 
 # Of what a pass holds; another number makes all of them anew.
@@ -124,7 +123,7 @@ def open_pair(run: RunDirectory, options: AttributeOptions) -> Pair:
     """
     config = run.manifest.config
     wanted_rollout, wanted_trainer = options.dtypes
-    passes = passes_of(config, run.manifest.recorded)
+    passes = run.passes
     rollout = next((r for r in passes.rollouts if r.dtype == wanted_rollout), None)
     trainer = next((t for t in passes.trainers if t.dtype == wanted_trainer), None)
     if rollout is None or trainer is None:

@@ -19,13 +19,14 @@ from mismatch_probe.probes.attribute.options import AttributeOptions
 from mismatch_probe.probes.attribute.pair import open_pair
 from mismatch_probe.probes.attribute.store import PassStore
 from mismatch_probe.probes.progress import Progress
-from mismatch_probe.probes.session import default_folder, new_passes, report_run, resume_run
+from mismatch_probe.probes.session import new_passes, report_run, resume_run
 from mismatch_probe.report.attribution import attribution_report
 from mismatch_probe.report.figures import draw
 from mismatch_probe.report.model import Report
 from mismatch_probe.report.render.files import write_report
 from mismatch_probe.results.attribution import Attribution
-from mismatch_probe.runs import RunDirectory
+from mismatch_probe.runs.comparison import RunDirectory
+from mismatch_probe.runs.folder import default_folder
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from mismatch_probe.results.audit import (
 )
 from mismatch_probe.results.comparison import Comparison, LengthGrowth, MissingPair, Pair
 from mismatch_probe.results.finding import Finding, Value
-from mismatch_probe.runs import RunDirectory
+from mismatch_probe.runs.comparison import RunDirectory
 from mismatch_probe.types import MetricValue
 
 _GAP = "mean_abs_logprob_diff"

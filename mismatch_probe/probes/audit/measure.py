@@ -18,10 +18,9 @@ from mismatch_probe.errors import UsageError
 from mismatch_probe.metrics.floats import scale_range
 from mismatch_probe.probes.audit.options import AuditOptions
 from mismatch_probe.probes.own_pass import device_of, fp32_trainer, model_of, run_pass
-from mismatch_probe.probes.planning import passes_of
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.results.audit import PARTS, PartName
-from mismatch_probe.runs import RunDirectory
+from mismatch_probe.runs.comparison import RunDirectory
 from mismatch_probe.types import ScoreRequest
 
 FOLDER = "audit"
@@ -43,7 +42,7 @@ class Calibration:
 
 def calibration_of(run: RunDirectory) -> Calibration:
     """The sequences of the run's most precise rollout pass; none where no rollout pass has any with a prompt."""
-    passes = passes_of(run.manifest.config, run.manifest.recorded)
+    passes = run.passes
     for rollout in sorted(passes.rollouts, key=lambda rollout: rollout.dtype != "float32"):
         name = str(rollout)
         if not run.finished(name):

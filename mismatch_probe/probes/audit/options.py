@@ -10,7 +10,7 @@ from mismatch_probe.config import check_lengths, flag
 from mismatch_probe.dtypes import SHORT_DTYPES
 from mismatch_probe.errors import UsageError
 from mismatch_probe.metrics.length_prediction import FURTHEST
-from mismatch_probe.runs import RunDirectory
+from mismatch_probe.runs.comparison import RunDirectory
 from mismatch_probe.types import DTYPES
 
 # The paper's step: 64 prompts × 8 samples in 4 minibatches.

@@ -19,10 +19,11 @@ from mismatch_probe.probes.audit.measure import FOLDER, Measurements
 from mismatch_probe.probes.audit.options import AuditOptions
 from mismatch_probe.probes.audit.profile import Profile, load_profile
 from mismatch_probe.probes.progress import Progress
-from mismatch_probe.probes.session import default_folder, new_run, resume_run
+from mismatch_probe.probes.session import new_run, resume_run
 from mismatch_probe.results.audit import Audit, Verdict
 from mismatch_probe.results.manifest import AuditRecord
-from mismatch_probe.runs import RunDirectory
+from mismatch_probe.runs.comparison import RunDirectory
+from mismatch_probe.runs.folder import default_folder
 
 _KEPT = ("profile", "planned_tokens", "step_tokens", "learning_rates")
 

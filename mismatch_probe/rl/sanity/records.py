@@ -14,7 +14,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -24,15 +24,15 @@ from pydantic import JsonValue
 
 from mismatch_probe.errors import TableError
 from mismatch_probe.files import atomic_path, write_text
+from mismatch_probe.results.base import Document
 from mismatch_probe.results.rl_run import Provenance
 from mismatch_probe.results.sanity import SanitySet
 from mismatch_probe.rl.sanity.config import SanityConfig, make_sanity_config
 from mismatch_probe.rl.sanity.selection import findings_of, keeps, outcome_of
 from mismatch_probe.rl.tasks import Problem, read_problems
-from mismatch_probe.tables import refuse_occupied
+from mismatch_probe.runs.folder import SANITY_SET, Kind, RunFolder
 
-FILE, SET = "sanity.json", "sanity-set.jsonl"
-_FIX = "Give a folder written by `mismatch-probe rl sanity-set`."
+SET = "sanity-set.jsonl"
 _KILLED = b"n_grader_killed"
 # A chunk keeps the engine busy, and is what an interrupted run loses.
 _CHUNK_RESPONSES = 1024
@@ -52,11 +52,14 @@ SAMPLES = pa.schema(
 )
 
 
-class SanityDirectory:
-    """A sanity set's folder, written by one process at a time."""
+class SanityDirectory(RunFolder[SanitySet]):
+    """The folder of a sanity set."""
+
+    KIND: ClassVar[Kind] = SANITY_SET
+    DOCUMENT: ClassVar[type[Document]] = SanitySet
 
     def __init__(self, path: Path, document: SanitySet) -> None:
-        self.path, self.document = path, document
+        super().__init__(path, document)
         self.config = make_sanity_config(document.config)
 
     @classmethod
@@ -66,25 +69,10 @@ class SanityDirectory:
         Raises:
             UsageError: The folder exists and is not empty, or is no folder.
         """
-        refuse_occupied(path)
-        directory = cls(path, SanitySet(**SanitySet.stamp(), config=config.as_dict(), provenance=provenance))
-        directory.document.write(path / FILE)
-        return directory
-
-    @classmethod
-    def open(cls, path: Path) -> SanityDirectory:
-        """Opens an existing folder.
-
-        Raises:
-            TableError: It is none of a sanity set.
-        """
-        if not (path / FILE).exists():
-            raise TableError(f"{path} is not a folder of a sanity set.", _FIX)
-        return cls(path, SanitySet.read(path / FILE))
+        return cls._create(path, SanitySet(**SanitySet.stamp(), config=config.as_dict(), provenance=provenance))
 
     def _update(self, **changes: object) -> None:
-        self.document = self.document.model_copy(update=changes)
-        self.document.write(self.path / FILE)
+        self.write(self.document.model_copy(update=changes))
 
     def note_engine(self, identity: dict[str, JsonValue]) -> None:
         """Remembers an engine that samples; a resumed run can have several."""

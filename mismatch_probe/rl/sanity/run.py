@@ -10,10 +10,7 @@ from typing import Any
 from mismatch_probe.engines import devices
 from mismatch_probe.engines.models import ModelRef
 from mismatch_probe.engines.process import EngineProcess
-from mismatch_probe.errors import Interrupted
-from mismatch_probe.files import locked
 from mismatch_probe.probes.progress import Progress
-from mismatch_probe.probes.session import default_folder
 from mismatch_probe.report.model import Report
 from mismatch_probe.results.sanity import SanitySet
 from mismatch_probe.rl.config import RlConfig
@@ -22,7 +19,7 @@ from mismatch_probe.rl.sanity.config import SanityConfig, make_sanity_config
 from mismatch_probe.rl.sanity.records import SET, SanityDirectory
 from mismatch_probe.rl.sanity.worker import SanityJob, settings_of
 from mismatch_probe.rl.tasks import read_problems
-from mismatch_probe.tables import refuse_occupied
+from mismatch_probe.runs.folder import SANITY_SET, continued_by, new_folder
 
 _PASS = "sanity-set"
 # What a run on the set has to share with its sampling.
@@ -106,9 +103,7 @@ def new_sanity_set(config: SanityConfig, out: str | Path | None, progress: Progr
     if config.problems is not None:
         read_problems(config.problems)  # a bad line is found before a model is fetched
     model, device = resolve_model(config, progress), devices.choose_device(config.device)
-    path = Path(out) if out is not None else default_folder(f"sanity-set-{Path(config.model).name}")
-    refuse_occupied(path)
-    with locked(path):
+    with new_folder(out, f"sanity-set-{Path(config.model).name}") as path:
         return _execute(SanityDirectory.create(path, config, provenance_of(model, device)), model, device, progress)
 
 
@@ -119,9 +114,7 @@ def resume_sanity_set(path: Path, progress: Progress | None) -> SanityResult:
         TableError: The folder is none of a sanity set, or model or problems have changed.
     """
     progress = progress or Progress()
-    SanityDirectory.open(path)  # before the lock, which would make the folder
-    with locked(path):
-        directory = SanityDirectory.open(path)
+    with SanityDirectory.reopened(path) as directory:
         if directory.document.outcome is not None:
             return _write(directory)
         model = same_model(directory.config, directory.document.provenance.model.files, progress)
@@ -141,13 +134,8 @@ def _execute(directory: SanityDirectory, model: ModelRef, device: devices.Device
             directory.note_engine(payload)
 
     progress.begin(_PASS, "rl sanity-set")
-    try:
+    with continued_by(SANITY_SET.resume(directory.path), "finished chunks of problems are kept"):
         process.run(SanityJob(str(directory.path), str(model.path), device), on_event)
-    except KeyboardInterrupt:
-        raise Interrupted(
-            "Stopped; finished chunks of problems are kept.",
-            f"Continue with: mismatch-probe rl sanity-set --resume {directory.path}",
-        ) from None
     progress.end(_PASS, "done")
     directory.finish()
     return _write(directory)

@@ -1,0 +1,1 @@
+"""Run folders: what a command writes, continues with `--resume`, and reports again."""
