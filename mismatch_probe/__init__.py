@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mismatch_probe.config import CompareConfig
 from mismatch_probe.errors import ProbeError
 
 if TYPE_CHECKING:
+    from mismatch_probe.config import CompareConfig
     from mismatch_probe.engines.models import ModelRef
     from mismatch_probe.probes.attribute.session import AttributeResult
     from mismatch_probe.probes.audit.session import AuditResult
@@ -59,6 +59,14 @@ __all__ = [
     "tokens",
     "write_report",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "CompareConfig":  # help needs no pydantic
+        from mismatch_probe.config import CompareConfig
+
+        return CompareConfig
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def plan(config: CompareConfig, *, progress: Progress | None = None) -> Plan:
@@ -176,7 +184,7 @@ def attribute(
         config: What to compare; its dtypes are those of `pair`.
         out: A new folder for the run; by default one under `runs/`.
         progress: Told about every pass.
-        options: Fields of `probes.attribute.options.AttributeOptions`: `pair`, `settings`, `layers`,
+        options: Fields of `config.AttributeOptions`: `pair`, `settings`, `layers`,
             `layer_dtypes`, `target`.
 
     Raises:
@@ -246,7 +254,7 @@ def audit(
         out: A new folder for the run; by default one under `runs/`.
         baseline: An earlier `audit.json`, or the folder of its run, to compare with.
         progress: Told about every pass.
-        options: Fields of `probes.audit.options.AuditOptions`: `profile`, `planned_tokens`, `step_tokens`,
+        options: Fields of `config.AuditOptions`: `profile`, `planned_tokens`, `step_tokens`,
             `learning_rates`, `pairs`, `strict`.
 
     Raises:

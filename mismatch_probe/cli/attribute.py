@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 import mismatch_probe
-from mismatch_probe.cli.compare import NameList, engine_args_of, json_option, run_parameters
+from mismatch_probe.cli.compare import NameList, json_option, run_parameters
 from mismatch_probe.cli.output import print_json
 from mismatch_probe.cli.progress import shown_progress
 from mismatch_probe.config import CompareConfig
@@ -57,7 +57,6 @@ def command(
     plan_only: bool,
     as_json: bool,
     settings: str | None,
-    engine_args: tuple[str, ...],
     **given: Any,
 ) -> int:
     """Where does the mismatch come from: which rung, which setting, which layer?
@@ -83,8 +82,6 @@ def command(
     }
     if settings is not None:
         options["settings"] = tuple(part.strip() for part in settings.split(",") if part.strip())
-    if engine_args:
-        chosen["engine_args"] = engine_args_of(engine_args)
     if source is not None and resume is not None:
         raise UsageError(
             "--from and --resume cannot be combined.", "Use --from to run no engine, --resume to run missing passes."

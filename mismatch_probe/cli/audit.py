@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 import mismatch_probe
-from mismatch_probe.cli.compare import engine_args_of, json_option, run_parameters
+from mismatch_probe.cli.compare import json_option, run_parameters
 from mismatch_probe.cli.output import print_json
 from mismatch_probe.cli.progress import shown_progress
 from mismatch_probe.config import CompareConfig
@@ -49,7 +49,6 @@ def command(
     out: str | None,
     baseline: str | None,
     as_json: bool,
-    engine_args: tuple[str, ...],
     **given: Any,
 ) -> int:
     """May this model go into RL, in which precision, with which correction?
@@ -72,8 +71,6 @@ def command(
     chosen = {name: value for name, value in given.items() if value is not None and value != ()}
     own = ("profile", "planned_tokens", "step_tokens", "learning_rates", "pairs", "strict")
     options = {name: chosen.pop(name) for name in own if name in chosen}
-    if engine_args:
-        chosen["engine_args"] = engine_args_of(engine_args)
     if source is not None and resume is not None:
         raise UsageError(
             "--from and --resume cannot be combined.", "Use --from to run no engine, --resume to run missing passes."

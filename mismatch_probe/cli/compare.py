@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -152,7 +150,6 @@ def command(
     plan_only: bool,
     fail_on: tuple[str, ...],
     as_json: bool,
-    engine_args: tuple[str, ...],
     **options: Any,
 ) -> int:
     """How large is the mismatch, per dtype pair?
@@ -169,8 +166,6 @@ def command(
       mismatch-probe compare --resume runs/smollm2-135m-20260101-120000
     """
     given = {name: value for name, value in options.items() if value is not None and value != ()}
-    if engine_args:
-        given["engine_args"] = engine_args_of(engine_args)
     if resume is not None and (plan_only or out is not None):
         raise UsageError(f"{'--plan' if plan_only else '--out'} cannot be combined with --resume.", "Leave it out.")
     if plan_only:
@@ -184,24 +179,6 @@ def command(
         else:
             result = mismatch_probe.compare(CompareConfig(**given), out=out, fail_on=fail_on, progress=progress)
     return show_result(result, as_json)
-
-
-def engine_args_of(texts: Iterable[str]) -> dict[str, Any]:
-    """What `--engine-arg` asks for."""
-    return dict(_engine_arg(text) for text in texts)
-
-
-def _engine_arg(text: str) -> tuple[str, Any]:
-    """`k=v`; the value is read as JSON where it is JSON, else as text."""
-    name, equals, value = text.partition("=")
-    if not equals or not name.isidentifier():
-        raise UsageError(
-            f"--engine-arg {text!r} is not of the form name=value.", "Example: --engine-arg block_size=32."
-        )
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, {"True": True, "False": False, "None": None}.get(value, value)
 
 
 def show_result(result: RunResult, as_json: bool) -> int:

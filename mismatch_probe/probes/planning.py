@@ -167,7 +167,7 @@ def make_plan(config: CompareConfig, progress: Progress | None = None, *, weight
             raise UsageError(
                 "Scoring or replaying recorded sequences needs the model that sampled them.", "Name it with --model."
             )
-        config = replace(config, model=config.model or DEFAULT_MODEL)
+        config = config.replace(model=config.model or DEFAULT_MODEL)
         model = resolve(
             config.model,
             revision=config.revision,

@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from mismatch_probe.config import CompareConfig, Limit, check_lengths, flag
+from mismatch_probe.config import CompareConfig, Limit, check_lengths
 from mismatch_probe.engines import devices
 from mismatch_probe.errors import TableError, UsageError
 from mismatch_probe.metrics.catalog import CATALOG
@@ -139,16 +139,17 @@ def _changed(run: RunDirectory, changes: Mapping[str, Any]) -> CompareConfig:
     for name in changes:
         if name not in _CHANGEABLE:
             raise UsageError(
-                f"{flag(name)} cannot be combined with --resume: a run continues as it was configured.", "Leave it out."
+                f"{CompareConfig.called(name)} cannot be combined with --resume: a run continues as it was configured.",
+                "Leave it out.",
             )
         passes = run.manifest.passes  # a repeat belongs to the pass that it repeats
         done = [p for p in run.finished_passes() if PassId.parse(p).side == _CHANGEABLE[name] and not passes[p].repeats]
         if done:
             raise UsageError(
-                f"{flag(name)} cannot change any more: {done[0]} has finished without it.",
+                f"{CompareConfig.called(name)} cannot change any more: {done[0]} has finished without it.",
                 "Leave it out, or start a new run.",
             )
-    config, sizes = replace(run.manifest.config, **changes), run.manifest.sizes
+    config, sizes = run.manifest.config.replace(**changes), run.manifest.sizes
     run.manifest.config = config
     run.manifest.sizes = replace(sizes, **{name: value for name, value in changes.items() if hasattr(sizes, name)})
     return config
@@ -161,7 +162,7 @@ def _plan_again(run: RunDirectory, config: CompareConfig, progress: Progress) ->
     own = () if config.source is None else ("num_prompts", "samples_per_prompt", "max_tokens")
     sizes = {name: value for name, value in vars(run.manifest.sizes).items() if name not in own}
     fixed = {**sizes, "revision": run.manifest.model.revision}
-    plan = make_plan(replace(config, **fixed), progress)
+    plan = make_plan(config.replace(**fixed), progress)
     if plan.prompts.sha256 != run.manifest.prompts.sha256:
         raise TableError(
             "The prompts have changed since this run began.", "Restore the prompt file, or start a new run."

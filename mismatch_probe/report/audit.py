@@ -8,7 +8,8 @@ from pathlib import PurePath
 
 from pydantic import JsonValue
 
-from mismatch_probe.config import CompareConfig, flag
+from mismatch_probe.config import CompareConfig
+from mismatch_probe.config.compare import ModelSettings, PromptSettings
 from mismatch_probe.dtypes import DTYPE_INFOS, dtype_label
 from mismatch_probe.metrics.catalog import CATALOG
 from mismatch_probe.metrics.corrections import Correction
@@ -64,7 +65,7 @@ _TOP = 10
 _TONES: dict[Verdict, Tone] = {"ok": "ok", "warn": "warn", "fail": "fail", "inconclusive": "note"}
 _FRAMEWORKS = {"trl": "TRL", "verl": "verl", "vllm": "vLLM's command line"}
 # Settings that a command on the same model and prompts takes over.
-_KEPT = ("model", "revision", "prompts", "num_prompts", "samples_per_prompt", "max_tokens")
+_KEPT = (*ModelSettings.model_fields, *PromptSettings.model_fields, "temperature")
 _BUILT_IN_PROMPTS = 96
 _LAG = "audit-engine-lag"
 # Checks of the gap itself, whose cause `attribute` looks for.
@@ -189,12 +190,8 @@ def _larger_run(audit: Audit) -> Iterator[Step]:
 
 def _command(name: str, config: CompareConfig, changes: Mapping[str, str] | None = None) -> str:
     """A command on the model and the prompts of a run."""
-    given = {key: str(value) for key in _KEPT if (value := getattr(config, key)) not in (None, "")}
-    given |= {key: "" for key in ("trust_remote_code", "chat") if getattr(config, key)}
-    given |= {"temperature": f"{config.temperature:g}"} if config.temperature != 1.0 else {}
-    given |= changes or {}
-    options = (f"{flag(key)} {shlex.quote(value) if value else ''}".rstrip() for key, value in given.items())
-    return " ".join((f"mismatch-probe {name}", *options))
+    kept = CompareConfig(**{key: getattr(config, key) for key in _KEPT}).replace(**changes or {})
+    return shlex.join(["mismatch-probe", name, *kept.arguments()])
 
 
 def _checks_by_precision(audit: Audit) -> Table | None:

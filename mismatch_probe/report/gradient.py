@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mismatch_probe.config import CompareConfig
@@ -77,7 +76,7 @@ def _train(document: Gradient, finding: Finding) -> str:
 
 def _explain(document: Gradient, finding: Finding) -> str:
     config = document.config
-    same = CompareConfig(config.model, config.revision, config.trust_remote_code)
+    same = CompareConfig(model=config.model, revision=config.revision, trust_remote_code=config.trust_remote_code)
     pair = ["--pair", finding.text("dtype")]
     return shlex.join(["mismatch-probe", "attribute", *same.arguments(), *pair]) if config.source is None else ""
 
@@ -86,7 +85,7 @@ def _more(document: Gradient) -> Step:
     n_prompts = max([_LEAST_PROMPTS, *(_MORE * found.n_prompts for found in document.passes)])
     if document.config.source is not None:
         return Step(f"Record {n_prompts:,} prompts and compare them: four times as many halve the interval.")
-    config = replace(document.config, num_prompts=n_prompts)
+    config = document.config.replace(num_prompts=n_prompts)
     text = f"Measure {n_prompts:,} prompts: four times as many halve the interval."
     return Step(text, shlex.join(["mismatch-probe", "rl", "gradient", *config.arguments()]))
 

@@ -33,7 +33,7 @@ def test_json_is_one_document(command: Command, run_copy: Path, no_figures: None
         (("--from", "a", "--model", "m"), "cannot be combined with --from or --resume"),
         (("--resume", "a", "--plan"), "cannot be combined with --from or --resume"),
         (("--pair", "bf16/int4", "--plan"), "is not rollout/trainer"),
-        (("--target", "2", "--plan"), "--target is a fraction"),
+        (("--target", "2", "--plan"), "--target must be below 1"),
         (("--trainer-mode", "cast,autocast", "--plan"), "one --trainer-mode"),
         (("--rollout-dtypes", "bf16"), "No such option"),
     ],

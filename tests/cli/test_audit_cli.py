@@ -54,7 +54,7 @@ def test_a_baseline_that_is_met(command: Command, run_copy: Path) -> None:
         (("--from", "RUN", "--out", "x"), "cannot be combined with --from or --resume"),
         (("--from", "RUN", "--profile", "lenient"), "There is no profile 'lenient'"),
         (("--from", "RUN", "--pair", "bf16/int8"), "is not rollout/trainer"),
-        (("--from", "RUN", "--planned-tokens", "0"), "--planned-tokens must be positive"),
+        (("--from", "RUN", "--planned-tokens", "0"), "--planned-tokens must be above 0"),
     ],
 )
 def test_what_cannot_be_is_a_usage_error(

@@ -159,11 +159,11 @@ class TestUsage:
         ("arguments", "sentence"),
         [
             (["--temperature", "0"], "--temperature must be above 0"),
-            (["--num-prompts", "0"], "--num-prompts must be positive"),
+            (["--num-prompts", "0"], "--num-prompts must be above 0"),
             (["--num-prompts", "many"], "'many' is not a valid integer"),
             (["--rollout-dtypes", "int8"], "'int8' is not one of bfloat16, float16, float32"),
             (["--rollout-dtypes", ""], "'' is not one of"),
-            (["--trainer-dtypes", "bf16,bf16"], "--trainer-dtypes is empty or has a value twice"),
+            (["--trainer-dtypes", "bf16,bf16"], "--trainer-dtypes has a value twice"),
             (["--trainer-mode", "autocast", "--trainer-dtypes", "fp32"], "Autocast does not support float32"),
             (["--fail-on", "kl_k3>=1"], "has no finite number"),
             (["--fail-on", "nonsense>1"], "unknown metric 'nonsense'"),

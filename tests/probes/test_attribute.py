@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 import mismatch_probe
 from mismatch_probe.arrays import save_arrays
-from mismatch_probe.config import CompareConfig
+from mismatch_probe.config import AttributeOptions, CompareConfig
 from mismatch_probe.engines.attribute.trace import MOST_BYTES, MOST_ROWS, choose_sequences, row_bytes
 from mismatch_probe.errors import EngineError, TableError, UsageError
 from mismatch_probe.metrics.ladder import Change
@@ -22,7 +22,6 @@ from mismatch_probe.probes.attribute.availability import ALREADY, Context
 from mismatch_probe.probes.attribute.effects import judged
 from mismatch_probe.probes.attribute.evidence import NOT_MEASURED
 from mismatch_probe.probes.attribute.names import AT_ROLLOUT, PREFILL, REPLAY, TRAINER, WIDE_PREFILL
-from mismatch_probe.probes.attribute.options import AttributeOptions
 from mismatch_probe.probes.attribute.pair import Pair, open_pair
 from mismatch_probe.probes.attribute.settings import choose, settings_of
 from mismatch_probe.probes.attribute.store import PassStore

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,10 @@ from xml.etree import ElementTree
 import pytest
 
 import mismatch_probe
-from mismatch_probe.config import CompareConfig
+from mismatch_probe.config import AuditOptions, CompareConfig
 from mismatch_probe.errors import DtypeRefused, Interrupted, TableError, UsageError
 from mismatch_probe.probes.audit.baseline import compare_audits, read_audit
 from mismatch_probe.probes.audit.checks import Checks
-from mismatch_probe.probes.audit.options import AuditOptions
 from mismatch_probe.probes.audit.profile import Profile
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.probes.session import RunResult
@@ -376,7 +374,7 @@ def test_a_baseline_that_had_not_measured_a_check_is_not_beaten(document: Audit)
 def test_what_was_made_differently_is_listed(document: Audit) -> None:
     made = document.provenance
     environment = made.environment.model_copy(update={"versions": {**made.environment.versions, "vllm": "99"}})
-    config = replace(made.config, eager=True)
+    config = made.config.replace(eager=True)
     other = document.model_copy(
         update={"provenance": made.model_copy(update={"environment": environment, "config": config})}
     )

@@ -600,14 +600,14 @@ class TestWhatMayChange:
     def test_a_hub_id_stays_at_its_commit(self, run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """The branch that the user named may have moved since."""
         run = RunDirectory.open(run_copy)
-        run.manifest.config = replace(run.manifest.config, revision="main")
+        run.manifest.config = run.manifest.config.replace(revision="main")
         run.manifest.model.revision = "c" * 40
         run.save()
         asked: list[str | None] = []
 
         def plan(config: CompareConfig, *rest: Any) -> Any:
             asked.append(config.revision)
-            return make_plan(replace(config, revision=None), *rest)  # the scripted model is no hub id
+            return make_plan(config.replace(revision=None), *rest)  # the scripted model is no hub id
 
         monkeypatch.setattr("mismatch_probe.probes.session.make_plan", plan)
         mismatch_probe.resume(run_copy)

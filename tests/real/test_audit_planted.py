@@ -6,7 +6,6 @@ Real transformers; the log-probs of the rollout engine are made up, since nothin
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +84,7 @@ def audit(checkpoint: Path, folder: Path, attention: str | None = None) -> tuple
     """The FP16 pair of the audit, and its checks by name."""
     folder.mkdir(exist_ok=True)
     run: RunDirectory = plant_run(folder / "run", checkpoint, {"float16": 1e-3, "float32": 1e-7})
-    run.manifest.config = replace(run.manifest.config, trainer_attn=attention)
+    run.manifest.config = run.manifest.config.replace(trainer_attn=attention)
     run.save()
     (folder / "profile.toml").write_text(PROFILE)
     result = mismatch_probe.audit_resume(run.path, profile=str(folder / "profile.toml"), step_tokens=STEP_TOKENS)

@@ -6,10 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mismatch_probe.arrays import save_arrays
+from mismatch_probe.config import AttributeOptions
 from mismatch_probe.engines.attribute.trace import TraceFiles
 from mismatch_probe.errors import DiskFull, EngineMissing, Interrupted, ProbeError
 from mismatch_probe.probes.attribute.names import FOLDER, inside_name
-from mismatch_probe.probes.attribute.options import AttributeOptions
 from mismatch_probe.probes.attribute.pair import Pair
 from mismatch_probe.probes.attribute.processes import Process, Processes
 from mismatch_probe.probes.attribute.store import PassStore

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mismatch_probe.config import CompareConfig
+from mismatch_probe.config import AttributeOptions, CompareConfig
 from mismatch_probe.engines import devices
 from mismatch_probe.engines.models import read_config
 from mismatch_probe.errors import EngineError, UsageError
@@ -24,7 +24,7 @@ from mismatch_probe.metrics.frame import pair_arrays
 from mismatch_probe.metrics.ladder import TokenPrompts
 from mismatch_probe.passes import PassId
 from mismatch_probe.probes.attribute.availability import Context
-from mismatch_probe.probes.attribute.options import AttributeOptions
+from mismatch_probe.probes.planning import passes_of
 from mismatch_probe.runs.comparison import RunDirectory
 from mismatch_probe.types import RolloutRequest, ScoreRequest
 

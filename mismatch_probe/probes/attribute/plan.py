@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mismatch_probe.config import CompareConfig
+from mismatch_probe.config import AttributeOptions, CompareConfig
 from mismatch_probe.engines import devices
 from mismatch_probe.engines.attribute.trace import MOST_BYTES
 from mismatch_probe.probes.attribute.availability import Context
-from mismatch_probe.probes.attribute.options import AttributeOptions
 from mismatch_probe.probes.attribute.session import config_of
 from mismatch_probe.probes.attribute.settings import Setting, choose, settings_of
 from mismatch_probe.probes.planning import PassEstimate, estimate, make_plan

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mismatch_probe.config import AttributeOptions
 from mismatch_probe.engines import devices
 from mismatch_probe.engines.attribute.inside_job import Inside, InsideJob
 from mismatch_probe.engines.attribute.rollout import ROUTES, RolloutVariants, Routers
@@ -38,7 +39,6 @@ from mismatch_probe.probes.attribute.names import (
     WIDE_PREFILL,
     inside_name,
 )
-from mismatch_probe.probes.attribute.options import AttributeOptions
 from mismatch_probe.probes.attribute.pair import Pair
 from mismatch_probe.probes.attribute.settings import Setting
 from mismatch_probe.probes.attribute.store import PassStore

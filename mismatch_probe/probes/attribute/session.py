@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mismatch_probe.config import CompareConfig
+from mismatch_probe.config import AttributeOptions, CompareConfig
 from mismatch_probe.engines import devices
 from mismatch_probe.errors import Interrupted, UsageError
 from mismatch_probe.files import locked
@@ -15,7 +16,6 @@ from mismatch_probe.probes.attribute.attribution import attribution_of
 from mismatch_probe.probes.attribute.evidence import Evidence
 from mismatch_probe.probes.attribute.measure import make_missing
 from mismatch_probe.probes.attribute.names import FOLDER
-from mismatch_probe.probes.attribute.options import AttributeOptions
 from mismatch_probe.probes.attribute.pair import open_pair
 from mismatch_probe.probes.attribute.store import PassStore
 from mismatch_probe.probes.progress import Progress
@@ -108,7 +108,7 @@ def config_of(config: CompareConfig, options: AttributeOptions) -> CompareConfig
         raise UsageError("An attribution takes one pair apart, so it needs one --trainer-mode.", "Name one of the two.")
     rollout, trainer = options.dtypes
     trainers = tuple(dict.fromkeys((trainer, "float32")))
-    return replace(config, rollout_dtypes=(rollout,), trainer_dtypes=trainers)  # type: ignore[arg-type]
+    return config.replace(rollout_dtypes=(rollout,), trainer_dtypes=trainers)
 
 
 def _finish(
@@ -120,7 +120,7 @@ def _finish(
         store = PassStore(pair, options)
         if engines:
             _check_device(run)
-            run.manifest.attribution = options.as_dict()
+            run.manifest.attribution = options.model_dump(mode="json")
             run.save()
             make_missing(store, pair, options, progress, _resume(path, options), again=again)
             progress.message("computing contributions and figures")
@@ -143,18 +143,9 @@ def _check_device(run: RunDirectory) -> None:
 
 def _options(run: RunDirectory, given: Mapping[str, Any]) -> AttributeOptions:
     """What is given, and an earlier attribution's where it is not."""
-    kept = run.manifest.attribution or {}
-    found = {name: tuple(v) if isinstance(v, list) else v for name, v in kept.items()}
-    return AttributeOptions(**{**found, **given})
+    return AttributeOptions(**{**(run.manifest.attribution or {}), **given})
 
 
 def _resume(path: Path, options: AttributeOptions) -> str:
     """The command that goes on; a run remembers its options only once its comparison is finished."""
-    default = AttributeOptions()
-    flags = "" if options.pair == default.pair else f" --pair {options.pair}"
-    flags += "" if options.settings == default.settings else f" --settings {','.join(options.settings)}"
-    flags += "" if options.layers else " --no-layers"
-    flags += "" if options.target is None else f" --target {options.target:g}"
-    if options.layer_dtypes != default.layer_dtypes:
-        flags += f" --layer-dtypes {','.join(options.layer_dtypes)}"
-    return f"mismatch-probe attribute --resume {path}{flags}"
+    return shlex.join(["mismatch-probe", "attribute", "--resume", str(path), *options.arguments()])

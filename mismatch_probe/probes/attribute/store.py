@@ -9,6 +9,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from mismatch_probe.arrays import load_arrays
+from mismatch_probe.config import AttributeOptions
 from mismatch_probe.engines.attribute.rollout import ROUTES
 from mismatch_probe.engines.attribute.trainer import FIXES, set_name, single_name
 from mismatch_probe.engines.attribute.variants import FP32_CLASSES
@@ -25,7 +26,6 @@ from mismatch_probe.probes.attribute.names import (
     WIDE_PREFILL,
     inside_name,
 )
-from mismatch_probe.probes.attribute.options import AttributeOptions
 from mismatch_probe.probes.attribute.pair import Pair
 from mismatch_probe.probes.attribute.settings import Setting, choose, settings_of
 from mismatch_probe.types import DTYPES

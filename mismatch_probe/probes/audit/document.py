@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from mismatch_probe.config import AuditOptions
 from mismatch_probe.errors import TableError
 from mismatch_probe.metrics.corrections import touched_shares
 from mismatch_probe.metrics.frame import pair_chunks
@@ -12,8 +13,8 @@ from mismatch_probe.probes.audit.advice import Evidence, recommend
 from mismatch_probe.probes.audit.answers import answers, best_pair
 from mismatch_probe.probes.audit.checks import Checks, planned_ess
 from mismatch_probe.probes.audit.judge import verdict_of
+from mismatch_probe.probes.audit.lengths import loss_tokens, planned_tokens
 from mismatch_probe.probes.audit.measure import Measurements
-from mismatch_probe.probes.audit.options import AuditOptions
 from mismatch_probe.probes.audit.profile import Profile
 from mismatch_probe.probes.audit.ranges import range_of
 from mismatch_probe.results.audit import (
@@ -61,7 +62,7 @@ def audit_of(
     compared: Sequence[Pair] = () if found is None else found.pairs
     length: Mapping[str, LengthGrowth] = {} if found is None else found.length
     missing: Sequence[MissingPair] = () if found is None else found.missing
-    parts, stale, planned = measurements.load(), measurements.stale(), options.planned(run)
+    parts, stale, planned = measurements.load(), measurements.stale(), planned_tokens(options, run)
     measured = range_of(parts, measurements.calibration.prompts, options.learning_rates)
     checks = Checks(profile, compared, length, measured, stale, planned)
     pairs = tuple(_pairs(run, compared, checks, unsupported))
@@ -83,7 +84,7 @@ def audit_of(
         options=AskedFor(
             profile=options.profile,
             planned_tokens=planned,
-            step_tokens=options.loss_tokens(run),
+            step_tokens=loss_tokens(options, run),
             learning_rates=options.learning_rates,
             pairs=options.pairs,
             strict=options.strict,
@@ -131,7 +132,7 @@ def not_finite(pairs: Sequence[Pair], measured: Range) -> tuple[Finding, ...]:
 def _comparison(run: RunDirectory, options: AuditOptions) -> Comparison | None:
     """None where no pair of passes is finished."""
     try:
-        return analyse(run, predict_lengths=(options.planned(run),), extrapolate=True).summary
+        return analyse(run, predict_lengths=(planned_tokens(options, run),), extrapolate=True).summary
     except TableError as error:
         if not error.what.startswith("Nothing can be compared"):
             raise

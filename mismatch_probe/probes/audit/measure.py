@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from mismatch_probe.arrays import load_arrays
+from mismatch_probe.config import AuditOptions
 from mismatch_probe.engines import devices
 from mismatch_probe.engines.audit.job import AuditJob, Part, histograms_of
 from mismatch_probe.engines.base import TrainerJob
 from mismatch_probe.errors import UsageError
 from mismatch_probe.metrics.floats import scale_range
-from mismatch_probe.probes.audit.options import AuditOptions
+from mismatch_probe.probes.audit.lengths import loss_tokens
 from mismatch_probe.probes.own_pass import device_of, fp32_trainer, model_of, run_pass
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.results.audit import PARTS, PartName
@@ -120,7 +121,7 @@ class Measurements:
             n_gradients=min(N_GRADIENTS, len(sequences)),
             n_lag=min(N_LAG, len(sequences)),
             n_proof=min(N_PROOF, len(sequences)),
-            step_tokens=self._options.loss_tokens(self._run),
+            step_tokens=loss_tokens(self._options, self._run),
             rates=self._options.learning_rates,
             highest=None if scales is None else scales.high,
         )
@@ -139,7 +140,7 @@ class Measurements:
         about: list[Any] = [version("mismatch-probe"), part, config.temperature, config.trainer_attn]
         about += [self._run.manifest.model.files]
         if part in ("backward", "proof"):
-            about += [options.loss_tokens(self._run)]
+            about += [loss_tokens(options, self._run)]
         if part == "lag":
             about += [options.learning_rates]
         if part == "proof":

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mismatch_probe.config import DEFAULT_MODEL, CompareConfig
+from mismatch_probe.config import DEFAULT_MODEL, AuditOptions, CompareConfig
 from mismatch_probe.engines.models import resolve
 from mismatch_probe.engines.vllm.refusals import refusal
 from mismatch_probe.errors import DtypeRefused, Interrupted, ProbeError, UsageError
@@ -16,7 +17,6 @@ from mismatch_probe.files import locked, write_text
 from mismatch_probe.probes.audit.baseline import compare_audits, read_audit
 from mismatch_probe.probes.audit.document import audit_of
 from mismatch_probe.probes.audit.measure import FOLDER, Measurements
-from mismatch_probe.probes.audit.options import AuditOptions
 from mismatch_probe.probes.audit.profile import Profile, load_profile
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.probes.session import new_run, resume_run
@@ -82,7 +82,7 @@ def new_audit(
         raise DtypeRefused(" ".join(unsupported.values()), "Audit it with --rollout-dtypes bf16.")
     path = Path(out) if out is not None else default_folder(config.source or config.model or DEFAULT_MODEL)
     try:
-        new_run(replace(config, rollout_dtypes=dtypes), path, (), progress)
+        new_run(config.replace(rollout_dtypes=dtypes), path, (), progress)
     except UsageError:
         raise  # nothing was begun; what lies at the path may be somebody else's
     except BaseException as error:
@@ -164,8 +164,10 @@ def _finish(
 
 def _resume(path: Path, options: AuditOptions, baseline: str | Path | None) -> str:
     """The command that goes on with an audit."""
-    old = "" if baseline is None else f" --baseline {baseline}"
-    return f"mismatch-probe audit --resume {path}{options.flags()}{old}"
+    # A run remembers everything else that its audit was asked.
+    words = AuditOptions(pairs=options.pairs, strict=options.strict).arguments()
+    old = [] if baseline is None else ["--baseline", str(baseline)]
+    return shlex.join(["mismatch-probe", "audit", "--resume", str(path), *words, *old])
 
 
 def _known_unsupported(run: RunDirectory) -> dict[str, str]:
@@ -175,14 +177,14 @@ def _known_unsupported(run: RunDirectory) -> dict[str, str]:
 
 def _remember(run: RunDirectory, options: AuditOptions, unsupported: Mapping[str, str]) -> None:
     """Keeps with the run what its audit was asked for."""
-    run.manifest.audit = AuditRecord(options=options.as_dict(), unsupported=dict(unsupported))
+    run.manifest.audit = AuditRecord(options=options.model_dump(mode="json"), unsupported=dict(unsupported))
     run.save()
 
 
 def _options(run: RunDirectory, given: Mapping[str, Any]) -> AuditOptions:
     """What is given, and of what decides about measurements an earlier audit's where it is not."""
     kept = {} if run.manifest.audit is None else run.manifest.audit.options
-    found = {name: tuple(v) if isinstance(v, list) else v for name, v in kept.items() if name in _KEPT}
+    found = {name: value for name, value in kept.items() if name in _KEPT}
     return AuditOptions(**{**found, **given})
 
 
