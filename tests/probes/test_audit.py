@@ -162,8 +162,8 @@ def test_a_refused_dtype_is_told_before_anything_is_loaded(scripted_model: MakeM
 
 def test_options_are_checked() -> None:
     for given, message in (
-        ({"planned_tokens": 0}, "--planned-tokens must be positive"),
-        ({"step_tokens": -1}, "--step-tokens must be positive"),
+        ({"planned_tokens": 0}, "--planned-tokens must be above 0"),
+        ({"step_tokens": -1}, "--step-tokens must be above 0"),
         ({"learning_rates": (0.0,)}, "--learning-rate"),
         ({"pairs": ("bf16/fp8",)}, "is not rollout/trainer"),
     ):

@@ -587,7 +587,7 @@ class TestWhatMayChange:
             ({"seed": 1}, "--seed cannot be combined with --resume: a run continues as it was configured"),
             ({"model": "other"}, "--model cannot be combined with --resume"),
             ({"memory_budget_gib": 1.0, "max_tokens": 9}, "--max-tokens cannot be combined with --resume"),
-            ({"memory_budget_gib": 0.0}, "--memory-budget must be positive"),
+            ({"memory_budget_gib": 0.0}, "--memory-budget must be above 0"),
             ({"engine_args": {"hf_token": "x"}}, "--engine-arg"),
         ],
     )
