@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mismatch_probe.config import AuditOptions
 from mismatch_probe.metrics.length_prediction import FURTHEST
-from mismatch_probe.runs import RunDirectory
+from mismatch_probe.runs.comparison import RunDirectory
 
 # The paper's step: 64 prompts × 8 samples in 4 minibatches.
 STEP_SEQUENCES = 128
