@@ -44,8 +44,11 @@ setup-dev: ## The same with the development tools
 compare: setup ## Measure the mismatch, e.g. make compare ARGS="--num-prompts 16"
 	@'$(BIN)/mismatch-probe' compare $(ARGS)
 
+# Tests without an engine run side by side; those on real engines, which fill the machine, one after another. Exit code
+# 5 says that ARGS selects none of a kind.
 test: setup-dev ## Run the tests, e.g. make test ARGS="-k prompts"
-	@'$(BIN)/python' -m pytest $(ARGS)
+	@'$(BIN)/python' -m pytest -m 'not engine' -n auto --maxprocesses 4 --dist loadfile $(ARGS) || [ $$? = 5 ]
+	@'$(BIN)/python' -m pytest -m engine $(ARGS) || [ $$? = 5 ]
 
 lint: setup-dev ## Check style, types and the direction of imports
 	@'$(BIN)/python' -m ruff check .
