@@ -369,45 +369,49 @@ def _squared_half_width(hits: Floats, counts: Floats, heavy_tailed: bool) -> flo
     return float((pull**2).sum() * n_prompts / (n_prompts - 1) * student(degrees) ** 2)
 
 
-def quantile_interval(values: Floats, prompt: NDArray[np.int64], level: float) -> tuple[float, Interval | None]:
+def quantile_interval(
+    values: Floats, prompt: NDArray[np.int64], length: NDArray[np.int64], level: float
+) -> tuple[float, Interval | None]:
     """A quantile and its prompt-clustered interval (Woodruff 1952).
 
     Args:
-        values: `[N]` the values.
-        prompt: `[N]` prompt of each value.
+        values: `[N]` the values, those of a sequence next to each other.
+        prompt: `[S]` prompt of each sequence.
+        length: `[S]` values of each sequence.
         level: The quantile's level, e.g. 0.99.
 
     Returns:
         The quantile and its limits, None below 2 prompts. No limit can lie beyond the largest value seen.
     """
-    value = float(np.quantile(values, level))
-    counts = np.bincount(prompt).astype(np.float64)
+    tail = 1 - level
+    value, start = map(float, np.quantile(values, (level, max(0.0, 1 - _TAILS * tail))))
+    counts = np.bincount(prompt, weights=length).astype(np.float64, copy=False)
 
     def share(prompts: NDArray[np.int64]) -> Interval | None:
         hits = np.bincount(prompts, minlength=len(counts)).astype(np.float64)
         return share_interval(hits, counts, heavy_tailed=True)
 
-    interval = share(prompt[values > value])
-    if interval is None:
-        return value, None
-    if np.count_nonzero(values == value) <= 1:
-        low, high = np.quantile(values, (1 - interval[1], 1 - interval[0]))
-        return value, (min(value, float(low)), max(value, float(high)))
-    # Among ties the share above the value is not 1 − level: the limits are the last values that the share of values
-    # beyond them does not exclude. They are looked for in the tail alone, where it is long enough to hold them.
-    tail = 1 - level
-
     def possible(interval: Interval | None) -> bool:
         return interval is None or interval[0] <= tail
 
-    start = float(np.quantile(values, max(0.0, 1 - _TAILS * tail)))
-    whole = possible(share(prompt[values > start]))
-    chosen = slice(None) if whole else values >= start
-    values, prompt = values[chosen], prompt[chosen]
-    points = np.unique(values)
+    # Both limits lie in the tail, where it is long enough to hold them.
+    beyond = np.flatnonzero(values >= start)
+    owner = prompt[np.searchsorted(np.cumsum(length), beyond, side="right")]
+    values_beyond = values[beyond]
+    interval = share(owner[values_beyond > value])
+    if interval is None:
+        return value, None
+    if np.count_nonzero(values_beyond == value) <= 1:
+        low, high = np.quantile(values, (1 - interval[1], 1 - interval[0]))
+        return value, (min(value, float(low)), max(value, float(high)))
+    # Among ties the share above the value is not 1 − level: the limits are the last values that the share of values
+    # beyond them does not exclude.
+    if possible(share(owner[values_beyond > start])):
+        values_beyond, owner = values, np.repeat(prompt, length)
+    points = np.unique(values_beyond)
     at = int(np.searchsorted(points, value))
-    low = _last(points[: at + 1][::-1], lambda point: possible(share(prompt[values > point])))
-    high = _last(points[at:], lambda point: (share(prompt[values >= point]) or (0.0, 1.0))[1] > tail)
+    low = _last(points[: at + 1][::-1], lambda point: possible(share(owner[values_beyond > point])))
+    high = _last(points[at:], lambda point: (share(owner[values_beyond >= point]) or (0.0, 1.0))[1] > tail)
     return value, (low, high)
 
 

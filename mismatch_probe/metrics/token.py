@@ -66,7 +66,8 @@ def _rms_logprob_diff(tokens: Tokens) -> Estimate:
 
 
 def _p99_abs_logprob_diff(tokens: Tokens) -> MetricValue:
-    value, interval = quantile_interval(tokens.pair.abs_log_ratio, tokens.prompt, 0.99)
+    of = tokens.pair.sequences
+    value, interval = quantile_interval(tokens.pair.abs_log_ratio, of.prompt, of.n_usable, 0.99)
     return _with_limits("p99_abs_logprob_diff", tokens, value, interval)
 
 

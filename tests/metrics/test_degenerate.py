@@ -196,7 +196,7 @@ def test_a_quantile_of_rounded_values_is_covered(seed: int) -> None:
     truth, hits = np.round(2.5758, 1), 0
     for _ in range(20):
         values = np.round(np.abs(rng.standard_normal(2000)), 1)
-        _, interval = quantile_interval(values, np.repeat(np.arange(100), 20), 0.99)
+        _, interval = quantile_interval(values, np.arange(100), np.full(100, 20), 0.99)
         assert interval is not None
         hits += interval[0] <= truth <= interval[1]
     assert hits >= 17

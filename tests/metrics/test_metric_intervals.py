@@ -252,7 +252,7 @@ def test_clustered_hits_widen_the_share_interval() -> None:
 
 def test_quantile_interval_of_independent_rows_matches_order_statistics() -> None:
     values = (np.arange(2000) + 0.5) / 2000
-    value, interval = quantile_interval(values, np.arange(2000), 0.99)
+    value, interval = quantile_interval(values, np.arange(2000), np.ones(2000, np.int64), 0.99)
     assert value == pytest.approx(0.99, abs=1e-3)
     assert interval == pytest.approx(
         (1 - special.betaincinv(21, 1980, 0.975), 1 - special.betaincinv(20, 1981, 0.025)), abs=1e-3
@@ -263,7 +263,7 @@ def test_quantile_coverage(make_pair: Any) -> None:
     rng, rounds, hits = np.random.default_rng(11), 300, 0
     truth = float(special.ndtri(0.995))  # 99 % quantile of |N(0, 1)|
     for _ in range(rounds):
-        _, interval = quantile_interval(np.abs(rng.normal(0, 1, 3000)), np.repeat(np.arange(100), 30), 0.99)
+        _, interval = quantile_interval(np.abs(rng.normal(0, 1, 3000)), np.arange(100), np.full(100, 30), 0.99)
         assert interval is not None
         hits += interval[0] <= truth <= interval[1]
     assert 0.92 <= hits / rounds <= 0.99
