@@ -93,3 +93,18 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)  # the file stays: were it removed, two processes could hold locks on two files of its name
+
+
+def in_use(folder: Path) -> bool:
+    """Whether a process holds the folder."""
+    try:
+        handle = os.open(folder / LOCK, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False

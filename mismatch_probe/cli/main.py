@@ -20,6 +20,8 @@ _COMMANDS = {
     "audit": "May this model go into RL, in which precision, with which correction?",
     "report": "Write summary and report of a finished run again, without engines.",
     "plot": "Draw the figures of a finished run again, without engines.",
+    "show": "What a run folder is, how far it has come, and what continues it.",
+    "runs": "Run folders in a folder: kind, model, date, status, answer.",
     "rl": "What does the mismatch do to training? RL runs with both engines.",
     "models": "Built-in models: list, fetch, locate.",
     "env": "What is installed, and which engines and dtypes are usable here.",

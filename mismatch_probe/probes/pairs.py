@@ -21,7 +21,8 @@ from mismatch_probe.metrics.token import token_metrics
 from mismatch_probe.metrics.where import COLUMN_EDGES
 from mismatch_probe.passes import PassId
 from mismatch_probe.results.comparison import Pair, PairName
-from mismatch_probe.runs.comparison import Passes, RunDirectory
+from mismatch_probe.runs.comparison import RunDirectory
+from mismatch_probe.runs.passes import Passes
 from mismatch_probe.types import MetricValue
 
 _POWER_KEYS = ("mean_abs_logprob_diff", "rms_logprob_diff", "kl_k3")

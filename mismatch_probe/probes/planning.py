@@ -16,7 +16,7 @@ from mismatch_probe.passes import PassId
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.probes.recorded import check_recorded, read_recorded, recorded_of
 from mismatch_probe.prompts import PromptSet, load_prompts
-from mismatch_probe.runs.comparison import Passes, passes_of
+from mismatch_probe.runs.passes import Passes, passes_of
 from mismatch_probe.types import DTYPES, EncodedPrompt, RolloutRequest
 
 # Sustained FLOP/s of matrix products: per CPU core as measured on 2-core machines without and with BF16 instructions,

@@ -26,8 +26,9 @@ from mismatch_probe.probes.recorded import recorded_of
 from mismatch_probe.report.data import ReportData
 from mismatch_probe.results.comparison import Comparison
 from mismatch_probe.results.manifest import Environment, Manifest, ModelRecord, PromptsRecord
-from mismatch_probe.runs.comparison import Passes, RunDirectory, passes_of
+from mismatch_probe.runs.comparison import RunDirectory
 from mismatch_probe.runs.folder import new_folder
+from mismatch_probe.runs.passes import Passes, passes_of
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from mismatch_probe.probes.planning import (
     make_plan,
     request_seed,
 )
-from mismatch_probe.runs.comparison import passes_of
+from mismatch_probe.runs.passes import passes_of
 from mismatch_probe.types import DTYPES, EncodedPrompt
 from tests.conftest import MakeModel
 

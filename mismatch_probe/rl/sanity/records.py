@@ -31,8 +31,8 @@ from mismatch_probe.rl.sanity.config import SanityConfig, make_sanity_config
 from mismatch_probe.rl.sanity.selection import findings_of, keeps, outcome_of
 from mismatch_probe.rl.tasks import Problem, read_problems
 from mismatch_probe.runs.folder import SANITY_SET, Kind, RunFolder
+from mismatch_probe.runs.state import SET
 
-SET = "sanity-set.jsonl"
 _KILLED = b"n_grader_killed"
 # A chunk keeps the engine busy, and is what an interrupted run loses.
 _CHUNK_RESPONSES = 1024

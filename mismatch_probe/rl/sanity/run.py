@@ -16,10 +16,11 @@ from mismatch_probe.results.sanity import SanitySet
 from mismatch_probe.rl.config import RlConfig
 from mismatch_probe.rl.run import provenance_of, resolve_model, same_model
 from mismatch_probe.rl.sanity.config import SanityConfig, make_sanity_config
-from mismatch_probe.rl.sanity.records import SET, SanityDirectory
+from mismatch_probe.rl.sanity.records import SanityDirectory
 from mismatch_probe.rl.sanity.worker import SanityJob, settings_of
 from mismatch_probe.rl.tasks import read_problems
 from mismatch_probe.runs.folder import SANITY_SET, continued_by, new_folder
+from mismatch_probe.runs.state import SET
 
 _PASS = "sanity-set"
 # What a run on the set has to share with its sampling.
