@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from mismatch_probe.engines.models import ModelRef
     from mismatch_probe.probes.attribute.session import AttributeResult
     from mismatch_probe.probes.audit.session import AuditResult
+    from mismatch_probe.probes.gradient.session import GradientResult
     from mismatch_probe.probes.planning import Plan
     from mismatch_probe.probes.progress import Progress
     from mismatch_probe.probes.session import RunResult
     from mismatch_probe.report.model import TokenSequence
     from mismatch_probe.results.attribution import AttributionPlan
     from mismatch_probe.rl.config import RlConfig
-    from mismatch_probe.rl.gradient import GradientResult
     from mismatch_probe.rl.plan import PlannedRun
     from mismatch_probe.rl.run import RlResult
     from mismatch_probe.rl.sanity.run import SanityResult
@@ -493,6 +493,6 @@ def rl_gradient(
     Raises:
         ProbeError: See `mismatch_probe.errors`; finished passes stay in the run directory.
     """
-    from mismatch_probe.rl.gradient import measure_gradient
+    from mismatch_probe.probes.gradient.session import measure_gradient
 
     return measure_gradient(source, out, predict_lengths, progress)

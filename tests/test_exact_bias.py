@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mismatch_probe.rl.advantages import group_advantages
-from mismatch_probe.rl.losses import ALGORITHMS, Scale, policy_loss
+from mismatch_probe.rl.algorithms import algorithms
+from mismatch_probe.rl.algorithms.published import clip, standardised
+from mismatch_probe.rl.losses import Scale, policy_loss
 from tools import exact_bias
 from tools.exact_bias import (
     BASELINES,
@@ -29,6 +30,7 @@ from tools.exact_bias import (
 )
 
 LEFT = 1 - 1 / GROUP_SIZE
+ALGORITHMS = algorithms()
 WITH_LENGTHS = [name for name, spec in ALGORITHMS.items() if spec.aggregation != "budget"]
 
 
@@ -100,7 +102,7 @@ def test_averages_over_tokens_are_biased_on_policy(name: str, table: dict[tuple[
 
 def test_standard_deviation_reweights_prompts() -> None:
     """With rewards of 0 and 1 it turns no prompt's gradient, only changes how much each counts."""
-    spec = replace(ALGORITHMS["dr-grpo"], advantage="standardised")
+    spec = replace(ALGORITHMS["dr-grpo"], advantages=standardised)
     found = expected_gradient(spec, policies("on-policy"), "group")
     target = objective_gradient(policies("on-policy").trained)
     of_prompts = [closeness(g, v) for g, v in zip(found, target, strict=True)]
@@ -122,7 +124,9 @@ def test_mismatch_biases_what_does_not_correct_for_it(table: dict[tuple[str, Set
 def test_sequence_weights_undo_the_mismatch_but_not_the_staleness(
     table: dict[tuple[str, Setting, Baseline], Row],
 ) -> None:
-    spec = replace(ALGORITHMS["dr-grpo-seq-tis"], cap=1e6)
+    spec = ALGORITHMS["dr-grpo-seq-tis"]
+    assert spec.correction is not None
+    spec = replace(spec, correction=replace(spec.correction, high=1e6))
     target = objective_gradient(policies("on-policy").trained)
     torch.testing.assert_close(expected_gradient(spec, policies("mismatch"), "oracle"), target)
     assert table["dr-grpo-seq-tis", "stale", "oracle"].to_objective.distance > 0.1
@@ -131,9 +135,9 @@ def test_sequence_weights_undo_the_mismatch_but_not_the_staleness(
 def test_every_limit_holds_something(table: dict[tuple[str, Setting, Baseline], Row]) -> None:
     """Else the table would compare algorithms that do the same."""
     for name, spec in ALGORITHMS.items():
-        if spec.correction in ("none", "seq-is"):
+        if spec.correction is None or not spec.correction.bounded:
             continue
-        freed = replace(spec, cap=1e9, floor=0.0)
+        freed = replace(spec, correction=replace(spec.correction, low=0.0, high=1e9))
         bound, free = (expected_gradient(x, policies("stale"), "oracle") for x in (spec, freed))
         assert closeness(bound, free).distance > 1e-4, name
 
@@ -160,7 +164,7 @@ def test_sampling_agrees(name: str) -> None:
     drawn = torch.from_numpy(np.minimum(below.sum(axis=2), chance.shape[1] - 1))
     prompts = torch.from_numpy(prompt).unsqueeze(1).expand_as(drawn)
     reward = rewards()[prompts, drawn].flatten().numpy()
-    advantages = torch.from_numpy(group_advantages(reward, np.repeat(np.arange(n), GROUP_SIZE), spec.advantage))
+    advantages = torch.from_numpy(spec.advantages(reward, np.repeat(np.arange(n), GROUP_SIZE)))
     leaf = policy.trained.clone().requires_grad_()
     rows = [logprobs(x)[prompts, drawn].flatten(0, 1) for x in (leaf, policy.before, policy.sampling)]
     mask = rows[2] < 0
@@ -168,6 +172,6 @@ def test_sampling_agrees(name: str) -> None:
         advantages = advantages / mask.sum(dim=1).view(n, -1).sum(dim=1).repeat_interleave(GROUP_SIZE)
     scale = Scale(sequences=n * GROUP_SIZE, tokens=n, budget=1)
     loss, metrics = policy_loss(spec, rows[0], rows[1], rows[2], advantages, mask, scale)
-    assert (metrics["n_clipped"] > 0) == (spec.ratio == "clip")
+    assert (metrics["n_clipped"] > 0) == (spec.surrogate is clip)
     (found,) = torch.autograd.grad(-loss, leaf)
     assert closeness(found, expected_gradient(spec, policy, "group")).distance < 0.03

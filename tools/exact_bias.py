@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mismatch_probe.rl.advantages import group_advantages
-from mismatch_probe.rl.losses import ALGORITHMS, LossSpec, Scale, policy_loss
+from mismatch_probe.metrics.corrections import CORRECTIONS
+from mismatch_probe.rl.algorithms import Algorithm, algorithms
+from mismatch_probe.rl.losses import Scale, policy_loss
 
 PAGE = Path(__file__).parents[1] / "docs" / "algorithms.md"
 Setting = Literal["on-policy", "mismatch", "stale"]
@@ -111,7 +112,7 @@ def _groups() -> tuple[Tensor, Tensor]:
     return torch.tensor(members), torch.tensor(orders, dtype=torch.float64)
 
 
-def _advantages(spec: LossSpec, baseline: Baseline, trained: Tensor) -> Tensor:
+def _advantages(spec: Algorithm, baseline: Baseline, trained: Tensor) -> Tensor:
     """`[P, M, G]` of the members of every group: R − V^π, or from the rewards of the group as the algorithm does."""
     members, _ = _groups()
     if baseline == "oracle":
@@ -119,11 +120,11 @@ def _advantages(spec: LossSpec, baseline: Baseline, trained: Tensor) -> Tensor:
         return (rewards() - value)[:, members]
     of_members = rewards()[:, members]
     group = np.repeat(np.arange(P * len(members)), GROUP_SIZE)
-    found = group_advantages(of_members.flatten().numpy(), group, spec.advantage)
+    found = spec.advantages(of_members.flatten().numpy(), group)
     return torch.from_numpy(found).reshape(of_members.shape)
 
 
-def expected_gradient(spec: LossSpec, policy: Policies, baseline: Baseline) -> Tensor:
+def expected_gradient(spec: Algorithm, policy: Policies, baseline: Baseline) -> Tensor:
     """`[P, K, V]` expectation of the direction of ascent in the logits of π.
 
     A minibatch is one group of G responses to one of the prompts, drawn from μ. `budget` is T, and is taken out
@@ -179,7 +180,7 @@ class Row:
     """One algorithm in one setting.
 
     Attributes:
-        algorithm: Its name in `ALGORITHMS`.
+        algorithm: Its registered name.
         setting: Of the policies.
         baseline: What the advantages were made with.
         to_objective: Its expected gradient against ∇J.
@@ -198,7 +199,7 @@ def bias_table() -> list[Row]:
     target = objective_gradient(policies("on-policy").trained)
     gradients = {
         (name, setting, baseline): expected_gradient(spec, policies(setting), baseline)
-        for setting, (name, spec), baseline in itertools.product(SETTINGS, ALGORITHMS.items(), BASELINES)
+        for setting, (name, spec), baseline in itertools.product(SETTINGS, algorithms().items(), BASELINES)
     }
     return [
         Row(*key, closeness(found, target), closeness(found, gradients[key[0], "on-policy", key[2]]))
@@ -219,7 +220,9 @@ def gap(trained: Tensor, other: Tensor) -> tuple[float, float]:
 
 def markdown(table: list[Row]) -> str:
     """The page of the documentation, from `bias_table`."""
-    return "\n".join([*_introduction(), *(line for setting in SETTINGS for line in _section(setting, table))])
+    return "\n".join(
+        [*_introduction(), *_corrections(), *(line for setting in SETTINGS for line in _section(setting, table))]
+    )
 
 
 def _introduction() -> list[str]:
@@ -251,6 +254,23 @@ def _introduction() -> list[str]:
     ]
 
 
+def _corrections() -> list[str]:
+    return [
+        "## Corrections",
+        "",
+        "What multiplies the loss of a token: ρ = exp(d) of the token, w = exp(D) of its sequence, g = exp(D / T) of "
+        "its sequence of T tokens. The table is `mismatch_probe/metrics/corrections.py`; the audit, `rl gradient` and "
+        "the algorithms take it from there.",
+        "",
+        "| name | correction | factor | source |",
+        "|---|---|---|---|",
+        *(f"| {one.name} | {one.title} | {one.formula} | {one.source} |" for one in CORRECTIONS.values()),
+        "",
+        "`grpo-seq-*` and `dr-grpo-seq-*` bound w at 10. `icepop` is `grpo` with token-mis.",
+        "",
+    ]
+
+
 _TITLES: dict[Setting, str] = {
     "on-policy": "On policy: μ = π′ = π",
     "mismatch": "Mismatch, before the first update: μ ≠ π′ = π",
@@ -267,7 +287,7 @@ def _section(setting: Setting, table: list[Row]) -> list[str]:
     for title, found in targets.items():
         columns = [f"{baseline}: {name}" for baseline in BASELINES for name in ("cos", "norm", "distance")]
         lines += [f"Against {title}:", "", f"| algorithm | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
-        for algorithm in ALGORITHMS:
+        for algorithm in algorithms():
             cells = [x for baseline in BASELINES for x in astuple(found[algorithm, baseline])]
             # Not of −0.0004, which would be "-0.000".
             lines.append(f"| {algorithm} | {' | '.join(f'{round(x, 3) + 0.0:.3f}' for x in cells)} |")

@@ -134,8 +134,8 @@ class Gradient(Document):
     """
 
     KIND: ClassVar[str] = "gradient comparison"
-    VERSION: ClassVar[int] = 2
-    OLDEST: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
+    OLDEST: ClassVar[int] = 3
     AGAIN: ClassVar[str] = "mismatch-probe rl gradient {folder}/.."
 
     model: str

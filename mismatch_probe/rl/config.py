@@ -14,25 +14,6 @@ from mismatch_probe.errors import UsageError
 from mismatch_probe.results.rl_run import RlRun
 from mismatch_probe.types import Dtype, TrainerMode
 
-# The names of `rl.losses.ALGORITHMS`, kept here so that a file is checked without torch; a test holds them equal.
-ALGORITHM_NAMES = (
-    "pg",
-    "pg-token-tis",
-    "pg-seq-is",
-    "pg-seq-tis",
-    "pg-seq-mis",
-    "grpo",
-    "dr-grpo",
-    "grpo-token-tis",
-    "grpo-seq-tis",
-    "grpo-seq-mis",
-    "dr-grpo-token-tis",
-    "dr-grpo-seq-tis",
-    "dr-grpo-seq-mis",
-    "gspo",
-    "icepop",
-    "cispo",
-)
 Structure = Literal["none", "weight-noise", "mantissa", "logit-noise", "stale"]
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -95,7 +76,7 @@ class RlConfig(TaskSettings):
         n_problems: Problems that are trained on.
         trainer_dtype: What forward and backward passes compute in; master weights are FP32 in any case.
         trainer_mode: `autocast` (FP32 weights under torch.autocast) or `cast` (a copy of the weights in the dtype).
-        algorithm: See `rl.losses`.
+        algorithm: Name in `rl.algorithms`.
         steps: Rollouts, each followed by `updates_per_rollout` optimizer steps.
         prompts_per_step, samples_per_prompt: Size of a rollout.
         updates_per_rollout: Minibatches that a rollout is split into, by prompt.
@@ -150,8 +131,10 @@ class RlConfig(TaskSettings):
     @field_validator("algorithm")
     @classmethod
     def _known(cls, value: str) -> str:
-        if value not in ALGORITHM_NAMES:
-            raise ValueError(f"does not accept {value!r}; known are {', '.join(ALGORITHM_NAMES)}")
+        from mismatch_probe.rl.algorithms import algorithms
+
+        if value not in algorithms():
+            raise ValueError(f"does not accept {value!r}; known are {', '.join(algorithms())}")
         return value
 
     @model_validator(mode="after")

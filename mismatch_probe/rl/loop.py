@@ -22,12 +22,12 @@ from mismatch_probe.metrics.accounting import possible
 from mismatch_probe.metrics.intervals import share_interval
 from mismatch_probe.results.finding import Finding, Value
 from mismatch_probe.results.rl_run import Ending, Status
-from mismatch_probe.rl.advantages import group_advantages
+from mismatch_probe.rl.algorithms import algorithms
 from mismatch_probe.rl.checkpoints import Checkpoint, checkpoints, load_checkpoint, prune, save_checkpoint
 from mismatch_probe.rl.collapse import CollapseDetector
 from mismatch_probe.rl.config import RlConfig
 from mismatch_probe.rl.instruments import Rolled, finite
-from mismatch_probe.rl.losses import ALGORITHMS, Scale, policy_loss
+from mismatch_probe.rl.losses import Scale, policy_loss
 from mismatch_probe.rl.policy import NonFinite, Policy, StepFacts
 from mismatch_probe.rl.records import RlDirectory
 from mismatch_probe.rl.stress import stressed
@@ -108,7 +108,7 @@ class Training:
 
     def __init__(self, pieces: Pieces) -> None:
         self._p, self._config = pieces, pieces.config
-        self._spec = ALGORITHMS[self._config.algorithm]
+        self._algorithm = algorithms()[self._config.algorithm]
         self._policy = Policy(str(pieces.source), self._config, pieces.device)
         self._detector = CollapseDetector(window=self._config.collapse_window)
         self._step = 0
@@ -178,7 +178,7 @@ class Training:
         answers = [Response(text, r.finish_reason) for text, r in zip(texts, rollouts, strict=True)]
         killed = self._p.task.killed
         rewards = np.asarray(self._p.task.rewards(problems, answers), np.float64)
-        advantages = group_advantages(rewards, owners, self._spec.advantage)
+        advantages = self._algorithm.advantages(rewards, owners)
         batches = self._batches(owners, rollouts)
         clock.ends("other")
         old, entropy = self._score(batches)
@@ -315,7 +315,7 @@ class Training:
                 logprobs, _ = self._policy.logprobs(batch)
                 old, rollout = (_padded([side[i] for i in rows], batch) for side in (rolled.old, rolled.rollout))
                 advantages = torch.tensor(rolled.advantages[rows], device=self._p.device)
-                loss, sums = policy_loss(self._spec, logprobs, old, rollout, advantages, batch.mask, scale)
+                loss, sums = policy_loss(self._algorithm, logprobs, old, rollout, advantages, batch.mask, scale)
                 if not torch.isfinite(loss):
                     raise NonFinite("the loss")
                 self._policy.backward(loss)

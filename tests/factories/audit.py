@@ -387,7 +387,8 @@ def audit(
     decided_by = tuple(pair.name for pair in asked) if wanted else () if best is None else (best.name,)
     recommendation = None
     if best is not None:
-        touched: Mapping[str, MetricValue] = {correction.name: value(0.002) for correction in CORRECTIONS}
+        bounded = [name for name, one in CORRECTIONS.items() if one.bounded]
+        touched: Mapping[str, MetricValue] = dict.fromkeys(bounded, value(0.002))
         evidence = Evidence(compared(*best.key), touched, ess or value(0.93, 0.02), 1024, "smollm2-135m", 1.0)
         recommendation = recommend(best, found, evidence)
     given: dict[str, Any] = {

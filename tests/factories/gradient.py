@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from mismatch_probe.config import CompareConfig
 from mismatch_probe.metrics.gradient import GRADIENT_KEYS, GradientMetrics
+from mismatch_probe.probes.gradient.findings import findings_of
 from mismatch_probe.results.gradient import (
     Draws,
     Gradient,
@@ -16,10 +17,9 @@ from mismatch_probe.results.gradient import (
     Reference,
     RolloutGradient,
 )
-from mismatch_probe.rl.gradient_findings import findings_of
 from mismatch_probe.types import MetricValue
 
-CORRECTIONS = ("token-tis", "icepop", "seq-is", "seq-tis", "seq-mis")
+CORRECTIONS = ("token-tis", "token-mis", "seq-is", "seq-tis", "seq-mis")
 COSINES = {"bfloat16": 0.9, "float16": 0.992, "float32": 0.999}
 
 
@@ -88,7 +88,7 @@ def gradient(
     """A document of the given passes, or of one for each dtype with the cosine of its estimate without weights."""
     passes = passes or tuple(rollout(dtype, cosine) for dtype, cosine in cosines.items())
     return Gradient(
-        schema_version=2,
+        schema_version=3,
         tool_version="0.1.0",
         model="smollm2-135m",
         config=config or CompareConfig(model="smollm2-135m", max_tokens=128),

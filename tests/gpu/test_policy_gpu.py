@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from mismatch_probe.engines.logprobs import Batch, token_logprobs
+from mismatch_probe.rl.algorithms import algorithms
 from mismatch_probe.rl.config import make_config
-from mismatch_probe.rl.losses import ALGORITHMS, Scale, policy_loss
+from mismatch_probe.rl.losses import Scale, policy_loss
 from mismatch_probe.rl.policy import Policy
 from mismatch_probe.rl.stress import round_mantissa, stressed
 
@@ -47,7 +48,7 @@ def loss_of(logprobs: torch.Tensor, given: Batch) -> torch.Tensor:
     advantages = torch.linspace(-1, 1, len(given.ids), device=logprobs.device)
     old = logprobs.detach()
     scale = Scale(len(given.ids), int(given.mask.sum()), given.mask.shape[1])
-    return policy_loss(ALGORITHMS["dr-grpo"], logprobs, old, old, advantages, given.mask, scale)[0]
+    return policy_loss(algorithms()["dr-grpo"], logprobs, old, old, advantages, given.mask, scale)[0]
 
 
 def float64_gradient(path: Path) -> dict[str, torch.Tensor]:
@@ -116,7 +117,7 @@ def test_a_restored_policy_goes_on_as_the_one_that_was_kept(chain: Path, dtype: 
         torch.testing.assert_close(other.weights()[name], tensor, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", algorithms())
 def test_losses_and_their_gradients_are_the_cpus(algorithm: str) -> None:
     draw = torch.Generator().manual_seed(1)
     current, old, rollout = (-3 * torch.rand(5, 40, generator=draw, dtype=torch.float64) for _ in range(3))
@@ -127,7 +128,7 @@ def test_losses_and_their_gradients_are_the_cpus(algorithm: str) -> None:
     for device in (CPU, CUDA):
         leaf = current.detach().to(device).clone().requires_grad_()
         loss, sums = policy_loss(
-            ALGORITHMS[algorithm],
+            algorithms()[algorithm],
             leaf,
             *(side.to(device) for side in (old, rollout, advantages, mask)),
             Scale(5, 85, 40),

@@ -25,7 +25,7 @@ def pair(d: list[list[float]], prompts: list[int]) -> PairArrays:
 def by_hand(d: list[list[float]]) -> dict[str, float]:
     tokens = sum(len(row) for row in d if np.isfinite(row).all())
     found = {}
-    for c in CORRECTIONS:
+    for c in filter(lambda c: c.bounded, CORRECTIONS.values()):
         hits = 0
         for row in d:
             if not np.isfinite(row).all():

@@ -22,7 +22,7 @@ from tests.oracles.test_verl import PYTHON
 
 pytestmark = pytest.mark.slow
 CHOICES: list[tuple[str, Correction | None]] = [
-    (dtype, correction) for dtype in ("bfloat16", "float16") for correction in (None, *CORRECTIONS)
+    (dtype, correction) for dtype in ("bfloat16", "float16") for correction in (None, *CORRECTIONS.values())
 ]
 
 

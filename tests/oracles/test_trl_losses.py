@@ -8,6 +8,7 @@ Shape legend: `B` sequences, `T` response tokens, padded.
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import replace
 from types import SimpleNamespace
@@ -18,7 +19,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mismatch_probe.rl.losses import ALGORITHMS, LossSpec, Scale, policy_loss
+from mismatch_probe.rl.algorithms import Algorithm, algorithms
+from mismatch_probe.rl.algorithms.published import cispo, clip, plain, sequence_clip
+from mismatch_probe.rl.losses import Scale, policy_loss
 from tests.oracles.batches import Batch, load, make_batch
 
 pytestmark = pytest.mark.slow
@@ -31,9 +34,10 @@ CORRECTIONS = {
     "seq-is": "sequence_mask",
     "seq-tis": "sequence_truncate",
     "seq-mis": "sequence_mask",
-    "icepop": "token_mask",
+    "token-mis": "token_mask",
 }
-WITH_RATIO = sorted(name for name, spec in ALGORITHMS.items() if spec.ratio != "none")
+ALGORITHMS = algorithms()
+WITH_RATIO = sorted(name for name, spec in ALGORITHMS.items() if spec.surrogate is not plain)
 
 
 @pytest.fixture(scope="module")
@@ -54,22 +58,23 @@ def make_inputs(seed: int) -> tuple[Batch, Tensor, Tensor]:
     return batch, torch.from_numpy(current), torch.from_numpy(draw.normal(0.0, 1.0, len(current)))
 
 
-def configure(trainer: Any, spec: LossSpec) -> None:
-    trainer.use_vllm = spec.correction != "none"
+def configure(trainer: Any, spec: Algorithm) -> None:
+    correction = spec.correction
+    trainer.use_vllm = correction is not None
     trainer.vllm_importance_sampling_correction = trainer.use_vllm
-    trainer.vllm_importance_sampling_mode = CORRECTIONS.get(spec.correction, "token_mask")
-    trainer.vllm_importance_sampling_clip_max = spec.cap or None
-    trainer.vllm_importance_sampling_clip_min = spec.floor or None
-    trainer.importance_sampling_level = "sequence" if spec.ratio == "sequence-clip" else "token"
-    trainer.loss_type = "cispo" if spec.ratio == "cispo" else AGGREGATIONS[spec.aggregation]
+    trainer.vllm_importance_sampling_mode = CORRECTIONS[correction.name] if correction else "token_mask"
+    trainer.vllm_importance_sampling_clip_max = correction.high if correction and correction.high < math.inf else None
+    trainer.vllm_importance_sampling_clip_min = (correction and correction.low) or None
+    trainer.importance_sampling_level = "sequence" if spec.surrogate is sequence_clip else "token"
+    trainer.loss_type = "cispo" if spec.surrogate is cispo else AGGREGATIONS[spec.aggregation]
     # TRL bounds CISPO's ratio by the number itself, not by 1 plus it.
     trainer.epsilon_low = spec.clip_low
-    trainer.epsilon_high = 1 + spec.clip_high if spec.ratio == "cispo" else spec.clip_high
+    trainer.epsilon_high = 1 + spec.clip_high if spec.surrogate is cispo else spec.clip_high
     trainer.max_completion_length = BUDGET
     trainer.current_gradient_accumulation_steps = trainer.args.steps_per_generation = 1
 
 
-def by_trl(trainer: Any, spec: LossSpec, batch: Batch, current: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
+def by_trl(trainer: Any, spec: Algorithm, batch: Batch, current: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
     """Loss, and its gradient `[B, T]`."""
     configure(trainer, spec)
     trainer.rollout, trainer.trainer, trainer.mask = batch.rollout, batch.trainer, batch.mask
@@ -87,7 +92,9 @@ def by_trl(trainer: Any, spec: LossSpec, batch: Batch, current: Tensor, advantag
     return loss.detach(), gradient
 
 
-def ours(spec: LossSpec, batch: Batch, current: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def ours(
+    spec: Algorithm, batch: Batch, current: Tensor, advantages: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     leaf, mask = current.clone().requires_grad_(), torch.from_numpy(batch.mask)
     old, rollout = torch.from_numpy(batch.trainer), torch.from_numpy(batch.rollout)
     scale = Scale(len(mask), int(mask.sum()), BUDGET)
@@ -121,7 +128,7 @@ def test_policy_gradient_is_grpo_before_the_first_update(trainer: Any, name: str
     spec = ALGORITHMS[name]
     batch, _, advantages = make_inputs(2)
     current = torch.from_numpy(batch.trainer)
-    _, gradient = by_trl(trainer, replace(spec, ratio="clip"), batch, current, advantages)
+    _, gradient = by_trl(trainer, replace(spec, surrogate=clip, weights_of="old"), batch, current, advantages)
     torch.testing.assert_close(ours(spec, batch, current, advantages)[1], gradient, rtol=1e-12, atol=1e-15)
 
 
@@ -131,8 +138,10 @@ def test_comparison_is_not_vacuous() -> None:
     for name in WITH_RATIO:
         spec = ALGORITHMS[name]
         _, _, metrics = ours(spec, *inputs)
+        bounded = spec.correction is not None and spec.correction.bounded
+        masks = spec.correction is not None and spec.correction.masks
         limits = [key for key in ("n_clipped", "n_masked", "n_truncated") if metrics[key] > 0]
-        assert ("n_masked" in limits) == (spec.correction in ("seq-mis", "icepop")), name
-        assert ("n_truncated" in limits) == (spec.correction in ("token-tis", "seq-tis")), name
-        assert ("n_clipped" in limits) == (spec.ratio != "cispo"), name
+        assert ("n_masked" in limits) == (bounded and masks), name
+        assert ("n_truncated" in limits) == (bounded and not masks), name
+        assert ("n_clipped" in limits) == (spec.surrogate is not cispo), name
         assert all(metrics[key] < metrics["n_tokens"] for key in limits)

@@ -86,7 +86,7 @@ def test_vllm_takes_the_command_line_that_is_recommended() -> None:
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    found = snippets(recommendation("float16", CORRECTIONS[0], 2.0**16, "cast"), "organisation/model")[-1]
+    found = snippets(recommendation("float16", CORRECTIONS["token-tis"], 2.0**16, "cast"), "organisation/model")[-1]
     words = found.text.split()
     assert words[:2] == ["vllm", "serve"]
     parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(words[2:])

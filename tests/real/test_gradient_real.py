@@ -12,12 +12,11 @@ import torch
 
 import mismatch_probe
 from mismatch_probe.config import CompareConfig
+from mismatch_probe.engines.gradient import DIRECTIONS
 from mismatch_probe.errors import TableError
 from mismatch_probe.metrics.gradient import Weighted, gradient_metrics
+from mismatch_probe.probes.gradient.plan import REFERENCE, pass_data
 from mismatch_probe.results.gradient import Gradient
-from mismatch_probe.rl.gradient import pass_data
-from mismatch_probe.rl.gradient_table import REFERENCE
-from mismatch_probe.rl.gradient_task import DIRECTIONS
 from tests.conftest import Recorder
 from tests.real.gradient_runs import plant_run
 from tests.real.planted import change_weights

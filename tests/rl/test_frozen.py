@@ -12,12 +12,12 @@ import pytest
 
 import mismatch_probe
 from mismatch_probe.arrays import save_arrays
+from mismatch_probe.engines.gradient import PassTask
+from mismatch_probe.probes.gradient import session
 from mismatch_probe.results.gradient import Gradient
 from mismatch_probe.results.rl_run import RlRun
 from mismatch_probe.results.sanity import SanityOutcome
 from mismatch_probe.results.sweep import RlSweep
-from mismatch_probe.rl import gradient
-from mismatch_probe.rl.gradient_task import PassTask
 from mismatch_probe.rl.plan import planned_runs
 from mismatch_probe.rl.records import RlDirectory
 from mismatch_probe.rl.sanity.selection import outcome_of
@@ -36,7 +36,7 @@ def test_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                 arrays = {name: file[name] for name in file.files if name != "about"}
             save_arrays(Path(task.path), task.key, facts, arrays)
 
-    monkeypatch.setattr(gradient, "_make_missing", take)
+    monkeypatch.setattr(session, "_make_missing", take)
     run = Path(shutil.copytree(FROZEN / "gradient", tmp_path / "run"))
     frozen = Gradient.read(run / "gradient" / "gradient.json").content()
     found = mismatch_probe.rl_gradient(run).document.content()

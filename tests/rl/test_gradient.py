@@ -13,26 +13,24 @@ import pytest
 
 import mismatch_probe
 from mismatch_probe.config import CompareConfig
+from mismatch_probe.engines.gradient import WEIGHTED, PassTask, PassVectors, SequenceTask, Vectors
 from mismatch_probe.errors import ProbeError, TableError, UsageError
 from mismatch_probe.metrics.gradient import GRADIENT_KEYS
+from mismatch_probe.probes.gradient import session
+from mismatch_probe.probes.gradient.plan import REFERENCE, PassData, pass_data, task_of
 from mismatch_probe.results.gradient import Gradient
-from mismatch_probe.rl import gradient
-from mismatch_probe.rl.gradient import pass_data
-from mismatch_probe.rl.gradient_table import REFERENCE, PassData
-from mismatch_probe.rl.gradient_task import PassTask, PassVectors, SequenceTask, Vectors
 from mismatch_probe.runs.comparison import RunDirectory
 from mismatch_probe.types import MetricValue, PairArrays
 from tests.conftest import SMALL, MakeModel, Outcome
 
 WIDTH = 256  # of a vector, where the worker has `DIRECTIONS`
-CORRECTIONS = ("token-tis", "icepop", "seq-is", "seq-tis", "seq-mis")
 
 
 def vectors_of(task: SequenceTask, row: int) -> Vectors:
     """As the worker would give them, of scores that are drawn."""
     score = np.random.default_rng(row).normal(size=WIDTH)
     of_tokens, weights = {}, {}
-    for name in CORRECTIONS:
+    for name in (found.name for found in WEIGHTED):
         for trainer, logprobs in task.trainers.items():
             ratio = np.exp(logprobs - task.rollout)
             if name.startswith("seq"):
@@ -44,13 +42,13 @@ def vectors_of(task: SequenceTask, row: int) -> Vectors:
 
 def save(task: PassTask) -> None:
     rows = [vectors_of(sequence, row) for row, sequence in enumerate(task.sequences)]
-    PassVectors.of(rows, task).save(Path(task.path), task.key)
+    PassVectors.of(rows, task).save(task)
 
 
 @pytest.fixture
 def measured(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A finished 3×3 run, with a worker that draws its gradients."""
-    monkeypatch.setattr(gradient, "_make_missing", lambda run, config, tasks, progress: [save(t) for t in tasks])
+    monkeypatch.setattr(session, "_make_missing", lambda run, config, tasks, progress: [save(t) for t in tasks])
     return run_copy
 
 
@@ -111,7 +109,7 @@ def task(run_copy: Path) -> PassTask:
     """What the worker would be asked for the first rollout pass."""
     run = RunDirectory.open(run_copy)
     (data, *_) = pass_data(run)[0].values()
-    return gradient._task(run, run.manifest.config, data)
+    return task_of(run, run.manifest.config, data)
 
 
 class TestReuse:
@@ -120,33 +118,33 @@ class TestReuse:
     ) -> None:
         mismatch_probe.rl_gradient(measured)
         asked: list[PassTask] = []
-        monkeypatch.setattr(gradient, "_make_missing", lambda run, config, tasks, progress: asked.extend(tasks))
+        monkeypatch.setattr(session, "_make_missing", lambda run, config, tasks, progress: asked.extend(tasks))
         mismatch_probe.rl_gradient(measured, predict_lengths=(50,))
-        assert all(PassVectors.load(Path(task.path), task.key) is not None for task in asked)
+        assert all(PassVectors.load(task) is not None for task in asked)
 
     def test_other_log_probs_are_other_gradients(self, run_copy: Path) -> None:
         run = RunDirectory.open(run_copy)
         config = run.manifest.config
         (data, *_) = pass_data(run)[0].values()
-        task = gradient._task(run, config, data)
+        task = task_of(run, config, data)
         pairs = {trainer: _shifted(pair, 1e-12) for trainer, pair in data.pairs.items()}
-        other = gradient._task(run, config, PassData.of(data.rollout, pairs))
-        assert task.key == gradient._task(run, config, data).key != other.key
+        other = task_of(run, config, PassData.of(data.rollout, pairs))
+        assert task.key == task_of(run, config, data).key != other.key
 
     @pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"PK"])
     def test_a_damaged_file_is_none(self, task: PassTask, damage: Callable[[bytes], bytes]) -> None:
         save(task)
         path = Path(task.path)
-        assert PassVectors.load(path, task.key) is not None
-        assert PassVectors.load(path, "another") is None
+        assert PassVectors.load(task) is not None
+        assert PassVectors.load(replace(task, key="another")) is None
         path.write_bytes(damage(path.read_bytes()))
-        assert PassVectors.load(path, task.key) is None
+        assert PassVectors.load(task) is None
 
     def test_a_file_holds_what_was_computed(self, task: PassTask) -> None:
         rows = [vectors_of(sequence, row) for row, sequence in enumerate(task.sequences)]
         made = PassVectors.of(rows, task)
-        made.save(Path(task.path), task.key)
-        read = PassVectors.load(Path(task.path), task.key)
+        made.save(task)
+        read = PassVectors.load(task)
         assert read is not None
         assert list(read.sums) == list(made.sums)
         for arm in made.sums:

@@ -6,7 +6,7 @@ Shape legend: `V` tokens of the vocabulary, `Y` all responses, `T` their length,
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mismatch_probe.rl import gradient_vectors
-from mismatch_probe.rl.gradient_task import DIRECTIONS, SequenceTask
-from mismatch_probe.rl.gradient_vectors import CORRECTIONS, Sketch, WeightedGradients, sequence_vectors
+from mismatch_probe.engines import gradient
+from mismatch_probe.engines.gradient import (
+    DIRECTIONS,
+    WEIGHTED,
+    SequenceTask,
+    Sketch,
+    WeightedGradients,
+    sequence_vectors,
+)
+from mismatch_probe.rl.algorithms import algorithms
 from mismatch_probe.rl.losses import Scale, policy_loss
 
 V, T = 4, 3
@@ -59,9 +66,9 @@ def tasks(model: Bigram, sampling: Bigram, temperature: float = 1.0) -> list[Seq
     return [SequenceTask(PROMPT, y, np.arange(T), b[i], {"fp32": a[i]}) for i, y in enumerate(RESPONSES)]
 
 
-def project(model: Bigram, gradient: Tensor) -> np.ndarray:
+def project(model: Bigram, full: Tensor) -> np.ndarray:
     """`[K]` of a gradient in the table."""
-    return Sketch(model.parameters()).project([gradient, None])
+    return Sketch(model.parameters()).project([full, None])
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -70,8 +77,8 @@ def test_consistent_weights_are_unbiased_and_none_are_not(temperature: float) ->
     model, sampling = Bigram(table), Bigram(other)
     rewards = torch.from_numpy(np.random.default_rng(1).normal(size=len(RESPONSES)))
     objective = (model.logprobs(temperature).sum(1).exp() * rewards).sum()
-    (gradient,) = torch.autograd.grad(objective, model.table)
-    target = project(model, gradient)
+    (full,) = torch.autograd.grad(objective, model.table)
+    target = project(model, full)
     chance = sampling.logprobs(temperature).sum(1).exp().detach().numpy() * rewards.numpy()
     gradients = WeightedGradients(model, temperature)
     rows = [sequence_vectors(gradients, task) for task in tasks(model, sampling, temperature)]
@@ -83,23 +90,23 @@ def test_consistent_weights_are_unbiased_and_none_are_not(temperature: float) ->
         assert np.linalg.norm(biased - target) > 0.05 * np.linalg.norm(target)
 
 
-@pytest.mark.parametrize("correction", CORRECTIONS)
+@pytest.mark.parametrize("correction", [found.name for found in WEIGHTED])
 def test_vectors_are_the_losses_own_gradients(correction: str) -> None:
     # A gap so wide that every cap and mask holds something.
     table, other = tables(1.5)
     model, sampling = Bigram(table), Bigram(other)
-    spec = replace(CORRECTIONS[correction], ratio="none", aggregation="budget")
+    spec = algorithms()[f"pg-{correction}"]
     advantages = torch.from_numpy(np.random.default_rng(2).choice([-1.0, 1.0], len(RESPONSES)))
     mask = torch.ones(len(RESPONSES), T, dtype=torch.bool)
     logprobs, scale = model.logprobs(), Scale(len(RESPONSES), T * len(RESPONSES), T)
     loss, facts = policy_loss(spec, logprobs, logprobs, sampling.logprobs(), advantages, mask, scale)
-    (gradient,) = torch.autograd.grad(-loss * len(RESPONSES) * T, model.table)
+    (full,) = torch.autograd.grad(-loss * len(RESPONSES) * T, model.table)
     gradients = WeightedGradients(model, 1.0)
     rows = [sequence_vectors(gradients, task) for task in tasks(model, sampling)]
     key = (correction, "fp32")
     vectors = [row.of_tokens.get(key, row.weights[key][0] * row.score) for row in rows]
     found = sum(float(a) * v for a, v in zip(advantages, vectors, strict=True))
-    np.testing.assert_allclose(found, project(model, gradient), atol=2e-5)
+    np.testing.assert_allclose(found, project(model, full), atol=2e-5)
     if correction != "seq-is":
         assert float(facts["n_masked"] + facts["n_truncated"]) > 0
     total = sum(float(row.weights[key].sum()) for row in rows)
@@ -129,9 +136,9 @@ def test_only_counted_tokens_enter() -> None:
     part = SequenceTask(
         whole.prompt, whole.response, np.array([0, 2]), whole.rollout[[0, 2]], {"fp32": whole.trainers["fp32"][[0, 2]]}
     )
-    (gradient,) = torch.autograd.grad(model.logprobs()[27, [0, 2]].sum(), model.table)
+    (full,) = torch.autograd.grad(model.logprobs()[27, [0, 2]].sum(), model.table)
     row = sequence_vectors(WeightedGradients(model, 1.0), part)
-    np.testing.assert_allclose(row.score, project(model, gradient), atol=1e-6)
+    np.testing.assert_allclose(row.score, project(model, full), atol=1e-6)
     d = (part.trainers["fp32"] - part.rollout).sum()
     assert row.weights["seq-is", "fp32"][0] == pytest.approx(np.exp(d))
 
@@ -143,7 +150,7 @@ def test_equal_weightings_share_a_backward_pass(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: calls.append(1) or real(*a, **k))
     row = sequence_vectors(WeightedGradients(model, 1.0), tasks(model, Bigram(other))[3])
     assert len(calls) == 2
-    assert (row.of_tokens["token-tis", "fp32"] == row.of_tokens["icepop", "fp32"]).all()
+    assert (row.of_tokens["token-tis", "fp32"] == row.of_tokens["token-mis", "fp32"]).all()
 
 
 class TestSketch:
@@ -169,7 +176,7 @@ class TestSketch:
         y = x + y
         errors = []
         for seed in range(60):
-            monkeypatch.setattr(gradient_vectors, "_SEED", seed)
+            monkeypatch.setattr(gradient, "_SEED", seed)
             sketch = Sketch([x])
             errors.append(sketch.project([x]) @ sketch.project([y]) - float(x.double() @ y.double()))
         exact, squares = float(x.double() @ y.double()), float((x @ x) * (y @ y))
@@ -186,5 +193,5 @@ class TestSketch:
     def test_a_large_tensor_in_parts(self, monkeypatch: pytest.MonkeyPatch) -> None:
         x = torch.randn(1000, generator=torch.Generator().manual_seed(4))
         whole = Sketch([x]).project([x])
-        monkeypatch.setattr(gradient_vectors, "_CHUNK", 64)
+        monkeypatch.setattr(gradient, "_CHUNK", 64)
         np.testing.assert_allclose(Sketch([x]).project([x]), whole, atol=1e-12)

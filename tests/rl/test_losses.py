@@ -16,10 +16,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mismatch_probe.engines.corrections import correction_weights
 from mismatch_probe.errors import UsageError
-from mismatch_probe.rl.advantages import group_advantages, leave_one_out
-from mismatch_probe.rl.losses import ALGORITHMS, LossSpec, Scale, correction_weights, policy_loss
+from mismatch_probe.metrics.corrections import CORRECTIONS
+from mismatch_probe.rl.algorithms import Algorithm, Surrogate, algorithms
+from mismatch_probe.rl.algorithms.published import (
+    centred,
+    cispo,
+    clip,
+    leave_one_out,
+    plain,
+    sequence_clip,
+    standardised,
+)
+from mismatch_probe.rl.losses import Scale, policy_loss
 
+ALGORITHMS = algorithms()
 NAMES = sorted(ALGORITHMS)
 BUDGET = 9
 every_algorithm = pytest.mark.parametrize("name", NAMES)
@@ -40,13 +52,13 @@ class Batch:
     def scale(self) -> Scale:
         return Scale(len(self.mask), int(self.mask.sum()), BUDGET)
 
-    def loss(self, spec: LossSpec, scale: Scale | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, spec: Algorithm, scale: Scale | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         return policy_loss(spec, self.current, self.old, self.rollout, self.advantages, self.mask, scale or self.scale)
 
     def rows(self, index: Any) -> Batch:
         return Batch(*(x[index] for x in (self.current, self.old, self.rollout, self.advantages, self.mask)))
 
-    def gradient(self, spec: LossSpec) -> Tensor:
+    def gradient(self, spec: Algorithm) -> Tensor:
         leaf = self.current.clone().requires_grad_()
         loss, _ = replace(self, current=leaf).loss(spec)
         (found,) = torch.autograd.grad(loss, leaf)
@@ -80,15 +92,15 @@ def with_log_weights(*rows: list[float]) -> Batch:
 def test_equal_policies_need_no_correction(name: str, seed: int) -> None:
     spec = ALGORITHMS[name]
     batch = make_batch(seed, spread=0.0)
-    weights = correction_weights(spec, batch.old, batch.rollout, batch.mask)
+    weights, _ = correction_weights(spec.correction, batch.old, batch.rollout, batch.mask)
     assert weights.shape == ((len(batch.mask), 1) if spec.per_sequence else batch.mask.shape)
     torch.testing.assert_close(weights, torch.ones_like(weights), rtol=0, atol=0)
     _, metrics = batch.loss(spec)
     assert metrics["n_clipped"] == metrics["n_masked"] == metrics["n_truncated"] == 0
     assert metrics["sum_weight"] == metrics["n_sequences" if spec.per_sequence else "n_tokens"]
     # Then every algorithm has the gradient of plain policy gradient with its aggregation.
-    plain = replace(spec, ratio="none", correction="none")
-    torch.testing.assert_close(batch.gradient(spec), batch.gradient(plain))
+    uncorrected = replace(spec, surrogate=plain, correction=None)
+    torch.testing.assert_close(batch.gradient(spec), batch.gradient(uncorrected))
 
 
 @every_algorithm
@@ -157,30 +169,26 @@ def test_gradient_by_finite_differences(name: str) -> None:
         assert float(gradient[i, t]) == pytest.approx(float(up - down) / (2 * step), rel=1e-6, abs=1e-9)
 
 
-def frozen_loss(spec: LossSpec, batch: Batch, move: Tensor) -> Tensor:
+def frozen_loss(spec: Algorithm, batch: Batch, move: Tensor) -> Tensor:
     """The loss written out once more, where only log π outside stop-gradients has moved by `move`."""
     mask, advantage = batch.mask, batch.advantages.unsqueeze(1)
     moved = batch.current + move
-    sampled = batch.current if spec.ratio == "none" else batch.old
+    sampled = batch.current if spec.weights_of == "current" else batch.old
     d = torch.where(mask, sampled - batch.rollout, 0.0)
     w = d.sum(1, keepdim=True).exp() if spec.per_sequence else d.exp()
-    cap, low, high = spec.cap, 1 - spec.clip_low, 1 + spec.clip_high
-    weight = {
-        "none": torch.ones_like(w),
-        "seq-is": w,
-        "token-tis": w.clamp(max=cap),
-        "seq-tis": w.clamp(max=cap),
-        "seq-mis": w * (w <= cap),
-        "icepop": w * ((w >= spec.floor) & (w <= cap)),
-    }[spec.correction]
+    low, high = 1 - spec.clip_low, 1 + spec.clip_high
+    weight = torch.ones_like(w)
+    if spec.correction is not None:
+        floor, cap = spec.correction.low, spec.correction.high
+        weight = w * ((w >= floor) & (w <= cap)) if spec.correction.masks else w.clamp(max=cap)
     log_ratio = torch.where(mask, moved - batch.old, 0.0)
     r = log_ratio.exp()
-    if spec.ratio == "sequence-clip":
+    if spec.surrogate is sequence_clip:
         r = (log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True)).exp()
-    if spec.ratio in ("clip", "sequence-clip"):
+    if spec.surrogate in (clip, sequence_clip):
         tokens = torch.maximum(-advantage * r, -advantage * r.clamp(low, high)).expand_as(mask)
     else:
-        fixed = (batch.current - batch.old).exp().clamp(low, high) if spec.ratio == "cispo" else 1.0
+        fixed = (batch.current - batch.old).exp().clamp(low, high) if spec.surrogate is cispo else 1.0
         tokens = -fixed * advantage * moved
     tokens = torch.where(mask, weight * tokens, 0.0)
     if spec.aggregation == "sequence-mean":
@@ -208,10 +216,12 @@ def test_value_of_the_loss(name: str) -> None:
         (1.5, 0.0, 0.0, 0.0, 0),
     ],
 )
-@pytest.mark.parametrize("kind", ["clip", "sequence-clip"])
-def test_clip_by_hand(kind: Any, ratio: float, advantage: float, value: float, slope: float, clipped: int) -> None:
+@pytest.mark.parametrize("kind", [clip, sequence_clip])
+def test_clip_by_hand(
+    kind: Surrogate, ratio: float, advantage: float, value: float, slope: float, clipped: int
+) -> None:
     """With one token GSPO's ratio is PPO's."""
-    spec = LossSpec("centred", kind, "none", aggregation="token-mean")
+    spec = Algorithm(kind, centred, aggregation="token-mean")
     batch = one_token(math.log(ratio), advantage)
     loss, metrics = batch.loss(spec)
     assert float(loss) == pytest.approx(value)
@@ -227,7 +237,7 @@ def test_cispo_keeps_the_gradient_of_what_it_caps() -> None:
 
 
 @pytest.mark.parametrize("log_ratio", [-800.0, 800.0])
-@pytest.mark.parametrize("name", [name for name in NAMES if ALGORITHMS[name].ratio != "none"])
+@pytest.mark.parametrize("name", [name for name in NAMES if ALGORITHMS[name].surrogate is not plain])
 def test_a_clipped_ratio_does_not_overflow(name: str, log_ratio: float) -> None:
     batch = one_token(log_ratio, math.copysign(1.0, log_ratio))
     assert batch.loss(ALGORITHMS[name])[0].isfinite()
@@ -237,28 +247,30 @@ def test_a_clipped_ratio_does_not_overflow(name: str, log_ratio: float) -> None:
 @pytest.mark.parametrize("name", ["pg-seq-mis", "grpo-seq-mis", "dr-grpo-seq-mis"])
 def test_mis_drops_above_the_cap_alone(name: str) -> None:
     spec = ALGORITHMS[name]
-    edge = math.log(spec.cap)
+    assert spec.correction is not None
+    cap = spec.correction.high
+    edge = math.log(cap)
     zeros = torch.zeros(3, 2).double()
     # Subtracted from 0, so that the first weight is the cap to the bit.
     rollout = -torch.tensor([[edge, 0.0], [math.nextafter(edge, 9.0), 0.0], [-50.0, 0.0]], dtype=torch.float64)
     batch = Batch(zeros, zeros, rollout, torch.ones(3).double(), torch.ones(3, 2, dtype=torch.bool))
-    weights = correction_weights(spec, zeros, rollout, batch.mask)
-    assert weights.flatten().tolist() == pytest.approx([spec.cap, 0.0, math.exp(-50.0)])
+    weights, _ = correction_weights(spec.correction, zeros, rollout, batch.mask)
+    assert weights.flatten().tolist() == pytest.approx([cap, 0.0, math.exp(-50.0)])
     _, metrics = batch.loss(spec)
     assert metrics["n_masked"] == 2  # tokens of one sequence
     assert metrics["n_truncated"] == 0
-    assert float(metrics["sum_weight"]) == pytest.approx(spec.cap)
+    assert float(metrics["sum_weight"]) == pytest.approx(cap)
 
 
 def test_tis_caps() -> None:
     batch = with_log_weights([math.log(4.0), math.log(0.5)], [math.log(8.0), 0.0])
-    weights = correction_weights(ALGORITHMS["pg-token-tis"], batch.current, batch.rollout, batch.mask)
+    weights, _ = correction_weights(CORRECTIONS["token-tis"], batch.current, batch.rollout, batch.mask)
     assert weights.flatten().tolist() == pytest.approx([2.0, 0.5, 2.0, 1.0])
     _, metrics = batch.loss(ALGORITHMS["pg-token-tis"])
     assert metrics["n_truncated"] == 2
     assert float(metrics["sum_weight"]) == pytest.approx(5.5)
     assert float(metrics["sum_squared_weight"]) == pytest.approx(9.25)
-    weights = correction_weights(ALGORITHMS["pg-seq-tis"], batch.current, batch.rollout, batch.mask)
+    weights, _ = correction_weights(CORRECTIONS["seq-tis"], batch.current, batch.rollout, batch.mask)
     assert weights.flatten().tolist() == pytest.approx([2.0, 3.0])
     _, metrics = batch.loss(ALGORITHMS["pg-seq-tis"])
     assert metrics["n_truncated"] == 2
@@ -267,7 +279,7 @@ def test_tis_caps() -> None:
 
 def test_icepop_drops_outside_its_bounds() -> None:
     batch = with_log_weights([math.log(w) for w in (0.49, 0.51, 1.0, 4.9, 5.1)])
-    weights = correction_weights(ALGORITHMS["icepop"], batch.old, batch.rollout, batch.mask)
+    weights, _ = correction_weights(CORRECTIONS["token-mis"], batch.old, batch.rollout, batch.mask)
     assert weights.flatten().tolist() == pytest.approx([0.0, 0.51, 1.0, 4.9, 0.0])
     assert batch.loss(ALGORITHMS["icepop"])[1]["n_masked"] == 2
 
@@ -285,7 +297,7 @@ def test_which_policy_is_corrected() -> None:
     """Without a ratio π against μ, else π′ against μ: the ratio covers the rest."""
     batch = make_batch(5)
     for name, sampled in {"pg-seq-is": batch.current, "grpo-seq-tis": batch.old}.items():
-        weights = correction_weights(ALGORITHMS[name], sampled, batch.rollout, batch.mask)
+        weights, _ = correction_weights(ALGORITHMS[name].correction, sampled, batch.rollout, batch.mask)
         assert float(batch.loss(ALGORITHMS[name])[1]["sum_weight"]) == pytest.approx(float(weights.sum()))
 
 
@@ -295,7 +307,7 @@ def test_only_the_trained_policy_gets_a_gradient(name: str) -> None:
     leaves = [x.clone().requires_grad_() for x in (batch.current, batch.old, batch.rollout)]
     policy_loss(spec, leaves[0], leaves[1], leaves[2], batch.advantages, batch.mask, batch.scale)[0].backward()
     assert [leaf.grad is None for leaf in leaves] == [False, True, True]
-    assert not correction_weights(spec, leaves[0], leaves[2], batch.mask).requires_grad
+    assert not correction_weights(spec.correction, leaves[0], leaves[2], batch.mask)[0].requires_grad
 
 
 def test_an_overflow_is_seen_and_stays_in_its_sequence() -> None:
@@ -319,7 +331,7 @@ def test_a_missing_logprob_is_not_hidden() -> None:
 def test_float32_logprobs_are_summed_in_float64() -> None:
     rollout = torch.full((1, 20_000), -0.1)
     current = rollout + 1e-4
-    weight = correction_weights(ALGORITHMS["pg-seq-is"], current, rollout, torch.ones_like(rollout).bool())
+    weight, _ = correction_weights(CORRECTIONS["seq-is"], current, rollout, torch.ones_like(rollout).bool())
     assert float(weight.log()) == pytest.approx(float((current.double() - rollout.double()).sum()), rel=1e-12)
     leaf = current.clone().requires_grad_()
     policy_loss(
@@ -329,52 +341,57 @@ def test_float32_logprobs_are_summed_in_float64() -> None:
     assert leaf.grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"correction": "token-tis"},
-        {"correction": "icepop", "cap": 0.5, "floor": 0.5},
-        {"correction": "none", "clip_low": 1.5},
-        {"correction": "none", "clip_high": -0.1},
-    ],
-)
-def test_impossible_bounds_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(UsageError) as refused:
-        LossSpec("centred", "clip", **options)
-    assert refused.value.fix
+def test_impossible_bounds_are_refused() -> None:
+    for options in ({"clip_low": 1.5}, {"clip_high": -0.1}):
+        with pytest.raises(ValueError, match="clip range"):
+            Algorithm(clip, centred, **options)
+    for bounds in ({"high": 0.0}, {"low": 2.0}, {"low": 0.5}):
+        with pytest.raises(ValueError, match="bounds"):
+            replace(CORRECTIONS["token-tis"], **bounds)
+
+
+def test_sequences_are_kept_by_their_geometric_mean() -> None:
+    batch = with_log_weights([0.01, -0.0095], [0.01, 0.01], [0.01, 0.0])
+    mask = torch.tensor([[True, True], [True, True], [True, False]])
+    weights, outside = correction_weights(CORRECTIONS["geometric"], batch.old, batch.rollout, mask)
+    assert weights.flatten().tolist() == [1.0, 0.0, 0.0]
+    assert outside.flatten().tolist() == [False, True, True]
 
 
 def test_constants_of_the_paper() -> None:
-    assert ALGORITHMS["pg-seq-mis"] == LossSpec("centred", "none", "seq-mis", cap=3.0)
-    assert ALGORITHMS["grpo-token-tis"] == LossSpec(
-        "standardised", "clip", "token-tis", cap=2.0, aggregation="sequence-mean"
+    of_sequences = replace(CORRECTIONS["seq-mis"], high=10.0)
+    assert ALGORITHMS["pg-seq-mis"] == Algorithm(plain, centred, CORRECTIONS["seq-mis"], "current")
+    assert CORRECTIONS["seq-mis"].high == CORRECTIONS["seq-tis"].high == 3
+    assert CORRECTIONS["token-tis"].high == 2
+    assert ALGORITHMS["grpo-token-tis"] == Algorithm(
+        clip, standardised, CORRECTIONS["token-tis"], aggregation="sequence-mean"
     )
-    assert ALGORITHMS["dr-grpo-seq-mis"] == LossSpec("centred", "clip", "seq-mis", cap=10.0)
-    assert len(ALGORITHMS) == 16
+    assert ALGORITHMS["dr-grpo-seq-mis"] == Algorithm(clip, centred, of_sequences)
+    assert (CORRECTIONS["token-mis"].low, CORRECTIONS["token-mis"].high) == (0.5, 5.0)
+    assert ALGORITHMS["icepop"].correction == CORRECTIONS["token-mis"]
+    assert len(ALGORITHMS) == 17
 
 
 def test_advantages_by_hand() -> None:
     rewards, group = np.array([1.0, 5.0, 0.0, 5.0, 1.0, 5.0]), np.array([7, 3, 7, 3, 7, 3])
-    np.testing.assert_allclose(group_advantages(rewards, group, "centred")[[0, 2, 4]], [1 / 3, -2 / 3, 1 / 3])
+    np.testing.assert_allclose(centred(rewards, group)[[0, 2, 4]], [1 / 3, -2 / 3, 1 / 3])
     std = np.std([1.0, 0.0, 1.0], ddof=1)
-    np.testing.assert_allclose(
-        group_advantages(rewards, group, "standardised")[[0, 2, 4]], np.array([1, -2, 1]) / 3 / std, rtol=1e-5
-    )
+    np.testing.assert_allclose(standardised(rewards, group)[[0, 2, 4]], np.array([1, -2, 1]) / 3 / std, rtol=1e-5)
     np.testing.assert_allclose(leave_one_out(rewards, group)[[0, 2, 4]], [0.5, -1.0, 0.5])
-    assert (group_advantages(rewards, group, "standardised")[[1, 3, 5]] == 0).all()
+    assert (standardised(rewards, group)[[1, 3, 5]] == 0).all()
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.floats(-10, 10)), min_size=1, max_size=20))
 def test_advantages_of_a_group_cancel(responses: list[tuple[int, float]]) -> None:
     group, rewards = (np.array(column) for column in zip(*responses, strict=True))
-    for kind in ("centred", "standardised"):
-        found = group_advantages(rewards, group, kind)
+    for kind in (centred, standardised):
+        found = kind(rewards, group)
         np.testing.assert_allclose(np.bincount(group, weights=found), 0.0, atol=1e-6)
-        np.testing.assert_allclose(found, group_advantages(rewards + 3.0, group, kind), atol=1e-6)
+        np.testing.assert_allclose(found, kind(rewards + 3.0, group), atol=1e-6)
 
 
 def test_equal_rewards_have_no_advantage_to_the_bit() -> None:
-    assert (group_advantages(np.full(7, 0.1), np.zeros(7, dtype=int), "standardised") == 0).all()
+    assert (standardised(np.full(7, 0.1), np.zeros(7, dtype=int)) == 0).all()
 
 
 def test_leave_one_out_needs_others() -> None:

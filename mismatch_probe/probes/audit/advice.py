@@ -78,7 +78,7 @@ def recommend(best: AuditedPair, measured: Range, evidence: Evidence) -> Recomme
         findings=(_precision(best), *scaled, corrected, *_lag(best, measured.lag), *expected),
         corrections=tuple(
             TouchedTokens(correction=c, fraction=evidence.touched[c.name])
-            for c in CORRECTIONS
+            for c in CORRECTIONS.values()
             if c.name in evidence.touched
         ),
         snippets=(),
@@ -123,8 +123,7 @@ def correction_for(
         touched: By correction, the fraction of tokens.
         planned: Response length, tokens.
     """
-    by_name = {correction.name: correction for correction in CORRECTIONS}
-    token, masked = by_name["token-tis"], touched.get("token-tis", MetricValue(None))
+    token, masked = CORRECTIONS["token-tis"], touched.get("token-tis", MetricValue(None))
     if verdict == "fail":
         return None, Finding(code="audit-no-correction-of-a-fault", severity="fail")
 
@@ -140,14 +139,14 @@ def correction_for(
     if ess.ci_low >= ALL_BUT_ONE:
         return told("audit-no-correction-needed", None)
     if ess.ci_low >= HALF:
-        return told("audit-sequence-weights-serve", by_name["seq-tis"])
+        return told("audit-sequence-weights-serve", CORRECTIONS["seq-tis"])
     if ess.ci_low >= TENTH:
-        return told("audit-sequence-weights-noisy", by_name["seq-mis"])
+        return told("audit-sequence-weights-noisy", CORRECTIONS["seq-mis"])
     if (masked.value or 0.0) > MANY:
         # Capping that many tokens is a bias of its own.
         out = touched["geometric"].value
         return told(
-            "audit-mask-rather-than-cap", by_name["geometric" if out is not None and out < FEW else "token-mis"]
+            "audit-mask-rather-than-cap", CORRECTIONS["geometric" if out is not None and out < FEW else "token-mis"]
         )
     return told("audit-sequence-weights-unusable" if ess.ci_high < HALF else "audit-sequence-weights-unreliable", token)
 

@@ -37,7 +37,6 @@ PART_TITLES = {
     "proof": "a pass in FP16",
 }
 """What is measured on the model itself."""
-_CORRECTIONS = {correction.name: correction.title for correction in CORRECTIONS}
 
 
 def check_title(name: str) -> str:
@@ -756,8 +755,7 @@ def _trl_trains_under_autocast(finding: Finding) -> str:
 
 @words("audit-trl-has-no-correction", "TRL does not offer a correction.", {"correction": "its name"})
 def _trl_has_no_correction(finding: Finding) -> str:
-    name = finding.text("correction")
-    return f"TRL has no correction of this kind: {_CORRECTIONS.get(name, name)}."
+    return f"TRL has no correction of this kind: {CORRECTIONS[finding.text('correction')].title}."
 
 
 _SCALE = {"scale": "first loss scale that is recommended", "usual": "the framework's own"}

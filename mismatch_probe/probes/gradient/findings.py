@@ -63,7 +63,7 @@ def _corrections(found: RolloutGradient) -> Finding:
     if low is None or high is None or low <= high:
         return Finding(code="gradient-no-closer", severity="note", where=found.rollout_pass, values=values)
     values |= {
-        "algorithm": "icepop" if equal[0] == "icepop" else f"pg-{equal[0]}",
+        "algorithm": f"pg-{equal[0]}",
         "effective_batch": best.metrics.effective_batch,
     }
     return Finding(code="gradient-closest-correction", severity="info", where=found.rollout_pass, values=values)

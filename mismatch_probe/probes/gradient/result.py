@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
-from mismatch_probe.metrics.chunks import Ints, usable_rows
+from mismatch_probe.engines.gradient import DIRECTIONS, PassTask, PassVectors, SequenceTask
 from mismatch_probe.metrics.gradient import GRADIENT_KEYS, Weighted, gradient_metrics, random_walk_ess, sign_draws
 from mismatch_probe.metrics.intervals import UPPER_TAIL, Floats
 from mismatch_probe.metrics.length_prediction import forecast_pair
 from mismatch_probe.metrics.summary import compute_metrics
 from mismatch_probe.passes import PassId
+from mismatch_probe.probes.gradient.findings import findings_of
+from mismatch_probe.probes.gradient.plan import REFERENCE, PassData
 from mismatch_probe.results.gradient import (
     CentralRange,
     Draws,
@@ -29,12 +30,9 @@ from mismatch_probe.results.gradient import (
     Reference,
     RolloutGradient,
 )
-from mismatch_probe.rl.gradient_findings import findings_of
-from mismatch_probe.rl.gradient_task import DIRECTIONS, PassVectors, SequenceTask
 from mismatch_probe.runs.comparison import RunDirectory
 from mismatch_probe.types import MetricValue, PairArrays
 
-REFERENCE = PassId.trainer("float32")
 HALF = 0.5
 DRAWS = 400
 _PAIR_KEYS = ("mean_abs_logprob_diff", "ess_seq", "ess_seq_gaussian")
@@ -44,48 +42,11 @@ _COLUMNS = (
 )
 
 
-@dataclass(frozen=True)
-class PassData:
-    """A rollout pass with the trainers whose log-probs make weights.
-
-    Attributes:
-        rollout: The pass.
-        pairs: Its pairs: the trainer of its own dtype where there is one, and the trainer in FP32, the last.
-        kept: `[n]` indices of the sequences that have tokens, all of them usable in every pair.
-        rows: `[n]` their tokens, as slices of the pairs.
-        n_empty: Sequences without tokens.
-        n_nonfinite: Sequences with a token that is not finite.
-        n_impossible: Others with a token that is not usable.
-    """
-
-    rollout: PassId
-    pairs: Mapping[PassId, PairArrays]
-    kept: Ints
-    rows: Sequence[slice]
-    n_empty: int
-    n_nonfinite: int
-    n_impossible: int
-
-    @classmethod
-    def of(cls, rollout: PassId, pairs: Mapping[PassId, PairArrays]) -> PassData:
-        first = next(iter(pairs.values()))
-        usable = np.logical_and.reduce([usable_rows(pair) for pair in pairs.values()])
-        sides = np.stack([side for pair in pairs.values() for side in (pair.rollout_logprob, pair.trainer_logprob)])
-        finite = np.asarray(np.isfinite(sides).all(axis=0))
-        starts = np.flatnonzero(np.diff(first.sequence, prepend=-1)).tolist()
-        every = [slice(*ends) for ends in zip(starts, [*starts, len(first.sequence)][1:], strict=True)]
-        rows = [row for row in every if usable[row].all()]
-        n_finite = sum(bool(finite[row].all()) for row in every)
-        kept = np.array([first.sequence[row.start] for row in rows], dtype=np.int64)
-        n_empty = len(first.prompt) - len(every)
-        return cls(rollout, pairs, kept, rows, n_empty, len(every) - n_finite, n_finite - len(rows))
-
-
 def document_of(
     run: RunDirectory,
     data: Mapping[str, PassData],
     vectors: Mapping[str, PassVectors],
-    tasks: Mapping[str, Sequence[SequenceTask]],
+    tasks: Mapping[str, PassTask],
     missing: Mapping[str, str],
     lengths: Sequence[int],
 ) -> Gradient:
@@ -95,7 +56,7 @@ def document_of(
         run: The comparison.
         data: By rollout pass.
         vectors: The gradients of the sequences that count, by rollout pass.
-        tasks: Those sequences.
+        tasks: What the worker was asked, by rollout pass.
         missing: Rollout passes that are left out, with the reason.
         lengths: Response lengths at which ESS is predicted.
     """
@@ -114,9 +75,7 @@ def document_of(
     )
 
 
-def _pass(
-    data: PassData, vectors: PassVectors, tasks: Sequence[SequenceTask], lengths: Sequence[int], seed: int
-) -> RolloutGradient:
+def _pass(data: PassData, vectors: PassVectors, task: PassTask, lengths: Sequence[int], seed: int) -> RolloutGradient:
     first = next(iter(data.pairs.values()))
     return RolloutGradient(
         rollout_pass=str(data.rollout),
@@ -129,7 +88,7 @@ def _pass(
         n_impossible=data.n_impossible,
         logprob_gap=vectors.logprob_gap,
         pairs=tuple(_pair(trainer, pair, lengths, seed) for trainer, pair in data.pairs.items()),
-        estimates=tuple(_estimates(data, vectors, tasks, seed)),
+        estimates=tuple(_estimates(data, vectors, task.sequences, seed)),
     )
 
 

@@ -1,0 +1,1 @@
+"""What the mismatch does to the policy gradient of a batch."""

@@ -1,0 +1,108 @@
+"""What the mismatch does to the policy gradient of a batch, without an RL run: from the tables of a comparison.
+
+The comparison has the rollouts and everybody's log-probs of them; one more pass, of the trainer in FP32, adds the
+gradients of each sequence. All of a rollout dtype's estimates are made of the same sequences and the same scores in
+FP32, so that they differ in their weights alone: what a 16-bit backward pass rounds away is not in here.
+
+Imports no engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from mismatch_probe.config import CompareConfig, check_lengths
+from mismatch_probe.engines import devices
+from mismatch_probe.engines.gradient import GradientJob, PassTask, PassVectors
+from mismatch_probe.errors import TableError, UsageError
+from mismatch_probe.files import locked, write_text
+from mismatch_probe.probes.gradient.plan import FOLDER, REFERENCE, pass_data, task_of
+from mismatch_probe.probes.gradient.result import document_of, frame_of
+from mismatch_probe.probes.own_pass import device_of, fp32_trainer, model_of, run_pass
+from mismatch_probe.probes.progress import Progress
+from mismatch_probe.probes.session import new_run
+from mismatch_probe.results.gradient import Gradient
+from mismatch_probe.runs.comparison import RunDirectory
+
+Source = str | Path | CompareConfig
+
+
+@dataclass(frozen=True)
+class GradientResult:
+    """A finished measurement.
+
+    Attributes:
+        path: The run directory; everything of this lies in its folder `gradient`.
+        document: The content of `gradient.json`.
+        figures: The files of the figures, by name.
+    """
+
+    path: Path
+    document: Gradient
+    figures: Mapping[str, Path]
+
+    def frame(self) -> pd.DataFrame:
+        """A row per rollout pass, correction and metric, as in `gradient.csv`."""
+        return frame_of(self.document)
+
+
+def measure_gradient(
+    source: Source, out: str | Path | None, predict_lengths: Sequence[int] | None, progress: Progress | None
+) -> GradientResult:
+    """Compares where it has to, makes the gradients that are missing, and computes.
+
+    Raises:
+        ProbeError: The run has no log-probs of an FP32 trainer, its model has changed, or an engine failed.
+    """
+    progress = progress or Progress()
+    check_lengths(predict_lengths or ())
+    if isinstance(source, CompareConfig):
+        if REFERENCE.dtype not in source.trainer_dtypes:
+            raise UsageError("The gradient needs an FP32 trainer pass.", "Add float32 to --trainer-dtypes.")
+        path = new_run(source, out, (), progress).path
+    else:
+        path = Path(source)
+    RunDirectory.open(path)  # before the lock, which would make the folder
+    with locked(path):
+        run = RunDirectory.open(path)
+        data, missing = pass_data(run)
+        config = run.manifest.config
+        tasks = {name: task_of(run, config, found) for name, found in data.items()}
+        _make_missing(run, config, list(tasks.values()), progress)
+        progress.message("computing metrics and figure")
+        vectors = {}
+        for name, task in tasks.items():
+            loaded = PassVectors.load(task)
+            if loaded is None:
+                raise TableError(f"{task.path} cannot be read.", "Run the command again to make it.")
+            vectors[name] = loaded
+        lengths = tuple(predict_lengths or config.predict_lengths or (run.manifest.sizes.max_tokens,))
+        document = document_of(run, data, vectors, tasks, missing, lengths)
+        return GradientResult(path, document, _write(run.path / FOLDER, document))
+
+
+def _make_missing(run: RunDirectory, config: CompareConfig, tasks: Sequence[PassTask], progress: Progress) -> None:
+    """Makes the files that are not there yet."""
+    missing = [task for task in tasks if PassVectors.load(task) is None]
+    if not missing:
+        return
+    device = device_of(run)
+    job = GradientJob(fp32_trainer(config, model_of(run, config, progress), device), missing)
+    settings = devices.trainer_settings(device, "float32")
+    run_pass(run, job, settings, FOLDER, "gradients", f"mismatch-probe rl gradient {run.path}", progress)
+
+
+def _write(folder: Path, document: Gradient) -> dict[str, Path]:
+    from mismatch_probe.report.figures import draw
+    from mismatch_probe.report.gradient import gradient_report
+    from mismatch_probe.report.render.files import write_report
+
+    document.write(folder / "gradient.json")
+    write_text(folder / "gradient.csv", frame_of(document).to_csv(index=False, lineterminator="\n"))
+    figures = draw(document, folder)
+    write_report(gradient_report(document), figures, folder)
+    return figures
