@@ -132,7 +132,7 @@ def test_what_lies_on_the_border_is_taken(values: dict[str, Any]) -> None:
         ({"stress": "noise", "dose": 1}, "stress should be 'none', 'weight-noise'"),
         ({"task": "math"}, "problems must be a JSONL file"),
         ({"task": "chains"}, "task should be 'chain', 'reasoning' or 'math'"),
-        ({"algorithm": "ppo"}, "algorithm does not accept 'ppo'; known are pg, pg-token-tis"),
+        ({"algorithm": "ppo"}, "algorithm does not accept 'ppo'; known are cispo, dr-grpo"),
         ({"algorithm": 3}, "algorithm should be a valid string"),
         ({"rollout_dtype": "float64"}, "rollout_dtype should be 'bfloat16', 'float16' or 'float32'"),
         ({"trainer_dtype": ["bf16"]}, "trainer_dtype should be"),
