@@ -23,7 +23,7 @@ import torch
 from mismatch_probe.engines.logprobs import Batch
 from mismatch_probe.engines.models import resolve
 from mismatch_probe.probes.progress import Progress
-from mismatch_probe.rl.config import RlConfig, make_config
+from mismatch_probe.rl.config import RlConfig
 from mismatch_probe.rl.instruments import Rolled
 from mismatch_probe.rl.loop import Pieces, Training
 from mismatch_probe.rl.policy import TORCH_DTYPES
@@ -174,24 +174,22 @@ def medians(steps: Sequence[Callable[[], None]], repeats: int, wait: Callable[[]
 def main(
     model: str, device: str, precision: Sequence[str], count: int, micro_batch: int, max_tokens: int, repeats: int
 ) -> None:
-    reference = resolve_model(make_config({}), Progress()) if model == "chain" else resolve(model)
+    reference = resolve_model(RlConfig(), Progress()) if model == "chain" else resolve(model)
     place = torch.device(device)
     data = sequences(count, reference.config["vocab_size"], max_tokens)
     wait = torch.cuda.synchronize if place.type == "cuda" else lambda: None
     for name in precision:
         dtype, mode = name.split("-")
-        config = make_config(
-            {
-                "trainer_dtype": dtype,
-                "trainer_mode": mode,
-                "updates_per_rollout": 1,
-                "prompts_per_step": 2,
-                "micro_batch": micro_batch,
-                "max_tokens": max_tokens,
-                "learning_rate": 1e-6,
-                "initial_loss_scale": 256.0,
-                "check_sync": False,
-            }
+        config = RlConfig(
+            trainer_dtype=dtype,
+            trainer_mode=mode,
+            updates_per_rollout=1,
+            prompts_per_step=2,
+            micro_batch=micro_batch,
+            max_tokens=max_tokens,
+            learning_rate=1e-6,
+            initial_loss_scale=256.0,
+            check_sync=False,
         )
         with tempfile.TemporaryDirectory() as scratch:
             ours = Ours(reference.path, config, place, Path(scratch) / "run", data)

@@ -322,9 +322,15 @@ def read_rl_config(path: str | Path | None = None, overrides: Mapping[str, Any] 
     Raises:
         UsageError: The file is no TOML, a key is unknown, or a value cannot be.
     """
-    from mismatch_probe.rl.config import read_config
+    from mismatch_probe.config.toml import read_settings
+    from mismatch_probe.results.rl_run import RlRun
+    from mismatch_probe.rl.config import RlConfig
 
-    return read_config(path, overrides or {})
+    values: Mapping[str, Any] = {}
+    if path is not None:
+        folder = Path(path)
+        values = RlRun.read(folder / "run.json").config if folder.is_dir() else read_settings(path, RlConfig)
+    return RlConfig.of({**values, **(overrides or {})})
 
 
 def rl_run(config: RlConfig, *, out: str | Path | None = None, progress: Progress | None = None) -> RlResult:
@@ -453,15 +459,15 @@ def rl_sanity_set(*, out: str | Path | None = None, progress: Progress | None = 
     Args:
         out: A new folder; by default one under `runs/`.
         progress: Told how many tokens are done.
-        settings: Fields of `rl.sanity.config.SanityConfig`, such as `model`, `task`, `problems`, `n_samples`, `keep`.
+        settings: Fields of `rl.config.SanityConfig`, such as `model`, `task`, `problems`, `n_samples`, `keep`.
 
     Raises:
         ProbeError: See `mismatch_probe.errors`; finished chunks of problems stay in the folder.
     """
-    from mismatch_probe.rl.sanity.config import make_sanity_config
+    from mismatch_probe.rl.config import SanityConfig
     from mismatch_probe.rl.sanity.run import new_sanity_set
 
-    return new_sanity_set(make_sanity_config(settings), out, progress)
+    return new_sanity_set(SanityConfig.of(settings), out, progress)
 
 
 def rl_sanity_set_resume(path: str | Path, *, progress: Progress | None = None) -> SanityResult:

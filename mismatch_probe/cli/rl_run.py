@@ -68,7 +68,7 @@ def command(
     if resume is not None and (given or config_path or out or check):
         raise UsageError("Options of a new run cannot be combined with --resume.", "Use --resume alone.")
     if check:
-        print_json(mismatch_probe.read_rl_config(config_path, given).as_dict())
+        print_json(mismatch_probe.read_rl_config(config_path, given).model_dump(mode="json"))
         return 0
     with shown_progress("steps") as progress:
         if resume is not None:

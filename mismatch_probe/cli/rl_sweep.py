@@ -75,4 +75,4 @@ def command(
 
 
 def run_row(run: PlannedRun) -> dict[str, Any]:
-    return {"name": run.name, "arm": run.arm, "config": run.config.as_dict()}
+    return {"name": run.name, "arm": run.arm, "config": run.config.model_dump()}

@@ -5,16 +5,16 @@ from __future__ import annotations
 import difflib
 import json
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from mismatch_probe.dtypes import SHORT_DTYPES
+from mismatch_probe.dtypes import DTYPE_INFOS, SHORT_DTYPES
 from mismatch_probe.errors import UsageError
-from mismatch_probe.types import Dtype
+from mismatch_probe.types import DTYPES, Dtype
 
 T = TypeVar("T")
 Positive = Annotated[int, Field(gt=0)]
@@ -59,6 +59,7 @@ class Option:
         path: Whether it is a file or a folder.
         file: Whether a file of settings may set it.
         fix: What to do about a value that is not allowed.
+        known: Names of a registry, of which the value must be one.
     """
 
     flag: str = ""
@@ -67,6 +68,7 @@ class Option:
     path: bool = False
     file: bool = True
     fix: str = "Leave it out for the default."
+    known: Callable[[], Iterable[str]] | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class Setting:
         metavar: What stands for the value.
         file: Whether a file of settings may set it.
         fix: What to do about a value that is not allowed.
+        known: Names of a registry, of which the value must be one.
     """
 
     name: str
@@ -98,6 +101,7 @@ class Setting:
     metavar: str
     file: bool
     fix: str
+    known: Callable[[], Iterable[str]] | None
 
 
 class Settings(BaseModel):
@@ -117,19 +121,36 @@ class Settings(BaseModel):
         except ValidationError as error:
             raise self._complaint(error) from None
 
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """Settings from values whose types are not known, e.g. those of a file.
+
+        Raises:
+            UsageError: A name is unknown, or a value is not allowed.
+        """
+        return cls(**values)
+
+    @model_validator(mode="after")
+    def _of_registries(self) -> Self:
+        for name, info in type(self).model_fields.items():
+            known = _option(info).known
+            if known is not None and (value := getattr(self, name)) not in (names := tuple(known())):
+                raise UsageError(f"{self.called(name)} does not accept {value!r}.", f"Known are: {', '.join(names)}.")
+        return self
+
     def replace(self, **changes: Any) -> Self:
         """The same with changes.
 
         Raises:
             UsageError: A name is unknown, or a value is not allowed.
         """
-        return type(self)(**{**dict(self), **changes})
+        return self.of({**dict(self), **changes})
 
     def arguments(self) -> list[str]:
         """The options that ask for these settings; those at their defaults are left out."""
         fields = type(self).model_fields
         changed = {name: value for name, value in self if value != fields[name].get_default(call_default_factory=True)}
-        return [word for name, value in changed.items() for word in _words(flag(type(self), name), value)]
+        return [word for name, value in changed.items() for word in _words(setting(type(self), name), value)]
 
     @classmethod
     def called(cls, name: str) -> str:
@@ -237,6 +258,7 @@ def setting(group: type[Settings], name: str) -> Setting:
         metavar=metavar,
         file=option.file,
         fix=option.fix,
+        known=option.known,
     )
 
 
@@ -285,15 +307,21 @@ def _in_words(value: Any) -> str:
             return str(value)
 
 
-def _words(name: str, value: Any) -> list[str]:
+def _words(of: Setting, value: Any) -> list[str]:
     match value:
         case True:
-            return [name]
+            return [of.flag]
         case False:
-            return [name.replace("--", "--no-", 1)]
+            return [of.flag.replace("--", "--no-", 1)]
         case Mapping():
-            return [word for key, one in value.items() for word in (name, f"{key}={json.dumps(one)}")]
+            return [word for key, one in value.items() for word in (of.flag, f"{key}={json.dumps(one)}")]
+        case tuple() if of.several:
+            return [of.flag, ",".join(_short(of, part) for part in value)]
         case tuple():
-            return [name, ",".join(map(str, value))]
+            return [of.flag, *map(str, value)]
         case _:
-            return [name, str(value)]
+            return [of.flag, _short(of, value)]
+
+
+def _short(of: Setting, value: Any) -> str:
+    return DTYPE_INFOS[value].short if of.choices == DTYPES else str(value)

@@ -67,7 +67,7 @@ class SanitySet(Document):
     AGAIN: ClassVar[str] = "mismatch-probe rl sanity-set --resume {folder}"
 
     config: dict[str, JsonValue]
-    """Every setting, see `rl.sanity.config.SanityConfig`."""
+    """Every setting, see `rl.config.SanityConfig`."""
     provenance: Provenance
     """When, where and from which weights sampling was started."""
     engines: tuple[dict[str, JsonValue], ...] = ()

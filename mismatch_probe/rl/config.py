@@ -1,233 +1,222 @@
-"""What an RL run is asked to do: a TOML file, checked without importing an engine."""
+"""Settings of RL runs and of sanity sets, by group. Nothing here imports an engine."""
 
 from __future__ import annotations
 
-import tomllib
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from collections.abc import Iterable
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from mismatch_probe.dtypes import SHORT_DTYPES, dtype_label
+from mismatch_probe.config.settings import Count, Device, DtypeName, Option, Positive, Settings
+from mismatch_probe.dtypes import dtype_label
 from mismatch_probe.errors import UsageError
-from mismatch_probe.results.rl_run import RlRun
-from mismatch_probe.types import Dtype, TrainerMode
+from mismatch_probe.types import TrainerMode
+
+
+def _algorithm_names() -> Iterable[str]:
+    from mismatch_probe.rl.algorithms import algorithms  # help needs no numpy
+
+    return algorithms()
+
 
 Structure = Literal["none", "weight-noise", "mantissa", "logit-noise", "stale"]
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-Settings = TypeVar("Settings", bound=BaseModel)
+Part = Annotated[float, Field(ge=0, lt=1)]
 
 
-class TaskSettings(BaseModel):
-    """What is sampled of which model, whatever else is done with it.
+class TaskSettings(Settings):
+    """What is sampled of which model."""
 
-    Attributes:
-        model: Built-in name, checkpoint folder, or hub id; `chain` is the small checkpoint that comes with the tool.
-        revision: Hub revision.
-        task: `chain`, `reasoning` or `math`, see `rl.tasks`.
-        problems: JSONL file of problems, which `math` needs; the other tasks draw their own without it.
-        chat: Renders problems through the model's chat template.
-        n_problems: How many; None for all of a file, or 128 drawn ones.
-        operations: Length of a chain.
-        rollout_dtype: What vLLM runs in.
-        max_tokens: Response budget; a response that uses it up is wrong.
-        temperature: Sampling temperature.
-        seed: Of everything.
-        device: `auto`, `cpu` or `cuda`.
-        kv_cache_gib: KV cache on a CPU.
-    """
+    TITLE: ClassVar[str] = "Model and task"
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    model: str = "chain"
-    revision: str | None = None
-    task: Literal["chain", "reasoning", "math"] = "chain"
-    problems: str | None = None
-    chat: bool = False
-    n_problems: Positive | None = None
-    operations: Positive = 16
-    rollout_dtype: Dtype = "bfloat16"
-    max_tokens: Positive = 64
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    seed: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    kv_cache_gib: Positive = 1
-
-    @field_validator("rollout_dtype", "trainer_dtype", mode="before", check_fields=False)
-    @classmethod
-    def _long_name(cls, value: Any) -> Any:
-        return SHORT_DTYPES.get(value, value) if isinstance(value, str) else value
+    model: Annotated[str, Option(metavar="MODEL")] = Field(
+        default="chain", description="Built-in name, checkpoint folder or hub id; chain comes with the tool."
+    )
+    revision: Annotated[str | None, Option(metavar="NAME")] = Field(
+        default=None, description="Branch, tag or commit of a hub id."
+    )
+    device: Device = Field(default="auto", description="Device of both engines.")
+    task: Literal["chain", "reasoning", "math"] = Field(default="chain", description="Task; math needs --problems.")
+    problems: Annotated[str | None, Option(path=True, default="drawn ones")] = Field(
+        default=None, description="JSONL file of problem and answer."
+    )
+    chat: bool = Field(default=False, description="Render problems by the chat template.")
+    n_problems: Annotated[Positive | None, Option(default="all of the file, or 128 drawn ones")] = Field(
+        default=None, description="Number of problems."
+    )
+    operations: Positive = Field(default=16, description="Operations in a problem of the task chain.")
+    max_tokens: Annotated[Positive, Option(metavar="TOKENS")] = Field(
+        default=64, description="Maximum response length; a response that reaches it counts as wrong."
+    )
+    temperature: Annotated[float, Field(gt=0)] = Field(default=1.0, description="Sampling temperature.")
+    seed: Annotated[int, Field(ge=0, lt=1 << 31)] = Field(default=0, description="Random seed, 0 to 2^31 − 1.")
+    rollout_dtype: DtypeName = Field(default="bfloat16", description="Dtype of the rollout engine.")
+    kv_cache_gib: Annotated[Positive, Option(metavar="GIB")] = Field(default=1, description="KV cache on a CPU.")
 
     @model_validator(mode="after")
     def _has_problems(self) -> Self:
         if self.task == "math" and self.problems is None:
-            raise ValueError("problems must be a JSONL file for the task math")
+            raise UsageError("--task math needs --problems.", "Name a JSONL file of problem and answer.")
         return self
 
 
-class RlConfig(TaskSettings):
-    """One RL run. Every field, those of `TaskSettings` included, is a key of the TOML file; the temperature is applied
-    on both sides.
+class TrainingSettings(Settings):
+    """The trainer and its steps."""
 
-    Attributes:
-        n_problems: Problems that are trained on.
-        trainer_dtype: What forward and backward passes compute in; master weights are FP32 in any case.
-        trainer_mode: `autocast` (FP32 weights under torch.autocast) or `cast` (a copy of the weights in the dtype).
-        algorithm: Name in `rl.algorithms`.
-        steps: Rollouts, each followed by `updates_per_rollout` optimizer steps.
-        prompts_per_step, samples_per_prompt: Size of a rollout.
-        updates_per_rollout: Minibatches that a rollout is split into, by prompt.
-        micro_batch: Sequences in a forward and backward pass; gradients of a minibatch are accumulated over them.
-        learning_rate, schedule, warmup_steps: Of AdamW; schedules count optimizer steps and end at 0.
-        beta1, beta2, weight_decay, max_grad_norm: Likewise; a norm of 0 switches clipping off.
-        initial_loss_scale, loss_scale_growth_interval, minimum_loss_scale: Of FP16 training.
-        stress, dose: Injected stress on the rollout side, see `rl.stress`; never to be mistaken for precision.
-        evaluate_every: Steps between evaluations of the clean weights under FP32, by transformers' own sampling, which
-            is slow for long responses; 0 for none.
-        evaluate_at_end: Whether the last weights are evaluated in any case.
-        checkpoint_every: Steps between checkpoints.
-        pass_above, pass_window: The sanity test: passed when the lower 95 % limit of the mean reward over the last so
-            many steps exceeds the threshold.
-        collapse_window: Steps of the collapse rule, see `rl.collapse`.
-        check_sync: Whether every weight sync is checked, see `rl.sync`.
-        record_rollouts: Whether every rollout is kept, in the format that `compare --from` reads.
-        gpu_memory_utilization: The engine's share of a GPU that it shares with the trainer.
-    """
+    TITLE: ClassVar[str] = "Training"
 
-    n_problems: Positive = 128
-    trainer_dtype: Dtype = "bfloat16"
-    trainer_mode: TrainerMode = "autocast"
-    algorithm: str = "dr-grpo"
-    steps: Positive = 100
-    prompts_per_step: Positive = 8
-    samples_per_prompt: Annotated[int, Field(ge=2)] = 8
-    updates_per_rollout: Positive = 4
-    micro_batch: Positive = 16
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: Count = 0
-    beta1: Share = 0.9
-    beta2: Share = 0.95
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
-    initial_loss_scale: Annotated[float, Field(gt=0)] = 65536.0
-    loss_scale_growth_interval: Positive = 400
-    minimum_loss_scale: Annotated[float, Field(gt=0)] = 1.0
-    stress: Structure = "none"
-    dose: Annotated[float, Field(ge=0)] = 0.0
-    evaluate_every: Count = 0
-    evaluate_at_end: bool = True
-    checkpoint_every: Positive = 50
-    pass_above: Annotated[float, Field(gt=0, lt=1)] = 0.95
-    pass_window: Positive = 10
-    collapse_window: Annotated[int, Field(ge=2)] = 10
-    check_sync: bool = True
-    record_rollouts: bool = True
-    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.4
+    algorithm: Annotated[str, Option(metavar="NAME", known=_algorithm_names)] = Field(
+        default="dr-grpo", description="Loss, see docs/algorithms.md."
+    )
+    trainer_dtype: DtypeName = Field(
+        default="bfloat16", description="Dtype of forward and backward passes; master weights are FP32."
+    )
+    trainer_mode: TrainerMode = Field(
+        default="autocast", description="autocast: FP32 weights under torch.autocast. cast: a copy in the dtype."
+    )
+    steps: Positive = Field(default=100, description="Rollouts; each is followed by its optimizer steps.")
+    prompts_per_step: Positive = Field(default=8, description="Prompts in a rollout.")
+    samples_per_prompt: Annotated[int, Field(ge=2)] = Field(default=8, description="Responses per prompt.")
+    updates_per_rollout: Positive = Field(
+        default=4, description="Optimizer steps per rollout; each takes its part of the prompts."
+    )
+    micro_batch: Positive = Field(default=16, description="Sequences in a forward and backward pass.")
+    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1), Option(metavar="FRACTION")] = Field(
+        default=0.4, description="Fraction of a GPU's memory that the engine takes beside the trainer."
+    )
 
-    @field_validator("algorithm")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        from mismatch_probe.rl.algorithms import algorithms
 
-        if value not in algorithms():
-            raise ValueError(f"does not accept {value!r}; known are {', '.join(algorithms())}")
-        return value
+class OptimizerSettings(Settings):
+    """AdamW, its schedule, and the loss scale of FP16."""
+
+    TITLE: ClassVar[str] = "Optimizer"
+
+    learning_rate: Annotated[float, Field(gt=0)] = Field(default=1e-4, description="Learning rate of AdamW.")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="Schedule over optimizer steps; linear and cosine end at 0."
+    )
+    warmup_steps: Count = Field(default=0, description="Optimizer steps over which the learning rate rises.")
+    beta1: Part = Field(default=0.9, description="β1 of AdamW.")
+    beta2: Part = Field(default=0.95, description="β2 of AdamW.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.0, description="Weight decay of AdamW.")
+    max_grad_norm: Annotated[float, Field(ge=0)] = Field(
+        default=1.0, description="Norm at which gradients are clipped; 0 switches clipping off."
+    )
+    initial_loss_scale: Annotated[float, Field(gt=0)] = Field(
+        default=65536.0, description="First loss scale of FP16 training."
+    )
+    loss_scale_growth_interval: Positive = Field(
+        default=400, description="Steps without overflow after which the loss scale doubles."
+    )
+    minimum_loss_scale: Annotated[float, Field(gt=0)] = Field(default=1.0, description="Smallest loss scale.")
+
+
+class StressSettings(Settings):
+    """Injected stress on the rollout side; not precision."""
+
+    TITLE: ClassVar[str] = "Injected stress"
+
+    stress: Structure = Field(default="none", description="Error that is added to the rollout engine.")
+    dose: Annotated[float, Field(ge=0)] = Field(
+        default=0.0,
+        description="Size: relative standard deviation (weight-noise), stored bits (mantissa), logits (logit-noise), "
+        "steps (stale).",
+    )
+
+
+class RecordingSettings(Settings):
+    """What is evaluated, checked and kept."""
+
+    TITLE: ClassVar[str] = "Evaluation and checkpoints"
+
+    evaluate_every: Count = Field(
+        default=0, description="Steps between evaluations of the clean weights in FP32; 0 for none."
+    )
+    evaluate_at_end: bool = Field(default=True, description="Evaluate the last weights.")
+    checkpoint_every: Positive = Field(default=50, description="Steps between checkpoints.")
+    pass_above: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.95, description="The sanity test passes when the lower 95 % limit of the mean reward is above this."
+    )
+    pass_window: Positive = Field(default=10, description="Last steps whose rewards the sanity test averages.")
+    collapse_window: Annotated[int, Field(ge=2)] = Field(
+        default=10, description="Steps over which a collapse is judged."
+    )
+    check_sync: bool = Field(default=True, description="Check every weight sync.")
+    record_rollouts: bool = Field(default=True, description="Keep every rollout, in the format of compare --from.")
+
+
+class RlConfig(
+    RecordingSettings,
+    StressSettings,
+    OptimizerSettings,
+    TrainingSettings,
+    TaskSettings,
+):
+    """Settings of an RL run; the temperature applies on both sides."""
+
+    n_problems: Positive = Field(default=128, description="Number of problems that are trained on.")
 
     @model_validator(mode="after")
-    def _together(self) -> RlConfig:
-        if self.prompts_per_step % self.updates_per_rollout:
-            raise ValueError(
-                f"prompts_per_step ({self.prompts_per_step}) must be a multiple of updates_per_rollout "
-                f"({self.updates_per_rollout}): a minibatch has whole groups"
-            )
-        if self.prompts_per_step > self.n_problems:
-            raise ValueError(f"prompts_per_step ({self.prompts_per_step}) exceeds n_problems ({self.n_problems})")
-        if (self.stress == "none") != (self.dose == 0):
-            raise ValueError("stress and dose need each other: set both or neither")
-        if self.stress == "stale" and self.dose != int(self.dose):
-            raise ValueError(f"dose ({self.dose}) of stale weights must be a whole number of steps")
-        if self.stress == "mantissa" and not (self.dose == int(self.dose) and 1 <= self.dose <= 22):
-            raise ValueError(f"dose ({self.dose}) of mantissa must be a number of stored bits, 1 to 22")
-        if self.minimum_loss_scale > self.initial_loss_scale:
-            raise ValueError(
-                f"minimum_loss_scale ({self.minimum_loss_scale:g}) exceeds initial_loss_scale "
-                f"({self.initial_loss_scale:g})"
-            )
+    def _together(self) -> Self:
+        for wrong, what, fix in (
+            (
+                self.prompts_per_step % self.updates_per_rollout,
+                f"--prompts-per-step ({self.prompts_per_step}) must be a multiple of --updates-per-rollout "
+                f"({self.updates_per_rollout}), so that a minibatch has whole groups.",
+                "Change one of them.",
+            ),
+            (
+                self.prompts_per_step > self.n_problems,
+                f"--prompts-per-step ({self.prompts_per_step}) exceeds --n-problems ({self.n_problems}).",
+                "Change one of them.",
+            ),
+            (
+                (self.stress == "none") != (self.dose == 0),
+                "--stress and --dose need each other.",
+                "Set both or neither.",
+            ),
+            (
+                self.stress == "stale" and self.dose != int(self.dose),
+                f"--dose ({self.dose:g}) of stale weights must be a whole number of steps.",
+                "Write for example --dose 2.",
+            ),
+            (
+                self.stress == "mantissa" and not (self.dose == int(self.dose) and 1 <= self.dose <= 22),
+                f"--dose ({self.dose:g}) of mantissa must be a number of stored bits, 1 to 22.",
+                "Write for example --dose 3.",
+            ),
+            (
+                self.minimum_loss_scale > self.initial_loss_scale,
+                f"--minimum-loss-scale ({self.minimum_loss_scale:g}) exceeds --initial-loss-scale "
+                f"({self.initial_loss_scale:g}).",
+                "Change one of them.",
+            ),
+        ):
+            if wrong:
+                raise UsageError(what, fix)
         return self
 
-    def as_dict(self) -> dict[str, Any]:
-        return self.model_dump()
+
+Accuracy = Annotated[float, Field(ge=0, le=1)]
+
+
+class SanityConfig(TaskSettings):
+    """Settings of a sanity set."""
+
+    n_samples: Annotated[int, Field(ge=2)] = Field(default=40, description="Responses per problem.")
+    keep: Annotated[tuple[Accuracy, Accuracy], Option(metavar="LOW HIGH")] = Field(
+        default=(0.2, 0.8), description="Accuracy of the problems that are kept, both bounds included."
+    )
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if self.keep[0] > self.keep[1]:
+            raise UsageError(
+                f"--keep ({self.keep[0]:g} {self.keep[1]:g}) names the upper bound first.", "Exchange them."
+            )
+        return self
 
 
 def precision_label(config: RlConfig) -> str:
     """`BF16`, or `BF16/FP32` where rollout and trainer differ."""
     rollout, trainer = dtype_label(config.rollout_dtype), dtype_label(config.trainer_dtype)
     return rollout if rollout == trainer else f"{rollout}/{trainer}"
-
-
-def make_config(values: Mapping[str, Any]) -> RlConfig:
-    """Checks a configuration.
-
-    Raises:
-        UsageError: A key is unknown, or a value cannot be.
-    """
-    return checked(RlConfig, values)
-
-
-def checked(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
-    """Makes a model of pydantic's, with its first complaint as the user's error.
-
-    Raises:
-        UsageError: A key is unknown, or a value cannot be.
-    """
-    try:
-        return kind(**values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        if first["type"] == "extra_forbidden":
-            raise UsageError(
-                f"The configuration has the unknown key {name!r}.", f"Known are {', '.join(kind.model_fields)}."
-            ) from None
-        what = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
-        said = f"{name} {what}".strip()
-        raise UsageError(f"The configuration is wrong: {said}.", "Fix that value.") from None
-
-
-def read_config(path: str | Path | None, overrides: Mapping[str, Any]) -> RlConfig:
-    """Reads a TOML file, or the settings of an earlier run, and lets `overrides` (the command line's flags) win.
-
-    Args:
-        path: A TOML file, the folder of an RL run, or None for the defaults.
-        overrides: Settings by name.
-
-    Raises:
-        TableError: The folder holds no RL run.
-        UsageError: The file is missing or no TOML, a key is unknown, or a value cannot be.
-    """
-    if path is None:
-        values: Mapping[str, Any] = {}
-    elif Path(path).is_dir():
-        values = RlRun.read(Path(path) / "run.json").config
-    else:
-        values = read_toml(path, "configuration")
-    return make_config({**values, **overrides})
-
-
-def read_toml(path: str | Path, what: str) -> dict[str, Any]:
-    """Reads a TOML file, which a refusal calls `what`.
-
-    Raises:
-        UsageError: The file is missing or no TOML.
-    """
-    try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise UsageError(f"The {what} {path} cannot be read ({reason}).", "Check its path.") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"The {what} {path} is not valid TOML: {error}.", "Fix that line.") from None

@@ -20,12 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from mismatch_probe.config.settings import Listed, Positive, Settings
+from mismatch_probe.config.toml import read_toml
 from mismatch_probe.dtypes import DTYPE_INFOS
 from mismatch_probe.errors import TableError, UsageError
 from mismatch_probe.results.sweep import RlSweep
-from mismatch_probe.rl.config import RlConfig, checked, make_config, precision_label, read_toml
+from mismatch_probe.rl.config import RlConfig, precision_label
 from mismatch_probe.runs.folder import SWEEP, read_document
 
 # Keys that grids set, and `base` must not.
@@ -34,23 +36,29 @@ _DECIDED = {"seed": "seeds", "dose": "stress", "stress": "stress"}
 DEMO_DOSES = (0.11, 0.13, 0.15, 0.2)
 
 
-class Grid(BaseModel):
-    """Lists whose every combination is a run.
+class Grid(Settings):
+    """Lists whose every combination is a run."""
 
-    Attributes:
-        precision: `rollout/trainer`, e.g. `bf16/fp32`; one dtype means both. By default that of the base.
-        algorithm, learning_rate: By default those of the base.
-        stress: `structure:dose`, or `none`.
-        seeds: How many, from 0; or which.
-    """
+    precision: Annotated[Listed[str], Field(min_length=1)] | None = Field(
+        default=None, description="`rollout/trainer`, e.g. `bf16/fp32`; one dtype means both. By default the base's."
+    )
+    algorithm: Annotated[Listed[str], Field(min_length=1)] | None = Field(
+        default=None, description="By default the base's."
+    )
+    learning_rate: Annotated[Listed[float], Field(min_length=1)] | None = Field(
+        default=None, description="By default the base's."
+    )
+    stress: Annotated[Listed[str], Field(min_length=1)] = Field(
+        default=("none",), description="`structure:dose`, or `none`."
+    )
+    seeds: Positive | Annotated[Listed[int], Field(min_length=1)] = Field(
+        default=1, description="How many, from 0; or which."
+    )
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    precision: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    algorithm: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    learning_rate: Annotated[tuple[float, ...], Field(min_length=1)] | None = None
-    stress: Annotated[tuple[str, ...], Field(min_length=1)] = ("none",)
-    seeds: Annotated[int, Field(gt=0)] | Annotated[tuple[int, ...], Field(min_length=1)] = 1
+    @classmethod
+    def called(cls, name: str) -> str:
+        """A key of a file: it has no option."""
+        return name
 
 
 @dataclass(frozen=True)
@@ -93,7 +101,7 @@ def planned_runs(document: RlSweep, path: Path) -> list[PlannedRun]:
     Raises:
         TableError: Their names, which become paths, do not follow from their settings.
     """
-    runs = [planned_run(make_config(run.config)) for run in document.runs]
+    runs = [planned_run(RlConfig.of(run.config)) for run in document.runs]
     if not runs or [run.name for run in runs] != [run.name for run in document.runs]:
         raise TableError(f"{path} is damaged: names of runs do not match their settings.", "Restore the file.")
     return runs
@@ -123,7 +131,7 @@ def make_runs(base: Mapping[str, Any], grids: Sequence[Mapping[str, Any]]) -> li
     for name, axis in _DECIDED.items():
         if name in base:
             raise UsageError(f"The key {name!r} of a sweep's base is decided by its grids.", f"Use {axis} in [[grid]].")
-    runs = [run for grid in grids for run in _unfold(base, checked(Grid, grid))]
+    runs = [run for grid in grids for run in _unfold(base, Grid.of(grid))]
     twice = [name for name, n in Counter(run.name for run in runs).items() if n > 1]
     if twice:
         raise UsageError(f"The sweep has the run {twice[0]} more than once.", "Remove it from one of the grids.")
@@ -139,7 +147,7 @@ def _unfold(base: Mapping[str, Any], grid: Grid) -> list[PlannedRun]:
     found = []
     for parts in itertools.product(precisions, algorithms, rates, stresses):
         values = dict(base) | {key: value for part in parts for key, value in part.items()}
-        found += [planned_run(make_config(values | {"seed": seed})) for seed in seeds]
+        found += [planned_run(RlConfig.of(values | {"seed": seed})) for seed in seeds]
     return found
 
 

@@ -24,7 +24,7 @@ from mismatch_probe.files import atomic_path, write_json, write_text, writing
 from mismatch_probe.results.base import Document
 from mismatch_probe.results.finding import Finding
 from mismatch_probe.results.rl_run import Ending, Provenance, RlRun
-from mismatch_probe.rl.config import RlConfig, make_config
+from mismatch_probe.rl.config import RlConfig
 from mismatch_probe.rl.summary import run_findings, summarise
 from mismatch_probe.runs.folder import RL_RUN, Kind, RunFolder
 
@@ -37,7 +37,7 @@ class RlDirectory(RunFolder[RlRun]):
 
     def __init__(self, path: Path, document: RlRun) -> None:
         super().__init__(path, document)
-        self.config = make_config(document.config)
+        self.config = RlConfig.of(document.config)
 
     @classmethod
     def create(cls, path: Path, config: RlConfig, provenance: Provenance) -> RlDirectory:
@@ -46,7 +46,7 @@ class RlDirectory(RunFolder[RlRun]):
         Raises:
             UsageError: The folder exists and is not empty, or is no folder.
         """
-        return cls._create(path, RlRun(**RlRun.stamp(), config=config.as_dict(), provenance=provenance))
+        return cls._create(path, RlRun(**RlRun.stamp(), config=config.model_dump(), provenance=provenance))
 
     @property
     def checkpoints(self) -> Path:
@@ -121,7 +121,7 @@ class RlDirectory(RunFolder[RlRun]):
         folder = self.path / "failure"
         with atomic_path(folder / "batch.parquet") as temporary:
             pq.write_table(table, temporary)
-        write_json(folder / "failure.json", cause.model_dump(mode="json"))
+        write_json(folder / "failure.json", cause.model_dump())
 
     def rewind(self, step: int) -> None:
         """Forgets what came after a checkpoint: step `step` is the next one."""

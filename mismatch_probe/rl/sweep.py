@@ -60,7 +60,7 @@ class SweepDirectory(RunFolder[RlSweep]):
         Raises:
             UsageError: The folder exists and is not empty, or is no folder.
         """
-        planned = tuple(SweepRun(name=run.name, arm=run.arm, config=run.config.as_dict()) for run in runs)
+        planned = tuple(SweepRun(name=run.name, arm=run.arm, config=run.config.model_dump()) for run in runs)
         return cls._create(path, RlSweep(**RlSweep.stamp(), runs=planned, provenance=provenance))
 
     def existing(self, run: PlannedRun) -> RlDirectory | None:

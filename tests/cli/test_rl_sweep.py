@@ -44,7 +44,7 @@ def test_check_prints_the_runs_and_runs_nothing(command: Run, plan: Path) -> Non
     assert ended.code == 0
     runs = json.loads(ended.out)
     assert [run["config"]["seed"] for run in runs] == [0, 0, 1, 1]
-    assert RlConfig(**runs[0]["config"]).steps == 2
+    assert RlConfig.of(runs[0]["config"]).steps == 2
     assert [p.name for p in plan.parent.iterdir()] == ["plan.toml"]
 
 

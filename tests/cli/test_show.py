@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mismatch_probe.rl.sanity.config import make_sanity_config
 
 from mismatch_probe.files import locked, write_text
 from mismatch_probe.results.manifest import AuditRecord
 from mismatch_probe.rl.config import make_config
 from mismatch_probe.rl.plan import make_runs
 from mismatch_probe.rl.records import RlDirectory
-from mismatch_probe.rl.sanity.config import make_sanity_config
 from mismatch_probe.rl.sanity.records import SanityDirectory
 from mismatch_probe.rl.sweep import SweepDirectory
 from mismatch_probe.runs.comparison import RunDirectory

@@ -98,11 +98,11 @@ def ending(cause: str = "", *, steps: int = 20, **more: Any) -> Ending:
 
 def run_data(rows: pd.DataFrame, ended: Ending | None, **settings: Any) -> RlRunData:
     """What a report shows of these steps."""
-    config = RlConfig(**settings)
+    config = RlConfig.of(settings)
     summary = summarise(rows, config)
     run = RlRun(
         **RlRun.stamp(),
-        config=config.as_dict(),
+        config=config.model_dump(),
         provenance=PROVENANCE,
         ending=ended,
         summary=summary,

@@ -8,7 +8,7 @@ import numpy as np
 
 from mismatch_probe.report.sanity import SanityData
 from mismatch_probe.results.sanity import SanitySet
-from mismatch_probe.rl.sanity.config import SanityConfig
+from mismatch_probe.rl.config import SanityConfig
 from mismatch_probe.rl.sanity.selection import findings_of, outcome_of
 from tests.factories.rl_run import PROVENANCE
 
@@ -24,7 +24,7 @@ def sanity_set(right: Sequence[int], *, truncated: float = 0.0, stopped: int = 0
     return SanitySet(
         schema_version=2,
         tool_version="0.1.0",
-        config=config.as_dict(),
+        config=config.model_dump(mode="json"),
         provenance=PROVENANCE,
         outcome=outcome,
         findings=tuple(findings_of(outcome)),

@@ -123,7 +123,7 @@ def summary(**changes: Any) -> SweepSummary:
 
 def sweep_data(shown: SweepSummary, rows: pd.DataFrame | None = None) -> SweepData:
     """What a report shows of this summary; tables are of `PLANNED`."""
-    planned = tuple(SweepRun(name=run.name, arm=run.arm, config=run.config.as_dict()) for run in PLANNED)
+    planned = tuple(SweepRun(name=run.name, arm=run.arm, config=run.config.model_dump()) for run in PLANNED)
     document = RlSweep(
         **RlSweep.stamp(),
         runs=planned,

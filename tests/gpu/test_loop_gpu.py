@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mismatch_probe.results.rl_run import Ending
-from mismatch_probe.rl.config import make_config
+from mismatch_probe.rl.config import RlConfig
 from mismatch_probe.rl.policy import Policy
 from mismatch_probe.rl.records import RlDirectory
 from mismatch_probe.rl.sync import SyncError, WeightSync
@@ -47,7 +47,7 @@ class Channel:
 def run(folder: Path, source: Path, **options: Any) -> tuple[Ending, Any]:
     """A run from the start, or from the newest checkpoint; how it ended, and its steps."""
     if not RL_RUN.held_by(folder):
-        RlDirectory.create(folder, make_config({**SMALL, **options}), PROVENANCE)
+        RlDirectory.create(folder, RlConfig.of({**SMALL, **options}), PROVENANCE)
     channel = Channel()
     RlJob([str(folder)], str(source), "cuda").run(channel)
     (ending,) = [payload[1] for name, payload in channel.sent if name == "ending"]
@@ -97,7 +97,7 @@ def test_a_run_resumes_from_its_checkpoint(chain: Path, tmp_path: Path, stress: 
 @pytest.mark.parametrize(("dtype", "step_size"), [("float32", 1e-3), ("bfloat16", 6e-3), ("float16", 1e-3)])
 def test_sync_faults_are_named(chain: Path, dtype: Any, step_size: float) -> None:
     engine = Tampering(HfRollout(engine_job(str(chain), dtype, "cuda")))
-    policy = Policy(str(chain), make_config({"trainer_dtype": "float32"}), torch.device("cuda"))
+    policy = Policy(str(chain), RlConfig(trainer_dtype="float32"), torch.device("cuda"))
     draw = torch.Generator().manual_seed(1)
     probes = torch.randint(3, 20, (8, 24), generator=draw).tolist()
     sync = WeightSync(engine, policy, dtype, probes, check=True, fresh=True, scan_every=1)

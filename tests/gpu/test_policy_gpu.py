@@ -10,7 +10,7 @@ import torch
 
 from mismatch_probe.engines.logprobs import Batch, token_logprobs
 from mismatch_probe.rl.algorithms import algorithms
-from mismatch_probe.rl.config import make_config
+from mismatch_probe.rl.config import RlConfig
 from mismatch_probe.rl.losses import Scale, policy_loss
 from mismatch_probe.rl.policy import Policy
 from mismatch_probe.rl.stress import round_mantissa, stressed
@@ -29,7 +29,7 @@ GRADIENT_ERROR = {"float32": 1e-4, "float16": 0.03, "bfloat16": 0.2}
 
 
 def policy(path: Path, dtype: str, mode: str, **options: Any) -> Policy:
-    config = make_config({"trainer_dtype": dtype, "trainer_mode": mode, "max_grad_norm": 0.0, **options})
+    config = RlConfig.of({"trainer_dtype": dtype, "trainer_mode": mode, "max_grad_norm": 0.0, **options})
     return Policy(str(path), config, CUDA)
 
 

@@ -72,12 +72,12 @@ class SyncFaultsJob:
         import torch
 
         from mismatch_probe.engines.vllm.engine import VllmRollout
-        from mismatch_probe.rl.config import make_config
+        from mismatch_probe.rl.config import RlConfig
         from mismatch_probe.rl.policy import Policy
         from mismatch_probe.rl.sync import WeightSync
 
         engine = Tampering(VllmRollout(engine_job(self.model_path, self.dtype, self.device)))
-        config = make_config({"trainer_dtype": "float32", "rollout_dtype": self.dtype})
+        config = RlConfig(trainer_dtype="float32", rollout_dtype=self.dtype)
         policy = Policy(self.model_path, config, torch.device(self.device))
         draw = torch.Generator().manual_seed(1)
         probes = torch.randint(4, 100, (8, 24), generator=draw).tolist()
@@ -136,11 +136,11 @@ class FamiliesJob:
         import torch
 
         from mismatch_probe.engines.vllm.engine import VllmRollout
-        from mismatch_probe.rl.config import make_config
+        from mismatch_probe.rl.config import RlConfig
         from mismatch_probe.rl.policy import Policy
         from mismatch_probe.rl.sync import WeightSync
 
-        config = make_config({"trainer_dtype": "float32", "rollout_dtype": self.dtype})
+        config = RlConfig(trainer_dtype="float32", rollout_dtype=self.dtype)
         for folder in self.folders:
             vllm, draw = VllmRollout(engine_job(folder, self.dtype)), torch.Generator().manual_seed(1)
             engine, probes = Tampering(vllm), torch.randint(4, 100, (8, 24), generator=draw).tolist()

@@ -100,7 +100,7 @@ def test_commands_are_exact() -> None:
     commands = [step.command for step in report.steps if step.command]
     assert commands == [
         "mismatch-probe audit --resume 'runs/a b'",
-        "mismatch-probe audit --model smollm2-135m --num-prompts 104 --prompts PROMPTS.jsonl "
+        "mismatch-probe audit --model smollm2-135m --prompts PROMPTS.jsonl --num-prompts 104 "
         "--rollout-dtypes fp16,bf16,fp32 --trainer-dtypes fp16,bf16,fp32 --planned-tokens 1024",
     ]
 

@@ -95,7 +95,7 @@ def test_more_prompts_are_asked_for_as_the_run_was_configured() -> None:
     config = CompareConfig(model="my model", temperature=0.7, rollout_dtypes=("bfloat16",))
     (step,) = gradient_report(gradient({"bfloat16": NONE}, config=config)).steps
     assert step.command == (
-        "mismatch-probe rl gradient --model 'my model' --num-prompts 128 --rollout-dtypes bfloat16 --temperature 0.7"
+        "mismatch-probe rl gradient --model 'my model' --num-prompts 128 --rollout-dtypes bf16 --temperature 0.7"
     )
     recorded = CompareConfig(source="rollouts.jsonl", model="m")
     (step,) = gradient_report(gradient({"recorded": NONE}, config=recorded)).steps

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mismatch_probe.engines.logprobs import Batch, token_logprobs
 from mismatch_probe.resources import data_path
 from mismatch_probe.results.rl_run import Ending
-from mismatch_probe.rl.config import RlConfig, make_config
+from mismatch_probe.rl.config import RlConfig
 from mismatch_probe.rl.loop import Pieces, Training
 from mismatch_probe.rl.records import RlDirectory
 from mismatch_probe.rl.tasks import ChainTask, Problem, Response
@@ -99,7 +99,7 @@ class Events(list[tuple[str, Any]]):
 
 def pieces(path: Path, engine: Any, *, tell: Any = None, **changes: Any) -> Pieces:
     """A loop of `SMALL`, new in `path` or going on there."""
-    config = make_config(SMALL | changes)
+    config = RlConfig.of(SMALL | changes)
     directory = RlDirectory.open(path) if RL_RUN.held_by(path) else RlDirectory.create(path, config, PROVENANCE)
     return Pieces(
         directory=directory,

@@ -16,14 +16,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mismatch_probe.errors import DiskFull, TableError
 from mismatch_probe.rl import checkpoints as module
 from mismatch_probe.rl.checkpoints import Checkpoint, checkpoints, load_checkpoint, prune, save_checkpoint
-from mismatch_probe.rl.config import make_config
+from mismatch_probe.rl.config import RlConfig
 from mismatch_probe.rl.policy import Policy
 
 
 @pytest.fixture(scope="module")
 def policy(tied: Path) -> Policy:
     """After a step, so that the optimizer has moments."""
-    policy = Policy(str(tied), make_config({"trainer_dtype": "float32"}), torch.device("cpu"))
+    policy = Policy(str(tied), RlConfig(trainer_dtype="float32"), torch.device("cpu"))
     policy.backward(policy.model(torch.tensor([[5, 6, 7]])).logits.double().square().mean())
     policy.step()
     return policy

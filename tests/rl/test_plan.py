@@ -60,10 +60,10 @@ def test_labels_say_what_tells_arms_apart() -> None:
     [
         ({"seed": 1}, [{}], "'seed' of a sweep's base is decided by its grids"),
         ({"stress": "stale"}, [{}], "'stress' of a sweep's base is decided by its grids"),
-        ({"stepz": 1}, [{}], "unknown key 'stepz'"),
-        ({}, [{"dtype": ["bf16"]}], "unknown key 'dtype'"),
+        ({"stepz": 1}, [{}], "no setting 'stepz'"),
+        ({}, [{"dtype": ["bf16"]}], "no setting 'dtype'"),
         ({}, [{"precision": []}], "precision"),
-        ({}, [{"precision": ["fp8"]}], "rollout_dtype"),
+        ({}, [{"precision": ["fp8"]}], "--rollout-dtype"),
         ({}, [{"seeds": 0}], "seeds"),
         ({}, [{"stress": ["weight-noise"]}], "'weight-noise' has no dose"),
         ({}, [{"stress": ["weight-noise:much"]}], "'much' is no number"),

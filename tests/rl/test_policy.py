@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from mismatch_probe.engines.logprobs import Batch, entropies, token_logprobs
 from mismatch_probe.errors import ModelError, TableError
-from mismatch_probe.rl.config import make_config
+from mismatch_probe.rl.config import RlConfig
 from mismatch_probe.rl.policy import TORCH_DTYPES, NonFinite, Policy, StepFacts
 from tests.real.tiny import VOCABULARY, save_tiny
 
@@ -43,7 +43,7 @@ OVERFLOW = 1e9
 
 
 def make_policy(checkpoint: Path, **options: Any) -> Policy:
-    return Policy(str(checkpoint), make_config(options), CPU)
+    return Policy(str(checkpoint), RlConfig.of(options), CPU)
 
 
 def make_batch(rows: slice = slice(None)) -> Batch:

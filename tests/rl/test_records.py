@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from mismatch_probe.errors import DiskFull, TableError, UsageError
 from mismatch_probe.results.finding import Finding
-from mismatch_probe.rl.config import make_config
+from mismatch_probe.rl.config import RlConfig
 from mismatch_probe.rl.records import RlDirectory
 from mismatch_probe.rl.summary import summarise
 from tests.factories.rl_run import PROVENANCE, ending, step
@@ -30,7 +30,7 @@ ROWS = [
 
 @pytest.fixture
 def directory(tmp_path: Path) -> RlDirectory:
-    return RlDirectory.create(tmp_path / "run", make_config({"steps": 3}), PROVENANCE)
+    return RlDirectory.create(tmp_path / "run", RlConfig(steps=3), PROVENANCE)
 
 
 def lines(directory: RlDirectory) -> bytes:
@@ -50,7 +50,7 @@ def filled(directory: RlDirectory) -> RlDirectory:
 
 def test_a_run_is_opened_with_its_configuration(directory: RlDirectory) -> None:
     found = RlDirectory.open(directory.path)
-    assert found.config == make_config({"steps": 3})
+    assert found.config == RlConfig(steps=3)
     assert found.document.provenance == PROVENANCE
     assert found.ending() is None
     assert found.steps().empty

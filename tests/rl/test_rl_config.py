@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
+from mismatch_probe import read_rl_config
 from mismatch_probe.dtypes import SHORT_DTYPES
 from mismatch_probe.errors import TableError, UsageError
 from mismatch_probe.resources import data_path
 from mismatch_probe.rl.algorithms import algorithms
-from mismatch_probe.rl.config import RlConfig, make_config, read_config
+from mismatch_probe.rl.config import RlConfig
 
 # Every key, away from its default.
 EVERYTHING: dict[str, Any] = {
@@ -71,32 +72,32 @@ def write_toml(folder: Path, values: dict[str, Any]) -> Path:
 
 def test_every_key_can_be_given_in_a_file(tmp_path: Path) -> None:
     assert set(EVERYTHING) == set(RlConfig.model_fields)
-    defaults = RlConfig().as_dict()
+    defaults = RlConfig().model_dump()
     assert all(defaults[key] != value for key, value in EVERYTHING.items())
-    assert read_config(write_toml(tmp_path, EVERYTHING), {}).as_dict() == EVERYTHING
+    assert read_rl_config(write_toml(tmp_path, EVERYTHING), {}).model_dump() == EVERYTHING
 
 
 def test_a_manifest_gives_the_configuration_back() -> None:
-    config = make_config({**EVERYTHING, "learning_rate": 1 / 3, "temperature": math.pi})
-    assert make_config(json.loads(json.dumps(config.as_dict(), allow_nan=False))) == config
+    config = RlConfig.of({**EVERYTHING, "learning_rate": 1 / 3, "temperature": math.pi})
+    assert RlConfig.of(json.loads(json.dumps(config.model_dump(), allow_nan=False))) == config
 
 
 def test_overrides_win_over_the_file(tmp_path: Path) -> None:
     path = write_toml(tmp_path, {"steps": 3, "seed": 4})
-    config = read_config(path, {"steps": 9})
+    config = read_rl_config(path, {"steps": 9})
     assert (config.steps, config.seed) == (9, 4)
-    assert read_config(None, {}) == RlConfig()
+    assert read_rl_config(None, {}) == RlConfig()
 
 
 @pytest.mark.parametrize("short", SHORT_DTYPES)
 def test_dtypes_have_short_names(short: str) -> None:
-    config = make_config({"rollout_dtype": short, "trainer_dtype": short})
+    config = RlConfig(rollout_dtype=short, trainer_dtype=short)
     assert config.rollout_dtype == config.trainer_dtype == SHORT_DTYPES[short]
 
 
 @pytest.mark.parametrize("name", algorithms())
 def test_every_algorithm_is_taken(name: str) -> None:
-    assert make_config({"algorithm": name}).algorithm == name
+    assert RlConfig(algorithm=name).algorithm == name
 
 
 @pytest.mark.parametrize(
@@ -115,45 +116,47 @@ def test_every_algorithm_is_taken(name: str) -> None:
     ],
 )
 def test_what_lies_on_the_border_is_taken(values: dict[str, Any]) -> None:
-    given = make_config(values).as_dict()
+    given = RlConfig.of(values).model_dump()
     assert {key: given[key] for key in values} == values
 
 
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"prompts_per_step": 6}, "prompts_per_step (6) must be a multiple of updates_per_rollout (4)"),
-        ({"prompts_per_step": 132}, "prompts_per_step (132) exceeds n_problems (128)"),
-        ({"stress": "stale"}, "stress and dose need each other"),
-        ({"dose": 1.0}, "stress and dose need each other"),
-        ({"stress": "stale", "dose": 1.5}, "dose (1.5) of stale weights must be a whole number of steps"),
-        ({"stress": "mantissa", "dose": 23}, "dose (23.0) of mantissa must be a number of stored bits, 1 to 22"),
+        ({"prompts_per_step": 6}, "--prompts-per-step (6) must be a multiple of --updates-per-rollout (4)"),
+        ({"prompts_per_step": 132}, "--prompts-per-step (132) exceeds --n-problems (128)"),
+        ({"stress": "stale"}, "--stress and --dose need each other"),
+        ({"dose": 1.0}, "--stress and --dose need each other"),
+        ({"stress": "stale", "dose": 1.5}, "--dose (1.5) of stale weights must be a whole number of steps"),
+        ({"stress": "mantissa", "dose": 23}, "--dose (23) of mantissa must be a number of stored bits, 1 to 22"),
         ({"stress": "mantissa", "dose": 0.5}, "of mantissa must be a number of stored bits"),
-        ({"stress": "noise", "dose": 1}, "stress should be 'none', 'weight-noise'"),
-        ({"task": "math"}, "problems must be a JSONL file"),
-        ({"task": "chains"}, "task should be 'chain', 'reasoning' or 'math'"),
-        ({"algorithm": "ppo"}, "algorithm does not accept 'ppo'; known are cispo, dr-grpo"),
-        ({"algorithm": 3}, "algorithm should be a valid string"),
-        ({"rollout_dtype": "float64"}, "rollout_dtype should be 'bfloat16', 'float16' or 'float32'"),
-        ({"trainer_dtype": ["bf16"]}, "trainer_dtype should be"),
-        ({"trainer_mode": "amp"}, "trainer_mode should be 'cast' or 'autocast'"),
-        ({"schedule": "step"}, "schedule should be"),
-        ({"device": "tpu"}, "device should be"),
-        ({"minimum_loss_scale": 4.0, "initial_loss_scale": 2.0}, "minimum_loss_scale (4) exceeds initial_loss_scale"),
-        ({"samples_per_prompt": 1}, "samples_per_prompt should be greater than or equal to 2"),
-        ({"collapse_window": 1}, "collapse_window should be greater than or equal to 2"),
-        ({"seed": 2**31}, "seed should be less than"),
-        ({"steps": "many"}, "steps should be a valid integer"),
-        ({"steps": 1.5}, "steps should be a valid integer"),
-        ({"temperature": math.nan}, "temperature should be a finite number"),
-        ({"learning_rate": math.inf}, "learning_rate should be a finite number"),
-        ({"check_sync": "perhaps"}, "check_sync should be a valid boolean"),
+        ({"stress": "noise", "dose": 1}, "--stress does not accept 'noise'"),
+        ({"task": "math"}, "--task math needs --problems"),
+        ({"task": "chains"}, "--task does not accept 'chains'"),
+        ({"algorithm": "ppo"}, "--algorithm does not accept 'ppo'"),
+        ({"algorithm": 3}, "--algorithm must be text, not 3"),
+        ({"rollout_dtype": "float64"}, "--rollout-dtype does not accept 'float64'"),
+        ({"trainer_dtype": ["bf16"]}, "--trainer-dtype does not accept"),
+        ({"trainer_mode": "amp"}, "--trainer-mode does not accept 'amp'"),
+        ({"schedule": "step"}, "--schedule does not accept"),
+        ({"device": "tpu"}, "--device does not accept"),
+        (
+            {"minimum_loss_scale": 4.0, "initial_loss_scale": 2.0},
+            "--minimum-loss-scale (4) exceeds",
+        ),
+        ({"samples_per_prompt": 1}, "--samples-per-prompt must be 2 or more, not 1"),
+        ({"collapse_window": 1}, "--collapse-window must be 2 or more, not 1"),
+        ({"seed": 2**31}, "--seed must be below"),
+        ({"steps": "many"}, "--steps must be a whole number"),
+        ({"steps": 1.5}, "--steps must be a whole number"),
+        ({"temperature": math.nan}, "--temperature must be a finite number"),
+        ({"learning_rate": math.inf}, "--learning-rate must be a finite number"),
+        ({"check_sync": "perhaps"}, "--check-sync must be true or false"),
     ],
 )
 def test_what_cannot_be_is_said(values: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError) as refused:
-        make_config(values)
-    assert refused.value.what.startswith("The configuration is wrong: ")
+        RlConfig.of(values)
     assert said in refused.value.what
     assert "  " not in refused.value.what
     assert refused.value.what.endswith(".")
@@ -188,15 +191,15 @@ _BELOW_ONE = ["beta1", "beta2", "pass_above", "gpu_memory_utilization"]
     [*((key, 0) for key in _POSITIVE), *((key, -1) for key in _NOT_NEGATIVE), *((key, 1.0) for key in _BELOW_ONE)],
 )
 def test_a_number_outside_its_range_is_refused(key: str, value: float) -> None:
-    with pytest.raises(UsageError, match=f"^The configuration is wrong: {key} should be (greater|less) than"):
-        make_config({key: value})
+    with pytest.raises(UsageError, match=f"^--{key.replace('_', '-')} must be (above|below|[0-9]+ or more)"):
+        RlConfig.of({key: value})
 
 
-def test_an_unknown_key_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+def test_an_unknown_key_is_refused_with_the_nearest_known_one(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as refused:
-        read_config(write_toml(tmp_path, {"stepps": 3}), {})
-    assert refused.value.what == "The configuration has the unknown key 'stepps'."
-    assert all(name in refused.value.fix for name in RlConfig.model_fields)
+        read_rl_config(write_toml(tmp_path, {"stepps": 3}), {})
+    assert refused.value.what.endswith("run.toml has the unknown key 'stepps'.")
+    assert "'steps'" in refused.value.fix
 
 
 @pytest.mark.parametrize(
@@ -212,14 +215,14 @@ def test_a_file_that_cannot_be_used_is_refused(tmp_path: Path, content: bytes, s
     path = tmp_path / "run.toml"
     path.write_bytes(content)
     with pytest.raises(UsageError, match=said):
-        read_config(path, {})
+        read_rl_config(path, {})
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="No such file"):
-        read_config(tmp_path / "none.toml", {})
+        read_rl_config(tmp_path / "none.toml", {})
     with pytest.raises(TableError, match=r"run\.json does not exist"):
-        read_config(tmp_path, {})
+        read_rl_config(tmp_path, {})
 
 
 def test_a_configuration_cannot_be_changed() -> None:
@@ -229,7 +232,7 @@ def test_a_configuration_cannot_be_changed() -> None:
 
 @pytest.mark.parametrize("name", ["sanity-r1-distill-1.5b", "sanity-qwen3-1.7b"])
 def test_the_shipped_files_are_the_papers_set_up(name: str) -> None:
-    config = read_config(data_path(f"rl/{name}.toml"), {})
+    config = read_rl_config(data_path(f"rl/{name}.toml"), {})
     assert (config.task, config.device, config.chat) == ("math", "cuda", True)
     assert (config.learning_rate, config.beta1, config.beta2, config.weight_decay) == (1e-6, 0.9, 0.95, 0.0)
     assert (config.temperature, config.max_grad_norm, config.updates_per_rollout) == (1.0, 1.0, 4)

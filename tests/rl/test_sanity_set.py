@@ -16,8 +16,8 @@ import mismatch_probe
 from mismatch_probe.errors import Interrupted, TableError, UsageError
 from mismatch_probe.ingest.generic import read_generic
 from mismatch_probe.results.sanity import SanityOutcome, SanitySet
+from mismatch_probe.rl.config import SanityConfig
 from mismatch_probe.rl.sanity import records, run
-from mismatch_probe.rl.sanity.config import make_sanity_config
 from mismatch_probe.rl.sanity.records import SanityDirectory
 from mismatch_probe.rl.sanity.worker import SanityJob, sample
 from mismatch_probe.rl.tasks import Problem, Response, Task, make_task, read_problems
@@ -261,8 +261,8 @@ class TestCommand:
         [
             (["--keep", "0.8", "0.2"], "upper bound first"),
             (["--keep", "-1", "0.2"], "keep"),
-            (["--task", "math"], "problems must be"),
-            (["--n-samples", "1"], "n_samples"),
+            (["--task", "math"], "--task math needs"),
+            (["--n-samples", "1"], "--n-samples"),
             (["--resume", "x", "--seed", "1"], "--resume"),
         ],
     )
@@ -275,6 +275,6 @@ class TestCommand:
         assert "mismatch-probe rl sanity-set --task chain" in command("rl", "sanity-set", "-h").out
 
     def test_short_names_of_dtypes(self) -> None:
-        assert make_sanity_config({"rollout_dtype": "fp16"}).rollout_dtype == "float16"
-        with pytest.raises(UsageError, match="rollout_dtype"):
-            make_sanity_config({"rollout_dtype": "fp8"})
+        assert SanityConfig(rollout_dtype="fp16").rollout_dtype == "float16"
+        with pytest.raises(UsageError, match="--rollout-dtype"):
+            SanityConfig(rollout_dtype="fp8")

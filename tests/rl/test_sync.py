@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from mismatch_probe.engines.logprobs import Batch, token_logprobs
 from mismatch_probe.rl import sync
-from mismatch_probe.rl.config import make_config
+from mismatch_probe.rl.config import RlConfig
 from mismatch_probe.rl.policy import TORCH_DTYPES, Policy
 from mismatch_probe.rl.sync import SyncError, WeightSync, _left_over, _typical, cast, changed_share
 from mismatch_probe.types import Dtype
@@ -101,7 +101,7 @@ class Setup:
     """
 
     def __init__(self, path: Path, dtype: Dtype, *, n_probes: int = 6, spoil: Spoil = _leave, **options: Any) -> None:
-        self.policy = Policy(str(path), make_config({"trainer_dtype": "float32", "rollout_dtype": dtype}), CPU)
+        self.policy = Policy(str(path), RlConfig(trainer_dtype="float32", rollout_dtype=dtype), CPU)
         self.engine = Engine(path, dtype)
         spoil(self.engine)
         self._draw = torch.Generator().manual_seed(1)
@@ -257,7 +257,7 @@ def test_nan_is_caught(tied: Path, dtype: Dtype) -> None:
 
 
 def test_an_engine_with_other_weights_is_caught_at_once(tied: Path, untied: Path) -> None:
-    policy = Policy(str(tied), make_config({"trainer_dtype": "float32"}), CPU)
+    policy = Policy(str(tied), RlConfig(trainer_dtype="float32"), CPU)
     engine = Engine(tied, "float32")
     engine.load_weights({name: tensor * 1.01 for name, tensor in policy.weights().items()})
     with pytest.raises(SyncError):

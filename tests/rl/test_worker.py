@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mismatch_probe.rl.config import make_config
+from mismatch_probe.rl.config import RlConfig
 from mismatch_probe.rl.records import RlDirectory
 from mismatch_probe.rl.worker import RlJob, _engine_job
 from tests.factories.rl_run import PROVENANCE
@@ -16,8 +16,8 @@ from tests.factories.rl_run import PROVENANCE
 @pytest.mark.parametrize("noise", [True, False])
 def test_noise_is_the_engines_to_add_on_either_model_runner(tmp_path: Path, device: str, noise: bool) -> None:
     stress = {"stress": "logit-noise", "dose": 0.1} if noise else {}
-    plain = RlDirectory.create(tmp_path / "plain", make_config({}), PROVENANCE)
-    other = RlDirectory.create(tmp_path / "other", make_config(stress), PROVENANCE)
+    plain = RlDirectory.create(tmp_path / "plain", RlConfig(), PROVENANCE)
+    other = RlDirectory.create(tmp_path / "other", RlConfig.of(stress), PROVENANCE)
     job = _engine_job([plain, other], RlJob([], "a folder", device), longest_prompt=10)
     assert job.logit_noise is noise
     # A class named here would be of one interface, which the other model runner refuses.

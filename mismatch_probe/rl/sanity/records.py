@@ -27,7 +27,7 @@ from mismatch_probe.files import atomic_path, write_text
 from mismatch_probe.results.base import Document
 from mismatch_probe.results.rl_run import Provenance
 from mismatch_probe.results.sanity import SanitySet
-from mismatch_probe.rl.sanity.config import SanityConfig, make_sanity_config
+from mismatch_probe.rl.config import SanityConfig
 from mismatch_probe.rl.sanity.selection import findings_of, keeps, outcome_of
 from mismatch_probe.rl.tasks import Problem, read_problems
 from mismatch_probe.runs.folder import SANITY_SET, Kind, RunFolder
@@ -60,7 +60,7 @@ class SanityDirectory(RunFolder[SanitySet]):
 
     def __init__(self, path: Path, document: SanitySet) -> None:
         super().__init__(path, document)
-        self.config = make_sanity_config(document.config)
+        self.config = SanityConfig.of(document.config)
 
     @classmethod
     def create(cls, path: Path, config: SanityConfig, provenance: Provenance) -> SanityDirectory:
@@ -69,7 +69,9 @@ class SanityDirectory(RunFolder[SanitySet]):
         Raises:
             UsageError: The folder exists and is not empty, or is no folder.
         """
-        return cls._create(path, SanitySet(**SanitySet.stamp(), config=config.as_dict(), provenance=provenance))
+        return cls._create(
+            path, SanitySet(**SanitySet.stamp(), config=config.model_dump(mode="json"), provenance=provenance)
+        )
 
     def _update(self, **changes: object) -> None:
         self.write(self.document.model_copy(update=changes))

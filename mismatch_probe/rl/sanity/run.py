@@ -13,9 +13,8 @@ from mismatch_probe.engines.process import EngineProcess
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.report.model import Report
 from mismatch_probe.results.sanity import SanitySet
-from mismatch_probe.rl.config import RlConfig
+from mismatch_probe.rl.config import RlConfig, SanityConfig
 from mismatch_probe.rl.run import provenance_of, resolve_model, same_model
-from mismatch_probe.rl.sanity.config import SanityConfig, make_sanity_config
 from mismatch_probe.rl.sanity.records import SanityDirectory
 from mismatch_probe.rl.sanity.worker import SanityJob, settings_of
 from mismatch_probe.rl.tasks import read_problems
@@ -52,7 +51,7 @@ class SanityResult:
         """The report."""
         from mismatch_probe.report.sanity import SanityData, sanity_report
 
-        config = make_sanity_config(self.document.config)
+        config = SanityConfig.of(self.document.config)
         n_kept = self.document.outcome.n_kept if self.document.outcome else 0
         return sanity_report(
             SanityData(

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from mismatch_probe.engines import devices
 from mismatch_probe.engines.base import RolloutJob
-from mismatch_probe.rl.sanity.config import SanityConfig
+from mismatch_probe.rl.config import SanityConfig
 from mismatch_probe.rl.sanity.records import SanityDirectory
 from mismatch_probe.rl.tasks import Response
 from mismatch_probe.rl.worker import MOST_AT_ONCE, Setup
