@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+<<<<<<< HEAD
+=======
+from mismatch_probe.rl.config import make_config
+>>>>>>> 6aac715 (Write schemas again)
 from mismatch_probe.rl.sanity.config import make_sanity_config
 
 from mismatch_probe.files import locked, write_text
 from mismatch_probe.results.manifest import AuditRecord
-from mismatch_probe.rl.config import make_config
 from mismatch_probe.rl.plan import make_runs
 from mismatch_probe.rl.records import RlDirectory
 from mismatch_probe.rl.sanity.records import SanityDirectory
