@@ -8,14 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-<<<<<<< HEAD
-=======
-from mismatch_probe.rl.config import make_config
->>>>>>> 6aac715 (Write schemas again)
-from mismatch_probe.rl.sanity.config import make_sanity_config
 
 from mismatch_probe.files import locked, write_text
 from mismatch_probe.results.manifest import AuditRecord
+from mismatch_probe.rl.config import RlConfig, SanityConfig
 from mismatch_probe.rl.plan import make_runs
 from mismatch_probe.rl.records import RlDirectory
 from mismatch_probe.rl.sanity.records import SanityDirectory
@@ -41,13 +37,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     every = {name: make_pass() for name in ("vllm-bfloat16-decode", "hf-bfloat16-cast", "hf-float32-cast")}
     whole = RunDirectory.create(runs / "whole", make_manifest(config=TWO, passes=every, status="complete"))
     make_comparison().write(whole.path / "summary.json")
-    RlDirectory.create(runs / "rl", make_config({"steps": 3}), PROVENANCE).append_step(step(0))
+    RlDirectory.create(runs / "rl", RlConfig(steps=3), PROVENANCE).append_step(step(0))
     planned = make_runs({"steps": 1}, [{"precision": ["bf16", "fp32"], "seeds": 6}])
     sweep = SweepDirectory.create(runs / "sweep", planned, PROVENANCE)
     first = sweep.folder_of(sweep.runs[0])
     first.append_step(step(0))
     first.finish(ending("", steps=1))
-    SanityDirectory.create(runs / "sanity", make_sanity_config({"problems": "p.jsonl"}), PROVENANCE)
+    SanityDirectory.create(runs / "sanity", SanityConfig(problems="p.jsonl"), PROVENANCE)
 
 
 def test_each_kind_of_folder_says_what_it_is_and_what_is_missing(command: Run) -> None:
