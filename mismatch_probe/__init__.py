@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mismatch_probe.errors import ProbeError
+from mismatch_probe.types import DTYPES
 
 if TYPE_CHECKING:
     from mismatch_probe.config import CompareConfig
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from mismatch_probe.probes.session import RunResult
     from mismatch_probe.report.model import TokenSequence
     from mismatch_probe.results.attribution import AttributionPlan
+    from mismatch_probe.results.preflight import Preflight
     from mismatch_probe.rl.config import RlConfig
     from mismatch_probe.rl.plan import PlannedRun
     from mismatch_probe.rl.run import RlResult
@@ -43,6 +45,7 @@ __all__ = [
     "models",
     "plan",
     "plot",
+    "preflight",
     "pull_model",
     "read_rl_config",
     "read_rl_plan",
@@ -307,6 +310,52 @@ def pull_model(name: str) -> ModelRef:
     from mismatch_probe.engines.models import resolve
 
     return resolve(name)
+
+
+def preflight(
+    model: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    prompts: str | None = None,
+    chat: bool = False,
+    max_tokens: int | None = None,
+    rollout_dtypes: Sequence[str] = DTYPES,
+    trainer_attn: str | None = None,
+    device: str = "auto",
+) -> Preflight:
+    """What of a checkpoint will fail or surprise, from headers and configuration alone. Starts no engine.
+
+    Args:
+        model: Built-in name, checkpoint folder, or hub id; what is not on this disk is fetched first.
+        revision: Branch, tag or commit of a hub id.
+        trust_remote_code: Whether code of the checkpoint would be allowed to run.
+        prompts: Prompt file; without one nothing about prompts is checked.
+        chat: Whether plain prompts would be rendered by the chat template.
+        max_tokens: Longest response; without it no length is checked.
+        rollout_dtypes: What vLLM would run in.
+        trainer_attn: Attention of transformers, None for its own choice.
+        device: `auto`, `cpu`, or `cuda`.
+
+    Raises:
+        ProbeError: There is no such model, or the prompts cannot be read.
+    """
+    from mismatch_probe.engines.models import resolve
+    from mismatch_probe.probes.preflight import Use, device_if_here
+    from mismatch_probe.probes.preflight.run import preflight as run
+    from mismatch_probe.prompts import load_prompts
+
+    use = Use(
+        rollout_dtypes=tuple(rollout_dtypes),
+        attention=trainer_attn,
+        trust_remote_code=trust_remote_code,
+        chat=chat,
+        prompts=load_prompts(prompts, None).prompts if prompts else (),
+        max_tokens=max_tokens,
+        device=device_if_here(device),
+        bytes_per_weight=4.0 if "float32" in rollout_dtypes else 2.0,
+    )
+    return run(resolve(model, revision=revision, trust_remote_code=trust_remote_code), use)
 
 
 def env() -> dict[str, Any]:

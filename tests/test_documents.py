@@ -13,10 +13,11 @@ from mismatch_probe.errors import TableError
 from mismatch_probe.results.base import Document
 from mismatch_probe.results.comparison import Comparison
 from mismatch_probe.results.manifest import Manifest
+from mismatch_probe.results.preflight import Preflight
 from tests.factories.comparison import make_comparison
 from tests.frozen import FROZEN
 
-KINDS: dict[str, type[Document]] = {"comparison": Comparison, "manifest": Manifest}
+KINDS: dict[str, type[Document]] = {"comparison": Comparison, "manifest": Manifest, "preflight": Preflight}
 FILES = sorted((FROZEN / "documents").glob("*.json"))
 
 

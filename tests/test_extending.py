@@ -1,8 +1,10 @@
-"""docs/extending.md as a test: a toy figure, finding and document, each from a single module."""
+"""docs/extending.md as a test: a toy figure, finding, preflight check and document, each from a single module."""
 
 from __future__ import annotations
 
+import importlib
 import json
+import pkgutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,11 +13,15 @@ from typing import Any
 
 import pytest
 
+from mismatch_probe.engines.models import resolve
 from mismatch_probe.errors import TableError
+from mismatch_probe.probes import preflight
+from mismatch_probe.probes.preflight.run import preflight as run_preflight
 from mismatch_probe.report import figures, words
 from mismatch_probe.results.base import Document
 from mismatch_probe.results.finding import Finding
 from mismatch_probe.types import MetricValue
+from tests.factories.checkpoint import write_checkpoint
 
 _FIGURE = """
 from dataclasses import dataclass
@@ -51,6 +57,20 @@ def _too_large(found: Finding) -> str:
     return f"{found.where} measures {in_line(found.metric('size'), unit='m')}."
 """
 
+_CHECK = """
+from collections.abc import Iterator
+
+from mismatch_probe.probes.preflight import Subject, check, found
+from mismatch_probe.results.finding import Finding
+
+
+@check("toy-layers", needs=("tensors",))
+def few_layers(subject: Subject) -> Iterator[Finding]:
+    layers = subject.config.get("num_hidden_layers")
+    if layers is not None and layers < 4:
+        yield found("toy-too-small", "warn", subject.model_type, layers=layers)
+"""
+
 
 @pytest.fixture
 def add_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[ModuleType, str], None]]:
@@ -58,6 +78,8 @@ def add_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
     added = []
 
     def add(package: ModuleType, source: str) -> None:
+        for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            importlib.import_module(module.name)  # its own modules register before the registry is set aside
         (tmp_path / "toy.py").write_text(source, encoding="utf-8")
         monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
         monkeypatch.setattr(package, "_REGISTRY", dict(package._REGISTRY))
@@ -83,6 +105,13 @@ def test_a_finding(add_module: Callable[[ModuleType, str], None]) -> None:
     found = Finding(code="toy-too-large", severity="warn", where="bear", values={"size": MetricValue(1.25, 1.0, 1.5)})
     assert words.say(found) == "bear measures 1.25 m [1.00, 1.50]."
     assert words.all_words()["toy-too-large"].fix == "Take a larger box."
+
+
+def test_a_preflight_check(add_module: Callable[[ModuleType, str], None], tmp_path: Path) -> None:
+    add_module(preflight, _CHECK)
+    model = resolve(str(write_checkpoint(tmp_path / "m")))
+    (found,) = run_preflight(model, preflight.Use()).findings
+    assert (found.code, found.severity, found.where, found.values) == ("toy-too-small", "warn", "llama", {"layers": 3})
 
 
 class Toybox(Document):

@@ -86,7 +86,12 @@ def _made() -> Iterator[tuple[Path, str, set[str] | None]]:
     """Findings that are made with a code that can be read off: file, code, and names of its values if they can be."""
     for path, tree in _trees().items():
         for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) == "Finding":
+            name = getattr(node.func, "id", getattr(node.func, "attr", "")) if isinstance(node, ast.Call) else ""
+            if name == "found" and isinstance(node, ast.Call) and len(node.args) > 1:  # `probes.preflight.found`
+                named = {keyword.arg for keyword in node.keywords}
+                if isinstance(node.args[0], ast.Constant):
+                    yield path, node.args[0].value, None if None in named else {str(one) for one in named}
+            if name == "Finding" and isinstance(node, ast.Call):
                 given = {keyword.arg: keyword.value for keyword in node.keywords}
                 code, values = given.get("code", node.args[0] if node.args else None), given.get("values")
                 if isinstance(code, ast.Constant) and isinstance(code.value, str):

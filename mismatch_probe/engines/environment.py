@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 from mismatch_probe.engines import devices
@@ -39,6 +40,29 @@ except Exception as error:
     found["vllm"] = f"{type(error).__name__}: {error}"
 print("\\n" + json.dumps(found))
 """
+
+
+def memory_bytes(device: devices.Device) -> tuple[int, int] | None:
+    """Memory of the machine, or of its largest GPU: all of it, and what is free now. None where it cannot be asked."""
+    if device == "cuda":
+        command = ["nvidia-smi", "--query-gpu=memory.total,memory.free", "--format=csv,noheader,nounits"]
+        try:
+            listed = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+            total, free = max(tuple(int(n) << 20 for n in line.split(",")) for line in listed.splitlines() if line)
+        except (OSError, ValueError, subprocess.SubprocessError):
+            return None
+        return total, free
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        found = {name: int(rest.split()[0]) << 10 for name, _, rest in (line.partition(":") for line in lines)}
+        total, free = found["MemTotal"], found["MemAvailable"]
+    except (OSError, ValueError, LookupError):
+        return None
+    try:
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8"))  # of a container
+    except (OSError, ValueError):
+        return total, free
+    return min(total, limit), min(free, limit)
 
 
 def inspect() -> dict[str, Any]:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
-import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -14,12 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from mismatch_probe.engines.builtin import BUILTINS, builtin_path, pull, sha256
+from mismatch_probe.engines.checkpoint import (
+    Checkpoint,
+    has_tokenizer,
+    is_weights,
+    read_checkpoint,
+    read_config,
+    text_config,
+)
 from mismatch_probe.errors import EngineMissing, ModelError
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_MOST_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
@@ -63,60 +67,37 @@ class ModelRef:
         return None
 
     def parameters(self) -> int:
-        """Number of weights; where they are on this disk, from the headers of the safetensors files.
+        """Number of weights; where they are on this disk, from the headers of their files.
 
         Raises:
-            ModelError: There is no safetensors file, or one is none, as when Git LFS left a pointer in its place.
+            ModelError: There is no file of weights, or one is missing or damaged.
         """
         if self.known_parameters is not None:
             return self.known_parameters
-        headers = [_safetensors_header(file) for file in self.path.glob("*.safetensors")]
-        if not headers:
+        checkpoint = self.checkpoint()
+        if checkpoint.format == "none":
             raise _no_weights(self.name)
-        return sum(math.prod(tensor["shape"]) for h in headers for name, tensor in h.items() if name != "__metadata__")
+        for file in checkpoint.files:
+            if file.problem:
+                raise ModelError(
+                    f"{self.path / file.name} is {'missing' if file.problem == 'missing' else 'damaged'}.",
+                    f"Run `mismatch-probe preflight {self.name}` to see what is wrong.",
+                )
+        return checkpoint.parameters
+
+    def checkpoint(self) -> Checkpoint:
+        """What its files say, without reading a tensor."""
+        return read_checkpoint(self.path, self.config)
 
     def file_hashes(self) -> dict[str, str]:
         """SHA-256 of every file that can change a log-prob."""
         if not self.config:
             return {}
         wanted = (".json", ".safetensors", ".model", ".jinja", ".txt", ".py")
-        return {f.name: sha256(f) for f in sorted(self.path.iterdir()) if f.is_file() and f.suffix in wanted}
-
-
-def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Of a `config.json`, the language model's part: all of it, unless the model sees or hears, too."""
-    nested = config.get("text_config")
-    return nested if isinstance(nested, dict) and nested else config
-
-
-def read_config(path: str | Path) -> dict[str, Any]:
-    """A checkpoint folder's `config.json`.
-
-    Raises:
-        ModelError: It is missing or is not a JSON object.
-    """
-    file = Path(path) / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(
-            f"{path} is not a checkpoint folder: it has no config.json.", "Give a folder written by save_pretrained."
-        ) from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file} cannot be read ({error}).", "Restore the file.") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{file} is not a JSON object.", "Restore the file.")
-    return config
-
-
-def _safetensors_header(file: Path) -> dict[str, Any]:
-    try:
-        with file.open("rb") as handle:
-            (size,) = struct.unpack("<Q", handle.read(8))
-            header: dict[str, Any] = json.loads(handle.read(min(size, _MOST_HEADER_BYTES)))
-    except (OSError, ValueError, struct.error):
-        raise ModelError(f"{file} is truncated or not a safetensors file.", "Download it again.") from None
-    return header
+        files = [f for f in self.path.iterdir() if f.is_file() and f.suffix in wanted]
+        if not any(f.suffix == ".safetensors" for f in files):
+            files += [f for f in self.path.glob("*.bin") if is_weights(f.name)]
+        return {f.name: sha256(f) for f in sorted(files)}
 
 
 def resolve(
@@ -160,34 +141,15 @@ def resolve(
             "Give a checkpoint folder, a hub id such as organisation/model, or a built-in name "
             f"({', '.join(BUILTINS)}).",
         )
-    ref = ModelRef(name, path.resolve(), commit, read_config(path), known)
-    if weights and not ref.scripted:
-        _check_complete(ref)
-    return ref
+    return ModelRef(name, path.resolve(), commit, read_config(path), known)
 
 
 def _looks_like_hub_id(name: str) -> bool:
     return bool(_HUB_ID.fullmatch(name)) and not os.path.exists(name) and name.split("/")[0] not in (".", "..")
 
 
-def _check_complete(ref: ModelRef) -> None:
-    if not _has_tokenizer(ref.path):
-        raise ModelError(
-            f"{ref.name} has no tokenizer.", "Save the tokenizer beside the weights: tokenizer.save_pretrained(folder)."
-        )
-    if not any(ref.path.glob("*.safetensors")):
-        raise _no_weights(ref.name)
-
-
 def _no_weights(name: str) -> ModelError:
-    return ModelError(
-        f"{name} has no safetensors weights.",
-        "Save them with model.save_pretrained(folder); pickled weights are not loaded.",
-    )
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / file).exists() for file in _TOKENIZER_FILES)
+    return ModelError(f"{name} has no weights that both engines load.", "Save them with model.save_pretrained(folder).")
 
 
 def _has_weights(folder: Path) -> bool:
@@ -215,9 +177,13 @@ def _snapshot(name: str, revision: str | None, weights: bool, trust_remote_code:
             with suppress(LocalEntryNotFoundError):
                 path = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=True))
                 # Where no listing of the commit is cached, huggingface_hub returns whatever part of it there is.
-                if _has_weights(path) and _has_tokenizer(path) if weights else (path / "config.json").exists():
+                if _has_weights(path) and has_tokenizer(path) if weights else (path / "config.json").exists():
                     return path
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        path = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        if weights and not any(path.glob("*.safetensors")):
+            bins = ["pytorch_model*.bin"]  # older repositories have nothing else
+            path = Path(snapshot_download(name, revision=revision, allow_patterns=[*patterns, *bins]))
+        return path
 
 
 def _hub_parameters(name: str, commit: str) -> int:

@@ -131,7 +131,7 @@ def run_trainer(job: TrainerJob, channel: _Channel) -> None:
 
 
 def _is_scripted(model_path: str) -> bool:
-    from mismatch_probe.engines.models import read_config
+    from mismatch_probe.engines.checkpoint import read_config
 
     return read_config(model_path).get("model_type") == "scripted"
 

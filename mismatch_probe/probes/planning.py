@@ -10,9 +10,11 @@ from mismatch_probe.dtypes import DTYPE_INFOS
 from mismatch_probe.engines import devices
 from mismatch_probe.engines.models import ModelRef, resolve
 from mismatch_probe.engines.rows import file_bytes
-from mismatch_probe.errors import UsageError
+from mismatch_probe.errors import ModelError, UsageError
 from mismatch_probe.ingest.base import RecordedRun
 from mismatch_probe.passes import PassId
+from mismatch_probe.probes.preflight import Use
+from mismatch_probe.probes.preflight.run import guard
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.probes.recorded import check_recorded, read_recorded, recorded_of
 from mismatch_probe.prompts import PromptSet, load_prompts
@@ -194,4 +196,29 @@ def make_plan(config: CompareConfig, progress: Progress | None = None, *, weight
         whole = config.num_prompts is None and config.prompts
         prompts = load_prompts(config.prompts, None if whole else sizes.num_prompts)
         sizes = replace(sizes, num_prompts=len(prompts.prompts))
-    return Plan(config, model, prompts, device, sizes, passes, recorded)
+    plan = Plan(config, model, prompts, device, sizes, passes, recorded)
+    if weights and model.config and not model.scripted:
+        guard(model, _use(plan), progress)
+    return plan
+
+
+def _use(plan: Plan) -> Use:
+    """What the comparison does with its checkpoint."""
+    config, engines = plan.config, [one for one in plan.passes.rollouts if not one.recorded]
+    held = [one.dtype for one in engines]
+    held += ["float32" if one.mode == "autocast" else one.dtype for one in plan.passes.scored]
+    try:
+        disk = disk_gib(plan, estimate(plan))
+    except ModelError:  # the files are not whole, which is what is about to be said
+        disk = 0.0
+    return Use(
+        rollout_dtypes=tuple(one.dtype for one in engines),
+        attention=config.trainer_attn,
+        trust_remote_code=config.trust_remote_code,
+        chat=config.chat,
+        prompts=plan.prompts.prompts,
+        max_tokens=plan.sizes.max_tokens,
+        device=plan.device,
+        bytes_per_weight=max((DTYPE_INFOS[dtype].bytes for dtype in held), default=0),
+        disk_bytes=int(disk * devices.GIB),
+    )

@@ -52,6 +52,14 @@ def count(value: int | None) -> str:
     return NONE if value is None else f"{value:,}"
 
 
+def size(n_bytes: float) -> str:
+    """A size in bytes in the unit that a reader would choose: `12.6 GiB`, `257 MiB`."""
+    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if n_bytes >= 1 << power:
+            return f"{number(n_bytes / (1 << power))} {unit}"
+    return f"{n_bytes:,.0f} bytes"
+
+
 def visible(text: object) -> str:
     """`text` on one line with nothing in it that acts.
 

@@ -10,10 +10,13 @@ from typing import Any
 
 import pandas as pd
 
+from mismatch_probe.dtypes import DTYPE_INFOS
 from mismatch_probe.engines import devices
 from mismatch_probe.engines.models import ModelRef, resolve
 from mismatch_probe.engines.process import EngineProcess
 from mismatch_probe.errors import EXIT_LIMIT, EXIT_OK, TableError
+from mismatch_probe.probes.preflight import Use
+from mismatch_probe.probes.preflight.run import guard
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.report.model import Report
 from mismatch_probe.report.rl_data import RlRunData
@@ -65,9 +68,18 @@ class RlResult:
 
 def resolve_model(config: TaskSettings, progress: Progress) -> ModelRef:
     """The initial model; `chain` is the one that comes with the tool."""
-    if config.model != CHAIN:
-        return resolve(config.model, revision=config.revision, log=progress.message)
-    return resolve(str(data_path(f"rl/{CHAIN}/config.json").parent))
+    if config.model == CHAIN:
+        return resolve(str(data_path(f"rl/{CHAIN}/config.json").parent))
+    model = resolve(config.model, revision=config.revision, log=progress.message)
+    use = Use(
+        rollout_dtypes=(config.rollout_dtype,),
+        chat=config.chat,
+        max_tokens=config.max_tokens,
+        device=devices.choose_device(config.device),
+        bytes_per_weight=DTYPE_INFOS["float32"].bytes,
+    )
+    guard(model, use, progress)
+    return model
 
 
 def same_model(config: TaskSettings, files: Mapping[str, str], progress: Progress) -> ModelRef:

@@ -23,22 +23,16 @@ from mismatch_probe.engines import builtin as builtins
 from mismatch_probe.engines.builtin import BUILTINS, Builtin, builtin_path, pull
 from mismatch_probe.engines.models import ModelRef, resolve
 from mismatch_probe.errors import EngineMissing, ModelError
+from tests.factories.checkpoint import write_safetensors
 
 BUILTIN = BUILTINS["smollm2-135m"]
-
-
-def safetensors(path: Path, shapes: dict[str, list[int]]) -> None:
-    """A safetensors file by its published layout: header size in 8 bytes, JSON header, data (here left out)."""
-    tensors = {name: {"dtype": "BF16", "shape": shape, "data_offsets": [0, 0]} for name, shape in shapes.items()}
-    header = json.dumps({"__metadata__": {"format": "pt"}, **tensors}).encode()
-    path.write_bytes(struct.pack("<Q", len(header)) + header)
 
 
 def checkpoint(folder: Path, **config: Any) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
     (folder / "tokenizer.json").write_text("{}")
-    safetensors(folder / "model.safetensors", {"a": [2, 3], "b": [5], "scalar": []})
+    write_safetensors(folder / "model.safetensors", {"a": [2, 3], "b": [5], "scalar": []})
     return folder
 
 
@@ -54,8 +48,6 @@ class TestLocalFolder:
             (lambda m: (m / "config.json").unlink(), "has no config.json"),
             (lambda m: (m / "config.json").write_text("{"), "config.json cannot be read"),
             (lambda m: (m / "config.json").write_text("[]"), "config.json is not a JSON object"),
-            (lambda m: (m / "tokenizer.json").unlink(), "has no tokenizer"),
-            (lambda m: (m / "model.safetensors").rename(m / "pytorch_model.bin"), "no safetensors weights.*pickled"),
         ],
     )
     def test_what_is_missing_is_said(self, tmp_path: Path, damage: Callable[[Path], object], sentence: str) -> None:
@@ -72,7 +64,7 @@ class TestLocalFolder:
     def test_weights_that_are_not_there_are_not_counted_as_none(self, tmp_path: Path) -> None:
         folder = checkpoint(tmp_path / "m")
         (folder / "model.safetensors").unlink()
-        with pytest.raises(ModelError, match="no safetensors weights"):
+        with pytest.raises(ModelError, match="no weights that both engines load"):
             resolve(str(folder), weights=False).parameters()
 
     @pytest.mark.parametrize("name", ["nothing-here", "./nothing/here", "../nothing", "/a/b/c", "x" * 5000, "a/b\n"])
@@ -112,8 +104,8 @@ class TestModelRef:
         assert ModelRef("m", tmp_path, None, config).context == context
 
     def test_parameters_of_several_files(self, tmp_path: Path) -> None:
-        safetensors(tmp_path / "model-1.safetensors", {"a": [10, 10]})
-        safetensors(tmp_path / "model-2.safetensors", {"b": [7]})
+        write_safetensors(tmp_path / "model-1.safetensors", {"a": [10, 10]})
+        write_safetensors(tmp_path / "model-2.safetensors", {"b": [7]})
         assert ModelRef("m", tmp_path, None, {}).parameters() == 107
 
     @pytest.mark.parametrize(
@@ -123,7 +115,7 @@ class TestModelRef:
     )
     def test_weights_that_are_none(self, tmp_path: Path, content: bytes) -> None:
         (tmp_path / "model.safetensors").write_bytes(content)
-        with pytest.raises(ModelError, match=r"model\.safetensors is truncated or not a safetensors file"):
+        with pytest.raises(ModelError, match=r"model\.safetensors is damaged"):
             ModelRef("m", tmp_path, None, {}).parameters()
 
     def test_hashes_cover_what_can_change_a_log_prob(self, tmp_path: Path) -> None:
@@ -134,6 +126,14 @@ class TestModelRef:
         found = resolve(str(folder)).file_hashes()
         assert sorted(found) == ["chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json"]
         assert found["tokenizer.json"] == hashlib.sha256(b"{}").hexdigest()
+
+    def test_hashes_cover_pickled_weights_where_they_are_loaded(self, tmp_path: Path) -> None:
+        folder = checkpoint(tmp_path / "m")
+        (folder / "pytorch_model.bin").write_text("weights")
+        (folder / "training_args.bin").write_text("arguments")
+        assert "pytorch_model.bin" not in resolve(str(folder)).file_hashes()
+        (folder / "model.safetensors").unlink()
+        assert sorted(resolve(str(folder)).file_hashes()) == ["config.json", "pytorch_model.bin", "tokenizer.json"]
 
 
 class TestHub:
@@ -177,6 +177,22 @@ class TestHub:
         resolve("org/model", trust_remote_code=True)
         assert ["*.py" in patterns for patterns in asked] == [False, True]
         assert not any(pattern in ("*.bin", "*.pt", "*.pkl", "*") for patterns in asked for pattern in patterns)
+
+    def test_pickled_weights_come_where_there_is_nothing_else(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        module = pytest.importorskip("huggingface_hub")
+        asked: list[list[str]] = []
+
+        def snapshot_download(*_: Any, allow_patterns: list[str], **__: Any) -> str:
+            asked.append(allow_patterns)
+            folder = checkpoint(tmp_path / "commit")
+            (folder / "model.safetensors").unlink()
+            return str(folder)
+
+        monkeypatch.setattr(module, "snapshot_download", snapshot_download)
+        resolve("org/model")
+        assert ["pytorch_model*.bin" in patterns for patterns in asked] == [False, True]
 
     def test_offline(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         module = pytest.importorskip("huggingface_hub")
@@ -310,7 +326,7 @@ class TestPlan:
     @pytest.mark.parametrize(
         ("error", "sentence"),
         [
-            ("NotASafetensorsRepoError", "org/model has no safetensors weights"),
+            ("NotASafetensorsRepoError", "org/model has no weights that both engines load"),
             ("SafetensorsParsingError", "The safetensors files of org/model on the hub are malformed"),
             ("OfflineModeIsEnabled", "The hub cannot be reached .*org/model"),
             ("HTTPError", "The hub cannot be reached .*org/model"),

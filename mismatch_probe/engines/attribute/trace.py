@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mismatch_probe.engines.models import text_config
+from mismatch_probe.engines.checkpoint import text_config
 from mismatch_probe.errors import EngineError
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mismatch_probe.engines.attribute.trace import layers_of
-from mismatch_probe.engines.models import text_config
+from mismatch_probe.engines.checkpoint import text_config
 
 ALREADY = "it is set already"
 """The comparison ran with the setting."""

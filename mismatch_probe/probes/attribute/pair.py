@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from mismatch_probe.config import AttributeOptions, CompareConfig
 from mismatch_probe.engines import devices
-from mismatch_probe.engines.models import read_config
+from mismatch_probe.engines.checkpoint import read_config
 from mismatch_probe.errors import EngineError, UsageError
 from mismatch_probe.metrics.chunks import usable_rows
 from mismatch_probe.metrics.frame import pair_arrays

@@ -1,0 +1,34 @@
+"""Are memory and disk enough? Weights alone are counted, so what is reported is so."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+
+from mismatch_probe.engines.environment import memory_bytes
+from mismatch_probe.probes.preflight import Subject, check, found
+from mismatch_probe.results.finding import Finding, Severity
+
+
+@check("memory", needs=("weights", "run"))
+def memory_fits(subject: Subject) -> Iterator[Finding]:
+    """The weights of the largest pass against the machine's memory, or its largest GPU's."""
+    assert subject.use.device is not None
+    needed = int(subject.checkpoint.parameters * subject.use.bytes_per_weight)
+    memory = memory_bytes(subject.use.device)
+    if memory is None or needed <= memory[1]:
+        return
+    total, free = memory
+    # Several GPUs can share a model, and what is in use now can be freed.
+    severe = needed > total and subject.use.device == "cpu"
+    severity: Severity = "fail" if severe else "warn"
+    yield found("memory-short", severity, subject.use.device, needed=needed, total=total, free=free)
+
+
+@check("disk", needs=("run",))
+def disk_fits(subject: Subject) -> Iterator[Finding]:
+    """What the run writes against what is free."""
+    folder = next(parent for parent in (subject.use.folder, *subject.use.folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(folder).free
+    if subject.use.disk_bytes > free:
+        yield found("disk-short", "fail", str(folder), needed=subject.use.disk_bytes, free=free)
