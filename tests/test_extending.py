@@ -1,9 +1,10 @@
-"""docs/extending.md as a test: a toy figure, finding, preflight check and document, each from a single module."""
+"""docs/extending.md as a test: a toy of each kind, from a single module."""
 
 from __future__ import annotations
 
 import importlib
 import json
+import math
 import pkgutil
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from mismatch_probe.engines.models import resolve
 from mismatch_probe.errors import TableError
@@ -20,6 +22,9 @@ from mismatch_probe.probes.preflight.run import preflight as run_preflight
 from mismatch_probe.report import figures, words
 from mismatch_probe.results.base import Document
 from mismatch_probe.results.finding import Finding
+from mismatch_probe.rl import algorithms, tasks
+from mismatch_probe.rl.config import make_config
+from mismatch_probe.rl.losses import Scale, policy_loss
 from mismatch_probe.types import MetricValue
 from tests.factories.checkpoint import write_checkpoint
 
@@ -72,6 +77,43 @@ def few_layers(subject: Subject) -> Iterator[Finding]:
 """
 
 
+_ALGORITHM = """
+from mismatch_probe.metrics.corrections import CORRECTIONS
+from mismatch_probe.rl.algorithms import algorithm
+from mismatch_probe.rl.algorithms.published import centred
+
+
+@algorithm("toy-squared", centred, correction=CORRECTIONS["token-tis"])
+def squared(of, current, old, advantage, mask):
+    return -advantage * (current - old + 1) ** 2, mask.new_zeros(mask.shape)
+"""
+
+_TASK = """
+from mismatch_probe.rl.tasks import Problem, task
+
+
+class Echo:
+    killed = 0
+
+    def __init__(self, problems):
+        self._problems = problems
+
+    def problems(self):
+        return list(self._problems)
+
+    def rewards(self, problems, responses):
+        return [float(response.text == problem.answer) for problem, response in zip(problems, responses, strict=True)]
+
+    def close(self):
+        pass
+
+
+@task("toy-echo")
+def _echo(problems, asked):
+    return Echo(problems or [Problem(f"echo-{i}", str(i), str(i)) for i in range(asked.n_problems or 10)])
+"""
+
+
 @pytest.fixture
 def add_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[ModuleType, str], None]]:
     """Adds a module `toy` to a package, for one test."""
@@ -112,6 +154,27 @@ def test_a_preflight_check(add_module: Callable[[ModuleType, str], None], tmp_pa
     model = resolve(str(write_checkpoint(tmp_path / "m")))
     (found,) = run_preflight(model, preflight.Use()).findings
     assert (found.code, found.severity, found.where, found.values) == ("toy-too-small", "warn", "llama", {"layers": 3})
+
+
+def test_an_algorithm(add_module: Callable[[ModuleType, str], None]) -> None:
+    add_module(algorithms, _ALGORITHM)
+    assert make_config({"algorithm": "toy-squared"}).algorithm == "toy-squared"
+    current = torch.tensor([[-1.0, -2.0]], dtype=torch.float64, requires_grad=True)
+    rollout, mask = current.detach() - math.log(3.0), torch.ones(1, 2, dtype=torch.bool)
+    toy = algorithms.algorithms()["toy-squared"]
+    loss, sums = policy_loss(toy, current, current.detach(), rollout, torch.tensor([1.0]), mask, Scale(1, 2, 2))
+    assert loss.item() == -2  # a weight of 3 is capped at 2
+    assert sums["n_truncated"] == 2
+    loss.backward()
+    assert current.grad is not None
+    assert current.grad.tolist() == [[-2, -2]]
+
+
+def test_a_task(add_module: Callable[[ModuleType, str], None]) -> None:
+    add_module(tasks, _TASK)
+    toy = tasks.make_task("toy-echo", n_problems=3, seed=0)
+    answers = [tasks.Response(text, "stop") for text in "012"]
+    assert toy.rewards(toy.problems(), answers) == [1, 1, 1]
 
 
 class Toybox(Document):

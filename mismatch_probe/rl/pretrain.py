@@ -17,7 +17,8 @@ import click
 import numpy as np
 import torch
 
-from mismatch_probe.rl.tasks import ALPHABET, SEPARATORS, Calculation, ChainTask, Response
+from mismatch_probe.rl.tasks import Response
+from mismatch_probe.rl.tasks.arithmetic import ALPHABET, SEPARATORS, Calculation, ChainTask
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 _CORRUPTED = 0.05

@@ -20,7 +20,8 @@ from mismatch_probe.results.rl_run import Ending
 from mismatch_probe.rl.config import RlConfig
 from mismatch_probe.rl.loop import Pieces, Training
 from mismatch_probe.rl.records import RlDirectory
-from mismatch_probe.rl.tasks import ChainTask, Problem, Response
+from mismatch_probe.rl.tasks import Problem, Response
+from mismatch_probe.rl.tasks.arithmetic import ChainTask
 from mismatch_probe.runs.folder import RL_RUN
 from mismatch_probe.types import Rollout, RolloutRequest, Sampling
 from tests.factories.rl_run import PROVENANCE

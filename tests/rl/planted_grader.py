@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 
-from mismatch_probe.rl import grader
+from mismatch_probe.rl.tasks import mathematics as grader
 
 
 def right(answer: str, text: str) -> bool:

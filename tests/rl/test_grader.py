@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mismatch_probe.errors import EngineError, EngineMissing
-from mismatch_probe.rl import grader as module
-from mismatch_probe.rl.grader import Grader
+from mismatch_probe.rl.tasks import mathematics as module
+from mismatch_probe.rl.tasks.mathematics import Grader
 from tests.conftest import children, ended
 
 HANGS = r"\boxed{9^{9^{9^{9}}}}"
@@ -161,7 +161,7 @@ class TestProcess:
 
     def test_it_ends_with_its_parent(self) -> None:
         ours, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "mismatch_probe.rl.grader", str(theirs.fileno()), "1"]
+        command = [sys.executable, "-m", "mismatch_probe.rl.tasks.mathematics", str(theirs.fileno()), "1"]
         with theirs:
             process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
         connection = module.Connection(ours.detach())

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from mismatch_probe.errors import PromptError, UsageError
-from mismatch_probe.rl.tasks import Calculation, ChainTask, Problem, Response, make_task, read_problems
+from mismatch_probe.rl.tasks import Problem, Response, make_task, read_problems
+from mismatch_probe.rl.tasks.arithmetic import Calculation, ChainTask
 
 
 def write(path: Path, problems: Sequence[Problem], **more: Any) -> str:

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mismatch_probe.errors import UsageError
-from mismatch_probe.rl.tasks import ALPHABET, SEPARATORS, ChainTask, Problem, Response, make_task
+from mismatch_probe.rl.tasks import Problem, Response, make_task
+from mismatch_probe.rl.tasks.arithmetic import ALPHABET, SEPARATORS, ChainTask
 
 FIRST = "1-2-8+3*4+8-0+1*4+5*7*7+3*8-7+8-8="
 CALCULATE = {"+": operator.add, "-": operator.sub, "*": operator.mul}

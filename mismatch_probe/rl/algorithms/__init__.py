@@ -11,16 +11,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
-from mismatch_probe.metrics.corrections import Correction
-
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
+    from mismatch_probe.metrics.corrections import Correction
+
 Aggregation = Literal["budget", "sequence-mean", "token-mean"]
-Advantages = Callable[[NDArray[Any], NDArray[Any]], NDArray[np.float64]]
+Advantages = Callable[["NDArray[Any]", "NDArray[Any]"], "NDArray[np.float64]"]
 Surrogate = Callable[["Algorithm", "Tensor", "Tensor", "Tensor", "Tensor"], tuple["Tensor", "Tensor"]]
 
 

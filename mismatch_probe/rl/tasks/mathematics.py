@@ -1,4 +1,4 @@
-"""Grades responses with math-verify, in a process of its own that can be killed.
+"""`math`: problems from a file, graded by math-verify in a process of its own that can be killed.
 
 A response can make computer algebra compute for ever (`9^{9^{9^9}}`) or fill the memory, inside C code that no Python
 signal handler interrupts. math-verify's own time limits are such handlers, for a main thread only; they are off here.
@@ -19,9 +19,10 @@ import sys
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 
-from mismatch_probe.errors import EngineError, EngineMissing
+from mismatch_probe.errors import EngineError, EngineMissing, UsageError
+from mismatch_probe.rl.tasks import Asked, Problem, Response, task
 
-_MODULE = "mismatch_probe.rl.grader"
+_MODULE = "mismatch_probe.rl.tasks.mathematics"
 _START_SECONDS = 120
 _MEMORY = 2 << 30  # of address space; an ordinary response takes less than 0.1 GiB
 
@@ -133,6 +134,37 @@ class _Process:
         self._connection.close()
 
 
+class MathTask:
+    """Problems from a file, graded by math-verify in a process that can be killed."""
+
+    def __init__(self, problems: Sequence[Problem], timeout: float) -> None:
+        self._problems = problems
+        self._grader = Grader(timeout)
+
+    def problems(self) -> list[Problem]:
+        return list(self._problems)
+
+    def rewards(self, problems: Sequence[Problem], responses: Sequence[Response]) -> list[float]:
+        pairs = [
+            (p.answer, r.text) if r.finish_reason == "stop" else None for p, r in zip(problems, responses, strict=True)
+        ]
+        return self._grader.grade(pairs)
+
+    @property
+    def killed(self) -> int:
+        return self._grader.killed
+
+    def close(self) -> None:
+        self._grader.close()
+
+
+@task("math")
+def _math(problems: Sequence[Problem] | None, asked: Asked) -> MathTask:
+    if problems is None:
+        raise UsageError("The task math needs a file of problems.", "Give one with --problems.")
+    return MathTask(problems, asked.grader_timeout)
+
+
 def right(answer: str, text: str) -> bool:
     """Whether math-verify finds the answer in the text."""
     from math_verify import parse, verify
@@ -143,7 +175,7 @@ def right(answer: str, text: str) -> bool:
 
 
 def main(arguments: list[str]) -> None:
-    """`python -m mismatch_probe.rl.grader FD TIMEOUT`: says that it is ready, then answers each pair with 1 or 0."""
+    """`python -m … FD TIMEOUT`: says that it is ready, then answers each pair with 1 or 0."""
     connection, timeout = Connection(int(arguments[0])), float(arguments[1])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to act on
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
