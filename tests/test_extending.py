@@ -23,7 +23,7 @@ from mismatch_probe.report import figures, words
 from mismatch_probe.results.base import Document
 from mismatch_probe.results.finding import Finding
 from mismatch_probe.rl import algorithms, tasks
-from mismatch_probe.rl.config import make_config
+from mismatch_probe.rl.config import RlConfig
 from mismatch_probe.rl.losses import Scale, policy_loss
 from mismatch_probe.types import MetricValue
 from tests.factories.checkpoint import write_checkpoint
@@ -158,7 +158,7 @@ def test_a_preflight_check(add_module: Callable[[ModuleType, str], None], tmp_pa
 
 def test_an_algorithm(add_module: Callable[[ModuleType, str], None]) -> None:
     add_module(algorithms, _ALGORITHM)
-    assert make_config({"algorithm": "toy-squared"}).algorithm == "toy-squared"
+    assert RlConfig(algorithm="toy-squared").algorithm == "toy-squared"
     current = torch.tensor([[-1.0, -2.0]], dtype=torch.float64, requires_grad=True)
     rollout, mask = current.detach() - math.log(3.0), torch.ones(1, 2, dtype=torch.bool)
     toy = algorithms.algorithms()["toy-squared"]
@@ -172,6 +172,7 @@ def test_an_algorithm(add_module: Callable[[ModuleType, str], None]) -> None:
 
 def test_a_task(add_module: Callable[[ModuleType, str], None]) -> None:
     add_module(tasks, _TASK)
+    assert RlConfig(task="toy-echo").task == "toy-echo"
     toy = tasks.make_task("toy-echo", n_problems=3, seed=0)
     answers = [tasks.Response(text, "stop") for text in "012"]
     assert toy.rewards(toy.problems(), answers) == [1, 1, 1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -10,14 +9,9 @@ from pydantic import Field, model_validator
 from mismatch_probe.config.settings import Count, Device, DtypeName, Option, Positive, Settings
 from mismatch_probe.dtypes import dtype_label
 from mismatch_probe.errors import UsageError
+from mismatch_probe.rl.algorithms import algorithms
+from mismatch_probe.rl.tasks import tasks
 from mismatch_probe.types import TrainerMode
-
-
-def _algorithm_names() -> Iterable[str]:
-    from mismatch_probe.rl.algorithms import algorithms  # help needs no numpy
-
-    return algorithms()
-
 
 Structure = Literal["none", "weight-noise", "mantissa", "logit-noise", "stale"]
 Part = Annotated[float, Field(ge=0, lt=1)]
@@ -35,7 +29,9 @@ class TaskSettings(Settings):
         default=None, description="Branch, tag or commit of a hub id."
     )
     device: Device = Field(default="auto", description="Device of both engines.")
-    task: Literal["chain", "reasoning", "math"] = Field(default="chain", description="Task; math needs --problems.")
+    task: Annotated[str, Option(metavar="NAME", known=tasks)] = Field(
+        default="chain", description="Task, see `rl.tasks`; math needs --problems."
+    )
     problems: Annotated[str | None, Option(path=True, default="drawn ones")] = Field(
         default=None, description="JSONL file of problem and answer."
     )
@@ -64,7 +60,7 @@ class TrainingSettings(Settings):
 
     TITLE: ClassVar[str] = "Training"
 
-    algorithm: Annotated[str, Option(metavar="NAME", known=_algorithm_names)] = Field(
+    algorithm: Annotated[str, Option(metavar="NAME", known=algorithms)] = Field(
         default="dr-grpo", description="Loss, see docs/algorithms.md."
     )
     trainer_dtype: DtypeName = Field(
