@@ -9,14 +9,14 @@ BIN := $(VENV)/bin
 # The first line is for Pythons that cannot even parse the second.
 define SETUP
 @test -e '$(VENV)' || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 7) and "Python 3.11 to 3.13 is needed: PYTHON=…")'
-@$(PYTHON) mismatch_probe/bootstrap.py --venv '$(VENV)'
+@$(PYTHON) tools/bootstrap.py --venv '$(VENV)'
 endef
 
 # verl and vLLM want different versions of transformers. verl itself comes without its dependencies: its metrics import
 # few of them. torch is the same CPU build as ours, from the same index. The pins, copied there, say that it is finished.
 VERL_PIP = '$(VERL_VENV)/bin/python' -m pip --disable-pip-version-check --no-input install -qq
 VERL_PINS := tests/oracles/verl.txt tests/oracles/verl-needs.txt
-TORCH := from mismatch_probe.bootstrap import TORCH_CPU, TORCH_CPU_INDEX; print(TORCH_CPU_INDEX, TORCH_CPU)
+TORCH := from tools.bootstrap import TORCH_CPU, TORCH_CPU_INDEX; print(TORCH_CPU_INDEX, TORCH_CPU)
 define VERL_SETUP
 @if ! cat $(VERL_PINS) | cmp -s - '$(VERL_VENV)/pins'; then \
 	echo 'Setting up $(VERL_VENV) with verl' && \
@@ -29,7 +29,7 @@ fi
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev compare test lint schema docs notebook oracles bench clean
+.PHONY: help setup setup-dev compare test lint schema docs notebook oracles bench validate clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -77,12 +77,14 @@ bench: ## Measure the tool's own speed, also against a bare script and against T
 	@'$(BIN)/python' benchmarks/exact_kl.py
 	@'$(BIN)/python' benchmarks/range_tracking.py
 	@'$(BIN)/python' benchmarks/attribute_vs_compares.py
-	@'$(BIN)/python' benchmarks/planted_faults.py
-	@'$(BIN)/python' benchmarks/clean_families.py
 	@'$(BIN)/python' benchmarks/score_vs_trl.py
 	@'$(BIN)/python' benchmarks/rl_step_vs_plain.py --precision float32-cast --precision bfloat16-autocast
 	@'$(BIN)/python' benchmarks/rl_overhead.py
 	@'$(BIN)/python' benchmarks/compare_vs_bare.py --num-prompts 16 --max-tokens 12
+
+validate: setup-dev ## Plant faults and compare clean families, some studies behind docs/validation.md
+	@'$(BIN)/python' validation/planted_faults.py
+	@'$(BIN)/python' validation/clean_families.py
 
 clean: ## Remove caches and build products; the environment stays (rm -r .venv)
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import pytest
 
-from mismatch_probe import bootstrap
-from mismatch_probe.bootstrap import FLUX, LOCK, READY, Journal, Setup, SetupError
+from tools import bootstrap
+from tools.bootstrap import FLUX, LOCK, READY, Journal, Setup, SetupError
 
 WRITES = "Installing collected packages: a, b"
 
@@ -413,11 +413,11 @@ def test_run_program_streams_lines_and_returns_the_status() -> None:
     assert sorted(lines) == ["err", "out"]
 
 
-def test_script_finds_the_standard_library_beside_our_types_module(tmp_path: Path) -> None:
+def test_the_script_needs_nothing_but_the_standard_library(tmp_path: Path) -> None:
     script = Path(bootstrap.__file__)
     (tmp_path / "foreign").touch()
     done = subprocess.run(
-        [sys.executable, str(script), "--venv", str(tmp_path)],
+        [sys.executable, "-I", "-S", str(script), "--venv", str(tmp_path)],
         capture_output=True,
         text=True,
         check=False,

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-# Prompts from which 95 % intervals cover about 95 % under heavy tails (benchmarks/coverage.py).
+# Prompts from which 95 % intervals cover about 95 % under heavy tails (validation/coverage.py).
 CALIBRATED_PROMPTS = 32
 # Second moments of heavy tails need more. What a few huge weights decide is marked by these: `sample.few_decide`.
 _SECOND_MOMENT_PROMPTS = 64

@@ -8,7 +8,7 @@ L where something persists over a sequence. The last two are no martingale's: th
 law. The test is the variance ratio of Lo and MacKinlay (1988), with the prompt as its unit.
 
 Three laws of that ratio compete, and stationarity against a power-law trend of the token sums, with Akaike's weights
-(Burnham and Anderson 2002, section 2.9). In `benchmarks/length_calibration.py --synthetic` the Bayesian criterion gave
+(Burnham and Anderson 2002, section 2.9). In `validation/length_calibration.py --synthetic` the Bayesian criterion gave
 narrower bands, but covered a weak persistence in 2 of 3 cases instead of 4 of 5: 64 prompts cannot tell it from none. A
 power law for Var D itself is only reported, as `variance_exponent`.
 

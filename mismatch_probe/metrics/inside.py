@@ -23,7 +23,7 @@ from mismatch_probe.types import DTYPES, MetricValue
 Floats = NDArray[np.float64]
 Kind = Literal["module", "between", "end"]
 Verdict = Literal["layer", "everywhere", "outside", "not finite", "no single layer"]
-# Scores of clean pairs of engines stay below 1.5 (benchmarks/clean_families.py); 2 leaves room for other kernels.
+# Scores of clean pairs of engines stay below 1.5 (validation/clean_families.py); 2 leaves room for other kernels.
 THRESHOLD = 2.0
 # RMS relative error of one rounding of a smooth distribution, in units of the unit roundoff u.
 _ONE_ROUNDING = 0.42

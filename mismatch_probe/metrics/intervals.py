@@ -8,7 +8,7 @@ Smooth metrics get a studentised bootstrap over prompts (Efron and Tibshirani 19
 where the estimate is closer to normal, usually its logarithm. Under heavy tails a sample that missed the noisiest
 prompts shows the bootstrap neither its error nor its error's error, so the bootstrap may only lengthen a cluster-t
 interval, never shorten it, and both use the degrees of freedom that the kurtosis of the prompts' influence leaves
-(Satterthwaite 1946, for the variance of a sample variance). `benchmarks/coverage.py` measures the result. Shares get
+(Satterthwaite 1946, for the variance of a sample variance). `validation/coverage.py` measures the result. Shares get
 a Clopper–Pearson interval at the effective sample size (Korn and Graubard 1998), quantiles the inversion of the
 interval of a share (Woodruff 1952), rare tokens a Poisson interval (Garwood 1936) at the effective count.
 

@@ -9,7 +9,7 @@ everything.
 The intervals of spread and ESS are by their cluster standard error, with the degrees of freedom that the prompts'
 influence leaves; those of KL and shares by the error that the law itself gives as many independent sequences as there
 are prompts. Of eight sound laws, 60 fits each of 64 prompts a quarter of whose responses end early, none was withheld
-(`benchmarks/length_calibration.py --synthetic`).
+(`validation/length_calibration.py --synthetic`).
 
 Shape legend: `S` sequences, `P` prompts, `H` lengths.
 """

@@ -9,7 +9,7 @@ tokens is there. Where a token is far from certain its d² shows that variance; 
 that neither the mean d² of all tokens nor that of the bin bounds the shift: over sound policies with 0 to 95 % of
 near-certain tokens and errors on one side or both it reaches 23 times the former and 5.9 times the larger of the two.
 It is at most 3.2 times the largest mean d² of a bin for logits that spread as a trained model's do, and 5.1 times for
-the narrow ones of an untrained model (`benchmarks/false_alarms.py --shift`). There the test is whether the mean lies
+the narrow ones of an untrained model (`validation/false_alarms.py --shift`). There the test is whether the mean lies
 within 1 ± `TOLERANCE` times that, less what the shift itself adds to d²: a one-sided fault of δ nats moves the mean by
 δ, and where rounding hides it in BF16 the pairs in FP16 and FP32 show it.
 

@@ -194,8 +194,8 @@ def few_decide(log_weight: Floats) -> str:
 
     The ESS of the squared weights says how many make that sum, and the kurtosis of the log weights whether sequences
     that were not seen would add to it. Where neither marks, intervals of the ESS cover 90 to 100 %; of laws that the
-    first marks they cover down to 0 (benchmarks/ess_marks.py), of those that the second marks 67 to 98 %
-    (benchmarks/coverage.py).
+    first marks they cover down to 0 (validation/ess_marks.py), of those that the second marks 67 to 98 %
+    (validation/coverage.py).
     """
     effective, variance = kish(np.exp(2 * (log_weight - log_weight.max()))), float(log_weight.var())
     if effective < max(min(SQUARED_WEIGHTS, len(log_weight) / 2), SQUARED_SHARE * len(log_weight)):

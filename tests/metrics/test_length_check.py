@@ -75,7 +75,7 @@ def test_a_gap_at_the_last_token_is_not_outside_of_the_forecast(gap: float) -> N
 
 
 def test_sound_sequences_are_predicted() -> None:
-    """Of 16 sound runs; more than one withheld at the 1 % that benchmarks/length_calibration.py finds: p = .01."""
+    """Of 16 sound runs; more than one withheld at the 1 % that validation/length_calibration.py finds: p = .01."""
     fits = [fit_of(sound(seed), seed) for seed in range(16)]
     assert sum(not fit.predictable for fit in fits) <= 1
     assert sum(bool(fit.contradicted) for fit in fits) <= 2
@@ -184,7 +184,7 @@ def test_a_lognormal_tail_between_prompts_is_covered_or_marked(s: float) -> None
 
     Few prompts decide the ESS where s = 1, so that it is marked there. Below 18 of 24 hits at a nominal 95 %: p < 1e-3.
     """
-    ess = {0.5: 0.603, 1.0: 0.586}[s]  # the median of batches; benchmarks/length_calibration.py has the law
+    ess = {0.5: 0.603, 1.0: 0.586}[s]  # the median of batches; validation/length_calibration.py has the law
     hits, marked = {"ess_seq": 0, "kl_seq": 0}, 0
     for seed in range(24):
         rng = np.random.default_rng(seed)

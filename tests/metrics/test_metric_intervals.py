@@ -36,13 +36,13 @@ def estimate(key: str, pair: PairArrays) -> Estimate:
     return result
 
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+STUDIES = Path(__file__).parents[2] / "validation"
 
 
 def load_coverage(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """benchmarks/coverage.py under another name, since `coverage` is a well-known package."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    spec = importlib.util.spec_from_file_location("coverage_benchmark", BENCHMARKS / "coverage.py")
+    """validation/coverage.py under another name, since `coverage` is a well-known package."""
+    monkeypatch.syspath_prepend(str(STUDIES))
+    spec = importlib.util.spec_from_file_location("coverage_benchmark", STUDIES / "coverage.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -57,7 +57,7 @@ EASY_KEYS = ("mean_abs_logprob_diff", "kl_k1", "mean_ratio", "log_ppl_diff", "ve
 
 @pytest.mark.parametrize("generator", ["laplace", "mixed"])
 def test_coverage_with_heavy_tailed_prompts(generator: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small part of the table of benchmarks/coverage.py: 64 prompts, 200 pairs, so ±1.5 % per metric."""
+    """A small part of the table of validation/coverage.py: 64 prompts, 200 pairs, so ±1.5 % per metric."""
     benchmark = load_coverage(monkeypatch)
     truths = {key: value for key, value in benchmark.truth(generator, 20_000).items() if key in HARD_KEYS + EASY_KEYS}
     cells = benchmark.coverage((generator, 64, truths), 200)

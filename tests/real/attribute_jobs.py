@@ -41,9 +41,9 @@ class TraceFaults:
     def run(self, channel: Any) -> None:
         from safetensors.torch import load_file
 
-        from benchmarks.planted_faults import noise
         from mismatch_probe.engines.vllm import hooks
         from mismatch_probe.engines.vllm.engine import VllmRollout
+        from validation.planted_faults import noise
 
         engine = VllmRollout(self.rollout)
         clean = load_file(Path(self.model_path) / "model.safetensors")

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.planted_faults import Trainer, trace
 from mismatch_probe.engines.attribute.inside import column_order, flipped
+from validation.planted_faults import Trainer, trace
 
 pytestmark = pytest.mark.engine
 

@@ -7,8 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.planted_code import FAULTS, WINDOW
-from benchmarks.planted_faults import (
+from mismatch_probe.engines import devices
+from mismatch_probe.engines.attribute.trace import TraceFiles
+from mismatch_probe.engines.process import EngineProcess
+from mismatch_probe.types import DTYPES
+from tests.real.attribute_jobs import TraceFaults
+from tests.real.tiny import GROUPED, save_model
+from validation.planted_code import FAULTS, WINDOW
+from validation.planted_faults import (
     CODE_TOKENS,
     Trainer,
     accuracy,
@@ -18,12 +24,6 @@ from benchmarks.planted_faults import (
     trace,
     trace_request,
 )
-from mismatch_probe.engines import devices
-from mismatch_probe.engines.attribute.trace import TraceFiles
-from mismatch_probe.engines.process import EngineProcess
-from mismatch_probe.types import DTYPES
-from tests.real.attribute_jobs import TraceFaults
-from tests.real.tiny import GROUPED, save_model
 
 pytestmark = pytest.mark.engine
 SIZE = 0.01

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.mantissa_bits import BITS, METRICS, bits_figure, filled, fit
 from mismatch_probe.types import MetricValue, PairArrays
+from validation.mantissa_bits import BITS, METRICS, bits_figure, filled, fit
 
 FORMATS = [(7, torch.bfloat16), (10, torch.float16)]
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks.clean_families import FAMILIES
 from mismatch_probe.engines.devices import Device, rollout_settings
 from mismatch_probe.engines.process import EngineProcess
 from mismatch_probe.types import Dtype
 from tests.real.rl_jobs import FamiliesJob, SyncFaultsJob
 from tests.real.tiny import EXPERTS, save_model
+from validation.clean_families import FAMILIES
 
 pytestmark = pytest.mark.engine
 

@@ -8,8 +8,8 @@ from BF16 to FP16 make 2^3 and 2^6 (Qi et al., arXiv 2510.26788). All intervals 
 A checkpoint of 16 bits has no bits below its own to round off. It is filled first: every weight moves to a random point
 of the interval that its format would round back to it, as if the FP32 master weights had been kept.
 
-    python benchmarks/mantissa_bits.py --out results
-    python benchmarks/mantissa_bits.py --model path/to/checkpoint --num-prompts 32 --out results
+    python validation/mantissa_bits.py --out results
+    python validation/mantissa_bits.py --model path/to/checkpoint --num-prompts 32 --out results
 """
 
 from __future__ import annotations

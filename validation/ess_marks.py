@@ -1,6 +1,6 @@
 """What marks an ESS of sequences: how often its interval covers, by the variance of D and by what makes Σ w².
 
-    python benchmarks/ess_marks.py
+    python validation/ess_marks.py
 
 D is normal with E exp D = 1, of one variance or of variances that are lognormal between sequences (σ = 0.7, at most 3
 times the mean), so that the true ESS, 1 / E exp(variance), is known. Prints coverage in per cent, `/5` where 5 % of the

@@ -1,6 +1,6 @@
 """How often the 95 % intervals cover: every metric that has one, over synthetic pairs whose true metrics are known.
 
-    python benchmarks/coverage.py --replications 400 --prompts 8,16,32,64,256,1024,4096
+    python validation/coverage.py --replications 400 --prompts 8,16,32,64,256,1024,4096
 
 Prints a table per generator of generators.py. A cell is the share of the intervals that hold the truth, in per cent,
 `-` where no replication gave an interval; `/5` says that 5 % of replications gave none, and `*` that more than half of

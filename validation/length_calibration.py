@@ -4,8 +4,8 @@ With `--synthetic`, D follows laws whose ESS, shares, KL, spread and growth expo
 band covers them, how often a sound law is withheld, and how often the ESS is marked as uncalibrated. With `--run`, the
 sequences of a finished run are cut to short prefixes, and the bands are compared with what longer prefixes measure.
 
-    python benchmarks/length_calibration.py --synthetic
-    python benchmarks/length_calibration.py --run RUN
+    python validation/length_calibration.py --synthetic
+    python validation/length_calibration.py --run RUN
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """False alarms of E[ρ] = 1 and of the audit on sound runs, and what both find of a trainer that is off on every token.
 
-    python benchmarks/false_alarms.py                       # a table by size of the run
-    python benchmarks/false_alarms.py --shift               # how far rounding alone moves the mean of a bin
+    python validation/false_alarms.py                       # a table by size of the run
+    python validation/false_alarms.py --shift               # how far rounding alone moves the mean of a bin
 
 A sound run has nine pairs, as `compare` has by default: three rollout dtypes that sample their own tokens, each scored
 by three trainer dtypes. Logits are one law's plus errors of each side (BF16 8 times FP16); softmax makes d grow with

@@ -1,4 +1,4 @@
-"""Makes the small checkpoint that RL on the arithmetic tasks starts from: `python -m mismatch_probe.rl.pretrain OUT`.
+"""Makes the small checkpoint that RL on the arithmetic tasks starts from: `python -m tools.pretrain OUT`.
 
 Qwen3 with 4 layers, hidden size 128, tied embeddings and a character tokenizer, trained in FP32 to continue problems
 with worked solutions of which a few results are wrong. A perfect imitator is wrong often enough that RL has something
@@ -138,7 +138,7 @@ def main(out: Path, steps: int, seed: int, operations: int) -> None:
     network.save_pretrained(out)
     encoder.save_pretrained(out)
     made = {
-        "script": "python -m mismatch_probe.rl.pretrain",
+        "script": "python -m tools.pretrain",
         "seed": seed,
         "steps": steps,
         "operations": operations,

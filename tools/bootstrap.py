@@ -1,4 +1,4 @@
-"""Makes an environment that runs the project: `python3 mismatch_probe/bootstrap.py --venv .venv --extra dev`.
+"""Makes an environment that runs the project: `python3 tools/bootstrap.py --venv .venv --extra dev`.
 
 Runs with the system's Python before anything is installed: one file, standard library only, in a syntax that Python 3.7
 still parses, so that an old Python gets a sentence. Where nothing is to do, it ends at once.
@@ -6,24 +6,17 @@ still parses, so that an old Python gets a sentence. Where nothing is to do, it 
 
 from __future__ import annotations
 
-import os
-import sys
-
-if __name__ == "__main__":
-    # Python puts this file's folder first in sys.path, where our types.py would shadow the standard library's.
-    sys.path[:] = [
-        entry for entry in sys.path if os.path.realpath(entry) != os.path.dirname(os.path.realpath(__file__))
-    ]
-
 import argparse
 import contextlib
 import hashlib
 import importlib.util
 import json
+import os
 import platform
 import re
 import shutil
 import subprocess
+import sys
 import time
 from collections import deque
 from pathlib import Path
@@ -368,7 +361,7 @@ class Setup:
             if self._python("-m", "mismatch_probe", "models", "pull", BUILT_IN_MODEL) != 0:
                 raise SetupError(
                     f"The download of the built-in model failed: {self._last_line()}",
-                    "Run the same command again, or skip the model: python3 mismatch_probe/bootstrap.py --no-model.",
+                    "Run the same command again, or skip the model: python3 tools/bootstrap.py --no-model.",
                 )
 
     def _python(self, *arguments: str, on_line: Callable[[str], None] | None = None) -> int:

@@ -4,8 +4,8 @@ vLLM runs each model and its inside is traced, then the trainer's is compared wi
 that nothing but rounding should be between them: the verdict ought to be "no single layer". Where it is not, the two
 implementations differ. Sequences are longer than the sliding windows.
 
-    python benchmarks/clean_families.py
-    python benchmarks/clean_families.py --families cohere2,bloom --dtypes float32
+    python validation/clean_families.py
+    python validation/clean_families.py --families cohere2,bloom --dtypes float32
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.planted_faults import Trainer, trace
 from mismatch_probe.engines.faults import first_line
 from tests.real.tiny import ARCHITECTURES, COMMON, GPT2, GROUPED, save_model
+from validation.planted_faults import Trainer, trace
 
 TOKENS = 96
 _WINDOW = {"sliding_window": 64}

@@ -7,9 +7,9 @@ right answer names the module (and so the layer); on the unaltered model it is "
 With --code the fault is in the code of one decoder layer instead (`planted_code.py`). The right answer names layer and
 place, or, where FP32 shows it to be less than a 16-bit dtype rounds, that it is not detectable there.
 
-    python benchmarks/planted_faults.py                                  # every weight of a tiny Llama
-    python benchmarks/planted_faults.py --model smollm2-135m --sample 40
-    python benchmarks/planted_faults.py --code                           # every layer of a tiny Llama, a tiny Mistral
+    python validation/planted_faults.py                                  # every weight of a tiny Llama
+    python validation/planted_faults.py --model smollm2-135m --sample 40
+    python validation/planted_faults.py --code                           # every layer of a tiny Llama, a tiny Mistral
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file, this folder's sibling `tests` is not on the path
 
-from benchmarks.planted_code import FAULTS, WINDOW, CodeFault
 from mismatch_probe.engines import devices
 from mismatch_probe.engines.attribute.inside_job import kept_of
 from mismatch_probe.engines.attribute.rollout import RolloutVariants
@@ -39,6 +38,7 @@ from mismatch_probe.metrics import inside
 from mismatch_probe.metrics.conclusions import Conclusion, conclude
 from mismatch_probe.metrics.inside import Inside, Located
 from mismatch_probe.types import Sampling
+from validation.planted_code import FAULTS, WINDOW, CodeFault
 
 if TYPE_CHECKING:
     from torch import nn
