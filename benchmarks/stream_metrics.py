@@ -126,7 +126,7 @@ def measure(folder: Path) -> dict[str, float]:
     from mismatch_probe.probes.analysis import analyse
 
     before, start = peak_mib(), time.perf_counter()
-    analyse(RunDirectory.open(folder))
+    analyse(RunDirectory.open(folder)).report()
     return {"seconds": time.perf_counter() - start, "before": before, "peak": peak_mib()}
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from mismatch_probe.config import Limit
 from mismatch_probe.errors import TableError
@@ -11,7 +12,7 @@ from mismatch_probe.metrics import curves
 from mismatch_probe.metrics.accumulate import PairSums
 from mismatch_probe.metrics.catalog import CATALOG
 from mismatch_probe.metrics.frame import self_noise_of
-from mismatch_probe.metrics.length import fit_length
+from mismatch_probe.metrics.length import LengthFit, fit_length
 from mismatch_probe.metrics.length_prediction import LengthForecast, forecast
 from mismatch_probe.metrics.paired import compare_pairs
 from mismatch_probe.metrics.ratio_test import RatioTest, adjusted_together
@@ -19,7 +20,6 @@ from mismatch_probe.metrics.where import where
 from mismatch_probe.passes import PassId
 from mismatch_probe.probes.findings import findings, format_ratio
 from mismatch_probe.probes.pairs import PairResult, PassPair, analyse_pair, why_missing
-from mismatch_probe.probes.tokens import token_view
 from mismatch_probe.probes.worst import worst_tokens
 from mismatch_probe.report.data import Curves, ReportData
 from mismatch_probe.results.attribution import Attribution
@@ -38,78 +38,122 @@ from mismatch_probe.results.comparison import (
 from mismatch_probe.runs.comparison import RunDirectory
 
 
-def analyse(
-    run: RunDirectory,
-    limits: Sequence[Limit] = (),
-    *,
-    predict_lengths: Sequence[int] | None = None,
-    extrapolate: bool | None = None,
-) -> ReportData:
-    """Computes everything that is shown of a run, from its tables alone.
+def analyse(run: RunDirectory) -> Analysis:
+    """Reads a run's tables, each pair of passes once.
 
     Args:
         run: A run directory; passes that are missing leave their pairs missing, with the reason.
-        limits: What `--fail-on` asked for.
-        predict_lengths: Response lengths to predict; those of the run's configuration for None.
-        extrapolate: Whether to predict beyond 8 times the observed length; likewise.
 
     Raises:
-        TableError: A table is missing or corrupt, or nothing can be compared.
+        TableError: A table is missing or corrupt.
     """
-    config = run.manifest.config
-    passes = run.passes
-    noise = {name: found for name in run.finished_passes() if (found := _self_noise_pass(run, name)) is not None}
-    results: list[PairResult] = []
-    missing: list[MissingPair] = []
+    passes, results, missing = run.passes, [], []
     for both in [PassPair(rollout, trainer) for rollout in passes.rollouts for trainer in passes.trainers]:
         why = why_missing(run, both)
         if why:
             missing.append(MissingPair(**dict(both.name), why=why))
         else:
-            results.append(analyse_pair(run, passes, both, config.seed))
-    if not results:
-        reasons = "; ".join(sorted({row.why.rstrip(".") for row in missing}))
-        raise TableError(
-            f"Nothing can be compared: {reasons}.", "See the reasons, fix them, and continue with --resume."
+            results.append(analyse_pair(run, passes, both, run.manifest.config.seed))
+    noise = {name: found for name in run.finished_passes() if (found := _self_noise_pass(run, name)) is not None}
+    together = adjusted_together([result.pair.ratio_tests for result in results]) if results else []
+    completed = [_completed(result, tests, noise) for result, tests in zip(results, together, strict=True)]
+    return Analysis(run, tuple(completed), tuple(missing), noise)
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What a run's tables say, before limits and lengths are chosen.
+
+    Attributes:
+        run: The run.
+        results: Of every pair that can be compared.
+        missing: The other pairs.
+        noise: Self-noise by pass.
+    """
+
+    run: RunDirectory
+    results: tuple[PairResult, ...]
+    missing: tuple[MissingPair, ...]
+    noise: Mapping[str, SelfNoisePass]
+
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        """What the summary says of each pair."""
+        return tuple(result.pair for result in self.results)
+
+    @cached_property
+    def diagonal(self) -> dict[str, PairResult]:
+        """Pairs of equal dtypes; of several trainer modes the first one stands for the dtype."""
+        found = {r.passes.diagonal: r for r in reversed(self.results) if r.passes.diagonal}
+        return {name: found[name] for name in reversed(found)}
+
+    @cached_property
+    def _fits(self) -> dict[str, LengthFit]:
+        seed, prefixes = self.run.manifest.config.seed, {n: r.prefixes for n, r in self.diagonal.items()}
+        return {name: fit_length(found, seed=seed) for name, found in prefixes.items() if found is not None}
+
+    def forecasts(self, lengths: Sequence[int], *, extrapolate: bool) -> dict[str, LengthForecast]:
+        """Predictions for longer responses, by dtype; on-policy pairs only.
+
+        Args:
+            lengths: Response lengths, tokens.
+            extrapolate: Whether to predict beyond 8 times the observed length.
+        """
+        return {name: forecast(fit, lengths=lengths, extrapolate=extrapolate) for name, fit in self._fits.items()}
+
+    def report(
+        self,
+        limits: Sequence[Limit] = (),
+        *,
+        predict_lengths: Sequence[int] | None = None,
+        extrapolate: bool | None = None,
+    ) -> ReportData:
+        """Everything that is shown of the run but the token view.
+
+        Args:
+            limits: What `--fail-on` asked for.
+            predict_lengths: Response lengths to predict; those of the run's configuration for None.
+            extrapolate: Whether to predict beyond 8 times the observed length; likewise.
+
+        Raises:
+            TableError: Nothing can be compared.
+        """
+        run, config, pairs, missing = self.run, self.run.manifest.config, self.pairs, self.missing
+        if not pairs:
+            reasons = "; ".join(sorted({row.why.rstrip(".") for row in missing}))
+            raise TableError(
+                f"Nothing can be compared: {reasons}.", "See the reasons, fix them, and continue with --resume."
+            )
+        forecasts = self.forecasts(
+            config.predict_lengths if predict_lengths is None else predict_lengths,
+            extrapolate=config.extrapolate if extrapolate is None else extrapolate,
         )
-    together = adjusted_together([result.pair.ratio_tests for result in results])
-    results = [_completed(result, tests, noise) for result, tests in zip(results, together, strict=True)]
-    # Of several trainer modes the first one stands for the dtype.
-    diagonal = {r.passes.diagonal: r for r in reversed(results) if r.passes.diagonal}
-    diagonal = {name: diagonal[name] for name in reversed(diagonal)}
-    lengths = config.predict_lengths if predict_lengths is None else predict_lengths
-    far = config.extrapolate if extrapolate is None else extrapolate
-    forecasts = {
-        name: forecast(fit_length(result.prefixes, seed=config.seed), lengths=lengths, extrapolate=far)
-        for name, result in diagonal.items()
-        if result.prefixes is not None
-    }
-    pairs = tuple(result.pair for result in results)
-    sums = {name: result.sums for name, result in diagonal.items()}
-    same = {name: result.pair for name, result in diagonal.items()}
-    summary = Comparison(
-        **Comparison.stamp(),
-        model=run.manifest.model.name,
-        reference=None if passes.reference is None else str(passes.reference),
-        pairs=pairs,
-        missing=tuple(missing),
-        self_noise=tuple(noise.values()),
-        where={name: {key: tuple(bins) for key, bins in where(pair).items()} for name, pair in sums.items()},
-        comparisons=tuple(compare_pairs(sums, seed=config.seed)),
-        length={name: _growth(found) for name, found in forecasts.items()},
-        findings=findings(pairs, same, format_ratio(diagonal, config.seed), forecasts, run.manifest.status),
-        limits=tuple(row for limit in limits for row in judge(limit, pairs, missing)),
-    )
-    worst = [token for name, result in diagonal.items() for token in worst_tokens(run, name, result)]
-    return ReportData(
-        summary=summary,
-        manifest=run.manifest,
-        curves=_curves(sums, forecasts),
-        worst_tokens=worst,
-        tokens=token_view(run, diagonal),
-        attribution=read_attribution(run),
-        folder=run.path,
-    )
+        sums = {name: result.sums for name, result in self.diagonal.items()}
+        same = {name: result.pair for name, result in self.diagonal.items()}
+        ratio = format_ratio(self.diagonal, config.seed)
+        reference = run.passes.reference
+        summary = Comparison(
+            **Comparison.stamp(),
+            model=run.manifest.model.name,
+            reference=None if reference is None else str(reference),
+            pairs=pairs,
+            missing=missing,
+            self_noise=tuple(self.noise.values()),
+            where={name: {key: tuple(bins) for key, bins in where(pair).items()} for name, pair in sums.items()},
+            comparisons=tuple(compare_pairs(sums, seed=config.seed)),
+            length={name: growth_of(found) for name, found in forecasts.items()},
+            findings=findings(pairs, same, ratio, forecasts, run.manifest.status),
+            limits=tuple(row for limit in limits for row in judge(limit, pairs, missing)),
+        )
+        worst = [token for name, result in self.diagonal.items() for token in worst_tokens(run, name, result)]
+        return ReportData(
+            summary=summary,
+            manifest=run.manifest,
+            curves=_curves(sums, forecasts),
+            worst_tokens=worst,
+            attribution=read_attribution(run),
+            folder=run.path,
+        )
 
 
 def read_attribution(run: RunDirectory) -> Attribution | None:
@@ -129,7 +173,8 @@ def _completed(result: PairResult, tests: Sequence[RatioTest], noise: Mapping[st
     return replace(result, pair=result.pair.model_copy(update={"ratio_tests": tuple(tests), "self_noise": both}))
 
 
-def _growth(found: LengthForecast) -> LengthGrowth:
+def growth_of(found: LengthForecast) -> LengthGrowth:
+    """What the summary says of a forecast."""
     fit = found.fit
     return LengthGrowth(
         observed_length=fit.observed_length,

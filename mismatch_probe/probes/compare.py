@@ -11,7 +11,7 @@ import numpy as np
 from mismatch_probe.engines import devices
 from mismatch_probe.engines.base import EncodeJob, RolloutJob, TrainerJob
 from mismatch_probe.engines.process import Kind, UnexpectedEngineError
-from mismatch_probe.errors import DiskFull, DtypeRefused, EngineError, Interrupted, PromptError, TableError
+from mismatch_probe.errors import DiskFull, DtypeRefused, EngineError, PromptError, TableError
 from mismatch_probe.passes import PassId
 from mismatch_probe.probes.kept_rows import KeptRows
 from mismatch_probe.probes.planning import Plan, kv_cache_gib, request_seed
@@ -43,10 +43,9 @@ class PassRunner:
         """Runs every pass that is not finished. Passes that fail are recorded; the others go on.
 
         Raises:
-            Interrupted: The user stopped it; finished passes stay.
+            KeyboardInterrupt: The user stopped it; finished passes stay.
             ProbeError: No other pass could run either (prompts, tokenizer, packages, disk).
         """
-        resume = f"Continue with: mismatch-probe compare --resume {self._run.path}"
         self._run.manifest.status = "running"
         self._run.save()
         try:
@@ -61,7 +60,7 @@ class PassRunner:
             self._run.merge()
         except KeyboardInterrupt:
             self._close("interrupted")
-            raise Interrupted("Stopped; finished passes are kept.", resume) from None
+            raise
         except DiskFull:
             raise  # the manifest cannot be written either; as it lies, it says `running`, and resumes
         except BaseException:

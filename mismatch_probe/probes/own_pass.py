@@ -9,7 +9,7 @@ from mismatch_probe.engines import devices
 from mismatch_probe.engines.base import OwnJob, TrainerJob
 from mismatch_probe.engines.models import ModelRef, resolve
 from mismatch_probe.engines.process import EngineProcess
-from mismatch_probe.errors import Interrupted, ProbeError, TableError, UsageError
+from mismatch_probe.errors import ProbeError, TableError, UsageError
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.runs.comparison import RunDirectory
 
@@ -67,7 +67,6 @@ def run_pass(
     settings: devices.EngineSettings,
     name: str,
     text: str,
-    resume: str,
     progress: Progress,
 ) -> None:
     """Runs the job in a process of its own.
@@ -78,11 +77,9 @@ def run_pass(
         settings: Of the process.
         name: Of the pass; also the log's.
         text: What its progress is headed with.
-        resume: The command that goes on after an interruption.
         progress: Told about it.
 
     Raises:
-        Interrupted: The user stopped it; what is finished stays.
         ProbeError: The engine failed.
     """
 
@@ -96,8 +93,6 @@ def run_pass(
     process = EngineProcess("hf", settings.environment, run.path / "logs" / f"{name}.log")
     try:
         process.run(job, on_event)
-    except KeyboardInterrupt:
-        raise Interrupted("Stopped; what is finished is kept.", f"Continue with: {resume}") from None
     except ProbeError as error:
         progress.end(name, str(error))
         raise

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from mismatch_probe.engines import devices
 from mismatch_probe.errors import TableError, UsageError
 from mismatch_probe.metrics.catalog import CATALOG
 from mismatch_probe.passes import PassId
-from mismatch_probe.probes.analysis import analyse
+from mismatch_probe.probes.analysis import Analysis, analyse
 from mismatch_probe.probes.compare import PassRunner
 from mismatch_probe.probes.outputs import draw_figures, summary_frame, write_outputs
 from mismatch_probe.probes.planning import Plan, make_plan
@@ -27,8 +28,10 @@ from mismatch_probe.report.data import ReportData
 from mismatch_probe.results.comparison import Comparison
 from mismatch_probe.results.manifest import Environment, Manifest, ModelRecord, PromptsRecord
 from mismatch_probe.runs.comparison import RunDirectory
-from mismatch_probe.runs.folder import new_folder
+from mismatch_probe.runs.folder import COMPARISON, continued_by, new_folder
 from mismatch_probe.runs.passes import Passes, passes_of
+
+KEPT = "finished passes are kept"
 
 
 @dataclass(frozen=True)
@@ -85,40 +88,121 @@ def parse_limits(texts: Sequence[str], passes: Passes | None) -> list[Limit]:
     return limits
 
 
+class Session:
+    """A comparison that a command works on, locked by it.
+
+    Attributes:
+        run: Its folder.
+        progress: Told about every pass.
+    """
+
+    def __init__(self, run: RunDirectory, progress: Progress, plan: Plan | None = None) -> None:
+        self.run, self.progress = run, progress
+        self._plan = plan
+
+    @classmethod
+    @contextmanager
+    def new(cls, plan: Plan, out: str | Path | None, progress: Progress) -> Iterator[Session]:
+        """Makes the folder of a new comparison.
+
+        Raises:
+            UsageError: The folder exists and is not empty, or is no folder.
+        """
+        with new_folder(out, plan.config.source or plan.config.model) as path:
+            yield cls(RunDirectory.create(path, _manifest(plan)), progress, plan)
+
+    @classmethod
+    @contextmanager
+    def resume(cls, path: Path, progress: Progress) -> Iterator[Session]:
+        """Goes on with a comparison.
+
+        Raises:
+            TableError: The folder holds none.
+        """
+        with RunDirectory.reopened(path) as run:
+            yield cls(run, progress)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every pass that can run has run."""
+        return self.run.manifest.status == "complete"
+
+    def change(self, changes: Mapping[str, Any]) -> None:
+        """Changes the configuration of a run that is resumed.
+
+        Raises:
+            UsageError: A change comes too late, or cannot be.
+        """
+        _change(self.run, changes)
+
+    def run_passes(self) -> None:
+        """Runs the passes that are missing; those that failed are tried again.
+
+        Raises:
+            ProbeError: Model, prompts or device have changed, or no pass can run.
+        """
+        if self._plan is None:
+            # An engine that does not run a dtype will not run it now.
+            records = self.run.manifest.passes
+            self.run.manifest.passes = {k: v for k, v in records.items() if v.status != "failed"}
+            for record in self.run.manifest.passes.values():
+                record.extension_failure = ""
+            self._plan = _plan_again(self.run, self.progress)
+        _execute(self._plan, self.run, self.progress)
+
+
 def new_run(
     config: CompareConfig, out: str | Path | None, fail_on: Sequence[str], progress: Progress | None
 ) -> RunResult:
-    limits = parse_limits(fail_on, None if config.source else passes_of(config))
+    """Samples, scores and compares; see `mismatch_probe.compare`."""
+    parse_limits(fail_on, None if config.source else passes_of(config))  # before anything is fetched
     progress = progress or Progress()
     plan = make_plan(config, progress)
     limits = parse_limits(fail_on, plan.passes)
-    with new_folder(out, config.source or plan.config.model) as path:
-        return _finish(plan, RunDirectory.create(path, _manifest(plan)), limits, progress)
-
-
-def new_passes(config: CompareConfig, out: str | Path, progress: Progress) -> Path:
-    """The engine passes of a new run, and nothing of what is computed from them: for commands that go on with it.
-
-    Raises:
-        ProbeError: What `new_run` raises.
-    """
-    plan = make_plan(config, progress)
-    with new_folder(out, plan.config.model) as path:
-        _execute(plan, RunDirectory.create(path, _manifest(plan)), progress)
-        return path
+    with Session.new(plan, out, progress) as session:
+        return _compare(session, limits)
 
 
 def resume_run(path: Path, fail_on: Sequence[str], progress: Progress | None, changes: Mapping[str, Any]) -> RunResult:
-    with RunDirectory.reopened(path) as run:
-        # A pass that failed gets another try; an engine that does not run a dtype will not run it now.
-        run.manifest.passes = {k: v for k, v in run.manifest.passes.items() if v.status != "failed"}
-        for record in run.manifest.passes.values():
-            record.extension_failure = ""
-        config = _changed(run, changes)
-        limits = parse_limits(fail_on, passes_of(config, run.manifest.recorded))
-        progress = progress or Progress()
-        plan = _plan_again(run, config, progress)
-        return _finish(plan, run, limits, progress)
+    """Runs what is missing of a comparison; see `mismatch_probe.resume`."""
+    with Session.resume(path, progress or Progress()) as session:
+        session.change(changes)
+        return _compare(session, parse_limits(fail_on, session.run.passes))
+
+
+def report_run(
+    path: Path, fail_on: Sequence[str], predict_lengths: Sequence[int] | None, extrapolate: bool | None
+) -> RunResult:
+    """Computes summary, figures and reports again; see `mismatch_probe.write_report`."""
+    check_lengths(predict_lengths or ())
+    run = RunDirectory.open(path)
+    limits = parse_limits(fail_on, run.passes)
+    return write_run(analyse(run), limits, predict_lengths=predict_lengths, extrapolate=extrapolate)
+
+
+def plot_run(path: Path) -> dict[str, Path]:
+    """Draws the figures again; see `mismatch_probe.plot`."""
+    run = RunDirectory.open(path)
+    return draw_figures(run, analyse(run).report())
+
+
+def _compare(session: Session, limits: Sequence[Limit]) -> RunResult:
+    with continued_by(COMPARISON.resume(session.run.path), KEPT):
+        session.run_passes()
+    session.progress.message("computing metrics and figures")
+    return write_run(analyse(session.run), limits)
+
+
+def write_run(
+    analysis: Analysis,
+    limits: Sequence[Limit] = (),
+    *,
+    predict_lengths: Sequence[int] | None = None,
+    extrapolate: bool | None = None,
+) -> RunResult:
+    """Writes summary, figures and reports of a run; arguments as in `Analysis.report`."""
+    data = analysis.report(limits, predict_lengths=predict_lengths, extrapolate=extrapolate)
+    return RunResult(analysis.run.path, data, write_outputs(analysis, data))
 
 
 # What may still change on resume, and the side of which no pass may be finished yet, since the others would differ.
@@ -135,8 +219,8 @@ _CHANGEABLE = {
 }
 
 
-def _changed(run: RunDirectory, changes: Mapping[str, Any]) -> CompareConfig:
-    """The run's configuration with the user's changes, which its manifest keeps."""
+def _change(run: RunDirectory, changes: Mapping[str, Any]) -> None:
+    """Puts the user's changes into the run's manifest."""
     for name in changes:
         if name not in _CHANGEABLE:
             raise UsageError(
@@ -150,14 +234,14 @@ def _changed(run: RunDirectory, changes: Mapping[str, Any]) -> CompareConfig:
                 f"{CompareConfig.called(name)} cannot change any more: {done[0]} has finished without it.",
                 "Leave it out, or start a new run.",
             )
-    config, sizes = run.manifest.config.replace(**changes), run.manifest.sizes
-    run.manifest.config = config
-    run.manifest.sizes = replace(sizes, **{name: value for name, value in changes.items() if hasattr(sizes, name)})
-    return config
+    manifest, sizes = run.manifest, run.manifest.sizes
+    manifest.config = manifest.config.replace(**changes)
+    manifest.sizes = replace(sizes, **{name: value for name, value in changes.items() if hasattr(sizes, name)})
 
 
-def _plan_again(run: RunDirectory, config: CompareConfig, progress: Progress) -> Plan:
+def _plan_again(run: RunDirectory, progress: Progress) -> Plan:
     """The plan of a run that is resumed: the same model, prompts and device, or an error."""
+    config = run.manifest.config
     # Sizes that were left to the machine's default stay what they were, and a hub id stays at its commit.
     # Of a recorded run the file itself says how many prompts, samples and tokens there are.
     own = () if config.source is None else ("num_prompts", "samples_per_prompt", "max_tokens")
@@ -174,28 +258,6 @@ def _plan_again(run: RunDirectory, config: CompareConfig, progress: Progress) ->
             "Continue it where it began; `report` works anywhere.",
         )
     return plan
-
-
-def report_run(
-    path: Path, fail_on: Sequence[str], predict_lengths: Sequence[int] | None, extrapolate: bool | None
-) -> RunResult:
-    check_lengths(predict_lengths or ())
-    run = RunDirectory.open(path)
-    limits = parse_limits(fail_on, run.passes)
-    data = analyse(run, limits, predict_lengths=predict_lengths, extrapolate=extrapolate)
-    return RunResult(path, data, write_outputs(run, data))
-
-
-def plot_run(path: Path) -> dict[str, Path]:
-    run = RunDirectory.open(path)
-    return draw_figures(run, analyse(run))
-
-
-def _finish(plan: Plan, run: RunDirectory, limits: list[Limit], progress: Progress) -> RunResult:
-    _execute(plan, run, progress)
-    progress.message("computing metrics and figures")
-    data = analyse(run, limits)
-    return RunResult(run.path, data, write_outputs(run, data))
 
 
 def _execute(plan: Plan, run: RunDirectory, progress: Progress) -> None:

@@ -30,7 +30,7 @@ def places_of(path: Path, tokens: int, sequences: int) -> list[Place]:
         UsageError: The length cannot be.
     """
     check_lengths((tokens,))
-    summary = analyse(RunDirectory.open(path), predict_lengths=(tokens,), extrapolate=True).summary
+    summary = analyse(RunDirectory.open(path)).report(predict_lengths=(tokens,), extrapolate=True).summary
     model = Path(summary.model).name
     found = []
     for dtype, length in summary.length.items():

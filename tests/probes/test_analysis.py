@@ -115,7 +115,7 @@ class TestMissing:
         scored = run.manifest.passes["hf-float32-cast"]
         scored.covers = tuple(name for name in scored.covers if name != "vllm-float32-decode")
         run.manifest.passes["hf-bfloat16-cast"] = make_pass(status="failed", why="It broke.")
-        summary = analyse(run).summary
+        summary = analyse(run).report().summary
         reasons = {(m.rollout_dtype, m.trainer_dtype): m.why for m in summary.missing}
         assert len(reasons) == 6
         assert reasons["float16", "float32"] == "this pass has not run yet; continue the run with --resume"
@@ -131,7 +131,7 @@ class TestMissing:
         run = RunDirectory.open(run_copy)
         del run.manifest.passes["vllm-float16-decode"]
         limits = [Limit.parse("kl_k3>1000@float16", METRICS), Limit.parse("kl_k3>1000@bfloat16", METRICS)]
-        assert [row.verdict for row in analyse(run, limits).summary.limits] == ["inconclusive", "ok"]
+        assert [row.verdict for row in analyse(run).report(limits).summary.limits] == ["inconclusive", "ok"]
 
 
 class TestReportAndPlot:

@@ -14,4 +14,4 @@ LIMITS = ("kl_k3>0.001@bf16", "mean_abs_logprob_diff>1e-9")
 def test_its_tables_give_the_frozen_summary() -> None:
     folder = FROZEN / "comparison"
     limits = [Limit.parse(text, list(CATALOG)) for text in LIMITS]
-    assert_frozen(analyse(RunDirectory.open(folder), limits).summary, folder / "summary.json.gz")
+    assert_frozen(analyse(RunDirectory.open(folder)).report(limits).summary, folder / "summary.json.gz")

@@ -10,7 +10,7 @@ import mismatch_probe
 from mismatch_probe.errors import UsageError
 from mismatch_probe.probes.analysis import analyse
 from mismatch_probe.probes.session import RunResult
-from mismatch_probe.probes.tokens import LONGEST, window
+from mismatch_probe.probes.tokens import LONGEST, token_view, window
 from mismatch_probe.report.model import Token
 from mismatch_probe.runs.comparison import RunDirectory
 
@@ -52,7 +52,8 @@ def test_a_sequence_without_tokens_is_left_out(finished: RunResult, monkeypatch:
         return iter(()) if ids == (empty, empty) else read(self, *args, ids=ids, **options)
 
     monkeypatch.setattr(RunDirectory, "iter_tokens", without)
-    shown = analyse(RunDirectory.open(finished.path)).tokens
+    run = RunDirectory.open(finished.path)
+    shown = token_view(run, analyse(run).diagonal)
     assert shown
     assert not any(f"sequence {empty} of" in sequence.title for sequence in shown)
     with pytest.raises(UsageError, match=f"tokens of sequence {empty}"):

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from mismatch_probe.arrays import save_arrays
 from mismatch_probe.config import AttributeOptions
 from mismatch_probe.engines.attribute.trace import TraceFiles
-from mismatch_probe.errors import DiskFull, EngineMissing, Interrupted, ProbeError
+from mismatch_probe.errors import DiskFull, EngineMissing, ProbeError
 from mismatch_probe.probes.attribute.names import FOLDER, inside_name
 from mismatch_probe.probes.attribute.pair import Pair
 from mismatch_probe.probes.attribute.processes import Process, Processes
@@ -18,9 +18,7 @@ from mismatch_probe.probes.progress import Progress
 from mismatch_probe.probes.workers import Workers, drive
 
 
-def make_missing(
-    store: PassStore, pair: Pair, options: AttributeOptions, progress: Progress, resume: str, *, again: bool
-) -> None:
+def make_missing(store: PassStore, pair: Pair, options: AttributeOptions, progress: Progress, *, again: bool) -> None:
     """Makes the passes that are not there yet.
 
     Args:
@@ -28,11 +26,9 @@ def make_missing(
         pair: What is taken apart.
         options: The attribution's.
         progress: Told about it.
-        resume: The command that goes on after an interruption.
         again: Whether what failed gets another try.
 
     Raises:
-        Interrupted: The user stopped it; finished passes stay.
         ProbeError: No other engine could run either.
     """
     missing = store.missing(again=again)
@@ -52,8 +48,6 @@ def make_missing(
                 except ProbeError as error:
                     progress.end(process.name, error.what)
                     _fail(store, process, error)
-    except KeyboardInterrupt:
-        raise Interrupted("Stopped; what is finished is kept.", f"Continue with: {resume}") from None
     finally:  # they hold the user's data, and whoever goes on makes them again
         for folder in (pair.run.path / FOLDER).glob("trace-*"):
             TraceFiles(folder).discard()

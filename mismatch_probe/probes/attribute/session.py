@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,23 +9,24 @@ from typing import Any
 
 from mismatch_probe.config import AttributeOptions, CompareConfig
 from mismatch_probe.engines import devices
-from mismatch_probe.errors import Interrupted, UsageError
-from mismatch_probe.files import locked
+from mismatch_probe.errors import UsageError
+from mismatch_probe.probes.analysis import analyse
 from mismatch_probe.probes.attribute.attribution import attribution_of
 from mismatch_probe.probes.attribute.evidence import Evidence
 from mismatch_probe.probes.attribute.measure import make_missing
 from mismatch_probe.probes.attribute.names import FOLDER
-from mismatch_probe.probes.attribute.pair import open_pair
+from mismatch_probe.probes.attribute.pair import Pair, open_pair
 from mismatch_probe.probes.attribute.store import PassStore
+from mismatch_probe.probes.planning import make_plan
 from mismatch_probe.probes.progress import Progress
-from mismatch_probe.probes.session import new_passes, report_run, resume_run
+from mismatch_probe.probes.session import KEPT, Session, write_run
 from mismatch_probe.report.attribution import attribution_report
 from mismatch_probe.report.figures import draw
 from mismatch_probe.report.model import Report
 from mismatch_probe.report.render.files import write_report
 from mismatch_probe.results.attribution import Attribution
 from mismatch_probe.runs.comparison import RunDirectory
-from mismatch_probe.runs.folder import default_folder
+from mismatch_probe.runs.folder import continued_by
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,8 @@ def new_attribution(
         ProbeError: What a comparison raises, and what its passes do.
     """
     progress, asked = progress or Progress(), AttributeOptions(**options)
-    config = config_of(config, asked)
-    path = Path(out) if out is not None else default_folder(config.model)
-    try:
-        new_passes(config, path, progress)
-    except Interrupted as error:
-        raise Interrupted(error.what, f"Continue with: {_resume(path, asked)}") from None
-    return _finish(path, asked, progress, engines=True)
+    with Session.new(make_plan(config_of(config, asked), progress), out, progress) as session:
+        return _attribute(session, asked, again=False)
 
 
 def resume_attribution(path: Path, options: Mapping[str, Any], progress: Progress | None) -> AttributeResult:
@@ -83,14 +78,8 @@ def resume_attribution(path: Path, options: Mapping[str, Any], progress: Progres
         TableError: The folder holds no run, or a table is missing or corrupt.
         ProbeError: An engine failed.
     """
-    progress = progress or Progress()
-    asked = _options(RunDirectory.open(path), options)
-    if RunDirectory.open(path).manifest.status != "complete":
-        try:
-            resume_run(path, (), progress, {})
-        except Interrupted as error:
-            raise Interrupted(error.what, f"Continue with: {_resume(path, asked)}") from None
-    return _finish(path, asked, progress, engines=True, again=True)
+    with Session.resume(path, progress or Progress()) as session:
+        return _attribute(session, _options(session.run, options), again=True)
 
 
 def attribute_again(path: Path, options: Mapping[str, Any]) -> AttributeResult:
@@ -99,7 +88,9 @@ def attribute_again(path: Path, options: Mapping[str, Any]) -> AttributeResult:
     Raises:
         TableError: The folder holds no run, or a table is missing or corrupt.
     """
-    return _finish(path, _options(RunDirectory.open(path), options), Progress(), engines=False)
+    with RunDirectory.reopened(path) as run:
+        pair = open_pair(run, asked := _options(run, options))
+        return _write(pair, PassStore(pair, asked))
 
 
 def config_of(config: CompareConfig, options: AttributeOptions) -> CompareConfig:
@@ -111,25 +102,36 @@ def config_of(config: CompareConfig, options: AttributeOptions) -> CompareConfig
     return config.replace(rollout_dtypes=(rollout,), trainer_dtypes=trainers)
 
 
-def _finish(
-    path: Path, options: AttributeOptions, progress: Progress, *, engines: bool, again: bool = False
-) -> AttributeResult:
-    with locked(path):
-        run = RunDirectory.open(path)
+def _attribute(session: Session, options: AttributeOptions, *, again: bool) -> AttributeResult:
+    run = session.run
+    with continued_by(f"mismatch-probe attribute --resume {run.path}", KEPT):
+        _check_device(run)
+        if not session.complete:
+            _remember(run, options)
+            session.run_passes()
         pair = open_pair(run, options)
         store = PassStore(pair, options)
-        if engines:
-            _check_device(run)
-            run.manifest.attribution = options.model_dump(mode="json")
-            run.save()
-            make_missing(store, pair, options, progress, _resume(path, options), again=again)
-            progress.message("computing contributions and figures")
-        found = attribution_of(Evidence(pair, store, store.load()))
-        found.write(path / FOLDER / "attribution.json")
-        result = AttributeResult(path, found, draw(found, path / FOLDER / "figures"))
-        write_report(result.report(), result.figures, path / FOLDER)
-        if engines:
-            report_run(path, (), None, None)  # the comparison's report quotes the answer
+        _remember(run, options)
+        make_missing(store, pair, options, session.progress, again=again)
+    session.progress.message("computing contributions and figures")
+    result = _write(pair, store)
+    write_run(analyse(run))  # the comparison's report quotes the answer
+    return result
+
+
+def _remember(run: RunDirectory, options: AttributeOptions) -> None:
+    """Keeps with the run what its attribution was asked for."""
+    run.manifest.attribution = options.model_dump(mode="json")
+    run.save()
+
+
+def _write(pair: Pair, store: PassStore) -> AttributeResult:
+    """The document, and what is shown of it."""
+    path, folder = pair.run.path, pair.run.path / FOLDER
+    found = attribution_of(Evidence(pair, store, store.load()))
+    found.write(folder / "attribution.json")
+    result = AttributeResult(path, found, draw(found, folder / "figures"))
+    write_report(result.report(), result.figures, folder)
     return result
 
 
@@ -144,8 +146,3 @@ def _check_device(run: RunDirectory) -> None:
 def _options(run: RunDirectory, given: Mapping[str, Any]) -> AttributeOptions:
     """What is given, and an earlier attribution's where it is not."""
     return AttributeOptions(**{**(run.manifest.attribution or {}), **given})
-
-
-def _resume(path: Path, options: AttributeOptions) -> str:
-    """The command that goes on; a run remembers its options only once its comparison is finished."""
-    return shlex.join(["mismatch-probe", "attribute", "--resume", str(path), *options.arguments()])

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from mismatch_probe.config import AuditOptions
-from mismatch_probe.errors import TableError
 from mismatch_probe.metrics.corrections import touched_shares
 from mismatch_probe.metrics.frame import pair_chunks
-from mismatch_probe.probes.analysis import analyse
+from mismatch_probe.probes.analysis import Analysis, growth_of
 from mismatch_probe.probes.audit.advice import Evidence, recommend
 from mismatch_probe.probes.audit.answers import answers, best_pair
 from mismatch_probe.probes.audit.checks import Checks, planned_ess
@@ -31,7 +30,7 @@ from mismatch_probe.results.audit import (
     Recommendation,
     Verdict,
 )
-from mismatch_probe.results.comparison import Comparison, LengthGrowth, MissingPair, Pair
+from mismatch_probe.results.comparison import LengthGrowth, MissingPair, Pair
 from mismatch_probe.results.finding import Finding, Value
 from mismatch_probe.runs.comparison import RunDirectory
 from mismatch_probe.types import MetricValue
@@ -40,7 +39,7 @@ _GAP = "mean_abs_logprob_diff"
 
 
 def audit_of(
-    run: RunDirectory,
+    analysis: Analysis,
     options: AuditOptions,
     profile: Profile,
     measurements: Measurements,
@@ -49,7 +48,7 @@ def audit_of(
     """Judges a run.
 
     Args:
-        run: The comparison.
+        analysis: Of the comparison.
         options: Of the audit.
         profile: Its limits.
         measurements: On the model itself.
@@ -58,11 +57,10 @@ def audit_of(
     Raises:
         TableError: A table is missing or corrupt.
     """
-    found = _comparison(run, options)
-    compared: Sequence[Pair] = () if found is None else found.pairs
-    length: Mapping[str, LengthGrowth] = {} if found is None else found.length
-    missing: Sequence[MissingPair] = () if found is None else found.missing
+    run, compared, missing = analysis.run, analysis.pairs, analysis.missing
     parts, stale, planned = measurements.load(), measurements.stale(), planned_tokens(options, run)
+    forecasts = analysis.forecasts((planned,), extrapolate=True)
+    length = {name: growth_of(found) for name, found in forecasts.items()}
     measured = range_of(parts, measurements.calibration.prompts, options.learning_rates)
     checks = Checks(profile, compared, length, measured, stale, planned)
     pairs = tuple(_pairs(run, compared, checks, unsupported))
@@ -127,16 +125,6 @@ def not_finite(pairs: Sequence[Pair], measured: Range) -> tuple[Finding, ...]:
         "measured": measured.forward is not None,
     }
     return (Finding(code="audit-no-finite-logprob", severity="fail", where=weight or tensor or "", values=values),)
-
-
-def _comparison(run: RunDirectory, options: AuditOptions) -> Comparison | None:
-    """None where no pair of passes is finished."""
-    try:
-        return analyse(run, predict_lengths=(planned_tokens(options, run),), extrapolate=True).summary
-    except TableError as error:
-        if not error.what.startswith("Nothing can be compared"):
-            raise
-        return None
 
 
 def _pairs(

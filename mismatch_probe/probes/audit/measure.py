@@ -82,12 +82,11 @@ class Measurements:
         """Parts whose file was made with other settings or by another release, or is damaged."""
         return tuple(name for name in PARTS if self._file(name).exists() and self._load(name) is None)
 
-    def make_missing(self, progress: Progress, resume: str) -> None:
+    def make_missing(self, progress: Progress) -> None:
         """Makes the parts that are not there yet: those in FP32 in one process, the FP16 pass in another.
 
         Args:
             progress: Told about both.
-            resume: The command that goes on after an interruption.
 
         Raises:
             UsageError: The model has no weights, or no sequence of the run has a prompt.
@@ -102,15 +101,13 @@ class Measurements:
         trainer = fp32_trainer(self._config, model, self._device)
         wide: dict[PartName, str] = {name: key for name, key in keys.items() if name != "proof"}
         if wide:
-            self._run_job(trainer, wide, "activations, gradients, lag", resume, progress)
+            self._run_job(trainer, wide, "activations, gradients, lag", progress)
         if "proof" in keys:
             flags = devices.trainer_settings(self._device, "float16").arguments
             half = replace(trainer, dtype="float16", mode=self._config.trainer_modes[0], flags=flags)
-            self._run_job(half, {"proof": keys["proof"]}, "a pass in FP16", resume, progress)
+            self._run_job(half, {"proof": keys["proof"]}, "a pass in FP16", progress)
 
-    def _run_job(
-        self, trainer: TrainerJob, keys: Mapping[PartName, str], text: str, resume: str, progress: Progress
-    ) -> None:
+    def _run_job(self, trainer: TrainerJob, keys: Mapping[PartName, str], text: str, progress: Progress) -> None:
         sequences, backward = self.calibration.sequences, self._load("backward")
         scales = None if backward is None else scale_range(histograms_of(*backward))
         job = AuditJob(
@@ -126,7 +123,7 @@ class Measurements:
             highest=None if scales is None else scales.high,
         )
         settings = devices.trainer_settings(self._device, trainer.dtype)
-        run_pass(self._run, job, settings, "audit", text, resume, progress)
+        run_pass(self._run, job, settings, "audit", text, progress)
 
     def _load(self, name: PartName) -> Part | None:
         return load_arrays(self._file(name), self._keys[name])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,18 +11,20 @@ from typing import Any
 from mismatch_probe.config import DEFAULT_MODEL, AuditOptions, CompareConfig
 from mismatch_probe.engines.models import resolve
 from mismatch_probe.engines.vllm.refusals import refusal
-from mismatch_probe.errors import DtypeRefused, Interrupted, ProbeError, UsageError
-from mismatch_probe.files import locked, write_text
+from mismatch_probe.errors import DtypeRefused
+from mismatch_probe.files import write_text
+from mismatch_probe.probes.analysis import analyse
 from mismatch_probe.probes.audit.baseline import compare_audits, read_audit
 from mismatch_probe.probes.audit.document import audit_of
 from mismatch_probe.probes.audit.measure import FOLDER, Measurements
 from mismatch_probe.probes.audit.profile import Profile, load_profile
+from mismatch_probe.probes.planning import make_plan
 from mismatch_probe.probes.progress import Progress
-from mismatch_probe.probes.session import new_run, resume_run
+from mismatch_probe.probes.session import KEPT, Session, write_run
 from mismatch_probe.results.audit import Audit, Verdict
 from mismatch_probe.results.manifest import AuditRecord
 from mismatch_probe.runs.comparison import RunDirectory
-from mismatch_probe.runs.folder import default_folder
+from mismatch_probe.runs.folder import continued_by
 
 _KEPT = ("profile", "planned_tokens", "step_tokens", "learning_rates")
 
@@ -80,18 +81,9 @@ def new_audit(
     dtypes = tuple(dtype for dtype in config.rollout_dtypes if dtype not in unsupported)
     if not dtypes:
         raise DtypeRefused(" ".join(unsupported.values()), "Audit it with --rollout-dtypes bf16.")
-    path = Path(out) if out is not None else default_folder(config.source or config.model or DEFAULT_MODEL)
-    try:
-        new_run(config.replace(rollout_dtypes=dtypes), path, (), progress)
-    except UsageError:
-        raise  # nothing was begun; what lies at the path may be somebody else's
-    except BaseException as error:
-        with suppress(ProbeError):
-            _remember(RunDirectory.open(path), asked, unsupported)
-        if isinstance(error, Interrupted):
-            raise Interrupted(error.what, f"Continue with: {_resume(path, asked, baseline)}") from None
-        raise
-    return _finish(path, asked, baseline, progress, unsupported, engines=True)
+    plan = make_plan(config.replace(rollout_dtypes=dtypes), progress)
+    with Session.new(plan, out, progress) as session:
+        return _audit(session, asked, baseline, unsupported)
 
 
 def resume_audit(
@@ -102,19 +94,8 @@ def resume_audit(
     Raises:
         ProbeError: The folder holds no run, its model has changed, or an engine failed.
     """
-    progress = progress or Progress()
-    run = RunDirectory.open(path)
-    asked = _options(run, options)
-    _check(asked, baseline)
-    if run.manifest.status != "complete":
-        with locked(path):
-            run = RunDirectory.open(path)
-            _remember(run, asked, _known_unsupported(run))
-        try:
-            resume_run(path, (), progress, {})
-        except Interrupted as error:
-            raise Interrupted(error.what, f"Continue with: {_resume(path, asked, baseline)}") from None
-    return _finish(path, asked, baseline, progress, None, engines=True)
+    with Session.resume(path, progress or Progress()) as session:
+        return _audit(session, _options(session.run, options), baseline, _known_unsupported(session.run))
 
 
 def audit_run(path: Path, options: Mapping[str, Any], baseline: str | Path | None) -> AuditResult:
@@ -123,43 +104,37 @@ def audit_run(path: Path, options: Mapping[str, Any], baseline: str | Path | Non
     Raises:
         TableError: The folder holds no run, or a table is missing or corrupt.
     """
-    asked = _options(RunDirectory.open(path), options)
-    return _finish(path, asked, baseline, Progress(), None, engines=False)
+    with RunDirectory.reopened(path) as run:
+        asked = _options(run, options)
+        profile, old = _check(asked, baseline)
+        audit = audit_of(analyse(run), asked, profile, Measurements(run, asked), _known_unsupported(run))
+        return _write(run, audit, old, baseline)
 
 
-def _finish(
-    path: Path,
-    options: AuditOptions,
-    baseline: str | Path | None,
-    progress: Progress,
-    unsupported: Mapping[str, str] | None,
-    *,
-    engines: bool,
+def _audit(
+    session: Session, options: AuditOptions, baseline: str | Path | None, unsupported: Mapping[str, str]
 ) -> AuditResult:
-    """Judges a run.
+    """Runs what is missing, and judges.
 
     Args:
-        path: Its folder.
+        session: On the comparison.
         options: Of the audit.
         baseline: An older audit.
-        progress: Told what is done.
-        unsupported: By rollout dtype that the engine does not support, its reason; None for what an earlier audit of
-            the run knew.
-        engines: Whether to measure what is missing.
+        unsupported: By rollout dtype that the engine does not support, its reason.
     """
     profile, old = _check(options, baseline)
-    with locked(path):
-        run = RunDirectory.open(path)
-        known = _known_unsupported(run) if unsupported is None else unsupported
+    run, analysis = session.run, None
+    _remember(run, options, unsupported)
+    with continued_by(_resume(run.path, options, baseline), KEPT):
+        if not session.complete:
+            session.run_passes()
+            session.progress.message("computing metrics and figures")
+            write_run(analysis := analyse(run))
         measurements = Measurements(run, options)
-        if engines:
-            _remember(run, options, known)
-            measurements.make_missing(progress, _resume(path, options, baseline))
-            progress.message("computing verdict and figures")
-        audit = audit_of(run, options, profile, measurements, known)
-        if old is not None:
-            audit = audit.model_copy(update={"baseline": compare_audits(old, audit, str(baseline))})
-        return AuditResult(path, audit, _write(path, audit))
+        measurements.make_missing(session.progress)
+    session.progress.message("computing verdict and figures")
+    audit = audit_of(analysis or analyse(run), options, profile, measurements, unsupported)
+    return _write(run, audit, old, baseline)
 
 
 def _resume(path: Path, options: AuditOptions, baseline: str | Path | None) -> str:
@@ -192,18 +167,21 @@ def _check(options: AuditOptions, baseline: str | Path | None) -> tuple[Profile,
     return load_profile(options.profile), None if baseline is None else read_audit(baseline)
 
 
-def _write(run: Path, audit: Audit) -> dict[str, Path]:
+def _write(run: RunDirectory, audit: Audit, old: Audit | None, baseline: str | Path | None) -> AuditResult:
+    """The document with its comparison to an older one, and what is shown of it."""
     from mismatch_probe.report.audit import audit_report
     from mismatch_probe.report.figures import draw
     from mismatch_probe.report.junit import junit_xml
     from mismatch_probe.report.render.files import write_report
 
-    folder = run / FOLDER
+    if old is not None:
+        audit = audit.model_copy(update={"baseline": compare_audits(old, audit, str(baseline))})
+    folder = run.path / FOLDER
     audit.write(folder / "audit.json")
     write_text(folder / "junit.xml", junit_xml(audit))
     figures = draw(audit, folder / "figures")
-    write_report(audit_report(audit, run), figures, folder)
-    return figures
+    write_report(audit_report(audit, run.path), figures, folder)
+    return AuditResult(run.path, audit, figures)
 
 
 def _unsupported(config: CompareConfig) -> dict[str, str]:
