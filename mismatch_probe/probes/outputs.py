@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
 
 from mismatch_probe.files import write_text
-from mismatch_probe.probes.analysis import Analysis
-from mismatch_probe.probes.tokens import token_view
 from mismatch_probe.report.data import ReportData
 from mismatch_probe.results.comparison import Comparison
 from mismatch_probe.runs.comparison import RunDirectory
@@ -27,17 +25,15 @@ def summary_frame(summary: Comparison) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*about, "metric", "value", "ci_low", "ci_high", "why"])
 
 
-def write_outputs(analysis: Analysis, data: ReportData) -> dict[str, Path]:
+def write_outputs(run: RunDirectory, data: ReportData) -> dict[str, Path]:
     """Writes summary, figures and reports into the run's folder; returns the figures."""
     from mismatch_probe.report.compare import compare_report
     from mismatch_probe.report.render.files import write_report
 
-    run = analysis.run
     data.summary.write(run.path / "summary.json")
     write_text(run.path / "summary.csv", summary_frame(data.summary).to_csv(index=False, lineterminator="\n"))
     figures = draw_figures(run, data)
-    shown = replace(data, tokens=token_view(run, analysis.diagonal))
-    write_report(compare_report(shown), figures, run.path)
+    write_report(compare_report(data), figures, run.path)
     return figures
 
 

@@ -24,6 +24,7 @@ from mismatch_probe.probes.outputs import draw_figures, summary_frame, write_out
 from mismatch_probe.probes.planning import Plan, make_plan
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.probes.recorded import recorded_of
+from mismatch_probe.probes.tokens import token_view
 from mismatch_probe.report.data import ReportData
 from mismatch_probe.results.comparison import Comparison
 from mismatch_probe.results.manifest import Environment, Manifest, ModelRecord, PromptsRecord
@@ -201,8 +202,10 @@ def write_run(
     extrapolate: bool | None = None,
 ) -> RunResult:
     """Writes summary, figures and reports of a run; arguments as in `Analysis.report`."""
+    run = analysis.run
     data = analysis.report(limits, predict_lengths=predict_lengths, extrapolate=extrapolate)
-    return RunResult(analysis.run.path, data, write_outputs(analysis, data))
+    data = replace(data, tokens=token_view(run, analysis.diagonal))
+    return RunResult(run.path, data, write_outputs(run, data))
 
 
 # What may still change on resume, and the side of which no pass may be finished yet, since the others would differ.
