@@ -16,6 +16,7 @@ from mismatch_probe.report.figures.curves import ccdf_figure, where_figure
 from mismatch_probe.report.figures.heatmap import matrix_figure
 from mismatch_probe.report.figures.policy import policy_figure
 from mismatch_probe.types import MetricValue
+from tests.factories.attribution import attribution
 from tests.factories.comparison import make_comparison, make_metrics, make_missing, make_pair
 from tests.factories.manifest import make_manifest
 from tests.factories.report_data import make_curves, make_report_data
@@ -259,3 +260,18 @@ def test_figures_do_without_pyplot_and_its_global_state() -> None:
     sources = [path for path in resources.files("mismatch_probe.report.figures").iterdir() if path.name.endswith(".py")]
     assert len(sources) > 10
     assert not [source for source in sources if "pyplot" in source.read_text(encoding="utf-8")]
+
+
+def test_figures_of_an_unchanged_document_are_not_drawn_again(tmp_path: Path) -> None:
+    found = attribution()
+    before = {name: path.stat().st_ino for name, path in draw(found, tmp_path).items()}
+    assert before
+    assert {name: path.stat().st_ino for name, path in draw(found, tmp_path).items()} == before
+    lost = next(iter(before))
+    (tmp_path / f"{lost}.png").write_bytes(b"")
+    again = {name: path.stat().st_ino for name, path in draw(found, tmp_path).items()}
+    assert (tmp_path / f"{lost}.png").stat().st_size > 0
+    assert {name for name in before if again[name] != before[name]} <= {lost}
+    changed = found.model_copy(update={"n_tokens": found.n_tokens + 1})
+    after = {name: path.stat().st_ino for name, path in draw(changed, tmp_path).items()}
+    assert all(after[name] != again[name] for name in after)

@@ -6,20 +6,24 @@ lists them in the order of a report.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import pkgutil
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mismatch_probe.files import atomic_path
+from mismatch_probe.results.base import Document
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Data = TypeVar("Data")
+_BEGINNING = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -89,23 +93,48 @@ def figures_of(data: object) -> list[FigureInfo]:
 def draw(data: object, folder: Path) -> dict[str, Path]:
     """Draws what the data serve into `folder` as PNG, each by atomic rename; returns the files by name.
 
-    The files carry no date and no version, so equal data gives equal bytes with one matplotlib.
+    The files carry no date and no version, so equal data gives equal bytes with one matplotlib. Figures of a document
+    carry a digest of it, and are drawn only where it differs.
 
     Raises:
         DiskFull: No space is left on the device.
         TableError: A file cannot be written.
     """
-    return {info.name: save(info.draw(data), folder / f"{info.name}.png") for info in figures_of(data)}
+    digest = _digest(data) if isinstance(data, Document) else ""
+    found = {info.name: folder / f"{info.name}.png" for info in figures_of(data)}
+    for name, path in found.items():
+        if not digest or not _shows(path, digest):
+            save(_REGISTRY[name].draw(data), path, digest)
+    return found
 
 
-def save(drawn: Figure, path: Path) -> Path:
-    """Writes a figure as PNG by atomic rename."""
+def _digest(document: Document) -> str:
+    """Of a document and of what draws it."""
+    known = hashlib.sha256(f"{version('matplotlib')} {document.model_dump_json()}".encode())
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        known.update(file.read_bytes())
+    return known.hexdigest()
+
+
+def _shows(path: Path, digest: str) -> bool:
+    """Whether a file is the figure that `save` wrote for a digest, which lies near its beginning."""
+    try:
+        with path.open("rb") as handle:
+            return f"Comment\0{digest}".encode() in handle.read(_BEGINNING)
+    except OSError:
+        return False
+
+
+def save(drawn: Figure, path: Path, digest: str = "") -> Path:
+    """Writes a figure as PNG by atomic rename, with the digest of its data."""
     from mismatch_probe.report.figures.style import DPI, plot_settings
 
     with atomic_path(path) as partial, plot_settings(), warnings.catch_warnings():
         # A reason quoted from an engine may hold characters that the font lacks; a box in its place is fine.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        drawn.savefig(partial, format="png", dpi=DPI, metadata={"Software": None})
+        drawn.savefig(
+            partial, format="png", dpi=DPI, metadata={"Software": None, **({"Comment": digest} if digest else {})}
+        )
     return path
 
 
