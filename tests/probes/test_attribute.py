@@ -13,7 +13,6 @@ from markupsafe import escape
 from numpy.typing import NDArray
 
 import mismatch_probe
-from mismatch_probe.arrays import save_arrays
 from mismatch_probe.config import AttributeOptions, CompareConfig
 from mismatch_probe.engines.attribute.trace import MOST_BYTES, MOST_ROWS, choose_sequences, row_bytes
 from mismatch_probe.errors import EngineError, TableError, UsageError
@@ -65,7 +64,7 @@ class Planted:
 
     def _save(self, name: str, facts: Any, logprobs: NDArray[Any], index: NDArray[Any]) -> None:
         arrays = {"logprobs": logprobs.astype(np.float32), "index": index}
-        save_arrays(self.store.file(name), self.store.key(name), facts, arrays)
+        self.store.files.at(name).save(facts, arrays)
 
 
 @pytest.fixture
@@ -224,7 +223,7 @@ def test_a_setting_on_some_of_the_sequences_is_compared_on_those(plant: Callable
     count = int(planted.base.starts()[5])
     arrays = {"logprobs": planted.base.rollout_logprobs[:count].astype(np.float32), "index": np.arange(5)}
     name = "rollout-batch-1"
-    save_arrays(planted.store.file(name), planted.store.key(name), {"seconds": 9.0}, arrays)
+    planted.store.files.at(name).save({"seconds": 9.0}, arrays)
     document = document_of(planted)
     row = setting_of(document, name)
     assert (row.n_tokens, row.time_ratio, effect_of(document, name).shift.value) == (count, None, 0.0)
@@ -311,7 +310,7 @@ def test_tensors_that_are_not_finite_are_named(scripted_model: MakeModel, tmp_pa
     facts = {"records": records, "layers": [], "trained_layers": ["m.0"]}
     sums = np.full((3, 2), np.nan)
     arrays = {"apart": sums, "engine": sums, "trainer": sums, "size": np.ones((3, 2)), "lens": np.empty((0, 0))}
-    save_arrays(store.file("inside-float16"), store.key("inside-float16"), facts, arrays)
+    store.files.at("inside-float16").save(facts, arrays)
     result = mismatch_probe.attribute_run(base.run.path, settings=("none",), layer_dtypes=("float16",))
     found = result.attribution.layers.dtypes["float16"]
     assert found.located is not None

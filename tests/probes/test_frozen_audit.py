@@ -23,7 +23,7 @@ def test_an_audit_of_smollm2_135m(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         with np.load(path) as file:
             return json.loads(str(file["about"]))["facts"], {name: file[name] for name in file.files if name != "about"}
 
-    monkeypatch.setattr("mismatch_probe.probes.audit.measure.load_arrays", load)
+    monkeypatch.setattr("mismatch_probe.runs.measurements.load_arrays", load)
     monkeypatch.setattr("mismatch_probe.report.figures.draw", lambda data, folder: {})
     run = Path(shutil.copytree(FROZEN / "audit", tmp_path / "run"))
     frozen = Audit.read(run / "audit" / "audit.json").content()

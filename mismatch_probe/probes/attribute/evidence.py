@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from mismatch_probe.metrics import ladder
 from mismatch_probe.probes.attribute.pair import Pair
-from mismatch_probe.probes.attribute.store import Part, PassStore
+from mismatch_probe.probes.attribute.store import PassStore
+from mismatch_probe.runs.measurements import Part
 
 NOT_MEASURED = "not measured yet; `attribute --resume` runs it"
 Floats = NDArray[np.float64]

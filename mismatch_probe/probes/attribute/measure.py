@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from mismatch_probe.arrays import save_arrays
 from mismatch_probe.config import AttributeOptions
 from mismatch_probe.engines.attribute.trace import TraceFiles
 from mismatch_probe.errors import DiskFull, EngineMissing, ProbeError
@@ -56,6 +55,6 @@ def make_missing(store: PassStore, pair: Pair, options: AttributeOptions, progre
 def _fail(store: PassStore, process: Process, error: ProbeError) -> None:
     """Keeps why passes could not be made; those that the process had finished stay."""
     lost = [*process.passes, *(inside_name(dtype) for dtype in process.traces)]
-    for name in (name for name in lost if not store.has(name)):
+    for name in (name for name in lost if not store.files.has(name)):
         empty: dict[str, NDArray[np.generic]] = {"logprobs": np.empty(0, np.float32), "index": np.empty(0, np.int64)}
-        save_arrays(store.file(name), store.key(name), {"failed": error.what}, empty)
+        store.files.at(name).save({"failed": error.what}, empty)

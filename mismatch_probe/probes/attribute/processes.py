@@ -157,7 +157,7 @@ class Processes:
                 changed,
                 engine.passes,
                 {name: self._store.key(name) for name in passes},
-                str(self._store.folder),
+                str(self._store.files.folder),
                 self._alone(),
                 self._trace_request(changed) if engine.traced else None,
                 self._routers() if engine.routed else None,
@@ -262,14 +262,14 @@ class Processes:
         passes = (*(v.name for v in needed), *([FIXES] if search else []))
         job = TrainerVariants(
             trainer,
-            str(self._store.folder),
+            str(self._store.files.folder),
             needed,
             {name: self._store.key(name) for name in passes},
             pair.sequences,
             pair.most_tokens,
             pair.batch,
             search,
-            (str(self._store.file(ROUTES)), self._store.key(ROUTES)) if context.experts else None,
+            (str(self._store.files.at(ROUTES).path), self._store.key(ROUTES)) if context.experts else None,
         )
         environment = dict(devices.trainer_settings(context.device, pair.trainer.dtype).environment)  # type: ignore[arg-type]
         if any(variant.tf32 for variant in needed):
@@ -302,7 +302,7 @@ class Processes:
             )
             for dtype in dtypes
         ]
-        job = InsideJob(trainer, str(self._store.folder), insides)
+        job = InsideJob(trainer, str(self._store.files.folder), insides)
         settings = devices.trainer_settings(self._pair.context.device, "float32")  # type: ignore[arg-type]
         return Process("layers and modules", "hf", settings.environment, job, tuple(i.name for i in insides))
 

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-from numpy.typing import NDArray
-
-from mismatch_probe.arrays import load_arrays
 from mismatch_probe.config import AttributeOptions
 from mismatch_probe.engines.attribute.rollout import ROUTES
 from mismatch_probe.engines.attribute.trainer import FIXES, set_name, single_name
@@ -28,12 +23,11 @@ from mismatch_probe.probes.attribute.names import (
 )
 from mismatch_probe.probes.attribute.pair import Pair
 from mismatch_probe.probes.attribute.settings import Setting, choose, settings_of
+from mismatch_probe.runs.measurements import Part, Store
 from mismatch_probe.types import DTYPES
 
 # Of what is compared inside; another number makes all of it anew.
 INSIDES = 2
-Part = tuple[dict[str, Any], dict[str, NDArray[Any]]]
-"""Facts and arrays of a pass, as its file holds them."""
 
 
 class PassStore:
@@ -46,6 +40,7 @@ class PassStore:
 
     def __init__(self, pair: Pair, options: AttributeOptions) -> None:
         self._pair, self._options = pair, options
+        self.files = Store(pair.run.path / FOLDER / "passes", self.key)
         self.settings = settings_of(pair.context)
         chosen = choose(self.settings, options.settings)
         if options.layers and not pair.eager:
@@ -61,41 +56,24 @@ class PassStore:
         if setting is not None:
             about = (setting.arguments, setting.how, setting.variant, setting.dtype, setting.environment)
             return pair.key(name, *about)
-        if name == FIXES:
+        if name.startswith(FIXES):
+            name = FIXES  # every set of the search has its key
             return pair.key(name, self._options.target)
         if name in map(inside_name, DTYPES):
             return pair.key(name, INSIDES)
         return pair.key(name)
 
-    @property
-    def folder(self) -> Path:
-        """Where the files are."""
-        return self._pair.run.path / FOLDER / "passes"
-
-    def file(self, name: str) -> Path:
-        """The file of a pass."""
-        return self.folder / f"{name}.npz"
-
-    def has(self, name: str) -> bool:
-        """Whether the file of a pass is there and was made of this run."""
-        return load_arrays(self.file(name), self.key(name)) is not None
-
     def load(self) -> dict[str, Part]:
         """The passes that are there and were made of this run, also those that nobody asks for now."""
-        names = dict.fromkeys([*self.names(self.settings), FIXES])
-        found = {name: load_arrays(self.file(name), self.key(name)) for name in names}
-        parts = {name: part for name, part in found.items() if part is not None}
-        for index, _ in enumerate(parts[FIXES][0].get("sets", ()) if FIXES in parts else ()):
-            part = load_arrays(self.file(set_name(index)), self.key(FIXES))
-            if part is not None:
-                parts[set_name(index)] = part
-        return parts
+        parts = self.files.load(dict.fromkeys([*self.names(self.settings), FIXES]))
+        sets = parts[FIXES][0].get("sets", ()) if FIXES in parts else ()
+        return parts | self.files.load(set_name(index) for index, _ in enumerate(sets))
 
     def missing(self, *, again: bool) -> list[str]:
         """The passes that are asked for and are not there; with `again`, also those that failed, whose files go."""
         there = self.load()
         for name in [name for name, (facts, _) in there.items() if again and "failed" in facts]:
-            self.file(name).unlink()
+            self.files.at(name).path.unlink()
             del there[name]
         if FIXES in there and not set(self.fix_classes) <= set(there[FIXES][0].get("classes", self.fix_classes)):
             del there[FIXES]  # it was looked for among fewer classes

@@ -7,13 +7,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-from mismatch_probe.arrays import load_arrays
 from mismatch_probe.config import AuditOptions
 from mismatch_probe.engines import devices
-from mismatch_probe.engines.audit.job import AuditJob, Part, histograms_of
+from mismatch_probe.engines.audit.job import AuditJob, histograms_of
 from mismatch_probe.engines.base import TrainerJob
 from mismatch_probe.errors import UsageError
 from mismatch_probe.metrics.floats import scale_range
@@ -22,6 +20,7 @@ from mismatch_probe.probes.own_pass import device_of, fp32_trainer, model_of, ru
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.results.audit import PARTS, PartName
 from mismatch_probe.runs.comparison import RunDirectory
+from mismatch_probe.runs.measurements import Part, Store
 from mismatch_probe.types import ScoreRequest
 
 FOLDER = "audit"
@@ -71,16 +70,17 @@ class Measurements:
         self._config = run.manifest.config
         self.calibration = calibration_of(run)
         self._device = device_of(run)
-        self._keys = {name: self._key(name) for name in PARTS}
+        self._files = Store(run.path / FOLDER, self._key)
 
     def load(self) -> dict[PartName, Part]:
         """The parts that are there and were made of this run with these options."""
-        found = {name: self._load(name) for name in PARTS}
-        return {name: part for name, part in found.items() if part is not None}
+        found = self._files.load(PARTS)
+        return {name: found[name] for name in PARTS if name in found}
 
     def stale(self) -> tuple[PartName, ...]:
         """Parts whose file was made with other settings or by another release, or is damaged."""
-        return tuple(name for name in PARTS if self._file(name).exists() and self._load(name) is None)
+        found = self._files.stale(PARTS)
+        return tuple(name for name in PARTS if name in found)
 
     def make_missing(self, progress: Progress) -> None:
         """Makes the parts that are not there yet: those in FP32 in one process, the FP16 pass in another.
@@ -92,7 +92,7 @@ class Measurements:
             UsageError: The model has no weights, or no sequence of the run has a prompt.
             ProbeError: The engine failed; finished parts stay.
         """
-        keys = {name: key for name, key in self._keys.items() if self._load(name) is None}
+        keys = {name: self._files.at(name).key for name in PARTS if not self._files.has(name)}
         if not keys:
             return
         model = model_of(self._run, self._config, progress)
@@ -108,11 +108,11 @@ class Measurements:
             self._run_job(half, {"proof": keys["proof"]}, "a pass in FP16", progress)
 
     def _run_job(self, trainer: TrainerJob, keys: Mapping[PartName, str], text: str, progress: Progress) -> None:
-        sequences, backward = self.calibration.sequences, self._load("backward")
+        sequences, backward = self.calibration.sequences, self._files.at("backward").load()
         scales = None if backward is None else scale_range(histograms_of(*backward))
         job = AuditJob(
             trainer,
-            folder=str(self._run.path / FOLDER),
+            folder=str(self._files.folder),
             keys=keys,
             sequences=sequences,
             n_gradients=min(N_GRADIENTS, len(sequences)),
@@ -124,12 +124,6 @@ class Measurements:
         )
         settings = devices.trainer_settings(self._device, trainer.dtype)
         run_pass(self._run, job, settings, "audit", text, progress)
-
-    def _load(self, name: PartName) -> Part | None:
-        return load_arrays(self._file(name), self._keys[name])
-
-    def _file(self, name: str) -> Path:
-        return self._run.path / FOLDER / f"{name}.npz"
 
     def _key(self, part: str) -> str:
         """A digest of all that a part depends on; a proof also on how the trainer runs."""
