@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -19,7 +20,13 @@ from mismatch_probe.errors import EXIT_LIMIT, EXIT_OK, UsageError
     epilog="Exit codes: 0 ok or warn, 1 error, 2 usage, 3 fail, inconclusive or worse than the baseline (--strict: a "
     "warning, too), 130 interrupted.",
 )
-@click.option("--from", "source", type=click.Path(), metavar="RUN", help="Judge this finished run, without engines.")
+@click.option(
+    "--from",
+    "source",
+    type=click.Path(),
+    metavar="SOURCE",
+    help="Recorded sequences (.jsonl or .parquet) to compare, or a finished run, which is judged without engines.",
+)
 @click.option("--resume", type=click.Path(), metavar="RUN", help="Run what is missing of this run, and judge it.")
 @click.option("--profile", help="default, nemo-rl, verl, prime-rl, strict, or a TOML file.  [default: default]")
 @click.option("--planned-tokens", type=int, help="Response length of the RL run.  [default: 8 times the longest here]")
@@ -75,6 +82,8 @@ def command(
         raise UsageError(
             "--from and --resume cannot be combined.", "Use --from to run no engine, --resume to run missing passes."
         )
+    if source is not None and Path(source).is_file():
+        chosen["source"], source = source, None
     if (source or resume) and (chosen or out is not None):
         raise UsageError("Options of a new run cannot be combined with --from or --resume.", "Leave them out.")
     with shown_progress() as progress:

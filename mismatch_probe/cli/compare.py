@@ -88,7 +88,13 @@ class _Positions(click.ParamType[int | str]):
 @click.option("--max-tokens", type=int, help="Longest response.  [default: by device]")
 @click.option("--temperature", type=float, help="Sampling temperature, applied on both sides.  [default: 1]")
 @click.option("--seed", type=int, help="Seeds every request.  [default: 0]")
-@click.option("--from", "source", type=click.Path(), help="Compare recorded sequences (.jsonl, .parquet) instead.")
+@click.option(
+    "--from",
+    "source",
+    type=click.Path(),
+    metavar="SOURCE",
+    help="Recorded sequences (.jsonl or .parquet), or a finished run, instead of samples.",
+)
 @click.option("--rescore", is_flag=True, default=None, help="With --from: score even where trainer log-probs are.")
 @click.option("--replay", is_flag=True, default=None, help="With --from: decode them again in every rollout dtype.")
 @click.option(

@@ -100,8 +100,8 @@ class SequenceSettings(Settings):
         default="own",
         description="own: every rollout dtype samples. shared: the first samples, the others decode the same ids.",
     )
-    source: Annotated[str | None, Option(flag="--from", path=True, metavar="FILE")] = Field(
-        default=None, description="Compare recorded sequences (.jsonl or .parquet) instead of samples."
+    source: Annotated[str | None, Option(flag="--from", path=True, metavar="SOURCE")] = Field(
+        default=None, description="Recorded sequences (.jsonl or .parquet), or a finished run, instead of samples."
     )
     rescore: bool = Field(
         default=False,

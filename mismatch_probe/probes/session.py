@@ -29,7 +29,7 @@ from mismatch_probe.report.data import ReportData
 from mismatch_probe.results.comparison import Comparison
 from mismatch_probe.results.manifest import Environment, Manifest, ModelRecord, PromptsRecord
 from mismatch_probe.runs.comparison import RunDirectory
-from mismatch_probe.runs.folder import COMPARISON, continued_by, new_folder
+from mismatch_probe.runs.folder import COMPARISON, continued_by, kind_of, new_folder
 from mismatch_probe.runs.passes import Passes, passes_of
 
 KEPT = "finished passes are kept"
@@ -156,6 +156,8 @@ def new_run(
     config: CompareConfig, out: str | Path | None, fail_on: Sequence[str], progress: Progress | None
 ) -> RunResult:
     """Samples, scores and compares; see `mismatch_probe.compare`."""
+    if config.source and kind_of(Path(config.source)) is not None:
+        return _finished_run(config, out, fail_on)
     parse_limits(fail_on, None if config.source else passes_of(config))  # before anything is fetched
     progress = progress or Progress()
     plan = make_plan(config, progress)
@@ -185,6 +187,22 @@ def plot_run(path: Path) -> dict[str, Path]:
     """Draws the figures again; see `mismatch_probe.plot`."""
     run = RunDirectory.open(path)
     return draw_figures(run, analyse(run).report())
+
+
+def _finished_run(config: CompareConfig, out: str | Path | None, fail_on: Sequence[str]) -> RunResult:
+    """What `--from RUN` asks for: the same as `report RUN`, since a finished run has everything.
+
+    Raises:
+        UsageError: Something else is asked for, too.
+    """
+    only = CompareConfig(source=config.source, predict_lengths=config.predict_lengths, extrapolate=config.extrapolate)
+    if config != only or out is not None:
+        raise UsageError(
+            "Options of a new run cannot be combined with --from RUN: its passes are there.",
+            "Leave them out, or give --from a file of recorded sequences.",
+        )
+    lengths, extrapolate = config.predict_lengths or None, config.extrapolate or None
+    return report_run(Path(str(config.source)), fail_on, lengths, extrapolate)
 
 
 def _compare(session: Session, limits: Sequence[Limit]) -> RunResult:

@@ -189,6 +189,20 @@ class TestBothSides:
         assert mismatch_probe.write_report(run.path).summary == run.summary
         assert mismatch_probe.resume(run.path).summary == run.summary
 
+    def test_a_finished_run_is_a_source_as_a_file_is(self, compare: Compare, record: Record) -> None:
+        run = compare(record())
+        again = mismatch_probe.compare(CompareConfig(source=str(run.path)))
+        assert (again.path, again.summary) == (run.path, run.summary)
+        with pytest.raises(UsageError, match="cannot be combined with --from RUN"):
+            compare(run.path, out="new")
+        with pytest.raises(UsageError, match="cannot be combined with --from RUN"):
+            mismatch_probe.compare(CompareConfig(source=str(run.path), model="m"))
+
+    def test_an_audit_takes_a_file_too(self, command: Any, record: Record, tmp_path: Path) -> None:
+        ended = command("audit", "--from", record(), "--out", tmp_path / "run")
+        assert (ended.code, "names no model to measure" in ended.err) == (1, True)
+        assert command("audit", "--from", tmp_path / "run", "--json").out.startswith("{")
+
     def test_rescoring_puts_a_trainer_beside_the_recorded_one(
         self, compare: Compare, record: Record, scripted_model: MakeModel
     ) -> None:
