@@ -19,14 +19,15 @@ from mismatch_probe.config import CompareConfig, check_lengths
 from mismatch_probe.engines import devices
 from mismatch_probe.engines.gradient import GradientJob, PassTask, PassVectors
 from mismatch_probe.errors import TableError, UsageError
-from mismatch_probe.files import locked, write_text
+from mismatch_probe.files import write_text
 from mismatch_probe.probes.gradient.plan import FOLDER, REFERENCE, pass_data, task_of
 from mismatch_probe.probes.gradient.result import document_of, frame_of
 from mismatch_probe.probes.own_pass import device_of, fp32_trainer, model_of, run_pass
 from mismatch_probe.probes.progress import Progress
-from mismatch_probe.probes.session import new_run
+from mismatch_probe.probes.session import KEPT, new_run
 from mismatch_probe.results.gradient import Gradient
 from mismatch_probe.runs.comparison import RunDirectory
+from mismatch_probe.runs.folder import continued_by
 
 Source = str | Path | CompareConfig
 
@@ -66,9 +67,10 @@ def measure_gradient(
         path = new_run(source, out, (), progress).path
     else:
         path = Path(source)
-    RunDirectory.open(path)  # before the lock, which would make the folder
-    with locked(path):
-        run = RunDirectory.open(path)
+    with (
+        RunDirectory.reopened(path) as run,
+        continued_by(f"mismatch-probe rl gradient {path}", KEPT),
+    ):
         data, missing = pass_data(run)
         config = run.manifest.config
         tasks = {name: task_of(run, config, found) for name, found in data.items()}
@@ -93,7 +95,7 @@ def _make_missing(run: RunDirectory, config: CompareConfig, tasks: Sequence[Pass
     device = device_of(run)
     job = GradientJob(fp32_trainer(config, model_of(run, config, progress), device), missing)
     settings = devices.trainer_settings(device, "float32")
-    run_pass(run, job, settings, FOLDER, "gradients", f"mismatch-probe rl gradient {run.path}", progress)
+    run_pass(run, job, settings, FOLDER, "gradients", progress)
 
 
 def _write(folder: Path, document: Gradient) -> dict[str, Path]:
