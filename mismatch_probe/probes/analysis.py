@@ -196,7 +196,7 @@ def growth_of(found: LengthForecast) -> LengthGrowth:
 def _self_noise_pass(run: RunDirectory, pass_id: str) -> SelfNoisePass | None:
     found = PassId.parse(pass_id)
     repeat = str(found.repeat)
-    if not run.finished(repeat):
+    if found.variant or not run.finished(repeat):
         return None
     measured = self_noise_of(run, pass_id, repeat)
     return SelfNoisePass(
