@@ -331,7 +331,7 @@ def layered(scripted_model: MakeModel, tmp_path: Path) -> Planted:
         trainer_dtypes=("bfloat16", "float32"),
     )
     planted = Planted(mismatch_probe.compare(config, out=tmp_path / "run").path, settings=("none",))
-    planted.options = replace(planted.options, layers=True)
+    planted.options = planted.options.replace(layers=True)
     planted.store = PassStore(planted.base, planted.options)
     planted.ladder()
     return planted
