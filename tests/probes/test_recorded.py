@@ -200,7 +200,7 @@ class TestBothSides:
 
     def test_an_audit_takes_a_file_too(self, command: Any, record: Record, tmp_path: Path) -> None:
         ended = command("audit", "--from", record(), "--out", tmp_path / "run")
-        assert (ended.code, "names no model to measure" in ended.err) == (1, True)
+        assert (ended.code, "names no model to measure" in ended.err) == (2, True)
         assert command("audit", "--from", tmp_path / "run", "--json").out.startswith("{")
 
     def test_rescoring_puts_a_trainer_beside_the_recorded_one(
