@@ -20,7 +20,7 @@ from mismatch_probe.metrics.where import where
 from mismatch_probe.passes import PassId
 from mismatch_probe.probes.findings import findings, format_ratio
 from mismatch_probe.probes.pairs import PairResult, PassPair, analyse_pair, why_missing
-from mismatch_probe.probes.worst import worst_tokens
+from mismatch_probe.probes.tokens import worst_tokens
 from mismatch_probe.report.data import Curves, ReportData
 from mismatch_probe.results.attribution import Attribution
 from mismatch_probe.results.comparison import (

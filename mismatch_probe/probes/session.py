@@ -1,4 +1,4 @@
-"""One run from beginning to end: folder, passes, analysis, outputs."""
+"""One comparison from beginning to end: folder, passes, analysis, what it leaves behind."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ import pandas as pd
 from mismatch_probe.config import CompareConfig, Limit, check_lengths
 from mismatch_probe.engines import devices
 from mismatch_probe.errors import TableError, UsageError
+from mismatch_probe.files import write_text
 from mismatch_probe.metrics.catalog import CATALOG
 from mismatch_probe.passes import PassId
 from mismatch_probe.probes.analysis import Analysis, analyse
 from mismatch_probe.probes.compare import PassRunner
-from mismatch_probe.probes.outputs import draw_figures, summary_frame, write_outputs
 from mismatch_probe.probes.planning import Plan, make_plan
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.probes.recorded import recorded_of
@@ -332,3 +332,34 @@ def _manifest(plan: Plan) -> Manifest:
             variables=devices.recorded_environment(),
         ),
     )
+
+
+def summary_frame(summary: Comparison) -> pd.DataFrame:
+    """The pairs' metrics flat, a row per pair and metric: what `summary.csv` holds."""
+    about = ["rollout_pass", "trainer_pass", "rollout_dtype", "trainer_dtype", "trainer_mode", "on_policy"]
+    about += ["n_tokens", "n_sequences", "n_nonfinite", "n_excluded"]
+    rows = [
+        {**{name: getattr(pair, name) for name in about}, "metric": key, **asdict(value)}
+        for pair in summary.pairs
+        for key, value in pair.metrics.items()
+    ]
+    return pd.DataFrame(rows, columns=[*about, "metric", "value", "ci_low", "ci_high", "why"])
+
+
+def write_outputs(run: RunDirectory, data: ReportData) -> dict[str, Path]:
+    """Writes summary, figures and reports into the run's folder; returns the figures."""
+    from mismatch_probe.report.compare import compare_report
+    from mismatch_probe.report.render.files import write_report
+
+    data.summary.write(run.path / "summary.json")
+    write_text(run.path / "summary.csv", summary_frame(data.summary).to_csv(index=False, lineterminator="\n"))
+    figures = draw_figures(run, data)
+    write_report(compare_report(data), figures, run.path)
+    return figures
+
+
+def draw_figures(run: RunDirectory, data: ReportData) -> dict[str, Path]:
+    """Draws every figure into `figures/`."""
+    from mismatch_probe.report.figures import draw
+
+    return draw(data, run.path / "figures")

@@ -1,4 +1,4 @@
-"""Sequences for the token view: the worst of each pair of equal dtypes and some that stand for the others."""
+"""Single tokens of a run: the worst of each pair, and sequences for the token view: the worst and some others."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from mismatch_probe.errors import UsageError
 from mismatch_probe.metrics.frame import PassSequences, pass_sequences
 from mismatch_probe.probes.pairs import PairResult, PassPair, why_missing
+from mismatch_probe.report.data import WorstToken
 from mismatch_probe.report.model import Token, TokenSequence
 from mismatch_probe.runs.comparison import RunDirectory
 
@@ -100,3 +101,39 @@ def _rows(run: RunDirectory, pass_id: str, columns: list[str], sequence_id: int)
     """The rows of a sequence; none of an empty one."""
     batches: Iterable[pa.Table] = run.iter_tokens(pass_id, ["sequence_id", *columns], ids=(sequence_id, sequence_id))
     return [row for batch in batches for row in batch.filter(pc.equal(batch["sequence_id"], sequence_id)).to_pylist()]
+
+
+_CONTEXT_TOKENS = 16
+
+
+def worst_tokens(run: RunDirectory, name: str, result: PairResult) -> list[WorstToken]:
+    """The tokens with the largest |d| of a pair that reports call `name`; only their surroundings are read."""
+    pass_id, sums = str(result.passes.rollout), result.sums
+    sequences = pass_sequences(run, pass_id)
+    square = float(sums.binned["probability"].squared_log_ratio.sum())
+    tokens = []
+    for row, sequence, position, rollout, trainer in zip(*vars(sums.largest).values(), strict=True):
+        sequence_id = int(sequences.ids[sequence])
+        # Masked tokens have no row, so that the rows before this one can be of another sequence.
+        first = max(0, int(row) - min(int(position), _CONTEXT_TOKENS))
+        columns = ["sequence_id", "token_id", "token_text"]
+        batches = run.iter_tokens(pass_id, columns, rows=range(first, int(row) + 1))
+        rows = [piece for batch in batches for piece in batch.to_pylist() if piece["sequence_id"] == sequence_id]
+        *before, text = [piece["token_text"] or "" for piece in rows]
+        difference = float(trainer - rollout)
+        tokens.append(
+            WorstToken(
+                pair=name,
+                sequence_id=sequence_id,
+                prompt_id=sequences.prompt_ids[sequences.prompt[sequence]],
+                position=int(position),
+                token_id=rows[-1]["token_id"],
+                token_text=text,
+                context="".join(before),
+                rollout_logprob=float(rollout),
+                trainer_logprob=float(trainer),
+                log_ratio=difference,
+                contribution=difference**2 / square if square > 0 else 0.0,
+            )
+        )
+    return tokens

@@ -1,18 +1,34 @@
-"""What each setting does to the gap, and what settings of both sides do together."""
+"""What the passes say: the ladder from engine to trainer, each setting, settings of both sides, classes in FP32."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from mismatch_probe.metrics.ladder import Change, change, tested_together
-from mismatch_probe.probes.attribute.evidence import Evidence
-from mismatch_probe.probes.attribute.names import REPLAY, TRAINER
+from mismatch_probe.engines.attribute.trainer import FIXES, set_name, single_name
+from mismatch_probe.metrics.fixes import Fix, cheapest
+from mismatch_probe.metrics.ladder import Change, change, climb, tested_together
+from mismatch_probe.probes.attribute.evidence import Evidence, Floats
+from mismatch_probe.probes.attribute.names import AT_ROLLOUT, CAST, PREFILL, REPLAY, SAME_DTYPE, TRAINER
 from mismatch_probe.probes.attribute.settings import Setting
-from mismatch_probe.results.attribution import WHERE, BothSides, SettingResult, Where
+from mismatch_probe.results.attribution import (
+    WHERE,
+    BothSides,
+    Fixes,
+    FixResult,
+    Ladder,
+    LadderPass,
+    LadderRung,
+    PassKey,
+    RungKey,
+    SettingResult,
+    Where,
+)
 from mismatch_probe.results.finding import Finding
 
 # Settings that exist on both sides.
@@ -149,3 +165,133 @@ def _both_sides(evidence: Evidence, key: str, rows: Mapping[str, SettingResult])
     known = [(found.rms.value, where) for where, found in variants.items() if found.rms.value is not None]
     best = min(known, key=lambda pair: pair[0])[1] if known else None
     return BothSides(key=key, variants=variants, best=best, hurts=(), why="")
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """A pass on the ladder.
+
+    Attributes:
+        key: Which.
+        rung: What changes on the rung that leads to it; of the first pass nothing does.
+        logprobs: `[N]` nats; None where it is not there.
+        name: Of its file; empty where it is the comparison's own.
+    """
+
+    key: PassKey
+    rung: RungKey
+    logprobs: Floats | None
+    name: str = ""
+
+
+def ladder_of(evidence: Evidence) -> Ladder:
+    """The rungs from the rollout's log-probs to the trainer's, and each pass's error against the trainer in FP32."""
+    pair, passes = evidence.pair, _passes(evidence)
+    missing = next((found.name for found in passes if found.logprobs is None), None)
+    if missing is not None:
+        return Ladder(rungs=(), passes=(), n_nonfinite=0, squares_over_gap=None, why=evidence.why(missing))
+    logprobs = [np.asarray(found.logprobs) for found in passes]
+    rungs = climb(logprobs, pair.tokens, seed=evidence.seed)
+    rows = tuple(
+        LadderRung(
+            key=after.rung,
+            before=before.key,
+            after=after.key,
+            rms=rung.rms,
+            mean=rung.mean,
+            contribution=rung.contribution,
+        )
+        for (before, after), rung in zip(pairwise(passes), rungs, strict=True)
+    )
+    reference = pair.float32_logprobs
+    errors = [None if reference is None else evidence.size(own - reference).rms for own in logprobs]
+    finite = np.isfinite(np.stack(logprobs)).all(axis=0)
+    gap = (logprobs[-1] - logprobs[0])[finite]
+    squares = sum((rung.rms.value or 0.0) ** 2 for rung in rungs)
+    return Ladder(
+        rungs=rows,
+        passes=tuple(LadderPass(key=p.key, error_rms=error) for p, error in zip(passes, errors, strict=True)),
+        n_nonfinite=int((~finite).sum()),
+        squares_over_gap=float(squares / np.mean(gap**2)) if gap.any() else None,
+        why="",
+    )
+
+
+def _passes(evidence: Evidence) -> list[_Pass]:
+    """From the engine to the trainer."""
+    pair = evidence.pair
+    at: RungKey = "engine"
+    last: RungKey = "layout"
+    found = [
+        _Pass("sampled", "prefill", pair.rollout_logprobs),
+        _Pass("prefill", "prefill", evidence.logprobs(PREFILL), PREFILL),
+    ]
+    if pair.context.mixed:
+        found.append(_Pass("rollout-dtype", at, evidence.logprobs(SAME_DTYPE), SAME_DTYPE))
+        at = "dtype"
+    found.append(_Pass("rollout-batching", at, evidence.logprobs(AT_ROLLOUT), AT_ROLLOUT))
+    if pair.context.trainer_mode == "autocast":
+        found.append(_Pass("cast", "layout", evidence.logprobs(CAST), CAST))
+        last = "mode"
+    return [*found, _Pass("trained", last, pair.trainer_logprobs)]
+
+
+NO_REFERENCE = "the run has no trainer in FP32 to set a target by: give --target"
+NO_TARGET = "a trainer wholly in FP32 closes none of the gap, so no set of modules is looked for"
+
+
+def fixes_of(evidence: Evidence, settings: Sequence[SettingResult]) -> Fixes:
+    """Classes of modules in FP32, the smallest gap first, and the cheapest set that meets the target.
+
+    A class by itself is a setting as well.
+    """
+    pair, parts = evidence.pair, evidence.parts
+    nothing = Fixes(rows=(), target=None, whole_trainer_in_fp32=None, cheapest=None, why="")
+    if FIXES not in parts and not evidence.store.fix_classes:
+        return nothing.model_copy(update={"why": "no class of modules in FP32 was asked for"})
+    if "target" not in parts.get(FIXES, ({},))[0] or not evidence.measured(TRAINER):
+        return nothing.model_copy(update={"why": evidence.why(FIXES)})
+    tried = {single_name(name): (name,) for name in parts[FIXES][0]["classes"]}
+    tried |= {set_name(index): tuple(text.split("+")) for index, text in enumerate(parts[FIXES][0]["sets"])}
+    effects = {row.name: row.effect for row in settings}
+    plain = np.asarray(parts[TRAINER][1]["logprobs"], np.float64)
+    reference = pair.float32_logprobs
+    fixes: list[Fix] = []
+    rows: list[FixResult] = []
+    for name, classes in tried.items():
+        if name not in parts or "seconds" not in parts[name][0]:
+            rows.append(FixResult(classes=classes, status=evidence.status(name), why=evidence.why(name)))
+            continue
+        fix = Fix.of(classes, pair.rollout_logprobs, parts[TRAINER], parts[name])
+        fixes.append(fix)
+        own = np.asarray(parts[name][1]["logprobs"], np.float64)
+        effect = effects.get(name) or evidence.change(plain - pair.rollout_logprobs, own - pair.rollout_logprobs)
+        error = None if reference is None else evidence.change(plain - reference, own - reference).rms_ratio
+        rows.append(
+            FixResult(
+                classes=classes,
+                status="measured",
+                why="",
+                effect=effect,
+                trainer_error_ratio=error,
+                added_time=fix.cost,
+            )
+        )
+    rows.sort(key=lambda row: (row.status != "measured", _left(row)))
+    target = parts[FIXES][0]["target"]
+    whole = None
+    if reference is not None:
+        whole = evidence.change(plain - pair.rollout_logprobs, reference - pair.rollout_logprobs).rms_ratio
+    return Fixes(
+        rows=tuple(rows),
+        target=target,
+        whole_trainer_in_fp32=whole,
+        cheapest=None if target is None else cheapest(fixes, target),
+        why="" if target is not None else NO_TARGET if reference is not None else NO_REFERENCE,
+    )
+
+
+def _left(row: FixResult) -> float:
+    """What to sort by: rows without a ratio come last."""
+    value = None if row.effect is None else row.effect.rms_ratio.value
+    return math.inf if value is None else value

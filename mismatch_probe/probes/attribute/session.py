@@ -7,19 +7,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mismatch_probe.config import AttributeOptions, CompareConfig
 from mismatch_probe.engines import devices
-from mismatch_probe.errors import UsageError
+from mismatch_probe.engines.attribute.trace import TraceFiles
+from mismatch_probe.errors import DiskFull, EngineMissing, ProbeError, UsageError
 from mismatch_probe.probes.analysis import analyse
 from mismatch_probe.probes.attribute.attribution import attribution_of
 from mismatch_probe.probes.attribute.evidence import Evidence
-from mismatch_probe.probes.attribute.measure import make_missing
-from mismatch_probe.probes.attribute.names import FOLDER
+from mismatch_probe.probes.attribute.names import FOLDER, inside_name
 from mismatch_probe.probes.attribute.pair import Pair, open_pair
+from mismatch_probe.probes.attribute.processes import Process, Processes
 from mismatch_probe.probes.attribute.store import PassStore
+from mismatch_probe.probes.own_pass import model_of
 from mismatch_probe.probes.planning import make_plan
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.probes.session import KEPT, Session, write_run
+from mismatch_probe.probes.workers import Workers, drive
 from mismatch_probe.report.attribution import attribution_report
 from mismatch_probe.report.figures import draw
 from mismatch_probe.report.model import Report
@@ -146,3 +152,46 @@ def _check_device(run: RunDirectory) -> None:
 def _options(run: RunDirectory, given: Mapping[str, Any]) -> AttributeOptions:
     """What is given, and an earlier attribution's where it is not."""
     return AttributeOptions(**{**(run.manifest.attribution or {}), **given})
+
+
+def make_missing(store: PassStore, pair: Pair, options: AttributeOptions, progress: Progress, *, again: bool) -> None:
+    """Makes the passes that are not there yet.
+
+    Args:
+        store: Where they are.
+        pair: What is taken apart.
+        options: The attribution's.
+        progress: Told about it.
+        again: Whether what failed gets another try.
+
+    Raises:
+        ProbeError: No other engine could run either.
+    """
+    missing = store.missing(again=again)
+    if not missing:
+        return
+    processes = Processes(store, pair, options, model_of(pair.run, pair.config, progress)).of(missing)
+    try:
+        with Workers(pair.run.path / "logs") as workers:
+            for index, process in enumerate(processes):
+                worker = workers.take(process.kind, process.environment)
+                if index + 1 < len(processes):
+                    workers.prepare(processes[index + 1].kind, processes[index + 1].environment)
+                try:
+                    drive(worker, process.name, process.job, progress)
+                except (DiskFull, EngineMissing):
+                    raise
+                except ProbeError as error:
+                    progress.end(process.name, error.what)
+                    _fail(store, process, error)
+    finally:  # they hold the user's data, and whoever goes on makes them again
+        for folder in (pair.run.path / FOLDER).glob("trace-*"):
+            TraceFiles(folder).discard()
+
+
+def _fail(store: PassStore, process: Process, error: ProbeError) -> None:
+    """Keeps why passes could not be made; those that the process had finished stay."""
+    lost = [*process.passes, *(inside_name(dtype) for dtype in process.traces)]
+    for name in (name for name in lost if not store.files.has(name)):
+        empty: dict[str, NDArray[np.generic]] = {"logprobs": np.empty(0, np.float32), "index": np.empty(0, np.int64)}
+        store.files.at(name).save({"failed": error.what}, empty)

@@ -12,8 +12,7 @@ from mismatch_probe.probes.audit.advice import Evidence, recommend
 from mismatch_probe.probes.audit.answers import answers, best_pair
 from mismatch_probe.probes.audit.checks import Checks, planned_ess
 from mismatch_probe.probes.audit.judge import verdict_of
-from mismatch_probe.probes.audit.lengths import loss_tokens, planned_tokens
-from mismatch_probe.probes.audit.measure import Measurements
+from mismatch_probe.probes.audit.measure import Measurements, loss_tokens, planned_tokens
 from mismatch_probe.probes.audit.profile import Profile
 from mismatch_probe.probes.audit.ranges import range_of
 from mismatch_probe.results.audit import (

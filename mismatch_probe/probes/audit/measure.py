@@ -15,7 +15,7 @@ from mismatch_probe.engines.audit.job import AuditJob, histograms_of
 from mismatch_probe.engines.base import TrainerJob
 from mismatch_probe.errors import UsageError
 from mismatch_probe.metrics.floats import scale_range
-from mismatch_probe.probes.audit.lengths import loss_tokens
+from mismatch_probe.metrics.length_prediction import FURTHEST
 from mismatch_probe.probes.own_pass import device_of, fp32_trainer, model_of, run_pass
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.results.audit import PARTS, PartName
@@ -142,3 +142,17 @@ class Measurements:
 
 def _ids(sequences: Sequence[ScoreRequest]) -> list[Any]:
     return [[list(s.prompt_token_ids), list(s.response_token_ids)] for s in sequences]
+
+
+# The paper's step: 64 prompts × 8 samples in 4 minibatches.
+STEP_SEQUENCES = 128
+
+
+def planned_tokens(options: AuditOptions, run: RunDirectory) -> int:
+    """The planned response length: as far as growth is predicted, where none was given."""
+    return options.planned_tokens or FURTHEST * run.manifest.sizes.max_tokens
+
+
+def loss_tokens(options: AuditOptions, run: RunDirectory) -> int:
+    """Response tokens that a step's loss is averaged over."""
+    return options.step_tokens or STEP_SEQUENCES * planned_tokens(options, run)
