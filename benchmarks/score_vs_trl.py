@@ -38,7 +38,7 @@ def sequences(count: int, vocabulary: int) -> list[tuple[list[int], list[int]]]:
 def score_ours(model: str, dtype: str, data: list[tuple[list[int], list[int]]]) -> dict[str, float]:
     from mismatch_probe.engines.base import TrainerJob
     from mismatch_probe.engines.devices import GIB, default_sizes
-    from mismatch_probe.engines.hf import HfTrainer
+    from mismatch_probe.engines.hf.engine import HfTrainer
     from mismatch_probe.types import ScoreRequest
 
     requests = [ScoreRequest(i, prompt, response) for i, (prompt, response) in enumerate(data)]

@@ -10,14 +10,16 @@ import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from hypothesis import settings
 
 import mismatch_probe
 from mismatch_probe.config import CompareConfig
+from mismatch_probe.engines.base import TrainerEngine
 from mismatch_probe.engines.devices import gpu_present
+from mismatch_probe.engines.events import Event
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.probes.session import RunResult
 
@@ -26,6 +28,7 @@ settings.register_profile("any-speed", deadline=None)
 settings.load_profile("any-speed")
 
 MakeModel = Callable[..., Path]
+E = TypeVar("E", bound=Event)
 SMALL: dict[str, Any] = {
     "rollout_dtypes": ("bfloat16",),
     "trainer_dtypes": ("bfloat16",),
@@ -71,6 +74,27 @@ def ended(pid: int) -> bool:
 def scripted_model(tmp_path: Path) -> MakeModel:
     """Makes `tmp_path/model`, or makes it anew: `scripted_model({"rollout-float16": "refuse"}, vocab_size=9)`."""
     return lambda faults=None, **script: write_script(tmp_path / "model", faults, **script)
+
+
+class Heard(list[Event]):
+    """A channel, or a listener, that remembers what it was told."""
+
+    def send(self, event: Event) -> None:
+        self.append(event)
+
+    __call__ = send
+
+    def phase(self, name: str) -> None:
+        """Nobody times it."""
+
+    def of(self, kind: type[E]) -> list[E]:
+        """The events of a class."""
+        return [event for event in self if isinstance(event, kind)]
+
+
+def network(engine: TrainerEngine) -> Any:
+    """A trainer's own model."""
+    return engine.run_on_model(lambda model: model)
 
 
 class Recorder(Progress):

@@ -100,8 +100,8 @@ def save_fp32(source: Path, folder: Path) -> Path:
 
 def sample(model: Path, prompts: Sequence[list[int]], max_tokens: int, log: Path) -> list[Rollout]:
     from mismatch_probe.engines.base import RolloutJob
-    from mismatch_probe.engines.devices import rollout_settings
     from mismatch_probe.engines.process import EngineProcess
+    from mismatch_probe.engines.vllm.settings import rollout_settings
     from mismatch_probe.probes.progress import Progress
     from mismatch_probe.probes.workers import drive
 
@@ -126,7 +126,7 @@ def score(model: Path, dtype: Any, prompts: Sequence[list[int]], rollouts: Seque
     """The trainer's log-probs in `dtype` beside those of the rollouts."""
     from mismatch_probe.engines.base import TrainerJob
     from mismatch_probe.engines.devices import GIB
-    from mismatch_probe.engines.hf import HfTrainer
+    from mismatch_probe.engines.hf.engine import HfTrainer
 
     wanted = [
         ScoreRequest(r.sequence_id, prompt, [int(token) for token in r.response_token_ids])

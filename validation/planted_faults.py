@@ -27,13 +27,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a file, this folder's sibling `tests` is not on the path
 
-from mismatch_probe.engines import devices
 from mismatch_probe.engines.attribute.inside_job import kept_of
 from mismatch_probe.engines.attribute.rollout import RolloutVariants
 from mismatch_probe.engines.attribute.trace import TraceRequest, layers_of
 from mismatch_probe.engines.base import RolloutJob, TrainerJob
-from mismatch_probe.engines.models import read_config, resolve
+from mismatch_probe.engines.checkpoint import read_config
+from mismatch_probe.engines.models import resolve
 from mismatch_probe.engines.process import EngineProcess
+from mismatch_probe.engines.vllm.settings import rollout_settings
 from mismatch_probe.metrics import inside
 from mismatch_probe.metrics.conclusions import Conclusion, conclude
 from mismatch_probe.metrics.inside import Inside, Located
@@ -59,7 +60,7 @@ def sequences_of(vocabulary: int, tokens: int) -> tuple[tuple[int, ...], ...]:
 
 def rollout_job(checkpoint: Path, dtype: Any, tokens: int = TOKENS) -> RolloutJob:
     """vLLM on a CPU, without requests."""
-    settings = devices.rollout_settings("cpu", dtype, eager=True, in_process=True, kv_cache_gib=1)
+    settings = rollout_settings("cpu", dtype, eager=True, in_process=True, kv_cache_gib=1)
     return RolloutJob(
         "vllm", str(checkpoint), dtype, "cpu", Sampling(1), [], SEQUENCES, 0, 2 * tokens, arguments=settings.arguments
     )
@@ -74,7 +75,7 @@ def trace_request(checkpoint: Path, folder: Path, tokens: int = TOKENS) -> Trace
 
 def trace(checkpoint: Path, dtype: Any, folder: Path, tokens: int = TOKENS) -> None:
     """vLLM's inside, in a process of its own."""
-    settings = devices.rollout_settings("cpu", dtype, eager=True, in_process=True, kv_cache_gib=1)
+    settings = rollout_settings("cpu", dtype, eager=True, in_process=True, kv_cache_gib=1)
     request = trace_request(checkpoint, folder, tokens)
     job = RolloutVariants(rollout_job(checkpoint, dtype, tokens), {}, {}, str(folder.parent), [], request)
     EngineProcess("vllm", settings.environment, folder.parent / "vllm.log").run(job, lambda *_: None)
@@ -91,12 +92,13 @@ class Trainer:
 
     def __init__(self, checkpoint: Path, dtype: Any, folder: Path) -> None:
         from mismatch_probe.engines.attribute.inside import InsideComparison
-        from mismatch_probe.engines.hf import HfTrainer
+        from mismatch_probe.engines.hf.engine import HfTrainer
 
         job = TrainerJob("hf", str(checkpoint), dtype, "cast", "padded", None, "cpu", 1.0, (), 0, 1 << 30)
         self._engine, self._dtype = HfTrainer(job), dtype
-        self._comparison = InsideComparison(self._engine, folder)
-        self.weights = dict(self._engine.model.named_parameters())
+        model = self._engine.run_on_model(lambda model: model)
+        self._model, self._comparison = model, InsideComparison(self._engine, model, folder)
+        self.weights = dict(self._model.named_parameters())
 
     @contextmanager
     def altered(self, name: str, size: float, seed: int = 0) -> Iterator[None]:
@@ -120,7 +122,7 @@ class Trainer:
     @property
     def layers(self) -> list[tuple[str, nn.Module]]:
         """Name and module of every decoder layer."""
-        return [(name, self._engine.model.get_submodule(name)) for name in self._comparison.layers]
+        return [(name, self._model.get_submodule(name)) for name in self._comparison.layers]
 
     def locate(self) -> Located:
         """What stands out."""

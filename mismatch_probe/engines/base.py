@@ -1,17 +1,24 @@
-"""What an engine is: a few methods, and the jobs that a worker process hands to it.
+"""What an engine is: a few methods, and the jobs that a worker process does with it.
 
 An engine sees token ids only. It is built from a job, does its work, says what it is, and is closed with its process.
+Who works with engines knows these protocols; `registry.find` has the engine of a name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mismatch_probe.engines import devices, registry
+from mismatch_probe.engines.attribute.trace import Routers, Routes, TraceRequest
+from mismatch_probe.engines.events import Advance, Event, Identity, Rollouts, Scores, Texts, Total
+from mismatch_probe.errors import EngineError, ModelError
 from mismatch_probe.types import (
     Dtype,
     Prompt,
@@ -25,6 +32,171 @@ from mismatch_probe.types import (
     TrainerMode,
 )
 
+if TYPE_CHECKING:
+    import torch
+
+Found = TypeVar("Found")
+_LESS_OR_MORE = "Lower --rollout-batch, --max-tokens or --num-prompts, or use a machine with more memory."
+
+
+class Closing(Protocol):
+    """An engine as a context: closed at the end of its work. One that failed ends with its process instead, since
+    closing it could hide the failure, or hang.
+    """
+
+    def identity(self) -> dict[str, Any]:
+        """Versions, dtype, flags and backends, for the manifest."""
+
+    def close(self) -> None:
+        """Frees the device; the engine is not used again."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+
+
+class RolloutEngine(Closing, Protocol):
+    """The sampling side, μ. An engine derives from it, and overrides what it can do beyond sampling."""
+
+    def generate(
+        self,
+        requests: Sequence[RolloutRequest],
+        sampling: Sampling,
+        on_tokens: Callable[[int], None],
+        capture: Capture | None = None,
+    ) -> list[Rollout]:
+        """Samples one response per request; all of them in the engine at once, from an empty prefix cache.
+
+        Args:
+            requests: What to sample.
+            sampling: Distribution and length.
+            on_tokens: Called with the number of tokens that each step made.
+            capture: Which rows of logits are kept; none for None.
+
+        Returns:
+            Responses in the order of the requests; log-probs are those of the distribution that was sampled from.
+        """
+
+    def replay(
+        self,
+        requests: Sequence[RolloutRequest],
+        sampling: Sampling,
+        on_tokens: Callable[[int], None],
+        capture: Capture | None = None,
+        *,
+        keep_cache: bool = False,
+    ) -> list[Rollout]:
+        """Decodes the responses that the requests bring, token by token as `generate` samples them, up to the length of
+        `sampling`; with `keep_cache` from the prefix cache as earlier requests left it.
+        """
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+        """Log-probs at temperature 1, nats, of every token but the first of each sequence, by prefill from an empty
+        prefix cache.
+        """
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Replaces the model's weights in place.
+
+        Args:
+            weights: By the names of a checkpoint, whole.
+
+        Raises:
+            EngineError: The engine takes none of this family, or something is missing; its model is of no use any more.
+        """
+
+    def run_on_model(self, function: Callable[[Any], Found]) -> Found:
+        """Runs a function of a module on the engine's own network, where that lives, and returns its answer; with
+        several workers that of the first.
+        """
+
+    def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        """The text of each token on its own."""
+
+    def trace(self, request: TraceRequest) -> None:
+        """Keeps what the network computes inside, of whole sequences, see `attribute.trace`."""
+        raise EngineError("This engine does not show its layers.", "Use --no-layers.")
+
+    def routes(self, sequences: Sequence[Sequence[int]], routers: Routers) -> Routes:
+        """Scores sequences as `score` does, and keeps which experts each token was sent to."""
+        raise EngineError("This engine does not show its routers.", "Leave the setting router out of --settings.")
+
+    def configured(self) -> AbstractContextManager[None]:
+        """Inside it models of transformers can be built in this process."""
+        return nullcontext()
+
+
+class TrainerEngine(Closing, Protocol):
+    """The training side, π. Its network is in this process."""
+
+    def plan(self, requests: Sequence[ScoreRequest]) -> list[list[ScoreRequest]]:
+        """Splits the requests into batches that fit the memory budget."""
+
+    def plan_as_rollout(
+        self, requests: Sequence[ScoreRequest], most_tokens: int, most_rows: int
+    ) -> list[list[ScoreRequest]]:
+        """Splits the requests as a rollout engine's scheduler does: in their order, as many at once as it takes."""
+
+    def score(self, batch: Sequence[ScoreRequest], temperature: float, *, exact: bool = False) -> list[Score]:
+        """Log-probs of the response tokens of one planned batch; with `exact` also what the job's rows are compared
+        with.
+        """
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Overwrites parameters of the network, by its own names; the others stay."""
+
+    def run_on_model(self, function: Callable[[Any], Found]) -> Found:
+        """Runs a function on the network and returns its answer. None of the weights asks for gradients before."""
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """What a forward pass in the job's dtype and mode runs under."""
+
+    def head_logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Logits `[R, V]` that the model's own forward makes of the decoder's last states `[R, H]`."""
+
+    def changed(self, *, layout: str | None = None, softmax_in_dtype: bool = False) -> AbstractContextManager[None]:
+        """For the while: passes in another layout (also `left-padded`), or the last log-softmax in the job's dtype.
+
+        Raises:
+            EngineError: The model does not support the layout.
+        """
+
+
+class Channel(Protocol):
+    """The parent, as a job sees it."""
+
+    def send(self, event: Event) -> None:
+        """Tells the parent."""
+
+    def phase(self, name: str) -> None:
+        """Ends a phase: everything since the last one took this long."""
+
+
+class Job(Protocol):
+    """What a worker process does. A job travels to it as a pickle, so importing its module imports no engine."""
+
+    @property
+    def subject(self) -> str:
+        """The job as the subject of a sentence."""
+
+    @property
+    def model_path(self) -> str: ...
+
+    @property
+    def trust_remote_code(self) -> bool: ...
+
+    @property
+    def memory_advice(self) -> str:
+        """A sentence on what to do where memory runs out."""
+
+    def run(self, channel: Channel) -> None:
+        """Does it, in the worker process."""
+
 
 @dataclass(frozen=True)
 class EncodeJob:
@@ -35,6 +207,24 @@ class EncodeJob:
     chat: bool
     trust_remote_code: bool
     token_ids: Sequence[int] = ()
+    subject: ClassVar[str] = "The tokenizer"
+    memory_advice: ClassVar[str] = _LESS_OR_MORE
+
+    def run(self, channel: Channel) -> None:
+        """Sends `Encoded`."""
+        from mismatch_probe.engines import faults
+        from mismatch_probe.engines.encoding import encode
+
+        try:
+            channel.send(encode(self))
+        except Exception as error:
+            its_own = isinstance(error, OSError) or "tokenizer" in str(error).lower()
+            if its_own and faults.classify(error, self) is None:
+                raise ModelError(
+                    f"The tokenizer of {self.model_path} cannot be loaded: {faults.first_line(error)}",
+                    "Save the tokenizer beside the weights: tokenizer.save_pretrained(folder).",
+                ) from error
+            raise
 
 
 @dataclass(frozen=True)
@@ -55,8 +245,9 @@ class Capture:
 
 @dataclass(frozen=True)
 class RolloutJob:
-    """Sample (or decode again) every request, at most `batch` at once; then the first `self_noise_tokens` tokens of the
-    first batch once more. With `logit_noise` requests may ask for noise, and none keeps rows or replays.
+    """Sample every request, at most `batch` at once, or decode again the responses that all of them bring; then the
+    first `self_noise_tokens` tokens of the first batch once more. With `logit_noise` requests may ask for noise, and
+    none keeps rows or replays.
     """
 
     engine: str
@@ -73,6 +264,55 @@ class RolloutJob:
     in_process: bool = True
     trust_remote_code: bool = False
     arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def subject(self) -> str:
+        return f"The {self.engine} rollout in {self.dtype}"
+
+    @property
+    def memory_advice(self) -> str:
+        if self.device == "cuda":
+            return "Lower --rollout-batch or --max-tokens, or set --engine-arg gpu_memory_utilization=0.7."
+        return _LESS_OR_MORE
+
+    @property
+    def replays(self) -> bool:
+        """Whether the requests bring responses to decode again."""
+        return any(len(request.forced_token_ids) for request in self.requests)
+
+    def started(self) -> RolloutEngine:
+        """The engine."""
+        return registry.find(self.engine).rollout(self)
+
+    def run(self, channel: Channel) -> None:
+        """Sends `Identity`, `Total` and `Advance` in tokens, `Rollouts`, `Texts`; phases load, generate, self_noise."""
+        with self.started() as engine:
+            channel.phase("load")
+            channel.send(Identity(engine.identity() | devices.running()))
+            decode = engine.replay if self.replays else engine.generate
+            # The first batch runs alone, so that its repeat meets the same company; the rest is the scheduler's to
+            # arrange.
+            batches = [batch for batch in (self.requests[: self.batch], self.requests[self.batch :]) if batch]
+            repeat = replace(self.sampling, max_tokens=min(self.self_noise_tokens, self.sampling.max_tokens))
+            again = batches[0] if repeat.max_tokens else []
+            channel.send(Total(_longest(self.requests, self.sampling) + _longest(again, repeat)))
+            seen: set[int] = set()
+            for batch in batches:
+                rollouts = decode(batch, self.sampling, lambda n: channel.send(Advance(n)), self.capture)
+                seen.update(int(token) for rollout in rollouts for token in rollout.response_token_ids)
+                channel.send(Rollouts(rollouts))
+                made = sum(len(r.response_token_ids) for r in rollouts)
+                channel.send(Advance(_longest(batch, self.sampling) - made))
+            channel.send(Texts(dict(zip(sorted(seen), engine.token_texts(sorted(seen)), strict=True))))
+            channel.phase("generate")
+            if again:
+                channel.send(Rollouts(decode(again, repeat, lambda n: channel.send(Advance(n))), again=True))
+                channel.phase("self_noise")
+
+
+def _longest(requests: Sequence[RolloutRequest], sampling: Sampling) -> int:
+    """Tokens of all responses if none ends early."""
+    return sum(min(len(r.forced_token_ids) or sampling.max_tokens, sampling.max_tokens) for r in requests)
 
 
 @dataclass(frozen=True)
@@ -119,32 +359,36 @@ class TrainerJob:
     exact: Mapping[int, Sequence[ExactPosition]] = field(default_factory=dict)
     trust_remote_code: bool = False
     flags: Mapping[str, Any] = field(default_factory=dict)
-
-
-class OwnJob(Protocol):
-    """A job of a layer above, which brings what the worker process is to do."""
+    memory_advice: ClassVar[str] = "Lower --memory-budget, or use --trainer-layout single, then continue with --resume."
 
     @property
     def subject(self) -> str:
-        """The job as the subject of a sentence."""
+        return f"The {self.engine} trainer in {self.dtype} ({self.mode})"
 
-    @property
-    def model_path(self) -> str: ...
+    def started(self) -> TrainerEngine:
+        """The engine."""
+        return registry.find(self.engine).trainer(self)
 
-    @property
-    def trust_remote_code(self) -> bool: ...
-
-    @property
-    def memory_advice(self) -> str:
-        """A sentence on what to lower where memory runs out."""
-
-    def run(self, channel: Any) -> None:
-        """Does it, in the worker process; `channel` takes events (`send`) and ends phases (`phase`)."""
+    def run(self, channel: Channel) -> None:
+        """Sends `Identity`, `Total` and `Advance` in tokens, `Scores`; phases load, score, self_noise."""
+        with self.started() as engine:
+            channel.phase("load")
+            channel.send(Identity(engine.identity() | devices.running()))
+            batches = engine.plan(self.requests)
+            n_again = 0
+            while n_again < len(batches) and sum(map(len, batches[:n_again])) < self.self_noise_sequences:
+                n_again += 1
+            channel.send(Total(sum(r.length for batch in [*batches, *batches[:n_again]] for r in batch)))
+            for repeated, again in ((batches, False), (batches[:n_again], True)):
+                for batch in repeated:
+                    channel.send(Scores(engine.score(batch, self.temperature, exact=not again), again))
+                    channel.send(Advance(sum(r.length for r in batch)))
+                channel.phase("self_noise" if again else "score")
 
 
 @dataclass(frozen=True)
 class OnTrainer:
-    """What an `OwnJob` on a trainer knows of its model.
+    """What a job that works with a trainer knows of its model.
 
     Attributes:
         trainer: The trainer, its requests left empty.
@@ -159,54 +403,3 @@ class OnTrainer:
     @property
     def trust_remote_code(self) -> bool:
         return self.trainer.trust_remote_code
-
-
-class RolloutEngine(Protocol):
-    """The sampling side, μ."""
-
-    def generate(
-        self,
-        requests: Sequence[RolloutRequest],
-        sampling: Sampling,
-        on_tokens: Callable[[int], None],
-        capture: Capture | None = None,
-    ) -> list[Rollout]:
-        """Samples one response per request, or decodes the one it brings; all of them in the engine at once, from an
-        empty prefix cache.
-
-        Args:
-            requests: What to sample or to decode.
-            sampling: Distribution and length.
-            on_tokens: Called with the number of tokens that each step made.
-            capture: Which rows of logits are kept; none for None.
-
-        Returns:
-            Responses in the order of the requests; log-probs are those of the distribution that was sampled from.
-        """
-
-    def token_texts(self, token_ids: Sequence[int]) -> list[str]:
-        """The text of each token on its own."""
-
-    def identity(self) -> dict[str, Any]:
-        """Versions, dtype, flags and backends, for the manifest."""
-
-    def close(self) -> None:
-        """Frees the device; the engine is not used again."""
-
-
-class TrainerEngine(Protocol):
-    """The training side, π."""
-
-    def plan(self, requests: Sequence[ScoreRequest]) -> list[list[ScoreRequest]]:
-        """Splits the requests into batches that fit the memory budget."""
-
-    def score(self, batch: Sequence[ScoreRequest], temperature: float, *, exact: bool = False) -> list[Score]:
-        """Log-probs of the response tokens of one planned batch; with `exact` also what the job's rows are compared
-        with.
-        """
-
-    def identity(self) -> dict[str, Any]:
-        """Versions, dtype, flags and backends, for the manifest."""
-
-    def close(self) -> None:
-        """Frees the device; the engine is not used again."""

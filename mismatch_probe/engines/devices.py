@@ -1,7 +1,7 @@
-"""Every choice that depends on the device or the dtype, with its reason and the source that it follows.
+"""Every choice that depends on the device alone, with its reason; what is installed, and the machine.
 
-Line references are to vLLM 0.32 and torch 2.13. Nothing here imports either, so all of it is tested without a GPU; what
-only a GPU can show is tested under the marker `gpu`.
+Nothing here imports torch or vLLM, so all of it is tested without a GPU; what only a GPU can show is tested under the
+marker `gpu`. Arguments and flags of an engine are its own: `vllm/settings.py`, `hf/settings.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Any, Literal
 from mismatch_probe.config import Sizes
 from mismatch_probe.errors import EngineMissing, UsageError
 from mismatch_probe.results.manifest import Determinism
-from mismatch_probe.types import Dtype, TrainerDtype
 
 Device = Literal["cpu", "cuda"]
 GIB = 1 << 30
@@ -114,87 +113,6 @@ def default_sizes(device: Device) -> Sizes:
     if cpu_has_bf16():
         return Sizes(64, 1, 32, rollout_batch=32, self_noise_tokens=8, memory_budget_gib=1.0)
     return Sizes(64, 1, 12, rollout_batch=16, self_noise_tokens=8, memory_budget_gib=1.0)
-
-
-def rollout_settings(
-    device: Device, dtype: Dtype, *, eager: bool, in_process: bool, kv_cache_gib: int
-) -> EngineSettings:
-    """Arguments and environment of a vLLM process.
-
-    Args:
-        device: Where it runs.
-        dtype: What it runs in.
-        eager: The user's `--eager`.
-        in_process: vLLM's engine core in the process itself, which makes admission of requests, and so the make-up of
-            batches, repeatable; the other way is its own core process, to which requests travel one at a time.
-        kv_cache_gib: KV cache on a CPU, where vLLM would take half of the memory.
-    """
-    environment = {
-        # A local folder is given, so vLLM and transformers have nothing to ask a hub for (no network unless asked).
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if in_process else "1",
-        # envs.py defaults to fork off a CPU, and a forked core would hold this process's pipe open after its death.
-        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-    }
-    if not in_process:
-        # Lets this process hand its own child a function that names the attention backends; no server is involved.
-        environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
-    arguments: dict[str, Any] = {"enforce_eager": eager}
-    if device == "cpu":
-        # Compilation on a CPU costs a minute of start-up and is not what RL jobs run.
-        arguments["enforce_eager"] = True
-        arguments["kv_cache_memory_bytes"] = kv_cache_gib * GIB
-        # A prompt that is split over two steps has a sample discarded and its generator turned back, which a CPU's
-        # generator cannot (v1/worker/gpu_model_runner.py, set_offset): the engine would die of it.
-        arguments["enable_chunked_prefill"] = False
-        return EngineSettings(arguments, environment)
-    # The trainer's process starts only after this one has ended, so the card is free for both; 0.92 (vLLM's default,
-    # config/cache.py) fails where a desktop or another tool holds a little of it.
-    arguments["gpu_memory_utilization"] = 0.85
-    if dtype == "float32":
-        # FlashAttention and FlashInfer take no FP32, so vLLM falls to Triton or Flex attention, whose tl.dot multiplies
-        # in TF32 unless Triton is told otherwise (triton/runtime knobs, TRITON_F32_DEFAULT). FP32 here means FP32.
-        environment["TRITON_F32_DEFAULT"] = "ieee"
-        # v1/worker/gpu_worker.py hands this to torch.set_float32_matmul_precision in the worker, which the parent's own
-        # flags never reach.
-        environment["VLLM_FLOAT32_MATMUL_PRECISION"] = "highest"
-        environment["NVIDIA_TF32_OVERRIDE"] = "0"
-    return EngineSettings(arguments, environment)
-
-
-def in_process_wanted() -> bool:
-    """Whether vLLM's engine core is tried in-process first: yes, unless the user's environment says otherwise."""
-    return os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "1"
-
-
-def trainer_settings(device: Device, dtype: TrainerDtype) -> EngineSettings:
-    """Torch flags and environment of a trainer process.
-
-    Strict flags belong to FP32 and float64 passes: a 16-bit pass keeps torch's defaults, as the user's trainer does.
-    """
-    environment = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    flags: dict[str, Any] = {}
-    if device == "cuda" and dtype in ("float32", "float64"):
-        environment["NVIDIA_TF32_OVERRIDE"] = "0"
-        flags = {
-            # torch/__init__.py: "highest" keeps FP32 products in FP32; "high" would allow TF32.
-            "float32_matmul_precision": "highest",
-            # torch/backends/cudnn: convolutions use TF32 by default (state-space models have them).
-            "cudnn_allow_tf32": False,
-            # torch/backends/cuda: both default to True and let split-K sums of 16-bit products round to 16 bit. An FP32
-            # pass has no such product unless a checkpoint brings its own; then it shall not matter.
-            "allow_bf16_reduced_precision_reduction": False,
-            "allow_fp16_reduced_precision_reduction": False,
-            # transformers/integrations/sdpa_attention.py asks torch to broadcast grouped heads where there is no mask.
-            # Of torch's CUDA kernels only FlashAttention does that, and it takes no FP32: the math kernel would then
-            # hold heads × T × T scores. With heads repeated the memory-efficient kernel runs.
-            "sdpa_broadcasts_grouped_heads": False,
-        }
-    return EngineSettings(flags, environment)
 
 
 def determinism(device: Device, *, in_process: bool) -> Determinism:

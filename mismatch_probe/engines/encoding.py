@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from mismatch_probe.engines.base import EncodeJob
+from mismatch_probe.engines.checkpoint import read_config
+from mismatch_probe.engines.events import Encoded
+from mismatch_probe.engines.scripted import encode_scripted
 from mismatch_probe.errors import ModelError, PromptError
 from mismatch_probe.types import EncodedPrompt, Prompt
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """What a tokenizer has to say.
-
-    Attributes:
-        prompts: Each with its ids.
-        texts: The text of each of the job's token ids, on its own.
-        special: Ids of special tokens.
-    """
-
-    prompts: list[EncodedPrompt]
-    texts: dict[int, str]
-    special: list[int]
 
 
 def encode(job: EncodeJob) -> Encoded:
@@ -31,6 +17,8 @@ def encode(job: EncodeJob) -> Encoded:
         ModelError: Chat messages are given and the tokenizer has no chat template.
         PromptError: A prompt has no tokens.
     """
+    if read_config(job.model_path).get("model_type") == "scripted":
+        return encode_scripted(job)
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(

@@ -5,10 +5,8 @@ from __future__ import annotations
 import errno
 import re
 
-from mismatch_probe.engines.base import EncodeJob, OwnJob, RolloutJob, TrainerJob
+from mismatch_probe.engines.base import Job
 from mismatch_probe.errors import DiskFull, DtypeRefused, EngineError, EngineMissing, ModelError, ProbeError
-
-Job = EncodeJob | RolloutJob | TrainerJob | OwnJob
 
 _DTYPE = re.compile(r"model type '(?P<model>[^']+)' does not support (?P<dtype>b?float\d+)\. Reason: (?P<why>[^\n\[]+)")
 _WEIGHTS = re.compile(
@@ -24,31 +22,6 @@ _MEMORY = re.compile(
     re.IGNORECASE,
 )
 _CODE = re.compile(r"trust_remote_code", re.IGNORECASE)
-_TOKENIZER = re.compile(r"tokenizer", re.IGNORECASE)
-
-
-def memory_error(job: Job) -> EngineError:
-    """Out of memory, with the option that helps this kind of pass."""
-    if isinstance(job, TrainerJob):
-        fix = "Lower --memory-budget, or use --trainer-layout single, then continue with --resume."
-    elif isinstance(job, RolloutJob) and job.device == "cuda":
-        fix = "Lower --rollout-batch or --max-tokens, or set --engine-arg gpu_memory_utilization=0.7."
-    elif isinstance(job, RolloutJob | EncodeJob):
-        fix = "Lower --rollout-batch, --max-tokens or --num-prompts, or use a machine with more memory."
-    else:
-        fix = f"{job.memory_advice} Or use a machine with more memory."
-    return EngineError(f"{describe(job)} ran out of memory.", fix)
-
-
-def describe(job: Job) -> str:
-    """A pass as the subject of a sentence."""
-    if isinstance(job, EncodeJob):
-        return "The tokenizer"
-    if isinstance(job, RolloutJob):
-        return f"The {job.engine} rollout in {job.dtype}"
-    if not isinstance(job, TrainerJob):
-        return job.subject
-    return f"The {job.engine} trainer in {job.dtype} ({job.mode})"
 
 
 def classify(error: BaseException, job: Job) -> ProbeError | None:
@@ -57,9 +30,9 @@ def classify(error: BaseException, job: Job) -> ProbeError | None:
         return error
     text = str(error)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _MEMORY.search(text):
-        return memory_error(job)
+        return EngineError(f"{job.subject} ran out of memory.", job.memory_advice)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return DiskFull(f"The disk is full: {describe(job)} stopped.", "Free space, then continue with --resume.")
+        return DiskFull(f"The disk is full: {job.subject} stopped.", "Free space, then continue with --resume.")
     refused = _DTYPE.search(text)
     if refused:
         why = refused["why"].strip().rstrip(".")
@@ -79,21 +52,13 @@ def classify(error: BaseException, job: Job) -> ProbeError | None:
         )
     if isinstance(error, ImportError):
         return EngineMissing(
-            f"{describe(job)} failed to import a module: {text or type(error).__name__}.",
+            f"{job.subject} failed to import a module: {text or type(error).__name__}.",
             "Run `mismatch-probe env` to see what is missing.",
         )
     if _CODE.search(text) and not job.trust_remote_code:
-        own = not isinstance(job, EncodeJob | RolloutJob | TrainerJob)
-        fix = (
-            "This command does not run code of a checkpoint."
-            if own
-            else "Read that code, then add --trust-remote-code."
-        )
-        return ModelError(f"The checkpoint {job.model_path} contains Python code that loading would run.", fix)
-    if isinstance(job, EncodeJob) and (_TOKENIZER.search(text) or isinstance(error, OSError)):
         return ModelError(
-            f"The tokenizer of {job.model_path} cannot be loaded: {first_line(error)}",
-            "Save the tokenizer beside the weights: tokenizer.save_pretrained(folder).",
+            f"The checkpoint {job.model_path} contains Python code that loading would run.",
+            "Read that code, then add --trust-remote-code where the command has that option.",
         )
     return None
 
@@ -112,4 +77,4 @@ def first_line(error: BaseException) -> str:
 
 def unexpected(error: str, job: Job, log: str) -> EngineError:
     """An engine failure of no known kind: its last words, and where the whole story is."""
-    return EngineError(f"{describe(job)} failed: {error}", f"The engine's log is {log}.")
+    return EngineError(f"{job.subject} failed: {error}", f"The engine's log is {log}.")

@@ -15,16 +15,17 @@ Shape legend: `n` sequences, `T` counted response tokens of one, `K` components 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mismatch_probe.arrays import load_arrays, save_arrays
 from mismatch_probe.engines import devices
-from mismatch_probe.engines.base import OnTrainer
+from mismatch_probe.engines.base import Channel, OnTrainer
+from mismatch_probe.engines.events import Advance, Identity, Total
 from mismatch_probe.metrics.corrections import CORRECTIONS
 from mismatch_probe.metrics.gradient import Weighted
 
@@ -284,23 +285,20 @@ class GradientJob(OnTrainer):
     """
 
     passes: Sequence[PassTask]
-    subject: str = field(default="The gradient pass", init=False)
-    memory_advice: str = field(default="Compare with a lower --max-tokens.", init=False)
+    subject: ClassVar[str] = "The gradient pass"
+    memory_advice: ClassVar[str] = "Compare with a lower --max-tokens, or use a machine with more memory."
 
-    def run(self, channel: Any) -> None:
-        """Events: `identity`, `total` and `progress` in sequences."""
-        from mismatch_probe.engines.hf import HfTrainer
-
-        engine = HfTrainer(self.trainer)
-        gradients = WeightedGradients(engine.model, self.trainer.temperature)
-        channel.phase("load")
-        channel.send("identity", engine.identity() | devices.running())
-        channel.send("total", sum(len(task.sequences) for task in self.passes))
-        for task in self.passes:
-            rows = []
-            for sequence in task.sequences:
-                rows.append(sequence_vectors(gradients, sequence))
-                channel.send("progress", 1)
-            PassVectors.of(rows, task).save(task)
-        channel.phase("gradients")
-        engine.close()
+    def run(self, channel: Channel) -> None:
+        """Sends `Identity`, `Total` and `Advance` in sequences."""
+        with self.trainer.started() as engine:
+            gradients = engine.run_on_model(lambda model: WeightedGradients(model, self.trainer.temperature))
+            channel.phase("load")
+            channel.send(Identity(engine.identity() | devices.running()))
+            channel.send(Total(sum(len(task.sequences) for task in self.passes)))
+            for task in self.passes:
+                rows = []
+                for sequence in task.sequences:
+                    rows.append(sequence_vectors(gradients, sequence))
+                    channel.send(Advance(1))
+                PassVectors.of(rows, task).save(task)
+            channel.phase("gradients")

@@ -12,16 +12,18 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal
 
 from mismatch_probe.engines import faults
+from mismatch_probe.engines.base import Job
+from mismatch_probe.engines.events import Done, Event, Failed, Listener
 from mismatch_probe.engines.root_cause import read_since, root_cause
 from mismatch_probe.errors import EngineError, ProbeError
 
-Kind = Literal["vllm", "hf", "encode", "scripted"]
+# Instead of an engine's name, for a process that only needs a tokenizer.
+ENCODE = "encode"
 _GRACE_SECONDS = 20
 
 
@@ -30,9 +32,15 @@ class UnexpectedEngineError(EngineError):
 
 
 class EngineProcess:
-    """One worker process, good for one job. It starts to import at once and waits for its job."""
+    """One worker process, good for one job. It starts to import at once and waits for its job.
 
-    def __init__(self, kind: Kind, environment: Mapping[str, str], log: Path) -> None:
+    Args:
+        kind: The engine whose packages it imports ahead, or `ENCODE`.
+        environment: What is added to this process's.
+        log: File for its output.
+    """
+
+    def __init__(self, kind: str, environment: Mapping[str, str], log: Path) -> None:
         self._log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         ours, theirs = socket.socketpair()
@@ -54,7 +62,7 @@ class EngineProcess:
     def pid(self) -> int:
         return self._process.pid
 
-    def run(self, job: faults.Job, on_event: Callable[[str, Any], None]) -> None:
+    def run(self, job: Job, on_event: Listener) -> None:
         """Gives the process its job and hands on its events until it is done; the process has ended on return.
 
         Raises:
@@ -62,20 +70,20 @@ class EngineProcess:
             UnexpectedEngineError: The engine failed in an unknown way.
         """
         try:
-            for name, payload in self._events(job):
-                if name == "error":
-                    raise payload if isinstance(payload, ProbeError) else self._failure(payload, job)
-                on_event(name, payload)
+            for event in self._events(job):
+                if isinstance(event, Failed):
+                    raise event.error if isinstance(event.error, ProbeError) else self._failure(event.error, job)
+                on_event(event)
             with contextlib.suppress(subprocess.TimeoutExpired):  # `close` ends what hangs in its tear-down
                 self._process.wait(_GRACE_SECONDS)
         finally:
             self.close()
 
-    def _events(self, job: faults.Job) -> Iterator[tuple[str, Any]]:
-        """What the process says, up to `done`."""
+    def _events(self, job: Job) -> Iterator[Event]:
+        """What the process says, up to `Done`."""
         try:
             self._connection.send(job)
-            while (event := self._connection.recv())[0] != "done":
+            while not isinstance(event := self._connection.recv(), Done):
                 yield event
         except (EOFError, OSError) as error:
             raise self._death(job) from error
@@ -89,7 +97,7 @@ class EngineProcess:
         self._process.wait()
         self._connection.close()
 
-    def _failure(self, message: str, job: faults.Job) -> ProbeError:
+    def _failure(self, message: str, job: Job) -> ProbeError:
         """What went wrong by the log of this very process, which knows more than the message where vLLM's own processes
         failed.
         """
@@ -102,14 +110,14 @@ class EngineProcess:
         error = faults.unexpected(message, job, str(self._log))
         return UnexpectedEngineError(error.what, error.fix)
 
-    def _death(self, job: faults.Job) -> ProbeError:
+    def _death(self, job: Job) -> ProbeError:
         try:
             code = self._process.wait(_GRACE_SECONDS)
         except subprocess.TimeoutExpired:
             code = 0
         if code == -signal.SIGKILL:
             return EngineError(
-                f"{faults.describe(job)} was killed (signal 9). The usual cause is that the machine ran out of memory.",
+                f"{job.subject} was killed (signal 9). The usual cause is that the machine ran out of memory.",
                 "Free memory or use smaller batches, then continue with --resume.",
             )
         cause = f"signal {-code}" if code < 0 else f"exit status {code}"

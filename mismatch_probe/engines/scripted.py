@@ -12,17 +12,32 @@ import json
 import math
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from mismatch_probe.engines.base import Capture, RolloutJob, TrainerJob
+from mismatch_probe.engines.base import (
+    Capture,
+    EncodeJob,
+    Found,
+    RolloutEngine,
+    RolloutJob,
+    TrainerEngine,
+    TrainerJob,
+)
+from mismatch_probe.engines.events import Encoded
+from mismatch_probe.engines.registry import Engine
 from mismatch_probe.engines.rows import LEAST_WEIGHT, RowFile, RowWriter, stacked, uniform
-from mismatch_probe.errors import DtypeRefused
+from mismatch_probe.errors import DtypeRefused, EngineError
 from mismatch_probe.metrics.exact import divergences
-from mismatch_probe.types import Rollout, RolloutRequest, Sampling, Score, ScoreRequest
+from mismatch_probe.types import EncodedPrompt, Rollout, RolloutRequest, Sampling, Score, ScoreRequest
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
 
 _NOISE = {"bfloat16": 4e-2, "float16": 5e-3, "float32": 5e-6, "float64": 0.0}
 
@@ -33,12 +48,24 @@ def _uniform(*key: object) -> float:
     return (int.from_bytes(digest, "big") + 0.5) / 2**64
 
 
+class Network:
+    """The model: a table of log-probs by formula, and what is added to it.
+
+    Attributes:
+        weights: `bias` `[V]`, added to the log-prob of each token, 0 to begin with; nats.
+    """
+
+    def __init__(self, vocabulary: int) -> None:
+        self.weights: dict[str, NDArray[np.float32]] = {"bias": np.zeros(vocabulary, np.float32)}
+
+
 class _Script:
     def __init__(self, job: RolloutJob | TrainerJob, side: str) -> None:
         folder = Path(job.model_path)
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         self.side = side
         self.dtype = job.dtype
+        self.network = Network(int(self.config["vocab_size"]))
         script = folder / "faults"
         faults = json.loads(script.read_text(encoding="utf-8")) if script.exists() else {}
         self.fault = faults.get(f"{side}-{job.dtype}")
@@ -58,7 +85,7 @@ class _Script:
             signal.pause()
 
     def logprob(self, prefix: Sequence[int], token: int) -> float:
-        clean = math.log(_uniform("p", tuple(prefix[-3:]), token))
+        clean = math.log(_uniform("p", tuple(prefix[-3:]), token)) + float(self.network.weights["bias"][token])
         scale = {**_NOISE, **self.config.get("noise", {})}[self.dtype]
         value = min(
             clean + scale * (2 * _uniform(self.side, self.dtype, tuple(prefix), token) - 1) * min(1.0, -clean), 0.0
@@ -69,8 +96,28 @@ class _Script:
         """The logits after `prefix`: log-probs by the same formula, which are not normalised."""
         return np.array([self.logprob(prefix, token) for token in range(int(self.config["vocab_size"]))], np.float32)
 
+    def load_weights(self, weights: Iterable[tuple[str, Any]]) -> None:
+        self.act("load")
+        given = {name: np.asarray(value, np.float32) for name, value in weights}
+        wrong = [
+            n for n, v in given.items() if n not in self.network.weights or v.shape != self.network.weights[n].shape
+        ]
+        missing = self.network.weights.keys() - given.keys() if self.side == "rollout" else ()
+        if wrong or missing:
+            raise EngineError(f"The scripted model has no such weights: {[*wrong, *missing][0]}.", "Give its own.")
+        self.network.weights |= given
 
-class ScriptedRollout(_Script):
+    def run_on_model(self, function: Callable[[Any], Found]) -> Found:
+        return function(self.network)
+
+    def identity(self) -> dict[str, Any]:
+        return {"engine": "scripted", "dtype": self.dtype}
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class ScriptedRollout(_Script, RolloutEngine):
     """The `RolloutEngine` protocol by formula."""
 
     def __init__(self, job: RolloutJob) -> None:
@@ -91,6 +138,21 @@ class ScriptedRollout(_Script):
         if capture is not None and self._writer is None:
             self._writer = RowWriter(Path(capture.path), capture.rows)
         return [self._respond(request, sampling, on_tokens, capture) for request in requests]
+
+    def replay(
+        self,
+        requests: Sequence[RolloutRequest],
+        sampling: Sampling,
+        on_tokens: Callable[[int], None],
+        capture: Capture | None = None,
+        *,
+        keep_cache: bool = False,
+    ) -> list[Rollout]:
+        return self.generate(requests, sampling, on_tokens, capture)
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+        self.act("score")
+        return [np.array([self.logprob(s[:t], s[t]) for t in range(1, len(s))], np.float32) for s in sequences]
 
     def _keep(self, capture: Capture, request: RolloutRequest, prefix: Sequence[int], position: int) -> None:
         """Keeps a row by the rules of the real engine's processor."""
@@ -127,13 +189,10 @@ class ScriptedRollout(_Script):
         return [chr(token) for token in token_ids]
 
     def identity(self) -> dict[str, Any]:
-        return {"engine": "scripted", "dtype": self.dtype, "in_process": self._in_process}
-
-    def close(self) -> None:
-        """Nothing is held."""
+        return {**super().identity(), "in_process": self._in_process}
 
 
-class ScriptedTrainer(_Script):
+class ScriptedTrainer(_Script, TrainerEngine):
     """The `TrainerEngine` protocol by formula."""
 
     def __init__(self, job: TrainerJob) -> None:
@@ -164,8 +223,40 @@ class ScriptedTrainer(_Script):
             stacked(parts),
         )
 
-    def identity(self) -> dict[str, Any]:
-        return {"engine": "scripted", "dtype": self.dtype}
+    def plan_as_rollout(
+        self, requests: Sequence[ScoreRequest], most_tokens: int, most_rows: int
+    ) -> list[list[ScoreRequest]]:
+        return [list(requests[i : i + most_rows]) for i in range(0, len(requests), most_rows)]
 
-    def close(self) -> None:
-        """Nothing is held."""
+    def precision(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def head_logits(self, states: Any) -> Any:
+        """States are the last token of each row's prefix."""
+        return np.stack([self.row([int(token)]) for token in states])
+
+    @contextmanager
+    def changed(self, *, layout: str | None = None, softmax_in_dtype: bool = False) -> Iterator[None]:
+        """Layouts and dtypes leave the formula alone."""
+        yield
+
+
+def encode_scripted(job: EncodeJob) -> Encoded:
+    """Characters as tokens, each with its code point as id."""
+    prompts = [EncodedPrompt(p.prompt_id, [ord(c) for c in p.text or str(p.messages)]) for p in job.prompts]
+    return Encoded(prompts, {token: chr(token) for token in job.token_ids}, special=[0])
+
+
+class Scripted(Engine):
+    """Both sides by formula."""
+
+    name = "scripted"
+
+    def rollout(self, job: RolloutJob) -> ScriptedRollout:
+        return ScriptedRollout(job)
+
+    def trainer(self, job: TrainerJob) -> ScriptedTrainer:
+        return ScriptedTrainer(job)
+
+
+ENGINE = Scripted()

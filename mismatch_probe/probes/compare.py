@@ -8,9 +8,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mismatch_probe.engines import devices
+from mismatch_probe.engines import devices, registry
 from mismatch_probe.engines.base import EncodeJob, RolloutJob, TrainerJob
-from mismatch_probe.engines.process import Kind, UnexpectedEngineError
+from mismatch_probe.engines.process import ENCODE, UnexpectedEngineError
+from mismatch_probe.engines.vllm.settings import in_process_wanted
 from mismatch_probe.errors import DiskFull, DtypeRefused, EngineError, PromptError, TableError
 from mismatch_probe.passes import PassId
 from mismatch_probe.probes.kept_rows import KeptRows
@@ -33,7 +34,7 @@ class PassRunner:
         self._plan = plan
         self._run = run
         self._progress = progress
-        self._in_process = devices.in_process_wanted()
+        self._in_process = in_process_wanted()
         self._fallback = ""
         self._rows = KeptRows(plan, run)
         self._texts: dict[int, str] = {}
@@ -83,8 +84,8 @@ class PassRunner:
             str(plan.model.path), plan.prompts.prompts, plan.config.chat, plan.config.trust_remote_code, recorded
         )
         self._progress.message("encoding prompts")
-        environment = devices.trainer_settings(plan.device, "float32").environment
-        process = workers.take("encode", environment)
+        environment = registry.find("hf").trainer_settings(plan.device, "float32").environment
+        process = workers.take(ENCODE, environment)
         self._prepare_next(workers, None)
         collected = drive(process, "encode", job, self._progress)
         self._texts, self._run.manifest.special_token_ids = collected.texts, tuple(collected.special)
@@ -285,27 +286,25 @@ class PassRunner:
         self._run.save()
         self._progress.end(pass_id, str(error))
 
-    def _process(self, wanted: PassId) -> tuple[Kind, devices.EngineSettings]:
-        """What imports for a pass, and with which settings."""
+    def _process(self, wanted: PassId) -> tuple[str, devices.EngineSettings]:
+        """The engine of a pass, and the settings of its process."""
         plan = self._plan
         assert wanted.dtype != "recorded"
-        if plan.model.scripted:
-            return "scripted", devices.EngineSettings()
+        engine = registry.find("scripted" if plan.model.scripted else wanted.engine)
         if wanted.side == "trainer":
-            return "hf", devices.trainer_settings(plan.device, wanted.dtype)
+            return engine.name, engine.trainer_settings(plan.device, wanted.dtype)
         assert wanted.dtype != "float64"
-        settings = devices.rollout_settings(
+        return engine.name, engine.rollout_settings(
             plan.device,
             wanted.dtype,
             eager=plan.config.eager,
             in_process=self._in_process,
             kv_cache_gib=kv_cache_gib(plan),
         )
-        return "vllm", settings
 
     def _prepare_next(self, workers: Workers, current: str | None) -> None:
         """Lets the process of the pass after `current` import ahead."""
-        order: list[tuple[str, tuple[Kind, devices.EngineSettings]]] = [
+        order: list[tuple[str, tuple[str, devices.EngineSettings]]] = [
             *((str(p), self._process(p)) for p in self._plan.passes.rollouts if not p.recorded),
             *((str(p), self._process(p)) for p in self._plan.passes.scored),
         ]

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from mismatch_probe.config import CompareConfig
-from mismatch_probe.engines import devices
-from mismatch_probe.engines.base import OwnJob, TrainerJob
+from mismatch_probe.engines import devices, registry
+from mismatch_probe.engines.base import Job, TrainerJob
 from mismatch_probe.engines.models import ModelRef, resolve
 from mismatch_probe.engines.process import EngineProcess
 from mismatch_probe.errors import ProbeError, TableError, UsageError
 from mismatch_probe.probes.progress import Progress
+from mismatch_probe.probes.workers import told
 from mismatch_probe.runs.comparison import RunDirectory
 
 
@@ -57,13 +56,13 @@ def fp32_trainer(config: CompareConfig, model: ModelRef, device: devices.Device)
         self_noise_sequences=0,
         memory_budget=int(budget * devices.GIB),
         trust_remote_code=config.trust_remote_code,
-        flags=devices.trainer_settings(device, "float32").arguments,
+        flags=registry.find("hf").trainer_settings(device, "float32").arguments,
     )
 
 
 def run_pass(
     run: RunDirectory,
-    job: OwnJob,
+    job: Job,
     settings: devices.EngineSettings,
     name: str,
     text: str,
@@ -82,17 +81,10 @@ def run_pass(
     Raises:
         ProbeError: The engine failed.
     """
-
-    def on_event(event: str, payload: Any) -> None:
-        if event == "total":
-            progress.total(name, payload)
-        elif event == "progress":
-            progress.advance(name, payload)
-
     progress.begin(name, text)
     process = EngineProcess("hf", settings.environment, run.path / "logs" / f"{name}.log")
     try:
-        process.run(job, on_event)
+        process.run(job, lambda event: told(progress, name, event))
     except ProbeError as error:
         progress.end(name, str(error))
         raise

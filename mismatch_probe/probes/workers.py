@@ -9,7 +9,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from mismatch_probe.engines.process import EngineProcess, Kind
+from mismatch_probe.engines.base import Job
+from mismatch_probe.engines.events import Advance, Encoded, Event, Identity, Phase, Rollouts, Scores, Texts, Total
+from mismatch_probe.engines.process import EngineProcess
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.types import EncodedPrompt, Rollout, Score
 
@@ -28,6 +30,24 @@ class Collected:
     identity: dict[str, Any] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
 
+    def add(self, event: Event) -> None:
+        """Takes what an event brings."""
+        match event:
+            case Encoded():
+                self.encoded.extend(event.prompts)
+                self.texts.update(event.texts)
+                self.special.extend(event.special)
+            case Rollouts():
+                (self.self_noise_rollouts if event.again else self.rollouts).extend(event.rollouts)
+            case Scores():
+                (self.self_noise_scores if event.again else self.scores).extend(event.scores)
+            case Texts():
+                self.texts.update(event.texts)
+            case Identity():
+                self.identity.update(event.facts)
+            case Phase():
+                self.timings[event.name] = round(event.seconds, 3)
+
 
 class Workers:
     """Starts worker processes, one ahead: the next one imports its packages while the present one works.
@@ -37,7 +57,7 @@ class Workers:
 
     def __init__(self, logs: Path) -> None:
         self._logs = logs
-        self._ahead: tuple[Kind, Mapping[str, str], EngineProcess] | None = None
+        self._ahead: tuple[str, Mapping[str, str], EngineProcess] | None = None
         self._at_work: EngineProcess | None = None
 
     def __enter__(self) -> Workers:
@@ -51,11 +71,11 @@ class Workers:
         if self._at_work is not None:
             self._at_work.close()
 
-    def prepare(self, kind: Kind, environment: Mapping[str, str]) -> None:
+    def prepare(self, kind: str, environment: Mapping[str, str]) -> None:
         if self._ahead is None:
             self._ahead = (kind, environment, self._start(kind, environment))
 
-    def take(self, kind: Kind, environment: Mapping[str, str]) -> EngineProcess:
+    def take(self, kind: str, environment: Mapping[str, str]) -> EngineProcess:
         """The process for the next job: the one that was started ahead where it is of the right kind."""
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[:2] == (kind, environment):
@@ -66,11 +86,20 @@ class Workers:
             self._at_work = self._start(kind, environment)
         return self._at_work
 
-    def _start(self, kind: Kind, environment: Mapping[str, str]) -> EngineProcess:
+    def _start(self, kind: str, environment: Mapping[str, str]) -> EngineProcess:
         return EngineProcess(kind, environment, self._logs / f"{kind}.log")
 
 
-def drive(process: EngineProcess, pass_id: str, job: Any, progress: Progress) -> Collected:
+def told(progress: Progress, name: str, event: Event) -> None:
+    """Moves a pass's progress."""
+    match event:
+        case Total():
+            progress.total(name, event.amount)
+        case Advance():
+            progress.advance(name, event.amount)
+
+
+def drive(process: EngineProcess, pass_id: str, job: Job, progress: Progress) -> Collected:
     """Runs one job to its end and returns what it produced.
 
     Raises:
@@ -80,17 +109,9 @@ def drive(process: EngineProcess, pass_id: str, job: Any, progress: Progress) ->
     progress.begin(pass_id, pass_id)
     started = time.perf_counter()
 
-    def on_event(name: str, payload: Any) -> None:
-        if name == "progress":
-            progress.advance(pass_id, payload)
-        elif name == "total":
-            progress.total(pass_id, payload)
-        elif name == "phase":
-            collected.timings[payload[0]] = round(payload[1], 3)
-        elif isinstance(getattr(collected, name), list):
-            getattr(collected, name).extend(payload)
-        else:
-            getattr(collected, name).update(payload)
+    def on_event(event: Event) -> None:
+        told(progress, pass_id, event)
+        collected.add(event)
 
     process.run(job, on_event)
     progress.end(pass_id, f"done in {time.perf_counter() - started:.0f} s")

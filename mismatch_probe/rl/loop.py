@@ -11,12 +11,14 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mismatch_probe.engines.base import RolloutEngine
+from mismatch_probe.engines.events import Found, Listener, Message, StepDone, Total
 from mismatch_probe.engines.logprobs import Batch, entropies
 from mismatch_probe.metrics.accounting import possible
 from mismatch_probe.metrics.intervals import share_interval
@@ -31,7 +33,7 @@ from mismatch_probe.rl.losses import Scale, policy_loss
 from mismatch_probe.rl.policy import NonFinite, Policy, StepFacts
 from mismatch_probe.rl.records import RlDirectory
 from mismatch_probe.rl.stress import stressed
-from mismatch_probe.rl.sync import ScoringEngine, WeightSync, cast, changed_share
+from mismatch_probe.rl.sync import WeightSync, cast, changed_share
 from mismatch_probe.rl.tasks import Problem, Response, Task
 from mismatch_probe.types import Rollout, RolloutRequest, Sampling
 
@@ -40,14 +42,6 @@ _PROBES = 8
 _EVALUATED = 128
 # Micro-batches: an evaluation keeps no gradients.
 _EVALUATED_AT_ONCE = 8
-
-
-class Engine(ScoringEngine, Protocol):
-    """What the loop needs of a rollout engine."""
-
-    def generate(
-        self, requests: Sequence[RolloutRequest], sampling: Sampling, on_tokens: Callable[[int], None]
-    ) -> list[Rollout]: ...
 
 
 @dataclass(frozen=True)
@@ -64,21 +58,21 @@ class Pieces:
         task: With its problems.
         prompts: Token ids of each problem's prompt.
         decode: From response ids to text without special tokens.
-        tell: Told `("total", steps)`, `("step", row)`, `("finding", finding)` and `("message", text)`.
+        tell: Told `Total` in steps, `StepDone`, `Found` and `Message`.
     """
 
     config: RlConfig
     directory: RlDirectory
     source: Path
     device: torch.device
-    engine: Engine
+    engine: RolloutEngine
     fresh: bool
     task: Task
     problems: Sequence[Problem]
     prompts: Sequence[Sequence[int]]
     decode: Callable[[Sequence[int]], str]
     end_ids: Sequence[int]
-    tell: Callable[[str, Any], None]
+    tell: Listener
 
 
 class _Stopped(Exception):
@@ -124,7 +118,7 @@ class Training:
             self._probes(),
             check=self._config.check_sync,
             fresh=pieces.fresh,
-            tell=lambda text: pieces.tell("message", text),
+            tell=lambda text: pieces.tell(Message(text)),
         )
         found = checkpoints(pieces.directory.checkpoints)
         if found:
@@ -136,7 +130,7 @@ class Training:
         config = self._config
         status: Status = "complete"
         cause: Finding | None = None
-        self._p.tell("total", config.steps - self._step)
+        self._p.tell(Total(config.steps - self._step))
         while self._step < config.steps and cause is None:
             try:
                 row = self._one_step()
@@ -144,7 +138,7 @@ class Training:
                 status, cause = "diverged", stopped.cause
                 break
             self._p.directory.append_step(row)
-            self._p.tell("step", row)
+            self._p.tell(StepDone(row))
             self._step += 1
             status, cause = self._judge(row)
             if self._first_above is None and self._above():
@@ -354,7 +348,7 @@ class Training:
         if found is None:
             return "complete", None
         if found.code == "rl-no-signal":
-            self._p.tell("finding", found)
+            self._p.tell(Found(found))
             return "complete", None
         return "collapsed", found
 

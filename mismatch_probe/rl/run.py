@@ -11,7 +11,8 @@ from typing import Any
 import pandas as pd
 
 from mismatch_probe.dtypes import DTYPE_INFOS
-from mismatch_probe.engines import devices
+from mismatch_probe.engines import devices, registry
+from mismatch_probe.engines.events import Event, Found, InRun, Message, RunEnded, StepDone, Total
 from mismatch_probe.engines.models import ModelRef, resolve
 from mismatch_probe.engines.process import EngineProcess
 from mismatch_probe.errors import EXIT_LIMIT, EXIT_OK, TableError
@@ -126,7 +127,7 @@ def resume_rl_run(path: Path, progress: Progress | None) -> RlResult:
 
 def worker_environment(config: RlConfig, device: devices.Device) -> dict[str, str]:
     """What the process of engine and trainer gets before its imports."""
-    settings = devices.rollout_settings(
+    settings = registry.find("vllm").rollout_settings(
         device, config.rollout_dtype, eager=True, in_process=True, kv_cache_gib=config.kv_cache_gib
     )
     return settings.environment
@@ -138,19 +139,20 @@ def _execute(directory: RlDirectory, model: ModelRef, device: devices.Device, pr
     process = EngineProcess("vllm", worker_environment(config, device), directory.path / "logs" / "rl.log")
     ended = "no result"
 
-    def on_event(name: str, payload: Any) -> None:
+    def on_event(event: Event) -> None:
         nonlocal ended
-        if name == "total":
-            progress.total("rl", payload[1])
-        elif name == "step":
-            progress.advance("rl", 1)
-            progress.message(step_line(payload[1]))
-        elif name == "finding":
-            progress.message(say(payload[1]))
-        elif name == "message":
-            progress.message(str(payload[1]))
-        elif name == "ending":
-            ended = str(payload[1].status)
+        match event:
+            case InRun(event=Total(amount)):
+                progress.total("rl", amount)
+            case InRun(event=StepDone(row)):
+                progress.advance("rl", 1)
+                progress.message(step_line(row))
+            case InRun(event=Found(finding)):
+                progress.message(say(finding))
+            case InRun(event=Message(text)):
+                progress.message(text)
+            case InRun(event=RunEnded(ending)):
+                ended = str(ending.status)
 
     progress.begin("rl", "rl run")
     with continued_by(RL_RUN.resume(directory.path), "steps up to the last checkpoint are kept"):

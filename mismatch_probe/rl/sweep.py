@@ -13,9 +13,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from mismatch_probe.engines import devices
+from mismatch_probe.engines.events import Event, Found, InRun, Message, RunBegins, RunEnded, StepDone, Total
 from mismatch_probe.engines.models import ModelRef
 from mismatch_probe.engines.process import EngineProcess, UnexpectedEngineError
 from mismatch_probe.errors import DiskFull, EngineError, EngineMissing, Interrupted, ProbeError, UsageError
@@ -256,7 +257,7 @@ class Scheduler:
                 return
         begun: list[str] = []
         try:
-            process.run(job, lambda name, payload: self._on_event(slot, by_folder, begun, name, payload))
+            process.run(job, lambda event: self._on_event(slot, by_folder, begun, event))
             if not begun and (held := self._free(runs)):
                 what = f"Another process is using {held[0].name}."
                 self._fail(held, ProbeError(what, "Wait until it ends, then continue with --resume."))
@@ -268,31 +269,32 @@ class Scheduler:
                 self._active.pop(slot.index, None)
                 self._processes.pop(slot.index, None)
 
-    def _on_event(self, slot: Slot, runs: Mapping[str, PlannedRun], begun: list[str], name: str, payload: Any) -> None:
-        if name not in ("run", "total", "step", "finding", "message", "ending"):
+    def _on_event(self, slot: Slot, runs: Mapping[str, PlannedRun], begun: list[str], event: Event) -> None:
+        if not isinstance(event, InRun):
             return
-        run = runs[payload[0]]
-        if name == "run":
-            begun.append(run.name)
-            with self._lock:
-                self._active[slot.index] = run
-                self._failed.discard(run.name)
-                self._directory.note_failure(run, None)
-            self._progress.begin(run.name, run.name)
-        elif name == "total":
-            self._progress.total(run.name, payload[1])
-            self._advance(run, run.config.steps - payload[1])
-        elif name == "step":
-            self._progress.advance(run.name, 1)
-            self._advance(run, payload[1]["step"] + 1)
-        elif name == "finding":
-            self._progress.message(f"{run.name}: {say(payload[1])}")
-        elif name == "message":
-            self._progress.message(f"{run.name}: {payload[1]}")
-        else:
-            with self._lock:
-                self._active.pop(slot.index, None)
-                self._finish(run, f"{payload[1].status} after {payload[1].steps} steps")
+        run = runs[event.folder]
+        match event.event:
+            case RunBegins():
+                begun.append(run.name)
+                with self._lock:
+                    self._active[slot.index] = run
+                    self._failed.discard(run.name)
+                    self._directory.note_failure(run, None)
+                self._progress.begin(run.name, run.name)
+            case Total(amount):
+                self._progress.total(run.name, amount)
+                self._advance(run, run.config.steps - amount)
+            case StepDone(row):
+                self._progress.advance(run.name, 1)
+                self._advance(run, row["step"] + 1)
+            case Found(finding):
+                self._progress.message(f"{run.name}: {say(finding)}")
+            case Message(text):
+                self._progress.message(f"{run.name}: {text}")
+            case RunEnded(ending):
+                with self._lock:
+                    self._active.pop(slot.index, None)
+                    self._finish(run, f"{ending.status} after {ending.steps} steps")
 
     def _finish(self, run: PlannedRun, said: str) -> None:
         self._pending.remove(run)

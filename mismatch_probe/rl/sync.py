@@ -16,12 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mismatch_probe.engines.base import RolloutEngine
 from mismatch_probe.engines.logprobs import Batch
 from mismatch_probe.errors import EngineError
 from mismatch_probe.rl.policy import TORCH_DTYPES, Policy
@@ -64,14 +64,6 @@ class SyncError(EngineError):
     """The engine does not have the weights that it was given."""
 
 
-class ScoringEngine(Protocol):
-    """What the check needs of an engine."""
-
-    def load_weights(self, weights: Weights) -> None: ...
-
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]: ...
-
-
 @dataclass(frozen=True)
 class SyncFacts:
     """A sync that was accepted.
@@ -104,7 +96,7 @@ class WeightSync:
 
     def __init__(
         self,
-        engine: ScoringEngine,
+        engine: RolloutEngine,
         policy: Policy,
         dtype: Dtype,
         probes: Sequence[Sequence[int]],
@@ -157,7 +149,7 @@ class WeightSync:
         self._load(self._sent)
 
     def _load(self, weights: Weights) -> None:
-        self._engine.load_weights(self._policy.as_saved(weights))
+        self._engine.load_weights(self._policy.as_saved(weights).items())
 
     def _compare_names(self, weights: Weights) -> None:
         differing = sorted(self._names ^ set(weights))

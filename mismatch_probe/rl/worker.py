@@ -7,10 +7,11 @@ from collections.abc import Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from mismatch_probe.engines import devices
-from mismatch_probe.engines.base import EncodeJob, RolloutJob
+from mismatch_probe.engines import devices, registry
+from mismatch_probe.engines.base import Channel, EncodeJob, RolloutEngine, RolloutJob
+from mismatch_probe.engines.events import Event, Identity, InRun, RunBegins, RunEnded
 from mismatch_probe.errors import FolderBusy
 from mismatch_probe.files import locked
 from mismatch_probe.rl.config import RlConfig, TaskSettings
@@ -28,6 +29,7 @@ class RlJob:
         folders: Of the runs, each with its `run.json`.
         model_path: Folder of the initial model.
         device: `cpu` or `cuda`.
+        engine: That samples.
         cores: Of a CPU, which the process keeps to; none for all.
         shared: Other processes work through the same folders. Each is locked while it is trained, and one that is
             locked or has ended is left out.
@@ -39,15 +41,17 @@ class RlJob:
     cores: Sequence[int] = ()
     shared: bool = False
     trust_remote_code: bool = False
-    subject: str = "The RL run"
-    memory_advice: str = "Lower max_tokens, micro_batch, prompts_per_step or gpu_memory_utilization."
+    engine: str = "vllm"
+    subject: ClassVar[str] = "The RL run"
+    memory_advice: ClassVar[str] = (
+        "Lower max_tokens, micro_batch, prompts_per_step or gpu_memory_utilization, or use a machine with more memory."
+    )
 
-    def run(self, channel: Any) -> None:
-        """Runs them in their order. Events: `run`, `total`, `step`, `finding`, `message`, and `ending`, each with
-        its folder."""
+    def run(self, channel: Channel) -> None:
+        """Runs them in their order. Sends `Identity`, and of each run, `InRun`: `RunBegins`, `Total` in steps,
+        `StepDone`, `Found`, `Message` and `RunEnded`.
+        """
         import torch
-
-        from mismatch_probe.engines.vllm.engine import VllmRollout
 
         if self.cores:
             os.sched_setaffinity(0, self.cores)
@@ -55,28 +59,31 @@ class RlJob:
         directories = [RlDirectory.open(Path(folder)) for folder in self.folders]
         setups = {key: Setup.of(config, self.model_path) for key, config in _tasks(directories).items()}
         longest = max(len(prompt) for setup in setups.values() for prompt in setup.prompts)
-        engine = VllmRollout(_engine_job(directories, self, longest))
-        channel.phase("load")
-        channel.send("identity", engine.identity() | devices.running())
         try:
-            fresh = True
-            for directory in directories:
-                key = _task_of(directory.config)
-                with suppress(_Taken), self._hold(directory):
-                    self._train(directory, setups[key], engine, fresh, channel)
-                    fresh = False
+            with _engine_job(directories, self, longest).started() as engine:
+                channel.phase("load")
+                channel.send(Identity(engine.identity() | devices.running()))
+                fresh = True
+                for directory in directories:
+                    key = _task_of(directory.config)
+                    with suppress(_Taken), self._hold(directory):
+                        self._train(directory, setups[key], engine, fresh, channel)
+                        fresh = False
         finally:
             for setup in setups.values():
                 setup.task.close()
-        engine.close()
 
-    def _train(self, directory: RlDirectory, setup: Setup, engine: Any, fresh: bool, channel: Any) -> None:
+    def _train(
+        self, directory: RlDirectory, setup: Setup, engine: RolloutEngine, fresh: bool, channel: Channel
+    ) -> None:
         import torch
 
         from mismatch_probe.rl.loop import Pieces, Training
 
-        tell = _Teller(channel, directory)
-        tell("run", None)
+        def tell(event: Event) -> None:
+            channel.send(InRun(str(directory.path), event))
+
+        tell(RunBegins())
         pieces = Pieces(
             config=directory.config,
             directory=directory,
@@ -95,7 +102,7 @@ class RlJob:
             training = Training(pieces)
         ending = training.run()
         directory.finish(ending)
-        tell("ending", ending)
+        tell(RunEnded(ending))
 
     @contextmanager
     def _hold(self, directory: RlDirectory) -> Iterator[None]:
@@ -113,16 +120,6 @@ class RlJob:
 
 class _Taken(Exception):
     """Another process has this run, or has ended it."""
-
-
-class _Teller:
-    """Names the run in each event."""
-
-    def __init__(self, channel: Any, directory: RlDirectory) -> None:
-        self._channel, self._path = channel, str(directory.path)
-
-    def __call__(self, name: str, payload: Any) -> None:
-        self._channel.send(name, (self._path, payload))
 
 
 @dataclass(frozen=True)
@@ -195,7 +192,7 @@ def _engine_job(directories: Sequence[RlDirectory], job: RlJob, longest_prompt: 
     configs = [directory.config for directory in directories]
     first = configs[0]
     device: devices.Device = "cuda" if job.device == "cuda" else "cpu"
-    settings = devices.rollout_settings(
+    settings = registry.find(job.engine).rollout_settings(
         device, first.rollout_dtype, eager=True, in_process=True, kv_cache_gib=first.kv_cache_gib
     )
     # Log-probs are those of the law that was sampled from, whatever the temperature and the injected noise.
@@ -203,7 +200,7 @@ def _engine_job(directories: Sequence[RlDirectory], job: RlJob, longest_prompt: 
     if device == "cuda":
         arguments["gpu_memory_utilization"] = first.gpu_memory_utilization
     return RolloutJob(
-        engine="vllm",
+        engine=job.engine,
         model_path=job.model_path,
         dtype=first.rollout_dtype,
         device=device,

@@ -13,6 +13,8 @@ import pytest
 
 from mismatch_probe.engines import devices
 from mismatch_probe.engines.devices import GIB, Device
+from mismatch_probe.engines.hf.settings import trainer_settings
+from mismatch_probe.engines.vllm.settings import in_process_wanted, rollout_settings
 from mismatch_probe.errors import EngineMissing, UsageError
 from mismatch_probe.types import DTYPES, Dtype
 
@@ -35,7 +37,7 @@ def fresh_caches() -> Iterator[None]:
 
 
 def settings(device: Device, dtype: Dtype, *, in_process: bool = True, eager: bool = False) -> devices.EngineSettings:
-    return devices.rollout_settings(device, dtype, eager=eager, in_process=in_process, kv_cache_gib=3)
+    return rollout_settings(device, dtype, eager=eager, in_process=in_process, kv_cache_gib=3)
 
 
 class TestRolloutSettings:
@@ -80,13 +82,13 @@ class TestRolloutSettings:
         monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
         if value is not None:
             monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", value)
-        assert devices.in_process_wanted() is wanted
+        assert in_process_wanted() is wanted
 
 
 class TestTrainerSettings:
     @pytest.mark.parametrize(("device", "dtype"), EVERY)
     def test_strict_flags_belong_to_fp32_on_cuda_alone(self, device: Device, dtype: Dtype) -> None:
-        found = devices.trainer_settings(device, dtype)
+        found = trainer_settings(device, dtype)
         if (device, dtype) == ("cuda", "float32"):
             assert found.environment == {**OFFLINE, "NVIDIA_TF32_OVERRIDE": "0"}
             assert found.arguments == {
@@ -101,7 +103,7 @@ class TestTrainerSettings:
 
     @pytest.mark.parametrize(("device", "dtype"), EVERY)
     def test_no_process_may_use_the_network(self, device: Device, dtype: Dtype) -> None:
-        for found in (settings(device, dtype), devices.trainer_settings(device, dtype)):
+        for found in (settings(device, dtype), trainer_settings(device, dtype)):
             assert OFFLINE.items() <= found.environment.items()
             names = " ".join(found.environment).upper()
             assert not any(word in names for word in ("PROXY", "TOKEN_", "_TOKEN", "ENDPOINT", "URL"))

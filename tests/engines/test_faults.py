@@ -14,6 +14,7 @@ from mismatch_probe.engines.base import EncodeJob, RolloutJob, TrainerJob
 from mismatch_probe.errors import DiskFull, DtypeRefused, EngineError, EngineMissing, ModelError, ProbeError
 from mismatch_probe.rl.worker import RlJob
 from mismatch_probe.types import Sampling
+from tests.conftest import Heard
 
 ENCODE = EncodeJob("/models/m", [], chat=False, trust_remote_code=False)
 
@@ -83,8 +84,6 @@ def test_out_of_memory_names_the_knob_of_its_pass(error: Exception, job: Any, su
             ModelError,
             "/models/m contains Python code that loading would run. Read that code, then add --trust-remote-code",
         ),
-        (ValueError("Couldn't instantiate the backend tokenizer"), ENCODE, ModelError, "tokenizer of /models/m cannot"),
-        (OSError("cannot find vocab"), ENCODE, ModelError, "The tokenizer of /models/m cannot be loaded"),
     ],
 )
 def test_known_failures(error: Exception, job: Any, kind: type[ProbeError], sentence: str) -> None:
@@ -92,6 +91,27 @@ def test_known_failures(error: Exception, job: Any, kind: type[ProbeError], sent
     assert type(found) is kind
     with pytest.raises(kind, match=sentence):
         raise found
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (ValueError("Couldn't instantiate the backend tokenizer"), ModelError),
+        (OSError("cannot find vocab"), ModelError),
+        (OSError(errno.ENOSPC, "No space left on device"), OSError),
+        (RuntimeError("boom"), RuntimeError),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_loaded(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[Exception]
+) -> None:
+    def encode(job: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr("mismatch_probe.engines.encoding.encode", encode)
+    with pytest.raises(kind) as caught:
+        ENCODE.run(Heard())
+    assert type(caught.value) is kind
 
 
 @pytest.mark.parametrize("job", [rollout(), trainer()])

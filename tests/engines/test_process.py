@@ -8,17 +8,29 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mismatch_probe.engines.base import EncodeJob, RolloutJob, TrainerJob
+from mismatch_probe.engines.base import EncodeJob, Job, RolloutJob, TrainerJob
+from mismatch_probe.engines.events import (
+    Advance,
+    Encoded,
+    Event,
+    Identity,
+    Phase,
+    Rollouts,
+    Scores,
+    Texts,
+    Total,
+)
 from mismatch_probe.engines.process import EngineProcess, UnexpectedEngineError
 from mismatch_probe.errors import DtypeRefused, EngineError, EngineMissing
-from mismatch_probe.types import Prompt, RolloutRequest, Sampling, ScoreRequest
-from tests.conftest import MakeModel, ended
+from mismatch_probe.types import Prompt, Rollout, RolloutRequest, Sampling, ScoreRequest
+from tests.conftest import Heard, MakeModel, ended
 
 
 def rollout_job(model: Path, **options: Any) -> RolloutJob:
@@ -32,15 +44,19 @@ def trainer_job(model: Path) -> TrainerJob:
     return TrainerJob("scripted", str(model), "float16", "cast", "padded", "sdpa", "cpu", 1.0, requests, 5, 1 << 30)
 
 
-def run(job: Any, folder: Path, environment: dict[str, str] | None = None) -> tuple[EngineProcess, list[Any]]:
-    process = EngineProcess("scripted", environment or {}, folder / "logs" / "engine.log")
-    events: list[Any] = []
-    process.run(job, lambda name, payload: events.append((name, payload)))
+def run(job: Job, folder: Path, environment: dict[str, str] | None = None) -> tuple[EngineProcess, Heard]:
+    process, events = EngineProcess("scripted", environment or {}, folder / "logs" / "engine.log"), Heard()
+    process.run(job, events)
     return process, events
 
 
-def payloads(events: list[Any], name: str) -> list[Any]:
-    return [payload for found, payload in events if found == name]
+def done(events: Heard) -> int:
+    """Units of work that were reported."""
+    return sum(event.amount for event in events.of(Advance))
+
+
+def responses(events: Heard, *, again: bool = False) -> list[Sequence[Rollout]]:
+    return [event.rollouts for event in events.of(Rollouts) if event.again is again]
 
 
 def gone(pid: int) -> bool:
@@ -50,18 +66,18 @@ def gone(pid: int) -> bool:
 class TestEvents:
     def test_a_rollout(self, scripted_model: MakeModel, tmp_path: Path) -> None:
         process, events = run(rollout_job(scripted_model()), tmp_path, {"OMP_NUM_THREADS": "1", "HF_TOKEN": "secret"})
-        batches = payloads(events, "rollouts")
+        batches = responses(events)
         assert [len(batch) for batch in batches] == [2, 3]  # the first alone, the others to the engine's scheduler
         first = {r.sequence_id: r for batch in batches for r in batch}
         assert sorted(first) == [0, 1, 2, 3, 4]
-        (null,) = payloads(events, "self_noise_rollouts")
+        (null,) = responses(events, again=True)
         assert [r.response_token_ids for r in null] == [first[i].response_token_ids[:3] for i in (0, 1)]
         assert [r.logprobs for r in null] == [first[i].logprobs[:3] for i in (0, 1)]
-        assert sum(payloads(events, "progress")) == payloads(events, "total")[0] == 5 * 4 + 2 * 3
-        assert [name for name, _ in payloads(events, "phase")] == ["import", "wait", "load", "generate", "self_noise"]
-        (texts,) = payloads(events, "texts")
+        assert done(events) == events.of(Total)[0].amount == 5 * 4 + 2 * 3
+        assert [event.name for event in events.of(Phase)] == ["import", "wait", "load", "generate", "self_noise"]
+        (texts,) = (event.texts for event in events.of(Texts))
         assert all(texts[token] == chr(token) for r in first.values() for token in r.response_token_ids)
-        (identity,) = payloads(events, "identity")
+        (identity,) = (event.facts for event in events.of(Identity))
         assert identity["environment"]["OMP_NUM_THREADS"] == "1"
         assert {"versions", "machine"} <= identity.keys()
         assert "secret" not in str(identity)
@@ -69,27 +85,27 @@ class TestEvents:
 
     def test_short_responses_still_fill_the_bar(self, scripted_model: MakeModel, tmp_path: Path) -> None:
         _, events = run(rollout_job(scripted_model(response_length=1)), tmp_path)
-        assert sum(payloads(events, "progress")) == 5 * 4 + 2
+        assert done(events) == 5 * 4 + 2
 
     def test_one_batch_is_enough_for_few_requests(self, scripted_model: MakeModel, tmp_path: Path) -> None:
         _, events = run(replace(rollout_job(scripted_model()), batch=8), tmp_path)
-        assert [len(batch) for batch in payloads(events, "rollouts")] == [5]
-        assert [len(batch) for batch in payloads(events, "self_noise_rollouts")] == [5]
+        assert [len(batch) for batch in responses(events)] == [5]
+        assert [len(batch) for batch in responses(events, again=True)] == [5]
 
     def test_a_trainer(self, scripted_model: MakeModel, tmp_path: Path) -> None:
         _, events = run(trainer_job(scripted_model()), tmp_path)
-        scores = [score for batch in payloads(events, "scores") for score in batch]
-        again = [score for batch in payloads(events, "self_noise_scores") for score in batch]
+        scores = [score for event in events.of(Scores) if not event.again for score in event.scores]
+        again = [score for event in events.of(Scores) if event.again for score in event.scores]
         assert [s.sequence_id for s in scores] == list(range(10))
         assert [s.logprobs for s in again] == [
             s.logprobs for s in scores[:8]
         ]  # whole batches of four, at least five sequences
-        assert sum(payloads(events, "progress")) == payloads(events, "total")[0] == (10 + 8) * 3
+        assert done(events) == events.of(Total)[0].amount == (10 + 8) * 3
 
     def test_encoding(self, scripted_model: MakeModel, tmp_path: Path) -> None:
         prompts = [Prompt("a", text="AB"), Prompt("b", messages=({"role": "user", "content": "C"},))]
         _, events = run(EncodeJob(str(scripted_model()), prompts, False, False), tmp_path)
-        ((first, second),) = payloads(events, "encoded")
+        ((first, second),) = (event.prompts for event in events.of(Encoded))
         assert (first.prompt_id, first.token_ids, second.prompt_id) == ("a", [65, 66], "b")
 
 
@@ -154,7 +170,7 @@ class TestFailures:
     def test_an_error_of_the_listener_is_its_own(self, scripted_model: MakeModel, tmp_path: Path) -> None:
         """A closed terminal, for one, is no death of the engine."""
 
-        def broken(name: str, payload: Any) -> None:
+        def broken(event: Event) -> None:
             raise BrokenPipeError("stderr is closed")
 
         process = EngineProcess("scripted", {}, tmp_path / "engine.log")
@@ -195,7 +211,7 @@ class TestLifetime:
             "die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
             "print(process.pid, flush=True)\n"
             "sys.argv[2] == 'waits' and die()\n"
-            "process.run(pickle.load(sys.stdin.buffer), lambda name, _: name == 'rollouts' and die())\n"
+            "process.run(pickle.load(sys.stdin.buffer), lambda event: type(event).__name__ == 'Rollouts' and die())\n"
         )
         job = pickle.dumps(rollout_job(scripted_model(), max_tokens=200))
         command = [sys.executable, "-c", parent, str(tmp_path / "engine.log"), moment]

@@ -13,19 +13,12 @@ import pytest
 from mismatch_probe.arrays import load_arrays
 from mismatch_probe.engines.audit.job import PARTS, AuditJob, histograms_of
 from mismatch_probe.engines.base import TrainerJob
-from mismatch_probe.engines.devices import trainer_settings
+from mismatch_probe.engines.hf.settings import trainer_settings
+from tests.conftest import Heard
 from tests.real.test_hf_trainer import requests
 
 pytestmark = [pytest.mark.gpu, pytest.mark.engine]
 Tiny = Callable[[str], Path]
-
-
-class Silent:
-    """Takes a job's events."""
-
-    def send(self, name: str, payload: Any = None) -> None: ...
-
-    def phase(self, name: str) -> None: ...
 
 
 def parts(path: Path, folder: Path, device: str) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
@@ -33,7 +26,7 @@ def parts(path: Path, folder: Path, device: str) -> dict[str, tuple[dict[str, An
     trainer = TrainerJob("hf", str(path), "float32", "cast", "padded", None, device, 1.0, (), 0, 1 << 28, flags=flags)
     wide = dict.fromkeys([name for name in PARTS if name != "proof"], "k")
     for dtype, keys in (("float32", wide), ("float16", {"proof": "k"})):
-        AuditJob(replace(trainer, dtype=dtype), str(folder), keys, requests(6), 4, 4, 2, 64, (1e-5,)).run(Silent())
+        AuditJob(replace(trainer, dtype=dtype), str(folder), keys, requests(6), 4, 4, 2, 64, (1e-5,)).run(Heard())
     found = {name: load_arrays(folder / f"{name}.npz", "k") for name in PARTS}
     return {name: part for name, part in found.items() if part is not None}
 
@@ -65,7 +58,7 @@ def test_a_card_measures_what_the_cpu_measures(tiny: Tiny, tmp_path: Path, archi
 def test_autocast_is_proven_too(tiny: Tiny, tmp_path: Path) -> None:
     path = str(tiny("llama"))
     trainer = TrainerJob("hf", path, "float16", "autocast", "padded", None, "cuda", 1.0, (), 0, 1 << 28, flags={})
-    AuditJob(trainer, str(tmp_path), {"proof": "k"}, requests(3), 2, 2, 2, 64, (1e-5,)).run(Silent())
+    AuditJob(trainer, str(tmp_path), {"proof": "k"}, requests(3), 2, 2, 2, 64, (1e-5,)).run(Heard())
     found = load_arrays(tmp_path / "proof.npz", "k")
     assert found is not None
     assert found[0]["finite"]

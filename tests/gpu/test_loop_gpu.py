@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from mismatch_probe.engines.events import InRun, RunEnded
 from mismatch_probe.results.rl_run import Ending
 from mismatch_probe.rl.config import RlConfig
 from mismatch_probe.rl.policy import Policy
@@ -15,6 +16,7 @@ from mismatch_probe.rl.records import RlDirectory
 from mismatch_probe.rl.sync import SyncError, WeightSync
 from mismatch_probe.rl.worker import RlJob
 from mismatch_probe.runs.folder import RL_RUN
+from tests.conftest import Heard
 from tests.factories.rl_run import PROVENANCE
 from tests.gpu.hf_engine import HfRollout
 from tests.real.rl_jobs import Tampering, engine_job
@@ -31,27 +33,14 @@ SMALL: dict[str, Any] = {
 }
 
 
-class Channel:
-    """Collects what a worker would send."""
-
-    def __init__(self) -> None:
-        self.sent: list[tuple[str, Any]] = []
-
-    def send(self, name: str, payload: Any = None) -> None:
-        self.sent.append((name, payload))
-
-    def phase(self, name: str) -> None:
-        pass
-
-
 def run(folder: Path, source: Path, **options: Any) -> tuple[Ending, Any]:
     """A run from the start, or from the newest checkpoint; how it ended, and its steps."""
     if not RL_RUN.held_by(folder):
         RlDirectory.create(folder, RlConfig.of({**SMALL, **options}), PROVENANCE)
-    channel = Channel()
+    channel = Heard()
     RlJob([str(folder)], str(source), "cuda").run(channel)
-    (ending,) = [payload[1] for name, payload in channel.sent if name == "ending"]
-    return ending, RlDirectory.open(folder).steps()
+    (ending,) = (event.event for event in channel.of(InRun) if isinstance(event.event, RunEnded))
+    return ending.ending, RlDirectory.open(folder).steps()
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from mismatch_probe.engines.devices import trainer_settings
-from mismatch_probe.engines.hf import HfTrainer
+from mismatch_probe.engines.hf.engine import HfTrainer
+from mismatch_probe.engines.hf.settings import trainer_settings
 from mismatch_probe.types import ScoreRequest
 from tests.real.test_hf_trainer import plain, requests, scores, trainer
 from tests.real.tiny import ARCHITECTURES, VOCABULARY

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 from mismatch_probe.engines.attribute.trace import TraceRequest
-from mismatch_probe.engines.base import RolloutJob
+from mismatch_probe.engines.base import Channel, RolloutJob
 
 
 @dataclass(frozen=True)
@@ -38,20 +36,16 @@ class TraceFaults:
     def trust_remote_code(self) -> bool:
         return False
 
-    def run(self, channel: Any) -> None:
+    def run(self, channel: Channel) -> None:
         from safetensors.torch import load_file
 
-        from mismatch_probe.engines.vllm import hooks
-        from mismatch_probe.engines.vllm.engine import VllmRollout
         from validation.planted_faults import noise
 
-        engine = VllmRollout(self.rollout)
+        engine = self.rollout.started()
         clean = load_file(Path(self.model_path) / "model.safetensors")
         for index, name in enumerate(self.weights):
             altered = {n: w + noise(w, self.size, index) if n == name else w for n, w in clean.items()}
-            engine.load_weights(altered)
+            engine.load_weights(altered.items())
             request = replace(self.request, folder=str(Path(self.request.folder) / (name or "clean")))
-            engine.on_model(partial(hooks.start_trace, request))
-            engine.score(request.sequences)
-            engine.on_model(hooks.finish_trace)
+            engine.trace(request)
         engine.close()

@@ -17,15 +17,16 @@ from numpy.typing import NDArray
 from scipy.special import logsumexp
 
 from mismatch_probe.engines.base import Capture, ExactPosition, RolloutJob, TrainerJob
-from mismatch_probe.engines.devices import rollout_settings
-from mismatch_probe.engines.hf import HfTrainer
+from mismatch_probe.engines.hf.engine import HfTrainer
 from mismatch_probe.engines.process import EngineProcess
 from mismatch_probe.engines.rows import RowFile, stacked
+from mismatch_probe.engines.vllm.settings import rollout_settings
 from mismatch_probe.metrics.exact import ExactRows
 from mismatch_probe.metrics.summary import compute_metrics
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.probes.workers import Collected, drive
 from mismatch_probe.types import DIVERGENCES, MetricValue, PairArrays, Rollout, RolloutRequest, Sampling, ScoreRequest
+from tests.conftest import network
 from tests.real.tiny import VOCABULARY
 
 PROMPTS, PROMPT_TOKENS, MAX_TOKENS = 96, 6, 24
@@ -148,7 +149,7 @@ def measure(sampled: Sampled, trainer: Path, hook: Hook | None = None) -> Measur
         exact=exact,
     )
     engine = HfTrainer(job)
-    _hook_layers(engine._model, hook)
+    _hook_layers(network(engine), hook)
     scores = {s.sequence_id: s for batch in engine.plan(wanted) for s in engine.score(batch, 1.0, exact=True)}
     engine.close()
     lengths = [len(s.response_token_ids) for s in wanted]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mismatch_probe.engines.base import RolloutJob
-from mismatch_probe.engines.devices import Device, rollout_settings
+from mismatch_probe.engines.base import Channel, RolloutJob
+from mismatch_probe.engines.devices import Device
+from mismatch_probe.engines.events import Event
+from mismatch_probe.engines.vllm.settings import rollout_settings
 from mismatch_probe.errors import EngineError
 from mismatch_probe.types import Dtype, Sampling
 
@@ -33,6 +35,14 @@ def engine_job(model_path: str, dtype: Dtype, device: Device = "cpu") -> Rollout
     )
 
 
+@dataclass(frozen=True)
+class Said(Event):
+    """What the check of a sync said of a checkpoint, by fault."""
+
+    folder: str
+    texts: Mapping[str, str]
+
+
 class Tampering:
     """An engine that gets other weights than it is sent; `had` are those that it was sent before."""
 
@@ -41,11 +51,12 @@ class Tampering:
         self.tamper: Callable[[dict[str, Any]], dict[str, Any]] = lambda weights: weights
         self.had: dict[str, Any] = {}
 
-    def load_weights(self, weights: Mapping[str, Any]) -> None:
-        changed = self.tamper(dict(weights))
+    def load_weights(self, weights: Iterable[tuple[str, Any]]) -> None:
+        given = dict(weights)
+        changed = self.tamper(given)
         if changed:
-            self._engine.load_weights(changed)
-        self.had = dict(weights)
+            self._engine.load_weights(changed.items())
+        self.had = given
 
     def hold_back(self, part: str) -> None:
         """From now on tensors with that in their name stay as they are."""
@@ -58,7 +69,7 @@ class Tampering:
 
 @dataclass(frozen=True)
 class SyncFaultsJob:
-    """Syncs changed weights, well and with every fault, and sends what the check said: event `texts`, by fault."""
+    """Syncs changed weights, well and with every fault, and sends what the check said, by fault."""
 
     model_path: str
     dtype: Dtype
@@ -68,7 +79,7 @@ class SyncFaultsJob:
     subject: str = "The sync test"
     memory_advice: str = ""
 
-    def run(self, channel: Any) -> None:
+    def run(self, channel: Channel) -> None:
         import torch
 
         from mismatch_probe.engines.vllm.engine import VllmRollout
@@ -112,13 +123,13 @@ class SyncFaultsJob:
             sync.send({k: v for k, v in policy.weights().items() if k != "lm_head.weight"})
         except EngineError as error:
             said["names"] = error.what
-        channel.send("texts", said)
+        channel.send(Said("", said))
 
 
 @dataclass(frozen=True)
 class FamiliesJob:
     """Starts an engine for one checkpoint after another, syncs weights that have changed, then the same with experts
-    that stay behind, and sends what the check said: event `texts`, by the checkpoint's folder and the sync.
+    that stay behind, and sends what the check said, by the checkpoint's folder and the sync.
     """
 
     folders: Sequence[str]
@@ -132,7 +143,7 @@ class FamiliesJob:
     def model_path(self) -> str:
         return self.folders[0]
 
-    def run(self, channel: Any) -> None:
+    def run(self, channel: Channel) -> None:
         import torch
 
         from mismatch_probe.engines.vllm.engine import VllmRollout
@@ -157,5 +168,5 @@ class FamiliesJob:
                     engine.hold_back(".experts.")
             except EngineError as error:
                 said["refused" if not said else "experts left behind"] = error.what
-            channel.send("texts", (folder, said))
+            channel.send(Said(folder, said))
             vllm.close()

@@ -14,8 +14,9 @@ from mismatch_probe.engines.attribute.changes import attention_changed, attentio
 from mismatch_probe.engines.attribute.routes import Routing
 from mismatch_probe.engines.attribute.variants import FP32_CLASSES, NotThereError
 from mismatch_probe.engines.base import TrainerJob
-from mismatch_probe.engines.hf import HfTrainer
+from mismatch_probe.engines.hf.engine import HfTrainer
 from mismatch_probe.types import ScoreRequest
+from tests.conftest import network
 
 ARCHITECTURES = ("llama", "qwen3", "olmo2", "gemma2", "gpt_neox", "qwen3_moe", "opt")
 # What transformers or torch's kernels compute in FP32 anyway: norms with their weights, rotation, one lone product.
@@ -52,11 +53,11 @@ def logprobs(engine: HfTrainer, requests: Sequence[ScoreRequest]) -> Any:
 def test_a_class_of_modules_in_fp32_is_undone(tiny: Callable[[str], Path], architecture: str, name: str) -> None:
     engine, requests = trainer(tiny(architecture)), sequences()
     before = logprobs(engine, requests)
-    weights = {n: p.detach().clone() for n, p in engine.model.named_parameters()}
+    weights = {n: p.detach().clone() for n, p in network(engine).named_parameters()}
     there = True
     changed = before
     try:
-        with in_fp32(engine.model, [name], torch.bfloat16):
+        with in_fp32(network(engine), [name], torch.bfloat16):
             changed = logprobs(engine, requests)
     except NotThereError:
         there = False
@@ -64,7 +65,7 @@ def test_a_class_of_modules_in_fp32_is_undone(tiny: Callable[[str], Path], archi
     moved = np.sqrt(np.mean((changed - before) ** 2))
     if there:
         assert moved == 0 if (architecture, name) in WIDE_ALREADY else 0 < moved < 0.3
-    assert all(p.dtype == torch.bfloat16 and p.equal(weights[n]) for n, p in engine.model.named_parameters())
+    assert all(p.dtype == torch.bfloat16 and p.equal(weights[n]) for n, p in network(engine).named_parameters())
     assert np.array_equal(before, logprobs(engine, requests))
 
 
@@ -78,9 +79,9 @@ def test_everything_but_the_projections_in_fp32_is_closer_to_fp32(
     engine = trainer(tiny(architecture))
     # The checkpoint is FP32, so the trainer's weights are rounded copies: compare with their own forward in FP32.
     plain = logprobs(engine, requests)
-    with in_fp32(engine.model, FP32_CLASSES, torch.bfloat16):
+    with in_fp32(network(engine), FP32_CLASSES, torch.bfloat16):
         most = logprobs(engine, requests)
-    engine.model.float()
+    network(engine).float()
     own = logprobs(engine, requests)
     assert np.abs(own - exact).mean() > 1e-3
     assert np.sqrt(np.mean((most - own) ** 2)) < 0.9 * np.sqrt(np.mean((plain - own) ** 2))
@@ -90,7 +91,7 @@ def test_one_class_does_not_undo_another(tiny: Callable[[str], Path]) -> None:
     engine, requests = trainer(tiny("llama")), sequences()
     found = []
     for names in (["residual"], ["residual", "rope"], ["rope", "residual"], ["residual", "attention"]):
-        with in_fp32(engine.model, names, torch.bfloat16):
+        with in_fp32(network(engine), names, torch.bfloat16):
             found.append(logprobs(engine, requests))
     alone, both, turned, attention = found
     assert not np.array_equal(alone, both)
@@ -101,13 +102,13 @@ def test_one_class_does_not_undo_another(tiny: Callable[[str], Path]) -> None:
 def test_an_fp32_head_is_the_product_in_fp32(tiny: Callable[[str], Path]) -> None:
     engine = trainer(tiny("qwen3"))  # tied: the embedding must stay as it is
     states = torch.randn(3, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
-    head = engine.model.get_output_embeddings()
-    with in_fp32(engine.model, ["head"], torch.bfloat16), torch.inference_mode():
+    head = network(engine).get_output_embeddings()
+    with in_fp32(network(engine), ["head"], torch.bfloat16), torch.inference_mode():
         found = head(states)
     assert found.dtype == torch.float32
     exact = states.double() @ head.weight.double().T
     assert torch.allclose(found.double(), exact, atol=1e-5)
-    assert engine.model.get_input_embeddings().weight.dtype == torch.bfloat16
+    assert network(engine).get_input_embeddings().weight.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", ["norms", "mlp"])
@@ -135,10 +136,10 @@ def test_autocast_takes_the_same_changes(tiny: Callable[[str], Path]) -> None:
     engine, requests = trainer(tiny("llama"), mode="autocast"), sequences()
     before = logprobs(engine, requests)
     for name in FP32_CLASSES:
-        with in_fp32(engine.model, [name], torch.bfloat16):
+        with in_fp32(network(engine), [name], torch.bfloat16):
             assert np.isfinite(logprobs(engine, requests)).all(), name
     assert np.array_equal(before, logprobs(engine, requests))
-    assert engine.model.dtype == torch.float32
+    assert network(engine).dtype == torch.float32
 
 
 def test_keys_and_values_go_through_fp8(tiny: Callable[[str], Path]) -> None:
@@ -153,7 +154,7 @@ def test_keys_and_values_go_through_fp8(tiny: Callable[[str], Path]) -> None:
         return call
 
     before = logprobs(engine, requests)
-    with attention_changed(engine.model, spy), kv_through_fp8(engine.model):
+    with attention_changed(network(engine), spy), kv_through_fp8(network(engine)):
         changed = logprobs(engine, requests)
     assert all(t.to(torch.float8_e4m3fn).to(t.dtype).equal(t) for t in seen)
     assert np.abs(changed - before).mean() > 1e-3
@@ -162,18 +163,18 @@ def test_keys_and_values_go_through_fp8(tiny: Callable[[str], Path]) -> None:
 
 def test_an_attention_that_nobody_calls_is_told(tiny: Callable[[str], Path]) -> None:
     engine = trainer(tiny("gptj"))
-    with pytest.raises(NotThereError, match="its own eager attention"), kv_through_fp8(engine.model):
+    with pytest.raises(NotThereError, match="its own eager attention"), kv_through_fp8(network(engine)):
         logprobs(engine, sequences())
 
 
 def test_another_attention_is_used_for_the_while(tiny: Callable[[str], Path]) -> None:
     engine, requests = trainer(tiny("llama"), "float32"), sequences()
     before = logprobs(engine, requests)
-    with attention_of(engine.model, "eager"):
+    with attention_of(network(engine), "eager"):
         assert engine.identity()["attention"] == "eager"
         assert np.allclose(before, logprobs(engine, requests), atol=1e-4)
     assert engine.identity()["attention"] == "sdpa"
-    with pytest.raises(NotThereError), attention_of(engine.model, "flash_attention_2"):
+    with pytest.raises(NotThereError), attention_of(network(engine), "flash_attention_2"):
         pass
 
 
@@ -181,8 +182,8 @@ def test_another_attention_is_used_for_the_while(tiny: Callable[[str], Path]) ->
 def test_padding_on_the_left_changes_nothing_but_rounding(tiny: Callable[[str], Path], architecture: str) -> None:
     engine, requests = trainer(tiny(architecture), "float32"), sequences()
     right = logprobs(engine, requests)
-    engine.layout = "left-padded"
-    assert np.abs(right - logprobs(engine, requests)).max() < 2e-4
+    with engine.changed(layout="left-padded"):
+        assert np.abs(right - logprobs(engine, requests)).max() < 2e-4
 
 
 def test_batches_as_the_rollout_makes_them(tiny: Callable[[str], Path]) -> None:
@@ -195,8 +196,8 @@ def test_batches_as_the_rollout_makes_them(tiny: Callable[[str], Path]) -> None:
 
 def test_a_log_softmax_in_16_bit_rounds_log_probs(tiny: Callable[[str], Path]) -> None:
     engine, requests = trainer(tiny("llama")), sequences()
-    engine.softmax_dtype = torch.bfloat16
-    found = logprobs(engine, requests)
+    with engine.changed(softmax_in_dtype=True):
+        found = logprobs(engine, requests)
     assert np.array_equal(found, torch.tensor(found).bfloat16().double().numpy())
 
 
@@ -205,7 +206,7 @@ def test_own_routes_give_the_same_bits_and_others_do_not(tiny: Callable[[str], P
     engine, requests = trainer(tiny(architecture), "float32"), sequences()
     (batch,) = engine.plan(requests)
     plain = [s.logprobs for s in engine.score(batch, 1.0)]
-    routing = Routing(engine.model, 2)
+    routing = Routing(network(engine), 2)
     with routing.watching():
         engine.score(batch, 1.0)
         own = {layer: routes.clone() for layer, routes in routing.seen.items()}
@@ -224,4 +225,4 @@ def test_own_routes_give_the_same_bits_and_others_do_not(tiny: Callable[[str], P
 
 def test_a_dense_model_has_no_routes(tiny: Callable[[str], Path]) -> None:
     with pytest.raises(NotThereError, match="no routers"):
-        Routing(trainer(tiny("llama")).model, 2)
+        Routing(network(trainer(tiny("llama"))), 2)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from mismatch_probe.engines import devices
 from mismatch_probe.engines.attribute.trace import TraceFiles
 from mismatch_probe.engines.process import EngineProcess
+from mismatch_probe.engines.vllm.settings import rollout_settings
 from mismatch_probe.types import DTYPES
 from tests.real.attribute_jobs import TraceFaults
 from tests.real.tiny import GROUPED, save_model
@@ -40,7 +40,7 @@ def names_of(checkpoint: Path) -> list[str]:
 def traces(tiny: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One engine in BF16: its clean trace, and one for each weight of it that was altered."""
     checkpoint, folder = tiny("llama"), tmp_path_factory.mktemp("traces")
-    settings = devices.rollout_settings("cpu", "bfloat16", eager=True, in_process=True, kv_cache_gib=1)
+    settings = rollout_settings("cpu", "bfloat16", eager=True, in_process=True, kv_cache_gib=1)
     job = TraceFaults(
         rollout_job(checkpoint, "bfloat16"), trace_request(checkpoint, folder), ["", *names_of(checkpoint)], SIZE
     )

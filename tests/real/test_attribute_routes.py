@@ -4,30 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from mismatch_probe.arrays import load_arrays
-from mismatch_probe.engines import devices
 from mismatch_probe.engines.attribute.rollout import ROUTES, RolloutVariants, Routers
 from mismatch_probe.engines.attribute.trainer import TrainerVariants
 from mismatch_probe.engines.attribute.variants import TrainerVariant
 from mismatch_probe.engines.base import RolloutJob, TrainerJob
 from mismatch_probe.engines.process import EngineProcess
+from mismatch_probe.engines.vllm.settings import rollout_settings
 from mismatch_probe.types import RolloutRequest, Sampling, ScoreRequest
+from tests.conftest import Heard
 
 pytestmark = pytest.mark.engine
 KEYS = {"prefill": "key", ROUTES: "key", "followed": "key"}
-
-
-class Silent:
-    """A channel that nobody listens to."""
-
-    def send(self, name: str, payload: Any = None) -> None: ...
-
-    def phase(self, name: str) -> None: ...
 
 
 def test_the_trainer_follows_mixtrals_routes(tiny: Callable[[str], Path], tmp_path: Path) -> None:
@@ -36,7 +28,7 @@ def test_the_trainer_follows_mixtrals_routes(tiny: Callable[[str], Path], tmp_pa
         ScoreRequest(i, draw.integers(3, 128, 6).tolist(), draw.integers(3, 128, 12 + i).tolist()) for i in range(12)
     ]
     requests = [RolloutRequest(s.sequence_id, s.prompt_token_ids, 0, s.response_token_ids) for s in sequences]
-    settings = devices.rollout_settings("cpu", "bfloat16", eager=True, in_process=False, kv_cache_gib=1)
+    settings = rollout_settings("cpu", "bfloat16", eager=True, in_process=False, kv_cache_gib=1)
     job = RolloutJob(
         "vllm",
         checkpoint,
@@ -55,7 +47,7 @@ def test_the_trainer_follows_mixtrals_routes(tiny: Callable[[str], Path], tmp_pa
     trainer = TrainerJob("hf", checkpoint, "bfloat16", "cast", "padded", None, "cpu", 1.0, (), 0, 1 << 30)
     variant = TrainerVariant("followed", layout="padded", routes=True)
     file = (str(tmp_path / f"{ROUTES}.npz"), "key")
-    TrainerVariants(trainer, str(tmp_path), [variant], KEYS, sequences, 4096, 12, routes=file).run(Silent())
+    TrainerVariants(trainer, str(tmp_path), [variant], KEYS, sequences, 4096, 12, routes=file).run(Heard())
 
     found = {name: load_arrays(tmp_path / f"{name}.npz", "key") for name in KEYS}
     facts, routes = found[ROUTES]  # type: ignore[misc]

@@ -19,6 +19,7 @@ from mismatch_probe.engines.audit.weights import rounded, ulp, weight_rows
 from mismatch_probe.engines.logprobs import Batch, token_logprobs
 from mismatch_probe.metrics.floats import FORMATS
 from mismatch_probe.types import ScoreRequest
+from tests.conftest import network
 from tests.real.test_hf_trainer import trainer
 
 pytestmark = pytest.mark.engine
@@ -193,17 +194,17 @@ def test_conversion_is_torchs_and_ulp_is_numpys(tiny: Tiny) -> None:
 
 def test_masters_lag_by_no_more_than_half_a_unit_and_scores_are_the_models(tiny: Tiny) -> None:
     engine = trainer(tiny("llama"))
-    start = {name: p.detach().clone() for name, p in engine.model.named_parameters()}
+    start = {name: p.detach().clone() for name, p in network(engine).named_parameters()}
     requests = [ScoreRequest(0, IDS[0, :4].tolist(), IDS[0, 4:].tolist())]
     gradients = {name: torch.ones_like(p) for name, p in start.items()}
-    scorer = LagScorer(engine, gradients)
+    scorer = LagScorer(engine, network(engine), gradients)
     rate = 1e-3
     masters, copy, changed = scorer.gaps(LagCase("bfloat16", rate), requests, 1.0)
     expected = {name: rounded(w, "bfloat16") - rate / (1 + 1e-8) for name, w in start.items()}
     sides = []
     for weights in (expected, {name: rounded(w, "bfloat16") for name, w in expected.items()}):
         with torch.no_grad():
-            for name, p in engine.model.named_parameters():
+            for name, p in network(engine).named_parameters():
                 p.copy_(weights[name])
         sides.append(engine.score(requests, 1.0)[0].logprobs)
     np.testing.assert_allclose(masters, sides[0], atol=2e-5)
@@ -211,7 +212,7 @@ def test_masters_lag_by_no_more_than_half_a_unit_and_scores_are_the_models(tiny:
     assert 0 < changed < 1
 
     steady, engine_side, _ = scorer.gaps(LagCase("bfloat16", None), requests, 1.0)
-    for name, p in engine.model.named_parameters():
+    for name, p in network(engine).named_parameters():
         grid = rounded(start[name], "bfloat16")
         assert ((p.detach() - grid).abs() <= ulp(grid, FORMATS["bfloat16"])).all()
     assert np.abs(steady - engine_side).max() > 0
@@ -220,6 +221,6 @@ def test_masters_lag_by_no_more_than_half_a_unit_and_scores_are_the_models(tiny:
 def test_a_step_of_nothing_leaves_no_lag(tiny: Tiny) -> None:
     engine = trainer(tiny("llama"))
     requests = [ScoreRequest(0, IDS[0, :4].tolist(), IDS[0, 4:].tolist())]
-    masters, copy, changed = LagScorer(engine, {}).gaps(LagCase("float16", 1e-3), requests, 1.0)
+    masters, copy, changed = LagScorer(engine, network(engine), {}).gaps(LagCase("float16", 1e-3), requests, 1.0)
     np.testing.assert_array_equal(masters, copy)
     assert changed == 0

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import mismatch_probe
 from mismatch_probe.results.audit import AuditedPair, Check
 from mismatch_probe.runs.comparison import RunDirectory
+from tests.conftest import Heard
 from tests.real.gradient_runs import plant_run
 from tests.real.planted_range import (
     LAYER,
@@ -57,18 +57,10 @@ rate_below = 0.5
 STEP_TOKENS = 64
 
 
-class _Silent:
-    """Takes a job's events."""
-
-    def send(self, name: str, payload: Any = None) -> None: ...
-
-    def phase(self, name: str) -> None: ...
-
-
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process of its own costs seconds each time; the whole way is gone in `test_audit_real.py`."""
-    monkeypatch.setattr("mismatch_probe.probes.audit.measure.run_pass", lambda _, job, *__: job.run(_Silent()))
+    monkeypatch.setattr("mismatch_probe.probes.audit.measure.run_pass", lambda _, job, *__: job.run(Heard()))
     monkeypatch.setattr("mismatch_probe.report.figures.draw", lambda data, folder: {})
 
 

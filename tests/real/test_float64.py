@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mismatch_probe.engines.float64 import keep_float64
+from tests.conftest import network
 from tests.real.test_hf_trainer import plain, requests, scores, trainer
 from tests.real.tiny import ARCHITECTURES
 
@@ -74,7 +75,7 @@ def test_its_own_rounding_is_that_of_float64(tiny: Tiny, architecture: str) -> N
 def test_experts_are_those_of_an_own_computation(tiny: Tiny, architecture: str) -> None:
     """Token by token in numpy: softmax over the router's logits, the two largest renormalised, their gated MLPs."""
     engine = trainer(tiny(architecture), dtype="float64")
-    block = engine.model.model.layers[1].mlp
+    block = network(engine).model.layers[1].mlp
     states = torch.randn(1, 5, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), engine.precision():
         out = block(states)

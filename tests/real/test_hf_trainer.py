@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mismatch_probe.engines.base import TrainerJob
-from mismatch_probe.engines.hf import HfTrainer
+from mismatch_probe.engines.hf.engine import HfTrainer
 from mismatch_probe.errors import DtypeRefused, EngineError
 from mismatch_probe.types import ScoreRequest
 from tests.real.tiny import ARCHITECTURES, VOCABULARY

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from mismatch_probe.engines.devices import Device, rollout_settings
+from mismatch_probe.engines.devices import Device
 from mismatch_probe.engines.process import EngineProcess
+from mismatch_probe.engines.vllm.settings import rollout_settings
 from mismatch_probe.types import Dtype
-from tests.real.rl_jobs import FamiliesJob, SyncFaultsJob
+from tests.conftest import Heard
+from tests.real.rl_jobs import FamiliesJob, Said, SyncFaultsJob
 from tests.real.tiny import EXPERTS, save_model
 from validation.clean_families import FAMILIES
 
@@ -21,14 +22,10 @@ pytestmark = pytest.mark.engine
 def _said(checkpoint: Path, folder: Path, dtype: Dtype, step_size: float, device: Device) -> dict[str, str]:
     settings = rollout_settings(device, dtype, eager=True, in_process=True, kv_cache_gib=1)
     process = EngineProcess("vllm", settings.environment, folder / "vllm.log")
-    said: dict[str, str] = {}
-
-    def on_event(name: str, payload: Any) -> None:
-        if name == "texts":
-            said.update(payload)
-
-    process.run(SyncFaultsJob(str(checkpoint), dtype, step_size, device), on_event)
-    return said
+    heard = Heard()
+    process.run(SyncFaultsJob(str(checkpoint), dtype, step_size, device), heard)
+    (said,) = heard.of(Said)
+    return dict(said.texts)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -68,15 +65,9 @@ def test_weights_of_every_family_arrive_and_experts_that_do_not_are_found(
     families = [name for name in SYNCED if (name, dtype) != ("gemma3", "float16")]  # vLLM refuses that
     folders = {str(save_model(*SYNCED[name], tmp_path / name)): name for name in families}
     settings = rollout_settings("cpu", dtype, eager=True, in_process=True, kv_cache_gib=1)
-    said: dict[str, dict[str, str]] = {}
-
-    def on_event(event: str, payload: Any) -> None:
-        if event == "texts":
-            said[folders[payload[0]]] = payload[1]
-
-    EngineProcess("vllm", settings.environment, tmp_path / "vllm.log").run(
-        FamiliesJob(list(folders), dtype, 2e-2), on_event
-    )
+    process, heard = EngineProcess("vllm", settings.environment, tmp_path / "vllm.log"), Heard()
+    process.run(FamiliesJob(list(folders), dtype, 2e-2), heard)
+    said = {folders[event.folder]: event.texts for event in heard.of(Said)}
     assert list(said) == families
     for name, texts in said.items():
         assert float(texts["well"].removeprefix("gap ")) < limit, (name, texts)

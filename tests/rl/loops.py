@@ -5,7 +5,7 @@ It stands in for the engine in tests of the loop alone; the loop with the real e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from mismatch_probe.rl.tasks import Problem, Response
 from mismatch_probe.rl.tasks.arithmetic import ChainTask
 from mismatch_probe.runs.folder import RL_RUN
 from mismatch_probe.types import Rollout, RolloutRequest, Sampling
+from tests.conftest import Heard
 from tests.factories.rl_run import PROVENANCE
 
 SOURCE = Path(data_path("rl/chain/config.json")).parent
@@ -56,8 +57,8 @@ class TorchEngine:
         self.model: Any = AutoModelForCausalLM.from_pretrained(SOURCE, dtype=torch.float32).eval()
         self.end = int(self.model.config.eos_token_id)
 
-    def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
-        self.model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self.model.load_state_dict({name: tensor.float() for name, tensor in weights})
 
     @torch.no_grad()
     def score(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
@@ -91,13 +92,6 @@ class TorchEngine:
         return Rollout(request.sequence_id, np.array(kept, np.int32), logprobs[: len(kept)].copy(), reason, "")
 
 
-class Events(list[tuple[str, Any]]):
-    """What a loop tells."""
-
-    def __call__(self, name: str, payload: Any) -> None:
-        self.append((name, payload))
-
-
 def pieces(path: Path, engine: Any, *, tell: Any = None, **changes: Any) -> Pieces:
     """A loop of `SMALL`, new in `path` or going on there."""
     config = RlConfig.of(SMALL | changes)
@@ -106,7 +100,7 @@ def pieces(path: Path, engine: Any, *, tell: Any = None, **changes: Any) -> Piec
         directory=directory,
         engine=engine,
         fresh=False,
-        tell=Events() if tell is None else tell,
+        tell=Heard() if tell is None else tell,
         **_of_task(directory.config),
     )
 

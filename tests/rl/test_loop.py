@@ -16,13 +16,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mismatch_probe.engines.events import Event, Found, StepDone, Total
 from mismatch_probe.errors import DiskFull, EngineError
 from mismatch_probe.results.finding import Finding
 from mismatch_probe.rl import checkpoints as checkpoint_files
 from mismatch_probe.rl.loop import Training
 from mismatch_probe.rl.sync import SyncError
 from mismatch_probe.types import Rollout
-from tests.rl.loops import SMALL, Events, SignalTask, TorchEngine, pieces, train
+from tests.conftest import Heard
+from tests.rl.loops import SMALL, SignalTask, TorchEngine, pieces, train
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "fp32": {},
@@ -43,8 +45,8 @@ class _Killed(BaseException):
 
 
 def _die_after(step: int) -> Any:
-    def tell(name: str, payload: Any) -> None:
-        if name == "step" and payload["step"] == step:
+    def tell(event: Event) -> None:
+        if isinstance(event, StepDone) and event.row["step"] == step:
             raise _Killed
 
     return tell
@@ -76,7 +78,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, engine: TorchEngine, v
 
 
 def test_a_finished_run_leaves_tables(tmp_path: Path, engine: TorchEngine) -> None:
-    told = Events()
+    told = Heard()
     parts = pieces(tmp_path / "run", engine, tell=told, evaluate_every=2)
     parts.directory.finish(Training(parts).run())
     steps = pd.read_parquet(tmp_path / "run" / "steps.parquet")
@@ -90,7 +92,7 @@ def test_a_finished_run_leaves_tables(tmp_path: Path, engine: TorchEngine) -> No
     assert (steps["movement_mean_abs"] > 1e-5).all()
     for row in rollouts.itertuples():
         assert len(row.response_token_ids) == len(row.rollout_logprobs) == len(row.trainer_logprobs)
-    assert [name for name, _ in told] == ["total", "step", "step", "step", "step"]
+    assert [type(event) for event in told] == [Total, StepDone, StepDone, StepDone, StepDone]
 
 
 def test_every_problem_is_seen_once_an_epoch(tmp_path: Path, engine: TorchEngine) -> None:
@@ -200,9 +202,9 @@ def test_a_loss_scale_that_only_falls_ends_the_run(tmp_path: Path, engine: Torch
 def test_equal_rewards_are_said_once(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(SignalTask, "rewards", lambda self, problems, responses: [0.0] * len(responses))
     monkeypatch.setattr("mismatch_probe.rl.collapse._SILENT_STEPS", 2)
-    told = Events()
+    told = Heard()
     result = Training(pieces(tmp_path / "run", TorchEngine(), tell=told)).run()
-    assert [payload.code for name, payload in told if name == "finding"] == ["rl-no-signal"]
+    assert [event.finding.code for event in told.of(Found)] == ["rl-no-signal"]
     assert result.status == "complete"
 
 

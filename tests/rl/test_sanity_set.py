@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import mismatch_probe
+from mismatch_probe.engines.events import Identity, Listener
 from mismatch_probe.errors import Interrupted, TableError, UsageError
 from mismatch_probe.ingest.generic import read_generic
 from mismatch_probe.results.sanity import SanityOutcome, SanitySet
@@ -76,7 +77,7 @@ class InProcess:
     def __init__(self, kind: str, environment: dict[str, str], log: Path) -> None:
         assert environment["HF_HUB_OFFLINE"] == "1"
 
-    def run(self, job: SanityJob, on_event: Callable[[str, Any], None]) -> None:
+    def run(self, job: SanityJob, on_event: Listener) -> None:
         directory = SanityDirectory.open(Path(job.folder))
         config = directory.config
         task = make_task(config.task, n_problems=N_PROBLEMS, seed=0, path=config.problems)
@@ -84,7 +85,7 @@ class InProcess:
         directory.fix_problems(problems)
         engine = Engine(problems, self.stop_at)
         self.engines.append(engine)
-        on_event("identity", {"engine": "fake", "dtype": config.rollout_dtype})
+        on_event(Identity({"engine": "fake", "dtype": config.rollout_dtype}))
         prompts = [[ord(c) for c in p.prompt] for p in problems]
         setup = Setup(CountingTask(task), problems, prompts, lambda ids: "".join(map(chr, ids)), [0])
         sample(directory, setup, engine, on_event)

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 
 import mismatch_probe
+from mismatch_probe.engines.events import InRun, Listener, RunBegins, RunEnded, StepDone, Total
 from mismatch_probe.engines.process import UnexpectedEngineError
 from mismatch_probe.errors import DiskFull, EngineError, Interrupted, ProbeError, TableError, UsageError
 from mismatch_probe.results.sweep import RlSweep, SweepRun
@@ -49,7 +50,7 @@ class Script:
         def close(self) -> None:
             """Nothing runs."""
 
-        def run(self, job: Any, on_event: Callable[[str, Any], None]) -> None:
+        def run(self, job: Any, on_event: Listener) -> None:
             with self.script.lock:
                 self.script.jobs.append(job)
             for folder in job.folders:
@@ -60,10 +61,10 @@ class Script:
                     (path / "taken").touch()
                 self._train(path, on_event)
 
-        def _train(self, path: Path, on_event: Callable[[str, Any], None]) -> None:
+        def _train(self, path: Path, on_event: Listener) -> None:
             directory = RlDirectory.open(path)
-            on_event("run", (str(path), None))
-            on_event("total", (str(path), 3))
+            on_event(InRun(str(path), RunBegins()))
+            on_event(InRun(str(path), Total(3)))
             tries = self.script.tries[path.name] = self.script.tries.get(path.name, 0) + 1
             error = self.script.faults(path.name, tries)
             if error is not None:
@@ -73,11 +74,11 @@ class Script:
             for i in range(3):
                 row = step(i, reward=0.2, ess=0.3, gap=0.4) if noisy else step(i, reward=0.5 + 0.1 * i, ess=1.0)
                 directory.append_step(row)
-                on_event("step", (str(path), row))
+                on_event(InRun(str(path), StepDone(row)))
             collapsed = noisy and directory.config.seed == 1
             result = ending("rl-collapsed" if collapsed else "", steps=3, clean_reward=0.6)
             directory.finish(result)
-            on_event("ending", (str(path), result))
+            on_event(InRun(str(path), RunEnded(result)))
 
 
 @pytest.fixture
@@ -172,11 +173,11 @@ def test_an_engine_that_fails_beside_another_fails_no_run_of_the_other(
     begun, over = threading.Event(), threading.Event()
 
     def run(self: Any, job: Any, on_event: Any) -> None:
-        def hold(name: str, payload: Any) -> None:
+        def hold(event: InRun) -> None:
             begun.set()
-            if name == "total":
+            if isinstance(event.event, Total):
                 over.wait(60)
-            on_event(name, payload)
+            on_event(event)
 
         starts.append(job)
         if len(starts) == 1:
@@ -211,7 +212,7 @@ def test_a_run_that_ended_unheard_is_not_run_again(tmp_path: Path, scripted: Any
     own = Script._Process.run
 
     def run(self: Any, job: Any, on_event: Any) -> None:
-        own(self, job, lambda name, payload: None if name == "ending" else on_event(name, payload))
+        own(self, job, lambda event: None if isinstance(event.event, RunEnded) else on_event(event))
         raise EngineError("killed")
 
     monkeypatch.setattr(Script._Process, "run", run)

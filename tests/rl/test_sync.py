@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +52,9 @@ class Engine:
     def names(self) -> set[str]:
         return set(self._weights)
 
-    def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         self.loads += 1
-        for name, tensor in _fused(weights).items():
+        for name, tensor in _fused(dict(weights)).items():
             if name not in self.drop:
                 through = tensor if self.through is None else tensor.to(self.through)
                 self._weights[name] = through.to(tensor.dtype).clone()
@@ -154,7 +154,7 @@ def test_a_fault_stops_before_the_first_step_and_later(mixture: Path, fault: Spo
         other = {name: (1 + 0.3 * torch.randn(tensor.shape)) * tensor for name, tensor in engine.weights.items()}
         fault(engine)
         engine.drop = engine.names - engine.drop  # what does not arrive from now on is other than the checkpoint has
-        engine.load_weights(other)
+        engine.load_weights(other.items())
 
     torch.manual_seed(0)
     with pytest.raises(SyncError, match="After loading the checkpoint"):
@@ -259,7 +259,7 @@ def test_nan_is_caught(tied: Path, dtype: Dtype) -> None:
 def test_an_engine_with_other_weights_is_caught_at_once(tied: Path, untied: Path) -> None:
     policy = Policy(str(tied), RlConfig(trainer_dtype="float32"), CPU)
     engine = Engine(tied, "float32")
-    engine.load_weights({name: tensor * 1.01 for name, tensor in policy.weights().items()})
+    engine.load_weights((name, tensor * 1.01) for name, tensor in policy.weights().items())
     with pytest.raises(SyncError):
         WeightSync(engine, policy, "float32", [[5, 6, 7, 8], [9, 10, 11]], check=True, fresh=True)
 

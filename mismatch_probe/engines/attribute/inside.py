@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,11 +33,9 @@ from mismatch_probe.engines.attribute.trace import TraceFiles
 from mismatch_probe.engines.audit.forward import first_tensor
 from mismatch_probe.engines.audit.names import layer_index
 from mismatch_probe.engines.audit.places import Network, is_norm, is_router
+from mismatch_probe.engines.base import TrainerEngine
 from mismatch_probe.engines.float64 import keep_float64
 from mismatch_probe.metrics.exact import divergences
-
-if TYPE_CHECKING:
-    from mismatch_probe.engines.hf import HfTrainer
 
 # Projections to queries, keys and values in one, whose rows every implementation lays out in its own way.
 _FUSED = re.compile(r"qkv|query_key_value|c_attn", re.IGNORECASE)
@@ -80,11 +78,11 @@ class InsideComparison:
 
     Args:
         engine: The trainer.
+        model: Its network.
         folder: The trace's.
     """
 
-    def __init__(self, engine: HfTrainer, folder: str | Path) -> None:
-        model = engine.model
+    def __init__(self, engine: TrainerEngine, model: Any, folder: str | Path) -> None:
         files = TraceFiles(folder)
         self._engine, self._model = engine, model
         self._network = Network.of(model)
@@ -116,7 +114,8 @@ class InsideComparison:
         """What the engine and the trainer are apart, of the passes that are asked for."""
         narrow = {kind: self._pass(kind) for kind in kinds}
         logits, dtype = self._logits(), next(self._model.parameters()).dtype
-        wide = torch.float64 if dtype == torch.float32 and not self._engine.autocasting else torch.float32
+        autocast = self._engine.identity()["mode"] == "autocast"
+        wide = torch.float64 if dtype == torch.float32 and not autocast else torch.float32
         with ExitStack() as stack:
             stack.enter_context(tensors_kept(self._model))
             if self._model.config._attn_implementation.startswith("flash"):  # which takes no FP32

@@ -8,16 +8,17 @@ Shape legend: `M` differences, `S` sequences, `L` layers, `Q` rows whose logits 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mismatch_probe.arrays import save_arrays
-from mismatch_probe.engines import devices, faults
-from mismatch_probe.engines.base import OnTrainer
+from mismatch_probe.engines import devices, faults, registry
+from mismatch_probe.engines.base import Channel, OnTrainer
+from mismatch_probe.engines.events import Advance, Total
 from mismatch_probe.types import TrainerDtype, TrainerMode
 
 if TYPE_CHECKING:
@@ -54,32 +55,32 @@ class InsideJob(OnTrainer):
 
     folder: str
     insides: Sequence[Inside]
-    subject: str = field(default="The comparison of layers", init=False)
-    memory_advice: str = field(default="Leave the layers out with --no-layers.", init=False)
+    subject: ClassVar[str] = "The comparison of layers"
+    memory_advice: ClassVar[str] = "Leave the layers out with --no-layers, or use a machine with more memory."
 
-    def run(self, channel: Any) -> None:
-        """Events: `total` and `progress` in dtypes; a phase for each."""
+    def run(self, channel: Channel) -> None:
+        """Sends `Total` and `Advance` in dtypes; a phase for each."""
         from mismatch_probe.engines.attribute.trace import TraceFiles
 
-        channel.send("total", len(self.insides))
+        channel.send(Total(len(self.insides)))
         for inside in self.insides:
             if TraceFiles(inside.trace).whole:  # else its engine failed, which is told already
                 save_arrays(Path(self.folder) / f"{inside.name}.npz", inside.key, *self._compare(inside))
                 TraceFiles(inside.trace).discard()
-            channel.send("progress", 1)
+            channel.send(Advance(1))
             channel.phase(inside.name)
 
     def _compare(self, inside: Inside) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         """Facts and arrays of one dtype; one that fails leaves the others."""
         from mismatch_probe.engines.attribute.inside import InsideComparison
-        from mismatch_probe.engines.hf import HfTrainer
 
         device: Any = self.trainer.device
-        flags = devices.trainer_settings(device, inside.dtype).arguments
+        flags = registry.find(self.trainer.engine).trainer_settings(device, inside.dtype).arguments
         facts: dict[str, Any] = {"made_with": devices.package_versions()}
         try:
-            engine = HfTrainer(replace(self.trainer, dtype=inside.dtype, mode=inside.mode, flags=flags))
-            found, arrays = kept_of(InsideComparison(engine, inside.trace))
+            engine = replace(self.trainer, dtype=inside.dtype, mode=inside.mode, flags=flags).started()
+            comparison = engine.run_on_model(lambda model: InsideComparison(engine, model, inside.trace))
+            found, arrays = kept_of(comparison)
             return facts | found, arrays
         except Exception as error:
             return facts | {"failed": faults.told(error, self)}, {}

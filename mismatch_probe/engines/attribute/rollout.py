@@ -9,43 +9,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mismatch_probe.arrays import save_arrays
-from mismatch_probe.engines import faults
+from mismatch_probe.engines import devices, faults
 from mismatch_probe.engines.attribute.memory import peak_bytes, reset_peak
-from mismatch_probe.engines.attribute.trace import TraceRequest
+from mismatch_probe.engines.attribute.trace import Routers, TraceRequest
 from mismatch_probe.engines.attribute.variants import PassKind
-from mismatch_probe.engines.base import RolloutJob
+from mismatch_probe.engines.base import Channel, RolloutEngine, RolloutJob
+from mismatch_probe.engines.events import Advance, Identity, Total
 from mismatch_probe.types import RolloutRequest
 
-if TYPE_CHECKING:
-    from mismatch_probe.engines.vllm.engine import VllmRollout
-
 ROUTES = "routes"
-
-
-@dataclass(frozen=True)
-class Routers:
-    """What a mixture of experts looks like.
-
-    Attributes:
-        layers: Decoder layers of the model.
-        experts: Experts of a layer.
-        chosen: Experts of a token.
-        most_tokens: What the engine's scheduler takes at once.
-    """
-
-    layers: int
-    experts: int
-    chosen: int
-    most_tokens: int
 
 
 @dataclass(frozen=True)
@@ -70,8 +50,9 @@ class RolloutVariants:
     alone: Sequence[int]
     trace: TraceRequest | None = None
     routers: Routers | None = None
-    memory_advice: str = field(
-        default="Attribute with a lower --rollout-batch, or leave this setting out of --settings.", init=False
+    memory_advice: ClassVar[str] = (
+        "Attribute with a lower --rollout-batch, or leave this setting out of --settings. Or use a machine with more "
+        "memory."
     )
 
     @property
@@ -86,38 +67,34 @@ class RolloutVariants:
     def trust_remote_code(self) -> bool:
         return self.rollout.trust_remote_code
 
-    def run(self, channel: Any) -> None:
-        """Events: `identity`, `total` and `progress` in sequences; a phase for each pass."""
+    def run(self, channel: Channel) -> None:
+        """Sends `Identity`, `Total` and `Advance` in passes; a phase for each pass."""
         import torch
 
-        from mismatch_probe.engines import devices
-        from mismatch_probe.engines.vllm.engine import VllmRollout
-
         reset_peak(torch.device(self.rollout.device))
-        engine = VllmRollout(self.rollout)
-        self._warm(engine)
-        channel.phase("load")
-        identity = engine.identity()
-        channel.send("identity", identity | devices.running())
-        channel.send("total", len(self.passes) + (self.trace is not None) + (self.routers is not None))
-        facts = {"identity": identity, "made_with": devices.package_versions()}
-        for name, kind in self.passes.items():
-            self._save(name, *self._read(engine, kind, facts))
-            channel.send("progress", 1)
-            channel.phase(name)
-        if self.trace is not None:
-            self._trace(engine, self.trace)
-            channel.send("progress", 1)
-            channel.phase("trace")
-        if self.routers is not None:
-            layers, routes, logprobs = self._routes(engine, self.routers)
-            self._save(ROUTES, facts | {"layers": layers}, {"routes": routes, "logprobs": logprobs})
-            channel.send("progress", 1)
-            channel.phase(ROUTES)
-        engine.close()
+        with self.rollout.started() as engine:
+            self._warm(engine)
+            channel.phase("load")
+            identity = engine.identity()
+            channel.send(Identity(identity | devices.running()))
+            channel.send(Total(len(self.passes) + (self.trace is not None) + (self.routers is not None)))
+            facts = {"identity": identity, "made_with": devices.package_versions()}
+            for name, kind in self.passes.items():
+                self._save(name, *self._read(engine, kind, facts))
+                channel.send(Advance(1))
+                channel.phase(name)
+            if self.trace is not None:
+                engine.trace(self.trace)
+                channel.send(Advance(1))
+                channel.phase("trace")
+            if self.routers is not None:
+                layers, routes, logprobs = self._routes(engine, self.routers)
+                self._save(ROUTES, facts | {"layers": layers}, {"routes": routes, "logprobs": logprobs})
+                channel.send(Advance(1))
+                channel.phase(ROUTES)
 
     def _read(
-        self, engine: VllmRollout, kind: PassKind, facts: Mapping[str, Any]
+        self, engine: RolloutEngine, kind: PassKind, facts: Mapping[str, Any]
     ) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         """Facts and arrays of one pass; one that fails leaves the others, and where the engine itself is gone, the
         next one says so.
@@ -147,16 +124,16 @@ class RolloutVariants:
             "tokens": np.array([len(request.forced_token_ids) for request in requests], np.int64),
         }
 
-    def _warm(self, engine: VllmRollout) -> None:
+    def _warm(self, engine: RolloutEngine) -> None:
         """Sets up whatever is set up at first use, which is not the first pass's."""
         first = list(self.rollout.requests)[: self.rollout.batch]
         if any(kind.startswith("decode") for kind in self.passes.values()):
-            engine.generate(first, replace(self.rollout.sampling, max_tokens=1), _nothing)
+            engine.replay(first, replace(self.rollout.sampling, max_tokens=1), _nothing)
         elif self.passes:  # an engine that splits prompts may not be able to decode with seeds (see `devices`)
             _prefill(engine, first)
 
     def _pass(
-        self, engine: VllmRollout, kind: PassKind, requests: Sequence[RolloutRequest]
+        self, engine: RolloutEngine, kind: PassKind, requests: Sequence[RolloutRequest]
     ) -> list[NDArray[np.floating[Any]]]:
         """`[T]` log-probs of each sequence's response."""
         if kind.startswith("prefill"):
@@ -167,43 +144,20 @@ class RolloutVariants:
         return self._decode(engine, requests, keep_cache=kind == "decode-warm")
 
     def _decode(
-        self, engine: VllmRollout, requests: Sequence[RolloutRequest], *, keep_cache: bool = False
+        self, engine: RolloutEngine, requests: Sequence[RolloutRequest], *, keep_cache: bool = False
     ) -> list[NDArray[np.floating[Any]]]:
         """As a comparison's pass does it, so that the same company gives the same bits."""
         batch = self.rollout.batch
         groups = [group for group in (list(requests)[:batch], list(requests)[batch:]) if group]
-        found = [engine.generate(group, self.rollout.sampling, _nothing, keep_cache=keep_cache) for group in groups]
+        found = [engine.replay(group, self.rollout.sampling, _nothing, keep_cache=keep_cache) for group in groups]
         return [np.asarray(rollout.logprobs, np.float32) for group in found for rollout in group]
 
-    def _trace(self, engine: VllmRollout, request: TraceRequest) -> None:
-        from mismatch_probe.engines.vllm import hooks
-
-        engine.on_model(partial(hooks.start_trace, request))
-        engine.score(request.sequences)
-        engine.on_model(hooks.finish_trace)
-
     def _routes(
-        self, engine: VllmRollout, routers: Routers
+        self, engine: RolloutEngine, routers: Routers
     ) -> tuple[list[int], NDArray[np.int16], NDArray[np.float32]]:
         """Layers with a router, `[L, R, K]` experts, and the `[N]` log-probs of the same prefill."""
-        from mismatch_probe.engines.vllm import hooks
-
-        requests = list(self.rollout.requests)
-        ids = tuple(_ids(request) for request in requests)
-        begin = partial(hooks.start_routes, ids, routers.layers, routers.experts, routers.chosen)
-        engine.on_model(begin)
-        # No more at once than one step takes: a sequence that is split over two is in no step as a whole.
-        groups: list[list[RolloutRequest]] = []
-        for request in requests:
-            room = routers.most_tokens - sum(len(_ids(r)) for r in groups[-1]) if groups else 0
-            if len(_ids(request)) <= room and len(groups[-1]) < self.rollout.batch:
-                groups[-1].append(request)
-            else:
-                groups.append([request])
-        found = [logprobs for group in groups for logprobs in _prefill(engine, group)]
-        kept = engine.on_model(hooks.finish_routes)
-        routes = np.frombuffer(kept["routes"], np.int16).reshape(kept["shape"])
-        return list(kept["layers"]), routes, np.concatenate(found)
+        found = engine.routes([_ids(request) for request in self.rollout.requests], routers)
+        return list(found.layers), found.experts, np.concatenate(_responses(found.logprobs, self.rollout.requests))
 
     def _save(self, name: str, facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
         save_arrays(Path(self.folder) / f"{name}.npz", self.keys[name], facts, arrays)
@@ -213,9 +167,13 @@ def _ids(request: RolloutRequest) -> tuple[int, ...]:
     return (*request.prompt_token_ids, *(int(token) for token in request.forced_token_ids))
 
 
-def _prefill(engine: VllmRollout, requests: Sequence[RolloutRequest]) -> list[NDArray[np.float32]]:
-    found = engine.score([_ids(request) for request in requests])
-    return [row[len(r.prompt_token_ids) - 1 :] for row, r in zip(found, requests, strict=True)]
+def _prefill(engine: RolloutEngine, requests: Sequence[RolloutRequest]) -> list[NDArray[np.float32]]:
+    return _responses(engine.score([_ids(request) for request in requests]), requests)
+
+
+def _responses(rows: Sequence[NDArray[np.float32]], requests: Sequence[RolloutRequest]) -> list[NDArray[np.float32]]:
+    """`[T]` log-probs of each response, of those of whole sequences."""
+    return [row[len(r.prompt_token_ids) - 1 :] for row, r in zip(rows, requests, strict=True)]
 
 
 def _nothing(_: int) -> None:

@@ -5,7 +5,7 @@ the module's within its layer, with `.in` or `.out`; the layer's own are `.in` a
 
 Activations are the user's data: files are private, sized before they are made, and deleted once compared.
 
-Shape legend: `R` tokens of all traced sequences, `W` width of a module.
+Shape legend: `R` tokens of all traced sequences, `W` width of a module, `K` experts of a token.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from mismatch_probe.engines.checkpoint import text_config
 from mismatch_probe.errors import EngineError
@@ -46,6 +49,38 @@ class TraceRequest:
     sequences: tuple[tuple[int, ...], ...]
     layers: int
     logit_rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Routers:
+    """What a mixture of experts looks like.
+
+    Attributes:
+        layers: Decoder layers of the model.
+        experts: Experts of a layer.
+        chosen: Experts of a token.
+        most_tokens: What the engine's scheduler takes at once.
+    """
+
+    layers: int
+    experts: int
+    chosen: int
+    most_tokens: int
+
+
+@dataclass(frozen=True)
+class Routes:
+    """Which experts an engine sent tokens to.
+
+    Attributes:
+        layers: Indices of the `L` layers with a router.
+        experts: `[L, R, K]` by layer and token, the likeliest first, sequences one after the other.
+        logprobs: Of each sequence, what `RolloutEngine.score` gives, of the same prefill.
+    """
+
+    layers: Sequence[int]
+    experts: NDArray[np.int16]
+    logprobs: Sequence[NDArray[np.float32]]
 
 
 def choose_sequences(

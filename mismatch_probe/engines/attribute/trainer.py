@@ -11,26 +11,26 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mismatch_probe.arrays import load_arrays, save_arrays
-from mismatch_probe.engines import devices, faults
+from mismatch_probe.engines import devices, faults, registry
 from mismatch_probe.engines.attribute.memory import peak_bytes, reset_peak
 from mismatch_probe.engines.attribute.variants import UNKNOWN, NotThereError, TrainerVariant
-from mismatch_probe.engines.base import OnTrainer
+from mismatch_probe.engines.base import Channel, OnTrainer, TrainerEngine
+from mismatch_probe.engines.events import Advance, Identity, Total
 from mismatch_probe.errors import EngineError
 from mismatch_probe.metrics.fixes import Fix, next_set
 from mismatch_probe.types import ScoreRequest, TrainerDtype, TrainerMode
 
 if TYPE_CHECKING:
     from mismatch_probe.engines.attribute.routes import Routing
-    from mismatch_probe.engines.hf import HfTrainer
 
 FIXES = "fixes"
 UNCHANGED = "trainer"
@@ -74,12 +74,12 @@ class TrainerVariants(OnTrainer):
     most_rows: int
     fixes: FixSearch | None = None
     routes: tuple[str, str] | None = None
-    subject: str = field(default="The attribution's trainer", init=False)
-    memory_advice: str = field(default="Attribute with a lower --memory-budget.", init=False)
+    subject: ClassVar[str] = "The attribution's trainer"
+    memory_advice: ClassVar[str] = "Attribute with a lower --memory-budget, or use a machine with more memory."
 
-    def run(self, channel: Any) -> None:
-        """Events: `identity`, `total` and `progress` in passes; a phase for each."""
-        channel.send("total", len(self.variants))
+    def run(self, channel: Channel) -> None:
+        """Sends `Identity`, `Total` and `Advance` in passes; a phase for each."""
+        channel.send(Total(len(self.variants)))
         groups: dict[tuple[TrainerDtype, TrainerMode], list[TrainerVariant]] = {}
         for variant in self.variants:
             own = (variant.dtype or self.trainer.dtype, variant.mode or self.trainer.mode)
@@ -94,45 +94,49 @@ class TrainerVariants(OnTrainer):
                 for variant in variants:
                     self._save(variant.name, self._failure(error), _nothing())
                 continue
-            channel.send("identity", engine.identity() | devices.running())
-            channel.phase("load")
-            for variant in variants:
-                self._read(engine, variant)
-                channel.send("progress", 1)
-                channel.phase(variant.name)
-            if self.fixes is not None and trained:
-                self._search(engine, self.fixes, channel)
-            engine.close()
+            with engine:
+                channel.send(Identity(engine.identity() | devices.running()))
+                channel.phase("load")
+                for variant in variants:
+                    self._read(engine, variant)
+                    channel.send(Advance(1))
+                    channel.phase(variant.name)
+                if self.fixes is not None and trained:
+                    self._search(engine, self.fixes, channel)
             del engine
 
-    def _load(self, dtype: TrainerDtype, mode: TrainerMode) -> HfTrainer:
-        from mismatch_probe.engines.hf import HfTrainer
-
+    def _load(self, dtype: TrainerDtype, mode: TrainerMode) -> TrainerEngine:
         device: Any = self.trainer.device
-        flags = devices.trainer_settings(device, dtype).arguments
-        return HfTrainer(replace(self.trainer, dtype=dtype, mode=mode, flags=flags))
+        flags = registry.find(self.trainer.engine).trainer_settings(device, dtype).arguments
+        return replace(self.trainer, dtype=dtype, mode=mode, flags=flags).started()
 
-    def _read(self, engine: HfTrainer, variant: TrainerVariant) -> None:
+    def _read(self, engine: TrainerEngine, variant: TrainerVariant) -> None:
         """Runs one pass; a change that the model does not allow leaves one, too, with the reason."""
         import torch
 
-        device = next(engine.model.parameters()).device
+        device = torch.device(self.trainer.device)
         reset_peak(device)
         try:
-            with self._changed(engine, variant):
-                identity, batches = engine.identity(), self._plan(engine, variant)
-                if variant.compiled:  # compilation is not the pass's
-                    self._warm(engine, batches)
-                started = time.perf_counter()
-                arrays = self._routed(engine) if variant.routes else self._score(engine, batches)
-                seconds = time.perf_counter() - started
+            facts, arrays = engine.run_on_model(lambda model: self._measured(engine, variant, model))
         except Exception as error:  # one change that fails leaves the others
             facts, arrays = self._failure(error), _nothing()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
         else:
-            facts = {"seconds": seconds, "peak_bytes": peak_bytes(device), "identity": identity}
+            facts["peak_bytes"] = peak_bytes(device)
         self._save(variant.name, facts | {"made_with": devices.package_versions()}, arrays)
+
+    def _measured(
+        self, engine: TrainerEngine, variant: TrainerVariant, model: Any
+    ) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+        """Facts and arrays of a pass."""
+        with self._changed(engine, variant, model):
+            identity, batches = engine.identity(), self._plan(engine, variant)
+            if variant.compiled:  # compilation is not the pass's
+                self._warm(engine, batches)
+            started = time.perf_counter()
+            arrays = self._routed(engine, model) if variant.routes else self._score(engine, batches)
+            return {"seconds": time.perf_counter() - started, "identity": identity}, arrays
 
     def _failure(self, error: Exception) -> dict[str, Any]:
         """Whether a change does not exist for this model, or failed, and why."""
@@ -145,28 +149,20 @@ class TrainerVariants(OnTrainer):
         return {"failed": faults.told(error, self)}
 
     @contextmanager
-    def _changed(self, engine: HfTrainer, variant: TrainerVariant) -> Iterator[None]:
+    def _changed(self, engine: TrainerEngine, variant: TrainerVariant, model: Any) -> Iterator[None]:
         """The engine with a variant's change, for the while."""
         import torch
 
         from mismatch_probe.engines.attribute import changes
 
-        job, model = self.trainer, engine.model
-        dtype = getattr(torch, variant.dtype or job.dtype)
-        layout = engine.layout
+        dtype = getattr(torch, variant.dtype or self.trainer.dtype)
+        layout = "padded" if variant.layout == "rollout" else variant.layout
         with ExitStack() as stack:
-            stack.callback(setattr, engine, "layout", layout)
-            if variant.layout is not None:
-                engine.layout = "padded" if variant.layout == "rollout" else variant.layout  # type: ignore[assignment]
-            if variant.layout == "packed":
-                engine.check_packing()
+            stack.enter_context(engine.changed(layout=layout, softmax_in_dtype=variant.softmax_in_dtype))
             if variant.attention is not None:
                 stack.enter_context(changes.attention_of(model, variant.attention))
             if variant.kv_fp8:
                 stack.enter_context(changes.kv_through_fp8(model))
-            if variant.softmax_in_dtype:
-                stack.callback(setattr, engine, "softmax_dtype", None)
-                engine.softmax_dtype = dtype
             if variant.compiled:
                 stack.enter_context(changes.compiled(model))
             if variant.tf32:
@@ -175,21 +171,21 @@ class TrainerVariants(OnTrainer):
             stack.enter_context(changes.in_fp32(model, variant.fp32, dtype))
             yield
 
-    def _plan(self, engine: HfTrainer, variant: TrainerVariant) -> list[list[ScoreRequest]]:
+    def _plan(self, engine: TrainerEngine, variant: TrainerVariant) -> list[list[ScoreRequest]]:
         if variant.layout == "rollout":
             return engine.plan_as_rollout(self.sequences, self.most_tokens, self.most_rows)
         return engine.plan(self.sequences)
 
-    def _warm(self, engine: HfTrainer, batches: Sequence[Sequence[ScoreRequest]]) -> None:
+    def _warm(self, engine: TrainerEngine, batches: Sequence[Sequence[ScoreRequest]]) -> None:
         for batch in batches:
             engine.score(batch, self.trainer.temperature)
 
-    def _score(self, engine: HfTrainer, batches: Sequence[Sequence[ScoreRequest]]) -> dict[str, NDArray[Any]]:
+    def _score(self, engine: TrainerEngine, batches: Sequence[Sequence[ScoreRequest]]) -> dict[str, NDArray[Any]]:
         scores = {s.sequence_id: s for batch in batches for s in engine.score(batch, self.trainer.temperature)}
         found = [np.asarray(scores[request.sequence_id].logprobs) for request in self.sequences]
         return {"logprobs": np.concatenate(found), "index": np.arange(len(self.sequences))}
 
-    def _routed(self, engine: HfTrainer) -> dict[str, NDArray[Any]]:
+    def _routed(self, engine: TrainerEngine, model: Any) -> dict[str, NDArray[Any]]:
         """Passes with the trainer's own experts and with the engine's: `own` and `logprobs` `[N]`, `routes` of the
         trainer `[L, R, K]`.
         """
@@ -200,7 +196,7 @@ class TrainerVariants(OnTrainer):
         if part is None or "routes" not in part[1]:
             raise NotThereError("the routes of the rollout engine were not recorded")
         wanted = part[1]["routes"]  # `UNKNOWN` where a token keeps its own
-        routing = Routing(engine.model, wanted.shape[2])
+        routing = Routing(model, wanted.shape[2])
         ends = accumulate((request.length for request in self.sequences), initial=0)
         starts = dict(zip((request.sequence_id for request in self.sequences), ends, strict=False))
         seen = np.full_like(wanted, UNKNOWN)
@@ -210,7 +206,7 @@ class TrainerVariants(OnTrainer):
             for batch in engine.plan(self.sequences):
                 rows = _rows_of(batch, [starts[r.sequence_id] for r in batch])
                 for follow in (False, True):
-                    routing.choose(_wanted(engine, wanted, layers, rows) if follow else {})
+                    routing.choose(_wanted(wanted, layers, rows, self.trainer.device) if follow else {})
                     for score in engine.score(batch, self.trainer.temperature):
                         passes[follow][score.sequence_id] = np.asarray(score.logprobs)
                     if not follow:
@@ -218,7 +214,7 @@ class TrainerVariants(OnTrainer):
         own, followed = (np.concatenate([found[r.sequence_id] for r in self.sequences]) for found in passes.values())
         return {"own": own, "logprobs": followed, "routes": seen, "index": np.arange(len(self.sequences))}
 
-    def _search(self, engine: HfTrainer, search: FixSearch, channel: Any) -> None:
+    def _search(self, engine: TrainerEngine, search: FixSearch, channel: Channel) -> None:
         """Runs sets of classes until the target is met or none is left."""
         base = load_arrays(Path(self.folder) / f"{UNCHANGED}.npz", self.keys[UNCHANGED])
         assert base is not None, "the trainer without a change is run first"
@@ -276,7 +272,7 @@ def _rows_of(batch: Sequence[ScoreRequest], starts: Sequence[int]) -> list[tuple
 
 
 def _wanted(
-    engine: HfTrainer, routes: NDArray[np.int16], layers: Sequence[int], rows: Sequence[tuple[int, int, int]]
+    routes: NDArray[np.int16], layers: Sequence[int], rows: Sequence[tuple[int, int, int]], device: str
 ) -> dict[int, Any]:
     """By layer `[B · T, K]` routes of a padded batch, `UNKNOWN` in the padding."""
     import torch
@@ -285,7 +281,6 @@ def _wanted(
     found = np.full((len(layers), total, routes.shape[2]), UNKNOWN, np.int64)
     for first, start, length in rows:
         found[:, first : first + length] = routes[:, start : start + length]
-    device = next(engine.model.parameters()).device
     return {layer: torch.from_numpy(found[k]).to(device) for k, layer in enumerate(layers)}
 
 

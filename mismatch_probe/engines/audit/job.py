@@ -9,22 +9,24 @@ exponents, `N` response tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mismatch_probe.arrays import save_arrays
-from mismatch_probe.engines.base import OnTrainer
+from mismatch_probe.engines import devices
+from mismatch_probe.engines.base import Channel, OnTrainer, TrainerEngine
+from mismatch_probe.engines.events import Advance, Identity, Total
 from mismatch_probe.metrics.floats import ExponentHistogram
 from mismatch_probe.metrics.peaks import PeakSums
 from mismatch_probe.results.audit import PARTS, PartName
 from mismatch_probe.types import ScoreRequest
 
 if TYPE_CHECKING:
-    from mismatch_probe.engines.hf import HfTrainer
     from mismatch_probe.engines.logprobs import Batch
 
 # Made in the dtype by eager attention only: fused kernels keep them in FP32.
@@ -61,46 +63,58 @@ class AuditJob(OnTrainer):
     step_tokens: int
     rates: Sequence[float]
     highest: int | None = None
-    subject: str = field(default="The audit's pass", init=False)
-    memory_advice: str = field(default="Audit with a lower --max-tokens.", init=False)
+    subject: ClassVar[str] = "The audit's pass"
+    memory_advice: ClassVar[str] = "Audit with a lower --max-tokens, or use a machine with more memory."
 
-    def run(self, channel: Any) -> None:
-        """Events: `identity`, `total` and `progress` in tokens; a phase for each part."""
-        from mismatch_probe.engines import devices
-        from mismatch_probe.engines.hf import HfTrainer
-
+    def run(self, channel: Channel) -> None:
+        """Sends `Identity`, `Total` and `Advance` in tokens; a phase for each part."""
         steps = {"forward": len(self.sequences), "backward": self.n_gradients, "lag": self.n_lag, "proof": self.n_proof}
-        channel.send("total", sum(r.length for name in self.keys for r in self.sequences[: steps.get(name, 0)]))
-        engine = HfTrainer(self.trainer)
-        channel.phase("load")
-        identity = engine.identity() | devices.running()
-        channel.send("identity", identity)
-        for name in (part for part in PARTS if part in self.keys):
-            facts, arrays = getattr(self, f"_{name}")(engine, lambda tokens: channel.send("progress", tokens))
-            file = Path(self.folder) / f"{name}.npz"
-            save_arrays(file, self.keys[name], {**facts, "made_with": identity["versions"]}, arrays)
-            channel.phase(name)
-        engine.close()
+        channel.send(Total(sum(r.length for name in self.keys for r in self.sequences[: steps.get(name, 0)])))
+        with self.trainer.started() as engine:
+            channel.phase("load")
+            identity = engine.identity() | devices.running()
+            channel.send(Identity(identity))
+            for name in (part for part in PARTS if part in self.keys):
+                facts, arrays = engine.run_on_model(
+                    partial(self._made, name, engine, lambda n: channel.send(Advance(n)))
+                )
+                file = Path(self.folder) / f"{name}.npz"
+                save_arrays(file, self.keys[name], {**facts, "made_with": identity["versions"]}, arrays)
+                channel.phase(name)
 
-    def _weights(self, engine: HfTrainer, tick: Callable[[int], None]) -> Part:
+    def _made(self, name: PartName, engine: TrainerEngine, tick: Callable[[int], None], model: Any) -> Part:
+        """One part."""
+        match name:
+            case "weights":
+                return self._weights(model)
+            case "forward":
+                return self._forward(model, tick)
+            case "backward":
+                return self._backward(model, tick)
+            case "lag":
+                return self._lag(engine, model, tick)
+            case "proof":
+                return self._proof(engine, model, tick)
+
+    def _weights(self, model: Any) -> Part:
         from mismatch_probe.engines.audit.weights import weight_rows
 
-        return {"rows": weight_rows(engine.model)}, {}
+        return {"rows": weight_rows(model)}, {}
 
-    def _forward(self, engine: HfTrainer, tick: Callable[[int], None]) -> Part:
+    def _forward(self, model: Any, tick: Callable[[int], None]) -> Part:
         """Peaks of every tensor, see `PeakSums`."""
         import torch
 
         from mismatch_probe.engines.audit.forward import ForwardTracker
         from mismatch_probe.engines.logprobs import token_logprobs
 
-        tracker, sums = ForwardTracker(engine.model), None
+        tracker, sums = ForwardTracker(model), None
         with torch.inference_mode(), tracker.watching():
             for request in self.sequences:
-                batch = self._batch(engine, request)
+                batch = self._batch(request)
 
                 def run(batch: Batch = batch) -> None:
-                    token_logprobs(engine.model, batch, self.trainer.temperature)
+                    token_logprobs(model, batch, self.trainer.temperature)
 
                 peaks = tracker.sequence(request.length, run)
                 names = tuple(place.name for place in tracker.places)
@@ -113,24 +127,24 @@ class AuditJob(OnTrainer):
         places = [vars(place) for place in tracker.places]
         return {"places": places, "layers": list(tracker.layers), "fused": tracker.fused}, sums.arrays()
 
-    def _backward(self, engine: HfTrainer, tick: Callable[[int], None]) -> Part:
+    def _backward(self, model: Any, tick: Callable[[int], None]) -> Part:
         """`counts` and `mass` `[G, E]`, `largest` `[G]`, `largest_by_sequence` `[S]` of gradients; and of sampled
         weights `weights` `[W]`, `tensor` `[W]`, `gradients` `[S, W]`, these of the mean over a sequence's tokens.
         """
         from mismatch_probe.engines.audit.backward import GradientTracker
 
-        sample = _Sample(engine.model)
-        tracker = GradientTracker(engine.model.requires_grad_(True))
+        sample = _Sample(model)
+        tracker = GradientTracker(model.requires_grad_(True))
         largest, gradients = [], []
         with tracker.watching():
             for request, sign in zip(self.sequences[: self.n_gradients], self._signs(), strict=False):
-                self._gradient(engine, request, sign / self.step_tokens)
+                self._gradient(model, request, sign / self.step_tokens)
                 tracker.weights()
                 largest.append(tracker.largest())
                 gradients.append(sample.gradients() * (self.step_tokens / len(request.response_token_ids)))
-                engine.model.zero_grad(set_to_none=True)
+                model.zero_grad(set_to_none=True)
                 tick(request.length)
-        engine.model.requires_grad_(False)
+        model.requires_grad_(False)
         histograms = tracker.histograms()
         facts = {
             "names": list(histograms),
@@ -148,21 +162,21 @@ class AuditJob(OnTrainer):
             "gradients": np.stack(gradients).astype(np.float32),
         }
 
-    def _lag(self, engine: HfTrainer, tick: Callable[[int], None]) -> Part:
+    def _lag(self, engine: TrainerEngine, model: Any, tick: Callable[[int], None]) -> Part:
         """By case `masters-NAME` and `engine-NAME` `[N]` log-probs; `sequence` `[N]` index of each token's sequence."""
         from mismatch_probe.engines.audit.lag import LagCase, LagScorer
         from mismatch_probe.engines.audit.weights import TORCH_FORMATS
 
-        engine.model.requires_grad_(True)
+        model.requires_grad_(True)
         batch = self.sequences[:LAG_BATCH]
         tokens = sum(len(request.response_token_ids) for request in batch)
         for request, sign in zip(batch, self._signs(), strict=False):
-            self._gradient(engine, request, sign / tokens)
+            self._gradient(model, request, sign / tokens)
         # On the host: the device may hold the model alone.
-        found = {name: p.grad.to("cpu") for name, p in engine.model.named_parameters() if p.grad is not None}
-        engine.model.zero_grad(set_to_none=True)
-        engine.model.requires_grad_(False)
-        scorer, requests = LagScorer(engine, found), self.sequences[: self.n_lag]
+        found = {name: p.grad.to("cpu") for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad(set_to_none=True)
+        model.requires_grad_(False)
+        scorer, requests = LagScorer(engine, model, found), self.sequences[: self.n_lag]
         cases = [LagCase(dtype, rate) for dtype in TORCH_FORMATS for rate in (None, *self.rates)]
         arrays: dict[str, NDArray[Any]] = {}
         about = []
@@ -174,25 +188,27 @@ class AuditJob(OnTrainer):
         lengths = [len(request.response_token_ids) for request in requests]
         return {"cases": about}, arrays | {"sequence": np.repeat(np.arange(len(requests)), lengths)}
 
-    def _proof(self, engine: HfTrainer, tick: Callable[[int], None]) -> Part:
+    def _proof(self, engine: TrainerEngine, model: Any, tick: Callable[[int], None]) -> Part:
         from mismatch_probe.engines.audit.proof import Fp16Proof, prove
 
-        proof = Fp16Proof(engine, self.trainer.temperature, self.step_tokens, self.highest)
-        batches = [self._batch(engine, request) for request in self.sequences[: self.n_proof]]
+        proof = Fp16Proof(engine, model, self.trainer.temperature, self.step_tokens, self.highest)
+        batches = [self._batch(request) for request in self.sequences[: self.n_proof]]
         return {"mode": self.trainer.mode, **prove(proof, batches, self._signs()[: len(batches)], tick)}, {}
 
-    def _gradient(self, engine: HfTrainer, request: ScoreRequest, factor: float) -> None:
+    def _gradient(self, model: Any, request: ScoreRequest, factor: float) -> None:
         """Adds the gradient of −factor · Σ log π of a sequence to the weights'."""
         from mismatch_probe.engines.logprobs import token_logprobs
 
-        batch = self._batch(engine, request)
-        logprobs, _ = token_logprobs(engine.model, batch, self.trainer.temperature)
+        batch = self._batch(request)
+        logprobs, _ = token_logprobs(model, batch, self.trainer.temperature)
         (-factor * logprobs[batch.mask].sum()).backward()  # type: ignore[no-untyped-call]
 
-    def _batch(self, engine: HfTrainer, request: ScoreRequest) -> Batch:
+    def _batch(self, request: ScoreRequest) -> Batch:
+        import torch
+
         from mismatch_probe.engines.logprobs import Batch
 
-        device = next(engine.model.parameters()).device
+        device = torch.device(self.trainer.device)
         return Batch.of([request.prompt_token_ids], [request.response_token_ids], device)
 
     def _signs(self) -> list[float]:

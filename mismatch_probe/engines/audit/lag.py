@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mismatch_probe.engines.audit.weights import rounded, ulp
-from mismatch_probe.engines.hf import HfTrainer
+from mismatch_probe.engines.base import TrainerEngine
 from mismatch_probe.metrics.floats import FORMATS
 from mismatch_probe.types import ScoreRequest
 
@@ -46,11 +46,12 @@ class LagScorer:
 
     Args:
         engine: In FP32; its weights are not what they were afterwards.
+        model: Its network.
         gradients: Of a batch, by parameter, on the host.
     """
 
-    def __init__(self, engine: HfTrainer, gradients: dict[str, Tensor]) -> None:
-        self._engine, self._model, self._gradients = engine, engine.model, gradients
+    def __init__(self, engine: TrainerEngine, model: nn.Module, gradients: dict[str, Tensor]) -> None:
+        self._engine, self._model, self._gradients = engine, model, gradients
         # On the host: the device may hold no second copy.
         self._start = {name: p.detach().to("cpu", copy=True) for name, p in self._model.named_parameters()}
 
@@ -60,7 +61,7 @@ class LagScorer:
         """`[N]` log-probs by the masters, `[N]` by the engine's copy, in the order of the requests, nats; and the share
         of weights that differ at the engine from where it started.
         """
-        self._set(self._masters(case))
+        self._engine.load_weights(self._masters(case))
         masters = self._score(requests, temperature)
         changed, total = 0, 0
         with torch.no_grad():
@@ -71,23 +72,18 @@ class LagScorer:
                 total += parameter.numel()
         return masters, self._score(requests, temperature), changed / total
 
-    def _masters(self, case: LagCase) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    def _masters(self, case: LagCase) -> Iterator[tuple[str, Tensor]]:
         generator = torch.Generator().manual_seed(_SEED)
-        for name, parameter in self._model.named_parameters():
+        for name in self._start:
             start = rounded(self._start[name], case.dtype)
             if case.rate is None:
                 noise = torch.rand(start.shape, generator=generator) - 0.5
-                yield parameter, start + noise * ulp(start, FORMATS[case.dtype])
+                yield name, start + noise * ulp(start, FORMATS[case.dtype])
             elif name in self._gradients:
                 gradient = self._gradients[name]
-                yield parameter, start - case.rate * gradient / (gradient.abs() + _EPSILON)
+                yield name, start - case.rate * gradient / (gradient.abs() + _EPSILON)
             else:
-                yield parameter, start
-
-    @torch.no_grad()
-    def _set(self, values: Iterator[tuple[nn.Parameter, Tensor]]) -> None:
-        for parameter, value in values:
-            parameter.copy_(value)
+                yield name, start
 
     def _score(self, requests: Sequence[ScoreRequest], temperature: float) -> NDArray[np.float64]:
         found: dict[int, Any] = {}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mismatch_probe.engines.audit.backward import output_gradients
 from mismatch_probe.engines.audit.forward import first_tensor
-from mismatch_probe.engines.hf import HfTrainer
+from mismatch_probe.engines.base import TrainerEngine
 from mismatch_probe.engines.logprobs import Batch, token_logprobs
 from mismatch_probe.metrics.floats import FIRST_SCALE
 
@@ -24,14 +24,17 @@ class Fp16Proof:
 
     Args:
         engine: In FP16, as it is trained.
+        model: Its network.
         temperature: What logits are divided by.
         step_tokens: Tokens that a step's loss is averaged over.
         highest: Exponent of the largest scale that FP32 gradients leave room for: between the first try and it no other
             scale is tried.
     """
 
-    def __init__(self, engine: HfTrainer, temperature: float, step_tokens: int, highest: int | None) -> None:
-        self._engine, self._model = engine, engine.model.requires_grad_(True)
+    def __init__(
+        self, engine: TrainerEngine, model: nn.Module, temperature: float, step_tokens: int, highest: int | None
+    ) -> None:
+        self._engine, self._model = engine, model.requires_grad_(True)
         self._temperature, self._tokens, self._highest = temperature, step_tokens, highest
         self.exponent = FIRST_SCALE
         self.attempts: list[dict[str, Any]] = []

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mismatch_probe.engines.base import Capture, RolloutJob
+from mismatch_probe.engines.attribute.trace import Routers, Routes, TraceRequest
+from mismatch_probe.engines.base import Capture, Found, RolloutEngine, RolloutJob
 from mismatch_probe.errors import EngineError
 from mismatch_probe.types import Rollout, RolloutRequest, Sampling
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 _NO_SYNC = "Train another model family or use another vLLM version. Commands that do not train are unaffected."
 
 
-class VllmRollout:
+class VllmRollout(RolloutEngine):
     """vLLM behind the `RolloutEngine` protocol.
 
     Raises:
@@ -43,9 +45,9 @@ class VllmRollout:
             "logprobs_mode": "raw_logprobs" if job.sampling.temperature == 1 else "processed_logprobs",
             **job.arguments,
         }
-        self._in_process = job.in_process
+        self._in_process, self._batch = job.in_process, job.batch
         self._native_replay = False
-        replays = any(len(request.forced_token_ids) for request in job.requests)
+        replays = job.replays
         if replays or job.capture is not None or job.logit_noise:
             options |= self._own_processors(options, replays, "Noise" if job.logit_noise else "Rows")
         self._llm = LLM(**options)
@@ -76,10 +78,36 @@ class VllmRollout:
         sampling: Sampling,
         on_tokens: Callable[[int], None],
         capture: Capture | None = None,
+    ) -> list[Rollout]:
+        return self._decode(requests, sampling, on_tokens, capture, keep_cache=False)
+
+    def replay(
+        self,
+        requests: Sequence[RolloutRequest],
+        sampling: Sampling,
+        on_tokens: Callable[[int], None],
+        capture: Capture | None = None,
         *,
         keep_cache: bool = False,
     ) -> list[Rollout]:
-        """See `RolloutEngine.generate`; with `keep_cache` from the prefix cache as earlier requests left it."""
+        found = self._decode(requests, sampling, on_tokens, capture, keep_cache=keep_cache)
+        for request, rollout in zip(requests, found, strict=True):
+            if [int(token) for token in rollout.response_token_ids] != _forced(request, sampling):
+                raise EngineError(
+                    f"vLLM decoded tokens of sequence {request.sequence_id} that differ from the given ones.",
+                    "Replay fails in this configuration: leave --engine-arg out.",
+                )
+        return found
+
+    def _decode(
+        self,
+        requests: Sequence[RolloutRequest],
+        sampling: Sampling,
+        on_tokens: Callable[[int], None],
+        capture: Capture | None,
+        *,
+        keep_cache: bool,
+    ) -> list[Rollout]:
         engine = self._llm.llm_engine
         self._runs += 1
         if not keep_cache and not self._llm.reset_prefix_cache():
@@ -106,12 +134,6 @@ class VllmRollout:
                 reasons[index] = completion.finish_reason or reasons[index]
                 made += len(tokens)
             on_tokens(made)
-        for request, found in zip(requests, ids, strict=True):
-            if len(request.forced_token_ids) and found != _forced(request, sampling):
-                raise EngineError(
-                    f"vLLM decoded tokens of sequence {request.sequence_id} that differ from the given ones.",
-                    "Replay fails in this configuration: leave --engine-arg out.",
-                )
         tokenizer = self._llm.get_tokenizer()
         return [
             Rollout(
@@ -124,20 +146,15 @@ class VllmRollout:
             for i, request in enumerate(requests)
         ]
 
-    def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Replaces the model's weights in place. Engine core in this process only: tensors are handed over as they are.
-
-        Args:
-            weights: By the names of a checkpoint, whole.
-
-        Raises:
-            EngineError: vLLM takes none of this family, or something is missing; its model is of no use any more.
-        """
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """See `RolloutEngine.load_weights`. Engine core in this process only: tensors are handed over as they are."""
         from mismatch_probe.engines.vllm.weights import load_weights
 
         assert self._in_process
         try:
-            missing = [name for names in self._llm.collective_rpc(load_weights, args=(weights,)) for name in names]
+            missing = [
+                name for names in self._llm.collective_rpc(load_weights, args=(dict(weights),)) for name in names
+            ]
         except (AssertionError, AttributeError, LookupError, NotImplementedError, RuntimeError, ValueError) as error:
             raise EngineError(
                 f"vLLM cannot load new weights into this model ({type(error).__name__}: {str(error)[:200]}).",
@@ -149,7 +166,6 @@ class VllmRollout:
             )
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
-        """Log-probs at temperature 1 of every token but the first of each sequence, by prefill from an empty cache."""
         from vllm import SamplingParams
 
         self._llm.reset_prefix_cache()
@@ -162,17 +178,40 @@ class VllmRollout:
         ]
 
     def configured(self) -> AbstractContextManager[None]:
-        """Inside it models of transformers can be built in this process. vLLM runs some families by transformers' own
-        classes, which it changes for that, and which then cannot be built without its configuration.
+        """vLLM runs some families by transformers' own classes, which it changes for that, and which then cannot be
+        built without its configuration.
         """
         from vllm.config import set_current_vllm_config
 
         found: AbstractContextManager[None] = set_current_vllm_config(self._llm.llm_engine.vllm_config)
         return found
 
-    def on_model(self, function: Callable[[Any], Any]) -> Any:
-        """Runs a function of a module on vLLM's own model, in the worker that holds it; the first worker's answer."""
-        return self._llm.apply_model(function)[0]
+    def run_on_model(self, function: Callable[[Any], Found]) -> Found:
+        found: Found = self._llm.apply_model(function)[0]
+        return found
+
+    def trace(self, request: TraceRequest) -> None:
+        from mismatch_probe.engines.vllm import hooks
+
+        self.run_on_model(partial(hooks.start_trace, request))
+        self.score(request.sequences)
+        self.run_on_model(hooks.finish_trace)
+
+    def routes(self, sequences: Sequence[Sequence[int]], routers: Routers) -> Routes:
+        from mismatch_probe.engines.vllm import hooks
+
+        self.run_on_model(partial(hooks.start_routes, sequences, routers.layers, routers.experts, routers.chosen))
+        # No more at once than one step takes: a sequence that is split over two is in no step as a whole.
+        groups: list[list[Sequence[int]]] = []
+        for sequence in sequences:
+            room = routers.most_tokens - sum(map(len, groups[-1])) if groups else 0
+            if len(sequence) <= room and len(groups[-1]) < self._batch:
+                groups[-1].append(sequence)
+            else:
+                groups.append([sequence])
+        logprobs = [row for group in groups for row in self.score(group)]
+        kept = self.run_on_model(hooks.finish_routes)
+        return Routes(kept["layers"], np.frombuffer(kept["routes"], np.int16).reshape(kept["shape"]), logprobs)
 
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
         tokenizer = self._llm.get_tokenizer()

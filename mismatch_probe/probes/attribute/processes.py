@@ -12,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mismatch_probe.config import AttributeOptions
-from mismatch_probe.engines import devices
+from mismatch_probe.engines import devices, registry
 from mismatch_probe.engines.attribute.inside_job import Inside, InsideJob
-from mismatch_probe.engines.attribute.rollout import ROUTES, RolloutVariants, Routers
+from mismatch_probe.engines.attribute.rollout import ROUTES, RolloutVariants
 from mismatch_probe.engines.attribute.trace import (
     LOGIT_ROWS,
+    Routers,
     TraceRequest,
     check_room,
     choose_sequences,
@@ -24,9 +25,8 @@ from mismatch_probe.engines.attribute.trace import (
 )
 from mismatch_probe.engines.attribute.trainer import FIXES, FixSearch, TrainerVariants, single_name
 from mismatch_probe.engines.attribute.variants import PassKind, TrainerVariant
-from mismatch_probe.engines.base import RolloutJob, TrainerJob
+from mismatch_probe.engines.base import Job, RolloutJob, TrainerJob
 from mismatch_probe.engines.models import ModelRef
-from mismatch_probe.engines.process import Kind
 from mismatch_probe.probes.attribute.names import (
     AT_ROLLOUT,
     CAST,
@@ -63,9 +63,9 @@ class Process:
     """
 
     name: str
-    kind: Kind
+    kind: str
     environment: Mapping[str, str]
-    job: Any
+    job: Job
     passes: tuple[str, ...]
     traces: tuple[str, ...] = ()
 
@@ -137,7 +137,7 @@ class Processes:
     def _settings(self, dtype: str) -> devices.EngineSettings:
         pair = self._pair
         cache = int(pair.engine.get("arguments", {}).get("kv_cache_memory_bytes", devices.GIB)) // devices.GIB
-        return devices.rollout_settings(
+        return registry.find("vllm").rollout_settings(
             pair.context.device,  # type: ignore[arg-type]
             dtype,  # type: ignore[arg-type]
             eager=pair.config.eager,
@@ -271,7 +271,7 @@ class Processes:
             search,
             (str(self._store.files.at(ROUTES).path), self._store.key(ROUTES)) if context.experts else None,
         )
-        environment = dict(devices.trainer_settings(context.device, pair.trainer.dtype).environment)  # type: ignore[arg-type]
+        environment = dict(registry.find("hf").trainer_settings(context.device, pair.trainer.dtype).environment)  # type: ignore[arg-type]
         if any(variant.tf32 for variant in needed):
             environment.pop("NVIDIA_TF32_OVERRIDE", None)  # torch's own switch keeps FP32 passes in FP32
         return Process("trainer, one change at a time", "hf", environment, job, passes)
@@ -303,7 +303,7 @@ class Processes:
             for dtype in dtypes
         ]
         job = InsideJob(trainer, str(self._store.files.folder), insides)
-        settings = devices.trainer_settings(self._pair.context.device, "float32")  # type: ignore[arg-type]
+        settings = registry.find("hf").trainer_settings(self._pair.context.device, "float32")  # type: ignore[arg-type]
         return Process("layers and modules", "hf", settings.environment, job, tuple(i.name for i in insides))
 
 

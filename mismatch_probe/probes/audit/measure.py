@@ -10,7 +10,7 @@ from importlib.metadata import version
 from typing import Any
 
 from mismatch_probe.config import AuditOptions
-from mismatch_probe.engines import devices
+from mismatch_probe.engines import registry
 from mismatch_probe.engines.audit.job import AuditJob, histograms_of
 from mismatch_probe.engines.base import TrainerJob
 from mismatch_probe.errors import UsageError
@@ -103,7 +103,7 @@ class Measurements:
         if wide:
             self._run_job(trainer, wide, "activations, gradients, lag", progress)
         if "proof" in keys:
-            flags = devices.trainer_settings(self._device, "float16").arguments
+            flags = registry.find("hf").trainer_settings(self._device, "float16").arguments
             half = replace(trainer, dtype="float16", mode=self._config.trainer_modes[0], flags=flags)
             self._run_job(half, {"proof": keys["proof"]}, "a pass in FP16", progress)
 
@@ -122,7 +122,7 @@ class Measurements:
             rates=self._options.learning_rates,
             highest=None if scales is None else scales.high,
         )
-        settings = devices.trainer_settings(self._device, trainer.dtype)
+        settings = registry.find("hf").trainer_settings(self._device, trainer.dtype)
         run_pass(self._run, job, settings, "audit", text, progress)
 
     def _key(self, part: str) -> str:

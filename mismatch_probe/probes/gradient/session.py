@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from mismatch_probe.config import CompareConfig, check_lengths
-from mismatch_probe.engines import devices
+from mismatch_probe.engines import registry
 from mismatch_probe.engines.gradient import GradientJob, PassTask, PassVectors
 from mismatch_probe.errors import TableError, UsageError
 from mismatch_probe.files import write_text
@@ -94,7 +94,7 @@ def _make_missing(run: RunDirectory, config: CompareConfig, tasks: Sequence[Pass
         return
     device = device_of(run)
     job = GradientJob(fp32_trainer(config, model_of(run, config, progress), device), missing)
-    settings = devices.trainer_settings(device, "float32")
+    settings = registry.find("hf").trainer_settings(device, "float32")
     run_pass(run, job, settings, FOLDER, "gradients", progress)
 
 

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from mismatch_probe.engines import devices
+from mismatch_probe.engines.events import Event, Identity
 from mismatch_probe.engines.models import ModelRef
 from mismatch_probe.engines.process import EngineProcess
 from mismatch_probe.probes.progress import Progress
+from mismatch_probe.probes.workers import told
 from mismatch_probe.report.model import Report
 from mismatch_probe.results.sanity import SanitySet
 from mismatch_probe.rl.config import RlConfig, SanityConfig
@@ -125,13 +127,10 @@ def _execute(directory: SanityDirectory, model: ModelRef, device: devices.Device
     environment = settings_of(directory.config, device).environment
     process = EngineProcess("vllm", environment, directory.path / "logs" / "sanity-set.log")
 
-    def on_event(name: str, payload: Any) -> None:
-        if name == "total":
-            progress.total(_PASS, payload)
-        elif name == "progress":
-            progress.advance(_PASS, payload)
-        elif name == "identity":
-            directory.note_engine(payload)
+    def on_event(event: Event) -> None:
+        told(progress, _PASS, event)
+        if isinstance(event, Identity):
+            directory.note_engine(event.facts)
 
     progress.begin(_PASS, "rl sanity-set")
     with continued_by(SANITY_SET.resume(directory.path), "finished chunks of problems are kept"):

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
 
-from mismatch_probe.engines import devices
-from mismatch_probe.engines.base import RolloutJob
+from mismatch_probe.engines import devices, registry
+from mismatch_probe.engines.base import Channel, RolloutEngine, RolloutJob
+from mismatch_probe.engines.events import Advance, Identity, Listener, Total
 from mismatch_probe.rl.config import SanityConfig
 from mismatch_probe.rl.sanity.records import SanityDirectory
 from mismatch_probe.rl.tasks import Response
 from mismatch_probe.rl.worker import MOST_AT_ONCE, Setup
 from mismatch_probe.types import Rollout, RolloutRequest, Sampling
-
-
-class Engine(Protocol):
-    """What sampling needs of a rollout engine."""
-
-    def generate(
-        self, requests: Sequence[RolloutRequest], sampling: Sampling, on_tokens: Callable[[int], None]
-    ) -> list[Rollout]: ...
 
 
 @dataclass(frozen=True)
@@ -41,49 +34,46 @@ class SanityJob:
     model_path: str
     device: devices.Device
     trust_remote_code: bool = False
-    subject: str = "Sampling for the sanity set"
-    memory_advice: str = "Lower --max-tokens."
+    subject: ClassVar[str] = "Sampling for the sanity set"
+    memory_advice: ClassVar[str] = "Lower --max-tokens, or use a machine with more memory."
 
-    def run(self, channel: Any) -> None:
-        """Events: `identity`, `total` and `progress` in tokens."""
-        from mismatch_probe.engines.vllm.engine import VllmRollout
-
+    def run(self, channel: Channel) -> None:
+        """Sends `Identity`, `Total` and `Advance` in tokens."""
         directory = SanityDirectory.open(Path(self.folder))
         setup = Setup.of(directory.config, self.model_path)
         try:
             directory.fix_problems(setup.problems)
-            engine = VllmRollout(_engine_job(directory.config, self, max(map(len, setup.prompts))))
-            channel.phase("load")
-            channel.send("identity", engine.identity() | devices.running())
-            sample(directory, setup, engine, channel.send)
-            channel.phase("generate")
+            with _engine_job(directory.config, self, max(map(len, setup.prompts))).started() as engine:
+                channel.phase("load")
+                channel.send(Identity(engine.identity() | devices.running()))
+                sample(directory, setup, engine, channel.send)
+                channel.phase("generate")
         finally:
             setup.task.close()
-        engine.close()
 
 
 def settings_of(config: SanityConfig, device: devices.Device) -> devices.EngineSettings:
     """Arguments and environment of the engine, which has the device to itself."""
-    return devices.rollout_settings(
+    return registry.find("vllm").rollout_settings(
         device, config.rollout_dtype, eager=False, in_process=True, kv_cache_gib=config.kv_cache_gib
     )
 
 
-def sample(directory: SanityDirectory, setup: Setup, engine: Engine, send: Callable[[str, Any], None]) -> None:
+def sample(directory: SanityDirectory, setup: Setup, engine: RolloutEngine, send: Listener) -> None:
     """Samples, grades and stores every chunk that is missing. A response's seed follows from the run's seed, its
     problem and its number, so a resumed run draws what an uninterrupted one would.
     """
     config, n = directory.config, directory.config.n_samples
     sampling = Sampling(config.max_tokens, config.temperature, config.seed)
     todo = directory.missing(len(setup.problems))
-    send("total", sum(len(chunk) for _, chunk in todo) * n * config.max_tokens)
+    send(Total(sum(len(chunk) for _, chunk in todo) * n * config.max_tokens))
     for number, chunk in todo:
         requests = [
             RolloutRequest(i * n + k, setup.prompts[i], int(seed))
             for i in chunk
             for k, seed in enumerate(np.random.default_rng((config.seed, i, 2)).integers(0, 1 << 31, n))
         ]
-        rollouts = engine.generate(requests, sampling, lambda tokens: send("progress", tokens))
+        rollouts = engine.generate(requests, sampling, lambda tokens: send(Advance(tokens)))
         owners = [setup.problems[i] for i in chunk for _ in range(n)]
         texts = [setup.decode(rollout.response_token_ids) for rollout in rollouts]
         answers = [Response(text, rollout.finish_reason) for text, rollout in zip(texts, rollouts, strict=True)]
@@ -91,7 +81,7 @@ def sample(directory: SanityDirectory, setup: Setup, engine: Engine, send: Calla
         rewards = setup.task.rewards(owners, answers)
         table = _table([problem.problem_id for problem in owners], n, requests, rollouts, rewards, texts)
         directory.append(number, table, setup.task.killed - killed)
-        send("progress", len(requests) * config.max_tokens - sum(len(r.response_token_ids) for r in rollouts))
+        send(Advance(len(requests) * config.max_tokens - sum(len(r.response_token_ids) for r in rollouts)))
 
 
 def _table(

@@ -6,7 +6,7 @@ Shape legend: `B` sequences of a batch, `T` tokens of its longest, `R` response 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import accumulate
 from pathlib import Path
@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from mismatch_probe.engines.base import ExactPosition, TrainerJob
+from mismatch_probe.engines.base import ExactPosition, Found, TrainerEngine, TrainerJob
 from mismatch_probe.engines.batching import Footprint, plan_batches, plan_in_order, rows_per_chunk
 from mismatch_probe.engines.float64 import keep_float64
-from mismatch_probe.engines.layouts import BatchLayout, model_inputs
+from mismatch_probe.engines.hf.layouts import BatchLayout, model_inputs
 from mismatch_probe.engines.loading import load_model
 from mismatch_probe.engines.patching import replaced_forward
 from mismatch_probe.engines.rows import RowFile, stacked
@@ -34,7 +34,7 @@ _TORCH = {
 }
 
 
-class HfTrainer:
+class HfTrainer(TrainerEngine):
     """A causal language model of transformers behind the `TrainerEngine` protocol.
 
     The decoder runs once per batch. The head then runs on the rows that predict response tokens only, some at a time,
@@ -51,9 +51,9 @@ class HfTrainer:
             job.model_path, trust_remote_code=job.trust_remote_code, local_files_only=True
         ).get_text_config()
         self._job = job
-        # What of a pass may change between batches; a comparison leaves both alone.
-        self.layout: BatchLayout = job.layout
-        self.softmax_dtype: torch.dtype | None = None
+        # What of a pass `changed` changes.
+        self._layout: BatchLayout = job.layout
+        self._softmax_dtype: torch.dtype | None = None
         self._device = torch.device(job.device)
         self._dtype = _TORCH[job.dtype]
         weights = self._dtype if job.mode == "cast" else torch.float32
@@ -75,21 +75,38 @@ class HfTrainer:
         self._sources = [RowFile(Path(path)) for path in job.exact_sources]
         self._check_head()
         if job.layout == "packed":
-            self.check_packing()
+            self._check_packing()
 
-    @property
-    def model(self) -> Any:
-        """The network, on its device, for whoever needs its gradients; none of its weights asks for them yet."""
-        return self._model
+    def run_on_model(self, function: Callable[[Any], Found]) -> Found:
+        return function(self._model)
+
+    @torch.no_grad()
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        parameters = dict(self._model.named_parameters())
+        for name, value in weights:
+            parameters[name].copy_(value)
+
+    @contextmanager
+    def changed(self, *, layout: str | None = None, softmax_in_dtype: bool = False) -> Iterator[None]:
+        before = self._layout, self._softmax_dtype
+        try:
+            if layout is not None:
+                self._layout = layout  # type: ignore[assignment]
+            if layout == "packed":
+                self._check_packing()
+            if softmax_in_dtype:
+                self._softmax_dtype = self._dtype
+            yield
+        finally:
+            self._layout, self._softmax_dtype = before
 
     def plan(self, requests: Sequence[ScoreRequest]) -> list[list[ScoreRequest]]:
-        layout = "padded" if self.layout == "left-padded" else self.layout
+        layout = "padded" if self._layout == "left-padded" else self._layout
         return plan_batches(requests, layout, self._footprint(), self._job.memory_budget, self._device.type)
 
     def plan_as_rollout(
         self, requests: Sequence[ScoreRequest], most_tokens: int, most_rows: int
     ) -> list[list[ScoreRequest]]:
-        """Splits the requests as an engine's scheduler does: in their order, as many at once as it takes."""
         return plan_in_order(requests, self._footprint(), self._job.memory_budget, most_tokens, most_rows)
 
     def _footprint(self) -> Footprint:
@@ -97,14 +114,13 @@ class HfTrainer:
 
     @torch.inference_mode()
     def head_logits(self, states: torch.Tensor) -> torch.Tensor:
-        """Logits `[R, V]` that the model's own forward makes of the decoder's last states `[R, H]`."""
         with self.precision(), self._head_only(self._output_type) as head:
             logits: torch.Tensor = head(states)
         return logits
 
     @torch.inference_mode()
     def score(self, batch: Sequence[ScoreRequest], temperature: float, *, exact: bool = False) -> list[Score]:
-        inputs, rows, targets = model_inputs(batch, self.layout, self._device)
+        inputs, rows, targets = model_inputs(batch, self._layout, self._device)
         ends = list(accumulate(len(request.response_token_ids) for request in batch))
         wanted = self._wanted(batch, [0, *ends[:-1]]) if exact else {}
         columns: list[tuple[torch.Tensor, ...]] = []
@@ -116,8 +132,8 @@ class HfTrainer:
             with self._head_only(self._output_type) as head:
                 for start in range(0, len(targets), step):
                     logits = _upcast(head(hidden[start : start + step]))
-                    if self.softmax_dtype is not None:
-                        logits = logits.to(self.softmax_dtype)
+                    if self._softmax_dtype is not None:
+                        logits = logits.to(self._softmax_dtype)
                     columns.append(_token_columns(logits, targets[start : start + step], temperature))
                     for row in range(start, start + len(logits)):
                         if row in wanted:
@@ -178,13 +194,7 @@ class HfTrainer:
             source.close()
         del self._model, self._decoder
 
-    @property
-    def autocasting(self) -> bool:
-        """Whether passes run under autocast, on FP32 weights."""
-        return self._job.mode == "autocast"
-
     def precision(self) -> AbstractContextManager[Any]:
-        """What a forward pass in this job's dtype and mode runs under."""
         if self._job.dtype == "float64":
             return keep_float64(self._model)
         if self._job.mode == "autocast":
@@ -229,7 +239,7 @@ class HfTrainer:
                 "Report this architecture.",
             )
 
-    def check_packing(self) -> None:
+    def _check_packing(self) -> None:
         """Scores one sequence behind two different ones of equal length: it must not see which of them it was.
 
         Rounding is allowed for, since the rows that an expert of a mixture gets depend on its neighbours; a leak moves
@@ -252,7 +262,7 @@ class HfTrainer:
 
 
 def _apply_flags(flags: Any) -> None:
-    """Sets what `devices.trainer_settings` chose."""
+    """Sets what `hf.settings` chose."""
     if "float32_matmul_precision" in flags:
         torch.set_float32_matmul_precision(flags["float32_matmul_precision"])
     if "cudnn_allow_tf32" in flags:
