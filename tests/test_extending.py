@@ -15,8 +15,12 @@ from typing import Any
 import pytest
 import torch
 
+from mismatch_probe.engines import registry
+from mismatch_probe.engines.base import Job, RolloutJob, TrainerJob
+from mismatch_probe.engines.events import Rollouts, Scores
 from mismatch_probe.engines.models import resolve
-from mismatch_probe.errors import TableError
+from mismatch_probe.engines.process import EngineProcess
+from mismatch_probe.errors import EngineMissing, TableError, UsageError
 from mismatch_probe.probes import preflight
 from mismatch_probe.probes.preflight.run import preflight as run_preflight
 from mismatch_probe.report import figures, words
@@ -25,8 +29,63 @@ from mismatch_probe.results.finding import Finding
 from mismatch_probe.rl import algorithms, tasks
 from mismatch_probe.rl.config import RlConfig
 from mismatch_probe.rl.losses import Scale, policy_loss
-from mismatch_probe.types import MetricValue
+from mismatch_probe.types import MetricValue, RolloutRequest, Sampling, ScoreRequest
+from tests.conftest import Heard
 from tests.factories.checkpoint import write_checkpoint
+
+_ENGINE = """
+import numpy as np
+
+from mismatch_probe.engines.base import RolloutEngine, TrainerEngine
+from mismatch_probe.engines.registry import Engine
+from mismatch_probe.types import Rollout, Score
+
+
+class ToyRollout(RolloutEngine):
+    def __init__(self, job):
+        import toypackage
+
+    def generate(self, requests, sampling, on_tokens, capture=None):
+        on_tokens(2 * len(requests))
+        return [Rollout(r.sequence_id, [1, 2], [-0.5, -0.25], "stop", "ab") for r in requests]
+
+    def token_texts(self, token_ids):
+        return ["?" for _ in token_ids]
+
+    def identity(self):
+        return {"engine": "toy"}
+
+    def close(self):
+        pass
+
+
+class ToyTrainer(TrainerEngine):
+    def plan(self, requests):
+        return [list(requests)]
+
+    def score(self, batch, temperature, *, exact=False):
+        return [Score(r.sequence_id, np.full(len(r.response_token_ids), -0.5)) for r in batch]
+
+    def identity(self):
+        return {"engine": "toy"}
+
+    def close(self):
+        pass
+
+
+class Toy(Engine):
+    name = "toy"
+    packages = ("toypackage",)
+
+    def rollout(self, job):
+        return ToyRollout(job)
+
+    def trainer(self, job):
+        return ToyTrainer()
+
+
+ENGINE = Toy()
+"""
 
 _FIGURE = """
 from dataclasses import dataclass
@@ -130,6 +189,55 @@ def add_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
     yield add
     for name in added:
         sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def toy_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An installed package of one module that brings the engine `toy`, which needs the package `toypackage`."""
+    (tmp_path / "toy_engine.py").write_text(_ENGINE)
+    (tmp_path / "toypackage.py").write_text("")
+    about = tmp_path / "toy_engine-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-engine\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[mismatch_probe.engines]\ntoy = toy_engine:ENGINE\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def _run(job: Job, folder: Path) -> Heard:
+    process, heard = EngineProcess("toy", {"PYTHONPATH": str(folder)}, folder / "log"), Heard()
+    process.run(job, heard)
+    return heard
+
+
+_SCORED = TrainerJob("toy", "m", "float32", "cast", "padded", None, "cpu", 1.0, [ScoreRequest(7, [1], [2, 3])], 0, 0)
+_SAMPLED = RolloutJob("toy", "m", "float32", "cpu", Sampling(4), [RolloutRequest(7, [1], 0)], 1, 0, 8)
+
+
+def test_an_engine(toy_engine: Path) -> None:
+    assert registry.find("toy").name == "toy"
+    (rollouts,) = _run(_SAMPLED, toy_engine).of(Rollouts)
+    assert [(r.sequence_id, r.response_token_ids) for r in rollouts.rollouts] == [(7, [1, 2])]
+    (scores,) = _run(_SCORED, toy_engine).of(Scores)
+    assert scores.scores[0].logprobs == pytest.approx([-0.5, -0.5])
+
+
+def test_an_engine_whose_package_is_missing_names_the_line_that_installs_it(toy_engine: Path) -> None:
+    (toy_engine / "toypackage.py").unlink()
+    with pytest.raises(EngineMissing) as caught:
+        _run(_SAMPLED, toy_engine)
+    assert caught.value.fix == "Run: pip install toypackage."
+
+
+def test_an_engine_that_is_not_there() -> None:
+    for name in ("nothing", "worker", "../vllm"):
+        with pytest.raises(UsageError):
+            registry.find(name)
+
+
+@pytest.mark.parametrize("name", ["vllm", "hf", "scripted"])
+def test_the_engines_here_are_found_by_name(name: str) -> None:
+    assert registry.find(name).name == name
 
 
 def test_a_figure(add_module: Callable[[ModuleType, str], None], tmp_path: Path) -> None:
