@@ -115,7 +115,7 @@ PARTS = (
     Part("vllm.model_executor.models.llama", "LlamaForCausalLM.forward(input_ids)", _HOOKS, "the ids of a step"),
     Part("vllm.model_executor.models.llama", "LlamaForCausalLM.forward(positions)", _HOOKS, "where sequences begin"),
     # Settings.
-    Part("vllm.config.model", "_FLOAT16_NOT_SUPPORTED_MODELS", "engines.vllm.refusals", "families refused in float16"),
+    Part("vllm.config.model", "_FLOAT16_NOT_SUPPORTED_MODELS", "engines.vllm.unsupported", "no float16 for them"),
     Part("vllm.envs", '"VLLM_ENABLE_V1_MULTIPROCESSING"', _SETTINGS, "the engine core in this process"),
     Part("vllm.envs", '"VLLM_WORKER_MULTIPROC_METHOD"', _SETTINGS, "no forked core holds the pipe open"),
     Part("vllm.envs", '"VLLM_ALLOW_INSECURE_SERIALIZATION"', _SETTINGS, "functions reach a core of its own"),

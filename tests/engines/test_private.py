@@ -39,12 +39,12 @@ def test_what_is_gone_is_noticed(module: str, name: str) -> None:
 
 
 def test_a_line_says_who_needs_what_has_moved(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(private, "PARTS", (Part("vllm.config.model", "_TABLE", "engines.vllm.refusals", "a test"),))
+    monkeypatch.setattr(private, "PARTS", (Part("vllm.config.model", "_TABLE", "engines.vllm.unsupported", "a test"),))
     monkeypatch.setattr(private, "READ_IN", {"vllm": "0.1"})
     versions, line = private.report()
     assert "0.1 was read" in versions
     assert "vllm.config.model has no _TABLE" in line
-    assert "mismatch_probe.engines.vllm.refusals" in line
+    assert "mismatch_probe.engines.vllm.unsupported" in line
 
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: f"{part.module}.{part.name}")

@@ -288,7 +288,9 @@ class TestText:
 
 class TestDeclared:
     def test_a_dtype_that_vllm_does_not_support(self, clean: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("mismatch_probe.engines.vllm.refusals.float16_refusals", lambda: {"llama": "It overflows."})
+        monkeypatch.setattr(
+            "mismatch_probe.engines.vllm.unsupported.float16_unsupported", lambda: {"llama": "It overflows."}
+        )
         assert only(clean, "dtype-unsupported").severity == "warn"
         assert only(clean, "dtype-unsupported", rollout_dtypes=("float16",)).severity == "fail"
         assert look(clean, rollout_dtypes=("bfloat16",)) == []

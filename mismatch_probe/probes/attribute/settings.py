@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mismatch_probe.engines.attribute.variants import FP32_CLASSES, PassKind, TrainerVariant
-from mismatch_probe.engines.vllm.refusals import refusal
+from mismatch_probe.engines.vllm.unsupported import unsupported
 from mismatch_probe.errors import UsageError
 from mismatch_probe.probes.attribute.availability import (
     ALREADY,
@@ -188,7 +188,7 @@ def _rollout_settings(context: Context) -> list[Setting]:
             "rollout",
             "float16",
             "FP16",
-            lambda c: same(c.rollout_dtype, "float16") or refusal(c.model, "float16"),
+            lambda c: same(c.rollout_dtype, "float16") or unsupported(c.model, "float16"),
             arguments={},
             dtype="float16",
         ),

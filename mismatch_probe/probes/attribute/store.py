@@ -8,7 +8,7 @@ from mismatch_probe.config import AttributeOptions
 from mismatch_probe.engines.attribute.rollout import ROUTES
 from mismatch_probe.engines.attribute.trainer import FIXES, set_name, single_name
 from mismatch_probe.engines.attribute.variants import FP32_CLASSES
-from mismatch_probe.engines.vllm.refusals import refusal
+from mismatch_probe.engines.vllm.unsupported import unsupported
 from mismatch_probe.probes.attribute.names import (
     AT_ROLLOUT,
     CAST,
@@ -116,7 +116,7 @@ class PassStore:
         if self.why_no_layers:
             return ()
         wanted = (dtype for dtype in DTYPES if dtype in self._options.layer_dtypes)
-        return tuple(dtype for dtype in wanted if not refusal(self._pair.context.model, dtype))
+        return tuple(dtype for dtype in wanted if not unsupported(self._pair.context.model, dtype))
 
     @property
     def fix_classes(self) -> tuple[str, ...]:

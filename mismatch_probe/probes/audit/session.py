@@ -10,7 +10,7 @@ from typing import Any
 
 from mismatch_probe.config import DEFAULT_MODEL, AuditOptions, CompareConfig
 from mismatch_probe.engines.models import resolve
-from mismatch_probe.engines.vllm.refusals import refusal
+from mismatch_probe.engines.vllm.unsupported import unsupported
 from mismatch_probe.errors import DtypeRefused
 from mismatch_probe.files import write_text
 from mismatch_probe.probes.analysis import analyse
@@ -189,4 +189,4 @@ def _unsupported(config: CompareConfig) -> dict[str, str]:
     if config.source is not None and not config.model:
         return {}
     known = resolve(config.model or DEFAULT_MODEL, revision=config.revision, weights=False)
-    return {dtype: why for dtype in config.rollout_dtypes if (why := refusal(known.config, dtype))}
+    return {dtype: why for dtype in config.rollout_dtypes if (why := unsupported(known.config, dtype))}

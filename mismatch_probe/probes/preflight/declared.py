@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from mismatch_probe.engines.declarations import DECLARATIONS, known_to_transformers, known_to_vllm, rope_type
-from mismatch_probe.engines.vllm.refusals import refusal
+from mismatch_probe.engines.vllm.unsupported import unsupported
 from mismatch_probe.probes.preflight import Subject, check, found
 from mismatch_probe.results.finding import Finding, Severity
 
@@ -43,7 +43,7 @@ _CODES = {"ignores": "declaration-ignored", "shifts": "declaration-shifted", "re
 @check("dtypes")
 def dtypes(subject: Subject) -> Iterator[Finding]:
     """Dtypes that vLLM refuses; the others still run."""
-    refused = {dtype: why for dtype in subject.use.rollout_dtypes if (why := refusal(subject.model.config, dtype))}
+    refused = {dtype: why for dtype in subject.use.rollout_dtypes if (why := unsupported(subject.model.config, dtype))}
     severity: Severity = "fail" if len(refused) == len(subject.use.rollout_dtypes) else "warn"
     for dtype, why in refused.items():
         yield found("dtype-unsupported", severity, dtype, why=why)

@@ -1,4 +1,4 @@
-"""Dtypes that vLLM refuses by model type, read from its source so that nothing has to be loaded for it."""
+"""Dtypes that vLLM does not support by model type, read from its source so that nothing has to be loaded for it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _TABLE = "_FLOAT16_NOT_SUPPORTED_MODELS"
 
 
 @cache
-def float16_refusals() -> dict[str, str]:
+def float16_unsupported() -> dict[str, str]:
     """Model types that the installed vLLM does not run in float16, with its reason.
 
     Empty where vLLM is not installed, or has no table of that name (`vllm/config/model.py` of 0.32 has it): then the
@@ -33,13 +33,13 @@ def float16_refusals() -> dict[str, str]:
     return {}
 
 
-def refusal(config: Mapping[str, Any], dtype: str) -> str:
-    """Why vLLM refuses a model in a dtype, as a sentence; empty where it is not known to.
+def unsupported(config: Mapping[str, Any], dtype: str) -> str:
+    """Why vLLM does not support a model in a dtype, as a sentence; empty where it does, as far as is known.
 
     Args:
         config: The checkpoint's `config.json`; vLLM looks at its own model type, not at that of a nested text model.
         dtype: Of the engine.
     """
     kind = str(config.get("model_type", ""))
-    reason = float16_refusals().get(kind, "") if dtype == "float16" else ""
+    reason = float16_unsupported().get(kind, "") if dtype == "float16" else ""
     return f"vLLM does not support float16 for model type {kind}: {reason.rstrip('.')}." if reason else ""
