@@ -213,7 +213,7 @@ class TestLifetime:
             "sys.argv[2] == 'waits' and die()\n"
             "process.run(pickle.load(sys.stdin.buffer), lambda event: type(event).__name__ == 'Rollouts' and die())\n"
         )
-        job = pickle.dumps(rollout_job(scripted_model(), max_tokens=200))
+        job = pickle.dumps(rollout_job(scripted_model(), max_tokens=600))
         command = [sys.executable, "-c", parent, str(tmp_path / "engine.log"), moment]
         done = subprocess.run(command, input=job, capture_output=True, check=False, timeout=60)
         assert done.returncode == -signal.SIGKILL
