@@ -1,0 +1,63 @@
+"""`mismatch-probe preflight`, and what stops a command before it starts an engine."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mismatch_probe.errors import ModelError
+from mismatch_probe.probes.progress import Progress
+from mismatch_probe.rl.config import RlConfig
+from mismatch_probe.rl.run import resolve_model
+from tests.factories.checkpoint import write_checkpoint
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "model")
+
+
+def cut(model: Path) -> Path:
+    os.truncate(model / "model.safetensors", (model / "model.safetensors").stat().st_size - 1)
+    return model
+
+
+def test_a_clean_checkpoint(model: Path, command: Callable[..., Any]) -> None:
+    shown = command("preflight", model)
+    assert (shown.code, shown.err) == (0, "")
+    assert shown.out.startswith(f"Preflight of {model}")
+
+
+def test_warnings_are_not_an_error(model: Path, command: Callable[..., Any]) -> None:
+    assert command("preflight", model, "--max-tokens", "600").code == 0
+
+
+def test_json_is_one_document(model: Path, command: Callable[..., Any]) -> None:
+    shown = command("preflight", cut(model), "--json")
+    assert shown.code == 3
+    assert [finding["code"] for finding in json.loads(shown.out)["findings"]] == ["weights-truncated"]
+
+
+def test_a_folder_that_is_not_there(command: Callable[..., Any], tmp_path: Path) -> None:
+    assert command("preflight", tmp_path / "nothing").code == 1
+
+
+@pytest.mark.parametrize("name", ["compare", "audit", "attribute"])
+def test_commands_stop_before_an_engine_starts(
+    name: str, model: Path, command: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mismatch_probe.engines.devices.choose_device", lambda requested: "cpu")
+    shown = command(name, "--model", cut(model), "--out", tmp_path / "run")
+    assert shown.code == 1
+    assert "truncated" in shown.err
+
+
+def test_rl_stops_as_well(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mismatch_probe.engines.devices.choose_device", lambda requested: "cpu")
+    with pytest.raises(ModelError, match="truncated"):
+        resolve_model(RlConfig(model=str(cut(model))), Progress())
