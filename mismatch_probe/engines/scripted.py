@@ -122,7 +122,7 @@ class ScriptedRollout(_Script, RolloutEngine):
 
     def __init__(self, job: RolloutJob) -> None:
         super().__init__(job, "rollout")
-        self._in_process = job.in_process
+        self._job = job
         self._writer: RowWriter | None = None
         if self.fault == "crash-in-process" and job.in_process:
             raise RuntimeError("a scripted crash that an engine process of its own avoids")
@@ -189,7 +189,12 @@ class ScriptedRollout(_Script, RolloutEngine):
         return [chr(token) for token in token_ids]
 
     def identity(self) -> dict[str, Any]:
-        return {**super().identity(), "in_process": self._in_process}
+        about = {
+            "in_process": self._job.in_process,
+            "max_num_seqs": self._job.batch,
+            "arguments": {**self._job.arguments},
+        }
+        return super().identity() | about
 
 
 class ScriptedTrainer(_Script, TrainerEngine):
@@ -222,6 +227,10 @@ class ScriptedTrainer(_Script, TrainerEngine):
             np.array([int(100 * _uniform("rank", tuple(ids[:t]))) for t in steps], np.int32),
             stacked(parts),
         )
+
+    def identity(self) -> dict[str, Any]:
+        about = {"mode": self._job.mode, "layout": self._job.layout, "attention": self._job.attention}
+        return super().identity() | about | {"memory_budget": self._job.memory_budget}
 
     def plan_as_rollout(
         self, requests: Sequence[ScoreRequest], most_tokens: int, most_rows: int

@@ -16,12 +16,10 @@ import pytest
 import mismatch_probe
 from mismatch_probe.config import CompareConfig
 from mismatch_probe.engines import devices
-from mismatch_probe.engines.base import RolloutJob, TrainerJob
 from mismatch_probe.engines.models import ModelRef
 from mismatch_probe.errors import DiskFull, Interrupted, PromptError, TableError, UsageError
 from mismatch_probe.files import locked
 from mismatch_probe.passes import PassId
-from mismatch_probe.probes import workers
 from mismatch_probe.probes.planning import make_plan
 from mismatch_probe.probes.session import RunResult
 from mismatch_probe.runs.comparison import RunDirectory
@@ -66,20 +64,6 @@ class Counting(Recorder):
 
     def total(self, pass_id: str, tokens: int) -> None:
         self.totals[pass_id] = tokens
-
-
-@pytest.fixture
-def jobs(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The job of every pass that is run, the last one of each."""
-    found: dict[str, Any] = {}
-    real = workers.drive
-
-    def drive(process: Any, pass_id: str, job: Any, *rest: Any) -> Any:
-        found[pass_id] = job
-        return real(process, pass_id, job, *rest)
-
-    monkeypatch.setattr("mismatch_probe.probes.compare.drive", drive)
-    return found
 
 
 class TestFinishedRun:
@@ -541,7 +525,7 @@ class TestWhatMayChange:
         assert manifest(run_copy)["sizes"] == found["sizes"]
 
     def test_the_trainer_until_a_trainer_pass_is_finished(
-        self, scripted_model: MakeModel, compare: Compare, tmp_path: Path, jobs: dict[str, Any]
+        self, scripted_model: MakeModel, compare: Compare, tmp_path: Path
     ) -> None:
         with pytest.raises(TableError, match="Nothing can be compared"):
             compare(scripted_model(faults={"trainer-bfloat16": "memory-score"}))
@@ -549,9 +533,13 @@ class TestWhatMayChange:
         scripted_model()
         changes: dict[str, Any] = {"trainer_layout": "single", "trainer_attn": "eager", "memory_budget_gib": 0.5}
         assert mismatch_probe.resume(tmp_path / "run", **changes).complete
-        job: TrainerJob = jobs[TRAINER]
-        assert (job.layout, job.attention, job.memory_budget) == ("single", "eager", devices.GIB // 2)
         after = manifest(tmp_path / "run")
+        trainer = after["passes"][TRAINER]["engine"]
+        assert (trainer["layout"], trainer["attention"], trainer["memory_budget"]) == (
+            "single",
+            "eager",
+            devices.GIB // 2,
+        )
         assert after["config"] == {**before["config"], **changes}
         assert after["sizes"] == {**before["sizes"], "memory_budget_gib": 0.5}
         late: list[dict[str, Any]] = [{"trainer_layout": "padded"}, {"trainer_attn": "sdpa"}]
@@ -561,16 +549,16 @@ class TestWhatMayChange:
         assert manifest(tmp_path / "run") == after
 
     def test_the_rollout_engine_until_a_rollout_is_finished(
-        self, scripted_model: MakeModel, compare: Compare, tmp_path: Path, jobs: dict[str, Any]
+        self, scripted_model: MakeModel, compare: Compare, tmp_path: Path
     ) -> None:
         with pytest.raises(TableError, match="Nothing can be compared"):
             compare(scripted_model(faults={"rollout-bfloat16": "memory-generate"}))
         before = manifest(tmp_path / "run")
         scripted_model()
         assert mismatch_probe.resume(tmp_path / "run", **self.ROLLOUT_CHANGES).complete
-        job: RolloutJob = jobs[BF16]
-        assert (job.batch, job.arguments) == (2, {"block_size": 32})
         after = manifest(tmp_path / "run")
+        rollout = after["passes"][BF16]["engine"]
+        assert (rollout["max_num_seqs"], rollout["arguments"]) == (2, {"block_size": 32})
         assert after["config"] == {**before["config"], **self.ROLLOUT_CHANGES}
         assert after["sizes"] == {**before["sizes"], "rollout_batch": 2}
 
