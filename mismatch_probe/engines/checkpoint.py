@@ -185,21 +185,26 @@ class TokenizerFiles:
         return bool(self.settings.get("chat_template")) or any((self.folder / file).exists() for file in files)
 
     @cached_property
+    def _whole(self) -> Mapping[str, Any]:
+        return _json(self.folder / "tokenizer.json")
+
+    @cached_property
     def largest_id(self) -> int | None:
-        """The largest token id; None where no file lists them, as with a lone SentencePiece model."""
-        whole = _json(self.folder / "tokenizer.json")
-        model = whole.get("model")
+        """The largest id of the vocabulary; None where no file lists it, as with a lone SentencePiece model."""
+        model = self._whole.get("model")
         vocabulary = model.get("vocab") if isinstance(model, dict) else None
         if vocabulary is None:
             vocabulary = _json(self.folder / "vocab.json") or None
-        ids = list(_ids(vocabulary))
-        if not ids:
-            return None
-        added = (entry.get("id") for entry in whole.get("added_tokens") or () if isinstance(entry, dict))
-        ids += [one for one in added if isinstance(one, int)]
+        return max(_ids(vocabulary), default=None)
+
+    @cached_property
+    def largest_added_id(self) -> int:
+        """The largest id of the tokens that were added to the vocabulary, −1 where there are none."""
+        added = (entry.get("id") for entry in self._whole.get("added_tokens") or () if isinstance(entry, dict))
+        ids = [one for one in added if isinstance(one, int)]
         listed = self.settings.get("added_tokens_decoder")
         ids += [int(key) for key in listed if str(key).isdigit()] if isinstance(listed, dict) else []
-        return max(ids)
+        return max(ids, default=-1)
 
 
 def _ids(vocabulary: Any) -> Iterator[int]:

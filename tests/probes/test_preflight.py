@@ -250,11 +250,12 @@ class TestShapes:
 class TestText:
     def test_a_tokenizer_that_is_too_large(self, tmp_path: Path) -> None:
         found = only(write_checkpoint(tmp_path / "m", ids=129), "vocabulary-too-small")
-        assert (found.number("largest_id"), found.number("rows")) == (128, 128)
+        assert (found.severity, found.number("largest_id"), found.number("rows")) == ("fail", 128, 128)
 
     def test_an_added_token_counts(self, clean: Path) -> None:
         changed(clean, "tokenizer.json", added_tokens=[{"id": 200, "content": "<x>"}])
-        assert only(clean, "vocabulary-too-small").number("largest_id") == 200
+        found = only(clean, "vocabulary-too-small")
+        assert (found.severity, found.number("largest_id")) == ("warn", 200)
 
     @pytest.mark.parametrize("chat", [True, False])
     def test_messages_without_a_template(self, clean: Path, chat: bool) -> None:
@@ -351,6 +352,11 @@ class TestDeclared:
     def test_a_tied_head_that_vllm_does_not_tie(self, tmp_path: Path) -> None:
         config = LLAMA | {"model_type": "gpt_oss", "tie_word_embeddings": True}
         assert outcome(write_checkpoint(tmp_path / "m", config))["declaration-ignored"] == "fail"
+
+    def test_a_head_that_cannot_be_seen_is_no_finding(self, tmp_path: Path) -> None:
+        folder = write_checkpoint(tmp_path / "m", LLAMA | {"model_type": "gpt_oss", "tie_word_embeddings": True})
+        (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+        assert "declaration-ignored" not in outcome(folder)
 
     @pytest.mark.parametrize(("package", "severity"), [("no_such_package", "fail"), ("json", "warn")])
     def test_quantised(self, clean: Path, monkeypatch: pytest.MonkeyPatch, package: str, severity: str) -> None:

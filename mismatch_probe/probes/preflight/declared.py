@@ -88,9 +88,10 @@ def declarations(subject: Subject) -> Iterator[Finding]:
             continue
         if one.attention and subject.use.attention not in one.attention:
             continue
-        if one.key == "tie_word_embeddings" and one.does == "ignores" and "lm_head.weight" in tensors:
+        untied = one.key == "tie_word_embeddings" and one.does == "ignores"
+        if untied and (not subject.has("tensors") or "lm_head.weight" in tensors):
             continue
-        severity: Severity = "fail" if one.does == "refuses" or one.key == "tie_word_embeddings" else "warn"
+        severity: Severity = "fail" if untied or one.does == "refuses" else "warn"
         limit = config.get(one.beyond) if one.beyond else None
         if limit is not None and not subject.exceeds(limit):
             severity = "info"

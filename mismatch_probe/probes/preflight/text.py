@@ -10,10 +10,14 @@ from mismatch_probe.results.finding import Finding
 
 @check("vocabulary", needs=("tokenizer",))
 def vocabulary(subject: Subject) -> Iterator[Finding]:
-    """Token ids that have no row in the embedding."""
-    rows, largest = subject.config.get("vocab_size"), subject.checkpoint.tokenizer.largest_id
-    if isinstance(rows, int) and largest is not None and largest >= rows:
-        yield found("vocabulary-too-small", "fail", largest_id=largest, rows=rows)
+    """Token ids that have no row in the embedding: of the vocabulary, or of tokens that were added and may never occur,
+    as Gemma 3's token for an image in a text model.
+    """
+    rows, tokenizer = subject.config.get("vocab_size"), subject.checkpoint.tokenizer
+    own = -1 if tokenizer.largest_id is None else tokenizer.largest_id
+    largest = max(own, tokenizer.largest_added_id)
+    if isinstance(rows, int) and largest >= rows:
+        yield found("vocabulary-too-small", "fail" if own >= rows else "warn", largest_id=largest, rows=rows)
 
 
 @check("chat-template")
