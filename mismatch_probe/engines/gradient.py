@@ -16,18 +16,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mismatch_probe.arrays import load_arrays, save_arrays
 from mismatch_probe.engines import devices
 from mismatch_probe.engines.base import Channel, OnTrainer
 from mismatch_probe.engines.events import Advance, Identity, Total
 from mismatch_probe.metrics.corrections import CORRECTIONS
 from mismatch_probe.metrics.gradient import Weighted
+from mismatch_probe.runs.measurements import Measurement
 
 if TYPE_CHECKING:
     import torch
@@ -84,14 +83,12 @@ class PassTask:
     """The sequences of one rollout pass.
 
     Attributes:
-        path: The file to write.
-        key: Of all that the file depends on.
+        file: Where the vectors go.
         sequences: `n` of them.
         reference: The trainer pass in FP32.
     """
 
-    path: str
-    key: str
+    file: Measurement
     sequences: Sequence[SequenceTask]
     reference: str
 
@@ -145,12 +142,12 @@ class PassVectors:
             if weighting in self.of_tokens:
                 arrays[f"vectors-{index}"] = self.of_tokens[weighting]
         facts = {"weightings": list(self.sums), "logprob_gap": self.logprob_gap}
-        save_arrays(Path(task.path), task.key, facts, arrays)
+        task.file.save(facts, arrays)
 
     @classmethod
     def load(cls, task: PassTask) -> PassVectors | None:
         """Reads the task's file; None where there is none, it is damaged, or it was made of something else."""
-        found = load_arrays(Path(task.path), task.key)
+        found = task.file.load()
         if found is None:
             return None
         facts, arrays = found

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import json
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
-from mismatch_probe.arrays import load_arrays, save_arrays
+from mismatch_probe.files import atomic_path
 
 Part = tuple[dict[str, Any], dict[str, NDArray[Any]]]
 """Facts and arrays of a measurement, as its file holds them."""
+# What zipfile, zlib and numpy raise at bytes that are not theirs.
+_DAMAGE = (
+    OSError,
+    ValueError,
+    KeyError,
+    EOFError,
+    SyntaxError,
+    NotImplementedError,
+    TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 @dataclass(frozen=True)
@@ -27,18 +44,36 @@ class Measurement:
     path: Path
     key: str
 
-    def load(self) -> Part | None:
-        """What is there; None where nothing is, it is damaged, or it was made of something else."""
-        return load_arrays(self.path, self.key)
+    def beside(self, name: str) -> Measurement:
+        """Another file that depends on the same."""
+        return replace(self, path=self.path.with_name(f"{name}.npz"))
 
     def save(self, facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
         """Writes the file, atomically.
+
+        Args:
+            facts: What JSON can hold.
+            arrays: By name.
 
         Raises:
             DiskFull: No space is left on the device.
             TableError: Another I/O failure.
         """
-        save_arrays(self.path, self.key, facts, arrays)
+        about = json.dumps({"key": self.key, "facts": dict(facts)})
+        with atomic_path(self.path) as partial, partial.open("wb") as handle:
+            np.savez_compressed(handle, about=np.array(about), **dict(arrays))  # type: ignore[arg-type]
+
+    def load(self) -> Part | None:
+        """Facts and arrays; None where there is no file, it is damaged, or it was made of something else."""
+        try:
+            # Opened here: of a damaged file numpy would leave its own handle open.
+            with self.path.open("rb") as handle, np.load(handle, allow_pickle=False) as found:
+                about = json.loads(str(found["about"]))
+                if about["key"] != self.key:
+                    return None
+                return about["facts"], {name: found[name] for name in found.files if name != "about"}
+        except _DAMAGE:
+            return None
 
 
 class Store:

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mismatch_probe.arrays import load_arrays
 from mismatch_probe.engines.audit.job import PARTS, AuditJob, histograms_of
 from mismatch_probe.engines.base import TrainerJob
 from mismatch_probe.engines.hf.settings import trainer_settings
+from mismatch_probe.runs.measurements import Measurement
 from tests.conftest import Heard
 from tests.real.test_hf_trainer import requests
 
@@ -24,10 +24,11 @@ Tiny = Callable[[str], Path]
 def parts(path: Path, folder: Path, device: str) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     flags = trainer_settings(device, "float32").arguments if device == "cuda" else {}
     trainer = TrainerJob("hf", str(path), "float32", "cast", "padded", None, device, 1.0, (), 0, 1 << 28, flags=flags)
-    wide = dict.fromkeys([name for name in PARTS if name != "proof"], "k")
-    for dtype, keys in (("float32", wide), ("float16", {"proof": "k"})):
-        AuditJob(replace(trainer, dtype=dtype), str(folder), keys, requests(6), 4, 4, 2, 64, (1e-5,)).run(Heard())
-    found = {name: load_arrays(folder / f"{name}.npz", "k") for name in PARTS}
+    files = {name: Measurement(folder / f"{name}.npz", "k") for name in PARTS}
+    wide = {name: file for name, file in files.items() if name != "proof"}
+    for dtype, made in (("float32", wide), ("float16", {"proof": files["proof"]})):
+        AuditJob(replace(trainer, dtype=dtype), made, requests(6), 4, 4, 2, 64, (1e-5,)).run(Heard())
+    found = {name: file.load() for name, file in files.items()}
     return {name: part for name, part in found.items() if part is not None}
 
 
@@ -58,8 +59,9 @@ def test_a_card_measures_what_the_cpu_measures(tiny: Tiny, tmp_path: Path, archi
 def test_autocast_is_proven_too(tiny: Tiny, tmp_path: Path) -> None:
     path = str(tiny("llama"))
     trainer = TrainerJob("hf", path, "float16", "autocast", "padded", None, "cuda", 1.0, (), 0, 1 << 28, flags={})
-    AuditJob(trainer, str(tmp_path), {"proof": "k"}, requests(3), 2, 2, 2, 64, (1e-5,)).run(Heard())
-    found = load_arrays(tmp_path / "proof.npz", "k")
+    proof = Measurement(tmp_path / "proof.npz", "k")
+    AuditJob(trainer, {"proof": proof}, requests(3), 2, 2, 2, 64, (1e-5,)).run(Heard())
+    found = proof.load()
     assert found is not None
     assert found[0]["finite"]
     assert found[0]["mode"] == "autocast"

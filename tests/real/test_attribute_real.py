@@ -11,7 +11,6 @@ import pytest
 from markupsafe import escape
 
 import mismatch_probe
-from mismatch_probe.arrays import load_arrays
 from mismatch_probe.config import CompareConfig
 from mismatch_probe.metrics.ladder import Change
 from mismatch_probe.probes.attribute.evidence import NOT_MEASURED
@@ -19,6 +18,7 @@ from mismatch_probe.probes.attribute.session import AttributeResult
 from mismatch_probe.report.attribution import attribution_answer
 from mismatch_probe.results.attribution import Attribution, SettingResult
 from mismatch_probe.runs.comparison import RunDirectory
+from mismatch_probe.runs.measurements import Measurement
 from tests.conftest import Recorder
 
 pytestmark = pytest.mark.engine
@@ -159,4 +159,4 @@ def test_a_second_call_runs_nothing_and_a_lost_reading_is_made_again(experts: At
     mismatch_probe.attribute_resume(experts.path, progress=again)
     assert again.begun == ["trainer, one change at a time"]
     assert np.array_equal(before, logprobs(experts, "trainer-layout-packed"))
-    assert load_arrays(lost, "another key") is None
+    assert Measurement(lost, "another key").load() is None

@@ -8,18 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mismatch_probe.arrays import load_arrays
 from mismatch_probe.engines.attribute.rollout import ROUTES, RolloutVariants, Routers
 from mismatch_probe.engines.attribute.trainer import TrainerVariants
 from mismatch_probe.engines.attribute.variants import TrainerVariant
 from mismatch_probe.engines.base import RolloutJob, TrainerJob
 from mismatch_probe.engines.process import EngineProcess
 from mismatch_probe.engines.vllm.settings import rollout_settings
+from mismatch_probe.runs.measurements import Measurement
 from mismatch_probe.types import RolloutRequest, Sampling, ScoreRequest
 from tests.conftest import Heard
 
 pytestmark = pytest.mark.engine
-KEYS = {"prefill": "key", ROUTES: "key", "followed": "key"}
 
 
 def test_the_trainer_follows_mixtrals_routes(tiny: Callable[[str], Path], tmp_path: Path) -> None:
@@ -42,14 +41,14 @@ def test_the_trainer_follows_mixtrals_routes(tiny: Callable[[str], Path], tmp_pa
         in_process=False,
         arguments=settings.arguments,
     )
-    engine = RolloutVariants(job, {"prefill": "prefill"}, KEYS, str(tmp_path), [], routers=Routers(3, 8, 2, 4096))
+    files = {name: Measurement(tmp_path / f"{name}.npz", "key") for name in ("prefill", ROUTES, "followed")}
+    engine = RolloutVariants(job, {"prefill": "prefill"}, files, [], routers=Routers(3, 8, 2, 4096))
     EngineProcess("vllm", settings.environment, tmp_path / "vllm.log").run(engine, lambda *_: None)
     trainer = TrainerJob("hf", checkpoint, "bfloat16", "cast", "padded", None, "cpu", 1.0, (), 0, 1 << 30)
     variant = TrainerVariant("followed", layout="padded", routes=True)
-    file = (str(tmp_path / f"{ROUTES}.npz"), "key")
-    TrainerVariants(trainer, str(tmp_path), [variant], KEYS, sequences, 4096, 12, routes=file).run(Heard())
+    TrainerVariants(trainer, [variant], files, sequences, 4096, 12, routes=files[ROUTES]).run(Heard())
 
-    found = {name: load_arrays(tmp_path / f"{name}.npz", "key") for name in KEYS}
+    found = {name: file.load() for name, file in files.items()}
     facts, routes = found[ROUTES]  # type: ignore[misc]
     assert facts["layers"] == [0, 1, 2]
     theirs = np.sort(routes["routes"], 2)

@@ -11,7 +11,6 @@ import pandas as pd
 import pytest
 
 import mismatch_probe
-from mismatch_probe.arrays import save_arrays
 from mismatch_probe.engines.gradient import PassTask
 from mismatch_probe.probes.gradient import session
 from mismatch_probe.results.gradient import Gradient
@@ -31,10 +30,10 @@ def test_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def take(run: object, config: object, tasks: list[PassTask], progress: object) -> None:
         for task in tasks:
-            with np.load(task.path) as file:
+            with np.load(task.file.path) as file:
                 facts = json.loads(str(file["about"]))["facts"]
                 arrays = {name: file[name] for name in file.files if name != "about"}
-            save_arrays(Path(task.path), task.key, facts, arrays)
+            task.file.save(facts, arrays)
 
     monkeypatch.setattr(session, "_make_missing", take)
     run = Path(shutil.copytree(FROZEN / "gradient", tmp_path / "run"))

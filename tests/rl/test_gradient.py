@@ -129,14 +129,14 @@ class TestReuse:
         task = task_of(run, config, data)
         pairs = {trainer: _shifted(pair, 1e-12) for trainer, pair in data.pairs.items()}
         other = task_of(run, config, PassData.of(data.rollout, pairs))
-        assert task.key == task_of(run, config, data).key != other.key
+        assert task.file.key == task_of(run, config, data).file.key != other.file.key
 
     @pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"PK"])
     def test_a_damaged_file_is_none(self, task: PassTask, damage: Callable[[bytes], bytes]) -> None:
         save(task)
-        path = Path(task.path)
+        path = task.file.path
         assert PassVectors.load(task) is not None
-        assert PassVectors.load(replace(task, key="another")) is None
+        assert PassVectors.load(replace(task, file=replace(task.file, key="another"))) is None
         path.write_bytes(damage(path.read_bytes()))
         assert PassVectors.load(task) is None
 

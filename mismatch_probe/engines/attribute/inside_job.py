@@ -9,16 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mismatch_probe.arrays import save_arrays
 from mismatch_probe.engines import devices, faults, registry
 from mismatch_probe.engines.base import Channel, OnTrainer
 from mismatch_probe.engines.events import Advance, Total
+from mismatch_probe.runs.measurements import Measurement
 from mismatch_probe.types import TrainerDtype, TrainerMode
 
 if TYPE_CHECKING:
@@ -31,13 +30,13 @@ class Inside:
 
     Attributes:
         name: Of the pass.
-        key: A digest of all that it depends on.
+        file: Where it goes.
         dtype, mode: The trainer's.
         trace: The trace's folder.
     """
 
     name: str
-    key: str
+    file: Measurement
     dtype: TrainerDtype
     mode: TrainerMode
     trace: str
@@ -50,10 +49,8 @@ class InsideJob(OnTrainer):
     Attributes:
         trainer: As it is trained, without requests.
         insides: What to compare.
-        folder: Where passes go.
     """
 
-    folder: str
     insides: Sequence[Inside]
     subject: ClassVar[str] = "The comparison of layers"
     memory_advice: ClassVar[str] = "Leave the layers out with --no-layers, or use a machine with more memory."
@@ -65,7 +62,7 @@ class InsideJob(OnTrainer):
         channel.send(Total(len(self.insides)))
         for inside in self.insides:
             if TraceFiles(inside.trace).whole:  # else its engine failed, which is told already
-                save_arrays(Path(self.folder) / f"{inside.name}.npz", inside.key, *self._compare(inside))
+                inside.file.save(*self._compare(inside))
                 TraceFiles(inside.trace).discard()
             channel.send(Advance(1))
             channel.phase(inside.name)

@@ -10,19 +10,18 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mismatch_probe.arrays import save_arrays
 from mismatch_probe.engines import devices, faults
 from mismatch_probe.engines.attribute.memory import peak_bytes, reset_peak
 from mismatch_probe.engines.attribute.trace import Routers, TraceRequest
 from mismatch_probe.engines.attribute.variants import PassKind
 from mismatch_probe.engines.base import Channel, RolloutEngine, RolloutJob
 from mismatch_probe.engines.events import Advance, Identity, Total
+from mismatch_probe.runs.measurements import Measurement
 from mismatch_probe.types import RolloutRequest
 
 ROUTES = "routes"
@@ -36,8 +35,7 @@ class RolloutVariants:
     Attributes:
         rollout: The engine; its requests bring the tokens to decode again.
         passes: By name, how the engine goes over the tokens.
-        keys: By name, of `ROUTES` too, a digest of all that the pass depends on.
-        folder: Where passes go.
+        files: Where each pass goes, `ROUTES` too.
         alone: Of a pass that runs one sequence at a time: response tokens of each of the first sequences.
         trace: What is kept of its inside, if anything.
         routers: Where given, the experts of every token are kept as the pass `ROUTES`.
@@ -45,8 +43,7 @@ class RolloutVariants:
 
     rollout: RolloutJob
     passes: Mapping[str, PassKind]
-    keys: Mapping[str, str]
-    folder: str
+    files: Mapping[str, Measurement]
     alone: Sequence[int]
     trace: TraceRequest | None = None
     routers: Routers | None = None
@@ -160,7 +157,7 @@ class RolloutVariants:
         return list(found.layers), found.experts, np.concatenate(_responses(found.logprobs, self.rollout.requests))
 
     def _save(self, name: str, facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
-        save_arrays(Path(self.folder) / f"{name}.npz", self.keys[name], facts, arrays)
+        self.files[name].save(facts, arrays)
 
 
 def _ids(request: RolloutRequest) -> tuple[int, ...]:

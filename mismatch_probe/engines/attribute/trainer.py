@@ -13,13 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mismatch_probe.arrays import load_arrays, save_arrays
 from mismatch_probe.engines import devices, faults, registry
 from mismatch_probe.engines.attribute.memory import peak_bytes, reset_peak
 from mismatch_probe.engines.attribute.variants import UNKNOWN, NotThereError, TrainerVariant
@@ -27,6 +25,7 @@ from mismatch_probe.engines.base import Channel, OnTrainer, TrainerEngine
 from mismatch_probe.engines.events import Advance, Identity, Total
 from mismatch_probe.errors import EngineError
 from mismatch_probe.metrics.fixes import Fix, next_set
+from mismatch_probe.runs.measurements import Measurement
 from mismatch_probe.types import ScoreRequest, TrainerDtype, TrainerMode
 
 if TYPE_CHECKING:
@@ -58,22 +57,20 @@ class TrainerVariants(OnTrainer):
     Attributes:
         trainer: As it is trained; its requests are left empty.
         variants: What to run.
-        keys: By a pass's name, a digest of all that it depends on.
-        folder: Where passes go.
+        files: Where each pass goes, and the search, `FIXES`.
         sequences: `S` of the run.
         most_tokens, most_rows: What the engine's scheduler takes at once.
         fixes: Where given, classes are then put together until the target is met.
-        routes: The engine's routes, a file with its key, for variants that follow them.
+        routes: The engine's routes, for variants that follow them.
     """
 
-    folder: str
     variants: Sequence[TrainerVariant]
-    keys: Mapping[str, str]
+    files: Mapping[str, Measurement]
     sequences: Sequence[ScoreRequest]
     most_tokens: int
     most_rows: int
     fixes: FixSearch | None = None
-    routes: tuple[str, str] | None = None
+    routes: Measurement | None = None
     subject: ClassVar[str] = "The attribution's trainer"
     memory_advice: ClassVar[str] = "Attribute with a lower --memory-budget, or use a machine with more memory."
 
@@ -192,7 +189,7 @@ class TrainerVariants(OnTrainer):
         from mismatch_probe.engines.attribute.routes import Routing
 
         assert self.routes is not None
-        part = load_arrays(Path(self.routes[0]), self.routes[1])
+        part = self.routes.load()
         if part is None or "routes" not in part[1]:
             raise NotThereError("the routes of the rollout engine were not recorded")
         wanted = part[1]["routes"]  # `UNKNOWN` where a token keeps its own
@@ -216,7 +213,7 @@ class TrainerVariants(OnTrainer):
 
     def _search(self, engine: TrainerEngine, search: FixSearch, channel: Channel) -> None:
         """Runs sets of classes until the target is met or none is left."""
-        base = load_arrays(Path(self.folder) / f"{UNCHANGED}.npz", self.keys[UNCHANGED])
+        base = self.files[UNCHANGED].load()
         assert base is not None, "the trainer without a change is run first"
         if "seconds" not in base[0]:
             self._save(FIXES, {"failed": "the trainer without a change could not be run"}, {})
@@ -224,7 +221,7 @@ class TrainerVariants(OnTrainer):
         fixes = []
         for name in search.classes:
             alone = single_name(name)
-            single = load_arrays(Path(self.folder) / f"{alone}.npz", self.keys[alone])
+            single = self.files[alone].load()
             if single is not None and "seconds" in single[0]:
                 fixes.append(Fix.of((name,), search.logprobs, base, single))
         sets: list[str] = []
@@ -232,7 +229,7 @@ class TrainerVariants(OnTrainer):
         while target is not None and (chosen := next_set(fixes, target)) is not None:
             name = set_name(len(sets))
             self._read(engine, TrainerVariant(name, fp32=chosen))
-            part = load_arrays(Path(self.folder) / f"{name}.npz", self.keys[FIXES])
+            part = self.files[FIXES].beside(name).load()
             if part is None or "seconds" not in part[0]:
                 break
             fixes.append(Fix.of(chosen, search.logprobs, base, part))
@@ -247,7 +244,8 @@ class TrainerVariants(OnTrainer):
         self._save(FIXES, about, {})
 
     def _save(self, name: str, facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
-        save_arrays(Path(self.folder) / f"{name}.npz", self.keys[name if name in self.keys else FIXES], facts, arrays)
+        file = self.files[name] if name in self.files else self.files[FIXES].beside(name)
+        file.save(facts, arrays)
 
 
 def _nothing() -> dict[str, NDArray[Any]]:

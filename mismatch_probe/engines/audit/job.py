@@ -11,19 +11,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mismatch_probe.arrays import save_arrays
 from mismatch_probe.engines import devices
 from mismatch_probe.engines.base import Channel, OnTrainer, TrainerEngine
 from mismatch_probe.engines.events import Advance, Identity, Total
 from mismatch_probe.metrics.floats import ExponentHistogram
 from mismatch_probe.metrics.peaks import PeakSums
 from mismatch_probe.results.audit import PARTS, PartName
+from mismatch_probe.runs.measurements import Measurement
 from mismatch_probe.types import ScoreRequest
 
 if TYPE_CHECKING:
@@ -43,8 +42,7 @@ class AuditJob(OnTrainer):
 
     Attributes:
         trainer: The trainer in FP32, or in FP16 for the proof, which is a job of its own; its requests are left empty.
-        folder: Where parts go, as `NAME.npz`.
-        keys: By part that is to be made: a digest of all that it depends on.
+        parts: What is to be made, by name.
         sequences: `S` prompts with responses; the first ones serve where fewer are enough.
         n_gradients: Sequences of the backward pass.
         n_lag: Sequences that are scored with masters and with their copies.
@@ -54,8 +52,7 @@ class AuditJob(OnTrainer):
         highest: For the proof, the exponent of the largest loss scale that FP32 gradients leave room for.
     """
 
-    folder: str
-    keys: Mapping[PartName, str]
+    parts: Mapping[PartName, Measurement]
     sequences: Sequence[ScoreRequest]
     n_gradients: int
     n_lag: int
@@ -69,17 +66,16 @@ class AuditJob(OnTrainer):
     def run(self, channel: Channel) -> None:
         """Sends `Identity`, `Total` and `Advance` in tokens; a phase for each part."""
         steps = {"forward": len(self.sequences), "backward": self.n_gradients, "lag": self.n_lag, "proof": self.n_proof}
-        channel.send(Total(sum(r.length for name in self.keys for r in self.sequences[: steps.get(name, 0)])))
+        channel.send(Total(sum(r.length for name in self.parts for r in self.sequences[: steps.get(name, 0)])))
         with self.trainer.started() as engine:
             channel.phase("load")
             identity = engine.identity() | devices.running()
             channel.send(Identity(identity))
-            for name in (part for part in PARTS if part in self.keys):
+            for name in (part for part in PARTS if part in self.parts):
                 facts, arrays = engine.run_on_model(
                     partial(self._made, name, engine, lambda n: channel.send(Advance(n)))
                 )
-                file = Path(self.folder) / f"{name}.npz"
-                save_arrays(file, self.keys[name], {**facts, "made_with": identity["versions"]}, arrays)
+                self.parts[name].save({**facts, "made_with": identity["versions"]}, arrays)
                 channel.phase(name)
 
     def _made(self, name: PartName, engine: TrainerEngine, tick: Callable[[int], None], model: Any) -> Part:

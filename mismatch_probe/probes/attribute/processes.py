@@ -156,8 +156,7 @@ class Processes:
             variants = RolloutVariants(
                 changed,
                 engine.passes,
-                {name: self._store.key(name) for name in passes},
-                str(self._store.files.folder),
+                {name: self._store.files.at(name) for name in passes},
                 self._alone(),
                 self._trace_request(changed) if engine.traced else None,
                 self._routers() if engine.routed else None,
@@ -262,14 +261,13 @@ class Processes:
         passes = (*(v.name for v in needed), *([FIXES] if search else []))
         job = TrainerVariants(
             trainer,
-            str(self._store.files.folder),
             needed,
-            {name: self._store.key(name) for name in passes},
+            {name: self._store.files.at(name) for name in passes},
             pair.sequences,
             pair.most_tokens,
             pair.batch,
             search,
-            (str(self._store.files.at(ROUTES).path), self._store.key(ROUTES)) if context.experts else None,
+            self._store.files.at(ROUTES) if context.experts else None,
         )
         environment = dict(registry.find("hf").trainer_settings(context.device, pair.trainer.dtype).environment)  # type: ignore[arg-type]
         if any(variant.tf32 for variant in needed):
@@ -295,14 +293,14 @@ class Processes:
         insides = [
             Inside(
                 inside_name(dtype),
-                self._store.key(inside_name(dtype)),
+                self._store.files.at(inside_name(dtype)),
                 dtype,  # type: ignore[arg-type]
                 "cast" if dtype == "float32" else mode,  # type: ignore[arg-type]
                 self._trace(dtype),
             )
             for dtype in dtypes
         ]
-        job = InsideJob(trainer, str(self._store.files.folder), insides)
+        job = InsideJob(trainer, insides)
         settings = registry.find("hf").trainer_settings(self._pair.context.device, "float32")  # type: ignore[arg-type]
         return Process("layers and modules", "hf", settings.environment, job, tuple(i.name for i in insides))
 

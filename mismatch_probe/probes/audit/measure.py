@@ -20,7 +20,7 @@ from mismatch_probe.probes.own_pass import device_of, fp32_trainer, model_of, ru
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.results.audit import PARTS, PartName
 from mismatch_probe.runs.comparison import RunDirectory
-from mismatch_probe.runs.measurements import Part, Store
+from mismatch_probe.runs.measurements import Measurement, Part, Store
 from mismatch_probe.types import ScoreRequest
 
 FOLDER = "audit"
@@ -92,28 +92,29 @@ class Measurements:
             UsageError: The model has no weights, or no sequence of the run has a prompt.
             ProbeError: The engine failed; finished parts stay.
         """
-        keys = {name: self._files.at(name).key for name in PARTS if not self._files.has(name)}
-        if not keys:
+        parts = {name: self._files.at(name) for name in PARTS if not self._files.has(name)}
+        if not parts:
             return
         model = model_of(self._run, self._config, progress)
         if not self.calibration.sequences:
             raise UsageError("No sequence of this run has a prompt and a response to measure on.", "Use --from.")
         trainer = fp32_trainer(self._config, model, self._device)
-        wide: dict[PartName, str] = {name: key for name, key in keys.items() if name != "proof"}
+        wide: dict[PartName, Measurement] = {name: part for name, part in parts.items() if name != "proof"}
         if wide:
             self._run_job(trainer, wide, "activations, gradients, lag", progress)
-        if "proof" in keys:
+        if "proof" in parts:
             flags = registry.find("hf").trainer_settings(self._device, "float16").arguments
             half = replace(trainer, dtype="float16", mode=self._config.trainer_modes[0], flags=flags)
-            self._run_job(half, {"proof": keys["proof"]}, "a pass in FP16", progress)
+            self._run_job(half, {"proof": parts["proof"]}, "a pass in FP16", progress)
 
-    def _run_job(self, trainer: TrainerJob, keys: Mapping[PartName, str], text: str, progress: Progress) -> None:
+    def _run_job(
+        self, trainer: TrainerJob, parts: Mapping[PartName, Measurement], text: str, progress: Progress
+    ) -> None:
         sequences, backward = self.calibration.sequences, self._files.at("backward").load()
         scales = None if backward is None else scale_range(histograms_of(*backward))
         job = AuditJob(
             trainer,
-            folder=str(self._files.folder),
-            keys=keys,
+            parts=parts,
             sequences=sequences,
             n_gradients=min(N_GRADIENTS, len(sequences)),
             n_lag=min(N_LAG, len(sequences)),

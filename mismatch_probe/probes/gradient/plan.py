@@ -22,6 +22,7 @@ from mismatch_probe.passes import PassId
 from mismatch_probe.probes.own_pass import device_of
 from mismatch_probe.probes.pairs import PassPair, why_missing
 from mismatch_probe.runs.comparison import RunDirectory
+from mismatch_probe.runs.measurements import Store
 from mismatch_probe.types import PairArrays
 
 FOLDER = "gradient"
@@ -130,4 +131,4 @@ def task_of(run: RunDirectory, config: CompareConfig, data: PassData) -> PassTas
         digest.update(json.dumps([sequence.prompt, sequence.response, list(sequence.trainers)]).encode())
         for values in (sequence.positions, sequence.rollout, *sequence.trainers.values()):
             digest.update(np.ascontiguousarray(values).tobytes())
-    return PassTask(str(run.path / FOLDER / f"{name}.npz"), digest.hexdigest(), sequences, str(REFERENCE))
+    return PassTask(Store(run.path / FOLDER, lambda _: digest.hexdigest()).at(name), sequences, str(REFERENCE))

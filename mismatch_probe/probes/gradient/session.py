@@ -80,7 +80,7 @@ def measure_gradient(
         for name, task in tasks.items():
             loaded = PassVectors.load(task)
             if loaded is None:
-                raise TableError(f"{task.path} cannot be read.", "Run the command again to make it.")
+                raise TableError(f"{task.file.path} cannot be read.", "Run the command again to make it.")
             vectors[name] = loaded
         lengths = tuple(predict_lengths or config.predict_lengths or (run.manifest.sizes.max_tokens,))
         document = document_of(run, data, vectors, tasks, missing, lengths)
