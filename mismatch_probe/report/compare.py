@@ -6,7 +6,18 @@ import shlex
 from typing import TYPE_CHECKING
 
 from mismatch_probe.report.attribution import attribution_answer
-from mismatch_probe.report.format import NONE, clipped, interval, number, percent
+from mismatch_probe.report.format import (
+    NONE,
+    WHERE_TITLES,
+    bin_order,
+    catalog_order,
+    clipped,
+    interval,
+    metric_formula,
+    metric_title,
+    number,
+    percent,
+)
 from mismatch_probe.report.matrix import (
     DEFAULT_METRIC,
     EXACT,
@@ -42,7 +53,6 @@ from mismatch_probe.report.model import (
     section,
     table,
 )
-from mismatch_probe.report.names import WHERE_TITLES, bin_order, catalog_order, metric_formula, metric_title
 from mismatch_probe.report.words import say
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""What a report is made from: the run's summary and manifest, and curves computed beforehand."""
+"""What reports and figures show: of a comparison, of an RL run, and of a sweep."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from mismatch_probe.metrics.curves import BinnedDiff, Ccdf, LengthCurve, PolicyDensity
     from mismatch_probe.metrics.length_prediction import LengthForecast
     from mismatch_probe.report.model import TokenSequence
     from mismatch_probe.results.attribution import Attribution
     from mismatch_probe.results.comparison import Comparison
     from mismatch_probe.results.manifest import Manifest
+    from mismatch_probe.results.rl_run import RlRun
+    from mismatch_probe.results.sweep import RlSweep, SweepSummary
 
 
 @dataclass(frozen=True)
@@ -88,3 +92,61 @@ class ReportData:
     attribution: Attribution | None = None
     tokens: tuple[TokenSequence, ...] = ()
     folder: Path = Path()
+
+
+STRESS_NOTE = "injected stress, not precision"
+
+
+@dataclass(frozen=True)
+class RlRunData:
+    """What report and figure of an RL run show.
+
+    Attributes:
+        folder: Of the run, as commands name it.
+        model: Name of the initial model.
+        run: Its document, with a summary.
+        steps: A row per step.
+        precision: `BF16`, or `BF16/FP32` where rollout and trainer differ.
+        algorithm, task, seed, learning_rate: As configured.
+        planned: Steps that the run was asked for.
+        exact: FP32 on both sides.
+        stressed: Stress is injected.
+        recorded: Whether `rollouts.parquet` exists.
+    """
+
+    folder: str
+    model: str
+    run: RlRun
+    steps: pd.DataFrame
+    precision: str
+    algorithm: str
+    task: str
+    seed: int
+    learning_rate: float
+    planned: int
+    exact: bool
+    stressed: bool
+    recorded: bool
+
+
+@dataclass(frozen=True)
+class SweepData:
+    """What report and figures of a sweep show.
+
+    Attributes:
+        folder: Of the sweep, as commands name it.
+        model: Name of the initial model.
+        sweep: Its document.
+        summary: The summary in it.
+        task: Of all runs.
+        runs: A row per planned run.
+        steps: A row per step of every run.
+    """
+
+    folder: str
+    model: str
+    sweep: RlSweep
+    summary: SweepSummary
+    task: str
+    runs: pd.DataFrame
+    steps: pd.DataFrame

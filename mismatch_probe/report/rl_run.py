@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from pydantic import JsonValue
 
-    from mismatch_probe.report.rl_data import RlRunData
+    from mismatch_probe.report.data import RlRunData
     from mismatch_probe.results.finding import Finding
     from mismatch_probe.results.rl_run import Provenance, RunSummary, Window
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import TYPE_CHECKING
 
+from mismatch_probe.report.data import STRESS_NOTE
 from mismatch_probe.report.format import NONE, count, number
 from mismatch_probe.report.model import (
     STATES,
@@ -25,7 +26,6 @@ from mismatch_probe.report.model import (
     section,
     table,
 )
-from mismatch_probe.report.rl_data import STRESS_NOTE
 from mismatch_probe.report.rl_run import provenance_table, settings_section
 from mismatch_probe.report.words import say
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from mismatch_probe.metrics.arms import ArmComparison, ArmTest
     from mismatch_probe.metrics.dose import DoseResponse
-    from mismatch_probe.report.rl_data import SweepData
+    from mismatch_probe.report.data import SweepData
     from mismatch_probe.results.finding import Finding
     from mismatch_probe.results.sweep import ArmResult, Place, SweepSummary
 

@@ -19,8 +19,8 @@ from mismatch_probe.errors import EXIT_LIMIT, EXIT_OK, TableError
 from mismatch_probe.probes.preflight import Use
 from mismatch_probe.probes.preflight.run import guard
 from mismatch_probe.probes.progress import Progress
+from mismatch_probe.report.data import RlRunData
 from mismatch_probe.report.model import Report
-from mismatch_probe.report.rl_data import RlRunData
 from mismatch_probe.report.words import say
 from mismatch_probe.resources import data_path
 from mismatch_probe.results.rl_run import Environment, Machine, Provenance, RlRun, TrainedModel

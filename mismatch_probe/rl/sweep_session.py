@@ -12,8 +12,8 @@ from mismatch_probe.engines import devices
 from mismatch_probe.errors import EXIT_ERROR, EXIT_LIMIT, EXIT_OK
 from mismatch_probe.files import atomic_path
 from mismatch_probe.probes.progress import Progress
+from mismatch_probe.report.data import SweepData
 from mismatch_probe.report.model import Report
-from mismatch_probe.report.rl_data import SweepData
 from mismatch_probe.results.sweep import Place, RlSweep, SweepSummary
 from mismatch_probe.rl.plan import PlannedRun
 from mismatch_probe.rl.run import provenance_of, resolve_model, same_model

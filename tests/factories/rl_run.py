@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mismatch_probe.report.rl_data import RlRunData
+from mismatch_probe.report.data import RlRunData
 from mismatch_probe.results.finding import Finding
 from mismatch_probe.results.rl_run import Ending, Environment, Machine, Provenance, RlRun, TrainedModel
 from mismatch_probe.rl.config import RlConfig, precision_label

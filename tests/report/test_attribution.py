@@ -14,7 +14,7 @@ from mismatch_probe.metrics.inside import ENDLESS
 from mismatch_probe.metrics.ladder import NO_GAP
 from mismatch_probe.report.attribution import attribution_report, plan_report
 from mismatch_probe.report.figures import all_figures, draw
-from mismatch_probe.report.figures.rows import ratio_ticks
+from mismatch_probe.report.figures.style import ratio_ticks
 from mismatch_probe.report.model import Table
 from mismatch_probe.results.attribution import Attribution, AttributionPlan, PlannedProcess, PlannedSetting
 from mismatch_probe.types import MetricValue

@@ -12,9 +12,8 @@ from matplotlib.patches import Rectangle
 from mismatch_probe.errors import TableError
 from mismatch_probe.report.data import Curves, ReportData
 from mismatch_probe.report.figures import draw
-from mismatch_probe.report.figures.curves import ccdf_figure, where_figure
-from mismatch_probe.report.figures.heatmap import matrix_figure
-from mismatch_probe.report.figures.policy import policy_figure
+from mismatch_probe.report.figures.pairs import matrix_figure
+from mismatch_probe.report.figures.tokens import ccdf_figure, policy_figure, where_figure
 from mismatch_probe.types import MetricValue
 from tests.factories.attribution import attribution
 from tests.factories.comparison import make_comparison, make_metrics, make_missing, make_pair

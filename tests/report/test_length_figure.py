@@ -9,7 +9,7 @@ from matplotlib.collections import PolyCollection
 
 from mismatch_probe.metrics.length_prediction import LengthForecast, forecast_pair
 from mismatch_probe.report.data import Curves
-from mismatch_probe.report.figures.length import length_figure
+from mismatch_probe.report.figures.sequences import length_figure
 from mismatch_probe.types import PairArrays
 from tests.factories.report_data import make_report_data
 

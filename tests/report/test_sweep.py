@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from mismatch_probe.report.data import STRESS_NOTE
 from mismatch_probe.report.figures import draw, figures_of
 from mismatch_probe.report.figures.rl import curves_figure, dose_figure, equal_ess_figure
-from mismatch_probe.report.rl_data import STRESS_NOTE
 from mismatch_probe.report.sweep import sweep_report
 from mismatch_probe.results.sweep import RlSweep
 from tests.factories.rl_run import steps

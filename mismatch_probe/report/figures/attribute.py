@@ -11,7 +11,7 @@ from matplotlib.markers import CARETLEFT
 from matplotlib.ticker import MaxNLocator
 
 from mismatch_probe.report.figures import figure
-from mismatch_probe.report.figures.rows import (
+from mismatch_probe.report.figures.style import (
     DIM,
     INK,
     SIDES,
@@ -20,12 +20,12 @@ from mismatch_probe.report.figures.rows import (
     heading_beside,
     limits_of,
     name_rows,
+    plot_settings,
     ratio_axis,
     row_label,
     whisker,
     with_limits,
 )
-from mismatch_probe.report.figures.style import plot_settings
 from mismatch_probe.report.format import NONE, interval, number, percent
 from mismatch_probe.report.words.attribute import PASSES, part_interval, part_text, rung_label
 from mismatch_probe.results.attribution import Attribution

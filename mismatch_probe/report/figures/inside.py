@@ -12,8 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from mismatch_probe.metrics.inside import THRESHOLD
 from mismatch_probe.report.figures import figure
-from mismatch_probe.report.figures.rows import DIM, GRID, INK, limits_of
-from mismatch_probe.report.figures.style import look, plot_settings, say
+from mismatch_probe.report.figures.style import DIM, GRID, INK, limits_of, look, plot_settings, say
 from mismatch_probe.report.format import clipped, number, percent, visible
 from mismatch_probe.results.attribution import Attribution
 

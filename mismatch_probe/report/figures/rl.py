@@ -9,10 +9,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
 
+from mismatch_probe.report.data import STRESS_NOTE, RlRunData, SweepData
 from mismatch_probe.report.figures import figure as register
 from mismatch_probe.report.figures.style import Look, look, plot_settings
 from mismatch_probe.report.format import visible
-from mismatch_probe.report.rl_data import STRESS_NOTE, RlRunData, SweepData
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
