@@ -486,11 +486,11 @@ def rl_report(
     Raises:
         ProbeError: A folder holds neither sweep nor run.
     """
-    from mismatch_probe.rl.place import places_of
     from mismatch_probe.rl.records import RlDirectory
     from mismatch_probe.rl.run import write_rl_run
     from mismatch_probe.rl.sweep import SweepDirectory
     from mismatch_probe.rl.sweep_session import write_sweep
+    from mismatch_probe.rl.sweep_summary import places_of
     from mismatch_probe.runs.folder import RL_RUN, kind_of
 
     folder = Path(path)

@@ -25,14 +25,22 @@ from mismatch_probe.metrics.intervals import share_interval
 from mismatch_probe.results.finding import Finding, Value
 from mismatch_probe.results.rl_run import Ending, Status
 from mismatch_probe.rl.algorithms import algorithms
-from mismatch_probe.rl.checkpoints import Checkpoint, checkpoints, load_checkpoint, prune, save_checkpoint
-from mismatch_probe.rl.collapse import CollapseDetector
 from mismatch_probe.rl.config import RlConfig
 from mismatch_probe.rl.instruments import Rolled, finite
 from mismatch_probe.rl.losses import Scale, policy_loss
-from mismatch_probe.rl.policy import NonFinite, Policy, StepFacts
+from mismatch_probe.rl.policy import (
+    Checkpoint,
+    NonFinite,
+    Policy,
+    StepFacts,
+    checkpoints,
+    load_checkpoint,
+    prune,
+    save_checkpoint,
+)
 from mismatch_probe.rl.records import RlDirectory
 from mismatch_probe.rl.stress import stressed
+from mismatch_probe.rl.summary import CollapseDetector
 from mismatch_probe.rl.sync import WeightSync, cast, changed_share
 from mismatch_probe.rl.tasks import Problem, Response, Task
 from mismatch_probe.types import Rollout, RolloutRequest, Sampling

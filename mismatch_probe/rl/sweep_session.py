@@ -18,8 +18,7 @@ from mismatch_probe.results.sweep import Place, RlSweep, SweepSummary
 from mismatch_probe.rl.plan import PlannedRun
 from mismatch_probe.rl.run import provenance_of, resolve_model, same_model
 from mismatch_probe.rl.sweep import Scheduler, SweepDirectory, slots
-from mismatch_probe.rl.sweep_findings import sweep_findings
-from mismatch_probe.rl.sweep_summary import runs_table, steps_table, summarise_sweep
+from mismatch_probe.rl.sweep_summary import runs_table, steps_table, summarise_sweep, sweep_findings
 from mismatch_probe.runs.folder import new_folder
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from mismatch_probe.report.sanity import SanityData
 from mismatch_probe.results.sanity import SanitySet
 from mismatch_probe.rl.config import SanityConfig
-from mismatch_probe.rl.sanity.selection import findings_of, outcome_of
+from mismatch_probe.rl.sanity.records import findings_of, outcome_of
 from tests.factories.rl_run import PROVENANCE
 
 N_SAMPLES = 10

@@ -13,7 +13,7 @@ from mismatch_probe.metrics.runs import Arm, Run
 from mismatch_probe.report.data import SweepData
 from mismatch_probe.results.sweep import ArmResult, Place, RlSweep, SweepRun, SweepSummary
 from mismatch_probe.rl.plan import make_runs
-from mismatch_probe.rl.sweep_findings import sweep_findings
+from mismatch_probe.rl.sweep_summary import sweep_findings
 from mismatch_probe.types import MetricValue
 from tests.factories.rl_run import PROVENANCE, noisy, steps
 

@@ -14,10 +14,9 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mismatch_probe.errors import DiskFull, TableError
-from mismatch_probe.rl import checkpoints as module
-from mismatch_probe.rl.checkpoints import Checkpoint, checkpoints, load_checkpoint, prune, save_checkpoint
+from mismatch_probe.rl import policy as module
 from mismatch_probe.rl.config import RlConfig
-from mismatch_probe.rl.policy import Policy
+from mismatch_probe.rl.policy import Checkpoint, Policy, checkpoints, load_checkpoint, prune, save_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mismatch_probe.results.finding import Finding
-from mismatch_probe.rl.collapse import CollapseDetector
+from mismatch_probe.rl.summary import CollapseDetector
 
 RESPONSES = 64
 

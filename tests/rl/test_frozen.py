@@ -19,9 +19,8 @@ from mismatch_probe.results.sanity import SanityOutcome
 from mismatch_probe.results.sweep import RlSweep
 from mismatch_probe.rl.plan import planned_runs
 from mismatch_probe.rl.records import RlDirectory
-from mismatch_probe.rl.sanity.selection import outcome_of
-from mismatch_probe.rl.sweep_findings import sweep_findings
-from mismatch_probe.rl.sweep_summary import summarise_sweep
+from mismatch_probe.rl.sanity.records import outcome_of
+from mismatch_probe.rl.sweep_summary import summarise_sweep, sweep_findings
 from tests.frozen import FROZEN, assert_equal
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from mismatch_probe.engines.events import Event, Found, StepDone, Total
 from mismatch_probe.errors import DiskFull, EngineError
 from mismatch_probe.results.finding import Finding
-from mismatch_probe.rl import checkpoints as checkpoint_files
+from mismatch_probe.rl import policy as checkpoint_files
 from mismatch_probe.rl.loop import Training
 from mismatch_probe.rl.sync import SyncError
 from mismatch_probe.types import Rollout
@@ -201,7 +201,7 @@ def test_a_loss_scale_that_only_falls_ends_the_run(tmp_path: Path, engine: Torch
 
 def test_equal_rewards_are_said_once(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(SignalTask, "rewards", lambda self, problems, responses: [0.0] * len(responses))
-    monkeypatch.setattr("mismatch_probe.rl.collapse._SILENT_STEPS", 2)
+    monkeypatch.setattr("mismatch_probe.rl.summary._SILENT_STEPS", 2)
     told = Heard()
     result = Training(pieces(tmp_path / "run", TorchEngine(), tell=told)).run()
     assert [event.finding.code for event in told.of(Found)] == ["rl-no-signal"]

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from mismatch_probe.rl.sanity.selection import keeps, leave_one_out, outcome_of
+from mismatch_probe.rl.sanity.records import keeps, leave_one_out, outcome_of
 
 KEEP = (0.2, 0.8)
 bounds = st.tuples(st.floats(0, 1), st.floats(0, 1)).map(lambda pair: (min(pair), max(pair)))

@@ -11,8 +11,7 @@ import pytest
 from mismatch_probe.report.words import say
 from mismatch_probe.results.finding import Finding
 from mismatch_probe.results.sweep import Place
-from mismatch_probe.rl.place import sample_ess
-from mismatch_probe.rl.sweep_findings import sweep_findings
+from mismatch_probe.rl.sweep_summary import sample_ess, sweep_findings
 from mismatch_probe.types import MetricValue
 from tests.factories.sweep import ARMS, CLEAR, NOISE, PLACE, arm, compared, comparison, matched, summary
 
