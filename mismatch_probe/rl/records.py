@@ -3,7 +3,7 @@
 run.json            the run's document: settings, provenance, and at the end how it ended and what it shows
 steps.jsonl         a line per finished step, as it ends
 rollouts/           a Parquet file per step, in the format of `compare --from`
-checkpoints/        see `rl.checkpoints`
+checkpoints/        see `rl.policy`
 failure/            the batch of a step that failed, for replay
 steps.parquet, rollouts.parquet     the same at the end, as tables
 """
