@@ -11,7 +11,7 @@ from mismatch_probe.results.gradient import GradientEstimate, MissingPass, Rollo
 from mismatch_probe.types import MetricValue
 
 # 1 − cosine² is the part of an estimate's mean square that lies off the reference. Below this part it agrees.
-NEGLIGIBLE = 0.01
+NEGLIGIBLE_TURN = 0.01
 Agreement = Literal["gradient-turned", "gradient-undecided", "gradient-agrees"]
 _SEVERITIES: dict[Agreement, Severity] = {
     "gradient-turned": "warn",
@@ -23,9 +23,9 @@ _SEVERITIES: dict[Agreement, Severity] = {
 def agreement(cosine: MetricValue) -> Agreement:
     """Whether the estimate without weights agrees with the reference, by the limits of its cosine."""
     low, high = ((abs(limit) * limit if limit is not None else None) for limit in (cosine.ci_low, cosine.ci_high))
-    if high is not None and high < 1 - NEGLIGIBLE:
+    if high is not None and high < 1 - NEGLIGIBLE_TURN:
         return "gradient-turned"
-    return "gradient-agrees" if low is not None and low >= 1 - NEGLIGIBLE else "gradient-undecided"
+    return "gradient-agrees" if low is not None and low >= 1 - NEGLIGIBLE_TURN else "gradient-undecided"
 
 
 def findings_of(passes: Sequence[RolloutGradient], missing: Sequence[MissingPass]) -> Iterator[Finding]:
@@ -34,7 +34,7 @@ def findings_of(passes: Sequence[RolloutGradient], missing: Sequence[MissingPass
     for code, severity in _SEVERITIES.items():
         cosines = {dtype: cosine for dtype, cosine in plain.items() if agreement(cosine) == code}
         if cosines:
-            yield Finding(code=code, severity=severity, values={"cosine": cosines, "negligible": NEGLIGIBLE})
+            yield Finding(code=code, severity=severity, values={"cosine": cosines, "negligible": NEGLIGIBLE_TURN})
     for found in passes:
         if agreement(plain[found.rollout_dtype]) == "gradient-turned":
             yield _corrections(found)
