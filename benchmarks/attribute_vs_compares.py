@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import mismatch_probe
-from mismatch_probe.config import CompareConfig
 
 # By the setting's name in `attribute`, what `compare` is given for it.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -45,16 +44,14 @@ def main() -> None:
     pair: dict[str, Any] = {"rollout_dtypes": ("bfloat16",), "trainer_dtypes": ("bfloat16",)}
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        mismatch_probe.attribute(
-            CompareConfig(**size), out=Path(folder) / "attribute", settings=tuple(SETTINGS), layers=False
-        )
+        mismatch_probe.attribute(**size, out=Path(folder) / "attribute", settings=tuple(SETTINGS), layers=False)
         together = time.perf_counter() - started
         print(f"attribute, {len(SETTINGS)} settings: {together:.0f} s", flush=True)
         apart = 0.0
         for name, change in SETTINGS.items():
             started = time.perf_counter()
             out = Path(folder) / name.replace(":", "-")
-            mismatch_probe.compare(CompareConfig(**{**size, **pair, **change}), out=out)
+            mismatch_probe.compare(**{**size, **pair, **change}, out=out)
             seconds = time.perf_counter() - started
             apart += seconds
             print(f"compare, {name}: {seconds:.0f} s", flush=True)

@@ -27,17 +27,17 @@ def compare(model: str, dtype: str, num_prompts: int, max_tokens: int, exact: st
     """Seconds of decoding and of scoring, and the number of tokens and of rows."""
     import mismatch_probe
 
-    config = mismatch_probe.CompareConfig(
-        model=model,
-        num_prompts=num_prompts,
-        max_tokens=max_tokens,
-        rollout_batch=num_prompts,
-        rollout_dtypes=(dtype,),  # type: ignore[arg-type]
-        trainer_dtypes=(dtype,),  # type: ignore[arg-type]
-        self_noise_tokens=0,
-        exact_kl="all" if exact == "all" else int(exact),
-    )
-    run = mismatch_probe.compare(config, out=out)
+    config = {
+        "model": model,
+        "num_prompts": num_prompts,
+        "max_tokens": max_tokens,
+        "rollout_batch": num_prompts,
+        "rollout_dtypes": (dtype,),  # type: ignore[arg-type]
+        "trainer_dtypes": (dtype,),  # type: ignore[arg-type]
+        "self_noise_tokens": 0,
+        "exact_kl": "all" if exact == "all" else int(exact),
+    }
+    run = mismatch_probe.compare(**config, out=out)
     passes, pair = run.data.manifest.passes, run.summary.pairs[0]
     return {
         "decode": passes[f"vllm-{dtype}-decode"].timings["generate"],

@@ -36,8 +36,7 @@ def main(runs: tuple[Path, ...]) -> None:
         report(run)
     if not runs:
         with tempfile.TemporaryDirectory() as folder:
-            config = mismatch_probe.read_rl_config(None, {"steps": 20})
-            report(mismatch_probe.rl_run(config, out=Path(folder) / "run").path)
+            report(mismatch_probe.rl_run(steps=20, out=Path(folder) / "run").path)
 
 
 if __name__ == "__main__":

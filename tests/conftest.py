@@ -16,12 +16,11 @@ import pytest
 from hypothesis import settings
 
 import mismatch_probe
-from mismatch_probe.config import CompareConfig
 from mismatch_probe.engines.base import TrainerEngine
 from mismatch_probe.engines.devices import gpu_present
 from mismatch_probe.engines.events import Event
 from mismatch_probe.probes.progress import Progress
-from mismatch_probe.probes.session import RunResult
+from mismatch_probe.run import Run
 
 # No test asserts a wall-clock time.
 settings.register_profile("any-speed", deadline=None)
@@ -119,16 +118,16 @@ def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A finished 3×3 run with figures; read it, never change it."""
     folder = tmp_path_factory.mktemp("finished")
     model = write_script(folder / "scripted")
-    config = CompareConfig(model=str(model), num_prompts=40, max_tokens=6, self_noise_tokens=3)
-    return mismatch_probe.compare(config, out=folder / "run")
+    config = {"model": str(model), "num_prompts": 40, "max_tokens": 6, "self_noise_tokens": 3}
+    return mismatch_probe.compare(**config, out=folder / "run")
 
 
 @pytest.fixture
-def run_copy(finished: RunResult, tmp_path: Path) -> Path:
+def run_copy(finished: Run, tmp_path: Path) -> Path:
     """A copy of the finished run, to be damaged."""
     return Path(shutil.copytree(finished.path, tmp_path / "copy"))
 

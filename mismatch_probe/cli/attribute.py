@@ -7,57 +7,37 @@ from typing import Any
 import click
 
 import mismatch_probe
-from mismatch_probe.cli.compare import NameList, json_option, run_parameters
+from mismatch_probe.cli.options import (
+    RunPath,
+    json_option,
+    only_new,
+    out_option,
+    resume_option,
+    settings_command,
+)
 from mismatch_probe.cli.output import print_json
 from mismatch_probe.cli.progress import shown_progress
-from mismatch_probe.config import CompareConfig
+from mismatch_probe.config import AttributeOptions
+from mismatch_probe.config.commands import AttributeSettings
 from mismatch_probe.errors import EXIT_ERROR, EXIT_OK, UsageError
-from mismatch_probe.types import DTYPES
-
-# The pair decides these.
-_NOT_HERE = ("rollout_dtypes", "trainer_dtypes", "temperature")
 
 
-@click.command(
-    params=[
-        parameter
-        for parameter in run_parameters("trainer_layout", "eager", "rollout_batch", "engine_args")
-        if parameter.name not in _NOT_HERE
-    ],
-    epilog="Exit codes: 0 done, 1 error or a setting failed, 2 usage, 130 interrupted.",
+@settings_command(
+    AttributeSettings, epilog="Exit codes: 0 done, 1 error or a setting failed, 2 usage, 130 interrupted."
 )
-@click.option("--pair", metavar="ROLLOUT/TRAINER", help="Whose gap; one dtype means both.  [default: bfloat16]")
-@click.option(
-    "--settings",
-    metavar="LIST",
-    help="default, all, none, or names (see --plan); rollout: or trainer: before one means that side.",
-)
-@click.option("--layers/--no-layers", default=None, help="Look inside both models.  [default: yes]")
-@click.option("--layer-dtypes", type=NameList(DTYPES), help="In which dtypes.  [default: all three]")
-@click.option(
-    "--target",
-    type=float,
-    metavar="FRACTION",
-    help="Stop when the remaining gap is at or below this fraction.  [default: 4/5 of what an FP32 trainer closes]",
-)
+@out_option("runs/MODEL-TIME")
 @click.option(
     "--from",
     "source",
-    type=click.Path(),
+    type=RunPath(),
     metavar="RUN",
-    help="Compute the attribution of this run again, without engines.",
+    help="Attribute this run again, without engines.",
 )
-@click.option("--resume", type=click.Path(), metavar="RUN", help="Run what is missing in this run.")
+@resume_option("Run what is missing in this run.")
 @click.option("--plan", "plan_only", is_flag=True, help="Print processes and settings, and run nothing.")
 @json_option
 def command(
-    source: str | None,
-    resume: str | None,
-    out: str | None,
-    plan_only: bool,
-    as_json: bool,
-    settings: str | None,
-    **given: Any,
+    values: dict[str, Any], source: str | None, resume: str | None, out: str | None, plan_only: bool, as_json: bool
 ) -> int:
     """Where does the mismatch come from: which rung, which setting, which layer?
 
@@ -76,29 +56,24 @@ def command(
     from mismatch_probe.report.attribution import plan_report
     from mismatch_probe.report.render.terminal import print_report
 
-    chosen = {name: value for name, value in given.items() if value is not None and value != ()}
-    options: dict[str, Any] = {
-        name: chosen.pop(name) for name in ("pair", "layers", "layer_dtypes", "target") if name in chosen
-    }
-    if settings is not None:
-        options["settings"] = tuple(part.strip() for part in settings.split(",") if part.strip())
     if source is not None and resume is not None:
         raise UsageError(
             "--from and --resume cannot be combined.", "Use --from to run no engine, --resume to run missing passes."
         )
-    if (source or resume) and (chosen or out is not None or plan_only):
-        raise UsageError("Options of a new run cannot be combined with --from or --resume.", "Leave them out.")
+    path = source or resume
+    if path is not None:
+        rest = {name: value for name, value in values.items() if name not in AttributeOptions.model_fields}
+        only_new(rest, {"out": out, "plan_only": plan_only}, "--from or --resume")
     if plan_only:
-        plan = mismatch_probe.attribute_plan(CompareConfig(**chosen), **options)
+        plan = mismatch_probe.attribute_plan(**values)
         print_json(plan.model_dump(mode="json")) if as_json else print_report(plan_report(plan), Console())
         return EXIT_OK
     with shown_progress() as progress:
-        if source is not None:
-            result = mismatch_probe.attribute_run(source, **options)
-        elif resume is not None:
-            result = mismatch_probe.attribute_resume(resume, progress=progress, **options)
+        if path is not None:
+            run = mismatch_probe.Run.open(path)
+            result = run.attribute(engines=source is None, progress=progress, **values)
         else:
-            result = mismatch_probe.attribute(CompareConfig(**chosen), out=out, progress=progress, **options)
+            result = mismatch_probe.attribute(out=out, progress=progress, **values)
     if as_json:
         print_json(result.attribution.content())
     else:

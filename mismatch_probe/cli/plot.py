@@ -5,10 +5,11 @@ from __future__ import annotations
 import click
 
 import mismatch_probe
+from mismatch_probe.cli.options import run_argument
 
 
 @click.command(epilog="Needs no engine: figures are drawn from the run's tables.")
-@click.argument("run", type=click.Path())
+@run_argument
 def command(run: str) -> None:
     """Draws the figures of a finished RUN again.
 
@@ -16,5 +17,5 @@ def command(run: str) -> None:
     Example:
       mismatch-probe plot runs/smollm2-135m-20260101-120000
     """
-    for path in mismatch_probe.plot(run).values():
+    for path in mismatch_probe.Run.open(run).plot().values():
         click.echo(str(path))

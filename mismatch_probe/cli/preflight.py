@@ -7,24 +7,18 @@ from typing import Any
 import click
 
 import mismatch_probe
-from mismatch_probe.cli.compare import NameList, json_option
+from mismatch_probe.cli.options import json_option, settings_command
 from mismatch_probe.cli.output import print_json
+from mismatch_probe.config.commands import PreflightSettings
 from mismatch_probe.errors import EXIT_LIMIT, EXIT_OK
-from mismatch_probe.types import DTYPES
 
 
-@click.command(epilog="Exit codes: 0 it can be compared, 1 error, 2 usage, 3 something will fail.")
+@settings_command(
+    PreflightSettings, epilog="Exit codes: 0 it can be compared, 1 error, 2 usage, 3 something will fail."
+)
 @click.argument("model")
-@click.option("--revision", help="Branch, tag or commit of a hub id.")
-@click.option("--trust-remote-code", is_flag=True, default=None, help="The checkpoint may run its own Python code.")
-@click.option("--prompts", type=click.Path(), help="Prompt file, .jsonl or .txt.  [default: no prompts]")
-@click.option("--chat", is_flag=True, default=None, help="Plain prompts are rendered by the chat template.")
-@click.option("--max-tokens", type=int, help="Longest response.")
-@click.option("--rollout-dtypes", type=NameList(DTYPES), help="What vLLM runs in.  [default: all three]")
-@click.option("--trainer-attn", help="Attention of transformers: sdpa, eager, …  [default: the model's own]")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="[default: auto]")
 @json_option
-def command(model: str, as_json: bool, **options: Any) -> int:
+def command(values: dict[str, Any], model: str, as_json: bool) -> int:
     """Can this checkpoint be compared, and what would surprise its user? Starts no engine.
 
     Reads headers and configuration, no weights: files, shapes, tokenizer, lengths, declarations that an engine ignores,
@@ -35,7 +29,7 @@ def command(model: str, as_json: bool, **options: Any) -> int:
       mismatch-probe preflight ./my-checkpoint
       mismatch-probe preflight ./my-checkpoint --prompts chats.jsonl --max-tokens 4096 --rollout-dtypes bf16,fp16
     """
-    document = mismatch_probe.preflight(model, **{name: value for name, value in options.items() if value is not None})
+    document = mismatch_probe.preflight(model, **values)
     if as_json:
         print_json(document.content())
     else:

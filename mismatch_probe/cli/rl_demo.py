@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 import mismatch_probe
-from mismatch_probe.cli.compare import json_option
+from mismatch_probe.cli.options import json_option
 from mismatch_probe.cli.output import show_result
 from mismatch_probe.cli.progress import shown_progress
 

@@ -7,28 +7,21 @@ from typing import Any
 import click
 
 import mismatch_probe
-from mismatch_probe.cli.compare import json_option, run_parameters
+from mismatch_probe.cli.options import RunPath, json_option, only_new, out_option, settings_command
 from mismatch_probe.cli.output import print_json, show_report
 from mismatch_probe.cli.progress import shown_progress
-from mismatch_probe.config import CompareConfig
-from mismatch_probe.errors import UsageError
+from mismatch_probe.config import GradientOptions
+from mismatch_probe.config.commands import GradientSettings
 
 
-@click.command(
-    params=run_parameters(),
+@settings_command(
+    GradientSettings,
     epilog="Exit codes: 0 done, 1 error, 2 usage, 130 interrupted (the same command on RUN goes on).",
 )
-@click.argument("run", type=click.Path(), required=False)
-@click.option(
-    "--predict-length",
-    "predict_lengths",
-    multiple=True,
-    type=int,
-    metavar="TOKENS",
-    help="Predict ESS at this response length; repeatable.  [default: the run's, or its longest response]",
-)
+@click.argument("run", type=RunPath(), required=False)
+@out_option("runs/MODEL-TIME")
 @json_option
-def command(run: str | None, out: str | None, as_json: bool, predict_lengths: tuple[int, ...], **options: Any) -> None:
+def command(values: dict[str, Any], run: str | None, out: str | None, as_json: bool) -> None:
     """What does the mismatch do to the policy gradient of a batch?
 
     Takes the rollouts and log-probs of a finished RUN of `compare`, or runs that first, adds one backward pass of the
@@ -42,12 +35,14 @@ def command(run: str | None, out: str | None, as_json: bool, predict_lengths: tu
     """
     from mismatch_probe.report.gradient import gradient_report
 
-    given = {name: value for name, value in options.items() if value is not None and value != ()}
-    if run is not None and (given or out is not None):
-        raise UsageError("Options of a new run cannot be combined with RUN.", "Give RUN alone.")
-    source: str | CompareConfig = CompareConfig(**given) if run is None else run
+    if run is not None:
+        rest = {name: value for name, value in values.items() if name not in GradientOptions.model_fields}
+        only_new(rest, {"out": out}, "RUN")
     with shown_progress("sequences") as progress:
-        result = mismatch_probe.rl_gradient(source, out=out, predict_lengths=predict_lengths, progress=progress)
+        if run is not None:
+            result = mismatch_probe.Run.open(run).gradient(progress=progress, **values)
+        else:
+            result = mismatch_probe.rl_gradient(out=out, progress=progress, **values)
     if as_json:
         print_json(result.document.content())
     else:

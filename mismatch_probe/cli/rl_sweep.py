@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import mismatch_probe
-from mismatch_probe.cli.compare import json_option
+from mismatch_probe.cli.options import json_option
 from mismatch_probe.cli.output import print_json, show_result
 from mismatch_probe.cli.progress import shown_progress
 from mismatch_probe.errors import UsageError

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mismatch_probe.cli.options import run_argument
 from mismatch_probe.cli.output import print_json, printable
 from mismatch_probe.errors import EXIT_OK
 
@@ -18,7 +19,7 @@ _SHOWN = 8
 
 
 @click.command(epilog="Exit codes: 0 done, 1 error, 2 usage.")
-@click.argument("run", type=click.Path())
+@run_argument
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def command(run: str, as_json: bool) -> int:
     """What a run folder is, how far it has come, what continues it, and what it holds.

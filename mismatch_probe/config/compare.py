@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from mismatch_probe.config.engine_args import check_engine_args, engine_args_of
-from mismatch_probe.config.settings import Count, Device, Dtypes, Listed, Option, Positive, Settings
+from mismatch_probe.config.settings import Count, Device, Dtypes, Listed, Option, PathText, Positive, Settings
 from mismatch_probe.errors import UsageError
 from mismatch_probe.types import DTYPES, ReferenceDtype, SequenceSource, TrainerLayout, TrainerMode
 
@@ -37,14 +37,11 @@ class Sizes:
     memory_budget_gib: float
 
 
-class ModelSettings(Settings):
-    """Which model, and where its engines run."""
+class CheckpointSettings(Settings):
+    """How a checkpoint is read, and where its engines run."""
 
     TITLE: ClassVar[str] = "Model"
 
-    model: Annotated[str, Option(default=DEFAULT_MODEL, metavar="MODEL")] = Field(
-        default="", description="Built-in name, checkpoint folder or hub id."
-    )
     revision: Annotated[str | None, Option(metavar="NAME")] = Field(
         default=None, description="Branch, tag or commit of a hub id."
     )
@@ -54,35 +51,53 @@ class ModelSettings(Settings):
     device: Device = Field(default="auto", description="Device of both engines.")
 
 
-class PromptSettings(Settings):
-    """What is sampled, and how much of it."""
+class ModelSettings(CheckpointSettings):
+    """Which model, and where its engines run."""
+
+    model: Annotated[PathText, Option(default=DEFAULT_MODEL, metavar="MODEL")] = Field(
+        default="", description="Built-in name, checkpoint folder or hub id."
+    )
+
+
+class RequestSettings(Settings):
+    """What is asked of the rollout engine."""
 
     TITLE: ClassVar[str] = "Prompts and responses"
 
-    prompts: Annotated[str | None, Option(default="built-in set", path=True)] = Field(
+    prompts: Annotated[PathText | None, Option(default="built-in set", path=True)] = Field(
         default=None, description="Prompt file, .jsonl or .txt."
     )
     chat: bool = Field(default=False, description="Render a plain prompt as one user message by the chat template.")
+    max_tokens: Annotated[Positive | None, Option(default="by device", metavar="TOKENS")] = Field(
+        default=None, description="Maximum response length."
+    )
+
+
+class PromptSettings(RequestSettings):
+    """What is sampled, and how much of it."""
+
     num_prompts: Annotated[Positive | None, Option(default="64, or the whole file")] = Field(
         default=None, description="Number of prompts."
     )
     samples_per_prompt: Annotated[Positive | None, Option(default="by device")] = Field(
         default=None, description="Responses per prompt."
     )
-    max_tokens: Annotated[Positive | None, Option(default="by device", metavar="TOKENS")] = Field(
-        default=None, description="Maximum response length."
-    )
     seed: Annotated[int, Field(ge=0, lt=1 << 32)] = Field(
         default=0, description="Random seed, 0 to 2^32 − 1; each request derives its own."
     )
 
 
-class PolicySettings(Settings):
-    """The policies that are compared."""
+class RolloutDtypes(Settings):
+    """Dtypes of the rollout engine."""
 
     TITLE: ClassVar[str] = "Policies"
 
     rollout_dtypes: Dtypes = Field(default=DTYPES, description="Dtypes of the rollout engine, the rows of the matrix.")
+
+
+class PolicySettings(RolloutDtypes):
+    """The policies that are compared."""
+
     trainer_dtypes: Dtypes = Field(default=DTYPES, description="Dtypes of the trainer, the columns of the matrix.")
     temperature: Annotated[
         float,
@@ -91,16 +106,12 @@ class PolicySettings(Settings):
     ] = Field(default=1.0, description="Sampling temperature; both sides compute log-probs at this temperature.")
 
 
-class SequenceSettings(Settings):
-    """Whose sequences are compared."""
+class RecordedSettings(Settings):
+    """Sequences that exist already."""
 
-    TITLE: ClassVar[str] = "Sequences"
+    TITLE: ClassVar[str] = "Recorded sequences"
 
-    sequences: SequenceSource = Field(
-        default="own",
-        description="own: every rollout dtype samples. shared: the first samples, the others decode the same ids.",
-    )
-    source: Annotated[str | None, Option(flag="--from", path=True, metavar="SOURCE")] = Field(
+    source: Annotated[PathText | None, Option(flag="--from", path=True, metavar="SOURCE")] = Field(
         default=None, description="Recorded sequences (.jsonl or .parquet), or a finished run, instead of samples."
     )
     rescore: bool = Field(
@@ -114,11 +125,18 @@ class SequenceSettings(Settings):
         for name in ("rescore", "replay"):
             if self.source is None and getattr(self, name):
                 raise UsageError(f"{self.called(name)} needs recorded sequences.", "Give their file with --from.")
-        if self.source is not None and self.sequences != "own":
-            raise UsageError(
-                "--sequences cannot be combined with --from.", "Use --replay to decode the file's ids again."
-            )
         return self
+
+
+class SequenceSettings(Settings):
+    """Who samples."""
+
+    TITLE: ClassVar[str] = "Sampling"
+
+    sequences: SequenceSource = Field(
+        default="own",
+        description="own: every rollout dtype samples. shared: the first samples, the others decode the same ids.",
+    )
 
 
 class RolloutSettings(Settings):
@@ -138,19 +156,24 @@ class RolloutSettings(Settings):
     ] = Field(default_factory=dict, description="Argument of vLLM; recorded in the manifest. Repeatable.")
 
 
-class TrainerSettings(Settings):
-    """How the trainer runs."""
+class TrainerAttention(Settings):
+    """Attention of the trainer."""
 
     TITLE: ClassVar[str] = "Trainer"
+
+    trainer_attn: Annotated[str | None, Option(default="the model's own", metavar="NAME")] = Field(
+        default=None, description="Attention of transformers: sdpa, eager, flash_attention_2 and others."
+    )
+
+
+class TrainerSettings(TrainerAttention):
+    """How the trainer runs."""
 
     trainer_modes: Annotated[Listed[TrainerMode], Option(flag="--trainer-mode"), Field(min_length=1)] = Field(
         default=("cast",),
         description="cast: weights in the dtype. autocast: FP32 weights under torch.autocast.",
     )
     trainer_layout: TrainerLayout = Field(default="padded", description="Layout of the sequences of a batch.")
-    trainer_attn: Annotated[str | None, Option(default="the model's own", metavar="NAME")] = Field(
-        default=None, description="Attention of transformers: sdpa, eager, flash_attention_2 and others."
-    )
     memory_budget_gib: Annotated[
         float | None, Field(gt=0), Option(flag="--memory-budget", default="by device", metavar="GIB")
     ] = Field(default=None, description="Memory above the weights.")
@@ -208,6 +231,7 @@ class CompareConfig(
     TrainerSettings,
     RolloutSettings,
     SequenceSettings,
+    RecordedSettings,
     PolicySettings,
     PromptSettings,
     ModelSettings,
@@ -218,6 +242,10 @@ class CompareConfig(
     @model_validator(mode="after")
     def _together(self) -> Self:
         if self.source is not None:
+            if self.sequences != "own":
+                raise UsageError(
+                    "--sequences cannot be combined with --from.", "Use --replay to decode the file's ids again."
+                )
             for name in ("prompts", "chat", "num_prompts", "samples_per_prompt", "max_tokens"):
                 if getattr(self, name) not in (None, False):
                     raise UsageError(

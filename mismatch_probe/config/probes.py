@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import AfterValidator, Field
 
-from mismatch_probe.config.settings import Dtypes, Listed, Option, Positive, Settings
+from mismatch_probe.config.settings import Dtypes, Listed, Option, PathText, Positive, Settings
 from mismatch_probe.dtypes import SHORT_DTYPES
 from mismatch_probe.errors import UsageError
 from mismatch_probe.types import DTYPES, Dtype
@@ -68,7 +68,7 @@ class AuditOptions(Settings):
 
     TITLE: ClassVar[str] = "Audit"
 
-    profile: Annotated[str, Option(metavar="NAME|FILE")] = Field(
+    profile: Annotated[PathText, Option(metavar="NAME|FILE")] = Field(
         default="default", description="Limits: default, nemo-rl, verl, prime-rl, strict, or a TOML file."
     )
     planned_tokens: Annotated[
@@ -96,7 +96,7 @@ class BaselineSettings(Settings):
 
     TITLE: ClassVar[str] = "Baseline"
 
-    baseline: Annotated[str | None, Option(path=True, metavar="AUDIT")] = Field(
+    baseline: Annotated[PathText | None, Option(path=True, metavar="AUDIT")] = Field(
         default=None, description="Older audit to compare with: its audit.json or run folder."
     )
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
 import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -41,6 +43,8 @@ def _split(value: Any) -> Any:
     return [part.strip() if isinstance(part, str) else part for part in parts]
 
 
+PathText = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, PurePath) else value)]
+"""A file or folder, or a name; a path of Python is taken, too."""
 DtypeName = Annotated[Dtype, BeforeValidator(_long_name)]
 """A dtype; short names (`bf16`) are taken, too."""
 Listed = Annotated[tuple[T, ...], BeforeValidator(_split), AfterValidator(_distinct)]
@@ -104,6 +108,9 @@ class Setting:
     known: Callable[[], Iterable[str]] | None
 
 
+S = TypeVar("S", bound="Settings")
+
+
 class Settings(BaseModel):
     """A group of settings. Values are checked at once; what is wrong is one sentence with its fix."""
 
@@ -151,6 +158,25 @@ class Settings(BaseModel):
         fields = type(self).model_fields
         changed = {name: value for name, value in self if value != fields[name].get_default(call_default_factory=True)}
         return [word for name, value in changed.items() for word in _words(setting(type(self), name), value)]
+
+    def part(self, kind: type[S], without: type[Settings] | None = None) -> S:
+        """Settings of another class, as far as this one has them.
+
+        Args:
+            kind: The class.
+            without: Whose fields stay at their defaults, because they mean something else here.
+        """
+        names = kind.model_fields.keys() - (set() if without is None else without.model_fields.keys())
+        return kind.of({name: value for name, value in self if name in names})
+
+    @classmethod
+    def sections(cls) -> dict[str, list[Setting]]:
+        """Every field, by title of its group."""
+        found: dict[str, list[Setting]] = {}
+        for name in cls.model_fields:
+            owner = next(one for one in reversed(cls.__mro__) if name in inspect.get_annotations(one))
+            found.setdefault(getattr(owner, "TITLE", "") or cls.TITLE, []).append(setting(cls, name))
+        return found
 
     @classmethod
     def called(cls, name: str) -> str:
@@ -245,7 +271,7 @@ def setting(group: type[Settings], name: str) -> Setting:
     choices: tuple[str, ...] = get_args(inner) if get_origin(inner) is Literal else ()
     kind = _kind(inner, option)
     default = option.default or _in_words(info.get_default(call_default_factory=True))
-    metavar = option.metavar or _METAVARS.get(kind, f"[{'|'.join(choices)}]")
+    metavar = option.metavar or _METAVARS.get(kind, f"[{'|'.join(map(_short, choices))}]")
     return Setting(
         name=name,
         flag=flag(group, name),
@@ -304,7 +330,7 @@ def _in_words(value: Any) -> str:
         case float():
             return f"{value:g}"
         case _:
-            return str(value)
+            return _short(value)
 
 
 def _words(of: Setting, value: Any) -> list[str]:
@@ -316,12 +342,12 @@ def _words(of: Setting, value: Any) -> list[str]:
         case Mapping():
             return [word for key, one in value.items() for word in (of.flag, f"{key}={json.dumps(one)}")]
         case tuple() if of.several:
-            return [of.flag, ",".join(_short(of, part) for part in value)]
+            return [of.flag, ",".join(_short(part) for part in value)]
         case tuple():
             return [of.flag, *map(str, value)]
         case _:
-            return [of.flag, _short(of, value)]
+            return [of.flag, _short(value)]
 
 
-def _short(of: Setting, value: Any) -> str:
-    return DTYPE_INFOS[value].short if of.choices == DTYPES else str(value)
+def _short(value: Any) -> str:
+    return DTYPE_INFOS[value].short if value in DTYPES else str(value)

@@ -67,7 +67,7 @@ def _steps(document: Gradient) -> Iterator[Step]:
 def _train(document: Gradient, finding: Finding) -> str:
     words = ["mismatch-probe", "rl", "run", "--model", document.config.model]
     if document.config.revision:
-        words += ["--set", f"revision={document.config.revision}"]
+        words += ["--revision", document.config.revision]
     dtype = finding.text("dtype")
     return shlex.join(
         [*words, "--rollout-dtype", dtype, "--trainer-dtype", dtype, "--algorithm", finding.text("algorithm")]

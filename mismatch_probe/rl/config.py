@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from mismatch_probe.config.settings import Count, Device, DtypeName, Option, Positive, Settings
+from mismatch_probe.config.settings import Count, Device, DtypeName, Option, PathText, Positive, Settings
 from mismatch_probe.dtypes import dtype_label
 from mismatch_probe.errors import UsageError
 from mismatch_probe.rl.algorithms import algorithms
@@ -22,7 +22,7 @@ class TaskSettings(Settings):
 
     TITLE: ClassVar[str] = "Model and task"
 
-    model: Annotated[str, Option(metavar="MODEL")] = Field(
+    model: Annotated[PathText, Option(metavar="MODEL")] = Field(
         default="chain", description="Built-in name, checkpoint folder or hub id; chain comes with the tool."
     )
     revision: Annotated[str | None, Option(metavar="NAME")] = Field(
@@ -32,7 +32,7 @@ class TaskSettings(Settings):
     task: Annotated[str, Option(metavar="NAME", known=tasks)] = Field(
         default="chain", description="Task, see `rl.tasks`; math needs --problems."
     )
-    problems: Annotated[str | None, Option(path=True, default="drawn ones")] = Field(
+    problems: Annotated[PathText | None, Option(path=True, default="drawn ones")] = Field(
         default=None, description="JSONL file of problem and answer."
     )
     chat: bool = Field(default=False, description="Render problems by the chat template.")
@@ -197,6 +197,8 @@ Accuracy = Annotated[float, Field(ge=0, le=1)]
 
 class SanityConfig(TaskSettings):
     """Settings of a sanity set."""
+
+    TITLE: ClassVar[str] = "Sanity set"
 
     n_samples: Annotated[int, Field(ge=2)] = Field(default=40, description="Responses per problem.")
     keep: Annotated[tuple[Accuracy, Accuracy], Option(metavar="LOW HIGH")] = Field(

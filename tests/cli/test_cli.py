@@ -16,7 +16,7 @@ import pytest
 
 import mismatch_probe
 from mismatch_probe.files import locked
-from mismatch_probe.probes.session import RunResult
+from mismatch_probe.run import Run
 from tests.conftest import MakeModel, Outcome, Recorder, children, ended
 
 Command = Callable[..., Outcome]
@@ -160,9 +160,9 @@ class TestUsage:
         [
             (["--temperature", "0"], "--temperature must be above 0"),
             (["--num-prompts", "0"], "--num-prompts must be above 0"),
-            (["--num-prompts", "many"], "'many' is not a valid integer"),
-            (["--rollout-dtypes", "int8"], "'int8' is not one of bfloat16, float16, float32"),
-            (["--rollout-dtypes", ""], "'' is not one of"),
+            (["--num-prompts", "many"], "--num-prompts must be a whole number, not 'many'"),
+            (["--rollout-dtypes", "int8"], "--rollout-dtypes does not accept 'int8'"),
+            (["--rollout-dtypes", ""], "--rollout-dtypes does not accept ''"),
             (["--trainer-dtypes", "bf16,bf16"], "--trainer-dtypes has a value twice"),
             (["--trainer-mode", "autocast", "--trainer-dtypes", "fp32"], "Autocast does not support float32"),
             (["--fail-on", "kl_k3>=1"], "has no finite number"),
@@ -175,7 +175,7 @@ class TestUsage:
             (["--engine-arg", "trust-remote-code=true"], "is not of the form name=value"),
             (["--engine-arg", "x=NaN"], "has a value that JSON cannot represent"),
             (["--no-such-option"], "No such option"),
-            (["--device", "tpu"], "is not one of"),
+            (["--device", "tpu"], "--device does not accept 'tpu'"),
         ],
     )
     def test_what_cannot_be(self, command: Command, arguments: list[str], sentence: str) -> None:
@@ -197,7 +197,7 @@ class TestUsage:
         ],
     )
     def test_a_resumed_run_stays_what_it_was(
-        self, command: Command, finished: RunResult, arguments: list[str], named: str
+        self, command: Command, finished: Run, arguments: list[str], named: str
     ) -> None:
         found = command("compare", "--resume", finished.path, *arguments)
         assert (found.code, found.out) == (2, "")
@@ -207,11 +207,14 @@ class TestUsage:
 
     @pytest.mark.parametrize(("arguments", "named"), [(["--out", "other"], "--out"), (["--plan"], "--plan")])
     def test_a_resumed_run_has_its_folder_and_its_plan(
-        self, command: Command, finished: RunResult, arguments: list[str], named: str
+        self, command: Command, finished: Run, arguments: list[str], named: str
     ) -> None:
         found = command("compare", "--resume", finished.path, *arguments)
         assert (found.code, found.out) == (2, "")
-        assert found.err == f"Error: {named} cannot be combined with --resume.\n  Leave it out.\n"
+        assert (
+            found.err
+            == f"Error: {named} cannot be combined with --resume: it applies only to new runs.\n  Leave it out.\n"
+        )
 
     @pytest.mark.parametrize(
         ("arguments", "named", "finished_pass"),
@@ -224,7 +227,7 @@ class TestUsage:
         ],
     )
     def test_changes_that_come_too_late(
-        self, command: Command, finished: RunResult, arguments: list[str], named: str, finished_pass: str
+        self, command: Command, finished: Run, arguments: list[str], named: str, finished_pass: str
     ) -> None:
         before = (finished.path / "manifest.json").read_bytes()
         found = command("compare", "--resume", finished.path, *arguments)
@@ -323,7 +326,7 @@ class TestErrors:
             assert "tokens.parquet is corrupt or truncated" in found.err
 
     def test_a_bug_keeps_its_traceback(self, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-        def bug(_: Any) -> None:
+        def bug(**_: Any) -> None:
             raise RuntimeError("a bug")
 
         monkeypatch.setattr(mismatch_probe, "plan", bug)
@@ -418,7 +421,7 @@ class TestSignals:
         assert json.loads((run / "manifest.json").read_text())["status"] == "interrupted"
         scripted_model()
         recorder = Recorder()
-        assert mismatch_probe.resume(run, progress=recorder).complete
+        assert mismatch_probe.Run.open(run).resume(progress=recorder).complete
         assert recorder.begun == ["encode", "vllm-float16-decode", "hf-bfloat16-cast"]
 
     @pytest.mark.usefixtures("no_figures")
@@ -431,10 +434,10 @@ class TestSignals:
         assert all(ended(pid) for pid in workers), "a worker outlived its parent"
         assert json.loads((run / "manifest.json").read_text())["status"] == "running"
         recorder = Recorder()
-        assert mismatch_probe.resume(run, progress=recorder).complete
+        assert mismatch_probe.Run.open(run).resume(progress=recorder).complete
         assert recorder.begun == ["encode", "vllm-float16-decode", "hf-bfloat16-cast"]
 
-    def test_a_reader_that_goes_away_is_no_traceback(self, finished: RunResult) -> None:
+    def test_a_reader_that_goes_away_is_no_traceback(self, finished: Run) -> None:
         """`mismatch-probe report RUN --json | head -1`"""
         reader, writer = os.pipe()
         os.close(reader)

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 import mismatch_probe
-from mismatch_probe.config import CompareConfig
 from mismatch_probe.probes.attribute.session import AttributeResult
 
 pytestmark = [pytest.mark.gpu, pytest.mark.engine]
@@ -17,10 +16,14 @@ Tiny = Callable[[str], Path]
 
 @pytest.fixture(scope="module")
 def result(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> AttributeResult:
-    config = CompareConfig(
-        model=str(tiny("qwen3_moe")), device="cuda", num_prompts=16, samples_per_prompt=1, max_tokens=48
-    )
-    return mismatch_probe.attribute(config, out=tmp_path_factory.mktemp("gpu") / "run", settings=("all",))
+    config = {
+        "model": str(tiny("qwen3_moe")),
+        "device": "cuda",
+        "num_prompts": 16,
+        "samples_per_prompt": 1,
+        "max_tokens": 48,
+    }
+    return mismatch_probe.attribute(**config, out=tmp_path_factory.mktemp("gpu") / "run", settings=("all",))
 
 
 def test_rungs_add_up(result: AttributeResult) -> None:

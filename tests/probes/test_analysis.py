@@ -17,8 +17,8 @@ import mismatch_probe
 from mismatch_probe.config import Limit
 from mismatch_probe.errors import TableError, UsageError
 from mismatch_probe.probes.analysis import analyse, judge
-from mismatch_probe.probes.session import RunResult
 from mismatch_probe.results.comparison import Pair
+from mismatch_probe.run import Run
 from mismatch_probe.runs.comparison import RunDirectory
 from mismatch_probe.types import MetricValue
 from tests.factories.comparison import make_metrics, make_missing, make_pair
@@ -61,7 +61,7 @@ class TestJudge:
 
 
 class TestSummary:
-    def test_it_has_the_shape_of_the_design(self, finished: RunResult) -> None:
+    def test_it_has_the_shape_of_the_design(self, finished: Run) -> None:
         document = json.loads((finished.path / "summary.json").read_text())
         assert document["schema_version"] == 2
         keys = {
@@ -84,7 +84,7 @@ class TestSummary:
                 assert {"value", "ci_low", "ci_high"} <= metric.keys()
                 assert metric["value"] is not None or metric["why"]
 
-    def test_the_csv_holds_the_same_numbers(self, finished: RunResult) -> None:
+    def test_the_csv_holds_the_same_numbers(self, finished: Run) -> None:
         pairs = {(p.rollout_pass, p.trainer_pass): p.metrics for p in finished.summary.pairs}
         with (finished.path / "summary.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
@@ -94,7 +94,7 @@ class TestSummary:
             for name in ("value", "ci_low", "ci_high"):
                 assert (float(row[name]) if row[name] else None) == getattr(metric, name)
 
-    def test_the_worst_tokens_are_the_worst(self, finished: RunResult) -> None:
+    def test_the_worst_tokens_are_the_worst(self, finished: Run) -> None:
         run = RunDirectory.open(finished.path)
         (worst, *_) = [token for token in finished.data.worst_tokens if token.pair == "bfloat16"]
         rollout, trainer = (run.tokens(name).to_pylist() for name in ("vllm-bfloat16-decode", "hf-bfloat16-cast"))
@@ -137,7 +137,7 @@ class TestMissing:
 class TestReportAndPlot:
     @pytest.mark.usefixtures("no_figures")
     def test_a_report_needs_the_tables_alone(
-        self, finished: RunResult, run_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, finished: Run, run_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.chdir(tmp_path)
         for path in run_copy.iterdir():
@@ -145,23 +145,21 @@ class TestReportAndPlot:
                 shutil.rmtree(path)
             elif path.name not in ("manifest.json", "sequences.parquet", "tokens.parquet"):
                 path.unlink()
-        result = mismatch_probe.write_report("copy")
+        result = mismatch_probe.Run.open("copy").report()
         assert result.summary == finished.summary
         assert (run_copy / "summary.json").read_bytes() == (finished.path / "summary.json").read_bytes()
 
     @pytest.mark.usefixtures("no_figures")
     def test_other_limits(self, run_copy: Path) -> None:
-        assert not mismatch_probe.write_report(run_copy, fail_on=["kl_k3>1000"]).exceeded
-        assert mismatch_probe.write_report(run_copy, fail_on=["kl_k3>1e-12@bfloat16"]).exceeded
+        assert not mismatch_probe.Run.open(run_copy).report(fail_on=["kl_k3>1000"]).exceeded
+        assert mismatch_probe.Run.open(run_copy).report(fail_on=["kl_k3>1e-12@bfloat16"]).exceeded
         with pytest.raises(UsageError, match="unknown metric"):
-            mismatch_probe.write_report(run_copy, fail_on=["kl_k9>1"])
+            mismatch_probe.Run.open(run_copy).report(fail_on=["kl_k9>1"])
 
-    def test_plot_draws_what_the_run_drew(
-        self, finished: RunResult, run_copy: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_plot_draws_what_the_run_drew(self, finished: Run, run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         shutil.rmtree(run_copy / "figures")
         monkeypatch.chdir(run_copy.parent)
-        found = mismatch_probe.plot(run_copy.name)
+        found = mismatch_probe.Run.open(run_copy.name).plot()
         assert {path.name for path in found.values()} == {path.name for path in finished.figures.values()}
         assert all((run_copy.parent / path).stat().st_size > 0 for path in found.values())
 
@@ -181,7 +179,7 @@ class TestReportAndPlot:
         changed = table.set_column(column, table.schema.field(column), pa.array(ids, pa.int32()))
         pq.write_table(changed, path)
         with pytest.raises(TableError, match="differ in their token_id column, so they cannot be paired"):
-            mismatch_probe.write_report(run_copy)
+            mismatch_probe.Run.open(run_copy).report()
 
     @pytest.mark.parametrize("again", [mismatch_probe.write_report, mismatch_probe.plot])
     def test_a_run_in_which_nothing_can_be_compared(self, run_copy: Path, again: Callable[[Path], Any]) -> None:

@@ -13,7 +13,7 @@ from markupsafe import escape
 from numpy.typing import NDArray
 
 import mismatch_probe
-from mismatch_probe.config import AttributeOptions, CompareConfig
+from mismatch_probe.config import AttributeOptions
 from mismatch_probe.engines.attribute.trace import MOST_BYTES, MOST_ROWS, choose_sequences, row_bytes
 from mismatch_probe.errors import EngineError, TableError, UsageError
 from mismatch_probe.metrics.ladder import Change
@@ -81,7 +81,7 @@ def plant(run_copy: Path) -> Callable[..., Planted]:
 
 def document_of(planted: Planted) -> Attribution:
     options = {"settings": planted.options.settings, "pair": planted.options.pair, "layers": False}
-    return mismatch_probe.attribute_run(planted.base.run.path, **options).attribution
+    return mismatch_probe.Run.open(planted.base.run.path).attribute(engines=False, **options).attribution
 
 
 def setting_of(document: Attribution, name: str) -> SettingResult:
@@ -99,7 +99,7 @@ def closing(document: Attribution) -> list[Finding]:
 
 
 def test_without_passes_everything_says_what_makes_it(run_copy: Path) -> None:
-    document = mismatch_probe.attribute_run(run_copy).attribution
+    document = mismatch_probe.Run.open(run_copy).attribute(engines=False).attribution
     assert document.ladder.rungs == ()
     assert document.ladder.why == setting_of(document, "rollout-kv-fp8").why == NOT_MEASURED
     assert setting_of(document, "rollout-kv-fp8").status == "skipped"
@@ -124,15 +124,15 @@ def test_a_ladder_of_planted_passes(plant: Callable[..., Planted]) -> None:
 
 
 def test_autocast_has_a_rung_of_its_own(scripted_model: MakeModel, tmp_path: Path) -> None:
-    config = CompareConfig(
-        model=str(scripted_model()),
-        num_prompts=6,
-        max_tokens=4,
-        rollout_dtypes=("bfloat16",),
-        trainer_dtypes=("bfloat16", "float32"),
-        trainer_modes=("autocast",),
-    )
-    planted = Planted(mismatch_probe.compare(config, out=tmp_path / "run").path, settings=("none",))
+    config = {
+        "model": str(scripted_model()),
+        "num_prompts": 6,
+        "max_tokens": 4,
+        "rollout_dtypes": ("bfloat16",),
+        "trainer_dtypes": ("bfloat16", "float32"),
+        "trainer_modes": ("autocast",),
+    }
+    planted = Planted(mismatch_probe.compare(**config, out=tmp_path / "run").path, settings=("none",))
     planted.ladder()
     planted.put("trainer-cast-as-laid-out", planted.base.trainer_logprobs)
     rungs = document_of(planted).ladder.rungs
@@ -294,14 +294,14 @@ def test_a_pass_that_cannot_be_made_here_is_still_read(plant: Callable[..., Plan
 
 
 def test_tensors_that_are_not_finite_are_named(scripted_model: MakeModel, tmp_path: Path) -> None:
-    config = CompareConfig(
-        model=str(scripted_model(num_hidden_layers=1)),
-        num_prompts=4,
-        max_tokens=4,
-        rollout_dtypes=("bfloat16",),
-        trainer_dtypes=("bfloat16",),
-    )
-    base = Planted(mismatch_probe.compare(config, out=tmp_path / "run").path, settings=("none",)).base
+    config = {
+        "model": str(scripted_model(num_hidden_layers=1)),
+        "num_prompts": 4,
+        "max_tokens": 4,
+        "rollout_dtypes": ("bfloat16",),
+        "trainer_dtypes": ("bfloat16",),
+    }
+    base = Planted(mismatch_probe.compare(**config, out=tmp_path / "run").path, settings=("none",)).base
     store = PassStore(base, AttributeOptions(settings=("none",), layer_dtypes=("float16",)))
     records = [
         {"kind": kind, "name": name, "layer": layer}
@@ -311,7 +311,9 @@ def test_tensors_that_are_not_finite_are_named(scripted_model: MakeModel, tmp_pa
     sums = np.full((3, 2), np.nan)
     arrays = {"apart": sums, "engine": sums, "trainer": sums, "size": np.ones((3, 2)), "lens": np.empty((0, 0))}
     store.files.at("inside-float16").save(facts, arrays)
-    result = mismatch_probe.attribute_run(base.run.path, settings=("none",), layer_dtypes=("float16",))
+    result = mismatch_probe.Run.open(base.run.path).attribute(
+        engines=False, settings=("none",), layer_dtypes=("float16",)
+    )
     found = result.attribution.layers.dtypes["float16"]
     assert found.located is not None
     assert (found.located.verdict, found.located.name) == ("not finite", "m.0.down_proj")
@@ -323,14 +325,14 @@ def test_tensors_that_are_not_finite_are_named(scripted_model: MakeModel, tmp_pa
 @pytest.fixture
 def layered(scripted_model: MakeModel, tmp_path: Path) -> Planted:
     """A run of a model that says that it has layers."""
-    config = CompareConfig(
-        model=str(scripted_model(num_hidden_layers=1)),
-        num_prompts=6,
-        max_tokens=4,
-        rollout_dtypes=("bfloat16",),
-        trainer_dtypes=("bfloat16", "float32"),
-    )
-    planted = Planted(mismatch_probe.compare(config, out=tmp_path / "run").path, settings=("none",))
+    config = {
+        "model": str(scripted_model(num_hidden_layers=1)),
+        "num_prompts": 6,
+        "max_tokens": 4,
+        "rollout_dtypes": ("bfloat16",),
+        "trainer_dtypes": ("bfloat16", "float32"),
+    }
+    planted = Planted(mismatch_probe.compare(**config, out=tmp_path / "run").path, settings=("none",))
     planted.options = planted.options.replace(layers=True)
     planted.store = PassStore(planted.base, planted.options)
     planted.ladder()
@@ -343,7 +345,7 @@ def test_what_fp32_leaves_of_the_gap_is_not_rounding(layered: Planted, left: flo
     gap = base.trainer_logprobs - base.rollout_logprobs
     assert base.float32_logprobs is not None
     layered.put(WIDE_PREFILL, base.float32_logprobs - left * gap)
-    document = mismatch_probe.attribute_run(base.run.path, settings=("none",)).attribution
+    document = mismatch_probe.Run.open(base.run.path).attribute(engines=False, settings=("none",)).attribution
     assert document.left_in_fp32.fraction.value == pytest.approx(left**2, abs=1e-6)
     assert document.answer[1].code == code
     assert document.answer[1].metric("left") == document.left_in_fp32.fraction
@@ -358,7 +360,11 @@ def test_without_fp32_nothing_is_put_down_to_rounding(plant: Callable[..., Plant
 def test_a_setting_that_was_measured_is_shown_when_others_are_asked_for(plant: Callable[..., Planted]) -> None:
     planted = plant(settings=("rollout:kv-fp8",))
     planted.put("rollout-kv-fp8", planted.noisy(planted.base.rollout_logprobs))
-    document = mismatch_probe.attribute_run(planted.base.run.path, settings=("batch-1",), layers=False).attribution
+    document = (
+        mismatch_probe.Run.open(planted.base.run.path)
+        .attribute(engines=False, settings=("batch-1",), layers=False)
+        .attribution
+    )
     assert setting_of(document, "rollout-kv-fp8").status == "measured"
     states = [setting_of(document, f"rollout-{key}") for key in ("batch-1", "chunked-prefill")]
     assert [(row.status, row.why) for row in states] == [("skipped", NOT_MEASURED), ("skipped", "not asked for")]
@@ -369,7 +375,7 @@ def test_what_failed_and_what_does_not_apply_says_why(plant: Callable[..., Plant
     planted.fail("rollout-kv-fp8", failed="The engine with kv-fp8 ran out of memory.")
     planted.fail("trainer-fp32-rope", unsupported="the model has no separate rotary-embedding module")
     path = planted.base.run.path
-    result = mismatch_probe.attribute_run(path, settings=planted.options.settings, layers=False)
+    result = mismatch_probe.Run.open(path).attribute(engines=False, settings=planted.options.settings, layers=False)
     assert result.failed == ["rollout-kv-fp8"]
     row = setting_of(result.attribution, "rollout-kv-fp8")
     assert (row.status, row.why) == ("failed", "The engine with kv-fp8 ran out of memory.")
@@ -381,45 +387,49 @@ def test_what_failed_and_what_does_not_apply_says_why(plant: Callable[..., Plant
 
 def test_passes_of_another_pair_are_not_taken(plant: Callable[..., Planted], run_copy: Path) -> None:
     plant(settings=("none",))
-    other = mismatch_probe.attribute_run(run_copy, pair="fp16", settings=("none",), layers=False).attribution
+    other = (
+        mismatch_probe.Run.open(run_copy)
+        .attribute(engines=False, pair="fp16", settings=("none",), layers=False)
+        .attribution
+    )
     assert (other.rollout_dtype, other.trainer_dtype) == ("float16", "float16")
     assert other.ladder.rungs == ()
 
 
 def test_a_pair_that_the_run_lacks_and_a_pass_that_failed(scripted_model: MakeModel, tmp_path: Path) -> None:
-    config = CompareConfig(
-        model=str(scripted_model({"trainer-bfloat16": "refuse"})),
-        num_prompts=4,
-        max_tokens=4,
-        rollout_dtypes=("bfloat16",),
-        trainer_dtypes=("bfloat16", "float32"),
-    )
-    run = mismatch_probe.compare(config, out=tmp_path / "run")
+    config = {
+        "model": str(scripted_model({"trainer-bfloat16": "refuse"})),
+        "num_prompts": 4,
+        "max_tokens": 4,
+        "rollout_dtypes": ("bfloat16",),
+        "trainer_dtypes": ("bfloat16", "float32"),
+    }
+    run = mismatch_probe.compare(**config, out=tmp_path / "run")
     with pytest.raises(UsageError, match="no pair float16/float16"):
-        mismatch_probe.attribute_run(run.path, pair="fp16")
+        mismatch_probe.Run.open(run.path).attribute(engines=False, pair="fp16")
     with pytest.raises(EngineError, match="hf-bfloat16-cast has not finished"):
-        mismatch_probe.attribute_run(run.path)
+        mismatch_probe.Run.open(run.path).attribute(engines=False)
 
 
 def test_no_run_and_another_temperature(scripted_model: MakeModel, tmp_path: Path) -> None:
     with pytest.raises(TableError):
-        mismatch_probe.attribute_run(tmp_path)
-    config = CompareConfig(
-        model=str(scripted_model()),
-        num_prompts=4,
-        max_tokens=4,
-        temperature=0.7,
-        rollout_dtypes=("bfloat16",),
-        trainer_dtypes=("bfloat16",),
-    )
-    run = mismatch_probe.compare(config, out=tmp_path / "run")
+        mismatch_probe.Run.open(tmp_path).attribute(engines=False)
+    config = {
+        "model": str(scripted_model()),
+        "num_prompts": 4,
+        "max_tokens": 4,
+        "temperature": 0.7,
+        "rollout_dtypes": ("bfloat16",),
+        "trainer_dtypes": ("bfloat16",),
+    }
+    run = mismatch_probe.compare(**config, out=tmp_path / "run")
     with pytest.raises(UsageError, match="temperature 1"):
-        mismatch_probe.attribute_run(run.path)
+        mismatch_probe.Run.open(run.path).attribute(engines=False)
 
 
 def test_the_scripted_model_has_no_inside(run_copy: Path) -> None:
     with pytest.raises(UsageError, match="scripted"):
-        mismatch_probe.attribute_resume(run_copy)
+        mismatch_probe.Run.open(run_copy).attribute()
 
 
 @pytest.mark.parametrize(
@@ -493,7 +503,7 @@ def test_sequences_of_a_trace_fit_its_limits() -> None:
 
 
 def test_a_plan_says_what_would_run(scripted_model: MakeModel) -> None:
-    plan = mismatch_probe.attribute_plan(CompareConfig(model=str(scripted_model())), settings=("kv-fp8", "compiled"))
+    plan = mismatch_probe.attribute_plan(model=str(scripted_model()), settings=("kv-fp8", "compiled"))
     names = {process.name for process in plan.processes}
     assert {"vLLM as it sampled", "vLLM kv-fp8", "vLLM compiled"} <= names
     reasons = {row.name: row.why for row in plan.settings}
@@ -507,7 +517,7 @@ def test_the_comparisons_report_quotes_the_answer(plant: Callable[..., Planted])
     planted = plant(settings=("none",))
     document, path = document_of(planted), planted.base.run.path
     assert {file.name for file in (path / "attribute").iterdir()} >= {"attribution.json", "report.html", "report.md"}
-    assert mismatch_probe.write_report(path).data.attribution == document
+    assert mismatch_probe.Run.open(path).report().data.attribution == document
     page = (path / "report.html").read_text(encoding="utf-8")
     assert all(str(escape(text)) in page for text in attribution_answer(document))
 
@@ -518,5 +528,5 @@ def test_a_damaged_attribution_is_an_error_that_says_what_to_do(text: str, run_c
     path.parent.mkdir()
     path.write_text(text, encoding="utf-8")
     with pytest.raises(TableError, match=r"attribution\.json") as caught:
-        mismatch_probe.write_report(run_copy)
+        mismatch_probe.Run.open(run_copy).report()
     assert "Install a newer" in caught.value.fix or f"attribute --from {run_copy}`" in caught.value.fix

@@ -21,7 +21,7 @@ def test_attribution(tmp_path: Path) -> None:
     manifest["model"]["path"] = str(run / "model")
     (run / "manifest.json").write_text(json.dumps(manifest))
     frozen = Attribution.read(run / "attribute" / "attribution.json").content()
-    found = mismatch_probe.attribute_run(run).attribution.content()
+    found = mismatch_probe.Run.open(run).attribute(engines=False).attribution.content()
     # What is not measured says why by what is installed.
     for document in (found, frozen):
         document["settings"] = [row for row in document["settings"] if row["status"] == "measured"]

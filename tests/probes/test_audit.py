@@ -13,15 +13,15 @@ from xml.etree import ElementTree
 import pytest
 
 import mismatch_probe
-from mismatch_probe.config import AuditOptions, CompareConfig
+from mismatch_probe.config import AuditOptions
 from mismatch_probe.errors import DtypeRefused, Interrupted, TableError, UsageError
 from mismatch_probe.probes.audit.baseline import compare_audits, read_audit
 from mismatch_probe.probes.audit.checks import Checks
 from mismatch_probe.probes.audit.profile import Profile
 from mismatch_probe.probes.progress import Progress
-from mismatch_probe.probes.session import RunResult
 from mismatch_probe.report.junit import junit_xml
 from mismatch_probe.results.audit import Audit, AuditedPair, Bounds, Check, CheckChange, Range
+from mismatch_probe.run import Run
 from mismatch_probe.types import MetricValue
 from tests.conftest import MakeModel
 
@@ -40,10 +40,10 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch, no_figures: None) -> None:
 
 
 @pytest.fixture(scope="module")
-def document(finished: RunResult, tmp_path_factory: pytest.TempPathFactory) -> Audit:
+def document(finished: Run, tmp_path_factory: pytest.TempPathFactory) -> Audit:
     """Of the finished run."""
     copied = Path(shutil.copytree(finished.path, tmp_path_factory.mktemp("audited") / "run"))
-    return mismatch_probe.audit_run(copied).audit
+    return mismatch_probe.Run.open(copied).audit(engines=False).audit
 
 
 def pair_of(audit: Audit, rollout: str, trainer: str) -> AuditedPair:
@@ -65,7 +65,7 @@ def codes(found: Iterable[CheckChange]) -> list[tuple[str, str]]:
 
 
 def test_a_finished_run_is_judged_as_far_as_it_goes(run_copy: Path, no_pictures: None) -> None:
-    audit = mismatch_probe.audit_run(run_copy).audit
+    audit = mismatch_probe.Run.open(run_copy).audit(engines=False).audit
     assert len(audit.pairs) == 9
     assert audit.range == Range()
     (missing,) = audit.missing
@@ -83,7 +83,7 @@ def test_a_finished_run_is_judged_as_far_as_it_goes(run_copy: Path, no_pictures:
     ElementTree.parse(run_copy / "audit" / "junit.xml")
 
 
-def test_metrics_are_those_of_the_comparison(document: Audit, finished: RunResult) -> None:
+def test_metrics_are_those_of_the_comparison(document: Audit, finished: Run) -> None:
     for pair in document.pairs:
         source = next(p for p in finished.summary.pairs if (p.rollout_dtype, p.trainer_dtype) == pair.dtypes)
         for check in pair.checks:
@@ -95,10 +95,8 @@ def test_metrics_are_those_of_the_comparison(document: Audit, finished: RunResul
 def test_the_exact_kl_is_judged_where_rows_were_kept(
     scripted_model: MakeModel, tmp_path: Path, no_pictures: None
 ) -> None:
-    run = mismatch_probe.compare(
-        CompareConfig(model=str(scripted_model()), exact_kl="all", **ONE_PAIR), out=tmp_path / "run"
-    )
-    audit = mismatch_probe.audit_run(run.path).audit
+    run = mismatch_probe.compare(model=str(scripted_model()), exact_kl="all", **ONE_PAIR, out=tmp_path / "run")
+    audit = mismatch_probe.Run.open(run.path).audit(engines=False).audit
     (pair,) = audit.pairs
     value = run.summary.pairs[0].metrics["kl_exact"].value
     assert value is not None
@@ -109,16 +107,16 @@ def test_the_exact_kl_is_judged_where_rows_were_kept(
 
 
 def test_the_asked_for_pair_decides(run_copy: Path, no_pictures: None) -> None:
-    found = mismatch_probe.audit_run(run_copy, pairs=("fp16/fp16",))
+    found = mismatch_probe.Run.open(run_copy).audit(engines=False, pairs=("fp16/fp16",))
     assert [name.dtypes for name in found.audit.decided_by] == [("float16", "float16")]
     assert found.verdict == pair_of(found.audit, "float16", "float16").verdict
     assert found.failed
 
 
 def test_a_pair_that_was_not_run_cannot_be_ok(scripted_model: MakeModel, tmp_path: Path, no_pictures: None) -> None:
-    config = CompareConfig(model=str(scripted_model()), **ONE_PAIR)
-    run = mismatch_probe.compare(config, out=tmp_path / "run")
-    found = mismatch_probe.audit_run(run.path, pairs=("fp16",))
+    config = dict(model=str(scripted_model()), **ONE_PAIR)
+    run = mismatch_probe.compare(**config, out=tmp_path / "run")
+    found = mismatch_probe.Run.open(run.path).audit(engines=False, pairs=("fp16",))
     assert (found.verdict, found.audit.decided_by) == ("inconclusive", ())
     assert found.audit.missing[0].code == "audit-pairs-not-in-run"
 
@@ -126,9 +124,9 @@ def test_a_pair_that_was_not_run_cannot_be_ok(scripted_model: MakeModel, tmp_pat
 def test_a_run_without_fp32_cannot_tell_a_fault_from_rounding(
     scripted_model: MakeModel, tmp_path: Path, no_pictures: None
 ) -> None:
-    config = CompareConfig(model=str(scripted_model()), **ONE_PAIR)
-    run = mismatch_probe.compare(config, out=tmp_path / "run")
-    floor = check_of(mismatch_probe.audit_run(run.path).audit.pairs[0], "fp32_floor")
+    config = dict(model=str(scripted_model()), **ONE_PAIR)
+    run = mismatch_probe.compare(**config, out=tmp_path / "run")
+    floor = check_of(mismatch_probe.Run.open(run.path).audit(engines=False).audit.pairs[0], "fp32_floor")
     assert (floor.verdict, floor.finding.code) == ("inconclusive", "audit-no-fp32-pair")
     assert floor.settle is not None
     assert floor.settle.dtypes == ("float32",)
@@ -136,15 +134,15 @@ def test_a_run_without_fp32_cannot_tell_a_fault_from_rounding(
 
 def test_a_failed_pass_leaves_its_pairs_missing(scripted_model: MakeModel, tmp_path: Path, no_pictures: None) -> None:
     model = str(scripted_model({"rollout-float16": "refuse"}))
-    config = CompareConfig(model=model, **{**ONE_PAIR, "rollout_dtypes": ("bfloat16", "float16")})
-    run = mismatch_probe.compare(config, out=tmp_path / "run")
-    missing = mismatch_probe.audit_run(run.path).audit.missing[0]
+    config = dict(model=model, **{**ONE_PAIR, "rollout_dtypes": ("bfloat16", "float16")})
+    run = mismatch_probe.compare(**config, out=tmp_path / "run")
+    missing = mismatch_probe.Run.open(run.path).audit(engines=False).audit.missing[0]
     assert (missing.code, missing.names("pairs")) == ("audit-pairs-missing", ("float16/bfloat16/cast",))
 
 
 def test_a_scripted_model_has_nothing_to_measure(run_copy: Path) -> None:
     with pytest.raises(UsageError, match="no weights"):
-        mismatch_probe.audit_resume(run_copy)
+        mismatch_probe.Run.open(run_copy).audit()
 
 
 def test_a_refused_dtype_is_told_before_anything_is_loaded(scripted_model: MakeModel, tmp_path: Path) -> None:
@@ -154,9 +152,7 @@ def test_a_refused_dtype_is_told_before_anything_is_loaded(scripted_model: MakeM
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "model_type": "gemma3"}))
     with pytest.raises(DtypeRefused, match="vLLM does not support float16 for model type gemma3"):
-        mismatch_probe.audit(
-            CompareConfig(model=str(model), rollout_dtypes=("float16",)), out=tmp_path / "run", profile="default"
-        )
+        mismatch_probe.audit(model=str(model), rollout_dtypes=("float16",), out=tmp_path / "run", profile="default")
     assert not (tmp_path / "run").exists()
 
 
@@ -278,7 +274,7 @@ def test_a_counted_event_that_was_not_there_before_is_a_regression(document: Aud
     assert regressions(other, before) == []
 
 
-def test_impossible_log_probs_fail_the_check_of_those_that_are_not_finite(finished: RunResult) -> None:
+def test_impossible_log_probs_fail_the_check_of_those_that_are_not_finite(finished: Run) -> None:
     name = "nonfinite_logprobs"
     profile = Profile(name="own", checks={name: Bounds(event="fail", source="us")})
     checks = Checks(profile, finished.summary.pairs, {}, Range(), (), 256)
@@ -386,14 +382,14 @@ def test_what_was_made_differently_is_listed(document: Audit) -> None:
 
 def test_a_baseline_closes_the_gate(run_copy: Path, document: Audit, tmp_path: Path, no_pictures: None) -> None:
     changed(document, "kl_k3", 1 / 50).write(tmp_path / "old.json")
-    found = mismatch_probe.audit_run(run_copy, baseline=tmp_path / "old.json", pairs=("bf16",))
+    found = mismatch_probe.Run.open(run_copy).audit(engines=False, baseline=tmp_path / "old.json", pairs=("bf16",))
     assert found.regressed
     assert found.failed
     assert Audit.read(run_copy / "audit" / "audit.json") == found.audit
 
 
 def test_a_baseline_is_found_by_its_file_or_folder(run_copy: Path, tmp_path: Path, no_pictures: None) -> None:
-    audit = mismatch_probe.audit_run(run_copy).audit
+    audit = mismatch_probe.Run.open(run_copy).audit(engines=False).audit
     for place in (run_copy, run_copy / "audit", run_copy / "audit" / "audit.json"):
         assert read_audit(place) == audit
     for damaged in ("{}", "{", '{"schema_version": 9}', '{"schema_version": 1}', '{"schema_version": 2}'):
@@ -406,9 +402,9 @@ def test_a_baseline_is_found_by_its_file_or_folder(run_copy: Path, tmp_path: Pat
 
 def test_a_look_at_a_run_changes_nothing_of_it(run_copy: Path, no_pictures: None) -> None:
     before = (run_copy / "manifest.json").read_bytes()
-    mismatch_probe.audit_run(run_copy, planned_tokens=17, profile="verl", strict=True)
+    mismatch_probe.Run.open(run_copy).audit(engines=False, planned_tokens=17, profile="verl", strict=True)
     assert (run_copy / "manifest.json").read_bytes() == before
-    assert mismatch_probe.audit_run(run_copy).audit.options.planned_tokens == 48
+    assert mismatch_probe.Run.open(run_copy).audit(engines=False).audit.options.planned_tokens == 48
 
 
 def recorded(folder: Path, prompt: list[int], n: int = 40) -> Path:
@@ -431,9 +427,9 @@ def recorded(folder: Path, prompt: list[int], n: int = 40) -> Path:
 def test_a_recorded_run_is_judged_by_its_log_probs_and_names_no_dtype(
     tmp_path: Path, prompt: list[int], no_pictures: None
 ) -> None:
-    run = mismatch_probe.compare(CompareConfig(source=str(recorded(tmp_path, prompt))), out=tmp_path / "run")
+    run = mismatch_probe.compare(source=str(recorded(tmp_path, prompt)), out=tmp_path / "run")
     (tmp_path / "lax.toml").write_text("[checks.kl_k3]\nfail_above = 1.0\n")
-    audit = mismatch_probe.audit_run(run.path, profile=str(tmp_path / "lax.toml")).audit
+    audit = mismatch_probe.Run.open(run.path).audit(engines=False, profile=str(tmp_path / "lax.toml")).audit
     (pair,) = audit.pairs
     assert check_of(pair, "kl_k3").verdict == "ok"
     assert audit.recommendation is not None
@@ -441,16 +437,16 @@ def test_a_recorded_run_is_judged_by_its_log_probs_and_names_no_dtype(
     assert [found.framework for found in snippets] == ["trl", "verl"]
     assert not any("recorded" in found.text for found in snippets)
     with pytest.raises(UsageError, match="names no model"):
-        mismatch_probe.audit_resume(run.path)
+        mismatch_probe.Run.open(run.path).audit()
 
 
 def test_a_run_whose_rollouts_all_failed_is_inconclusive(
     scripted_model: MakeModel, tmp_path: Path, no_pictures: None
 ) -> None:
-    config = CompareConfig(model=str(scripted_model({"rollout-bfloat16": "refuse"})), **ONE_PAIR)
+    config = dict(model=str(scripted_model({"rollout-bfloat16": "refuse"})), **ONE_PAIR)
     with pytest.raises(TableError):
-        mismatch_probe.compare(config, out=tmp_path / "run")
-    found = mismatch_probe.audit_run(tmp_path / "run")
+        mismatch_probe.compare(**config, out=tmp_path / "run")
+    found = mismatch_probe.Run.open(tmp_path / "run").audit(engines=False)
     assert (found.verdict, found.failed, found.audit.recommendation) == ("inconclusive", True, None)
 
 
@@ -458,9 +454,9 @@ def test_two_trainer_modes_are_two_pairs_and_share_no_prediction(
     scripted_model: MakeModel, tmp_path: Path, no_pictures: None
 ) -> None:
     sizes = {**ONE_PAIR, "num_prompts": 12, "max_tokens": 12}
-    config = CompareConfig(model=str(scripted_model()), trainer_modes=("cast", "autocast"), **sizes)
-    run = mismatch_probe.compare(config, out=tmp_path / "run")
-    audit = mismatch_probe.audit_run(run.path).audit
+    config = dict(model=str(scripted_model()), trainer_modes=("cast", "autocast"), **sizes)
+    run = mismatch_probe.compare(**config, out=tmp_path / "run")
+    audit = mismatch_probe.Run.open(run.path).audit(engines=False).audit
     cast, autocast = audit.pairs
     assert (cast.trainer_mode, autocast.trainer_mode) == ("cast", "autocast")
     ess = check_of(autocast, "ess_seq_planned")
@@ -482,27 +478,27 @@ class Impatient(Progress):
 def test_an_audit_that_dies_keeps_what_it_was_asked_for(
     scripted_model: MakeModel, tmp_path: Path, no_pictures: None
 ) -> None:
-    config = CompareConfig(model=str(scripted_model()), num_prompts=4, max_tokens=4)
+    config = {"model": str(scripted_model()), "num_prompts": 4, "max_tokens": 4}
     with pytest.raises(ZeroDivisionError):
-        mismatch_probe.audit(config, out=tmp_path / "run", planned_tokens=99, progress=Impatient(ZeroDivisionError))
-    mismatch_probe.resume(tmp_path / "run")
-    assert mismatch_probe.audit_run(tmp_path / "run").audit.options.planned_tokens == 99
+        mismatch_probe.audit(**config, out=tmp_path / "run", planned_tokens=99, progress=Impatient(ZeroDivisionError))
+    mismatch_probe.Run.open(tmp_path / "run").resume()
+    assert mismatch_probe.Run.open(tmp_path / "run").audit(engines=False).audit.options.planned_tokens == 99
 
 
 def test_an_audit_leaves_another_runs_folder_alone(scripted_model: MakeModel, run_copy: Path) -> None:
     before = (run_copy / "manifest.json").read_bytes()
     with pytest.raises(UsageError, match="not empty"):
-        mismatch_probe.audit(CompareConfig(model=str(scripted_model()), **ONE_PAIR), out=run_copy)
+        mismatch_probe.audit(model=str(scripted_model()), **ONE_PAIR, out=run_copy)
     assert (run_copy / "manifest.json").read_bytes() == before
 
 
 def test_an_interrupted_audit_goes_on_as_an_audit_and_keeps_what_it_was_asked_for(
     scripted_model: MakeModel, tmp_path: Path, no_pictures: None
 ) -> None:
-    config = CompareConfig(model=str(scripted_model()), num_prompts=4, max_tokens=4)
+    config = {"model": str(scripted_model()), "num_prompts": 4, "max_tokens": 4}
     with pytest.raises(Interrupted) as error:
         mismatch_probe.audit(
-            config,
+            **config,
             out=tmp_path / "run",
             planned_tokens=99,
             pairs=("bf16",),
@@ -511,5 +507,5 @@ def test_an_interrupted_audit_goes_on_as_an_audit_and_keeps_what_it_was_asked_fo
         )
     resume = f"mismatch-probe audit --resume {tmp_path / 'run'} --pair bf16 --strict"
     assert error.value.fix == f"Continue with: {resume}"
-    mismatch_probe.resume(tmp_path / "run")
-    assert mismatch_probe.audit_run(tmp_path / "run").audit.options.planned_tokens == 99
+    mismatch_probe.Run.open(tmp_path / "run").resume()
+    assert mismatch_probe.Run.open(tmp_path / "run").audit(engines=False).audit.options.planned_tokens == 99

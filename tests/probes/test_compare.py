@@ -21,7 +21,7 @@ from mismatch_probe.errors import DiskFull, Interrupted, PromptError, TableError
 from mismatch_probe.files import locked
 from mismatch_probe.passes import PassId
 from mismatch_probe.probes.planning import make_plan
-from mismatch_probe.probes.session import RunResult
+from mismatch_probe.run import Run
 from mismatch_probe.runs.comparison import RunDirectory
 from mismatch_probe.runs.folder import default_folder
 from mismatch_probe.types import DTYPES
@@ -30,14 +30,14 @@ from tests.conftest import SMALL, MakeModel, Recorder
 BF16, FP16, FP32 = (f"vllm-{dtype}-decode" for dtype in DTYPES)
 TRAINER = "hf-bfloat16-cast"
 TWO_BY_ONE: dict[str, Any] = {**SMALL, "rollout_dtypes": ("bfloat16", "float16")}
-Compare = Callable[..., RunResult]
+Compare = Callable[..., Run]
 
 
 @pytest.fixture
 def compare(tmp_path: Path, no_figures: None) -> Compare:
-    def run(model: Path, out: str = "run", recorder: Recorder | None = None, **options: Any) -> RunResult:
-        config = CompareConfig(model=str(model), **{**SMALL, **options})
-        return mismatch_probe.compare(config, out=tmp_path / out, progress=recorder)
+    def run(model: Path, out: str = "run", recorder: Recorder | None = None, **options: Any) -> Run:
+        config = dict(model=str(model), **{**SMALL, **options})
+        return mismatch_probe.compare(**config, out=tmp_path / out, progress=recorder)
 
     return run
 
@@ -67,7 +67,7 @@ class Counting(Recorder):
 
 
 class TestFinishedRun:
-    def test_all_nine_pairs_with_their_self_noise(self, finished: RunResult) -> None:
+    def test_all_nine_pairs_with_their_self_noise(self, finished: Run) -> None:
         pairs = finished.summary.pairs
         assert {(p.rollout_dtype, p.trainer_dtype) for p in pairs} == {(r, t) for r in DTYPES for t in DTYPES}
         assert finished.summary.missing == ()
@@ -79,14 +79,14 @@ class TestFinishedRun:
                 assert measured.mean_abs_logprob_diff == 0
                 assert measured.n_tokens > 0
 
-    def test_metrics_find_the_noise_that_was_scripted(self, finished: RunResult) -> None:
+    def test_metrics_find_the_noise_that_was_scripted(self, finished: Run) -> None:
         found = {
             (p.rollout_dtype, p.trainer_dtype): p.metrics["mean_abs_logprob_diff"].value for p in finished.summary.pairs
         }
         assert found["bfloat16", "bfloat16"] > 3 * found["float16", "float16"] > 0
         assert found["float32", "float32"] < 1e-4
 
-    def test_files(self, finished: RunResult) -> None:
+    def test_files(self, finished: Run) -> None:
         names = {path.name for path in finished.path.iterdir() if not path.name.startswith(".")}
         assert names == {
             "manifest.json",
@@ -101,7 +101,7 @@ class TestFinishedRun:
         }
         assert all(path.stat().st_size > 0 for path in finished.figures.values())
 
-    def test_the_manifest_says_what_was_run(self, finished: RunResult) -> None:
+    def test_the_manifest_says_what_was_run(self, finished: Run) -> None:
         found = manifest(finished.path)
         assert found["status"] == "complete"
         assert found["model"]["files"].keys() == {"config.json"}
@@ -119,7 +119,7 @@ class TestFinishedRun:
         assert record["timings"].keys() >= {"import", "load", "generate"}
         assert found["config"]["num_prompts"] == 40
 
-    def test_every_pass_says_where_and_with_what_it_ran(self, finished: RunResult) -> None:
+    def test_every_pass_says_where_and_with_what_it_ran(self, finished: Run) -> None:
         passes = manifest(finished.path)["passes"]
         ran = [record for record in passes.values() if not record["repeats"]]
         assert len(ran) == 6
@@ -127,7 +127,7 @@ class TestFinishedRun:
             assert {"versions", "machine", "environment"} <= record["engine"].keys()
             assert {"cpu", "gpus"} <= record["engine"]["machine"].keys()
 
-    def test_each_distinct_sequence_is_scored_once(self, finished: RunResult) -> None:
+    def test_each_distinct_sequence_is_scored_once(self, finished: Run) -> None:
         """The scripted engine samples the same ids in every dtype."""
         counts = manifest(finished.path)["passes"][TRAINER]["counts"]
         assert (counts["n_sequences"], counts["n_distinct_sequences"]) == (120, 40)
@@ -135,7 +135,7 @@ class TestFinishedRun:
     def test_resuming_it_runs_nothing(self, run_copy: Path, no_figures: None) -> None:
         recorder = Recorder()
         before = (run_copy / "summary.json").read_bytes()
-        assert mismatch_probe.resume(run_copy, progress=recorder).complete
+        assert mismatch_probe.Run.open(run_copy).resume(progress=recorder).complete
         assert recorder.begun == ["encode"]
         assert (run_copy / "summary.json").read_bytes() == before
 
@@ -165,7 +165,7 @@ class TestFailedPasses:
         faults = {"rollout-float16": "refuse", "trainer-float32": "refuse"}
         result = compare(scripted_model(faults=faults), **{**TWO_BY_ONE, "trainer_dtypes": ("bfloat16", "float32")})
         recorder = Recorder()
-        mismatch_probe.resume(result.path, progress=recorder)
+        mismatch_probe.Run.open(result.path).resume(progress=recorder)
         assert recorder.begun == ["encode"]
 
     def test_a_killed_engine_and_its_resume(self, scripted_model: MakeModel, compare: Compare) -> None:
@@ -178,7 +178,7 @@ class TestFailedPasses:
 
         scripted_model()
         recorder = Recorder()
-        again = mismatch_probe.resume(result.path, progress=recorder)
+        again = mismatch_probe.Run.open(result.path).resume(progress=recorder)
         assert again.complete
         assert recorder.begun == ["encode", FP16, TRAINER]
         assert len(again.summary.pairs) == 2
@@ -198,7 +198,7 @@ class TestFailedPasses:
             compare(model, "failed", **TWO_BY_ONE)
         scripted_model()
         recorder = Recorder()
-        path = mismatch_probe.resume(tmp_path / "failed", progress=recorder).path
+        path = mismatch_probe.Run.open(tmp_path / "failed").resume(progress=recorder).path
         assert recorder.begun == ["encode", FP16, TRAINER]
         whole = compare(model, "whole", **TWO_BY_ONE)
         assert (path / "summary.json").read_bytes() == (whole.path / "summary.json").read_bytes()
@@ -248,19 +248,19 @@ class TestExtension:
     """A rollout that failed has finished on resume, and the trainers score its sequences, too."""
 
     @pytest.fixture
-    def extendable(self, scripted_model: MakeModel, compare: Compare) -> RunResult:
+    def extendable(self, scripted_model: MakeModel, compare: Compare) -> Run:
         """A run whose trainer has scored the only rollout that did not fail."""
         return compare(scripted_model(faults={"rollout-float16": "die-start"}), **TWO_BY_ONE)
 
     @pytest.mark.parametrize("fault", ["die-start", "memory-score", "crash-score", "refuse"])
     def test_a_trainer_that_fails_keeps_what_it_has(
-        self, extendable: RunResult, scripted_model: MakeModel, fault: str
+        self, extendable: Run, scripted_model: MakeModel, fault: str
     ) -> None:
         before = manifest(extendable.path)["passes"][TRAINER]
         tokens = RunDirectory.open(extendable.path).tokens(TRAINER).to_pylist()
         scripted_model(faults={"trainer-bfloat16": fault})
         recorder = Recorder()
-        failed = mismatch_probe.resume(extendable.path, progress=recorder)
+        failed = mismatch_probe.Run.open(extendable.path).resume(progress=recorder)
         assert not failed.complete
         assert manifest(failed.path)["status"] == "incomplete"
         record = manifest(failed.path)["passes"][TRAINER]
@@ -272,14 +272,12 @@ class TestExtension:
         assert (missing.rollout_pass, missing.trainer_pass, missing.why) == (FP16, TRAINER, why)
         assert [(p.rollout_pass, p.trainer_pass) for p in failed.summary.pairs] == [(BF16, TRAINER)]
 
-    def test_the_next_resume_scores_only_what_is_missing(
-        self, extendable: RunResult, scripted_model: MakeModel
-    ) -> None:
+    def test_the_next_resume_scores_only_what_is_missing(self, extendable: Run, scripted_model: MakeModel) -> None:
         scripted_model(faults={"trainer-bfloat16": "die-score"})
-        mismatch_probe.resume(extendable.path)
+        mismatch_probe.Run.open(extendable.path).resume()
         scripted_model(faults={"trainer-bfloat16": "nan"})
         counting = Counting()
-        result = mismatch_probe.resume(extendable.path, progress=counting)
+        result = mismatch_probe.Run.open(extendable.path).resume(progress=counting)
         assert result.complete
         assert counting.begun == ["encode", TRAINER]
         run = RunDirectory.open(result.path)
@@ -307,7 +305,7 @@ class TestExtension:
 
     def test_a_kill_between_table_and_manifest(
         self,
-        extendable: RunResult,
+        extendable: Run,
         scripted_model: MakeModel,
         compare: Compare,
         monkeypatch: pytest.MonkeyPatch,
@@ -327,13 +325,13 @@ class TestExtension:
         with monkeypatch.context() as patch:
             patch.setattr(RunDirectory, "save", save)
             with pytest.raises(Killed):
-                mismatch_probe.resume(extendable.path)
+                mismatch_probe.Run.open(extendable.path).resume()
         assert (extendable.path / "passes" / f"{TRAINER}.tokens.32.parquet").exists()
         run = RunDirectory.open(extendable.path)
         assert run.manifest.passes[TRAINER].covers == (BF16,)
         assert run.tokens(TRAINER).to_pylist() == tokens
         recorder = Recorder()
-        result = mismatch_probe.resume(extendable.path, progress=recorder)
+        result = mismatch_probe.Run.open(extendable.path).resume(progress=recorder)
         assert result.complete
         assert recorder.begun == ["encode", TRAINER]
         assert not (result.path / "passes").exists()
@@ -402,7 +400,7 @@ class TestStopped:
         assert found["status"] == "interrupted"
         assert found["model"]["files"]
         recorder = Recorder()
-        assert mismatch_probe.resume(tmp_path / "run", progress=recorder).complete
+        assert mismatch_probe.Run.open(tmp_path / "run").resume(progress=recorder).complete
         assert recorder.begun == ["encode", FP16, TRAINER]
 
     def test_ctrl_c_does_not_wait_for_the_models_hashes(
@@ -429,7 +427,7 @@ class TestStopped:
         found = manifest(tmp_path / "run")
         assert found["status"] == "interrupted"
         assert found["model"]["files"] is None
-        mismatch_probe.resume(tmp_path / "run")
+        mismatch_probe.Run.open(tmp_path / "run").resume()
         assert manifest(tmp_path / "run")["model"]["files"].keys() == {"config.json"}
 
     def test_ctrl_c_on_a_model_that_cannot_be_hashed(
@@ -463,43 +461,43 @@ class TestStopped:
                 compare(scripted_model())
         assert manifest(tmp_path / "run")["status"] == "running"
         recorder = Recorder()
-        assert mismatch_probe.resume(tmp_path / "run", progress=recorder).complete
+        assert mismatch_probe.Run.open(tmp_path / "run").resume(progress=recorder).complete
         assert recorder.begun == ["encode", TRAINER]
 
 
 class TestWhatMayNotChange:
     @pytest.fixture
-    def interrupted(self, scripted_model: MakeModel, compare: Compare) -> RunResult:
+    def interrupted(self, scripted_model: MakeModel, compare: Compare) -> Run:
         prompts = scripted_model(faults={"rollout-float16": "die-start"}).parent / "prompts.txt"
         prompts.write_text("one\ntwo\nthree\nfour\n")
         return compare(prompts.parent / "model", prompts=str(prompts), **{**TWO_BY_ONE, "num_prompts": None})
 
-    def test_the_model(self, interrupted: RunResult, scripted_model: MakeModel) -> None:
+    def test_the_model(self, interrupted: Run, scripted_model: MakeModel) -> None:
         scripted_model(vocab_size=999)
         recorder = Recorder()
         with pytest.raises(TableError, match="The model's files have changed since this run began"):
-            mismatch_probe.resume(interrupted.path, progress=recorder)
+            mismatch_probe.Run.open(interrupted.path).resume(progress=recorder)
         assert recorder.begun == []
 
     @pytest.mark.parametrize("text", ["one\ntwo\nthree\nfive\n", "one\ntwo\nthree\nfour\nfive\n"])
-    def test_the_prompts(self, interrupted: RunResult, text: str) -> None:
+    def test_the_prompts(self, interrupted: Run, text: str) -> None:
         (interrupted.path.parent / "prompts.txt").write_text(text)
         with pytest.raises(TableError, match="The prompts have changed since this run began"):
-            mismatch_probe.resume(interrupted.path)
+            mismatch_probe.Run.open(interrupted.path).resume()
 
-    def test_how_they_are_encoded(self, interrupted: RunResult) -> None:
+    def test_how_they_are_encoded(self, interrupted: Run) -> None:
         run = RunDirectory.open(interrupted.path)
         run.manifest.prompts.token_ids_sha256 = "0" * 64
         run.save()
         with pytest.raises(TableError, match="encoded to other ids than when this run began"):
-            mismatch_probe.resume(interrupted.path)
+            mismatch_probe.Run.open(interrupted.path).resume()
 
-    def test_the_device(self, interrupted: RunResult) -> None:
+    def test_the_device(self, interrupted: Run) -> None:
         run = RunDirectory.open(interrupted.path)
         run.manifest.device = "cuda"
         run.save()
         with pytest.raises(UsageError, match="began on cuda, and this machine offers cpu"):
-            mismatch_probe.resume(interrupted.path)
+            mismatch_probe.Run.open(interrupted.path).resume()
 
     def test_sizes_stay_when_the_machines_defaults_differ(
         self, scripted_model: MakeModel, compare: Compare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -510,7 +508,7 @@ class TestWhatMayNotChange:
         real = devices.default_sizes
         monkeypatch.setattr(devices, "default_sizes", lambda device: replace(real(device), max_tokens=before + 3))
         scripted_model()
-        result = mismatch_probe.resume(tmp_path / "run")
+        result = mismatch_probe.Run.open(tmp_path / "run").resume()
         assert [pair.n_tokens for pair in result.summary.pairs] == [4 * before] * 2
 
 
@@ -518,10 +516,10 @@ class TestWhatMayChange:
     ROLLOUT_CHANGES: Mapping[str, Any] = {"rollout_batch": 2, "engine_args": {"block_size": 32}, "eager": True}
 
     def test_the_memory_budget_at_any_time(self, run_copy: Path, no_figures: None) -> None:
-        mismatch_probe.resume(run_copy, memory_budget_gib=2.5)
+        mismatch_probe.Run.open(run_copy).resume(memory_budget_gib=2.5)
         found = manifest(run_copy)
         assert found["config"]["memory_budget_gib"] == found["sizes"]["memory_budget_gib"] == 2.5
-        mismatch_probe.resume(run_copy)
+        mismatch_probe.Run.open(run_copy).resume()
         assert manifest(run_copy)["sizes"] == found["sizes"]
 
     def test_the_trainer_until_a_trainer_pass_is_finished(
@@ -532,7 +530,7 @@ class TestWhatMayChange:
         before = manifest(tmp_path / "run")
         scripted_model()
         changes: dict[str, Any] = {"trainer_layout": "single", "trainer_attn": "eager", "memory_budget_gib": 0.5}
-        assert mismatch_probe.resume(tmp_path / "run", **changes).complete
+        assert mismatch_probe.Run.open(tmp_path / "run").resume(**changes).complete
         after = manifest(tmp_path / "run")
         trainer = after["passes"][TRAINER]["engine"]
         assert (trainer["layout"], trainer["attention"], trainer["memory_budget"]) == (
@@ -545,7 +543,7 @@ class TestWhatMayChange:
         late: list[dict[str, Any]] = [{"trainer_layout": "padded"}, {"trainer_attn": "sdpa"}]
         for change in late:
             with pytest.raises(UsageError, match=r"cannot change any more: hf-bfloat16-cast has finished without it\."):
-                mismatch_probe.resume(tmp_path / "run", **change)
+                mismatch_probe.Run.open(tmp_path / "run").resume(**change)
         assert manifest(tmp_path / "run") == after
 
     def test_the_rollout_engine_until_a_rollout_is_finished(
@@ -555,7 +553,7 @@ class TestWhatMayChange:
             compare(scripted_model(faults={"rollout-bfloat16": "memory-generate"}))
         before = manifest(tmp_path / "run")
         scripted_model()
-        assert mismatch_probe.resume(tmp_path / "run", **self.ROLLOUT_CHANGES).complete
+        assert mismatch_probe.Run.open(tmp_path / "run").resume(**self.ROLLOUT_CHANGES).complete
         after = manifest(tmp_path / "run")
         rollout = after["passes"][BF16]["engine"]
         assert (rollout["max_num_seqs"], rollout["arguments"]) == (2, {"block_size": 32})
@@ -566,7 +564,7 @@ class TestWhatMayChange:
     def test_a_finished_rollout_fixes_its_engine(self, run_copy: Path, change: str) -> None:
         before = manifest(run_copy)
         with pytest.raises(UsageError, match=f"cannot change any more: {BF16} has finished without it"):
-            mismatch_probe.resume(run_copy, **{change: self.ROLLOUT_CHANGES[change]})
+            mismatch_probe.Run.open(run_copy).resume(**{change: self.ROLLOUT_CHANGES[change]})
         assert manifest(run_copy) == before
 
     @pytest.mark.parametrize(
@@ -582,7 +580,7 @@ class TestWhatMayChange:
     def test_nothing_else(self, run_copy: Path, changes: dict[str, Any], sentence: str) -> None:
         before = manifest(run_copy)
         with pytest.raises(UsageError, match=sentence):
-            mismatch_probe.resume(run_copy, **changes)
+            mismatch_probe.Run.open(run_copy).resume(**changes)
         assert manifest(run_copy) == before
 
     def test_a_hub_id_stays_at_its_commit(self, run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -598,7 +596,7 @@ class TestWhatMayChange:
             return make_plan(config.replace(revision=None), *rest)  # the scripted model is no hub id
 
         monkeypatch.setattr("mismatch_probe.probes.session.make_plan", plan)
-        mismatch_probe.resume(run_copy)
+        mismatch_probe.Run.open(run_copy).resume()
         assert asked == ["c" * 40]
         assert manifest(run_copy)["config"]["revision"] == "main"
 
@@ -606,7 +604,7 @@ class TestWhatMayChange:
 class TestRefusals:
     def test_another_process_is_at_work(self, run_copy: Path) -> None:
         with locked(run_copy), pytest.raises(UsageError, match="Another process is using"):
-            mismatch_probe.resume(run_copy)
+            mismatch_probe.Run.open(run_copy).resume()
 
     def test_a_prompt_longer_than_the_context(
         self, scripted_model: MakeModel, compare: Compare, tmp_path: Path
@@ -628,18 +626,18 @@ class TestRefusals:
         assert counting.messages.count(sentence) == said
 
     def test_a_limit_that_applies_to_no_pair(self, scripted_model: MakeModel, tmp_path: Path) -> None:
-        config = CompareConfig(model=str(scripted_model()), **SMALL)
+        config = dict(model=str(scripted_model()), **SMALL)
         with pytest.raises(UsageError, match="applies to no pair of this comparison"):
-            mismatch_probe.compare(config, out=tmp_path / "run", fail_on=["kl_k3>1@float32"])
+            mismatch_probe.compare(**config, out=tmp_path / "run", fail_on=["kl_k3>1@float32"])
         assert not (tmp_path / "run").exists()
 
     def test_a_folder_that_is_in_use(self, run_copy: Path, scripted_model: MakeModel) -> None:
         with pytest.raises(UsageError, match=r"is not empty.*--resume"):
-            mismatch_probe.compare(CompareConfig(model=str(scripted_model())), out=run_copy)
+            mismatch_probe.compare(model=str(scripted_model()), out=run_copy)
 
     def test_a_folder_that_is_no_run(self, tmp_path: Path) -> None:
         with pytest.raises(TableError, match="holds no comparison"):
-            mismatch_probe.resume(tmp_path)
+            mismatch_probe.Run.open(tmp_path).resume()
 
 
 def test_a_new_run_is_named_after_its_model() -> None:
@@ -654,4 +652,4 @@ def test_parts_move_to_another_folder_with_their_run(
     result = compare(scripted_model(faults={"rollout-float16": "die-start"}), **TWO_BY_ONE)
     moved = shutil.move(result.path, tmp_path / "moved")
     scripted_model()
-    assert mismatch_probe.resume(moved).complete
+    assert mismatch_probe.Run.open(moved).resume().complete

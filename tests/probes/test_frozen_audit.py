@@ -28,5 +28,5 @@ def test_an_audit_of_smollm2_135m(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("mismatch_probe.report.figures.draw", lambda data, folder: {})
     run = Path(shutil.copytree(FROZEN / "audit", tmp_path / "run"))
     frozen = Audit.read(run / "audit" / "audit.json").content()
-    found = mismatch_probe.audit_run(run).audit.content()
+    found = mismatch_probe.Run.open(run).audit(engines=False).audit.content()
     assert_equal({**found, "tool_version": frozen["tool_version"]}, frozen)

@@ -16,13 +16,13 @@ from mismatch_probe.config import CompareConfig
 from mismatch_probe.errors import IngestError, Interrupted, UsageError
 from mismatch_probe.metrics.accounting import ExcludedValue
 from mismatch_probe.metrics.steps import STEP_KEYS, StepSums
-from mismatch_probe.probes.session import RunResult
+from mismatch_probe.run import Run
 from mismatch_probe.runs.comparison import RunDirectory
 from mismatch_probe.types import PairArrays
 from tests.conftest import MakeModel, Outcome, Recorder
 
 Record = Callable[..., Path]
-Compare = Callable[..., RunResult]
+Compare = Callable[..., Run]
 LENGTHS = (3, 1, 4, 2)
 
 
@@ -54,15 +54,15 @@ def record(tmp_path: Path) -> Record:
 
 @pytest.fixture
 def compare(tmp_path: Path, no_figures: None) -> Compare:
-    def run(source: Path, out: str = "run", progress: Any = None, **options: Any) -> RunResult:
+    def run(source: Path, out: str = "run", progress: Any = None, **options: Any) -> Run:
         return mismatch_probe.compare(
-            CompareConfig(source=str(source), self_noise_tokens=0, **options), out=tmp_path / out, progress=progress
+            source=str(source), self_noise_tokens=0, **options, out=tmp_path / out, progress=progress
         )
 
     return run
 
 
-def pairs(run: RunResult) -> dict[tuple[str, str], dict[str, Any]]:
+def pairs(run: Run) -> dict[tuple[str, str], dict[str, Any]]:
     return {(p.rollout_dtype, p.trainer_dtype): p for p in run.summary.pairs}
 
 
@@ -178,16 +178,16 @@ class TestBothSides:
             assert ("1 of 10 tokens have no usable log-probs" in row["why"]) == bool(code)
 
     def test_limits_apply(self, tmp_path: Path, no_figures: None, record: Record) -> None:
-        config = CompareConfig(source=str(record()))
-        run = mismatch_probe.compare(config, out=tmp_path / "run", fail_on=["kl_k3>1e-9@recorded"])
+        config = {"source": str(record())}
+        run = mismatch_probe.compare(**config, out=tmp_path / "run", fail_on=["kl_k3>1e-9@recorded"])
         assert run.exceeded
         with pytest.raises(UsageError, match="applies to no pair"):
-            mismatch_probe.compare(config, out=tmp_path / "other", fail_on=["kl_k3>1e-9@bf16"])
+            mismatch_probe.compare(**config, out=tmp_path / "other", fail_on=["kl_k3>1e-9@bf16"])
 
     def test_it_is_reported_and_resumed_without_engines(self, compare: Compare, record: Record) -> None:
         run = compare(record())
-        assert mismatch_probe.write_report(run.path).summary == run.summary
-        assert mismatch_probe.resume(run.path).summary == run.summary
+        assert mismatch_probe.Run.open(run.path).report().summary == run.summary
+        assert mismatch_probe.Run.open(run.path).resume().summary == run.summary
 
     def test_a_finished_run_is_a_source_as_a_file_is(self, compare: Compare, record: Record) -> None:
         run = compare(record())
@@ -214,7 +214,7 @@ class TestBothSides:
         def same(index: int, row: dict[str, Any]) -> None:
             row["trainer_logprobs"] = row["rollout_logprobs"]
 
-        run = mismatch_probe.compare(CompareConfig(source=str(record(change=same))), out=tmp_path / "run")
+        run = mismatch_probe.compare(source=str(record(change=same)), out=tmp_path / "run")
         assert (run.path / "report.html").exists()
 
     def test_interrupted_between_its_two_passes(
@@ -231,7 +231,7 @@ class TestBothSides:
             patch.setattr(RunDirectory, "finish_pass", stop)
             with pytest.raises(Interrupted):
                 compare(record())
-        assert mismatch_probe.resume(tmp_path / "run").complete
+        assert mismatch_probe.Run.open(tmp_path / "run").resume().complete
 
     def test_steps_keep_sums_for_their_own_prompts_only(self) -> None:
         n = 400
@@ -355,4 +355,4 @@ class TestRefused:
         run = compare(record())
         record(change=lambda i, row: row.update(step=1))
         with pytest.raises(mismatch_probe.ProbeError, match="have changed since this run began"):
-            mismatch_probe.resume(run.path)
+            mismatch_probe.Run.open(run.path).resume()

@@ -17,11 +17,11 @@ from mismatch_probe.config import CompareConfig
 from mismatch_probe.errors import DiskFull, TableError, UsageError
 from mismatch_probe.metrics.kinds import KINDS, kind_of
 from mismatch_probe.probes import kept_rows
-from mismatch_probe.probes.session import RunResult
+from mismatch_probe.run import Run
 from mismatch_probe.types import MetricValue
 from tests.conftest import SMALL, MakeModel, Recorder, write_script
 
-Compare = Callable[..., RunResult]
+Compare = Callable[..., Run]
 SHARED: dict[str, Any] = {
     **SMALL,
     "num_prompts": 6,
@@ -36,21 +36,21 @@ SAMPLER, REPLAY = "vllm-bfloat16-decode", "vllm-float16-replay"
 
 @pytest.fixture
 def compare(tmp_path: Path, no_figures: None) -> Compare:
-    def run(model: Path, out: str = "run", **options: Any) -> RunResult:
-        return mismatch_probe.compare(CompareConfig(model=str(model), **{**SHARED, **options}), out=tmp_path / out)
+    def run(model: Path, out: str = "run", **options: Any) -> Run:
+        return mismatch_probe.compare(model=str(model), **{**SHARED, **options}, out=tmp_path / out)
 
     return run
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A finished run with every row kept and a float64 reference; read it, never change it."""
     folder = tmp_path_factory.mktemp("shared")
     options = {**SHARED, "exact_kl": "all", "reference": "float64"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mismatch_probe.probes.session.draw_figures", lambda run, data: {})
         model = write_script(folder / "model", vocab_size=40)
-        return mismatch_probe.compare(CompareConfig(model=str(model), **options), out=folder / "run")
+        return mismatch_probe.compare(model=str(model), **options, out=folder / "run")
 
 
 @pytest.fixture
@@ -58,16 +58,16 @@ def model(scripted_model: MakeModel) -> Path:
     return scripted_model(vocab_size=40)
 
 
-def table(run: RunResult, name: str) -> Any:
+def table(run: Run, name: str) -> Any:
     return pq.read_table(run.path / f"{name}.parquet").to_pandas()
 
 
-def cell(run: RunResult, rollout: str, trainer: str) -> dict[str, Any]:
+def cell(run: Run, rollout: str, trainer: str) -> dict[str, Any]:
     return next(p for p in run.summary.pairs if (p.rollout_dtype, p.trainer_dtype) == (rollout, trainer))
 
 
 class TestReplay:
-    def test_every_dtype_decodes_the_samplers_ids(self, finished: RunResult) -> None:
+    def test_every_dtype_decodes_the_samplers_ids(self, finished: Run) -> None:
         tokens = table(finished, "tokens")
         by_pass = {name: rows.reset_index(drop=True) for name, rows in tokens.groupby("pass_id", observed=True)}
         keys = ["sequence_id", "position", "token_id"]
@@ -75,19 +75,19 @@ class TestReplay:
         assert not by_pass[REPLAY]["logprob"].equals(by_pass[SAMPLER]["logprob"])
         assert set(table(finished, "sequences")["rollout_pass"]) == {SAMPLER}
 
-    def test_only_the_sampler_is_on_policy(self, finished: RunResult) -> None:
+    def test_only_the_sampler_is_on_policy(self, finished: Run) -> None:
         assert cell(finished, "bfloat16", "bfloat16").on_policy is True
         replayed = cell(finished, "float16", "bfloat16")
         assert replayed.on_policy is False
         assert replayed.metrics["kl_k1"] == MetricValue(None, why=f"these tokens were sampled by {SAMPLER}")
         assert replayed.metrics["kl_k3"].value > 0
 
-    def test_a_replay_has_self_noise(self, finished: RunResult) -> None:
+    def test_a_replay_has_self_noise(self, finished: Run) -> None:
         noise = {found.pass_id: found.measured for found in finished.summary.self_noise}
         assert noise[REPLAY].max_abs_logprob_diff == 0
         assert noise[REPLAY].n_tokens == 6 * SMALL["self_noise_tokens"]
 
-    def test_the_trainer_scores_each_sequence_once(self, finished: RunResult) -> None:
+    def test_the_trainer_scores_each_sequence_once(self, finished: Run) -> None:
         counts = finished.data.manifest.passes["hf-bfloat16-cast"].counts
         assert counts["n_sequences"] == 6
 
@@ -126,12 +126,12 @@ class TestRows:
         assert set(exact["rollout_pass"]) == {"vllm-bfloat16-decode", "vllm-float16-decode"}
         assert exact.groupby(["rollout_pass", "pass_id"], observed=True).size().tolist() == [9] * 4
 
-    def test_all_means_every_token(self, finished: RunResult) -> None:
+    def test_all_means_every_token(self, finished: Run) -> None:
         exact = table(finished, "exact")
         assert len(exact) == 6 * cell(finished, "bfloat16", "bfloat16").n_tokens
         assert set(exact["stands_for"]) == {1.0}
 
-    def test_the_summary_has_the_tables_means(self, finished: RunResult) -> None:
+    def test_the_summary_has_the_tables_means(self, finished: Run) -> None:
         exact = table(finished, "exact")
         rows = exact[(exact["rollout_pass"] == REPLAY) & (exact["pass_id"] == "hf-float32-cast")]
         metrics = cell(finished, "float16", "float32").metrics
@@ -150,7 +150,7 @@ class TestRows:
         assert {path.name for path in (run.path / "rows").iterdir()} == {f"{SAMPLER}.rows", f"{REPLAY}.rows"}
         scripted_model(vocab_size=40)
         recorder = Recorder()
-        resumed = mismatch_probe.resume(run.path, progress=recorder)
+        resumed = mismatch_probe.Run.open(run.path).resume(progress=recorder)
         assert recorder.begun == ["encode", "hf-float32-cast"]
         assert resumed.complete
         assert cell(resumed, "float16", "float32").metrics["kl_exact"].value > 0
@@ -161,7 +161,7 @@ class TestRows:
         late = compare(scripted_model({"rollout-float16": "die-generate"}, vocab_size=40))
         assert {row.rollout_dtype for row in late.summary.missing} == {"float16"}
         scripted_model(vocab_size=40)
-        resumed = mismatch_probe.resume(late.path)
+        resumed = mismatch_probe.Run.open(late.path).resume()
         assert resumed.complete
         assert resumed.summary.pairs == whole.summary.pairs
         tokens = [table(run, "tokens").astype({"pass_id": str}) for run in (resumed, whole)]
@@ -174,7 +174,7 @@ class TestRows:
         late = compare(scripted_model({"rollout-float16": "die-generate"}, vocab_size=40), exact_kl=0)
         scripted_model(vocab_size=40)
         recorder = Recorder()
-        assert mismatch_probe.resume(late.path, progress=recorder).complete
+        assert mismatch_probe.Run.open(late.path).resume(progress=recorder).complete
         assert recorder.begun == ["encode", REPLAY]
 
     def test_late_passes_follow_whoever_chose(self, compare: Compare, scripted_model: MakeModel) -> None:
@@ -184,7 +184,7 @@ class TestRows:
         late = compare(path, **options)
         (late.path / "rows" / f"{SAMPLER}.rows").unlink()  # and the sampler's own file is lost
         scripted_model(vocab_size=40)
-        resumed = mismatch_probe.resume(late.path)
+        resumed = mismatch_probe.Run.open(late.path).resume()
         assert resumed.complete
         exact = table(resumed, "exact")
         kept = exact[exact["rollout_pass"] == REPLAY].drop_duplicates(["sequence_id", "position"])
@@ -198,14 +198,14 @@ class TestRows:
         path.write_bytes(path.read_bytes()[:100])
         scripted_model(vocab_size=40)
         with pytest.raises(TableError, match="truncated"):
-            mismatch_probe.resume(run.path)
+            mismatch_probe.Run.open(run.path).resume()
 
     def test_rows_that_are_gone_leave_exact_metrics_empty(self, compare: Compare, scripted_model: MakeModel) -> None:
         run = compare(scripted_model({"trainer-float32": "die-score"}, vocab_size=40))
         for path in (run.path / "rows").iterdir():
             path.unlink()
         scripted_model(vocab_size=40)
-        metrics = cell(mismatch_probe.resume(run.path), "float16", "float32").metrics
+        metrics = cell(mismatch_probe.Run.open(run.path).resume(), "float16", "float32").metrics
         assert metrics["kl_exact"].value is None
         assert metrics["kl_k3"].value > 0
 
@@ -232,19 +232,19 @@ class TestSmallRuns:
             **sizes,
         }
         model = scripted_model(vocab_size=40)
-        run = mismatch_probe.compare(CompareConfig(model=str(model), **options), out=tmp_path / "run")
+        run = mismatch_probe.compare(model=str(model), **options, out=tmp_path / "run")
         assert (run.path / "report.html").exists()
         assert run.figures["length"].exists()
 
 
 class TestReference:
-    def test_float64_is_a_pass_of_its_own_and_no_column(self, finished: RunResult) -> None:
+    def test_float64_is_a_pass_of_its_own_and_no_column(self, finished: Run) -> None:
         assert finished.summary.reference == "hf-float64-cast"
         assert {pair.trainer_dtype for pair in finished.summary.pairs} == {"bfloat16", "float32"}
         assert pq.read_schema(finished.path / "reference.parquet").field("logprob").type == "double"
         assert "hf-float64-cast" not in set(table(finished, "tokens")["pass_id"])
 
-    def test_errors_are_those_of_the_tables(self, finished: RunResult) -> None:
+    def test_errors_are_those_of_the_tables(self, finished: Run) -> None:
         tokens = table(finished, "tokens").pivot(index=["sequence_id", "position"], columns="pass_id", values="logprob")
         reference = table(finished, "reference").set_index(["sequence_id", "position"])["logprob"]
         reference = reference[~reference.index.duplicated()]
@@ -264,7 +264,7 @@ class TestReference:
 
 
 class TestWhere:
-    def test_bins_share_out_tokens_and_squares(self, finished: RunResult) -> None:
+    def test_bins_share_out_tokens_and_squares(self, finished: Run) -> None:
         where = finished.summary.where["bfloat16"]
         assert list(where) == ["probability", "entropy", "rank", "position", "token_kind"]
         for bins in where.values():
@@ -272,7 +272,7 @@ class TestWhere:
             assert sum(row.contribution for row in bins) == pytest.approx(1)
             assert sum(row.n_tokens for row in bins) == cell(finished, "bfloat16", "bfloat16").n_tokens
 
-    def test_kinds_are_those_of_the_texts(self, finished: RunResult) -> None:
+    def test_kinds_are_those_of_the_texts(self, finished: Run) -> None:
         tokens = table(finished, "tokens")
         sampled = tokens[tokens["pass_id"] == SAMPLER]
         codes = [KINDS.index("special") if not id_ else kind_of(chr(id_)) for id_ in sampled["token_id"]]

@@ -9,9 +9,9 @@ import pytest
 import mismatch_probe
 from mismatch_probe.errors import UsageError
 from mismatch_probe.probes.analysis import analyse
-from mismatch_probe.probes.session import RunResult
 from mismatch_probe.probes.tokens import LONGEST, token_view, window
 from mismatch_probe.report.model import Token
+from mismatch_probe.run import Run
 from mismatch_probe.runs.comparison import RunDirectory
 
 
@@ -19,11 +19,13 @@ def rows(run: RunDirectory, pass_id: str, sequence_id: int) -> list[dict[str, An
     return [row for row in run.tokens(pass_id).to_pylist() if row["sequence_id"] == sequence_id]
 
 
-def test_a_sequence_is_that_of_the_tables(finished: RunResult) -> None:
+def test_a_sequence_is_that_of_the_tables(finished: Run) -> None:
     run = RunDirectory.open(finished.path)
     worst = finished.data.worst_tokens[0]
     pair = next(p for p in finished.summary.pairs if p.rollout_dtype == p.trainer_dtype == worst.pair)
-    (found, *_) = [s for s in mismatch_probe.tokens(finished.path, worst.sequence_id) if s.title.startswith(worst.pair)]
+    (found, *_) = [
+        s for s in mismatch_probe.Run.open(finished.path).tokens(worst.sequence_id) if s.title.startswith(worst.pair)
+    ]
     rollout, trainer = (rows(run, pass_id, worst.sequence_id) for pass_id in (pair.rollout_pass, pair.trainer_pass))
     assert [token.rollout_logprob for token in found.tokens] == [row["logprob"] for row in rollout]
     assert [token.trainer_logprob for token in found.tokens] == [row["logprob"] for row in trainer]
@@ -32,18 +34,18 @@ def test_a_sequence_is_that_of_the_tables(finished: RunResult) -> None:
     assert (token.text, token.trainer_logprob - token.rollout_logprob) == (worst.token_text, worst.log_ratio)
 
 
-def test_a_report_shows_the_worst_sequence_of_each_pair(finished: RunResult) -> None:
+def test_a_report_shows_the_worst_sequence_of_each_pair(finished: Run) -> None:
     titles = [sequence.title for sequence in finished.data.tokens]
     for worst in {token.pair: token for token in reversed(finished.data.worst_tokens)}.values():
         assert any(title.startswith(f"{worst.pair}: sequence {worst.sequence_id} of") for title in titles)
 
 
-def test_a_sequence_that_is_not_there(finished: RunResult) -> None:
+def test_a_sequence_that_is_not_there(finished: Run) -> None:
     with pytest.raises(UsageError, match="987654"):
-        mismatch_probe.tokens(finished.path, 987_654)
+        mismatch_probe.Run.open(finished.path).tokens(987_654)
 
 
-def test_a_sequence_without_tokens_is_left_out(finished: RunResult, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sequence_without_tokens_is_left_out(finished: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model can answer with the end of the text alone."""
     empty = finished.data.worst_tokens[0].sequence_id
     read = RunDirectory.iter_tokens
@@ -57,10 +59,10 @@ def test_a_sequence_without_tokens_is_left_out(finished: RunResult, monkeypatch:
     assert shown
     assert not any(f"sequence {empty} of" in sequence.title for sequence in shown)
     with pytest.raises(UsageError, match=f"tokens of sequence {empty}"):
-        mismatch_probe.tokens(finished.path, empty)
+        mismatch_probe.Run.open(finished.path).tokens(empty)
 
 
-def test_the_command(finished: RunResult, command: Any) -> None:
+def test_the_command(finished: Run, command: Any) -> None:
     outcome = command("report", str(finished.path), "--tokens", str(finished.data.worst_tokens[0].sequence_id))
     assert outcome.code == 0
     assert "|d| in nats" in outcome.out

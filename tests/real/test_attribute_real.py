@@ -11,7 +11,6 @@ import pytest
 from markupsafe import escape
 
 import mismatch_probe
-from mismatch_probe.config import CompareConfig
 from mismatch_probe.metrics.ladder import Change
 from mismatch_probe.probes.attribute.evidence import NOT_MEASURED
 from mismatch_probe.probes.attribute.session import AttributeResult
@@ -31,7 +30,8 @@ SETTINGS = ("batch-1", "prefix-cache", "chunked-prefill", "kv-fp8", "fp32-head",
 def experts(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> AttributeResult:
     """A mixture of experts in BF16 with everything that an attribution has, but few settings."""
     return mismatch_probe.attribute(
-        CompareConfig(model=str(tiny("qwen3_moe")), **SMALL),
+        model=str(tiny("qwen3_moe")),
+        **SMALL,
         out=tmp_path_factory.mktemp("attribute") / "run",
         settings=(*SETTINGS, "trainer:fp32-rope"),
         layer_dtypes=("bfloat16", "float32"),
@@ -148,15 +148,15 @@ def test_the_document_reads_back_and_the_comparison_quotes_its_answer(experts: A
 
 def test_a_second_call_runs_nothing_and_a_lost_reading_is_made_again(experts: AttributeResult) -> None:
     again = Recorder()
-    assert mismatch_probe.attribute_resume(experts.path, progress=again).attribution == experts.attribution
+    assert mismatch_probe.Run.open(experts.path).attribute(progress=again).attribution == experts.attribution
     assert again.begun == []
-    assert mismatch_probe.attribute_run(experts.path).attribution == experts.attribution
+    assert mismatch_probe.Run.open(experts.path).attribute(engines=False).attribution == experts.attribution
     lost = experts.path / "attribute" / "passes" / "trainer-layout-packed.npz"
     before = logprobs(experts, "trainer-layout-packed")
     lost.write_bytes(b"cut off")
-    row = setting_of(mismatch_probe.attribute_run(experts.path), "trainer-layout-packed")
+    row = setting_of(mismatch_probe.Run.open(experts.path).attribute(engines=False), "trainer-layout-packed")
     assert (row.status, row.why) == ("skipped", NOT_MEASURED)
-    mismatch_probe.attribute_resume(experts.path, progress=again)
+    mismatch_probe.Run.open(experts.path).attribute(progress=again)
     assert again.begun == ["trainer, one change at a time"]
     assert np.array_equal(before, logprobs(experts, "trainer-layout-packed"))
     assert Measurement(lost, "another key").load() is None

@@ -79,7 +79,7 @@ def audit(checkpoint: Path, folder: Path, attention: str | None = None) -> tuple
     run.manifest.config = run.manifest.config.replace(trainer_attn=attention)
     run.save()
     (folder / "profile.toml").write_text(PROFILE)
-    result = mismatch_probe.audit_resume(run.path, profile=str(folder / "profile.toml"), step_tokens=STEP_TOKENS)
+    result = mismatch_probe.Run.open(run.path).audit(profile=str(folder / "profile.toml"), step_tokens=STEP_TOKENS)
     pair = next(pair for pair in result.audit.pairs if pair.dtypes == ("float16", "float16"))
     return pair, {check.name: check for check in pair.checks}
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 import mismatch_probe
-from mismatch_probe.config import CompareConfig
 from mismatch_probe.errors import DtypeRefused
 from mismatch_probe.metrics.corrections import CORRECTIONS
 from mismatch_probe.probes.audit.snippets import snippets
@@ -36,7 +35,7 @@ def check_of(pair: AuditedPair, name: str) -> Check:
 def test_an_outlier_fails_in_the_real_engine_too_and_a_second_call_starts_none(tiny: Tiny, tmp_path: Path) -> None:
     sequences = [list(range(4 + i, 24 + i)) for i in range(16)]
     model = plant_outlier(tiny("llama"), tmp_path / "model", sequences, 400_000)
-    result = mismatch_probe.audit(CompareConfig(model=str(model), **SMALL), out=tmp_path / "run")
+    result = mismatch_probe.audit(model=str(model), **SMALL, out=tmp_path / "run")
     assert Audit.read(tmp_path / "run" / "audit" / "audit.json") == result.audit
     (pair,) = result.audit.pairs
     assert (result.verdict, result.failed, pair.verdict) == ("fail", True, "fail")
@@ -53,19 +52,19 @@ def test_an_outlier_fails_in_the_real_engine_too_and_a_second_call_starts_none(t
         assert path.stat().st_size > 10_000
 
     again = Recorder()
-    second = mismatch_probe.audit_resume(result.path, progress=again)
+    second = mismatch_probe.Run.open(result.path).audit(progress=again)
     assert again.begun == []
     assert second.audit == result.audit
-    assert mismatch_probe.audit_run(result.path).audit == result.audit
+    assert mismatch_probe.Run.open(result.path).audit(engines=False).audit == result.audit
 
     (result.path / "audit" / "proof.npz").write_bytes(b"cut off")
-    (missing,) = mismatch_probe.audit_run(result.path).audit.missing
+    (missing,) = mismatch_probe.Run.open(result.path).audit(engines=False).audit.missing
     assert (missing.code, missing.names("parts")) == ("audit-parts-stale", ("proof",))
-    whole = mismatch_probe.audit_resume(result.path, progress=again)
+    whole = mismatch_probe.Run.open(result.path).audit(progress=again)
     assert again.begun == ["audit"]
     assert whole.audit == result.audit
     # Another step makes other gradients, and nothing else anew.
-    shifted = mismatch_probe.audit_resume(result.path, step_tokens=4096, progress=again).audit.range
+    shifted = mismatch_probe.Run.open(result.path).audit(step_tokens=4096, progress=again).audit.range
     first = result.audit.range
     assert shifted.forward == first.forward
     assert shifted.backward is not None
@@ -76,7 +75,7 @@ def test_an_outlier_fails_in_the_real_engine_too_and_a_second_call_starts_none(t
 
 def test_a_model_type_that_vllm_refuses_gets_the_sentence_and_nothing_is_loaded(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(DtypeRefused) as error:
-        mismatch_probe.audit(CompareConfig(model=str(tiny("gemma2")), **SMALL), out=tmp_path / "run")
+        mismatch_probe.audit(model=str(tiny("gemma2")), **SMALL, out=tmp_path / "run")
     assert error.value.what.startswith("vLLM does not support float16 for model type gemma2: Numerical instability.")
     assert not (tmp_path / "run").exists()
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 import mismatch_probe
-from mismatch_probe import CompareConfig
 from mismatch_probe.engines.devices import gpu_present
 from mismatch_probe.results.comparison import Pair
 
@@ -28,9 +27,7 @@ def mean_abs(result: Any, rollout: str, trainer: str) -> float:
 
 @pytest.fixture(scope="session")
 def qwen3(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return mismatch_probe.compare(
-        CompareConfig(model=str(tiny("qwen3")), **SMALL), out=tmp_path_factory.mktemp("qwen3") / "run"
-    )
+    return mismatch_probe.compare(model=str(tiny("qwen3")), **SMALL, out=tmp_path_factory.mktemp("qwen3") / "run")
 
 
 def test_every_cell_is_there_and_ordered_by_precision(qwen3: Any) -> None:
@@ -62,16 +59,14 @@ def test_the_manifest_says_what_ran(qwen3: Any) -> None:
 
 
 def test_the_same_command_gives_the_same_summary_to_the_byte(tiny: Tiny, tmp_path: Path) -> None:
-    config = CompareConfig(
-        model=str(tiny("qwen3")), rollout_dtypes=("bfloat16",), trainer_dtypes=("bfloat16",), **SMALL
-    )
-    first, second = (mismatch_probe.compare(config, out=tmp_path / name).path / "summary.json" for name in "ab")
+    config = dict(model=str(tiny("qwen3")), rollout_dtypes=("bfloat16",), trainer_dtypes=("bfloat16",), **SMALL)
+    first, second = (mismatch_probe.compare(**config, out=tmp_path / name).path / "summary.json" for name in "ab")
     assert first.read_bytes() == second.read_bytes()
 
 
 def test_a_temperature_is_applied_on_both_sides(tiny: Tiny, tmp_path: Path) -> None:
     options = {**SMALL, "rollout_dtypes": ("float32",), "trainer_dtypes": ("float32",), "temperature": 0.6}
-    result = mismatch_probe.compare(CompareConfig(model=str(tiny("llama")), **options), out=tmp_path / "run")
+    result = mismatch_probe.compare(model=str(tiny("llama")), **options, out=tmp_path / "run")
     assert mean_abs(result, "float32", "float32") < 1e-5
     assert result.data.manifest.passes["vllm-float32-decode"].engine["logprobs_mode"] == "processed_logprobs"
 
@@ -79,7 +74,7 @@ def test_a_temperature_is_applied_on_both_sides(tiny: Tiny, tmp_path: Path) -> N
 @pytest.mark.parametrize("architecture", ["gpt_neox", "qwen3_moe"])
 def test_other_architectures_agree_in_fp32(tiny: Tiny, tmp_path: Path, architecture: str) -> None:
     options = {**SMALL, "rollout_dtypes": ("float32",), "trainer_dtypes": ("float32",)}
-    result = mismatch_probe.compare(CompareConfig(model=str(tiny(architecture)), **options), out=tmp_path / "run")
+    result = mismatch_probe.compare(model=str(tiny(architecture)), **options, out=tmp_path / "run")
     assert mean_abs(result, "float32", "float32") < 1e-5
 
 
@@ -89,7 +84,7 @@ def test_an_architecture_that_needs_the_engine_process_gets_it(
     # Some CPUs run OLMo2 in-process and on others it dies there; asking for the process makes all of them run it so.
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     options = {**SMALL, "rollout_dtypes": ("float32",), "trainer_dtypes": ("float32",)}
-    result = mismatch_probe.compare(CompareConfig(model=str(tiny("olmo2")), **options), out=tmp_path / "run")
+    result = mismatch_probe.compare(model=str(tiny("olmo2")), **options, out=tmp_path / "run")
     rollout = result.data.manifest.passes["vllm-float32-decode"]
     assert mean_abs(result, "float32", "float32") < 1e-5
     assert rollout.engine["in_process"] is False
@@ -99,7 +94,7 @@ def test_an_architecture_that_needs_the_engine_process_gets_it(
 
 def test_a_dtype_that_vllm_refuses_leaves_its_cells_empty_with_the_reason(tiny: Tiny, tmp_path: Path) -> None:
     options = {**SMALL, "rollout_dtypes": ("float16", "float32"), "trainer_dtypes": ("float32",)}
-    result = mismatch_probe.compare(CompareConfig(model=str(tiny("gemma2")), **options), out=tmp_path / "run")
+    result = mismatch_probe.compare(model=str(tiny("gemma2")), **options, out=tmp_path / "run")
     (missing,) = result.summary.missing
     assert missing.rollout_dtype == "float16"
     assert "does not support float16 for model type gemma2" in missing.why
@@ -110,8 +105,8 @@ def test_a_dtype_that_vllm_refuses_leaves_its_cells_empty_with_the_reason(tiny: 
 @pytest.mark.slow
 def test_the_built_in_model_shows_the_papers_gap(tmp_path: Path) -> None:
     dtypes: Any = {"rollout_dtypes": ("bfloat16", "float16"), "trainer_dtypes": ("bfloat16", "float16")}
-    config = CompareConfig(num_prompts=12, max_tokens=8, rollout_batch=12, self_noise_tokens=0, **dtypes)
-    result = mismatch_probe.compare(config, out=tmp_path / "run")
+    config = dict(num_prompts=12, max_tokens=8, rollout_batch=12, self_noise_tokens=0, **dtypes)
+    result = mismatch_probe.compare(**config, out=tmp_path / "run")
     assert 1e-2 < mean_abs(result, "bfloat16", "bfloat16") < 1e-1
     assert 1e-3 < mean_abs(result, "float16", "float16") < 1.5e-2
 
@@ -119,8 +114,14 @@ def test_the_built_in_model_shows_the_papers_gap(tmp_path: Path) -> None:
 @pytest.mark.gpu
 def test_on_a_gpu_the_matrix_is_complete_and_fp32_is_fp32(tiny: Tiny, tmp_path: Path) -> None:
     assert gpu_present()
-    config = CompareConfig(model=str(tiny("llama")), device="cuda", num_prompts=16, samples_per_prompt=1, max_tokens=64)
-    result = mismatch_probe.compare(config, out=tmp_path / "run")
+    config = {
+        "model": str(tiny("llama")),
+        "device": "cuda",
+        "num_prompts": 16,
+        "samples_per_prompt": 1,
+        "max_tokens": 64,
+    }
+    result = mismatch_probe.compare(**config, out=tmp_path / "run")
     assert len(result.summary.pairs) == 9
     assert mean_abs(result, "float32", "float32") < 1e-5
     assert 3 < mean_abs(result, "bfloat16", "bfloat16") / mean_abs(result, "float16", "float16") < 20
@@ -130,15 +131,15 @@ def test_on_a_gpu_the_matrix_is_complete_and_fp32_is_fp32(tiny: Tiny, tmp_path: 
 def test_on_a_gpu_an_engine_leaves_the_card_free(tiny: Tiny, tmp_path: Path) -> None:
     import torch
 
-    config = CompareConfig(
-        model=str(tiny("llama")),
-        device="cuda",
-        num_prompts=4,
-        max_tokens=8,
-        rollout_dtypes=("bfloat16",),
-        trainer_dtypes=("bfloat16",),
-    )
+    config = {
+        "model": str(tiny("llama")),
+        "device": "cuda",
+        "num_prompts": 4,
+        "max_tokens": 8,
+        "rollout_dtypes": ("bfloat16",),
+        "trainer_dtypes": ("bfloat16",),
+    }
     free_before, _ = torch.cuda.mem_get_info()
-    mismatch_probe.compare(config, out=tmp_path / "run")
+    mismatch_probe.compare(**config, out=tmp_path / "run")
     free_after, total = torch.cuda.mem_get_info()
     assert free_before - free_after < 0.02 * total

@@ -42,7 +42,7 @@ def full_scores(checkpoint: Path, sequences: list[tuple[list[int], list[int]]], 
 def test_projected_gradients_give_what_full_ones_in_float64_give(tiny: Tiny, tmp_path: Path) -> None:
     checkpoint = tiny("llama")
     run = plant_run(tmp_path / "run", checkpoint, {"bfloat16": 0.35, "float32": 0.0})
-    result = mismatch_probe.rl_gradient(run.path)
+    result = mismatch_probe.Run.open(run.path).gradient()
     bf16, fp32 = result.document.passes
     assert (bf16.n_sequences, bf16.n_empty, bf16.n_nonfinite) == (15, 1, 0)
     assert bf16.logprob_gap < 1e-5
@@ -83,13 +83,13 @@ def test_projected_gradients_give_what_full_ones_in_float64_give(tiny: Tiny, tmp
 def test_a_second_call_starts_no_engine_and_says_the_same(tiny: Tiny, tmp_path: Path) -> None:
     run = plant_run(tmp_path / "run", tiny("qwen3"), {"float16": 0.05})
     first, again = Recorder(), Recorder()
-    before = mismatch_probe.rl_gradient(run.path, progress=first)
-    after = mismatch_probe.rl_gradient(run.path, progress=again)
+    before = mismatch_probe.Run.open(run.path).gradient(progress=first)
+    after = mismatch_probe.Run.open(run.path).gradient(progress=again)
     assert (first.begun, again.begun) == (["gradient"], [])
     assert before.document == after.document
     file = run.path / "gradient" / "vllm-float16-decode.npz"
     file.write_bytes(file.read_bytes()[:-100])
-    mismatch_probe.rl_gradient(run.path, progress=again)
+    mismatch_probe.Run.open(run.path).gradient(progress=again)
     assert again.begun == ["gradient"]
 
 
@@ -98,7 +98,7 @@ def test_another_model_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     run = plant_run(tmp_path / "run", checkpoint, {"float16": 0.05})
     (checkpoint / "extra.json").write_text("{}")
     with pytest.raises(TableError, match="files have changed"):
-        mismatch_probe.rl_gradient(run.path)
+        mismatch_probe.Run.open(run.path).gradient()
 
 
 def test_from_the_engines_to_the_files(tiny: Tiny, tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_from_the_engines_to_the_files(tiny: Tiny, tmp_path: Path) -> None:
         trainer_dtypes=("bfloat16", "float32"),
         self_noise_tokens=0,
     )
-    result = mismatch_probe.rl_gradient(config, out=tmp_path / "run")
+    result = mismatch_probe.Run.open(config).gradient(out=tmp_path / "run")
     folder = tmp_path / "run" / "gradient"
     assert Gradient.read(folder / "gradient.json") == result.document
     assert len((folder / "gradient.csv").read_text().splitlines()) == len(result.frame()) + 1

@@ -54,13 +54,13 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 def test_a_worker_that_is_killed_costs_one_step_and_no_bit(tmp_path: Path) -> None:
     config = RlConfig.of(SMALL)
-    whole = mismatch_probe.rl_run(config, out=tmp_path / "whole")
+    whole = mismatch_probe.rl_run(**config, out=tmp_path / "whole")
     assert whole.exit_code == 0
     assert all(row["sync_gap"] < 1e-5 for row in _rows(whole.path))
     assert all(row["mean_abs_logprob_diff"] < 1e-5 for row in _rows(whole.path))
     assert (whole.path / "figures" / "run.png").exists()
     with pytest.raises(EngineError, match=r"killed \(signal 9\)"):
-        mismatch_probe.rl_run(config, out=tmp_path / "cut", progress=_Kill(after=2))
+        mismatch_probe.rl_run(**config, out=tmp_path / "cut", progress=_Kill(after=2))
     assert RlDirectory.open(tmp_path / "cut").document.ending is None
     resumed = mismatch_probe.rl_resume(tmp_path / "cut")
     assert resumed.document.ending == whole.document.ending
@@ -105,7 +105,7 @@ def test_on_a_gpu_a_run_ends_and_differs_by_rounding(
     tmp_path: Path, dtype: str, limit: float, stress: dict[str, Any]
 ) -> None:
     options = {**SMALL, "rollout_dtype": dtype, "trainer_dtype": dtype, "device": "cuda", "initial_loss_scale": 256.0}
-    result = mismatch_probe.rl_run(RlConfig.of({**options, **stress}), out=tmp_path / "run")
+    result = mismatch_probe.rl_run(**dict(RlConfig.of({**options, **stress})), out=tmp_path / "run")
     assert result.document.ending is not None
     assert result.document.ending.status == "complete"
     gaps = [row["mean_abs_logprob_diff"] for row in _rows(result.path)]

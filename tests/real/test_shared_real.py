@@ -13,7 +13,6 @@ import pandas as pd
 import pytest
 
 import mismatch_probe
-from mismatch_probe import CompareConfig
 from mismatch_probe.results.comparison import Pair
 
 pytestmark = pytest.mark.engine
@@ -35,8 +34,8 @@ def pair(run: Any, rollout: str, trainer: str) -> Pair:
 
 @pytest.fixture(scope="session")
 def shared(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    config = CompareConfig(model=str(tiny("qwen3")), **OPTIONS)
-    return mismatch_probe.compare(config, out=tmp_path_factory.mktemp("shared") / "run")
+    config = dict(model=str(tiny("qwen3")), **OPTIONS)
+    return mismatch_probe.compare(**config, out=tmp_path_factory.mktemp("shared") / "run")
 
 
 def table(run: Any, name: str) -> pd.DataFrame:
@@ -114,7 +113,7 @@ def test_vllms_own_engine_process_replays_and_keeps_rows_too(
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     dtypes = {"rollout_dtypes": ("bfloat16", "float32"), "trainer_dtypes": ("float32",)}
     options = {**OPTIONS, **dtypes, "exact_kl": 30, "reference": "float32"}
-    run = mismatch_probe.compare(CompareConfig(model=str(tiny("llama")), **options), out=tmp_path / "run")
+    run = mismatch_probe.compare(model=str(tiny("llama")), **options, out=tmp_path / "run")
     assert run.data.manifest.passes["vllm-float32-replay"].engine["in_process"] is False
     metrics = pair(run, "float32", "float32").metrics
     assert 0 < metrics["kl_exact"].value < 1e-10
@@ -124,7 +123,7 @@ def test_vllms_own_engine_process_replays_and_keeps_rows_too(
 @pytest.mark.gpu
 def test_on_a_gpu_replays_and_kept_rows_belong_to_their_tokens(tiny: Tiny, tmp_path: Path) -> None:
     options = {**OPTIONS, "num_prompts": 16, "max_tokens": 64, "exact_kl": 64, "device": "cuda", "eager": True}
-    run = mismatch_probe.compare(CompareConfig(model=str(tiny("qwen3")), **options), out=tmp_path / "run")
+    run = mismatch_probe.compare(model=str(tiny("qwen3")), **options, out=tmp_path / "run")
     tokens = table(run, "tokens")
     sampled = tokens[tokens["pass_id"] == "vllm-bfloat16-decode"]["token_id"].tolist()
     for dtype in ("float16", "float32"):

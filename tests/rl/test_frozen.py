@@ -37,7 +37,7 @@ def test_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "_make_missing", take)
     run = Path(shutil.copytree(FROZEN / "gradient", tmp_path / "run"))
     frozen = Gradient.read(run / "gradient" / "gradient.json").content()
-    found = mismatch_probe.rl_gradient(run).document.content()
+    found = mismatch_probe.Run.open(run).gradient().document.content()
     assert_equal({**found, "tool_version": frozen["tool_version"]}, frozen)
 
 

@@ -12,7 +12,6 @@ import pandas as pd
 import pytest
 
 import mismatch_probe
-from mismatch_probe.config import CompareConfig
 from mismatch_probe.engines.gradient import WEIGHTED, PassTask, PassVectors, SequenceTask, Vectors
 from mismatch_probe.errors import ProbeError, TableError, UsageError
 from mismatch_probe.metrics.gradient import GRADIENT_KEYS
@@ -63,7 +62,7 @@ def test_every_rollout_dtype_has_its_own_trainer_and_the_one_in_fp32(run_copy: P
 
 
 def test_document_csv_and_pages(measured: Path) -> None:
-    result = mismatch_probe.rl_gradient(measured, predict_lengths=(9, 17))
+    result = mismatch_probe.Run.open(measured).gradient(predict_lengths=(9, 17))
     assert Gradient.read(measured / "gradient" / "gradient.json") == result.document
     passes = {found.rollout_dtype: found for found in result.document.passes}
     assert [len(found.estimates) for found in passes.values()] == [11, 11, 6]
@@ -91,7 +90,7 @@ def test_document_csv_and_pages(measured: Path) -> None:
 
 
 def test_measured_ess_is_that_of_the_comparison(measured: Path) -> None:
-    result = mismatch_probe.rl_gradient(measured)
+    result = mismatch_probe.Run.open(measured).gradient()
     summary = json.loads((measured / "summary.json").read_text())
     for found in result.document.passes:
         for pair in found.pairs:
@@ -116,10 +115,10 @@ class TestReuse:
     def test_finished_files_are_kept_whatever_else_is_asked(
         self, measured: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        mismatch_probe.rl_gradient(measured)
+        mismatch_probe.Run.open(measured).gradient()
         asked: list[PassTask] = []
         monkeypatch.setattr(session, "_make_missing", lambda run, config, tasks, progress: asked.extend(tasks))
-        mismatch_probe.rl_gradient(measured, predict_lengths=(50,))
+        mismatch_probe.Run.open(measured).gradient(predict_lengths=(50,))
         assert all(PassVectors.load(task) is not None for task in asked)
 
     def test_other_log_probs_are_other_gradients(self, run_copy: Path) -> None:
@@ -190,38 +189,38 @@ def test_sequences_with_an_impossible_log_prob_are_counted_and_left_out() -> Non
 
 class TestRefusals:
     def test_a_run_without_the_fp32_trainer(self, scripted_model: MakeModel, tmp_path: Path, no_figures: None) -> None:
-        run = mismatch_probe.compare(CompareConfig(model=str(scripted_model()), **SMALL), out=tmp_path / "run")
+        run = mismatch_probe.compare(model=str(scripted_model()), **SMALL, out=tmp_path / "run")
         with pytest.raises(UsageError, match="no FP32 trainer pass"):
-            mismatch_probe.rl_gradient(run.path)
+            mismatch_probe.Run.open(run.path).gradient()
         with pytest.raises(UsageError, match="needs an FP32 trainer pass"):
-            mismatch_probe.rl_gradient(CompareConfig(model=str(scripted_model()), **SMALL), out=tmp_path / "other")
+            mismatch_probe.rl_gradient(model=str(scripted_model()), **SMALL, out=tmp_path / "other")
         assert not (tmp_path / "other").exists()
 
     def test_a_model_without_weights(self, run_copy: Path) -> None:
         with pytest.raises(UsageError, match="no weights"):
-            mismatch_probe.rl_gradient(run_copy)
+            mismatch_probe.Run.open(run_copy).gradient()
 
     def test_no_run(self, tmp_path: Path) -> None:
         with pytest.raises(TableError):
-            mismatch_probe.rl_gradient(tmp_path / "nothing")
+            mismatch_probe.Run.open(tmp_path / "nothing").gradient()
         assert not (tmp_path / "nothing").exists()
 
     def test_a_length_that_cannot_be(self, run_copy: Path) -> None:
         with pytest.raises(ProbeError, match="predict-length"):
-            mismatch_probe.rl_gradient(run_copy, predict_lengths=(0,))
+            mismatch_probe.Run.open(run_copy).gradient(predict_lengths=(0,))
 
     def test_passes_that_decoded_foreign_sequences_are_named(
         self, scripted_model: MakeModel, tmp_path: Path, no_figures: None
     ) -> None:
-        config = CompareConfig(
-            model=str(scripted_model()),
-            num_prompts=4,
-            max_tokens=4,
-            sequences="shared",
-            rollout_dtypes=("bfloat16", "float16"),
-            trainer_dtypes=("bfloat16", "float32"),
-        )
-        run = mismatch_probe.compare(config, out=tmp_path / "run")
+        config = {
+            "model": str(scripted_model()),
+            "num_prompts": 4,
+            "max_tokens": 4,
+            "sequences": "shared",
+            "rollout_dtypes": ("bfloat16", "float16"),
+            "trainer_dtypes": ("bfloat16", "float32"),
+        }
+        run = mismatch_probe.compare(**config, out=tmp_path / "run")
         found, missing = pass_data(RunDirectory.open(run.path))
         assert list(found) == ["vllm-bfloat16-decode"]
         assert "did not sample them" in missing["vllm-float16-replay"]

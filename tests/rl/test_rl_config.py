@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from mismatch_probe import read_rl_config
 from mismatch_probe.dtypes import SHORT_DTYPES
-from mismatch_probe.errors import TableError, UsageError
+from mismatch_probe.errors import UsageError
 from mismatch_probe.resources import data_path
 from mismatch_probe.rl.algorithms import algorithms
 from mismatch_probe.rl.config import RlConfig
+from mismatch_probe.runs.settings import values_from
 
 # Every key, away from its default.
 EVERYTHING: dict[str, Any] = {
@@ -68,6 +68,10 @@ def write_toml(folder: Path, values: dict[str, Any]) -> Path:
     path = folder / "run.toml"
     path.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()), encoding="utf-8")
     return path
+
+
+def read_rl_config(path: Path | None, overrides: dict[str, Any]) -> RlConfig:
+    return RlConfig.of({**values_from(path, RlConfig), **overrides})
 
 
 def test_every_key_can_be_given_in_a_file(tmp_path: Path) -> None:
@@ -221,7 +225,7 @@ def test_a_file_that_cannot_be_used_is_refused(tmp_path: Path, content: bytes, s
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="No such file"):
         read_rl_config(tmp_path / "none.toml", {})
-    with pytest.raises(TableError, match=r"run\.json does not exist"):
+    with pytest.raises(UsageError, match="is not a run folder"):
         read_rl_config(tmp_path, {})
 
 

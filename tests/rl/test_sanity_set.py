@@ -17,7 +17,7 @@ from mismatch_probe.engines.events import Identity, Listener
 from mismatch_probe.errors import Interrupted, TableError, UsageError
 from mismatch_probe.ingest.generic import read_generic
 from mismatch_probe.results.sanity import SanityOutcome, SanitySet
-from mismatch_probe.rl.config import SanityConfig
+from mismatch_probe.rl.config import RlConfig, SanityConfig
 from mismatch_probe.rl.sanity import records, run
 from mismatch_probe.rl.sanity.records import SanityDirectory
 from mismatch_probe.rl.sanity.worker import SanityJob, sample
@@ -135,9 +135,7 @@ class TestFiles:
     def test_rl_run_trains_on_exactly_these(self, tmp_path: Path) -> None:
         found = make(tmp_path / "set")
         kept = read_problems(found.problems)
-        config = mismatch_probe.read_rl_config(
-            None, {"task": "chain", "problems": str(found.problems), "n_problems": len(kept), "prompts_per_step": 4}
-        )
+        config = RlConfig(problems=str(found.problems), n_problems=len(kept), prompts_per_step=4)
         task = make_task(config.task, n_problems=config.n_problems, seed=0, path=config.problems)
         assert task.problems() == kept
         drawn = make_task("chain", n_problems=N_PROBLEMS, seed=0).problems()
@@ -254,8 +252,8 @@ class TestCommand:
         folder = tmp_path / "set"
         shown = command("rl", "sanity-set", "--keep", "0.1", "0.9", "--max-tokens", "50", "--out", folder).out
         n_kept = len((folder / "sanity-set.jsonl").read_text().splitlines())
-        assert f"--problems {folder / 'sanity-set.jsonl'} --rollout-dtype bfloat16 --set n_problems={n_kept}" in shown
-        assert "--set max_tokens=50" in shown
+        assert f"--problems {folder / 'sanity-set.jsonl'} --n-problems {n_kept}" in shown
+        assert "--max-tokens 50" in shown
 
     @pytest.mark.parametrize(
         ("words", "said"),

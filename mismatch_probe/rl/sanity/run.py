@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +24,7 @@ from mismatch_probe.runs.state import SET
 
 _PASS = "sanity-set"
 # What a run on the set has to share with its sampling.
-_SHARED = ("revision", "max_tokens", "temperature", "chat", "device")
-_OPTIONS = (
-    *("model", "task", "problems", "n_problems", "chat", "n_samples", "keep", "max_tokens", "temperature"),
-    *("rollout_dtype", "seed", "device"),
-)
+_SHARED = ("model", "revision", "task", "rollout_dtype", "max_tokens", "temperature", "chat", "device")
 
 
 @dataclass(frozen=True)
@@ -62,37 +57,18 @@ class SanityResult:
                 model=config.model,
                 rollout_dtype=config.rollout_dtype,
                 temperature=config.temperature,
-                train=tuple(_train(config, self.problems, n_kept)),
-                longer=tuple(_options(config.model_copy(update={"max_tokens": 2 * config.max_tokens}))),
+                train=tuple(_train(config, self.problems, n_kept)) if n_kept else (),
+                longer=tuple(config.replace(max_tokens=2 * config.max_tokens).arguments()),
             )
         )
 
 
-def _train(config: SanityConfig, problems: Path, n_kept: int) -> Iterator[str]:
+def _train(config: SanityConfig, problems: Path, n_kept: int) -> list[str]:
     """Options of `rl run` that train on a set, sampled as it was."""
-    yield from ("--model", config.model, "--task", config.task, "--problems", str(problems))
-    yield from ("--rollout-dtype", config.rollout_dtype)
-    default = RlConfig()
-    settings: dict[str, Any] = {"n_problems": n_kept}
-    values = {name: getattr(config, name) for name in _SHARED}
-    settings |= {name: value for name, value in values.items() if value not in (None, getattr(default, name))}
-    if n_kept < default.prompts_per_step:
+    settings: dict[str, Any] = {name: getattr(config, name) for name in _SHARED}
+    if n_kept < RlConfig().prompts_per_step:
         settings |= {"prompts_per_step": n_kept, "updates_per_rollout": 1}
-    for name, value in settings.items():
-        yield from ("--set", f"{name}={str(value).lower() if isinstance(value, bool) else value}")
-
-
-def _options(config: SanityConfig) -> Iterator[str]:
-    """Options of `rl sanity-set` that ask for a configuration; those at their defaults are left out."""
-    for name in _OPTIONS:
-        value = getattr(config, name)
-        if value == SanityConfig.model_fields[name].default:
-            continue
-        yield f"--{name.replace('_', '-')}"
-        if isinstance(value, tuple):
-            yield from map(str, value)
-        elif value is not True:
-            yield str(value)
+    return RlConfig.of({**settings, "problems": str(problems), "n_problems": n_kept}).arguments()
 
 
 def new_sanity_set(config: SanityConfig, out: str | Path | None, progress: Progress | None) -> SanityResult:
