@@ -59,8 +59,9 @@ lint: setup-dev ## Check style, types and the direction of imports
 schema: setup-dev ## Write the JSON schemas of every document: data/schemas
 	@'$(BIN)/python' -m tools.schemas
 
-docs: setup-dev ## Write the generated pages: metrics.md, findings.md and algorithms.md in docs
+docs: setup-dev ## Write the generated pages: cli.md, metrics.md, findings.md and algorithms.md in docs, and mismatch_probe/keywords.py
 	@'$(BIN)/python' -m tools.pages
+	@'$(BIN)/python' -m tools.keywords
 	@'$(BIN)/python' -m tools.exact_bias
 
 notebook: setup-dev ## Run the notebooks from start to end

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -12,6 +11,8 @@ import click
 import pytest
 
 from mismatch_probe.cli.main import cli
+from mismatch_probe.cli.options import SettingsCommand
+from tools.pages import commands_of
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -22,17 +23,6 @@ _RETIRED = re.compile(
     r"\b(?:knobs?|not judged|mend(?:s|ed|ing)?|(?:sampling )?laws?|nulls?|refus(?:es?|ed|als?)|anchors?)\b", re.I
 )
 _OPERATORS = (">", "|", "&&", ";")
-
-
-def leaves(command: click.Command, *names: str) -> Iterator[tuple[str, ...]]:
-    """The names of every command, groups included."""
-    yield names
-    if isinstance(command, click.Group):
-        context = click.Context(command)
-        for name in command.list_commands(context):
-            inner = command.get_command(context, name)
-            assert inner is not None, name
-            yield from leaves(inner, *names, name)
 
 
 def shown_commands(text: str) -> list[str]:
@@ -50,7 +40,10 @@ def parse(line: str) -> None:
         assert inner is not None
         command, context = inner, parent
     if not isinstance(command, click.Group):
-        command.make_context(command.name, arguments, parent=context).close()
+        with command.make_context(command.name, arguments, parent=context) as made:
+            if isinstance(command, SettingsCommand):
+                given = {name: made.params[name] for name in command.settings.model_fields}
+                command.settings.of({name: value for name, value in given.items() if value not in (None, ())})
 
 
 @cache
@@ -61,7 +54,7 @@ def anchors(page: Path) -> frozenset[str]:
     return frozenset(re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings)
 
 
-@pytest.mark.parametrize("names", list(leaves(cli)), ids=" ".join)
+@pytest.mark.parametrize("names", [names for names, _ in commands_of(cli)], ids=" ".join)
 def test_every_command_shows_an_example_that_parses(names: tuple[str, ...]) -> None:
     command: click.Command = cli
     for name in names:

@@ -13,7 +13,7 @@ import pytest
 import mismatch_probe
 from mismatch_probe.report.words import all_words
 from mismatch_probe.results.base import Document
-from tools import pages, schemas
+from tools import keywords, pages, schemas
 
 PACKAGE = Path(mismatch_probe.__file__).parent
 DOCUMENTS = schemas.documents()
@@ -46,6 +46,10 @@ def test_every_field_is_described(kind: type[Document]) -> None:
 @pytest.mark.parametrize("name", pages.PAGES)
 def test_a_page_is_what_the_code_says(name: str) -> None:
     assert (pages.FOLDER / name).read_text(encoding="utf-8") == pages.PAGES[name](), "`make docs` writes it"
+
+
+def test_keywords_are_those_of_the_settings() -> None:
+    assert keywords.FILE.read_text(encoding="utf-8") == keywords.keywords_module(), "`make docs` writes it"
 
 
 def test_every_code_of_a_finding_has_words() -> None:

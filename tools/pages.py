@@ -1,13 +1,19 @@
-"""Generated pages of the documentation: `make docs` writes `docs/metrics.md` and `docs/findings.md`."""
+"""Generated pages of the documentation: `make docs` writes `docs/cli.md`, `docs/metrics.md` and `docs/findings.md`."""
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
+import click
+
+from mismatch_probe.cli.main import cli
+from mismatch_probe.cli.options import SettingsCommand
 from mismatch_probe.metrics.catalog import CATALOG, SYMBOLS, MetricInfo
 from mismatch_probe.report.words import Words, all_words
 
@@ -131,12 +137,74 @@ def _finding(words: Words) -> str:
     return "\n".join(lines)
 
 
+def commands_of(command: click.Command, *names: str) -> Iterator[tuple[tuple[str, ...], click.Context]]:
+    """Every command, groups included, with the words that call it."""
+    context = click.Context(command, info_name=" ".join(("mismatch-probe", *names)))
+    yield names, context
+    if isinstance(command, click.Group):
+        for name in command.list_commands(context):
+            inner = command.get_command(context, name)
+            assert inner is not None, name
+            yield from commands_of(inner, *names, name)
+
+
+def cli_page() -> str:
+    """Every command with its options."""
+    parts = [
+        "# Command line",
+        _GENERATED.format("the settings in `mismatch_probe/config/` and `mismatch_probe/rl/config.py`"),
+        "The key of an option is the keyword of the Python function and the key in the file of `--config`; options "
+        "override the file. Options with `,…` take several values, separated by commas, and can be repeated.",
+    ]
+    for names, context in commands_of(cli):
+        if names:
+            parts += _command(names, context)
+    return "\n\n".join(parts) + "\n"
+
+
+def _command(names: tuple[str, ...], context: click.Context) -> Iterator[str]:
+    command = context.command
+    yield f"## {' '.join(names)}"
+    for paragraph in inspect.cleandoc(command.help or "").split("\n\n"):
+        text = paragraph.removeprefix("\b\n")
+        if text == paragraph:
+            yield " ".join(text.split()).replace("<", "&lt;")
+        else:
+            title, *lines = text.splitlines()
+            yield f"{title}\n\n```sh\n{textwrap.dedent(chr(10).join(lines))}\n```"
+    pieces = [piece for piece in command.collect_usage_pieces(context) if piece != "[OPTIONS]"]
+    if pieces and not isinstance(command, click.Group):
+        yield f"Arguments: `{' '.join(pieces)}`"
+    sections: Mapping[str, Sequence[click.Parameter]] = {"Options": command.get_params(context)}
+    if isinstance(command, SettingsCommand):
+        sections = command.sections(context)
+    rows = [row for title, group in sections.items() for row in _options(title, group, context)]
+    if rows and not isinstance(command, click.Group):
+        yield _table(("option", "key", "meaning", "default"), rows)
+    if command.epilog:
+        yield command.epilog
+
+
+def _options(title: str, group: Sequence[click.Parameter], context: click.Context) -> Iterator[tuple[str, ...]]:
+    for parameter in group:
+        record = parameter.get_help_record(context)
+        if record is None or "--help" in parameter.opts:
+            continue
+        text, _, default = record[1].partition("  [default: ")
+        key = f"`{parameter.name}`" if title != "Options" else ""
+        yield f"`{record[0]}`", key, text, default.removesuffix("]")
+
+
 def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [header, ("---",) * len(header), *(tuple(cell.replace("|", "\\|") for cell in row) for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-PAGES: Mapping[str, Callable[[], str]] = {"metrics.md": metrics_page, "findings.md": findings_page}
+PAGES: Mapping[str, Callable[[], str]] = {
+    "cli.md": cli_page,
+    "metrics.md": metrics_page,
+    "findings.md": findings_page,
+}
 
 
 def main() -> None:

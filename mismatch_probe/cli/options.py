@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -72,12 +72,15 @@ class SettingsCommand(click.Command):
         self._sections = {title: [_option(found) for found in group] for title, group in settings.sections().items()}
         self.params += [option for group in self._sections.values() for option in group]
 
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def sections(self, ctx: click.Context) -> dict[str, Sequence[click.Parameter]]:
         """The command's own options, then settings by group."""
         theirs = {id(option) for group in self._sections.values() for option in group}
         own = [parameter for parameter in self.get_params(ctx) if id(parameter) not in theirs]
-        sections: dict[str, Sequence[click.Parameter]] = {"Options": own, **self._sections}
-        for title, group in sections.items():
+        return {"Options": own, **self._sections}
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes a section per group."""
+        for title, group in self.sections(ctx).items():
             rows = [row for parameter in group if (row := parameter.get_help_record(ctx)) is not None]
             with formatter.section(title):
                 formatter.write_dl(rows)
@@ -148,18 +151,6 @@ def out_option(default: str) -> Callable[[F], F]:
 def resume_option(text: str) -> Callable[[F], F]:
     """`--resume`."""
     return click.option("--resume", type=RunPath(), metavar="RUN", help=text)
-
-
-def walk(command: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
-    """Every command below one, with the words that call it."""
-    if isinstance(command, click.Group):
-        context = click.Context(command)
-        for name in command.list_commands(context):
-            found = command.get_command(context, name)
-            assert found is not None
-            yield from walk(found, (*path, name))
-    if path:
-        yield path, command
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout; all else on stderr.")

@@ -270,8 +270,9 @@ def setting(group: type[Settings], name: str) -> Setting:
         inner = _plain(parts[0])
     choices: tuple[str, ...] = get_args(inner) if get_origin(inner) is Literal else ()
     kind = _kind(inner, option)
-    default = option.default or _in_words(info.get_default(call_default_factory=True))
-    metavar = option.metavar or _METAVARS.get(kind, f"[{'|'.join(map(_short, choices))}]")
+    shown = _short if choices == DTYPES else str
+    default = option.default or _in_words(info.get_default(call_default_factory=True), shown)
+    metavar = option.metavar or _METAVARS.get(kind, f"[{'|'.join(map(shown, choices))}]")
     return Setting(
         name=name,
         flag=flag(group, name),
@@ -321,16 +322,16 @@ def _plain(annotation: Any) -> Any:
             return annotation
 
 
-def _in_words(value: Any) -> str:
+def _in_words(value: Any, shown: Callable[[Any], str]) -> str:
     match value:
         case None | "" | () | bool() | Mapping():
             return ""
         case tuple():
-            return ",".join(_in_words(part) for part in value)
+            return ",".join(_in_words(part, shown) for part in value)
         case float():
             return f"{value:g}"
         case _:
-            return _short(value)
+            return shown(value)
 
 
 def _words(of: Setting, value: Any) -> list[str]:

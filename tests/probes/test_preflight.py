@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 import mismatch_probe
-from mismatch_probe.config import CompareConfig
 from mismatch_probe.engines import declarations
 from mismatch_probe.engines.models import resolve
 from mismatch_probe.errors import ModelError
@@ -446,9 +445,8 @@ class TestGuard:
 
     def test_a_comparison_does_not_start_an_engine(self, clean: Path, tmp_path: Path) -> None:
         resized(clean / "model.safetensors", -1)
-        config = CompareConfig(model=str(clean), device="cpu")
         with pytest.raises(ModelError, match="truncated"):
-            mismatch_probe.compare(config, out=tmp_path / "run")
+            mismatch_probe.compare(model=str(clean), device="cpu", out=tmp_path / "run")
         assert not (tmp_path / "run").exists()
 
     def test_the_scripted_model_has_nothing_to_check(self, tmp_path: Path) -> None:

@@ -191,12 +191,12 @@ class TestBothSides:
 
     def test_a_finished_run_is_a_source_as_a_file_is(self, compare: Compare, record: Record) -> None:
         run = compare(record())
-        again = mismatch_probe.compare(CompareConfig(source=str(run.path)))
+        again = mismatch_probe.compare(source=str(run.path))
         assert (again.path, again.summary) == (run.path, run.summary)
         with pytest.raises(UsageError, match="cannot be combined with --from RUN"):
             compare(run.path, out="new")
         with pytest.raises(UsageError, match="cannot be combined with --from RUN"):
-            mismatch_probe.compare(CompareConfig(source=str(run.path), model="m"))
+            mismatch_probe.compare(source=str(run.path), model="m")
 
     def test_an_audit_takes_a_file_too(self, command: Any, record: Record, tmp_path: Path) -> None:
         ended = command("audit", "--from", record(), "--out", tmp_path / "run")
