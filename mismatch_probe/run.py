@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mismatch_probe.probes.gradient.session import GradientResult
     from mismatch_probe.probes.progress import Progress
     from mismatch_probe.probes.session import RunResult
+    from mismatch_probe.report.data import ReportData
     from mismatch_probe.report.model import TokenSequence
     from mismatch_probe.results.comparison import Comparison
 
@@ -56,6 +57,11 @@ class Run:
     def summary(self) -> Comparison:
         """Content of `summary.json`."""
         return self.result.summary
+
+    @property
+    def data(self) -> ReportData:
+        """Everything that its report shows."""
+        return self.result.data
 
     @property
     def figures(self) -> Mapping[str, Path]:

@@ -167,7 +167,7 @@ def new_run(
 
 
 def resume_run(path: Path, fail_on: Sequence[str], progress: Progress | None, changes: Mapping[str, Any]) -> RunResult:
-    """Runs what is missing of a comparison; see `mismatch_probe.resume`."""
+    """Runs what is missing of a comparison; see `Run.resume`."""
     with Session.resume(path, progress or Progress()) as session:
         session.change(changes)
         return _compare(session, parse_limits(fail_on, session.run.passes))
@@ -176,7 +176,7 @@ def resume_run(path: Path, fail_on: Sequence[str], progress: Progress | None, ch
 def report_run(
     path: Path, fail_on: Sequence[str], predict_lengths: Sequence[int] | None, extrapolate: bool | None
 ) -> RunResult:
-    """Computes summary, figures and reports again; see `mismatch_probe.write_report`."""
+    """Computes summary, figures and reports again; see `Run.report`."""
     check_lengths(predict_lengths or ())
     run = RunDirectory.open(path)
     limits = parse_limits(fail_on, run.passes)
@@ -184,7 +184,7 @@ def report_run(
 
 
 def plot_run(path: Path) -> dict[str, Path]:
-    """Draws the figures again; see `mismatch_probe.plot`."""
+    """Draws the figures again; see `Run.plot`."""
     run = RunDirectory.open(path)
     return draw_figures(run, analyse(run).report())
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 import mismatch_probe
-from mismatch_probe.config import CompareConfig
 from mismatch_probe.engines.builtin import BUILTINS, builtin_path
 from mismatch_probe.engines.models import resolve
 from mismatch_probe.errors import ProbeError
@@ -62,7 +61,7 @@ def test_pickled_weights_reach_both_engines(tmp_path: Path) -> None:
     weights = model / "model.safetensors"
     torch.save(safetensors.load_file(weights), model / "pytorch_model.bin")
     weights.unlink()
-    result = mismatch_probe.compare(CompareConfig(model=str(model), device="cpu", **ONE_PAIR), out=tmp_path / "run")
+    result = mismatch_probe.compare(model=str(model), device="cpu", **ONE_PAIR, out=tmp_path / "run")
     gap = result.summary.pairs[0].metrics["mean_abs_logprob_diff"].value
     assert gap is not None
     assert gap < 1e-4  # random weights on either side would be nats apart
@@ -77,4 +76,4 @@ def test_a_truncated_shard_is_named_without_preflight_too(tmp_path: Path, monkey
     model = save_tiny("llama", tmp_path / "m")
     os.truncate(model / "model.safetensors", (model / "model.safetensors").stat().st_size - 100_000)
     with pytest.raises(ProbeError, match="file not fully covered"):
-        mismatch_probe.compare(CompareConfig(model=str(model), device="cpu", **ONE_PAIR), out=tmp_path / "run")
+        mismatch_probe.compare(model=str(model), device="cpu", **ONE_PAIR, out=tmp_path / "run")
