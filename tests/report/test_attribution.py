@@ -13,7 +13,7 @@ import pytest
 from mismatch_probe.metrics.inside import ENDLESS
 from mismatch_probe.metrics.ladder import NO_GAP
 from mismatch_probe.report.attribution import attribution_report, plan_report
-from mismatch_probe.report.figures import all_figures, draw
+from mismatch_probe.report.figures import all_figures, draw, figures_of
 from mismatch_probe.report.figures.style import ratio_ticks
 from mismatch_probe.report.model import Table
 from mismatch_probe.results.attribution import Attribution, AttributionPlan, PlannedProcess, PlannedSetting
@@ -271,7 +271,7 @@ def test_routers_and_routes_are_drawn_as_they_are() -> None:
 
 def test_only_what_there_is_is_drawn(tmp_path: Path) -> None:
     assert draw(nothing(), tmp_path) == {}
-    assert list(draw(attribution(), tmp_path)) == DENSE
+    assert [info.name for info in figures_of(attribution())] == DENSE
     first = draw(everything(), tmp_path / "a")
     again = draw(everything(), tmp_path / "b")
     assert list(first) == [*DENSE, "attribute-experts"]
@@ -279,7 +279,7 @@ def test_only_what_there_is_is_drawn(tmp_path: Path) -> None:
     no_gap = MetricValue(None, why=NO_GAP)
     rungs = tuple(rung.model_copy(update={"contribution": no_gap}) for rung in ladder().rungs)
     without = attribution(ladder=ladder().model_copy(update={"rungs": rungs}))
-    assert "attribute-ladder" not in draw(without, tmp_path)
+    assert "attribute-ladder" not in [info.name for info in figures_of(without)]
 
 
 def test_a_single_value_has_room(tmp_path: Path) -> None:
