@@ -51,7 +51,7 @@ KINDS = (COMPARISON, SWEEP, RL_RUN, SANITY_SET)
 
 
 def kind_of(path: Path) -> Kind | None:
-    """What a folder is; None where it is no run folder."""
+    """What a folder is; None where it is not a run folder."""
     return next((kind for kind in KINDS if kind.held_by(path)), None)
 
 
