@@ -12,14 +12,14 @@ DtypeText = Literal["bfloat16", "float16", "float32", "bf16", "fp16", "fp32", "h
 class CompareKeywords(TypedDict, total=False):
     """Keywords of `CompareConfig`."""
 
+    model: str | Path
+    """Built-in name, checkpoint folder or hub id."""
     revision: str | None
     """Branch, tag or commit of a hub id."""
     trust_remote_code: bool
     """Run Python code that the checkpoint brings."""
     device: Literal["auto", "cpu", "cuda"]
     """Device of both engines."""
-    model: str | Path
-    """Built-in name, checkpoint folder or hub id."""
     prompts: str | Path | None
     """Prompt file, .jsonl or .txt."""
     chat: bool
@@ -75,14 +75,14 @@ class CompareKeywords(TypedDict, total=False):
 class AttributeKeywords(TypedDict, total=False):
     """Keywords of `AttributeSettings`."""
 
+    model: str | Path
+    """Built-in name, checkpoint folder or hub id."""
     revision: str | None
     """Branch, tag or commit of a hub id."""
     trust_remote_code: bool
     """Run Python code that the checkpoint brings."""
     device: Literal["auto", "cpu", "cuda"]
     """Device of both engines."""
-    model: str | Path
-    """Built-in name, checkpoint folder or hub id."""
     prompts: str | Path | None
     """Prompt file, .jsonl or .txt."""
     chat: bool
@@ -145,14 +145,14 @@ class AttributeOptionKeywords(TypedDict, total=False):
 class AuditKeywords(TypedDict, total=False):
     """Keywords of `AuditSettings`."""
 
+    model: str | Path
+    """Built-in name, checkpoint folder or hub id."""
     revision: str | None
     """Branch, tag or commit of a hub id."""
     trust_remote_code: bool
     """Run Python code that the checkpoint brings."""
     device: Literal["auto", "cpu", "cuda"]
     """Device of both engines."""
-    model: str | Path
-    """Built-in name, checkpoint folder or hub id."""
     prompts: str | Path | None
     """Prompt file, .jsonl or .txt."""
     chat: bool
@@ -233,14 +233,14 @@ class AuditOptionKeywords(TypedDict, total=False):
 class GradientKeywords(TypedDict, total=False):
     """Keywords of `GradientSettings`."""
 
+    model: str | Path
+    """Built-in name, checkpoint folder or hub id."""
     revision: str | None
     """Branch, tag or commit of a hub id."""
     trust_remote_code: bool
     """Run Python code that the checkpoint brings."""
     device: Literal["auto", "cpu", "cuda"]
     """Device of both engines."""
-    model: str | Path
-    """Built-in name, checkpoint folder or hub id."""
     prompts: str | Path | None
     """Prompt file, .jsonl or .txt."""
     chat: bool

@@ -51,12 +51,18 @@ class CheckpointSettings(Settings):
     device: Device = Field(default="auto", description="Device of both engines.")
 
 
-class ModelSettings(CheckpointSettings):
-    """Which model, and where its engines run."""
+class NamedModel(Settings):
+    """Which model."""
+
+    TITLE: ClassVar[str] = "Model"
 
     model: Annotated[PathText, Option(default=DEFAULT_MODEL, metavar="MODEL")] = Field(
         default="", description="Built-in name, checkpoint folder or hub id."
     )
+
+
+class ModelSettings(CheckpointSettings, NamedModel):
+    """Which model, and where its engines run."""
 
 
 class RequestSettings(Settings):
@@ -194,12 +200,12 @@ class MeasurementSettings(Settings):
         default=None, description="Tokens produced twice to measure self-noise; 0 for none."
     )
 
-    @field_validator("exact_kl")
+    @field_validator("exact_kl", mode="before")
     @classmethod
-    def _positions(cls, value: int | str) -> int | str:
-        if isinstance(value, int) and value < 0:
-            raise UsageError(f"--exact-kl must be a number of positions or all, not {value}.", "Use 0 for none.")
-        return value
+    def _positions(cls, value: Any) -> Any:
+        if value == "all" or str(value).isdecimal():
+            return value
+        raise UsageError(f"--exact-kl must be a number of positions or all, not {value!r}.", "Use 0 for none.")
 
 
 class AnalysisSettings(Settings):
