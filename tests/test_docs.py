@@ -35,7 +35,7 @@ def parse(line: str) -> None:
     ends = [words.index(operator) for operator in _OPERATORS if operator in words]
     command, arguments, context = cli, words[: min(ends, default=None)], None
     while isinstance(command, click.Group) and arguments and arguments[0] not in ("-h", "--help"):
-        parent = click.Context(command, parent=context)
+        parent = click.Context(command, parent=context, **command.context_settings)
         _, inner, arguments = command.resolve_command(parent, arguments)
         assert inner is not None
         command, context = inner, parent

@@ -137,15 +137,17 @@ def _finding(words: Words) -> str:
     return "\n".join(lines)
 
 
-def commands_of(command: click.Command, *names: str) -> Iterator[tuple[tuple[str, ...], click.Context]]:
+def commands_of(
+    command: click.Command, *names: str, parent: click.Context | None = None
+) -> Iterator[tuple[tuple[str, ...], click.Context]]:
     """Every command, groups included, with the words that call it."""
-    context = click.Context(command, info_name=" ".join(("mismatch-probe", *names)))
+    context = click.Context(command, parent, " ".join(("mismatch-probe", *names)), **command.context_settings)
     yield names, context
     if isinstance(command, click.Group):
         for name in command.list_commands(context):
             inner = command.get_command(context, name)
             assert inner is not None, name
-            yield from commands_of(inner, *names, name)
+            yield from commands_of(inner, *names, name, parent=context)
 
 
 def cli_page() -> str:
