@@ -260,7 +260,7 @@ def run_real(path: Path) -> None:
     passes = run.passes
     for both in (PassPair(rollout, trainer) for rollout in passes.rollouts for trainer in passes.trainers):
         names = str(both.rollout), str(both.trainer)
-        if not both.diagonal or why_missing(run, *names):
+        if not both.diagonal or why_missing(run, both):
             continue
         prefixes = prefixes_of(pair_arrays(run, *names))
         print(" → ".join(names))

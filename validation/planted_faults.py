@@ -77,7 +77,7 @@ def trace(checkpoint: Path, dtype: Any, folder: Path, tokens: int = TOKENS) -> N
     """vLLM's inside, in a process of its own."""
     settings = rollout_settings("cpu", dtype, eager=True, in_process=True, kv_cache_gib=1)
     request = trace_request(checkpoint, folder, tokens)
-    job = RolloutVariants(rollout_job(checkpoint, dtype, tokens), {}, {}, str(folder.parent), [], request)
+    job = RolloutVariants(rollout_job(checkpoint, dtype, tokens), {}, {}, [], request)
     EngineProcess("vllm", settings.environment, folder.parent / "vllm.log").run(job, lambda *_: None)
 
 

@@ -43,7 +43,7 @@ class Engine:
 
     def trainer(self, job: TrainerJob) -> TrainerEngine:
         """Starts the training side."""
-        raise UsageError(f"The engine {self.name} is no trainer.", "Name another trainer engine.")
+        raise UsageError(f"The engine {self.name} is not a trainer.", "Name another trainer engine.")
 
     def rollout_settings(
         self, device: Device, dtype: Dtype, *, eager: bool, in_process: bool, kv_cache_gib: int
@@ -92,5 +92,7 @@ def find(name: str) -> Engine:
             ) from error
         if isinstance(found, Engine):
             return found
-        raise UsageError(f"The entry point of the engine {name}, {entry.value}, is no Engine.", "Correct its package.")
+        raise UsageError(
+            f"The entry point of the engine {name}, {entry.value}, is not an Engine.", "Correct its package."
+        )
     raise UsageError(f"There is no engine {name!r}.", "Use vllm, hf, or one that an installed package brings.")

@@ -114,7 +114,7 @@ def test_an_fp32_head_is_the_product_in_fp32(tiny: Callable[[str], Path]) -> Non
 @pytest.mark.parametrize("name", ["norms", "mlp"])
 def test_modules_in_fp32_round_once(tiny: Callable[[str], Path], name: str) -> None:
     """Against the same module in float64: what they hand back is the correctly rounded result, nearly always."""
-    model = trainer(tiny("llama")).model
+    model = network(trainer(tiny("llama")))
     module = model.model.layers[0].mlp if name == "mlp" else model.model.layers[0].input_layernorm
     states = torch.randn(2, 40, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
     with torch.inference_mode():

@@ -51,7 +51,7 @@ def test_no_operation_is_narrower(tiny: Tiny, architecture: str) -> None:
 
 def test_the_check_sees_a_pass_that_is_not(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = trainer(tiny("llama"), dtype="float64")
-    monkeypatch.setattr("mismatch_probe.engines.hf.keep_float64", lambda model: torch.no_grad())
+    monkeypatch.setattr("mismatch_probe.engines.hf.engine.keep_float64", lambda model: torch.no_grad())
     watched = _Narrow()
     with watched:
         scores(engine, requests(1))
@@ -93,7 +93,7 @@ def test_experts_are_those_of_an_own_computation(tiny: Tiny, architecture: str) 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3_moe"])
 def test_what_was_before_comes_back(tiny: Tiny, architecture: str) -> None:
-    model = trainer(tiny(architecture), dtype="float32").model
+    model = network(trainer(tiny(architecture), dtype="float32"))
     before = model.config._experts_implementation
     with keep_float64(model):
         assert torch.zeros(1).dtype == torch.float64

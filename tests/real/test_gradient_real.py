@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import mismatch_probe
-from mismatch_probe.config import CompareConfig
 from mismatch_probe.engines.gradient import DIRECTIONS
 from mismatch_probe.errors import TableError
 from mismatch_probe.metrics.gradient import Weighted, gradient_metrics
@@ -102,15 +101,15 @@ def test_another_model_is_refused(tiny: Tiny, tmp_path: Path) -> None:
 
 
 def test_from_the_engines_to_the_files(tiny: Tiny, tmp_path: Path) -> None:
-    config = CompareConfig(
+    result = mismatch_probe.rl_gradient(
         model=str(tiny("qwen3")),
         num_prompts=8,
         max_tokens=16,
-        rollout_dtypes=("bfloat16",),
-        trainer_dtypes=("bfloat16", "float32"),
+        rollout_dtypes=["bfloat16"],
+        trainer_dtypes=["bfloat16", "float32"],
         self_noise_tokens=0,
+        out=tmp_path / "run",
     )
-    result = mismatch_probe.Run.open(config).gradient(out=tmp_path / "run")
     folder = tmp_path / "run" / "gradient"
     assert Gradient.read(folder / "gradient.json") == result.document
     assert len((folder / "gradient.csv").read_text().splitlines()) == len(result.frame()) + 1

@@ -53,14 +53,13 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def test_a_worker_that_is_killed_costs_one_step_and_no_bit(tmp_path: Path) -> None:
-    config = RlConfig.of(SMALL)
-    whole = mismatch_probe.rl_run(**config, out=tmp_path / "whole")
+    whole = mismatch_probe.rl_run(**SMALL, out=tmp_path / "whole")
     assert whole.exit_code == 0
     assert all(row["sync_gap"] < 1e-5 for row in _rows(whole.path))
     assert all(row["mean_abs_logprob_diff"] < 1e-5 for row in _rows(whole.path))
     assert (whole.path / "figures" / "run.png").exists()
     with pytest.raises(EngineError, match=r"killed \(signal 9\)"):
-        mismatch_probe.rl_run(**config, out=tmp_path / "cut", progress=_Kill(after=2))
+        mismatch_probe.rl_run(**SMALL, out=tmp_path / "cut", progress=_Kill(after=2))
     assert RlDirectory.open(tmp_path / "cut").document.ending is None
     resumed = mismatch_probe.rl_resume(tmp_path / "cut")
     assert resumed.document.ending == whole.document.ending

@@ -242,7 +242,7 @@ class TestCommand:
     ) -> None:
         found = command("rl", "gradient", run_copy, "--max-tokens", "5")
         assert found.code == 2
-        assert "Give RUN alone" in found.err
+        assert "--max-tokens cannot be combined with RUN" in found.err
 
     def test_help_shows_examples(self, command: Callable[..., Outcome]) -> None:
         found = command("rl", "gradient", "-h")
