@@ -14,18 +14,19 @@ from mismatch_probe.config.settings import Setting, Settings
 from mismatch_probe.errors import UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
-_RUN_DOCUMENTS = ("manifest.json", "run.json", "sweep.json", "sanity.json")
 
 
 class RunPath(click.Path):
     """A run folder; those under `runs/` complete."""
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from mismatch_probe.runs.folder import kind_of
+
         folder = Path(incomplete if incomplete.endswith("/") else Path(incomplete or "runs/x").parent)
         found = [
             CompletionItem(str(path))
             for path in (sorted(folder.iterdir()) if folder.is_dir() else ())
-            if str(path).startswith(incomplete) and any((path / name).exists() for name in _RUN_DOCUMENTS)
+            if str(path).startswith(incomplete) and kind_of(path) is not None
         ]
         return found or [CompletionItem(incomplete, type="dir")]
 

@@ -257,7 +257,7 @@ def test_a_failed_write_leaves_no_partial_file(data: ReportData, tmp_path: Path)
 
 def test_figures_do_without_pyplot_and_its_global_state() -> None:
     sources = [path for path in resources.files("mismatch_probe.report.figures").iterdir() if path.name.endswith(".py")]
-    assert len(sources) > 5
+    assert len(sources) == 10
     assert not [source for source in sources if "pyplot" in source.read_text(encoding="utf-8")]
 
 
