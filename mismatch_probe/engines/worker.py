@@ -5,6 +5,7 @@ It imports what its engine needs, receives one job, sends events (`engines.event
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -79,14 +80,13 @@ def _serve(channel: _Channel, kind: str) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    try:
+    with contextlib.suppress(_ParentGone):
         _serve(_Channel(Connection(int(arguments[0]))), arguments[1])
-    except _ParentGone:
-        os.killpg(0, signal.SIGKILL)  # this process leads its session: vLLM's own processes must not outlive it
     sys.stdout.flush()
     sys.stderr.flush()
-    # Skips the interpreter's tear-down, in which vLLM spends seconds; all that mattered has been sent and closed.
-    os._exit(0)
+    # All that matters has been sent and closed. vLLM's own processes, which are of this one's session, must not outlive
+    # it: the parent would end them, but may be gone by now. It also skips a tear-down in which vLLM spends seconds.
+    os.killpg(0, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -193,11 +193,12 @@ class TestLifetime:
         finally:
             process.close()
 
-    @pytest.mark.parametrize("moment", ["waits", "works"])
+    @pytest.mark.parametrize("moment", ["waits", "works", "hears the end"])
     def test_it_ends_when_its_parent_is_killed(self, scripted_model: MakeModel, tmp_path: Path, moment: str) -> None:
         """And with it what it has started, as vLLM starts its engine core.
 
-        The parent tells the worker's pid, and is killed before it gives it the job, or after the first rollouts.
+        The parent tells the worker's pid, and is killed before it gives it the job, after the first rollouts, or after
+        the job's end, of which the worker hears nothing.
         """
         (tmp_path / "vllm.py").write_text(
             "import pathlib, subprocess\nchild = subprocess.Popen(['sleep', '300'])\n"
@@ -211,7 +212,9 @@ class TestLifetime:
             "die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
             "print(process.pid, flush=True)\n"
             "sys.argv[2] == 'waits' and die()\n"
-            "process.run(pickle.load(sys.stdin.buffer), lambda event: type(event).__name__ == 'Rollouts' and die())\n"
+            "process._process.wait = die\n"  # the first thing that the parent does after the job's end
+            "last = sys.argv[2] == 'works' and 'Rollouts'\n"
+            "process.run(pickle.load(sys.stdin.buffer), lambda event: type(event).__name__ == last and die())\n"
         )
         job = pickle.dumps(rollout_job(scripted_model(), max_tokens=600))
         command = [sys.executable, "-c", parent, str(tmp_path / "engine.log"), moment]
