@@ -47,6 +47,7 @@ COMPARISON = Kind("comparison", "manifest.json", "compare")
 RL_RUN = Kind("RL run", "run.json", "rl run")
 SWEEP = Kind("sweep", "sweep.json", "rl sweep")
 SANITY_SET = Kind("sanity set", "sanity.json", "rl sanity-set")
+UNRELEASED = "Runs of unreleased versions have to be run again."
 KINDS = (COMPARISON, SWEEP, RL_RUN, SANITY_SET)
 
 
@@ -64,7 +65,8 @@ def read_document(path: Path, kind: Kind, document: type[DocumentT]) -> Document
     if not kind.held_by(path):
         other = kind_of(path)
         what = f"{path} holds no {kind.name}" + (f"; it is the folder of a {other.name}." if other else ".")
-        raise TableError(what, f"Give a folder that `mismatch-probe {kind.command}` wrote.")
+        fix = f"Give a folder that `mismatch-probe {kind.command}` wrote."
+        raise TableError(what, fix if other else f"{fix} {UNRELEASED}")
     return document.read(path / kind.file)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from mismatch_probe.errors import TableError
 from mismatch_probe.files import in_use
 from mismatch_probe.results.finding import Finding
-from mismatch_probe.runs.folder import COMPARISON, RL_RUN, SANITY_SET, SWEEP, Kind, kind_of, read_document
+from mismatch_probe.runs.folder import COMPARISON, RL_RUN, SANITY_SET, SWEEP, UNRELEASED, Kind, kind_of, read_document
 
 if TYPE_CHECKING:
     from mismatch_probe.results.rl_run import Provenance
@@ -74,7 +74,8 @@ def state_of(path: Path) -> RunState:
     """
     kind = kind_of(path)
     if kind is None:
-        raise TableError(f"{path} holds no run.", "List the runs of a folder with `mismatch-probe runs FOLDER`.")
+        fix = f"Name a folder that `mismatch-probe runs FOLDER` lists. {UNRELEASED}"
+        raise TableError(f"{path} holds no run.", fix)
     return {COMPARISON: _comparison, RL_RUN: _rl_run, SWEEP: _sweep, SANITY_SET: _sanity_set}[kind](path)
 
 
