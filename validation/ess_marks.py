@@ -14,7 +14,7 @@ import numpy as np
 
 from mismatch_probe.metrics.intervals import evaluate, kish
 from mismatch_probe.metrics.sample import Sequences, few_decide
-from mismatch_probe.metrics.sequence import sequence_metrics
+from mismatch_probe.metrics.summary import sequence_metrics
 
 KEYS = ("ess_seq", "chi2_seq", "ess_seq_gaussian")
 

@@ -16,8 +16,8 @@ from mismatch_probe.errors import TableError
 from mismatch_probe.metrics.accounting import usable
 from mismatch_probe.metrics.accumulate import PairSums
 from mismatch_probe.metrics.chunks import group_sums
+from mismatch_probe.metrics.curves import KINDS, kind_of
 from mismatch_probe.metrics.exact import ExactRows
-from mismatch_probe.metrics.kinds import KINDS, kind_of
 from mismatch_probe.metrics.self_noise import SelfNoise, self_noise
 from mismatch_probe.tables import PassTables
 from mismatch_probe.types import DIVERGENCES, PairArrays
@@ -92,7 +92,7 @@ def pair_chunks(
         trainer_pass: The pass that scored them, perhaps among sequences of other passes.
         trainer_columns: Further columns of the trainer pass's tokens that the chunks are to carry.
         reference_pass: A third pass that scored them; chunks carry its log-probs as `reference_logprob`.
-        special_ids: Where given, chunks carry what each token is made of as `token_kind`, see `metrics.kinds`.
+        special_ids: Where given, chunks carry what each token is made of as `token_kind`, see `metrics.curves`.
         chunk_tokens: A chunk ends with the first sequence that brings it to this many tokens.
 
     Yields:

@@ -1,7 +1,7 @@
 """What the growth of D says about lengths that were not run: bands for ESS, shares of sequences, KL, and crossings.
 
-The law and its bands: `metrics.length_law`. Nothing is said where the law contradicts what was measured
-(`metrics.length_check`): the fit has the reason.
+The law and its bands: `metrics.growth`. Nothing is said where the law contradicts what was measured
+(`metrics.length`): the fit has the reason.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from mismatch_probe.metrics.growth import KEYS as KEYS
+from mismatch_probe.metrics.growth import bands, few_decide, law_weights, laws, quantiles
 from mismatch_probe.metrics.intervals import Floats, join_why
 from mismatch_probe.metrics.length import LengthFit, fit_length
-from mismatch_probe.metrics.length_law import KEYS as KEYS
-from mismatch_probe.metrics.length_law import bands, few_decide, law_weights, laws, quantiles
 from mismatch_probe.metrics.prefixes import PrefixSums
 from mismatch_probe.metrics.summary import off_policy_why
 from mismatch_probe.types import MetricValue, PairArrays

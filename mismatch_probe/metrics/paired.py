@@ -15,12 +15,11 @@ from numpy.typing import NDArray
 
 from mismatch_probe.errors import UsageError
 from mismatch_probe.metrics.chunks import Ints
+from mismatch_probe.metrics.inference import POWER, SIGNIFICANCE, holm
 from mismatch_probe.metrics.intervals import Estimate, infer, join_why, metric_value
-from mismatch_probe.metrics.multiplicity import POWER, SIGNIFICANCE, holm
 from mismatch_probe.metrics.sample import Pair, count_excluded, usable_sequences, usable_tokens
 from mismatch_probe.metrics.scales import as_is, exp
-from mismatch_probe.metrics.sequence import sequence_metrics
-from mismatch_probe.metrics.token import token_metrics
+from mismatch_probe.metrics.summary import sequence_metrics, token_metrics
 from mismatch_probe.types import MetricValue
 
 # Positive smooth metrics, all worked out on the logarithmic scale, where a ratio is a difference.

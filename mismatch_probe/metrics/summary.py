@@ -2,21 +2,267 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
+from mismatch_probe.metrics import scales
 from mismatch_probe.metrics.accumulate import PairSums, as_sums
 from mismatch_probe.metrics.catalog import CATALOG
+from mismatch_probe.metrics.chunks import usable_rows
 from mismatch_probe.metrics.exact import ExactRows, exact_metrics
-from mismatch_probe.metrics.intervals import Estimate, evaluate, join_why
-from mismatch_probe.metrics.sample import Pair, count_excluded, usable_sequences, usable_tokens
-from mismatch_probe.metrics.sequence import sequence_metrics
-from mismatch_probe.metrics.token import token_metrics
-from mismatch_probe.types import MetricValue
+from mismatch_probe.metrics.intervals import (
+    NO_INTERVAL,
+    Estimate,
+    Floats,
+    Working,
+    evaluate,
+    join_why,
+    kish,
+    quantile_interval,
+    rare_share_interval,
+    share_interval,
+    with_interval,
+)
+from mismatch_probe.metrics.sample import (
+    SPREAD_PROMPTS,
+    Pair,
+    Sequences,
+    Tokens,
+    count_excluded,
+    few_decide,
+    usable_sequences,
+    usable_tokens,
+)
+from mismatch_probe.types import MetricValue, PairArrays
+
+Result = Estimate | MetricValue
+
+LARGEST_LOGPROB = 150.0
+
+
+def token_metrics() -> dict[str, Callable[[Tokens], Result]]:
+    """The function behind each token metric; every one takes at least one token."""
+    return {
+        "mean_abs_logprob_diff": lambda tokens: tokens.mean(tokens.sums.abs_log_ratio),
+        "rms_logprob_diff": _rms_logprob_diff,
+        "p99_abs_logprob_diff": _p99_abs_logprob_diff,
+        "max_abs_logprob_diff": lambda tokens: MetricValue(tokens.sums.ranges["abs_log_ratio"].high),
+        "mean_abs_prob_diff": _of_probabilities(lambda tokens: tokens.mean(tokens.sums.abs_prob_diff)),
+        "std_prob_diff": _of_probabilities(lambda tokens: tokens.variance(tokens.sums.prob_gap, 0.5, scales.exp)),
+        "max_abs_prob_diff": _of_probabilities(lambda tokens: MetricValue(tokens.sums.prob_gap.ranges[0].high)),
+        "pearson_prob": _of_probabilities(_pearson_prob),
+        "kl_k1": lambda tokens: tokens.estimate([-tokens.sums.log_ratio], scales.plain, scales.as_is),
+        "kl_k2": lambda tokens: tokens.mean(0.5 * tokens.sums.squared_log_ratio),
+        "kl_k3": _kl_k3,
+        "token_mult_prob_error": _token_mult_prob_error,
+        "js_k3": lambda tokens: tokens.mean(tokens.sums.js_k3),
+        "chi2_token": lambda tokens: tokens.mean_power(2, tokens.sums.squared_ratio, scales.expm1),
+        "ess_token": lambda tokens: tokens.ess(),
+        "mean_ratio": lambda tokens: tokens.mean_power(1, tokens.sums.ratio, scales.exp, column=1),
+        "frac_outside_clip": _frac_outside_clip,
+        "confident_disagreement_rate": _confident_disagreement_rate,
+        "confident_disagreement_count": lambda tokens: MetricValue(float(tokens.sums.confident.sum())),
+    }
+
+
+def _of_probabilities(metric: Callable[[Tokens], Result]) -> Callable[[Tokens], Result]:
+    """`metric`, unless a broken engine's log-probs are so far above 0 that their exponentials cannot be squared."""
+
+    def guarded(tokens: Tokens) -> Result:
+        largest = max(tokens.sums.ranges[name].high for name in ("rollout_logprob", "trainer_logprob"))
+        if largest > LARGEST_LOGPROB:
+            return MetricValue(None, why=f"a log-prob is {largest:.4g}, so its probability overflows float64")
+        return metric(tokens)
+
+    return guarded
+
+
+def _rms_logprob_diff(tokens: Tokens) -> Estimate:
+    return tokens.estimate([tokens.sums.squared_log_ratio], scales.log_root_mean, scales.exp)
+
+
+def _p99_abs_logprob_diff(tokens: Tokens) -> MetricValue:
+    of = tokens.pair.sequences
+    value, interval = quantile_interval(tokens.pair.abs_log_ratio, of.prompt, of.n_usable, 0.99)
+    return _with_limits("p99_abs_logprob_diff", tokens, value, interval)
+
+
+def _with_limits(key: str, tokens: Tokens, value: float, interval: tuple[float, float] | None) -> MetricValue:
+    if interval is None:
+        return MetricValue(value, why=NO_INTERVAL)
+    counts = tokens.sums.counts
+    return with_interval(value, interval, int(np.count_nonzero(counts)), key=key, effective=kish(counts))
+
+
+def _pearson_prob(tokens: Tokens) -> Result:
+    probs, contrasts = tokens.sums.probs, tokens.sums.prob_contrasts
+    if not all(seen.varies for seen in probs.ranges):
+        return MetricValue(None, why="the probabilities do not vary")
+    sums = probs.of((0,), (1,), (0, 0), (0, 1), (1, 1)) + contrasts.of((0,), (1,), (0, 0), (0, 1))
+    working = scales.log_one_minus_correlation
+    return tokens.estimate(sums, working, scales.one_minus_exp, least_prompts=SPREAD_PROMPTS)
+
+
+def _kl_k3(tokens: Tokens) -> Estimate:
+    ratio = tokens.sums.ratio
+    return tokens.estimate([ratio.sums[:, 0]], scales.log_shifted_mean(ratio.shift), scales.exp)
+
+
+def _token_mult_prob_error(tokens: Tokens) -> Estimate:
+    excess = tokens.sums.abs_ratio
+    return tokens.estimate([excess.sums[:, 0]], scales.log_shifted_mean(excess.shift), scales.one_plus_exp)
+
+
+def _frac_outside_clip(tokens: Tokens) -> MetricValue:
+    value = float(tokens.sums.outside_clip.sum() / len(tokens))
+    interval = share_interval(tokens.sums.outside_clip, tokens.sums.counts, heavy_tailed=True)
+    return _with_limits("frac_outside_clip", tokens, value, interval)
+
+
+def _confident_disagreement_rate(tokens: Tokens) -> MetricValue:
+    """Too rare for a bootstrap: the limits are those of a Poisson count, over n."""
+    return MetricValue(
+        float(tokens.sums.confident.sum()) / len(tokens),
+        *rare_share_interval(tokens.sums.confident, tokens.sums.counts),
+    )
+
+
+# C of truncated importance sampling.
+TRUNCATION = 2.0
+# Lengths whose standard deviation is below this share of their mean carry no slope.
+MIN_LENGTH_VARIATION = 0.05
+PARETO_SEQUENCES = 200
+# The generalised Pareto fit uses at most the largest fifth, whose smallest weight must not vanish beside the largest.
+PARETO_TAIL = 0.8
+LARGEST_SPAN = 700.0
+# Below this the weights' ESS is above 0.9999, and k̂, which has no scale, would describe the shape of nothing.
+NEGLIGIBLE_VARIANCE = 1e-4
+
+
+def sequence_metrics() -> dict[str, Callable[[Sequences], Result]]:
+    """The function behind each sequence metric; every one takes at least one sequence."""
+    return {
+        "seq_log_ratio_mean": lambda seqs: seqs.estimate([seqs.seq_log_ratio], scales.plain, scales.as_is),
+        "seq_log_ratio_std": lambda seqs: seqs.variance(seqs.seq_log_ratio, 0.5, scales.exp),
+        "seq_log_ratio_min": lambda seqs: MetricValue(float(seqs.seq_log_ratio.min())),
+        "seq_log_ratio_max": lambda seqs: MetricValue(float(seqs.seq_log_ratio.max())),
+        "kl_seq": lambda seqs: seqs.estimate([-seqs.seq_log_ratio], scales.plain, scales.as_is),
+        "seq_log_ratio_slope_per_1k": slope_per_1k,
+        "seq_log_ratio_intercept": intercept,
+        "seq_log_ratio_rate_per_1k": _rate_per_1k,
+        "chi2_seq": _chi2_seq,
+        "ess_seq": _ess_seq,
+        "ess_seq_gaussian": lambda seqs: seqs.variance(seqs.seq_log_ratio, 1.0, scales.exp_minus_exp),
+        "ess_seq_truncated": lambda seqs: seqs.ess(_truncated(seqs)),
+        "verl_is_mean": _verl_is_mean,
+        "verl_is_std": _verl_is_std,
+        "verl_ess": lambda seqs: seqs.ess(_truncated(seqs), weight=seqs.length),
+        "pareto_k": _pareto_k,
+        "log_ppl_diff": lambda seqs: seqs.estimate([_log_ppl_diff(seqs)], scales.plain, scales.as_is),
+        "ppl_ratio": lambda seqs: seqs.mean_exp(_log_ppl_diff(seqs), scales.exp),
+        "seq_mult_prob_error_max": _seq_mult_prob_error_max,
+    }
+
+
+def _line(seqs: Sequences, working: Callable[[float, float], Working]) -> Result:
+    """Least squares of D on T/1000; `working` receives the two means that were taken out."""
+    thousands = seqs.length / 1000
+    if thousands.std() < MIN_LENGTH_VARIATION * thousands.mean():
+        share = f"{MIN_LENGTH_VARIATION:.0%}".replace("%", " %")
+        return MetricValue(None, why=f"response lengths hardly vary (standard deviation below {share} of the mean)")
+    x, y = scales.centred(thousands), scales.centred(seqs.seq_log_ratio)
+    centres = float(thousands.mean()), float(seqs.seq_log_ratio.mean())
+    return seqs.estimate([x, y, x**2, x * y], working(*centres), scales.as_is, least_prompts=SPREAD_PROMPTS)
+
+
+def slope_per_1k(seqs: Sequences) -> Result:
+    """`seq_log_ratio_slope_per_1k`, nats per 1,000 tokens; None where lengths hardly vary."""
+    return _line(seqs, lambda x_centre, y_centre: scales.slope)
+
+
+def intercept(seqs: Sequences) -> Result:
+    """`seq_log_ratio_intercept`, nats: where the same line meets length 0."""
+    return _line(seqs, scales.intercept)
+
+
+def _rate_per_1k(seqs: Sequences) -> Estimate:
+    return seqs.estimate([1000 * seqs.seq_log_ratio / seqs.length], scales.plain, scales.as_is, weight=seqs.length)
+
+
+def _ess_seq(seqs: Sequences) -> Estimate:
+    effective = kish(np.exp(seqs.seq_log_ratio - seqs.seq_log_ratio.max()))
+    few = f"biased upwards: ess_seq·N is {effective:.3g}, below 10" if effective < 10 else ""
+    return seqs.ess(seqs.seq_log_ratio, why=join_why(few, few_decide(seqs.seq_log_ratio)))
+
+
+def _chi2_seq(seqs: Sequences) -> Estimate:
+    return seqs.mean_exp(2 * seqs.seq_log_ratio, scales.expm1, why=few_decide(seqs.seq_log_ratio))
+
+
+def _truncated(seqs: Sequences) -> Floats:
+    """`[S]` log min(e^D, C). verl (0.8 and later) truncates first and takes all three of its statistics afterwards."""
+    return np.minimum(seqs.seq_log_ratio, math.log(TRUNCATION))
+
+
+def _verl_is_mean(seqs: Sequences) -> Estimate:
+    """Mean of the truncated weights over tokens, each with the weight of its sequence."""
+    return seqs.mean_exp(_truncated(seqs), scales.exp, weight=seqs.length)
+
+
+def _verl_is_std(seqs: Sequences) -> Estimate:
+    """Population standard deviation over tokens of the same weights."""
+    y = scales.centred(np.expm1(_truncated(seqs)))
+    return seqs.estimate(
+        [y, y**2],
+        lambda means: 0.5 * scales.log_variance(means),
+        scales.exp,
+        weight=seqs.length,
+        least_prompts=SPREAD_PROMPTS,
+    )
+
+
+def pareto_k_threshold(n_sequences: int) -> float:
+    """k̂ above this makes importance sampling unreliable at this sample size (Vehtari et al. 2024)."""
+    return min(0.7, 1 - 1 / math.log10(n_sequences))
+
+
+def _pareto_k(seqs: Sequences) -> MetricValue:
+    n = len(seqs)
+    if n < PARETO_SEQUENCES:
+        return MetricValue(None, why=f"needs at least {PARETO_SEQUENCES} sequences")
+    if seqs.seq_log_ratio.var() < NEGLIGIBLE_VARIANCE:
+        return MetricValue(None, why="the variance of the sequence log ratios is negligible")
+    if np.ptp(np.quantile(seqs.seq_log_ratio, (PARETO_TAIL, 1.0))) > LARGEST_SPAN:
+        return MetricValue(None, why="the tail of the weights spans more than float64 holds")
+    from arviz_stats.base.array import array_stats  # imports xarray, which takes over a second
+
+    # `psislw` takes log-likelihoods and negates them. (`pareto_khat` of 0.8.0 does not pass `log_weights` on.)
+    try:
+        with np.errstate(all="ignore"):
+            k = float(array_stats.psislw(-seqs.seq_log_ratio)[1])  # type: ignore[no-untyped-call]
+    except ValueError:  # its only one here: all values of the tail are the same
+        return MetricValue(None, why="the largest weights are all equal")
+    threshold = pareto_k_threshold(n)
+    return MetricValue(k, why=f"above {threshold:.2f}: importance sampling is unreliable" if k > threshold else "")
+
+
+def _log_ppl_diff(seqs: Sequences) -> Floats:
+    """`[S]` mean b − mean a of each sequence."""
+    return -seqs.seq_log_ratio / seqs.length
+
+
+def _seq_mult_prob_error_max(seqs: Sequences) -> MetricValue:
+    with np.errstate(over="ignore"):
+        value = 1.0 + float(np.exp(seqs.log_mult_error))
+    return MetricValue(value) if math.isfinite(value) else MetricValue(None, why="overflows float64")
+
 
 Rows = TypeVar("Rows")
-Result = Estimate | MetricValue
 
 NO_TOKENS = "there are no response tokens"
 OFF_POLICY = "the rollout policy did not sample these tokens"
@@ -88,3 +334,72 @@ def off_policy_why(pair: Pair, key: str) -> str:
 
 def _annotate(value: MetricValue, note: str) -> MetricValue:
     return value if value.value is None else replace(value, why=join_why(note, value.why))
+
+
+STEP_KEYS = ("mean_abs_logprob_diff", "kl_k1", "kl_k3", "token_mult_prob_error", "mean_ratio", "ess_seq")
+# A run of thousands of steps is shown by a selection: intervals of every single one would take minutes.
+MOST_STEPS = 400
+_REPLICATES = 200
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """A training step.
+
+    Attributes:
+        step: Its number in the file.
+        n_tokens: Response tokens.
+        metrics: The metrics of `STEP_KEYS`.
+    """
+
+    step: int
+    n_tokens: int
+    metrics: dict[str, MetricValue]
+
+
+class StepSums:
+    """Sums of a pair by training step; fed chunk by chunk.
+
+    Args:
+        step: `[S]` step of each sequence of the pair; None where there are no steps, and then nothing is kept.
+    """
+
+    def __init__(self, step: NDArray[np.int64] | None) -> None:
+        self._step = step
+        known = np.empty(0, np.int64) if step is None else np.unique(step)
+        if len(known) > MOST_STEPS:
+            known = known[np.linspace(0, len(known) - 1, MOST_STEPS).round().astype(np.int64)]
+        self._kept = {int(value) for value in known}
+        self._sums: dict[int, PairSums] = {}
+        self._own: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
+
+    def update(self, chunk: PairArrays) -> None:
+        """Takes in a chunk of whole sequences."""
+        if self._step is None:
+            return
+        of_token = self._step[chunk.sequence]
+        for step in np.unique(of_token).tolist():
+            if step not in self._kept:
+                continue
+            rows = of_token == step
+            part = self._part(chunk, step, rows)
+            self._sums.setdefault(step, PairSums(part)).update(part)
+
+    def _part(self, chunk: PairArrays, step: int, rows: NDArray[np.bool_]) -> PairArrays:
+        """A step's tokens of a chunk, its sequences and prompts counted from 0: sums are kept for its own alone."""
+        if step not in self._own:
+            sequences = np.flatnonzero(self._step == step)
+            self._own[step] = sequences, np.unique(chunk.prompt[sequences], return_inverse=True)[1].astype(np.int64)
+        sequences, prompt = self._own[step]
+        names = ("rollout_logprob", "trainer_logprob", "position")
+        tokens = {name: getattr(chunk, name)[rows] for name in names}
+        sequence = np.searchsorted(sequences, chunk.sequence[rows])
+        usable = usable_rows(chunk)[rows]
+        return replace(chunk, **tokens, sequence=sequence, prompt=prompt, prompt_ids=(), columns={}, usable=usable)
+
+    def results(self, *, seed: int = 0) -> list[StepResult]:
+        """By step, in their order."""
+        return [
+            StepResult(step, sums.n_tokens, compute_metrics(sums, keys=STEP_KEYS, seed=seed, replicates=_REPLICATES))
+            for step, sums in sorted(self._sums.items())
+        ]

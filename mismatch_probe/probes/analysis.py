@@ -11,12 +11,12 @@ from mismatch_probe.errors import TableError
 from mismatch_probe.metrics import curves
 from mismatch_probe.metrics.accumulate import PairSums
 from mismatch_probe.metrics.catalog import CATALOG
+from mismatch_probe.metrics.curves import where
 from mismatch_probe.metrics.frame import self_noise_of
 from mismatch_probe.metrics.length import LengthFit, fit_length
 from mismatch_probe.metrics.length_prediction import LengthForecast, forecast
 from mismatch_probe.metrics.paired import compare_pairs
 from mismatch_probe.metrics.ratio_test import RatioTest, adjusted_together
-from mismatch_probe.metrics.where import where
 from mismatch_probe.passes import PassId
 from mismatch_probe.probes.findings import findings, format_ratio
 from mismatch_probe.probes.pairs import PairResult, PassPair, analyse_pair, why_missing

@@ -7,18 +7,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from mismatch_probe.metrics.accumulate import PairSums
-from mismatch_probe.metrics.budget import BudgetSums
+from mismatch_probe.metrics.curves import COLUMN_EDGES
 from mismatch_probe.metrics.exact import ESTIMATOR_COLUMNS, ExactRows, estimator_costs, exact_metrics
 from mismatch_probe.metrics.frame import exact_rows, pair_chunks, pass_sequences
 from mismatch_probe.metrics.intervals import Estimate
+from mismatch_probe.metrics.ladder import BudgetSums
 from mismatch_probe.metrics.power import PromptsNeeded, prompts_needed
 from mismatch_probe.metrics.prefixes import Prefixes, PrefixSums
 from mismatch_probe.metrics.ratio_test import ratio_tests
 from mismatch_probe.metrics.sample import usable_tokens
-from mismatch_probe.metrics.steps import StepSums
-from mismatch_probe.metrics.summary import compute_metrics
-from mismatch_probe.metrics.token import token_metrics
-from mismatch_probe.metrics.where import COLUMN_EDGES
+from mismatch_probe.metrics.summary import StepSums, compute_metrics, token_metrics
 from mismatch_probe.passes import PassId
 from mismatch_probe.results.comparison import Pair, PairName
 from mismatch_probe.runs.comparison import RunDirectory

@@ -7,7 +7,7 @@ import unicodedata
 from typing import TYPE_CHECKING
 
 from mismatch_probe.metrics.catalog import CATALOG
-from mismatch_probe.metrics.kinds import KINDS
+from mismatch_probe.metrics.curves import KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

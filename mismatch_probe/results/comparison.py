@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from mismatch_probe.metrics.accounting import ExcludedValue
+from mismatch_probe.metrics.curves import WhereBin
 from mismatch_probe.metrics.exact import EstimatorCost
 from mismatch_probe.metrics.length_prediction import LengthPrediction
 from mismatch_probe.metrics.paired import PairedComparison
 from mismatch_probe.metrics.power import PromptsNeeded
 from mismatch_probe.metrics.ratio_test import RatioTest
 from mismatch_probe.metrics.self_noise import SelfNoise
-from mismatch_probe.metrics.steps import StepResult
-from mismatch_probe.metrics.where import WhereBin
+from mismatch_probe.metrics.summary import StepResult
 from mismatch_probe.results.base import Document, Result
 from mismatch_probe.results.finding import Finding
 from mismatch_probe.types import MetricValue

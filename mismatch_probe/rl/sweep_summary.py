@@ -19,10 +19,8 @@ import pandas as pd
 
 from mismatch_probe.config import check_lengths
 from mismatch_probe.dtypes import dtype_label
-from mismatch_probe.metrics.arms import ArmComparison, compare_sweep
+from mismatch_probe.metrics.arms import MIN_PAIRS, Arm, ArmComparison, Run, compare_sweep, mean_over_runs, summarise_arm
 from mismatch_probe.metrics.dose import DosedArm, DoseResponse, dose_response
-from mismatch_probe.metrics.runs import Arm, Run, mean_over_runs, summarise_arm
-from mismatch_probe.metrics.seed_tests import MIN_PAIRS
 from mismatch_probe.probes.analysis import analyse
 from mismatch_probe.report.words import say
 from mismatch_probe.results.finding import Finding, Severity, Value

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from mismatch_probe.metrics.catalog import CATALOG
+from mismatch_probe.metrics.curves import WhereBin
 from mismatch_probe.metrics.exact import EstimatorCost
 from mismatch_probe.metrics.length_prediction import KEYS, LengthPrediction
 from mismatch_probe.metrics.self_noise import SelfNoise
-from mismatch_probe.metrics.where import WhereBin
 from mismatch_probe.results.comparison import (
     Comparison,
     Crossing,

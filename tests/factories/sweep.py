@@ -7,9 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from mismatch_probe.metrics.arms import ArmComparison, compare_sweep
+from mismatch_probe.metrics.arms import Arm, ArmComparison, Run, compare_sweep
 from mismatch_probe.metrics.dose import DosedArm, DoseResponse, dose_response
-from mismatch_probe.metrics.runs import Arm, Run
 from mismatch_probe.report.data import SweepData
 from mismatch_probe.results.sweep import ArmResult, Place, RlSweep, SweepRun, SweepSummary
 from mismatch_probe.rl.plan import make_runs

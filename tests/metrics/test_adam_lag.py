@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from mismatch_probe.metrics.adam_lag import simulate_adam
 from mismatch_probe.metrics.floats import FORMATS
+from mismatch_probe.metrics.ranges import simulate_adam
 
 BF16, FP16 = FORMATS["bfloat16"], FORMATS["float16"]
 

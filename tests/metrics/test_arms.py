@@ -13,10 +13,18 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from mismatch_probe.errors import UsageError
-from mismatch_probe.metrics.arms import Arm, ArmComparison, Run, compare_arms, compare_sweep
-from mismatch_probe.metrics.multiplicity import holm
-from mismatch_probe.metrics.runs import mean_over_runs, share_of_runs, summarise_arm
-from mismatch_probe.metrics.seed_tests import detectable_share
+from mismatch_probe.metrics.arms import (
+    Arm,
+    ArmComparison,
+    Run,
+    compare_arms,
+    compare_sweep,
+    detectable_share,
+    mean_over_runs,
+    share_of_runs,
+    summarise_arm,
+)
+from mismatch_probe.metrics.inference import holm
 
 
 def arm(name: str, rewards: Sequence[float | None], collapsed: Sequence[int] = (), first_seed: int = 0) -> Arm:

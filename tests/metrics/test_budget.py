@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mismatch_probe.metrics.budget import BudgetSums
+from mismatch_probe.metrics.ladder import BudgetSums
 from mismatch_probe.types import MetricValue, PairArrays
 
 

@@ -14,8 +14,10 @@ from scipy import optimize, stats
 
 from mismatch_probe.errors import UsageError
 from mismatch_probe.metrics.arms import Arm, Run, compare_sweep
-from mismatch_probe.metrics.dose import DosedArm, DoseResponse, dose_response
-from mismatch_probe.metrics.dose_statistics import (
+from mismatch_probe.metrics.dose import (
+    DosedArm,
+    DoseResponse,
+    dose_response,
     expanded_interval,
     left_over,
     rank_correlation,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mismatch_probe.metrics.kinds import KINDS, kind_of
+from mismatch_probe.metrics.curves import KINDS, kind_of
 
 
 @pytest.mark.parametrize(

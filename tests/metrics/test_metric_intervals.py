@@ -26,7 +26,7 @@ from mismatch_probe.metrics.intervals import (
     share_interval,
 )
 from mismatch_probe.metrics.sample import usable_tokens
-from mismatch_probe.metrics.token import token_metrics
+from mismatch_probe.metrics.summary import token_metrics
 from mismatch_probe.types import PairArrays
 
 

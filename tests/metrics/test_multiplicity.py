@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mismatch_probe.metrics.multiplicity import holm
+from mismatch_probe.metrics.inference import holm
 
 
 def test_known_family() -> None:

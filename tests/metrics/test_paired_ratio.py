@@ -9,7 +9,7 @@ import pytest
 
 from mismatch_probe.errors import UsageError
 from mismatch_probe.metrics.catalog import CATALOG
-from mismatch_probe.metrics.multiplicity import holm
+from mismatch_probe.metrics.inference import holm
 from mismatch_probe.metrics.paired import PAIRED_KEYS, compare_pairs, paired_ratio
 from mismatch_probe.metrics.summary import compute_metrics
 from mismatch_probe.types import PairArrays

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mismatch_probe.metrics.peaks import PeakSums, context_of
+from mismatch_probe.metrics.ranges import PeakSums, context_of
 
 NAMES = ("a", "b", "c")
 ALL = np.ones(3, bool)

@@ -10,7 +10,7 @@ import pytest
 from mismatch_probe.metrics.intervals import Estimate, evaluate
 from mismatch_probe.metrics.power import prompts_needed
 from mismatch_probe.metrics.sample import usable_tokens
-from mismatch_probe.metrics.token import token_metrics
+from mismatch_probe.metrics.summary import token_metrics
 
 
 def estimate(pair: Any, key: str = "mean_abs_logprob_diff") -> Estimate:

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import integrate, optimize, stats
 
-from mismatch_probe.metrics.multiplicity import holm
-from mismatch_probe.metrics.seed_tests import (
+from mismatch_probe.metrics.arms import (
     MIN_PAIRS,
     detectable_difference,
     detectable_share,
@@ -22,6 +21,7 @@ from mismatch_probe.metrics.seed_tests import (
     fisher_p,
     sign_flip_p,
 )
+from mismatch_probe.metrics.inference import holm
 
 # Differences of rewards over 64 problems: small multiples of 1/64, so ties and zeros are frequent.
 grid = st.integers(-20, 20).map(lambda k: k / 64)

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from scipy import special
 
-from mismatch_probe.metrics.sequence import pareto_k_threshold
-from mismatch_probe.metrics.summary import compute_metrics
+from mismatch_probe.metrics.summary import compute_metrics, pareto_k_threshold
 
 
 def values(pair: Any) -> dict[str, float | None]:

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mismatch_probe.metrics.sequence import pareto_k_threshold
-from mismatch_probe.metrics.summary import compute_metrics
+from mismatch_probe.metrics.summary import compute_metrics, pareto_k_threshold
 from mismatch_probe.types import MetricValue, PairArrays
 from tests.oracles.batches import load
 

@@ -15,7 +15,7 @@ import mismatch_probe
 from mismatch_probe.config import CompareConfig
 from mismatch_probe.errors import IngestError, Interrupted, UsageError
 from mismatch_probe.metrics.accounting import ExcludedValue
-from mismatch_probe.metrics.steps import STEP_KEYS, StepSums
+from mismatch_probe.metrics.summary import STEP_KEYS, StepSums
 from mismatch_probe.run import Run
 from mismatch_probe.runs.comparison import RunDirectory
 from mismatch_probe.types import PairArrays
@@ -112,7 +112,7 @@ class TestBothSides:
     def test_long_runs_are_shown_by_a_selection_of_steps(
         self, compare: Compare, record: Record, monkeypatch: Any
     ) -> None:
-        monkeypatch.setattr("mismatch_probe.metrics.steps.MOST_STEPS", 2)
+        monkeypatch.setattr("mismatch_probe.metrics.summary.MOST_STEPS", 2)
         run = compare(record(change=lambda i, row: row.update(step=10 * i)))
         assert [step.step for step in run.summary.pairs[0].steps] == [0, 30]
 

@@ -15,7 +15,7 @@ import pytest
 import mismatch_probe
 from mismatch_probe.config import CompareConfig
 from mismatch_probe.errors import DiskFull, TableError, UsageError
-from mismatch_probe.metrics.kinds import KINDS, kind_of
+from mismatch_probe.metrics.curves import KINDS, kind_of
 from mismatch_probe.probes import kept_rows
 from mismatch_probe.run import Run
 from mismatch_probe.types import MetricValue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mismatch_probe.metrics.steps import StepResult
+from mismatch_probe.metrics.summary import StepResult
 from mismatch_probe.report.figures.sequences import has_steps, steps_figure
 from mismatch_probe.results.comparison import Comparison
 from tests.factories.comparison import absent, make_comparison, make_pair, value

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from mismatch_probe.engines.audit.job import FUSED, LAG_BATCH, Part, histograms_of
 from mismatch_probe.engines.audit.names import layer_of
-from mismatch_probe.metrics.adam_lag import BETAS, simulate_adam
 from mismatch_probe.metrics.floats import (
     FIRST_SCALE,
     FORMATS,
@@ -22,7 +21,7 @@ from mismatch_probe.metrics.floats import (
     simulate_scaler,
 )
 from mismatch_probe.metrics.intervals import rare_share_interval
-from mismatch_probe.metrics.peaks import PeakSums, context_of
+from mismatch_probe.metrics.ranges import BETAS, PeakSums, context_of, simulate_adam
 from mismatch_probe.metrics.summary import compute_metrics
 from mismatch_probe.probes.audit.judge import unseen_rate
 from mismatch_probe.results.audit import (

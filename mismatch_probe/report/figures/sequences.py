@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from mismatch_probe.metrics.length_prediction import LengthForecast
-    from mismatch_probe.metrics.steps import StepResult
+    from mismatch_probe.metrics.summary import StepResult
     from mismatch_probe.results.comparison import Comparison
     from mismatch_probe.types import MetricValue
 

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-    from mismatch_probe.metrics.curves import BinnedDiff, Ccdf
-    from mismatch_probe.metrics.where import WhereBin
+    from mismatch_probe.metrics.curves import BinnedDiff, Ccdf, WhereBin
     from mismatch_probe.results.comparison import Comparison
 
     Bins = Sequence[WhereBin]
