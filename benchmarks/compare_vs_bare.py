@@ -80,8 +80,7 @@ def main(model: str, num_prompts: int, max_tokens: int, repeats: int, stage: str
         else:
             bare_scores(model, prompts, work / "sampled.json")
         return
-    from mismatch_probe.engines.base import EncodeJob
-    from mismatch_probe.engines.encoding import encode
+    from mismatch_probe.engines.encoding import EncodeJob, encode
     from mismatch_probe.engines.models import resolve
     from mismatch_probe.prompts import load_prompts
 

@@ -16,8 +16,7 @@ import numpy as np
 import torch
 
 from mismatch_probe.engines.audit.forward import ForwardTracker
-from mismatch_probe.engines.base import EncodeJob
-from mismatch_probe.engines.encoding import encode
+from mismatch_probe.engines.encoding import EncodeJob, encode
 from mismatch_probe.engines.logprobs import Batch, token_logprobs
 from mismatch_probe.engines.models import resolve
 from mismatch_probe.prompts import load_prompts

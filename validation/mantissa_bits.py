@@ -271,8 +271,7 @@ def _draw_points(
 
 def collect(model: Path, num_prompts: int, max_tokens: int, scratch: Path) -> dict[int | str, PairArrays]:
     """Pairs by the bits of the trainer's weights, by dtype of its forward, and under `"floor"` of neither."""
-    from mismatch_probe.engines.base import EncodeJob
-    from mismatch_probe.engines.encoding import encode
+    from mismatch_probe.engines.encoding import EncodeJob, encode
     from mismatch_probe.prompts import load_prompts
     from mismatch_probe.rl.stress import round_mantissa
 

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from mismatch_probe.engines import devices, registry
 from mismatch_probe.engines.attribute.trace import Routers, Routes, TraceRequest
 from mismatch_probe.engines.events import Advance, Event, Identity, Rollouts, Scores, Texts, Total
-from mismatch_probe.errors import EngineError, ModelError
+from mismatch_probe.engines.rows import RowChoice, RowWriter
+from mismatch_probe.errors import EngineError
 from mismatch_probe.types import (
     Dtype,
-    Prompt,
     Rollout,
     RolloutRequest,
     Sampling,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import torch
 
 Found = TypeVar("Found")
-_LESS_OR_MORE = "Lower --rollout-batch, --max-tokens or --num-prompts, or use a machine with more memory."
+LESS_OR_MORE = "Lower --rollout-batch, --max-tokens or --num-prompts, or use a machine with more memory."
 
 
 class Closing(Protocol):
@@ -199,35 +199,6 @@ class Job(Protocol):
 
 
 @dataclass(frozen=True)
-class EncodeJob:
-    """Encode prompts once, with the model's own tokenizer and chat template; decode ids that somebody else made."""
-
-    model_path: str
-    prompts: Sequence[Prompt]
-    chat: bool
-    trust_remote_code: bool
-    token_ids: Sequence[int] = ()
-    subject: ClassVar[str] = "The tokenizer"
-    memory_advice: ClassVar[str] = _LESS_OR_MORE
-
-    def run(self, channel: Channel) -> None:
-        """Sends `Encoded`."""
-        from mismatch_probe.engines import faults
-        from mismatch_probe.engines.encoding import encode
-
-        try:
-            channel.send(encode(self))
-        except Exception as error:
-            its_own = isinstance(error, OSError) or "tokenizer" in str(error).lower()
-            if its_own and faults.classify(error, self) is None:
-                raise ModelError(
-                    f"The tokenizer of {self.model_path} cannot be loaded: {faults.first_line(error)}",
-                    "Save the tokenizer beside the weights: tokenizer.save_pretrained(folder).",
-                ) from error
-            raise
-
-
-@dataclass(frozen=True)
 class Capture:
     """Full rows of logits to keep while a rollout runs.
 
@@ -241,6 +212,11 @@ class Capture:
     path: str
     rows: int
     positions: Mapping[int, Mapping[int, tuple[float, float]]] | None = None
+
+    def of(self, request: RolloutRequest, writer: RowWriter) -> RowChoice:
+        """What is kept of a request."""
+        only = None if self.positions is None else self.positions.get(request.sequence_id, {})
+        return RowChoice(writer, request.sequence_id, request.seed, only)
 
 
 @dataclass(frozen=True)
@@ -273,7 +249,7 @@ class RolloutJob:
     def memory_advice(self) -> str:
         if self.device == "cuda":
             return "Lower --rollout-batch or --max-tokens, or set --engine-arg gpu_memory_utilization=0.7."
-        return _LESS_OR_MORE
+        return LESS_OR_MORE
 
     @property
     def replays(self) -> bool:

@@ -2,12 +2,44 @@
 
 from __future__ import annotations
 
-from mismatch_probe.engines.base import EncodeJob
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from mismatch_probe.engines import faults
+from mismatch_probe.engines.base import LESS_OR_MORE, Channel
 from mismatch_probe.engines.checkpoint import read_config
 from mismatch_probe.engines.events import Encoded
 from mismatch_probe.engines.scripted import encode_scripted
 from mismatch_probe.errors import ModelError, PromptError
 from mismatch_probe.types import EncodedPrompt, Prompt
+
+
+@dataclass(frozen=True)
+class EncodeJob:
+    """Encode prompts once, with the model's own tokenizer and chat template; decode ids that somebody else made."""
+
+    model_path: str
+    prompts: Sequence[Prompt]
+    chat: bool
+    trust_remote_code: bool
+    token_ids: Sequence[int] = ()
+    subject: ClassVar[str] = "The tokenizer"
+    memory_advice: ClassVar[str] = LESS_OR_MORE
+
+    def run(self, channel: Channel) -> None:
+        """Sends `Encoded`."""
+        try:
+            channel.send(encode(self))
+        except Exception as error:
+            its_own = isinstance(error, OSError) or "tokenizer" in str(error).lower()
+            if its_own and faults.classify(error, self) is None:
+                raise ModelError(
+                    f"The tokenizer of {self.model_path} cannot be loaded: {faults.first_line(error)}",
+                    "Save the tokenizer beside the weights: tokenizer.save_pretrained(folder).",
+                ) from error
+            raise
 
 
 def encode(job: EncodeJob) -> Encoded:
@@ -18,7 +50,7 @@ def encode(job: EncodeJob) -> Encoded:
         PromptError: A prompt has no tokens.
     """
     if read_config(job.model_path).get("model_type") == "scripted":
-        return encode_scripted(job)
+        return encode_scripted(job.prompts, job.token_ids)
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(
@@ -49,3 +81,17 @@ def encode(job: EncodeJob) -> Encoded:
         texts={token: tokenizer.decode([token]) for token in job.token_ids},
         special=sorted(tokenizer.all_special_ids),
     )
+
+
+def end_ids(model_path: str, tokenizer: Any, *, trust_remote_code: bool = False) -> list[int]:
+    """Tokens that end a response: vLLM takes them from the tokenizer, the model's and its generation configuration."""
+    from transformers import AutoConfig, GenerationConfig
+
+    config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code, local_files_only=True)
+    found = [tokenizer.eos_token_id, config.eos_token_id]
+    with suppress(OSError):  # the checkpoint may have none
+        found.append(GenerationConfig.from_pretrained(model_path, local_files_only=True).eos_token_id)
+    ids: set[int] = set()
+    for entry in found:
+        ids.update(entry if isinstance(entry, list) else [] if entry is None else [entry])
+    return sorted(ids)

@@ -148,6 +148,36 @@ class RowWriter:
         _write(self._file, header.tobytes(), 0)
 
 
+@dataclass(frozen=True)
+class RowChoice:
+    """Which rows of one request a pass keeps.
+
+    Attributes:
+        writer: The file of the pass.
+        sequence_id: The request's.
+        seed: The request's, which decides with the position what is kept.
+        only: By position the weight and what it stands for, where another file chose; None where weights decide.
+    """
+
+    writer: RowWriter
+    sequence_id: int
+    seed: int
+    only: Mapping[int, tuple[float, float]] | None = None
+
+    def draw(self, position: int) -> float | None:
+        """The position's u; None where no row is kept of it whatever its weight, and none is counted."""
+        if position < 0:
+            return None
+        if self.only is not None:
+            return 0.0 if position in self.only else None
+        return uniform(self.seed, position)
+
+    def admit(self, position: int, u: float, weight: float) -> int | None:
+        """The slot of a row in the file, None where it is not kept."""
+        facts = (weight,) if self.only is None else self.only[position]
+        return self.writer.admit(self.sequence_id, position, u, *facts)
+
+
 class RowFile:
     """Reads what a `RowWriter` kept.
 

@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 
 from mismatch_probe.engines.base import (
     Capture,
-    EncodeJob,
     Found,
     RolloutEngine,
     RolloutJob,
@@ -31,10 +30,10 @@ from mismatch_probe.engines.base import (
 )
 from mismatch_probe.engines.events import Encoded
 from mismatch_probe.engines.registry import Engine
-from mismatch_probe.engines.rows import LEAST_WEIGHT, RowFile, RowWriter, stacked, uniform
+from mismatch_probe.engines.rows import LEAST_WEIGHT, RowChoice, RowFile, RowWriter, stacked
 from mismatch_probe.errors import DtypeRefused, EngineError
 from mismatch_probe.metrics.exact import divergences
-from mismatch_probe.types import EncodedPrompt, Rollout, RolloutRequest, Sampling, Score, ScoreRequest
+from mismatch_probe.types import EncodedPrompt, Prompt, Rollout, RolloutRequest, Sampling, Score, ScoreRequest
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -154,18 +153,15 @@ class ScriptedRollout(_Script, RolloutEngine):
         self.act("score")
         return [np.array([self.logprob(s[:t], s[t]) for t in range(1, len(s))], np.float32) for s in sequences]
 
-    def _keep(self, capture: Capture, request: RolloutRequest, prefix: Sequence[int], position: int) -> None:
-        """Keeps a row by the rules of the real engine's processor."""
-        chosen = capture.positions
-        given = None if chosen is None else chosen.get(request.sequence_id, {}).get(position)
-        if chosen is not None and given is None:
+    def _keep(self, choice: RowChoice, prefix: Sequence[int], position: int) -> None:
+        u = choice.draw(position)
+        if u is None:
             return
-        assert self._writer is not None
-        row, u = self.row(prefix), 0.0 if chosen is not None else uniform(request.seed, position)
+        row = self.row(prefix)
         weight = max(LEAST_WEIGHT, 1 - float(np.exp(row.max() - np.logaddexp.reduce(row))))
-        slot = self._writer.admit(request.sequence_id, position, u, *(given or (weight,)))
+        slot = choice.admit(position, u, weight)
         if slot is not None:
-            self._writer.put(slot, row)
+            choice.writer.put(slot, row)
 
     def _respond(
         self, request: RolloutRequest, sampling: Sampling, on_tokens: Callable[[int], None], capture: Capture | None
@@ -174,11 +170,12 @@ class ScriptedRollout(_Script, RolloutEngine):
         forced = request.forced_token_ids
         length = min(sampling.max_tokens, len(forced) or wanted)
         prefix, logprobs = list(request.prompt_token_ids), []
+        choice = None if capture is None or self._writer is None else capture.of(request, self._writer)
         for position in range(length):
             drawn = int(_uniform("t", request.seed, position) * int(self.config["vocab_size"]))
             token = int(forced[position]) if len(forced) else drawn
-            if capture is not None:
-                self._keep(capture, request, prefix, position)
+            if choice is not None:
+                self._keep(choice, prefix, position)
             logprobs.append(self.logprob(prefix, token))
             prefix.append(token)
         on_tokens(length)
@@ -250,10 +247,10 @@ class ScriptedTrainer(_Script, TrainerEngine):
         yield
 
 
-def encode_scripted(job: EncodeJob) -> Encoded:
+def encode_scripted(prompts: Sequence[Prompt], token_ids: Sequence[int]) -> Encoded:
     """Characters as tokens, each with its code point as id."""
-    prompts = [EncodedPrompt(p.prompt_id, [ord(c) for c in p.text or str(p.messages)]) for p in job.prompts]
-    return Encoded(prompts, {token: chr(token) for token in job.token_ids}, special=[0])
+    encoded = [EncodedPrompt(p.prompt_id, [ord(c) for c in p.text or str(p.messages)]) for p in prompts]
+    return Encoded(encoded, {token: chr(token) for token in token_ids}, special=[0])
 
 
 class Scripted(Engine):

@@ -9,7 +9,8 @@ from collections.abc import Callable
 import numpy as np
 
 from mismatch_probe.engines import devices, registry
-from mismatch_probe.engines.base import EncodeJob, RolloutJob, TrainerJob
+from mismatch_probe.engines.base import RolloutJob, TrainerJob
+from mismatch_probe.engines.encoding import EncodeJob
 from mismatch_probe.engines.process import ENCODE, UnexpectedEngineError
 from mismatch_probe.engines.vllm.settings import in_process_wanted
 from mismatch_probe.errors import DiskFull, DtypeRefused, EngineError, PromptError, TableError

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mismatch_probe.engines import devices, registry
-from mismatch_probe.engines.base import Channel, EncodeJob, RolloutEngine, RolloutJob
+from mismatch_probe.engines.base import Channel, RolloutEngine, RolloutJob
+from mismatch_probe.engines.encoding import EncodeJob, encode, end_ids
 from mismatch_probe.engines.events import Event, Identity, InRun, RunBegins, RunEnded
 from mismatch_probe.errors import FolderBusy
 from mismatch_probe.files import locked
@@ -136,7 +137,6 @@ class Setup:
     def of(cls, config: TaskSettings, model_path: str) -> Setup:
         from transformers import AutoTokenizer
 
-        from mismatch_probe.engines.encoding import encode
         from mismatch_probe.rl.tasks import make_task
 
         task = make_task(
@@ -155,7 +155,7 @@ class Setup:
             problems,
             [prompt.token_ids for prompt in encoded.prompts],
             lambda ids: tokenizer.decode([int(i) for i in ids], skip_special_tokens=True),
-            _end_ids(model_path, tokenizer),
+            end_ids(model_path, tokenizer),
         )
 
 
@@ -172,19 +172,6 @@ def _tasks(directories: Sequence[RlDirectory]) -> dict[Hashable, RlConfig]:
 def _task_of(config: RlConfig) -> Hashable:
     """Runs of equal value have the same problems."""
     return config.task, config.problems, config.n_problems, config.operations, config.chat, _problem_seed(config)
-
-
-def _end_ids(model_path: str, tokenizer: Any) -> list[int]:
-    """Tokens that end a response: vLLM takes them from the tokenizer, the model's and its generation configuration."""
-    from transformers import AutoConfig, GenerationConfig
-
-    found = [tokenizer.eos_token_id, AutoConfig.from_pretrained(model_path, local_files_only=True).eos_token_id]
-    with suppress(OSError):  # the checkpoint may have none
-        found.append(GenerationConfig.from_pretrained(model_path, local_files_only=True).eos_token_id)
-    ids: set[int] = set()
-    for entry in found:
-        ids.update(entry if isinstance(entry, list) else [] if entry is None else [entry])
-    return sorted(ids)
 
 
 def _engine_job(directories: Sequence[RlDirectory], job: RlJob, longest_prompt: int) -> RolloutJob:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from mismatch_probe.engines import faults
-from mismatch_probe.engines.base import EncodeJob, RolloutJob, TrainerJob
+from mismatch_probe.engines.base import RolloutJob, TrainerJob
+from mismatch_probe.engines.encoding import EncodeJob
 from mismatch_probe.errors import DiskFull, DtypeRefused, EngineError, EngineMissing, ModelError, ProbeError
 from mismatch_probe.rl.worker import RlJob
 from mismatch_probe.types import Sampling

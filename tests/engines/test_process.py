@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from mismatch_probe.engines.base import EncodeJob, Job, RolloutJob, TrainerJob
+from mismatch_probe.engines.base import Job, RolloutJob, TrainerJob
+from mismatch_probe.engines.encoding import EncodeJob
 from mismatch_probe.engines.events import (
     Advance,
     Encoded,

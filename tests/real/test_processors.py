@@ -16,6 +16,7 @@ from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate
 
 from mismatch_probe.engines.base import Capture
+from mismatch_probe.engines.logits import row_weights
 from mismatch_probe.engines.rows import RowFile
 from mismatch_probe.engines.vllm import processors
 from mismatch_probe.engines.vllm.engine import VllmRollout
@@ -192,7 +193,7 @@ def test_a_request_that_wants_nothing_carries_nothing() -> None:
 
 def test_a_row_with_nan_is_kept_like_the_least_sure_one() -> None:
     rows = torch.tensor([[0.0, float("nan"), 1.0], [50.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
-    assert processors._weights(rows).tolist() == pytest.approx([1.0, 0.1, 2 / 3])
+    assert row_weights(rows).tolist() == pytest.approx([1.0, 0.1, 2 / 3])
 
 
 @pytest.mark.parametrize("modern", [True, False])

@@ -24,7 +24,8 @@ from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcessor
 
 from mismatch_probe.engines.base import Capture
-from mismatch_probe.engines.rows import LEAST_WEIGHT, RowWriter, uniform
+from mismatch_probe.engines.logits import add_noise, keep_rows
+from mismatch_probe.engines.rows import RowChoice, RowWriter
 
 _KEY = "mismatch_probe"
 _NOISE = "mismatch_probe_noise"
@@ -32,33 +33,11 @@ _NOISE = "mismatch_probe_noise"
 
 @dataclass(frozen=True)
 class _Wish:
-    """What one request wants of its rows."""
+    """What one request wants of its rows; without `rows` none is kept."""
 
-    sequence_id: int
     prompt_length: int
-    seed: int
-    writer: RowWriter | None
-    only: Mapping[int, tuple[float, float]] | None
+    rows: RowChoice | None
     forced: Sequence[int]
-
-    def draw(self, position: int) -> float | None:
-        """The position's u; None where no row is kept of it whatever its weight, and none is counted."""
-        if self.writer is None or position < 0:
-            return None
-        if self.only is not None:
-            return 0.0 if position in self.only else None
-        return uniform(self.seed, position)
-
-    def admit(self, position: int, u: float, weight: float) -> int | None:
-        """The slot of a row in the file, None where it is not kept."""
-        assert self.writer is not None
-        if self.only is not None:
-            return self.writer.admit(self.sequence_id, position, u, *self.only[position])
-        return self.writer.admit(self.sequence_id, position, u, weight)
-
-    def put(self, slot: int, row: torch.Tensor) -> None:
-        assert self.writer is not None
-        self.writer.put(slot, row.numpy())
 
 
 def request_arguments(
@@ -105,27 +84,15 @@ def _read_wish(params: SamplingParams) -> _Wish | None:
     only = wish.get("only")
     # With tensor parallelism every rank sees all rows; one of them writes.
     writes = "path" in wish and _first_rank()
-    return _Wish(
-        sequence_id=wish["sequence_id"],
-        prompt_length=wish["prompt_length"],
-        seed=wish["seed"],
-        writer=_writer(wish["path"], wish["rows"]) if writes else None,
-        only=None if only is None else {at: (weight, stands_for) for at, weight, stands_for in only},
-        forced=wish["forced"],
-    )
+    chosen = None if only is None else {at: (weight, stands_for) for at, weight, stands_for in only}
+    rows = RowChoice(_writer(wish["path"], wish["rows"]), wish["sequence_id"], wish["seed"], chosen) if writes else None
+    return _Wish(wish["prompt_length"], rows, wish["forced"])
 
 
 def _first_rank() -> bool:
     from vllm.distributed import get_tensor_model_parallel_rank, model_parallel_is_initialized
 
     return not model_parallel_is_initialized() or get_tensor_model_parallel_rank() == 0
-
-
-def _weights(rows: torch.Tensor) -> torch.Tensor:
-    """`[R, V]` logits → `[R]` weights: one minus the likeliest token's probability, no less than the least weight."""
-    top = torch.exp(rows.amax(-1) - rows.logsumexp(-1))
-    # A row with NaN is kept like the least sure one, since it is what somebody will want to see.
-    return (1 - top).nan_to_num(1.0).clamp(LEAST_WEIGHT, 1.0)
 
 
 class RowsV1(AdapterLogitsProcessor):  # type: ignore[misc]
@@ -143,11 +110,8 @@ class RowsV1(AdapterLogitsProcessor):  # type: ignore[misc]
 
         def process(output_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
             position = len(output_ids)
-            u = wish.draw(position)
-            if u is not None:
-                slot = wish.admit(position, u, float(_weights(logits)))
-                if slot is not None:
-                    wish.put(slot, logits.float().cpu())
+            if wish.rows is not None:
+                keep_rows([(0, wish.rows, position)], logits[None])
             if position < len(wish.forced):
                 logits.fill_(-torch.inf)
                 logits[wish.forced[position]] = 0.0
@@ -174,9 +138,7 @@ class _Noise:
 
     def add_to(self, row: torch.Tensor, position: int) -> torch.Tensor:
         """Changes `[V]` logits in place."""
-        # Drawn on the CPU whatever the device, so that both runners add the same.
-        generator = torch.Generator().manual_seed((self.seed << 20) + position)
-        return row.add_(self.scale * torch.randn(row.shape, generator=generator).to(row))
+        return add_noise(row, self.scale, self.seed, position)
 
 
 class NoiseV1(AdapterLogitsProcessor):  # type: ignore[misc]
@@ -236,21 +198,8 @@ class RowsV2(LogitsProcessor):  # type: ignore[misc]
         found = []
         for row, (slot, seen) in enumerate(zip(ctx.idx_mapping_np, ctx.seq_lens_upper_bound_np, strict=True)):
             wish = self._wishes.get(int(slot))
-            # Before the prompt's last chunk no token of the response is being sampled, and the position is negative.
-            position = int(seen) - wish.prompt_length if wish is not None else -1
-            u = wish.draw(position) if wish is not None else None
-            if wish is not None and u is not None:
-                found.append((row, wish, position, u))
-        if not found:
-            return logits
-        weights = _weights(logits[[row for row, *_ in found]]).tolist()  # waits for the device, once a step
-        kept = [
-            (row, wish, slot)
-            for (row, wish, position, u), weight in zip(found, weights, strict=True)
-            if (slot := wish.admit(position, u, weight)) is not None
-        ]
-        if kept:
-            rows = logits[[row for row, *_ in kept]].float().cpu()
-            for (_, wish, slot), values in zip(kept, rows, strict=True):
-                wish.put(slot, values)
+            if wish is not None and wish.rows is not None:
+                # Before the prompt's last chunk no token of the response is being sampled: the position is negative.
+                found.append((row, wish.rows, int(seen) - wish.prompt_length))
+        keep_rows(found, logits)
         return logits
