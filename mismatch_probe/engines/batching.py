@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from mismatch_probe.types import ScoreRequest, TrainerLayout
 
 # A CPU gains nothing from more tokens at once, and smaller batches stay in cache and waste less on padding.
-_MOST_TOKENS = {"cpu": 512, "cuda": 32768}
+MOST_TOKENS = {"cpu": 512, "cuda": 32768}
 _MOST_ROWS = {"cpu": 128, "cuda": 4096}
 
 
@@ -72,7 +72,7 @@ def plan_batches(
         return [[request] for request in ordered]
     batches: list[list[ScoreRequest]] = []
     for request in ordered:
-        if batches and _fits([*batches[-1], request], layout, footprint, budget, _MOST_TOKENS[device_type]):
+        if batches and _fits([*batches[-1], request], layout, footprint, budget, MOST_TOKENS[device_type]):
             batches[-1].append(request)
         else:
             batches.append([request])

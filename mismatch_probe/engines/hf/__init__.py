@@ -1,21 +1,22 @@
-"""transformers as a trainer, the forward pass as RL trainers run it. Importing it imports nothing of transformers."""
+"""transformers on both sides: the forward pass as RL trainers run it, and `generate`. Importing it imports neither."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mismatch_probe.engines.base import TrainerJob
+from mismatch_probe.engines.base import RolloutJob, TrainerJob
 from mismatch_probe.engines.devices import Device, EngineSettings, gpu_present, install_hint
 from mismatch_probe.engines.hf.settings import trainer_settings
 from mismatch_probe.engines.registry import Engine
-from mismatch_probe.types import TrainerDtype
+from mismatch_probe.types import Dtype, TrainerDtype
 
 if TYPE_CHECKING:
     from mismatch_probe.engines.hf.engine import HfTrainer
+    from mismatch_probe.engines.hf.rollout import HfRollout
 
 
 class Hf(Engine):
-    """transformers on the training side."""
+    """transformers on either side."""
 
     name = "hf"
     packages = ("torch", "transformers")
@@ -24,10 +25,21 @@ class Hf(Engine):
     def install(self) -> str:
         return install_hint("cuda" if gpu_present() else "cpu")
 
+    def rollout(self, job: RolloutJob) -> HfRollout:
+        from mismatch_probe.engines.hf.rollout import HfRollout
+
+        return HfRollout(job)
+
     def trainer(self, job: TrainerJob) -> HfTrainer:
         from mismatch_probe.engines.hf.engine import HfTrainer
 
         return HfTrainer(job)
+
+    def rollout_settings(
+        self, device: Device, dtype: Dtype, *, eager: bool, in_process: bool, kv_cache_gib: int
+    ) -> EngineSettings:
+        """Those of a trainer: it runs eagerly, in the process itself, and its cache grows with the batch."""
+        return trainer_settings(device, dtype)
 
     def trainer_settings(self, device: Device, dtype: TrainerDtype) -> EngineSettings:
         return trainer_settings(device, dtype)

@@ -45,7 +45,7 @@ class HfTrainer(TrainerEngine):
         from transformers import AutoConfig
 
         if (job.attention or "").startswith("flash") and job.dtype == "float32":
-            raise DtypeRefused("FlashAttention does not support float32.", "Leave float32 out of --trainer-dtypes.")
+            raise DtypeRefused("FlashAttention does not support float32.", "Leave float32 out of this side's dtypes.")
         _apply_flags(job.flags)
         config = AutoConfig.from_pretrained(
             job.model_path, trust_remote_code=job.trust_remote_code, local_files_only=True
@@ -134,7 +134,7 @@ class HfTrainer(TrainerEngine):
                     logits = _upcast(head(hidden[start : start + step]))
                     if self._softmax_dtype is not None:
                         logits = logits.to(self._softmax_dtype)
-                    columns.append(_token_columns(logits, targets[start : start + step], temperature))
+                    columns.append(token_columns(logits, targets[start : start + step], temperature))
                     for row in range(start, start + len(logits)):
                         if row in wanted:
                             compared[row] = self._compare(wanted[row], logits[row - start], temperature)
@@ -288,7 +288,7 @@ def _upcast(logits: torch.Tensor) -> torch.Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def _token_columns(
+def token_columns(
     logits: torch.Tensor, targets: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """log softmax(logits / temperature) at the targets, the entropy of that distribution in nats, and how many tokens
