@@ -1,6 +1,7 @@
 """Whether the arms of an RL sweep differ.
 
-The seed is the unit. Final reward and collapse are two questions, and each is a family of its own for Holm's adjustment.
+The seed is the unit. Final reward and collapse are two questions, and each is a family of its own for Holm's
+adjustment.
 
 A run that diverged has no reward. Leaving such runs out would favour the arm that lost its worst ones, so they count as
 the worst reward that the task can give, and every result says how many there are.

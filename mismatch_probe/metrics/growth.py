@@ -12,9 +12,10 @@ Three laws of that ratio compete, and stationarity against a power-law trend of 
 narrower bands, but covered a weak persistence in 2 of 3 cases instead of 4 of 5: 64 prompts cannot tell it from none. A
 power law for Var D itself is only reported, as `variance_exponent`.
 
-At a length, the law gives ESS, shares of sequences, KL and spread, with their bands. Given its kind, D(L) is normal with the variance and mean of `GrowthDraws`; kinds differ in scale, so that D over all
-sequences is a scale mixture. E exp(2D), of which the ESS is the inverse, is the exponential of the quadratic variation
-Σexpm1(d)² of a kind, averaged over kinds: the few sequences that differ most decide it, as they do in the data.
+At a length, the law gives ESS, shares of sequences, KL and spread, with their bands. Given its kind, D(L) is normal
+with the variance and mean of `GrowthDraws`; kinds differ in scale, so that D over all sequences is a scale mixture. E
+exp(2D), of which the ESS is the inverse, is the exponential of the quadratic variation Σexpm1(d)² of a kind, averaged
+over kinds: the few sequences that differ most decide it, as they do in the data.
 
 A band is the 95 % interval over all draws and laws, each law with its weight; the value is their median. Of shares
 below one fitted sequence the normal law is no evidence, and their bands say so.

@@ -5,7 +5,8 @@ one before. The differences of neighbours, d_rung, add up to d token by token. A
 E[d_rung · d] / E[d²], about zero and not about means, so that a bias counts: contributions add up to 1, a rung that
 undoes what others did has a negative one, and another order of the same changes gives other contributions.
 
-The error budget says how far each side is from a reference pass over the same tokens, and whether that explains the gap.
+The error budget says how far each side is from a reference pass over the same tokens, and whether that explains the
+gap.
 
 With r the reference's log-prob, e_μ = b − r and e_π = a − r are the two sides' errors and d = e_π − e_μ. If the errors
 are independent their squares add: mean d² = mean e_μ² + mean e_π², the quadrature prediction. What they share

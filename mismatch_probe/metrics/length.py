@@ -1,10 +1,10 @@
 """How D grows with length in one pair: what was measured, the growth law fitted to it, and whether that law holds.
 
-The law itself: `metrics.growth`. It is fitted to prefixes of the long sequences, so that the last tokens, and the short sequences, are news to it. It
-is asked for the law of D at the lengths that some sequences have. What was measured of these contradicts it where the
-95 % interval of a larger spread or a smaller ESS (99 % of all else) has no point in common with the law's band, or
-where the value lies so far off that nobody need ask: where one sequence decides the spread, its interval holds
-everything.
+The law itself: `metrics.growth`. It is fitted to prefixes of the long sequences, so that the last tokens, and the short
+sequences, are news to it. It is asked for the law of D at the lengths that some sequences have. What was measured of
+these contradicts it where the 95 % interval of a larger spread or a smaller ESS (99 % of all else) has no point in
+common with the law's band, or where the value lies so far off that nobody need ask: where one sequence decides the
+spread, its interval holds everything.
 
 The intervals of spread and ESS are by their cluster standard error, with the degrees of freedom that the prompts'
 influence leaves; those of KL and shares by the error that the law itself gives as many independent sequences as there

@@ -5,13 +5,14 @@ Activations are streamed: maxima and tail quantiles by tensor, by context length
 The first token of a sequence often carries activations hundreds of times larger than any other (an attention sink; Sun
 et al. 2024, "Massive Activations in Large Language Models"), so it never stands in for the rest.
 
-How far an engine's 16-bit weights lag behind the trainer's FP32 masters under Adam is a matter of their range, too. A step of Adam moves a weight by the learning rate times u = m̂ / (√v̂ + ε), whatever the gradient's scale, so u is
-simulated once and serves every learning rate. An engine sees a master only when it rounds to another 16-bit number:
-after half a unit in the last place (ulp) from a checkpoint that lies on the grid, and after less or more from a master
-anywhere within that half unit, as after many steps.
+An engine lags behind the trainer's FP32 masters, because its weights have 16 bits. A step of Adam moves a weight by the
+learning rate times u = m̂ / (√v̂ + ε), whatever the gradient's scale, so u is simulated once and serves every learning
+rate. An engine sees a master only when it rounds to another 16-bit number: after half a unit in the last place (ulp)
+from a checkpoint that lies on the grid, and after less or more from a master anywhere within that half unit, as after
+many steps.
 
-Shape legend: `M` tensors, `T` tokens of a sequence, `C` bins of context length, `B` bins of magnitude, `S` sequences, `W`
-sampled weights, `R` learning rates.
+Shape legend: `M` tensors, `T` tokens of a sequence, `C` bins of context length, `B` bins of magnitude, `S` sequences,
+`W` sampled weights, `R` learning rates.
 """
 
 from __future__ import annotations
