@@ -91,7 +91,7 @@ def pad(rows: list[list[int]], *, left: bool) -> tuple[Any, Any]:
 def measured(run: Callable[[], float]) -> dict[str, float]:
     import torch
 
-    from mismatch_probe.engines.attribute.memory import peak_bytes, reset_peak
+    from mismatch_probe.engines.devices import peak_bytes, reset_peak
 
     cpu = torch.device("cpu")
     reset_peak(cpu)

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mismatch_probe.config import CompareConfig, Sizes
-from mismatch_probe.engines.attribute.memory import resident_peak
+from mismatch_probe.engines.devices import resident_peak
 from mismatch_probe.results.manifest import Environment, Manifest, ModelRecord, PassRecord, PromptsRecord
 from mismatch_probe.runs.comparison import RunDirectory
 from mismatch_probe.schemas import SEQUENCES_SCHEMA, TOKENS_SCHEMA

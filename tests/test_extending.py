@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 import torch
 
+from mismatch_probe import ingest
 from mismatch_probe.engines import registry
 from mismatch_probe.engines.base import Job, RolloutJob, TrainerJob
 from mismatch_probe.engines.events import Rollouts, Scores
 from mismatch_probe.engines.models import resolve
 from mismatch_probe.engines.process import EngineProcess
-from mismatch_probe.errors import EngineMissing, TableError, UsageError
+from mismatch_probe.errors import EngineMissing, IngestError, TableError, UsageError
 from mismatch_probe.probes import preflight
 from mismatch_probe.probes.preflight.run import preflight as run_preflight
 from mismatch_probe.report import figures, words
@@ -85,6 +86,28 @@ class Toy(Engine):
 
 
 ENGINE = Toy()
+"""
+
+_READER = """
+import hashlib
+import json
+
+import numpy as np
+
+from mismatch_probe.ingest import reader
+from mismatch_probe.ingest.base import Place
+from mismatch_probe.ingest.collect import IDS, Chunk, Collector, Lists
+
+
+@reader(".pairs")
+def read(handle, name):
+    collector, digest = Collector(Place(name, "Line")), hashlib.sha256()
+    for number, line in enumerate(handle, start=1):
+        digest.update(line)
+        values = [np.array(json.loads(part)) for part in line.split(b"\\t")]
+        lists = {key: Lists(v, np.array([len(v)])) for key, v in zip((*IDS, "rollout_logprobs"), values, strict=True)}
+        collector.add(Chunk(np.array([number]), lists, {}, lists))
+    return collector.finish("pairs", digest.hexdigest(), ())
 """
 
 _FIGURE = """
@@ -238,6 +261,19 @@ def test_an_engine_that_is_not_there() -> None:
 @pytest.mark.parametrize("name", ["vllm", "hf", "scripted"])
 def test_the_engines_here_are_found_by_name(name: str) -> None:
     assert registry.find(name).name == name
+
+
+def test_a_format_of_recorded_sequences(add_module: Callable[[ModuleType, str], None], tmp_path: Path) -> None:
+    add_module(ingest, _READER)
+    path = tmp_path / "run.pairs"
+    path.write_text("[1, 2]\t[3]\t[-0.5]\n[4]\t[5, 6]\t[-1.0, -2.0]\n")
+    run = ingest.read_recorded(path)
+    assert (run.source.format, run.sides, len(run)) == ("pairs", ("rollout",), 2)
+    assert run.rollout_logprobs is not None
+    assert run.rollout_logprobs[1].tolist() == [-1, -2]
+    path.write_text("[1]\t[2, 3]\t[-0.5]\n")
+    with pytest.raises(IngestError, match=r"^Line 1 of .* has 1 rollout_logprobs for 2 response_token_ids"):
+        ingest.read_recorded(path)
 
 
 def test_a_figure(add_module: Callable[[ModuleType, str], None], tmp_path: Path) -> None:

@@ -167,7 +167,7 @@ class Accuracy:
 
 def accuracy(trainer: Trainer, weights: Sequence[str], size: float) -> Accuracy:
     """Alters one weight after another."""
-    from mismatch_probe.engines.audit.names import layer_of
+    from mismatch_probe.engines.audit.places import layer_of
 
     module = layer = 0
     for index, name in enumerate(weights):

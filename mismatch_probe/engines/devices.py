@@ -1,4 +1,4 @@
-"""Every choice that depends on the device alone, with its reason; what is installed, and the machine.
+"""Every choice that depends on the device alone, with its reason; what is installed, the machine, and its memory.
 
 Nothing here imports torch or vLLM, so all of it is tested without a GPU; what only a GPU can show is tested under the
 marker `gpu`. Arguments and flags of an engine are its own: `vllm/settings.py`, `hf/settings.py`.
@@ -10,9 +10,11 @@ import os
 import platform
 import shutil
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, distributions
+from pathlib import Path
 from typing import Any, Literal
 
 from mismatch_probe.config import Sizes
@@ -21,6 +23,20 @@ from mismatch_probe.results.manifest import Determinism
 
 Device = Literal["cpu", "cuda"]
 GIB = 1 << 30
+# Recorded by allow-list: an environment also holds tokens.
+_RECORDED = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NVIDIA_TF32_OVERRIDE", "TRITON_F32_DEFAULT")
+_RECORDED_PREFIX = (
+    "VLLM_CPU_",
+    "VLLM_FLASH_ATTN",
+    "VLLM_ATTENTION",
+    "VLLM_BATCH_INVARIANT",
+    "VLLM_USE_",
+    "VLLM_ENABLE_",
+    "VLLM_FLOAT32",
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_",
+    "CUBLAS_",
+)
 
 
 @dataclass(frozen=True)
@@ -149,22 +165,6 @@ def package_versions() -> dict[str, str]:
     return found
 
 
-# Recorded by allow-list: an environment also holds tokens.
-_RECORDED = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NVIDIA_TF32_OVERRIDE", "TRITON_F32_DEFAULT")
-_RECORDED_PREFIX = (
-    "VLLM_CPU_",
-    "VLLM_FLASH_ATTN",
-    "VLLM_ATTENTION",
-    "VLLM_BATCH_INVARIANT",
-    "VLLM_USE_",
-    "VLLM_ENABLE_",
-    "VLLM_FLOAT32",
-    "ATEN_CPU_CAPABILITY",
-    "ONEDNN_",
-    "CUBLAS_",
-)
-
-
 def recorded_environment() -> dict[str, str]:
     """Environment switches that can change a log-prob."""
     return {k: v for k, v in sorted(os.environ.items()) if k in _RECORDED or k.startswith(_RECORDED_PREFIX)}
@@ -191,3 +191,35 @@ def machine() -> dict[str, Any]:
 def running() -> dict[str, Any]:
     """What a worker process adds to its engine's identity: a resumed run can mix machines and versions."""
     return {"versions": package_versions(), "machine": machine(), "environment": recorded_environment()}
+
+
+def reset_peak(device: Any) -> None:
+    """Starts a stretch.
+
+    Args:
+        device: A torch device.
+    """
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):  # proc(5): 5 resets the peak resident set size
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes(device: Any) -> int | None:
+    """The most memory that the stretch held: of the device, or resident in the process on a CPU; None where unknown."""
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated(device))
+    return resident_peak()
+
+
+def resident_peak() -> int | None:
+    """Bytes that this process had in memory at its most, since it began or `reset_peak`; None where unknown."""
+    with suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+    return None

@@ -9,10 +9,9 @@ from typing import IO, Any
 import numpy as np
 
 from mismatch_probe.errors import IngestError
-from mismatch_probe.ingest.base import RecordedRun
-from mismatch_probe.ingest.chunks import IDS, KEYS, LARGEST_ID, LISTS, LOGPROBS, SCALARS, Chunk, Lists
-from mismatch_probe.ingest.collect import Collector
-from mismatch_probe.ingest.refusal import TEXT_KEYS, Place, kind, missing_key
+from mismatch_probe.ingest import reader
+from mismatch_probe.ingest.base import TEXT_KEYS, Place, RecordedRun, kind, missing_key
+from mismatch_probe.ingest.collect import IDS, KEYS, LARGEST_ID, LISTS, LOGPROBS, SCALARS, Chunk, Collector, Lists
 
 _EXAMPLE = 'Write for example {"prompt_token_ids": [1, 2], "response_token_ids": [3], "rollout_logprobs": [-0.5]}.'
 _BOM = b"\xef\xbb\xbf"
@@ -27,6 +26,7 @@ _ELEMENTS: dict[str, tuple[frozenset[type], str]] = {
 }
 
 
+@reader(".jsonl")
 def read(handle: IO[bytes], name: str) -> RecordedRun:
     """Reads a whole file; blank lines are skipped, and null, NaN, Infinity and -Infinity are log-probs too.
 

@@ -13,16 +13,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from mismatch_probe.ingest.base import RecordedRun
-from mismatch_probe.ingest.chunks import IDS, KEYS, LISTS, LOGPROBS, SCALARS, Chunk, Lists
-from mismatch_probe.ingest.collect import Collector
-from mismatch_probe.ingest.refusal import TEXT_KEYS, Place, missing_key, quoted
+from mismatch_probe.ingest import reader
+from mismatch_probe.ingest.base import TEXT_KEYS, Place, RecordedRun, missing_key, quoted
+from mismatch_probe.ingest.collect import IDS, KEYS, LISTS, LOGPROBS, SCALARS, Chunk, Collector, Lists
 
 # Rows per batch: at a thousand tokens a row, some 20 MB of Arrow's buffers.
 _BATCH = 256
 _BLOCK = 1 << 20
 
 
+@reader(".parquet")
 def read(handle: IO[bytes], name: str) -> RecordedRun:
     """Reads a whole file, one batch of rows after another; a null among log-probs is NaN.
 

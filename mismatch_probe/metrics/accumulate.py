@@ -25,6 +25,12 @@ from mismatch_probe.metrics.moments import CentredSums, Range, ShiftedSums
 from mismatch_probe.types import PairArrays
 
 LARGEST_TOKENS = 5
+Clip = tuple[float, float]
+DEFAULT_CLIP: Clip = (0.8, 1.28)
+# A confident disagreement: the rollout gave the token about even odds or better, the trainer e² times less.
+CONFIDENT_ROLLOUT_LOGPROB = -0.7
+CONFIDENT_LOG_RATIO = -2.0
+DENSITY_BINS = 50
 
 
 @dataclass(frozen=True)
@@ -78,14 +84,6 @@ class LargestTokens:
     def none(cls) -> LargestTokens:
         nothing = np.empty(0, dtype=np.int64)
         return cls(nothing, nothing, nothing, np.empty(0), np.empty(0))
-
-
-Clip = tuple[float, float]
-
-DEFAULT_CLIP: Clip = (0.8, 1.28)
-# A confident disagreement: the rollout gave the token about even odds or better, the trainer e² times less.
-CONFIDENT_ROLLOUT_LOGPROB = -0.7
-CONFIDENT_LOG_RATIO = -2.0
 
 
 class TokenSums:
@@ -156,9 +154,6 @@ class TokenSums:
         sides = [tokens.trainer_prob, tokens.rollout_prob]
         self.probs.update(sides, tokens.counts, tokens.per_prompt)
         self.prob_contrasts.update([tokens.prob_diff, sides[0] + sides[1]], tokens.counts, tokens.per_prompt)
-
-
-DENSITY_BINS = 50
 
 
 @dataclass(frozen=True)

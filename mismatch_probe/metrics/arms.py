@@ -41,6 +41,10 @@ from mismatch_probe.types import MetricValue
 
 # Equal values, and their sums in another order, differ by rounding up to this share of them.
 _ROUNDING = 1e-12
+MIN_PAIRS = 8
+# Up to here all patterns of signs are tried, beyond it as many random ones.
+_ENUMERATED_PAIRS = 16
+_RANDOM_PATTERNS = 2**16 - 1
 
 
 @dataclass(frozen=True)
@@ -159,12 +163,6 @@ def summarise_arm(arm: Arm, *, worst: float = 0.0) -> ArmSummary:
 def spread_of(values: Floats) -> float:
     """Standard deviation of at least 2 values; exactly 0 where they differ by rounding alone."""
     return 0.0 if np.ptp(values) <= _ROUNDING * np.abs(values).max() else float(values.std(ddof=1))
-
-
-MIN_PAIRS = 8
-# Up to here all patterns of signs are tried, beyond it as many random ones.
-_ENUMERATED_PAIRS = 16
-_RANDOM_PATTERNS = 2**16 - 1
 
 
 def sign_flip_p(differences: Floats) -> float:

@@ -21,6 +21,16 @@ from mismatch_probe.types import MetricValue
 
 # Codes of `token_kind` are indices into this.
 KINDS = ("digit", "word", "punctuation", "space", "mixed", "special", "unknown")
+_CCDF_POINTS = 400
+_POSITION_BINS = 12
+_FIRST_POSITIONS = UNIT_POSITIONS // _POSITION_BINS
+_SEED = 0
+_REPLICATES = 1000
+ENTROPY_EDGES = np.array([0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 2.0, 3.0, 4.0, 6.0, np.inf])
+RANK_EDGES = np.array([0.0, 1.0, 2.0, 3.0, 5.0, 10.0, 30.0, 100.0, 1000.0, np.inf])
+KIND_EDGES: Floats = np.arange(len(KINDS) + 1, dtype=np.float64)
+# Columns of a pair that are binned, in addition to its own probability and position.
+COLUMN_EDGES: dict[str, Floats] = {"entropy": ENTROPY_EDGES, "rank": RANK_EDGES, "token_kind": KIND_EDGES}
 
 
 @cache
@@ -38,13 +48,6 @@ def kind_of(text: str | None) -> int:
     if not any(character.isalnum() for character in core):
         return KINDS.index("punctuation")
     return KINDS.index("mixed")
-
-
-_CCDF_POINTS = 400
-_POSITION_BINS = 12
-_FIRST_POSITIONS = UNIT_POSITIONS // _POSITION_BINS
-_SEED = 0
-_REPLICATES = 1000
 
 
 @dataclass(frozen=True)
@@ -192,13 +195,6 @@ def binned_diff(sums: BinnedSums) -> BinnedDiff:
     rows = [(cell.value, cell.ci_low, cell.ci_high) for cell in cells.values()]
     table = np.array(rows, dtype=np.float64).reshape(-1, 3)  # None becomes NaN
     return BinnedDiff(sums.edges[kept], sums.edges[1:][kept], n[kept], table[:, 0], table[:, 1], table[:, 2])
-
-
-ENTROPY_EDGES = np.array([0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 2.0, 3.0, 4.0, 6.0, np.inf])
-RANK_EDGES = np.array([0.0, 1.0, 2.0, 3.0, 5.0, 10.0, 30.0, 100.0, 1000.0, np.inf])
-KIND_EDGES: Floats = np.arange(len(KINDS) + 1, dtype=np.float64)
-# Columns of a pair that are binned, in addition to its own probability and position.
-COLUMN_EDGES: dict[str, Floats] = {"entropy": ENTROPY_EDGES, "rank": RANK_EDGES, "token_kind": KIND_EDGES}
 
 
 @dataclass(frozen=True)

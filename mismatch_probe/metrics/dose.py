@@ -34,6 +34,15 @@ from mismatch_probe.metrics.intervals import BOOTSTRAP_PROMPTS
 from mismatch_probe.types import MetricValue
 
 _USABLE_SHARE = 0.99
+Dose = Literal["ess_seq", "mean_abs_logprob_diff"]
+EssAlone = Literal["no-pairs", "untested", "refuted", "ordered", "no-difference"]
+MIN_ARMS = 5
+# Fewer seeds give too few distinct replicates, as fewer prompts do.
+MIN_SEEDS = BOOTSTRAP_PROMPTS
+# Arms got the same dose where the larger ESS is at most so much larger.
+TOLERANCE = 0.2
+_UNSTABLE = "no interval: too many draws of seeds in which all arms are alike"
+_EQUAL = "all arms have the same reward, share of collapses or dose"
 
 
 def rank_correlation(dose: Floats, outcome: Floats) -> Floats:
@@ -104,17 +113,6 @@ def expanded_interval(value: float, draws: Floats, n_seeds: int) -> Interval | N
     tail = float(special.ndtr(-student(n_seeds - 1) * math.sqrt(n_seeds / (n_seeds - 1))))
     low, high = np.quantile(usable, (tail, 1 - tail))
     return min(value, float(low)), max(value, float(high))
-
-
-Dose = Literal["ess_seq", "mean_abs_logprob_diff"]
-EssAlone = Literal["no-pairs", "untested", "refuted", "ordered", "no-difference"]
-MIN_ARMS = 5
-# Fewer seeds give too few distinct replicates, as fewer prompts do.
-MIN_SEEDS = BOOTSTRAP_PROMPTS
-# Arms got the same dose where the larger ESS is at most so much larger.
-TOLERANCE = 0.2
-_UNSTABLE = "no interval: too many draws of seeds in which all arms are alike"
-_EQUAL = "all arms have the same reward, share of collapses or dose"
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,11 @@ _MOST_SCALES = 64
 # Of a free parameter, in units of log likelihood.
 _PRICE = 1.0
 _PERSISTENCE = np.append(0.0, np.geomspace(1e-3, 1e5, 161))
+KEYS = ("ess_seq", "frac_seq_outside_2", "frac_seq_outside_3", "kl_seq", "seq_log_ratio_std")
+# Where fewer of the prompts decide a value, it is marked.
+_DECIDING_SHARE = 0.25
+# By key the k of the share of sequences whose weight lies outside [1/k, k].
+OUTSIDE = {"frac_seq_outside_2": 2.0, "frac_seq_outside_3": 3.0}
 
 
 @dataclass(frozen=True)
@@ -257,13 +262,6 @@ def _fit_ratio(ratio: Floats, share: Floats, precision: Floats) -> tuple[Floats,
     best = np.argmin(quadratic - 2 * ratio @ precision @ laws.T, axis=1)
     residuals = np.stack([ratio[0], ratio[0] - constant[0], ratio[0] - laws[best[0]]])
     return constant, _PERSISTENCE[best], np.einsum("mj,jk,mk->m", residuals, precision, residuals)
-
-
-KEYS = ("ess_seq", "frac_seq_outside_2", "frac_seq_outside_3", "kl_seq", "seq_log_ratio_std")
-# Where fewer of the prompts decide a value, it is marked.
-_DECIDING_SHARE = 0.25
-# By key the k of the share of sequences whose weight lies outside [1/k, k].
-OUTSIDE = {"frac_seq_outside_2": 2.0, "frac_seq_outside_3": 3.0}
 
 
 def bands(draws: GrowthDraws, shares: Floats, n_sequences: int, why: str = "") -> dict[str, MetricValue]:

@@ -43,6 +43,14 @@ _FEWEST_EFFECTIVE = 10.0
 _MOST_LENGTHS = 4
 _NAMES = {"ess_seq": "the ESS", "seq_log_ratio_std": "the standard deviation of D", "kl_seq": "−mean D"}
 _NAMES |= {key: f"the share of weights outside [1/{k:g}, {k:g}]" for key, k in OUTSIDE.items()}
+MIN_PROMPTS = 8
+MIN_LENGTH = 8
+REPLICATES = 400
+_FITTED_LENGTHS = 4
+# By which the interval of the mean of D may miss both of its predictions, which are estimates themselves.
+_DRIFT_FACTOR = 1.5
+# Of the bootstrap's replicates; the others consist of sequences that hardly differ, and are left out.
+_USABLE_SHARE = 0.95
 
 
 @dataclass(frozen=True)
@@ -153,16 +161,6 @@ def _log_ratio(x: float, y: float) -> float:
     if x == 0 or math.isinf(y):
         return -math.inf
     return math.inf if y == 0 else math.log(x) - math.log(y)
-
-
-MIN_PROMPTS = 8
-MIN_LENGTH = 8
-REPLICATES = 400
-_FITTED_LENGTHS = 4
-# By which the interval of the mean of D may miss both of its predictions, which are estimates themselves.
-_DRIFT_FACTOR = 1.5
-# Of the bootstrap's replicates; the others consist of sequences that hardly differ, and are left out.
-_USABLE_SHARE = 0.95
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,11 @@ from mismatch_probe.metrics.floats import FP16, FloatFormat
 Floats = NDArray[np.float64]
 # Of the paper's AdamW (arXiv 2510.26788).
 BETAS = (0.9, 0.95)
+# Positions 0, 1, 2–3, 4–7, …: a bin an octave.
+CONTEXT_BINS = 32
+_PER_OCTAVE = 8
+_LOWEST, _HIGHEST = -40, 128
+_BINS = (_HIGHEST - _LOWEST) * _PER_OCTAVE + 2
 
 
 @dataclass(frozen=True)
@@ -124,13 +129,6 @@ def _spread(values: NDArray[np.generic], alive: NDArray[np.bool_]) -> Floats:
     found = np.zeros(len(alive))
     found[alive] = values
     return found
-
-
-# Positions 0, 1, 2–3, 4–7, …: a bin an octave.
-CONTEXT_BINS = 32
-_PER_OCTAVE = 8
-_LOWEST, _HIGHEST = -40, 128
-_BINS = (_HIGHEST - _LOWEST) * _PER_OCTAVE + 2
 
 
 @dataclass

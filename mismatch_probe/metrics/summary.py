@@ -43,6 +43,23 @@ from mismatch_probe.types import MetricValue, PairArrays
 Result = Estimate | MetricValue
 
 LARGEST_LOGPROB = 150.0
+# C of truncated importance sampling.
+TRUNCATION = 2.0
+# Lengths whose standard deviation is below this share of their mean carry no slope.
+MIN_LENGTH_VARIATION = 0.05
+PARETO_SEQUENCES = 200
+# The generalised Pareto fit uses at most the largest fifth, whose smallest weight must not vanish beside the largest.
+PARETO_TAIL = 0.8
+LARGEST_SPAN = 700.0
+# Below this the weights' ESS is above 0.9999, and k̂, which has no scale, would describe the shape of nothing.
+NEGLIGIBLE_VARIANCE = 1e-4
+Rows = TypeVar("Rows")
+NO_TOKENS = "there are no response tokens"
+OFF_POLICY = "the rollout policy did not sample these tokens"
+STEP_KEYS = ("mean_abs_logprob_diff", "kl_k1", "kl_k3", "token_mult_prob_error", "mean_ratio", "ess_seq")
+# A run of thousands of steps is shown by a selection: intervals of every single one would take minutes.
+MOST_STEPS = 400
+_REPLICATES = 200
 
 
 def token_metrics() -> dict[str, Callable[[Tokens], Result]]:
@@ -130,18 +147,6 @@ def _confident_disagreement_rate(tokens: Tokens) -> MetricValue:
         float(tokens.sums.confident.sum()) / len(tokens),
         *rare_share_interval(tokens.sums.confident, tokens.sums.counts),
     )
-
-
-# C of truncated importance sampling.
-TRUNCATION = 2.0
-# Lengths whose standard deviation is below this share of their mean carry no slope.
-MIN_LENGTH_VARIATION = 0.05
-PARETO_SEQUENCES = 200
-# The generalised Pareto fit uses at most the largest fifth, whose smallest weight must not vanish beside the largest.
-PARETO_TAIL = 0.8
-LARGEST_SPAN = 700.0
-# Below this the weights' ESS is above 0.9999, and k̂, which has no scale, would describe the shape of nothing.
-NEGLIGIBLE_VARIANCE = 1e-4
 
 
 def sequence_metrics() -> dict[str, Callable[[Sequences], Result]]:
@@ -262,12 +267,6 @@ def _seq_mult_prob_error_max(seqs: Sequences) -> MetricValue:
     return MetricValue(value) if math.isfinite(value) else MetricValue(None, why="overflows float64")
 
 
-Rows = TypeVar("Rows")
-
-NO_TOKENS = "there are no response tokens"
-OFF_POLICY = "the rollout policy did not sample these tokens"
-
-
 def compute_metrics(
     pair: Pair,
     exact: ExactRows | None = None,
@@ -334,12 +333,6 @@ def off_policy_why(pair: Pair, key: str) -> str:
 
 def _annotate(value: MetricValue, note: str) -> MetricValue:
     return value if value.value is None else replace(value, why=join_why(note, value.why))
-
-
-STEP_KEYS = ("mean_abs_logprob_diff", "kl_k1", "kl_k3", "token_mult_prob_error", "mean_ratio", "ess_seq")
-# A run of thousands of steps is shown by a selection: intervals of every single one would take minutes.
-MOST_STEPS = 400
-_REPLICATES = 200
 
 
 @dataclass(frozen=True)

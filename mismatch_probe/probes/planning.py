@@ -11,12 +11,13 @@ from mismatch_probe.engines import devices
 from mismatch_probe.engines.models import ModelRef, resolve
 from mismatch_probe.engines.rows import file_bytes
 from mismatch_probe.errors import ModelError, UsageError
+from mismatch_probe.ingest import read_recorded
 from mismatch_probe.ingest.base import RecordedRun
 from mismatch_probe.passes import PassId
 from mismatch_probe.probes.preflight import Use
 from mismatch_probe.probes.preflight.run import guard
 from mismatch_probe.probes.progress import Progress
-from mismatch_probe.probes.recorded import check_recorded, read_recorded, recorded_of
+from mismatch_probe.probes.recorded import check_recorded, recorded_of
 from mismatch_probe.prompts import PromptSet, load_prompts
 from mismatch_probe.runs.passes import Passes, passes_of
 from mismatch_probe.types import DTYPES, EncodedPrompt, RolloutRequest

@@ -11,21 +11,11 @@ from numpy.typing import NDArray
 from mismatch_probe.engines.models import ModelRef
 from mismatch_probe.errors import IngestError
 from mismatch_probe.ingest.base import RecordedRun, Side
-from mismatch_probe.ingest.generic import read_generic
 from mismatch_probe.passes import RECORDED_ROLLOUT, RECORDED_TRAINER
 from mismatch_probe.results.manifest import PassRecord, Recorded
 from mismatch_probe.runs.comparison import RunDirectory
 from mismatch_probe.schemas import Masks, sequences_table, tokens_table
 from mismatch_probe.types import Rollout, RolloutRequest
-
-
-def read_recorded(path: str) -> RecordedRun:
-    """Reads the file of `--from`.
-
-    Raises:
-        IngestError: It cannot be read as recorded sequences.
-    """
-    return read_generic(path)
 
 
 def recorded_of(recorded: RecordedRun) -> Recorded:

@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mismatch_probe.errors import IngestError
+from mismatch_probe.ingest import read_recorded
 from mismatch_probe.ingest.base import RecordedRun
-from mismatch_probe.ingest.generic import read_generic
 
 ROW: dict[str, Any] = {
     "prompt_token_ids": [1, 2],
@@ -93,7 +93,7 @@ def test_both_formats_give_the_same(tmp_path_factory: pytest.TempPathFactory, ro
     folder = tmp_path_factory.mktemp("formats")
     (folder / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     pq.write_table(pa.Table.from_pylist(rows), folder / "a.parquet")
-    first, second = read_generic(folder / "a.jsonl"), read_generic(folder / "a.parquet")
+    first, second = read_recorded(folder / "a.jsonl"), read_recorded(folder / "a.parquet")
     same(first, second)
     assert first.response_token_ids[0].tolist() == rows[0]["response_token_ids"]
     assert first.sides == tuple(side for side in ("rollout", "trainer") if f"{side}_logprobs" in rows[0])
@@ -103,18 +103,18 @@ def test_both_formats_give_the_same(tmp_path_factory: pytest.TempPathFactory, ro
 class TestWhatIsRead:
     def test_prompts_are_clusters(self, jsonl: Write) -> None:
         other = {**ROW, "prompt_token_ids": [9]}
-        run = read_generic(jsonl(ROW, other, ROW))
+        run = read_recorded(jsonl(ROW, other, ROW))
         assert run.prompt_ids[0] == run.prompt_ids[2] != run.prompt_ids[1]
         assert run.sample_ids.tolist() == [0, 0, 1]
 
     def test_names_of_the_files_own(self, jsonl: Write) -> None:
-        run = read_generic(jsonl({**ROW, "prompt_id": "q", "finish_reason": "stop"}, {**ROW, "prompt_id": 7}))
+        run = read_recorded(jsonl({**ROW, "prompt_id": "q", "finish_reason": "stop"}, {**ROW, "prompt_id": 7}))
         assert run.prompt_ids == ("q", "7")
         assert run.finish_reasons == ("stop", "")
 
     def test_non_finite_values_stay(self, jsonl: Write) -> None:
         path = jsonl(json.dumps({**ROW, "rollout_logprobs": [None, math.nan, -math.inf]}))
-        values = read_generic(path).rollout_logprobs
+        values = read_recorded(path).rollout_logprobs
         assert values is not None
         assert np.isnan(values[0][:2]).all()
         assert values[0][2] == -math.inf
@@ -123,23 +123,23 @@ class TestWhatIsRead:
         empty = {**ROW, "response_token_ids": [], "rollout_logprobs": []}
         masked = {**ROW, "loss_mask": [0, 0, 0], "rollout_logprobs": [0.5, -1.0, -1.0]}
         first = {**ROW, "loss_mask": [1, 0, True], "rollout_logprobs": [1e-7, 3.0, 0.25]}
-        source = read_generic(jsonl(first, empty | {"loss_mask": []}, "", masked)).source
+        source = read_recorded(jsonl(first, empty | {"loss_mask": []}, "", masked)).source
         assert (source.n_rows, source.n_sequences, source.n_empty_responses) == (3, 2, 1)
         assert (source.n_tokens, source.n_masked_tokens, source.n_masked_sequences) == (6, 4, 1)
         assert source.n_positive == {"rollout": 1}
 
     def test_other_columns_are_named(self, jsonl: Write) -> None:
-        assert read_generic(jsonl({**ROW, "reward": 1, "a\x1b[31m": 2})).source.ignored_columns == (
+        assert read_recorded(jsonl({**ROW, "reward": 1, "a\x1b[31m": 2})).source.ignored_columns == (
             "a\\x1b[31m",
             "reward",
         )
 
     def test_a_bom_and_windows_line_ends(self, jsonl: Write) -> None:
         line = json.dumps(ROW).encode()
-        assert len(read_generic(jsonl(b"\xef\xbb\xbf" + line + b"\r", line + b"\r"))) == 2
+        assert len(read_recorded(jsonl(b"\xef\xbb\xbf" + line + b"\r", line + b"\r"))) == 2
 
     def test_a_line_separator_inside_a_string(self, jsonl: Write) -> None:
-        assert len(read_generic(jsonl(json.dumps({**ROW, "note": "a\u2028b"}, ensure_ascii=False), ROW))) == 2
+        assert len(read_recorded(jsonl(json.dumps({**ROW, "note": "a\u2028b"}, ensure_ascii=False), ROW))) == 2
 
     def test_float32_columns_stay_narrow(self, parquet: Write) -> None:
         schema = pa.schema(
@@ -149,7 +149,7 @@ class TestWhatIsRead:
                 ("rollout_logprobs", pa.list_(pa.float32())),
             ]
         )
-        values = read_generic(parquet([ROW], schema)).rollout_logprobs
+        values = read_recorded(parquet([ROW], schema)).rollout_logprobs
         assert values is not None
         assert values.values.dtype == np.float32
 
@@ -164,7 +164,7 @@ class TestWhatIsRead:
         table = pa.table({"prompt_token_ids": ids, "response_token_ids": ids, "rollout_logprobs": values})
         pq.write_table(table, tmp_path / "big.parquet")
         tracemalloc.start()
-        run = read_generic(tmp_path / "big.parquet")
+        run = read_recorded(tmp_path / "big.parquet")
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert run.source.n_tokens == n * length
@@ -211,10 +211,10 @@ class TestWhatIsRefused:
     def test_lines(self, jsonl: Write, row: Any, sentence: str | None) -> None:
         path = jsonl(ROW, row)
         if sentence is None:  # JSON reads 1e999 as infinity, which is a value
-            assert len(read_generic(path)) == 2
+            assert len(read_recorded(path)) == 2
             return
         with pytest.raises(IngestError, match=sentence) as refused:
-            read_generic(path)
+            read_recorded(path)
         assert refused.value.fix
         assert "\x1b" not in str(refused.value)
         assert len(str(refused.value)) < 1500
@@ -222,7 +222,7 @@ class TestWhatIsRefused:
     @pytest.mark.parametrize("step", [1.5, True, "7", 2**63])
     def test_steps(self, jsonl: Write, step: Any) -> None:
         with pytest.raises(IngestError, match=r"has a step that is .*, not a 64-bit integer"):
-            read_generic(jsonl({**ROW, "step": step}))
+            read_recorded(jsonl({**ROW, "step": step}))
 
     @pytest.mark.parametrize(
         ("content", "sentence"),
@@ -238,26 +238,26 @@ class TestWhatIsRefused:
         path = tmp_path / "run.jsonl"
         path.write_bytes(content)
         with pytest.raises(IngestError, match=sentence):
-            read_generic(path)
+            read_recorded(path)
 
     @pytest.mark.parametrize("suffix", [".pt", ".pkl", ".npz", ".bin"])
     def test_pickles_are_never_opened(self, tmp_path: Path, suffix: str) -> None:
         with pytest.raises(IngestError, match="may contain a pickle"):
-            read_generic(tmp_path / f"run{suffix}")  # it need not even exist
+            read_recorded(tmp_path / f"run{suffix}")  # it need not even exist
 
     @pytest.mark.parametrize("name", ["run.csv", "run", "run.arrow"])
     def test_other_suffixes(self, tmp_path: Path, name: str) -> None:
         with pytest.raises(IngestError, match=r"supported are \.jsonl and \.parquet"):
-            read_generic(tmp_path / name)
+            read_recorded(tmp_path / name)
 
     def test_what_is_no_file(self, tmp_path: Path) -> None:
         with pytest.raises(IngestError, match="does not exist"):
-            read_generic(tmp_path / "none.jsonl")
+            read_recorded(tmp_path / "none.jsonl")
         (tmp_path / "folder.jsonl").mkdir()
         os.mkfifo(tmp_path / "pipe.jsonl")
         for name in ("folder.jsonl", "pipe.jsonl", "a\x00.jsonl"):
             with pytest.raises(IngestError, match="is not a regular file"):
-                read_generic(tmp_path / name)
+                read_recorded(tmp_path / name)
 
     @pytest.mark.parametrize(
         ("column", "values", "sentence"),
@@ -272,10 +272,10 @@ class TestWhatIsRefused:
     )
     def test_columns(self, parquet: Write, column: str, values: list[Any], sentence: str) -> None:
         with pytest.raises(IngestError, match=sentence):
-            read_generic(parquet([{**ROW, column: values[0]}]))
+            read_recorded(parquet([{**ROW, column: values[0]}]))
 
     def test_a_cut_parquet_file(self, parquet: Write) -> None:
         path = parquet([ROW] * 50)
         path.write_bytes(path.read_bytes()[:-20])
         with pytest.raises(IngestError, match="truncated or not a Parquet file"):
-            read_generic(path)
+            read_recorded(path)

@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mismatch_probe import ingest
 from mismatch_probe.errors import IngestError, ProbeError
-from mismatch_probe.ingest import generic
-from mismatch_probe.ingest.generic import read_generic
+from mismatch_probe.ingest import read_recorded
 from tests.ingest.rows import Row, row, write_jsonl, write_parquet
 
 GOOD = json.dumps(row())
@@ -23,7 +23,7 @@ GOOD = json.dumps(row())
 
 def refusal(path: Path) -> IngestError:
     with pytest.raises(IngestError) as caught:
-        read_generic(path)
+        read_recorded(path)
     error = caught.value
     assert isinstance(error, ProbeError)
     assert str(path) in error.what
@@ -307,7 +307,7 @@ class TestPath:
         for name in ("folder.parquet", "pipe.jsonl", "x" * 5000 + ".jsonl"):
             assert "is not a regular file" in refusal(tmp_path / name).what
         with pytest.raises(IngestError, match="is not a regular file"):
-            read_generic("nul\0.jsonl")
+            read_recorded("nul\0.jsonl")
 
     def test_no_permission(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = write_jsonl(tmp_path, [row()])
@@ -322,7 +322,8 @@ class TestPath:
         def broken(*_: Any) -> Any:
             raise OSError(5, "Input/output error")
 
-        monkeypatch.setitem(generic._READERS, ".jsonl", broken)
+        ingest.readers()  # so that all are registered
+        monkeypatch.setitem(ingest._REGISTRY, ".jsonl", broken)
         assert "cannot be read: Input/output error" in refusal(write_jsonl(tmp_path, [row()])).what
 
     @pytest.mark.parametrize("name", ["run.csv", "run.json", "run.arrow", "run.jsonl.gz", "run", ".jsonl"])
@@ -356,7 +357,7 @@ class Bomb:
 
 def test_numpy_warns_of_nothing_in_extreme_values(tmp_path: Path) -> None:
     values = [1e308, -1e308, float("nan"), float("inf")]
-    run = read_generic(
+    run = read_recorded(
         write_jsonl(tmp_path, [row(response_token_ids=[1] * 4, rollout_logprobs=values, trainer_logprobs=None)])
     )
     assert run.source.n_positive == {"rollout": 1}

@@ -17,10 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mismatch_probe.ingest import parquet
+from mismatch_probe.ingest import parquet, read_recorded
 from mismatch_probe.ingest.base import Ragged, RecordedRun
 from mismatch_probe.ingest.collect import _GROWTH, _Growing
-from mismatch_probe.ingest.generic import read_generic
 from tests.ingest.rows import Row, row, write_jsonl, write_parquet
 
 LISTS = ("prompt_token_ids", "response_token_ids", "rollout_logprobs", "trainer_logprobs", "loss_mask")
@@ -79,7 +78,7 @@ class TestRoundTrip:
     def test_both_formats_give_what_was_written(self, rows: list[Row], batch: int) -> None:
         with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
             patch.setattr(parquet, "_BATCH", batch)
-            runs = [read_generic(write(Path(folder), rows)) for write in (write_jsonl, write_parquet)]
+            runs = [read_recorded(write(Path(folder), rows)) for write in (write_jsonl, write_parquet)]
         assert as_rows(runs[0]) == as_rows(runs[1])
         kept = [(number, each) for number, each in enumerate(rows, start=1) if each["response_token_ids"]]
         names: Counter[Any] = Counter()
@@ -103,7 +102,7 @@ class TestRoundTrip:
             assert run.source.n_masked_tokens == sum(each.get("loss_mask", []).count(0) for each in rows)
 
     def test_types_and_shared_offsets(self, tmp_path: Path) -> None:
-        run = read_generic(write_jsonl(tmp_path, [row(loss_mask=[0, 1], step=3)] * 2))
+        run = read_recorded(write_jsonl(tmp_path, [row(loss_mask=[0, 1], step=3)] * 2))
         assert run.rollout_logprobs is not None
         assert run.loss_mask is not None
         assert run.step is not None
@@ -116,19 +115,19 @@ class TestRoundTrip:
         assert run.sides == ("rollout", "trainer")
 
     def test_one_side_is_enough(self, tmp_path: Path) -> None:
-        rollout = read_generic(write_jsonl(tmp_path, [row(trainer_logprobs=None)]))
-        trainer = read_generic(write_parquet(tmp_path, [row(rollout_logprobs=None)]))
+        rollout = read_recorded(write_jsonl(tmp_path, [row(trainer_logprobs=None)]))
+        trainer = read_recorded(write_parquet(tmp_path, [row(rollout_logprobs=None)]))
         assert (rollout.sides, rollout.trainer_logprobs) == (("rollout",), None)
         assert (trainer.sides, trainer.rollout_logprobs) == (("trainer",), None)
 
     def test_null_is_absent(self, tmp_path: Path) -> None:
         line = json.dumps({**row(), "trainer_logprobs": None, "loss_mask": None, "step": None, "prompt_id": None})
         (tmp_path / "run.jsonl").write_text(line)
-        run = read_generic(tmp_path / "run.jsonl")
+        run = read_recorded(tmp_path / "run.jsonl")
         assert (run.trainer_logprobs, run.loss_mask, run.step) == (None, None, None)
         untyped = pa.table({key: pa.array([value]) for key, value in json.loads(line).items()})
         pq.write_table(untyped, tmp_path / "run.parquet")
-        assert as_rows(read_generic(tmp_path / "run.parquet")) == as_rows(run)
+        assert as_rows(read_recorded(tmp_path / "run.parquet")) == as_rows(run)
 
     @pytest.mark.parametrize("list_of", [pa.list_, pa.large_list, lambda kind: pa.list_(kind, 2)])
     @pytest.mark.parametrize("ids", [pa.int8(), pa.uint16(), pa.int32(), pa.uint64()])
@@ -136,7 +135,7 @@ class TestRoundTrip:
     def test_any_list_and_number_of_arrow(self, tmp_path: Path, list_of: Any, ids: Any, floats: Any) -> None:
         rows = [row(rollout_logprobs=[-0.5, None]), row(response_token_ids=[1, 2])]
         types = {"response_token_ids": list_of(ids), "rollout_logprobs": list_of(floats)}
-        run = read_generic(write_parquet(tmp_path, rows, **types))
+        run = read_recorded(write_parquet(tmp_path, rows, **types))
         assert run.response_token_ids.values.tolist() == [8, 9, 1, 2]
         assert run.rollout_logprobs is not None
         np.testing.assert_array_equal(run.rollout_logprobs.values, [-0.5, np.nan, -0.5, -1.25])
@@ -145,16 +144,16 @@ class TestRoundTrip:
     def test_encoded_labels_and_integers_for_names(self, tmp_path: Path) -> None:
         rows = [row(prompt_id="a", finish_reason="stop"), row(prompt_id="b"), row(prompt_id="a")]
         encoded = pa.dictionary(pa.int32(), pa.string())
-        run = read_generic(write_parquet(tmp_path, rows, prompt_id=encoded, finish_reason=encoded))
+        run = read_recorded(write_parquet(tmp_path, rows, prompt_id=encoded, finish_reason=encoded))
         assert run.prompt_ids == ("a", "b", "a")
         assert run.sample_ids.tolist() == [0, 0, 1]
         assert run.finish_reasons == ("stop", "", "")
-        assert read_generic(write_jsonl(tmp_path, [row(prompt_id=7)])).prompt_ids == ("7",)
+        assert read_recorded(write_jsonl(tmp_path, [row(prompt_id=7)])).prompt_ids == ("7",)
 
     def test_several_row_groups(self, tmp_path: Path) -> None:
         table = pq.read_table(write_parquet(tmp_path, [row(step=index) for index in range(10)]))
         pq.write_table(table, tmp_path / "run.parquet", row_group_size=3)
-        run = read_generic(tmp_path / "run.parquet")
+        run = read_recorded(tmp_path / "run.parquet")
         assert run.step is not None
         assert run.step.tolist() == list(range(10))
         assert run.rows.tolist() == list(range(1, 11))
@@ -162,7 +161,7 @@ class TestRoundTrip:
     def test_home_is_expanded_and_the_path_kept_as_typed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         write_jsonl(tmp_path, [row()], "RUN.JSONL")
         monkeypatch.setenv("HOME", str(tmp_path))
-        assert read_generic("~/RUN.JSONL").source.path == "~/RUN.JSONL"
+        assert read_recorded("~/RUN.JSONL").source.path == "~/RUN.JSONL"
 
 
 class TestJson:
@@ -172,13 +171,13 @@ class TestJson:
             '{"prompt_token_ids": [], "response_token_ids": [1, 2, 3, 4, 5],'
             ' "trainer_logprobs": [null, NaN, Infinity, -Infinity, 0]}'
         )
-        run = read_generic(path)
+        run = read_recorded(path)
         assert run.trainer_logprobs is not None
         np.testing.assert_array_equal(run.trainer_logprobs.values, [np.nan, np.nan, np.inf, -np.inf, 0.0])
 
     def test_float64_is_kept_to_the_last_bit(self, tmp_path: Path) -> None:
         values = [-0.1 - 2**-55, -5e-324, -1.7976931348623157e308, -0.0]
-        run = read_generic(
+        run = read_recorded(
             write_jsonl(tmp_path, [row(response_token_ids=[1] * 4, rollout_logprobs=values, trainer_logprobs=None)])
         )
         assert run.rollout_logprobs is not None
@@ -188,7 +187,7 @@ class TestJson:
         lines = [json.dumps(row(prompt_id=name), ensure_ascii=False) for name in ("a\u2028b", "c\u0085d")]
         path = tmp_path / "run.jsonl"
         path.write_bytes(("\ufeff\r\n" + lines[0] + "\r\n\r\n  \t\n" + lines[1]).encode())
-        run = read_generic(path)
+        run = read_recorded(path)
         assert run.prompt_ids == ("a\u2028b", "c\u0085d")
         assert run.rows.tolist() == [2, 5]
         assert run.source.n_rows == 2
@@ -201,18 +200,18 @@ class TestJson:
         ]
         path = write_jsonl(tmp_path, rows)
         assert path.stat().st_size > 8_000_000
-        assert read_generic(path).response_token_ids.lengths.tolist() == [n, 2]
+        assert read_recorded(path).response_token_ids.lengths.tolist() == [n, 2]
 
     def test_a_key_twice_is_no_matter_where_it_is_ignored(self, tmp_path: Path) -> None:
         path = tmp_path / "run.jsonl"
         path.write_text(json.dumps(row())[:-1] + ', "extra": 1, "extra": {"a": 1, "a": 2}}')
-        assert read_generic(path).source.ignored_columns == ("extra",)
+        assert read_recorded(path).source.ignored_columns == ("extra",)
 
 
 class TestFacts:
     def test_digest_is_of_the_file(self, tmp_path: Path) -> None:
         for path in (write_jsonl(tmp_path, [row()]), write_parquet(tmp_path, [row()])):
-            source = read_generic(path).source
+            source = read_recorded(path).source
             assert source.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
             assert (source.path, source.format) == (str(path), path.suffix[1:])
 
@@ -224,7 +223,7 @@ class TestFacts:
             row(loss_mask=[0, 0.0], rollout_logprobs=[0.5, 0.5]),
             row(loss_mask=[1.0, 1], rollout_logprobs=[1e-7, 0.01], trainer_logprobs=[math.inf, -1.0]),
         ]
-        source = read_generic(write_jsonl(tmp_path, rows)).source
+        source = read_recorded(write_jsonl(tmp_path, rows)).source
         facts = source.model_dump(mode="json")
         del facts["path"], facts["sha256"]
         assert facts == {
@@ -244,26 +243,25 @@ class TestFacts:
     def test_an_empty_response_may_leave_out_what_it_has_no_values_for(self, tmp_path: Path) -> None:
         aborted = {"prompt_token_ids": [1], "response_token_ids": []}
         for write in (write_jsonl, write_parquet):
-            run = read_generic(write(tmp_path, [aborted, row(loss_mask=[1, 1]), aborted]))
+            run = read_recorded(write(tmp_path, [aborted, row(loss_mask=[1, 1]), aborted]))
             assert (len(run), run.source.n_empty_responses, run.rows.tolist()) == (1, 2, [2])
 
     def test_ignored_columns_are_listed_safely(self, tmp_path: Path) -> None:
         hostile = "\x1b[31m" + "x" * 1000
-        run = read_generic(write_jsonl(tmp_path, [row(reward=1.0), row(**{hostile: {"deep": []}, "advantage": 0})]))
+        run = read_recorded(write_jsonl(tmp_path, [row(reward=1.0), row(**{hostile: {"deep": []}, "advantage": 0})]))
         assert run.source.ignored_columns[1:] == ("advantage", "reward")
         assert run.source.ignored_columns[0].startswith("\\x1b[31mxxx")
         assert len(run.source.ignored_columns[0]) < 80
-        many = read_generic(write_jsonl(tmp_path, [row(**{f"k{index:03}": 0 for index in range(150)})]))
+        many = read_recorded(write_jsonl(tmp_path, [row(**{f"k{index:03}": 0 for index in range(150)})]))
         assert (len(many.source.ignored_columns), many.source.ignored_columns[-1]) == (101, "and 50 more")
-        assert read_generic(write_parquet(tmp_path, [row(reward=1.0)], reward=pa.float32())).source.ignored_columns == (
-            "reward",
-        )
+        one = read_recorded(write_parquet(tmp_path, [row(reward=1.0)], reward=pa.float32()))
+        assert one.source.ignored_columns == ("reward",)
 
 
 class TestPrompts:
     def test_equal_ids_are_one_prompt_whatever_the_file(self, tmp_path: Path) -> None:
         rows = [row(), row(prompt_token_ids=[5, 6]), row(response_token_ids=[1, 2]), row(prompt_token_ids=[])]
-        runs = [read_generic(write(tmp_path, rows)) for write in (write_jsonl, write_parquet)]
+        runs = [read_recorded(write(tmp_path, rows)) for write in (write_jsonl, write_parquet)]
         assert runs[0].prompt_ids == runs[1].prompt_ids
         first, second, third, fourth = runs[0].prompt_ids
         assert first == third
@@ -272,7 +270,7 @@ class TestPrompts:
 
     def test_the_digest_is_that_of_little_endian_int32(self, tmp_path: Path) -> None:
         expected = hashlib.sha256(b"\x05\0\0\0\x06\0\0\0\x07\0\0\0").hexdigest()[:16]
-        assert read_generic(write_jsonl(tmp_path, [row()])).prompt_ids == (expected,)
+        assert read_recorded(write_jsonl(tmp_path, [row()])).prompt_ids == (expected,)
 
 
 class TestColumns:
@@ -329,7 +327,7 @@ class TestColumns:
             return lists
 
         monkeypatch.setattr(parquet, "_lists", counted)
-        run = read_generic(path)
+        run = read_recorded(path)
         assert made == 5 * rows * length
         assert run.rollout_logprobs is not None
         assert run.trainer_logprobs is not None

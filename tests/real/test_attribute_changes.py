@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from mismatch_probe.engines.attribute.changes import attention_changed, attention_of, in_fp32, kv_through_fp8
-from mismatch_probe.engines.attribute.routes import Routing
+from mismatch_probe.engines.attribute.changes import Routing, attention_changed, attention_of, in_fp32, kv_through_fp8
 from mismatch_probe.engines.attribute.variants import FP32_CLASSES, NotThereError
 from mismatch_probe.engines.base import TrainerJob
 from mismatch_probe.engines.hf.engine import HfTrainer

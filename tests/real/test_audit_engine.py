@@ -13,9 +13,8 @@ from torch import nn
 
 from mismatch_probe.engines.audit.backward import Exponents, GradientTracker
 from mismatch_probe.engines.audit.forward import ForwardTracker
-from mismatch_probe.engines.audit.lag import LagCase, LagScorer
 from mismatch_probe.engines.audit.places import Network
-from mismatch_probe.engines.audit.weights import rounded, ulp, weight_rows
+from mismatch_probe.engines.audit.weights import LagCase, LagScorer, rounded, ulp, weight_rows
 from mismatch_probe.engines.logprobs import Batch, token_logprobs
 from mismatch_probe.metrics.floats import FORMATS
 from mismatch_probe.types import ScoreRequest

@@ -15,7 +15,7 @@ import pytest
 import mismatch_probe
 from mismatch_probe.engines.events import Identity, Listener
 from mismatch_probe.errors import Interrupted, TableError, UsageError
-from mismatch_probe.ingest.generic import read_generic
+from mismatch_probe.ingest import read_recorded
 from mismatch_probe.results.sanity import SanityOutcome, SanitySet
 from mismatch_probe.rl.config import RlConfig, SanityConfig
 from mismatch_probe.rl.sanity import records, run
@@ -143,7 +143,7 @@ class TestFiles:
 
     def test_compare_reads_the_samples(self, tmp_path: Path) -> None:
         make(tmp_path / "set")
-        recorded = read_generic(tmp_path / "set" / "samples.parquet")
+        recorded = read_recorded(tmp_path / "set" / "samples.parquet")
         assert len(recorded.prompt_token_ids) == N_PROBLEMS * N_SAMPLES
 
     def test_a_set_can_be_sampled_again(self, tmp_path: Path) -> None:

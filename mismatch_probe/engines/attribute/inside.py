@@ -31,8 +31,7 @@ from mismatch_probe.engines.attribute.changes import attention_of, in_fp32, tens
 from mismatch_probe.engines.attribute.inside_rows import Batch, EngineRecords
 from mismatch_probe.engines.attribute.trace import TraceFiles
 from mismatch_probe.engines.audit.forward import first_tensor
-from mismatch_probe.engines.audit.names import layer_index
-from mismatch_probe.engines.audit.places import Network, is_norm, is_router
+from mismatch_probe.engines.audit.places import Network, is_norm, is_router, layer_index
 from mismatch_probe.engines.base import TrainerEngine
 from mismatch_probe.engines.float64 import keep_float64
 from mismatch_probe.metrics.exact import divergences

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mismatch_probe.engines.attribute.trace import OUTSIDE, TraceFiles
-from mismatch_probe.engines.audit.names import layer_index
-from mismatch_probe.engines.audit.places import Network
+from mismatch_probe.engines.audit.places import Network, layer_index
 
 # Blocks that vLLM calls otherwise than transformers.
 _OTHER_NAMES = (("mlp", "block_sparse_moe"), ("mlp", "feed_forward"))

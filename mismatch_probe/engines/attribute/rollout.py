@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mismatch_probe.engines import devices, faults
-from mismatch_probe.engines.attribute.memory import peak_bytes, reset_peak
 from mismatch_probe.engines.attribute.trace import Routers, TraceRequest
 from mismatch_probe.engines.attribute.variants import PassKind
 from mismatch_probe.engines.base import Channel, RolloutEngine, RolloutJob
+from mismatch_probe.engines.devices import peak_bytes, reset_peak
 from mismatch_probe.engines.events import Advance, Identity, Total
 from mismatch_probe.runs.measurements import Measurement
 from mismatch_probe.types import RolloutRequest

@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mismatch_probe.engines import devices, faults, registry
-from mismatch_probe.engines.attribute.memory import peak_bytes, reset_peak
 from mismatch_probe.engines.attribute.variants import UNKNOWN, NotThereError, TrainerVariant
 from mismatch_probe.engines.base import Channel, OnTrainer, TrainerEngine
+from mismatch_probe.engines.devices import peak_bytes, reset_peak
 from mismatch_probe.engines.events import Advance, Identity, Total
 from mismatch_probe.errors import EngineError
 from mismatch_probe.metrics.fixes import Fix, next_set
@@ -29,7 +29,7 @@ from mismatch_probe.runs.measurements import Measurement
 from mismatch_probe.types import ScoreRequest, TrainerDtype, TrainerMode
 
 if TYPE_CHECKING:
-    from mismatch_probe.engines.attribute.routes import Routing
+    from mismatch_probe.engines.attribute.changes import Routing
 
 FIXES = "fixes"
 UNCHANGED = "trainer"
@@ -186,7 +186,7 @@ class TrainerVariants(OnTrainer):
         """Passes with the trainer's own experts and with the engine's: `own` and `logprobs` `[N]`, `routes` of the
         trainer `[L, R, K]`.
         """
-        from mismatch_probe.engines.attribute.routes import Routing
+        from mismatch_probe.engines.attribute.changes import Routing
 
         assert self.routes is not None
         part = self.routes.load()

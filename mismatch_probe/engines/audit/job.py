@@ -160,8 +160,7 @@ class AuditJob(OnTrainer):
 
     def _lag(self, engine: TrainerEngine, model: Any, tick: Callable[[int], None]) -> Part:
         """By case `masters-NAME` and `engine-NAME` `[N]` log-probs; `sequence` `[N]` index of each token's sequence."""
-        from mismatch_probe.engines.audit.lag import LagCase, LagScorer
-        from mismatch_probe.engines.audit.weights import TORCH_FORMATS
+        from mismatch_probe.engines.audit.weights import TORCH_FORMATS, LagCase, LagScorer
 
         model.requires_grad_(True)
         batch = self.sequences[:LAG_BATCH]
@@ -185,7 +184,7 @@ class AuditJob(OnTrainer):
         return {"cases": about}, arrays | {"sequence": np.repeat(np.arange(len(requests)), lengths)}
 
     def _proof(self, engine: TrainerEngine, model: Any, tick: Callable[[int], None]) -> Part:
-        from mismatch_probe.engines.audit.proof import Fp16Proof, prove
+        from mismatch_probe.engines.audit.backward import Fp16Proof, prove
 
         proof = Fp16Proof(engine, model, self.trainer.temperature, self.step_tokens, self.highest)
         batches = [self._batch(request) for request in self.sequences[: self.n_proof]]

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
 
-from mismatch_probe.engines.audit.names import layer_of
-
+_LAYER = re.compile(r"\.(\d+)(\.|$)")
 _PRODUCT = re.compile(r"(^|\.)(down_proj|fc2|fc_out|dense_4h_to_h|w2|c_proj)$")
 _MLP = re.compile(r"mlp|ffn|feed_forward|expert|fc2|fc_out", re.IGNORECASE)
 _ROUTER = re.compile(r"(^|\.)(gate|router)$")
 _EXPERTS = re.compile(r"experts$")
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+
+
+def layer_index(layers: Sequence[str], name: str) -> int | None:
+    """Index, among named layers, of the one that a module is or lies in; None outside of them."""
+    return next((i for i, layer in enumerate(layers) if name == layer or name.startswith(f"{layer}.")), None)
+
+
+def layer_of(name: str) -> int | None:
+    """Index of the decoder layer in a module's or a weight's name, None outside of them."""
+    match = _LAYER.search(name)
+    return int(match[1]) if match else None
 
 
 @dataclass(frozen=True)
@@ -54,6 +66,8 @@ class Network:
     @classmethod
     def of(cls, model: Any) -> Network:
         """Reads a model: its decoder layers are the longest list of modules of one class, as all decoders have it."""
+        from torch import nn
+
         names = {id(module): name for name, module in model.named_modules()}
         decoder = model.get_decoder()
         lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
@@ -76,6 +90,8 @@ class Network:
 
     def input(self, name: str, module: nn.Module) -> Place | None:
         """The input of a module, where no module makes it: a product of the MLP, a sum in the stream."""
+        from torch import nn
+
         if isinstance(module, nn.Linear) and _PRODUCT.search(name) and _MLP.search(name):
             return Place.of(f"{name} (input)", "mlp product")
         parent = name.rpartition(".")[0]

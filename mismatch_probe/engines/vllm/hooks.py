@@ -25,8 +25,7 @@ from torch import Tensor, nn
 
 from mismatch_probe.engines.attribute.trace import OUTSIDE, TraceFiles, TraceRequest
 from mismatch_probe.engines.attribute.variants import UNKNOWN
-from mismatch_probe.engines.audit.names import layer_index
-from mismatch_probe.engines.audit.places import is_norm, is_router
+from mismatch_probe.engines.audit.places import is_norm, is_router, layer_index
 from mismatch_probe.errors import EngineError
 
 _OTHER_TOWER = re.compile(r"vision|visual|audio|image", re.IGNORECASE)

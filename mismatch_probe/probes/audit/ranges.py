@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mismatch_probe.engines.audit.job import FUSED, LAG_BATCH, Part, histograms_of
-from mismatch_probe.engines.audit.names import layer_of
+from mismatch_probe.engines.audit.places import layer_of
 from mismatch_probe.metrics.floats import (
     FIRST_SCALE,
     FORMATS,
