@@ -101,7 +101,7 @@ def compare(
     """
     from mismatch_probe.config import CompareConfig
     from mismatch_probe.config.commands import CompareSettings
-    from mismatch_probe.probes.session import new_run
+    from mismatch_probe.probes.comparison import new_run
 
     given = {**settings, "fail_on": fail_on} if fail_on else settings
     asked = _settings(CompareSettings, config, given)

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from mismatch_probe.keywords import AttributeOptionKeywords, AuditOptionKeywords, CompareKeywords
     from mismatch_probe.probes.attribute.session import AttributeResult
     from mismatch_probe.probes.audit.session import AuditResult
+    from mismatch_probe.probes.comparison import RunResult
     from mismatch_probe.probes.gradient.session import GradientResult
     from mismatch_probe.probes.progress import Progress
-    from mismatch_probe.probes.session import RunResult
     from mismatch_probe.report.data import ReportData
     from mismatch_probe.report.model import TokenSequence
     from mismatch_probe.results.comparison import Comparison
@@ -102,7 +102,7 @@ class Run:
             ProbeError: The model or the prompts have changed, or a change comes too late.
         """
         from mismatch_probe.config.compare import GateSettings
-        from mismatch_probe.probes.session import resume_run
+        from mismatch_probe.probes.comparison import resume_run
 
         return Run(resume_run(self.path, GateSettings.of({"fail_on": fail_on}).fail_on, progress, changes))
 
@@ -124,7 +124,7 @@ class Run:
             TableError: A table is missing or corrupt.
         """
         from mismatch_probe.config.commands import ReportSettings
-        from mismatch_probe.probes.session import report_run
+        from mismatch_probe.probes.comparison import report_run
 
         asked = ReportSettings.of({"fail_on": fail_on, "predict_lengths": predict_lengths or ()})
         return Run(report_run(self.path, asked.fail_on, asked.predict_lengths or None, extrapolate))
@@ -135,7 +135,7 @@ class Run:
         Raises:
             TableError: A table is missing or corrupt.
         """
-        from mismatch_probe.probes.session import plot_run
+        from mismatch_probe.probes.comparison import plot_run
 
         return plot_run(self.path)
 

@@ -14,8 +14,8 @@ from mismatch_probe.config.commands import CompareSettings
 from mismatch_probe.errors import EXIT_ERROR, EXIT_LIMIT, EXIT_OK
 
 if TYPE_CHECKING:
+    from mismatch_probe.probes.comparison import RunResult
     from mismatch_probe.probes.planning import Plan
-    from mismatch_probe.probes.session import RunResult
 
 
 @settings_command(

@@ -7,8 +7,9 @@ from mismatch_probe.engines import devices, registry
 from mismatch_probe.engines.base import Job, TrainerJob
 from mismatch_probe.engines.models import ModelRef, resolve
 from mismatch_probe.engines.process import EngineProcess
-from mismatch_probe.errors import ProbeError, TableError, UsageError
+from mismatch_probe.errors import ProbeError, UsageError
 from mismatch_probe.probes.progress import Progress
+from mismatch_probe.probes.session import same_model
 from mismatch_probe.probes.workers import told
 from mismatch_probe.runs.comparison import RunDirectory
 
@@ -30,9 +31,7 @@ def model_of(run: RunDirectory, config: CompareConfig, progress: Progress) -> Mo
     )
     if model.scripted:
         raise UsageError("The scripted model has no weights, so there is nothing to measure.", "Measure a real one.")
-    if model.file_hashes() != run.manifest.model.files:
-        raise TableError("The model's files have changed since this run began.", "Start a new run.")
-    return model
+    return same_model(run, model)
 
 
 def device_of(run: RunDirectory) -> devices.Device:

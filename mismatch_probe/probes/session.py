@@ -1,365 +1,102 @@
-"""One comparison from beginning to end: folder, passes, analysis, what it leaves behind."""
+"""A run that a command works on: made or opened, locked, of the same model throughout, and continued by one command."""
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Self, TypeVar
 
-import pandas as pd
-
-from mismatch_probe.config import CompareConfig, Limit, check_lengths
-from mismatch_probe.engines import devices
-from mismatch_probe.errors import TableError, UsageError
-from mismatch_probe.files import write_text
-from mismatch_probe.metrics.catalog import CATALOG
-from mismatch_probe.passes import PassId
-from mismatch_probe.probes.analysis import Analysis, analyse
-from mismatch_probe.probes.compare import PassRunner
-from mismatch_probe.probes.planning import Plan, make_plan
+from mismatch_probe.engines.models import ModelRef
+from mismatch_probe.errors import TableError
 from mismatch_probe.probes.progress import Progress
-from mismatch_probe.probes.recorded import recorded_of
-from mismatch_probe.probes.tokens import token_view
-from mismatch_probe.report.data import ReportData
-from mismatch_probe.results.comparison import Comparison
-from mismatch_probe.results.manifest import Environment, Manifest, ModelRecord, PromptsRecord
-from mismatch_probe.runs.comparison import RunDirectory
-from mismatch_probe.runs.folder import COMPARISON, continued_by, kind_of, new_folder
-from mismatch_probe.runs.passes import Passes, passes_of
+from mismatch_probe.runs.folder import RunFolder, continued_by, new_folder
 
-KEPT = "finished passes are kept"
+FolderT = TypeVar("FolderT", bound=RunFolder[Any])
 
 
-@dataclass(frozen=True)
-class RunResult:
-    """A compared run.
-
-    Attributes:
-        path: The run directory.
-        data: Everything that its report shows; `data.summary` is the content of `summary.json`.
-        figures: Figure files by name.
-    """
-
-    path: Path
-    data: ReportData
-    figures: dict[str, Path]
-
-    @property
-    def summary(self) -> Comparison:
-        """What the comparison found."""
-        return self.data.summary
-
-    def frame(self) -> pd.DataFrame:
-        """A row per pair and metric, as in `summary.csv`."""
-        return summary_frame(self.summary)
-
-    @property
-    def exceeded(self) -> bool:
-        """Whether a limit of `fail_on` is exceeded, or inconclusive."""
-        return any(row.verdict != "ok" for row in self.summary.limits)
-
-    @property
-    def complete(self) -> bool:
-        """Whether every pass that can run here has run."""
-        return self.data.manifest.status == "complete"
-
-
-def parse_limits(texts: Sequence[str], passes: Passes | None) -> list[Limit]:
-    """Reads `--fail-on`.
-
-    Args:
-        texts: The limits.
-        passes: What is compared; None where that is not known yet.
-
-    Raises:
-        UsageError: A limit is malformed, or applies to no pair of this comparison.
-    """
-    limits = [Limit.parse(text, list(CATALOG)) for text in texts]
-    if passes is None:
-        return limits
-    pairs = [(rollout.dtype, trainer.dtype) for rollout in passes.rollouts for trainer in passes.trainers]
-    for limit in limits:
-        if not any(limit.applies_to(rollout, trainer) for rollout, trainer in pairs):
-            raise UsageError(f"--fail-on {limit.text!r} applies to no pair of this comparison.", "Check its dtypes.")
-    return limits
-
-
-class Session:
-    """A comparison that a command works on, locked by it.
+class Session(Generic[FolderT]):
+    """A run that a command works on, locked by it.
 
     Attributes:
         run: Its folder.
-        progress: Told about every pass.
+        progress: Told about what is done.
     """
 
-    def __init__(self, run: RunDirectory, progress: Progress, plan: Plan | None = None) -> None:
-        self.run, self.progress = run, progress
-        self._plan = plan
+    def __init__(self, run: FolderT, progress: Progress | None) -> None:
+        self.run, self.progress = run, progress or Progress()
 
     @classmethod
     @contextmanager
-    def new(cls, plan: Plan, out: str | Path | None, progress: Progress) -> Iterator[Session]:
-        """Makes the folder of a new comparison.
+    def new(
+        cls, make: Callable[[Path], FolderT], name: str, out: str | Path | None, progress: Progress | None
+    ) -> Iterator[Self]:
+        """A new run.
+
+        Args:
+            make: Makes its folder, with where it comes from.
+            name: Of the folder under `runs/`, before the time.
+            out: The folder, None for that one.
+            progress: Told about what is done.
 
         Raises:
             UsageError: The folder exists and is not empty, or is no folder.
+            FolderBusy: Another process uses it.
         """
-        with new_folder(out, plan.config.source or plan.config.model) as path:
-            yield cls(RunDirectory.create(path, _manifest(plan)), progress, plan)
+        with new_folder(out, name) as path:
+            yield cls(make(path), progress)
 
     @classmethod
     @contextmanager
-    def resume(cls, path: Path, progress: Progress) -> Iterator[Session]:
-        """Goes on with a comparison.
+    def resume(cls, kind: type[FolderT], path: Path, progress: Progress | None) -> Iterator[Self]:
+        """A run that is there.
 
         Raises:
-            TableError: The folder holds none.
+            TableError: The folder is of another kind, or its document cannot be read.
+            FolderBusy: Another process uses it.
         """
-        with RunDirectory.reopened(path) as run:
+        with kind.reopened(path) as run:
             yield cls(run, progress)
 
     @property
     def complete(self) -> bool:
-        """Whether every pass that can run has run."""
-        return self.run.manifest.status == "complete"
+        """Whether nothing is left to run."""
+        return self.run.complete
 
-    def change(self, changes: Mapping[str, Any]) -> None:
-        """Changes the configuration of a run that is resumed.
+    @contextmanager
+    def stoppable(self, kept: str, command: str = "") -> Iterator[None]:
+        """Turns Ctrl-C into an error that names what continues the run.
 
-        Raises:
-            UsageError: A change comes too late, or cannot be.
-        """
-        _change(self.run, changes)
-
-    def run_passes(self) -> None:
-        """Runs the passes that are missing; those that failed are tried again.
+        Args:
+            kept: What stays on disk, e.g. `finished passes are kept`.
+            command: That continues; by default `--resume` of the command that made the folder.
 
         Raises:
-            ProbeError: Model, prompts or device have changed, or no pass can run.
+            Interrupted: The user stopped it.
         """
-        if self._plan is None:
-            # An engine that does not run a dtype will not run it now.
-            records = self.run.manifest.passes
-            self.run.manifest.passes = {k: v for k, v in records.items() if v.status != "failed"}
-            for record in self.run.manifest.passes.values():
-                record.extension_failure = ""
-            self._plan = _plan_again(self.run, self.progress)
-        _execute(self._plan, self.run, self.progress)
+        with continued_by(command or self.run.KIND.resume(self.run.path), kept):
+            yield
 
 
-def new_run(
-    config: CompareConfig, out: str | Path | None, fail_on: Sequence[str], progress: Progress | None
-) -> RunResult:
-    """Samples, scores and compares; see `mismatch_probe.compare`."""
-    if config.source and kind_of(Path(config.source)) is not None:
-        return _finished_run(config, out, fail_on)
-    parse_limits(fail_on, None if config.source else passes_of(config))  # before anything is fetched
-    progress = progress or Progress()
-    plan = make_plan(config, progress)
-    limits = parse_limits(fail_on, plan.passes)
-    with Session.new(plan, out, progress) as session:
-        return _compare(session, limits)
+def check_files(run: RunFolder[Any], now: dict[str, str]) -> None:
+    """Checks that a run goes on with the model that it began with.
 
-
-def resume_run(path: Path, fail_on: Sequence[str], progress: Progress | None, changes: Mapping[str, Any]) -> RunResult:
-    """Runs what is missing of a comparison; see `Run.resume`."""
-    with Session.resume(path, progress or Progress()) as session:
-        session.change(changes)
-        return _compare(session, parse_limits(fail_on, session.run.passes))
-
-
-def report_run(
-    path: Path, fail_on: Sequence[str], predict_lengths: Sequence[int] | None, extrapolate: bool | None
-) -> RunResult:
-    """Computes summary, figures and reports again; see `Run.report`."""
-    check_lengths(predict_lengths or ())
-    run = RunDirectory.open(path)
-    limits = parse_limits(fail_on, run.passes)
-    return write_run(analyse(run), limits, predict_lengths=predict_lengths, extrapolate=extrapolate)
-
-
-def plot_run(path: Path) -> dict[str, Path]:
-    """Draws the figures again; see `Run.plot`."""
-    run = RunDirectory.open(path)
-    return draw_figures(run, analyse(run).report())
-
-
-def _finished_run(config: CompareConfig, out: str | Path | None, fail_on: Sequence[str]) -> RunResult:
-    """What `--from RUN` asks for: the same as `report RUN`, since a finished run has everything.
+    Args:
+        run: The run.
+        now: SHA-256 of the model's files, by name.
 
     Raises:
-        UsageError: Something else is asked for, too.
+        TableError: They have changed.
     """
-    only = CompareConfig(source=config.source, predict_lengths=config.predict_lengths, extrapolate=config.extrapolate)
-    if config != only or out is not None:
-        raise UsageError(
-            "Options of a new run cannot be combined with --from RUN: its passes are there.",
-            "Leave them out, or give --from a file of recorded sequences.",
-        )
-    lengths, extrapolate = config.predict_lengths or None, config.extrapolate or None
-    return report_run(Path(str(config.source)), fail_on, lengths, extrapolate)
+    if run.model_files is not None and run.model_files != now:
+        raise TableError("The model's files have changed since this run began.", "Start a new run.")
 
 
-def _compare(session: Session, limits: Sequence[Limit]) -> RunResult:
-    with continued_by(COMPARISON.resume(session.run.path), KEPT):
-        session.run_passes()
-    session.progress.message("computing metrics and figures")
-    return write_run(analyse(session.run), limits)
+def same_model(run: RunFolder[Any], model: ModelRef) -> ModelRef:
+    """The model, of which every file is as it was when the run began.
 
-
-def write_run(
-    analysis: Analysis,
-    limits: Sequence[Limit] = (),
-    *,
-    predict_lengths: Sequence[int] | None = None,
-    extrapolate: bool | None = None,
-) -> RunResult:
-    """Writes summary, figures and reports of a run; arguments as in `Analysis.report`."""
-    run = analysis.run
-    data = analysis.report(limits, predict_lengths=predict_lengths, extrapolate=extrapolate)
-    data = replace(data, tokens=token_view(run, analysis.diagonal))
-    return RunResult(run.path, data, write_outputs(run, data))
-
-
-# What may still change on resume, and the side of which no pass may be finished yet, since the others would differ.
-_CHANGEABLE = {
-    "memory_budget_gib": "",
-    "predict_lengths": "",
-    "extrapolate": "",
-    "trainer_layout": "trainer",
-    "trainer_attn": "trainer",
-    "rollout_batch": "rollout",
-    "engine_args": "rollout",
-    "eager": "rollout",
-    "exact_kl": "rollout",
-}
-
-
-def _change(run: RunDirectory, changes: Mapping[str, Any]) -> None:
-    """Puts the user's changes into the run's manifest."""
-    for name in changes:
-        if name not in _CHANGEABLE:
-            raise UsageError(
-                f"{CompareConfig.called(name)} cannot be combined with --resume: a run continues as it was configured.",
-                "Leave it out.",
-            )
-        passes = run.manifest.passes  # a repeat belongs to the pass that it repeats
-        done = [p for p in run.finished_passes() if PassId.parse(p).side == _CHANGEABLE[name] and not passes[p].repeats]
-        if done:
-            raise UsageError(
-                f"{CompareConfig.called(name)} cannot change any more: {done[0]} has finished without it.",
-                "Leave it out, or start a new run.",
-            )
-    manifest, sizes = run.manifest, run.manifest.sizes
-    manifest.config = manifest.config.replace(**changes)
-    manifest.sizes = replace(sizes, **{name: value for name, value in changes.items() if hasattr(sizes, name)})
-
-
-def _plan_again(run: RunDirectory, progress: Progress) -> Plan:
-    """The plan of a run that is resumed: the same model, prompts and device, or an error."""
-    config = run.manifest.config
-    # Sizes that were left to the machine's default stay what they were, and a hub id stays at its commit.
-    # Of a recorded run the file itself says how many prompts, samples and tokens there are.
-    own = () if config.source is None else ("num_prompts", "samples_per_prompt", "max_tokens")
-    sizes = {name: value for name, value in vars(run.manifest.sizes).items() if name not in own}
-    fixed = {**sizes, "revision": run.manifest.model.revision}
-    plan = make_plan(config.replace(**fixed), progress)
-    if plan.prompts.sha256 != run.manifest.prompts.sha256:
-        raise TableError(
-            "The prompts have changed since this run began.", "Restore the prompt file, or start a new run."
-        )
-    if plan.device != run.manifest.device:
-        raise UsageError(
-            f"This run began on {run.manifest.device}, and this machine offers {plan.device}.",
-            "Continue it where it began; `report` works anywhere.",
-        )
-    return plan
-
-
-def _execute(plan: Plan, run: RunDirectory, progress: Progress) -> None:
-    """Runs the passes that are missing, and sees to it that they are all of one model."""
-    hashes, model = _in_background(plan.model.file_hashes), run.manifest.model
-    if model.files is not None:
-        progress.message("checking that the model is still the same")
-        if model.files != hashes.result():
-            raise TableError("The model's files have changed since this run began.", "Start a new run.")
-    try:
-        PassRunner(plan, run, progress).execute()
-    finally:
-        # No pass of another model may ever join these; but nobody waits for that who wants to stop.
-        if hashes.done() and hashes.exception() is None and run.finished_passes():
-            model.files = hashes.result()
-            run.save()
-    model.files = hashes.result()
-    run.save()
-
-
-def _in_background(work: Callable[[], dict[str, str]]) -> Future[dict[str, str]]:
-    """Runs `work` while the engines are busy; an interrupted command does not wait for it."""
-    future: Future[dict[str, str]] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
-
-
-def _manifest(plan: Plan) -> Manifest:
-    recorded = plan.recorded
-    name = plan.config.model if plan.model.config else f"the recorded run {plan.prompts.source}"
-    return Manifest(
-        **Manifest.stamp(),
-        status="running",
-        created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        config=plan.config,
-        sizes=plan.sizes,
-        device=plan.device,
-        model=ModelRecord(name=name, revision=plan.model.revision, path=str(plan.model.path)),
-        prompts=PromptsRecord(source=plan.prompts.source, n=plan.sizes.num_prompts, sha256=plan.prompts.sha256),
-        recorded=None if recorded is None else recorded_of(recorded),
-        environment=Environment(
-            versions=devices.package_versions(),
-            machine=devices.machine(),
-            variables=devices.recorded_environment(),
-        ),
-    )
-
-
-def summary_frame(summary: Comparison) -> pd.DataFrame:
-    """The pairs' metrics flat, a row per pair and metric: what `summary.csv` holds."""
-    about = ["rollout_pass", "trainer_pass", "rollout_dtype", "trainer_dtype", "trainer_mode", "on_policy"]
-    about += ["n_tokens", "n_sequences", "n_nonfinite", "n_excluded"]
-    rows = [
-        {**{name: getattr(pair, name) for name in about}, "metric": key, **asdict(value)}
-        for pair in summary.pairs
-        for key, value in pair.metrics.items()
-    ]
-    return pd.DataFrame(rows, columns=[*about, "metric", "value", "ci_low", "ci_high", "why"])
-
-
-def write_outputs(run: RunDirectory, data: ReportData) -> dict[str, Path]:
-    """Writes summary, figures and reports into the run's folder; returns the figures."""
-    from mismatch_probe.report.compare import compare_report
-    from mismatch_probe.report.render.files import write_report
-
-    data.summary.write(run.path / "summary.json")
-    write_text(run.path / "summary.csv", summary_frame(data.summary).to_csv(index=False, lineterminator="\n"))
-    figures = draw_figures(run, data)
-    write_report(compare_report(data), figures, run.path)
-    return figures
-
-
-def draw_figures(run: RunDirectory, data: ReportData) -> dict[str, Path]:
-    """Draws every figure into `figures/`."""
-    from mismatch_probe.report.figures import draw
-
-    return draw(data, run.path / "figures")
+    Raises:
+        TableError: A file has changed.
+    """
+    check_files(run, model.file_hashes())
+    return model

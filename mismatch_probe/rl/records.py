@@ -49,6 +49,14 @@ class RlDirectory(RunFolder[RlRun]):
         return cls._create(path, RlRun(**RlRun.stamp(), config=config.model_dump(), provenance=provenance))
 
     @property
+    def complete(self) -> bool:
+        return self.document.ending is not None
+
+    @property
+    def model_files(self) -> Mapping[str, str]:
+        return self.document.provenance.model.files
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

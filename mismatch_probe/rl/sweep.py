@@ -64,6 +64,14 @@ class SweepDirectory(RunFolder[RlSweep]):
         planned = tuple(SweepRun(name=run.name, arm=run.arm, config=run.config.model_dump()) for run in runs)
         return cls._create(path, RlSweep(**RlSweep.stamp(), runs=planned, provenance=provenance))
 
+    @property
+    def complete(self) -> bool:
+        return all(self.ended(run) for run in self.runs)
+
+    @property
+    def model_files(self) -> Mapping[str, str]:
+        return self.document.provenance.model.files
+
     def existing(self, run: PlannedRun) -> RlDirectory | None:
         """The run's folder; None where it has not begun."""
         path = self.path / "runs" / run.name

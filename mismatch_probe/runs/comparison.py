@@ -36,6 +36,14 @@ class RunDirectory(RunFolder[Manifest], PassTables):
         return self.document
 
     @property
+    def complete(self) -> bool:
+        return self.manifest.status == "complete"
+
+    @property
+    def model_files(self) -> Mapping[str, str] | None:
+        return self.manifest.model.files
+
+    @property
     def passes(self) -> Passes:
         """The passes that its configuration asks for."""
         return passes_of(self.manifest.config, self.manifest.recorded)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,7 @@ def read_document(path: Path, kind: Kind, document: type[DocumentT]) -> Document
     return document.read(path / kind.file)
 
 
-class RunFolder(Generic[DocumentT]):
+class RunFolder(ABC, Generic[DocumentT]):
     """A run's folder, written by one process at a time.
 
     Attributes:
@@ -117,6 +118,16 @@ class RunFolder(Generic[DocumentT]):
         cls.open(path)  # before the lock, which would make the folder
         with locked(path):
             yield cls.open(path)
+
+    @property
+    @abstractmethod
+    def complete(self) -> bool:
+        """Whether nothing is left to run."""
+
+    @property
+    @abstractmethod
+    def model_files(self) -> Mapping[str, str] | None:
+        """SHA-256 of the files of the model that it began with, by name; None where they are not known yet."""
 
     def write(self, document: DocumentT) -> None:
         """Replaces the document, atomically."""

@@ -595,7 +595,7 @@ class TestWhatMayChange:
             asked.append(config.revision)
             return make_plan(config.replace(revision=None), *rest)  # the scripted model is no hub id
 
-        monkeypatch.setattr("mismatch_probe.probes.session.make_plan", plan)
+        monkeypatch.setattr("mismatch_probe.probes.comparison.make_plan", plan)
         mismatch_probe.Run.open(run_copy).resume()
         assert asked == ["c" * 40]
         assert manifest(run_copy)["config"]["revision"] == "main"

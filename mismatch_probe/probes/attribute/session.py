@@ -21,10 +21,11 @@ from mismatch_probe.probes.attribute.names import FOLDER, inside_name
 from mismatch_probe.probes.attribute.pair import Pair, open_pair
 from mismatch_probe.probes.attribute.processes import Process, Processes
 from mismatch_probe.probes.attribute.store import PassStore
+from mismatch_probe.probes.comparison import KEPT, begun, run_passes, write_run
 from mismatch_probe.probes.own_pass import model_of
-from mismatch_probe.probes.planning import make_plan
+from mismatch_probe.probes.planning import Plan, make_plan
 from mismatch_probe.probes.progress import Progress
-from mismatch_probe.probes.session import KEPT, Session, write_run
+from mismatch_probe.probes.session import Session
 from mismatch_probe.probes.workers import Workers, drive
 from mismatch_probe.report.attribution import attribution_report
 from mismatch_probe.report.figures import draw
@@ -32,7 +33,6 @@ from mismatch_probe.report.model import Report
 from mismatch_probe.report.render.files import write_report
 from mismatch_probe.results.attribution import Attribution
 from mismatch_probe.runs.comparison import RunDirectory
-from mismatch_probe.runs.folder import continued_by
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,10 @@ def new_attribution(
     Raises:
         ProbeError: What a comparison raises, and what its passes do.
     """
-    progress, asked = progress or Progress(), AttributeOptions(**options)
-    with Session.new(make_plan(config_of(config, asked), progress), out, progress) as session:
-        return _attribute(session, asked, again=False)
+    asked = AttributeOptions(**options)
+    plan = make_plan(config_of(config, asked), progress)
+    with begun(plan, out, progress) as session:
+        return _attribute(session, asked, plan)
 
 
 def resume_attribution(path: Path, options: Mapping[str, Any], progress: Progress | None) -> AttributeResult:
@@ -84,8 +85,8 @@ def resume_attribution(path: Path, options: Mapping[str, Any], progress: Progres
         TableError: The folder holds no run, or a table is missing or corrupt.
         ProbeError: An engine failed.
     """
-    with Session.resume(path, progress or Progress()) as session:
-        return _attribute(session, _options(session.run, options), again=True)
+    with Session.resume(RunDirectory, path, progress) as session:
+        return _attribute(session, _options(session.run, options))
 
 
 def attribute_again(path: Path, options: Mapping[str, Any]) -> AttributeResult:
@@ -108,17 +109,17 @@ def config_of(config: CompareConfig, options: AttributeOptions) -> CompareConfig
     return config.replace(rollout_dtypes=(rollout,), trainer_dtypes=trainers)
 
 
-def _attribute(session: Session, options: AttributeOptions, *, again: bool) -> AttributeResult:
+def _attribute(session: Session[RunDirectory], options: AttributeOptions, plan: Plan | None = None) -> AttributeResult:
     run = session.run
-    with continued_by(f"mismatch-probe attribute --resume {run.path}", KEPT):
+    with session.stoppable(KEPT, f"mismatch-probe attribute --resume {run.path}"):
         _check_device(run)
         if not session.complete:
             _remember(run, options)
-            session.run_passes()
+            run_passes(session, plan)
         pair = open_pair(run, options)
         store = PassStore(pair, options)
         _remember(run, options)
-        make_missing(store, pair, options, session.progress, again=again)
+        make_missing(store, pair, options, session.progress, again=plan is None)
     session.progress.message("computing contributions and figures")
     result = _write(pair, store)
     write_run(analyse(run))  # the comparison's report quotes the answer

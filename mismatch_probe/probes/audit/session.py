@@ -18,13 +18,13 @@ from mismatch_probe.probes.audit.baseline import compare_audits, read_audit
 from mismatch_probe.probes.audit.document import audit_of
 from mismatch_probe.probes.audit.measure import FOLDER, Measurements
 from mismatch_probe.probes.audit.profile import Profile, load_profile
-from mismatch_probe.probes.planning import make_plan
+from mismatch_probe.probes.comparison import KEPT, begun, run_passes, write_run
+from mismatch_probe.probes.planning import Plan, make_plan
 from mismatch_probe.probes.progress import Progress
-from mismatch_probe.probes.session import KEPT, Session, write_run
+from mismatch_probe.probes.session import Session
 from mismatch_probe.results.audit import Audit, Verdict
 from mismatch_probe.results.manifest import AuditRecord
 from mismatch_probe.runs.comparison import RunDirectory
-from mismatch_probe.runs.folder import continued_by
 
 _KEPT = ("profile", "planned_tokens", "step_tokens", "learning_rates")
 
@@ -82,8 +82,8 @@ def new_audit(
     if not dtypes:
         raise DtypeRefused(" ".join(unsupported.values()), "Audit it with --rollout-dtypes bf16.")
     plan = make_plan(config.replace(rollout_dtypes=dtypes), progress)
-    with Session.new(plan, out, progress) as session:
-        return _audit(session, asked, baseline, unsupported)
+    with begun(plan, out, progress) as session:
+        return _audit(session, asked, baseline, unsupported, plan)
 
 
 def resume_audit(
@@ -94,7 +94,7 @@ def resume_audit(
     Raises:
         ProbeError: The folder holds no run, its model has changed, or an engine failed.
     """
-    with Session.resume(path, progress or Progress()) as session:
+    with Session.resume(RunDirectory, path, progress) as session:
         return _audit(session, _options(session.run, options), baseline, _known_unsupported(session.run))
 
 
@@ -112,7 +112,11 @@ def audit_run(path: Path, options: Mapping[str, Any], baseline: str | Path | Non
 
 
 def _audit(
-    session: Session, options: AuditOptions, baseline: str | Path | None, unsupported: Mapping[str, str]
+    session: Session[RunDirectory],
+    options: AuditOptions,
+    baseline: str | Path | None,
+    unsupported: Mapping[str, str],
+    plan: Plan | None = None,
 ) -> AuditResult:
     """Runs what is missing, and judges.
 
@@ -121,13 +125,14 @@ def _audit(
         options: Of the audit.
         baseline: An older audit.
         unsupported: By rollout dtype that the engine does not support, its reason.
+        plan: Of a new comparison.
     """
     profile, old = _check(options, baseline)
     run, analysis = session.run, None
     _remember(run, options, unsupported)
-    with continued_by(_resume(run.path, options, baseline), KEPT):
+    with session.stoppable(KEPT, _resume(run.path, options, baseline)):
         if not session.complete:
-            session.run_passes()
+            run_passes(session, plan)
             session.progress.message("computing metrics and figures")
             write_run(analysis := analyse(run))
         measurements = Measurements(run, options)

@@ -20,11 +20,11 @@ from mismatch_probe.engines import registry
 from mismatch_probe.engines.gradient import GradientJob, PassTask, PassVectors
 from mismatch_probe.errors import TableError, UsageError
 from mismatch_probe.files import write_text
+from mismatch_probe.probes.comparison import KEPT, new_run
 from mismatch_probe.probes.gradient.plan import FOLDER, REFERENCE, pass_data, task_of
 from mismatch_probe.probes.gradient.result import document_of, frame_of
 from mismatch_probe.probes.own_pass import device_of, fp32_trainer, model_of, run_pass
 from mismatch_probe.probes.progress import Progress
-from mismatch_probe.probes.session import KEPT, new_run
 from mismatch_probe.results.gradient import Gradient
 from mismatch_probe.runs.comparison import RunDirectory
 from mismatch_probe.runs.folder import continued_by

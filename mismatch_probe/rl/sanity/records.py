@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -80,6 +80,14 @@ class SanityDirectory(RunFolder[SanitySet]):
         return cls._create(
             path, SanitySet(**SanitySet.stamp(), config=config.model_dump(mode="json"), provenance=provenance)
         )
+
+    @property
+    def complete(self) -> bool:
+        return self.document.outcome is not None
+
+    @property
+    def model_files(self) -> Mapping[str, str]:
+        return self.document.provenance.model.files
 
     def _update(self, **changes: object) -> None:
         self.write(self.document.model_copy(update=changes))
