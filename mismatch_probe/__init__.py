@@ -420,11 +420,11 @@ def rl_gradient(
     """
     from mismatch_probe.config import CompareConfig, GradientOptions
     from mismatch_probe.config.commands import GradientSettings
-    from mismatch_probe.probes.gradient.session import measure_gradient
+    from mismatch_probe.probes.gradient.session import new_gradient
 
     asked = _settings(GradientSettings, config, settings)
     comparison = asked.part(CompareConfig, without=GradientOptions)
-    return measure_gradient(comparison, out, asked.predict_lengths, progress)
+    return new_gradient(comparison, out, asked.predict_lengths, progress)
 
 
 def _settings(kind: type[SettingsT], config: str | Path | None, given: Mapping[str, Any]) -> SettingsT:

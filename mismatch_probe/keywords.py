@@ -259,6 +259,12 @@ class GradientKeywords(TypedDict, total=False):
     """Dtypes of the trainer, the columns of the matrix."""
     temperature: float
     """Sampling temperature; both sides compute log-probs at this temperature."""
+    source: str | Path | None
+    """Recorded sequences (.jsonl or .parquet), or a finished run, instead of samples."""
+    rescore: bool
+    """With --from: score with the trainer even if the file has trainer log-probs."""
+    replay: bool
+    """With --from: decode the recorded ids again in each dtype."""
     eager: bool
     """Switch CUDA graphs and compilation off."""
     rollout_batch: int | None

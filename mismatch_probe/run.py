@@ -197,18 +197,21 @@ class Run:
             return resume_audit(self.path, options, baseline, progress)
         return audit_run(self.path, options, baseline)
 
-    def gradient(self, *, predict_lengths: Sequence[int] = (), progress: Progress | None = None) -> GradientResult:
-        """Measures what the mismatch does to the policy gradient of the batch: the command `rl gradient RUN`.
+    def gradient(
+        self, *, engines: bool = True, predict_lengths: Sequence[int] = (), progress: Progress | None = None
+    ) -> GradientResult:
+        """Measures what the mismatch does to the policy gradient of the batch.
 
         Args:
+            engines: Whether to run missing passes of the comparison; False adds the gradient pass alone.
             predict_lengths: Response lengths at which ESS is predicted; by default those of the run.
-            progress: Told about the gradient pass.
+            progress: Told about every pass.
 
         Raises:
             ProbeError: The run has no FP32 trainer pass, its model has changed, or the engine failed.
         """
         from mismatch_probe.config import GradientOptions
-        from mismatch_probe.probes.gradient.session import measure_gradient
+        from mismatch_probe.probes.gradient.session import resume_gradient
 
         lengths = GradientOptions.of({"predict_lengths": predict_lengths}).predict_lengths
-        return measure_gradient(self.path, None, lengths, progress)
+        return resume_gradient(self.path, lengths, progress, passes=engines)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mismatch_probe.runs.measurements import Measurement, Store
+from mismatch_probe.runs.measurements import Measurement, Store, failures
 
 
 def test_what_was_saved_is_loaded_by_its_key_alone(tmp_path: Path) -> None:
@@ -44,4 +44,15 @@ def test_a_store_knows_what_is_there_and_what_is_stale(tmp_path: Path) -> None:
     assert list(store.load(names)) == ["new"]
     assert [name for name in names if store.has(name)] == ["new"]
     assert store.stale(names) == ["old"]
+    assert store.missing(names) == [name for name in names if name != "new"]
     assert store.at("new").beside("other") == Measurement(tmp_path / "other.npz", "new of now")
+
+
+def test_what_failed_is_known_until_it_is_forgotten(tmp_path: Path) -> None:
+    store = Store(tmp_path, lambda name: name)
+    store.at("a").save({"failed": "no memory"}, {})
+    store.at("b").save({"seconds": 1}, {})
+    assert store.failed(["a", "b", "c"]) == failures(tmp_path) == {"a": "no memory"}
+    assert store.missing(["a", "b", "c"]) == ["c"]
+    store.forget(["a", "c"])
+    assert store.missing(["a", "b", "c"]) == ["a", "c"]

@@ -10,16 +10,16 @@ import mismatch_probe
 from mismatch_probe.cli.options import (
     RunPath,
     json_option,
-    only_new,
     out_option,
     resume_option,
+    run_asked,
     settings_command,
 )
 from mismatch_probe.cli.output import print_json
 from mismatch_probe.cli.progress import shown_progress
 from mismatch_probe.config import AttributeOptions
 from mismatch_probe.config.commands import AttributeSettings
-from mismatch_probe.errors import EXIT_ERROR, EXIT_OK, UsageError
+from mismatch_probe.errors import EXIT_ERROR, EXIT_OK
 
 
 @settings_command(
@@ -56,14 +56,8 @@ def command(
     from mismatch_probe.report.attribution import plan_report
     from mismatch_probe.report.render.terminal import print_report
 
-    if source is not None and resume is not None:
-        raise UsageError(
-            "--from and --resume cannot be combined.", "Use --from to run no engine, --resume to run missing passes."
-        )
-    path = source or resume
-    if path is not None:
-        rest = {name: value for name, value in values.items() if name not in AttributeOptions.model_fields}
-        only_new(rest, {"out": out, "plan_only": plan_only}, "--from or --resume")
+    others = {"out": out, "plan_only": plan_only}
+    path = run_asked(values, source, resume, AttributeOptions.model_fields, others)
     if plan_only:
         plan = mismatch_probe.attribute_plan(**values)
         print_json(plan.model_dump(mode="json")) if as_json else print_report(plan_report(plan), Console())

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
 import mismatch_probe
-from mismatch_probe.cli.options import json_option, only_new, out_option, resume_option, settings_command
+from mismatch_probe.cli.options import (
+    json_option,
+    out_option,
+    resume_option,
+    run_asked,
+    run_of_source,
+    settings_command,
+)
 from mismatch_probe.cli.output import print_json
 from mismatch_probe.cli.progress import shown_progress
 from mismatch_probe.config import AuditOptions
 from mismatch_probe.config.commands import AuditSettings
-from mismatch_probe.errors import EXIT_LIMIT, EXIT_OK, UsageError
+from mismatch_probe.errors import EXIT_LIMIT, EXIT_OK
 
 
 @settings_command(
@@ -43,21 +49,12 @@ def command(values: dict[str, Any], resume: str | None, out: str | None, as_json
     from mismatch_probe.report.audit import audit_report
     from mismatch_probe.report.render.terminal import print_report
 
-    source = values.get("source")
-    if source is not None and resume is not None:
-        raise UsageError(
-            "--from and --resume cannot be combined.", "Use --from to run no engine, --resume to run missing passes."
-        )
-    judged = values.pop("source") if source is not None and not Path(source).is_file() else None
-    path = judged or resume
-    if path is not None:
-        own = {*AuditOptions.model_fields, "baseline"}
-        rest = {name: value for name, value in values.items() if name not in own}
-        only_new(rest, {"out": out}, "--from or --resume")
+    source = run_of_source(values)
+    path = run_asked(values, source, resume, {*AuditOptions.model_fields, "baseline"}, {"out": out})
     with shown_progress() as progress:
         if path is not None:
             run = mismatch_probe.Run.open(path)
-            result = run.audit(engines=judged is None, progress=progress, **values)
+            result = run.audit(engines=source is None, progress=progress, **values)
         else:
             result = mismatch_probe.audit(out=out, progress=progress, **values)
     if as_json:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -136,6 +136,38 @@ def only_new(values: dict[str, Any], others: dict[str, Any], instead: str) -> No
         raise UsageError(
             f"{_flag(given[0])} cannot be combined with {instead}: it applies only to new runs.", "Leave it out."
         )
+
+
+def run_asked(
+    values: dict[str, Any], source: str | None, resume: str | None, own: Iterable[str], others: dict[str, Any]
+) -> str | None:
+    """The run that `--from` or `--resume` names; None where a new one is asked for.
+
+    Args:
+        values: Settings that were given.
+        source: The run of `--from`.
+        resume: The run of `--resume`.
+        own: Settings that apply to a run that is there.
+        others: Further options that do not.
+
+    Raises:
+        UsageError: Both are given, or something that only a new run can have.
+    """
+    if source is not None and resume is not None:
+        raise UsageError(
+            "--from and --resume cannot be combined.",
+            "Use --from to take a run as it is, --resume to run missing passes.",
+        )
+    path = source or resume
+    if path is not None:
+        only_new({name: value for name, value in values.items() if name not in own}, others, "--from or --resume")
+    return path
+
+
+def run_of_source(values: dict[str, Any]) -> str | None:
+    """Takes the run of `--from` out of the settings; None where there is none, or it is a file of sequences."""
+    source = values.get("source")
+    return None if source is None or Path(source).is_file() else str(values.pop("source"))
 
 
 def _flag(name: str) -> str:

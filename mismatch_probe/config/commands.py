@@ -54,6 +54,7 @@ class GradientSettings(
     MeasurementSettings,
     TrainerSettings,
     RolloutSettings,
+    RecordedSettings,
     PolicySettings,
     PromptSettings,
     ModelSettings,

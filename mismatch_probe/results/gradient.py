@@ -136,7 +136,7 @@ class Gradient(Document):
     KIND: ClassVar[str] = "gradient comparison"
     VERSION: ClassVar[int] = 3
     OLDEST: ClassVar[int] = 3
-    AGAIN: ClassVar[str] = "mismatch-probe rl gradient {folder}/.."
+    AGAIN: ClassVar[str] = "mismatch-probe rl gradient --from {folder}/.."
 
     model: str
     """Name of the model."""

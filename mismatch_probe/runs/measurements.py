@@ -76,6 +76,26 @@ class Measurement:
             return None
 
 
+def failures(folder: Path) -> dict[str, str]:
+    """Why measurements in a folder could not be made, by name, whatever they are made of."""
+    found = {}
+    for path in sorted(folder.glob("*.npz")):
+        about = _about(path)
+        if about is not None and "failed" in about["facts"]:
+            found[path.stem] = str(about["facts"]["failed"])
+    return found
+
+
+def _about(path: Path) -> dict[str, Any] | None:
+    """Key and facts of a file, without its arrays; None where it is damaged."""
+    try:
+        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as found:
+            about = json.loads(str(found["about"]))
+            return about if isinstance(about, dict) and isinstance(about.get("facts"), dict) else None
+    except _DAMAGE:
+        return None
+
+
 class Store:
     """The measurements of one command in a run's folder.
 
@@ -103,6 +123,19 @@ class Store:
     def has(self, name: str) -> bool:
         """Whether a measurement is there."""
         return self.at(name).load() is not None
+
+    def missing(self, names: Iterable[str]) -> list[str]:
+        """Those that are not there."""
+        return [name for name in names if not self.has(name)]
+
+    def failed(self, names: Iterable[str]) -> dict[str, str]:
+        """Why a measurement could not be made, of those whose last attempt failed."""
+        return {name: facts["failed"] for name, (facts, _) in self.load(names).items() if "failed" in facts}
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Removes files, so that the measurements are missing."""
+        for name in names:
+            self.at(name).path.unlink(missing_ok=True)
 
     def stale(self, names: Iterable[str]) -> list[str]:
         """Those whose file was made of something else or is damaged."""

@@ -12,6 +12,7 @@ from mismatch_probe.errors import TableError
 from mismatch_probe.files import in_use
 from mismatch_probe.results.finding import Finding
 from mismatch_probe.runs.folder import COMPARISON, RL_RUN, SANITY_SET, SWEEP, UNRELEASED, Kind, kind_of, read_document
+from mismatch_probe.runs.measurements import failures
 
 if TYPE_CHECKING:
     from mismatch_probe.results.rl_run import Provenance
@@ -130,10 +131,16 @@ def _comparison(path: Path) -> RunState:
     if not missing and not summary.exists():
         missing.append(Missing(summary.name))
         resume = f"mismatch-probe report {path}"
-    for command, asked in (("audit", manifest.audit), ("attribute", manifest.attribution)):
-        file = f"{command}/{'audit' if command == 'audit' else 'attribution'}.json"
-        if asked is not None and not (path / file).exists():
-            missing.append(Missing(file))
+    for command, file, asked in (
+        ("audit", "audit/audit.json", manifest.audit is not None),
+        ("attribute", "attribute/attribution.json", manifest.attribution is not None),
+        ("rl gradient", "gradient/gradient.json", (path / "gradient").is_dir()),
+    ):
+        left = [Missing(file)] if asked and not (path / file).exists() else []
+        if command == "attribute":
+            left += [Missing(name, why) for name, why in failures(path / command / "passes").items()]
+        if left:
+            missing += left
             resume = f"mismatch-probe {command} --resume {path}"
     findings = Comparison.read(summary).findings if summary.exists() else ()
     about = manifest.model.name, manifest.created

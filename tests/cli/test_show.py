@@ -17,6 +17,7 @@ from mismatch_probe.rl.records import RlDirectory
 from mismatch_probe.rl.sanity.records import SanityDirectory
 from mismatch_probe.rl.sweep import SweepDirectory
 from mismatch_probe.runs.comparison import RunDirectory
+from mismatch_probe.runs.measurements import Measurement
 from tests.factories.comparison import make_comparison
 from tests.factories.manifest import make_manifest, make_pass
 from tests.factories.rl_run import PROVENANCE, ending, step
@@ -77,18 +78,36 @@ def test_a_run_as_json(command: Run) -> None:
     assert found["resume"] == "mismatch-probe compare --resume runs/half"
 
 
-@pytest.mark.parametrize("asked", ["audit", "attribution"])
-def test_what_was_begun_with_a_comparison_continues_it(command: Run, asked: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("audit", "audit/audit.json"),
+        ("attribute", "attribute/attribution.json"),
+        ("rl gradient", "gradient/gradient.json"),
+    ],
+)
+def test_what_was_begun_with_a_comparison_continues_it(command: Run, name: str, file: str) -> None:
     run = RunDirectory.open(Path("runs/whole"))
-    if asked == "audit":
+    if name == "audit":
         run.manifest.audit = AuditRecord(options={}, unsupported={})
-    else:
+    elif name == "attribute":
         run.manifest.attribution = {}
+    else:
+        (run.path / "gradient").mkdir()
     run.save()
     found = json.loads(command("show", "runs/whole", "--json").out)
-    file, name = ("audit/audit.json", "audit") if asked == "audit" else ("attribute/attribution.json", "attribute")
     assert found["missing"] == [{"what": file, "why": ""}]
     assert found["resume"] == f"mismatch-probe {name} --resume runs/whole"
+
+
+def test_a_measurement_that_failed_says_why(command: Run) -> None:
+    folder = Path("runs/whole/attribute/passes")
+    for name, facts in (("rollout-eager", {"failed": "It ran out of memory."}), ("replay", {"seconds": 1.0})):
+        Measurement(folder / f"{name}.npz", "key").save(facts, {})
+    (folder / "damaged.npz").write_bytes(b"PK")
+    found = json.loads(command("show", "runs/whole", "--json").out)
+    assert found["missing"] == [{"what": "rollout-eager", "why": "It ran out of memory."}]
+    assert found["resume"] == "mismatch-probe attribute --resume runs/whole"
 
 
 def test_a_run_that_a_process_holds_is_running(command: Run) -> None:

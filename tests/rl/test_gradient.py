@@ -228,25 +228,29 @@ class TestRefusals:
 
 class TestCommand:
     def test_table(self, measured: Path, command: Callable[..., Outcome]) -> None:
-        found = command("rl", "gradient", measured)
+        found = command("rl", "gradient", "--from", measured)
         assert found.code == 0
         assert "seq-mis" in found.out
         assert str(measured / "gradient" / "report.html") in found.out
 
     def test_json_is_the_file(self, measured: Path, command: Callable[..., Outcome]) -> None:
-        document = json.loads(command("rl", "gradient", measured, "--json").out)
+        document = json.loads(command("rl", "gradient", "--from", measured, "--json").out)
         assert document == json.loads((measured / "gradient" / "gradient.json").read_text())
 
     def test_a_finished_run_takes_no_options_of_a_new_one(
         self, run_copy: Path, command: Callable[..., Outcome]
     ) -> None:
-        found = command("rl", "gradient", run_copy, "--max-tokens", "5")
+        found = command("rl", "gradient", "--from", run_copy, "--max-tokens", "5")
         assert found.code == 2
-        assert "--max-tokens cannot be combined with RUN" in found.err
+        assert "--max-tokens cannot be combined with --from or --resume" in found.err
 
     def test_help_shows_examples(self, command: Callable[..., Outcome]) -> None:
         found = command("rl", "gradient", "-h")
         assert found.code == 0
-        assert "mismatch-probe rl gradient runs/" in found.out
+        assert "mismatch-probe rl gradient --from runs/" in found.out
         assert "--num-prompts" in found.out
-        assert "--resume" not in found.out
+
+    def test_from_and_resume_exclude_each_other(self, run_copy: Path, command: Callable[..., Outcome]) -> None:
+        found = command("rl", "gradient", "--from", run_copy, "--resume", run_copy)
+        assert found.code == 2
+        assert "--from and --resume" in found.err

@@ -15,21 +15,21 @@ from pathlib import Path
 
 import pandas as pd
 
-from mismatch_probe.config import CompareConfig, check_lengths
+from mismatch_probe.config import CompareConfig
 from mismatch_probe.engines import registry
 from mismatch_probe.engines.gradient import GradientJob, PassTask, PassVectors
 from mismatch_probe.errors import TableError, UsageError
 from mismatch_probe.files import write_text
-from mismatch_probe.probes.comparison import KEPT, new_run
+from mismatch_probe.probes.analysis import analyse
+from mismatch_probe.probes.comparison import KEPT, begun, run_passes, write_run
 from mismatch_probe.probes.gradient.plan import FOLDER, REFERENCE, pass_data, task_of
 from mismatch_probe.probes.gradient.result import document_of, frame_of
 from mismatch_probe.probes.own_pass import device_of, fp32_trainer, model_of, run_pass
+from mismatch_probe.probes.planning import Plan, make_plan
 from mismatch_probe.probes.progress import Progress
+from mismatch_probe.probes.session import Session
 from mismatch_probe.results.gradient import Gradient
 from mismatch_probe.runs.comparison import RunDirectory
-from mismatch_probe.runs.folder import continued_by
-
-Source = str | Path | CompareConfig
 
 
 @dataclass(frozen=True)
@@ -51,40 +51,64 @@ class GradientResult:
         return frame_of(self.document)
 
 
-def measure_gradient(
-    source: Source, out: str | Path | None, predict_lengths: Sequence[int] | None, progress: Progress | None
+def new_gradient(
+    config: CompareConfig, out: str | Path | None, predict_lengths: Sequence[int], progress: Progress | None
 ) -> GradientResult:
-    """Compares where it has to, makes the gradients that are missing, and computes.
+    """Compares, makes the gradients, and computes.
 
     Raises:
+        UsageError: No FP32 trainer is asked for.
+        ProbeError: What a comparison raises, and what its gradients do.
+    """
+    if REFERENCE.dtype not in config.trainer_dtypes:
+        raise UsageError("The gradient needs an FP32 trainer pass.", "Add float32 to --trainer-dtypes.")
+    plan = make_plan(config, progress)
+    with begun(plan, out, progress) as session:
+        return _measure(session, predict_lengths, plan)
+
+
+def resume_gradient(
+    path: Path, predict_lengths: Sequence[int], progress: Progress | None, *, passes: bool
+) -> GradientResult:
+    """Makes the gradients that are missing of a run, and computes.
+
+    Args:
+        path: The folder of a comparison.
+        predict_lengths: Response lengths at which ESS is predicted.
+        progress: Told about every pass.
+        passes: Whether to run the missing passes of the comparison first.
+
+    Raises:
+        TableError: The folder holds no run, or a table is missing or corrupt.
         ProbeError: The run has no log-probs of an FP32 trainer, its model has changed, or an engine failed.
     """
-    progress = progress or Progress()
-    check_lengths(predict_lengths or ())
-    if isinstance(source, CompareConfig):
-        if REFERENCE.dtype not in source.trainer_dtypes:
-            raise UsageError("The gradient needs an FP32 trainer pass.", "Add float32 to --trainer-dtypes.")
-        path = new_run(source, out, (), progress).path
-    else:
-        path = Path(source)
-    with (
-        RunDirectory.reopened(path) as run,
-        continued_by(f"mismatch-probe rl gradient {path}", KEPT),
-    ):
+    with Session.resume(RunDirectory, path, progress) as session:
+        return _measure(session, predict_lengths, passes=passes)
+
+
+def _measure(
+    session: Session[RunDirectory], predict_lengths: Sequence[int], plan: Plan | None = None, *, passes: bool = True
+) -> GradientResult:
+    run, progress = session.run, session.progress
+    with session.stoppable(KEPT, f"mismatch-probe rl gradient --resume {run.path}"):
+        if passes and not session.complete:
+            run_passes(session, plan)
+            progress.message("computing metrics and figures")
+            write_run(analyse(run))
         data, missing = pass_data(run)
         config = run.manifest.config
-        tasks = {name: task_of(run, config, found) for name, found in data.items()}
-        _make_missing(run, config, list(tasks.values()), progress)
-        progress.message("computing metrics and figure")
-        vectors = {}
-        for name, task in tasks.items():
-            loaded = PassVectors.load(task)
-            if loaded is None:
-                raise TableError(f"{task.file.path} cannot be read.", "Run the command again to make it.")
-            vectors[name] = loaded
-        lengths = tuple(predict_lengths or config.predict_lengths or (run.manifest.sizes.max_tokens,))
-        document = document_of(run, data, vectors, tasks, missing, lengths)
-        return GradientResult(path, document, _write(run.path / FOLDER, document))
+        tasks = [task_of(run, config, found) for found in data.values()]
+        _make_missing(run, config, tasks, progress)
+    progress.message("computing metrics and figure")
+    vectors = {}
+    for name, task in zip(data, tasks, strict=True):
+        loaded = PassVectors.load(task)
+        if loaded is None:
+            raise TableError(f"{task.file.path} cannot be read.", "Run the command again to make it.")
+        vectors[name] = loaded
+    lengths = tuple(predict_lengths or config.predict_lengths or (run.manifest.sizes.max_tokens,))
+    document = document_of(run, data, vectors, dict(zip(data, tasks, strict=True)), missing, lengths)
+    return GradientResult(run.path, document, _write(run.path / FOLDER, document))
 
 
 def _make_missing(run: RunDirectory, config: CompareConfig, tasks: Sequence[PassTask], progress: Progress) -> None:
