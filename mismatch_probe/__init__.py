@@ -146,7 +146,7 @@ def attribute_plan(*, config: str | Path | None = None, **settings: Unpack[Attri
     """
     from mismatch_probe.config import AttributeOptions, CompareConfig
     from mismatch_probe.config.commands import AttributeSettings
-    from mismatch_probe.probes.attribute.plan import plan_attribution
+    from mismatch_probe.probes.attribute.session import plan_attribution
 
     asked = _settings(AttributeSettings, config, settings)
     return plan_attribution(asked.part(CompareConfig), dict(asked.part(AttributeOptions)))

@@ -1,4 +1,4 @@
-"""Files that are never half-written, and folders that one process at a time may use."""
+"""Files that are never half-written, folders that one process at a time may use, and files that are shipped."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 from mismatch_probe.errors import DiskFull, FolderBusy, TableError, UsageError
 
 LOCK = ".lock"
+_PACKAGE = Path(__file__).resolve().parent
 
 
 @contextmanager
@@ -108,3 +109,19 @@ def in_use(folder: Path) -> bool:
     finally:
         os.close(handle)
     return False
+
+
+def data_path(name: str) -> Path:
+    """The path of a shipped data file, e.g. `data_path("prompts.jsonl")`.
+
+    A wheel holds the data in `mismatch_probe/data/`; a checkout (and so an editable install) holds it in `data/` beside
+    the package.
+
+    Raises:
+        FileNotFoundError: No such file is shipped, which is a fault of the package and never of its user.
+    """
+    candidates = (_PACKAGE / "data" / name, _PACKAGE.parent / "data" / name)
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise FileNotFoundError(f"{name} is neither at {candidates[0]} nor at {candidates[1]}")

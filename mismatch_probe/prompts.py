@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mismatch_probe.errors import PromptError
-from mismatch_probe.resources import data_path
+from mismatch_probe.files import data_path
 from mismatch_probe.types import Prompt
 
 BUILT_IN = "built-in"

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from mismatch_probe.errors import ProbeError, PromptError
+from mismatch_probe.files import data_path
 from mismatch_probe.prompts import load_prompts
-from mismatch_probe.resources import data_path
 
 CATEGORIES = ("mathematics", "reasoning", "code", "chat", "multilingual")
 

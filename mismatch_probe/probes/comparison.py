@@ -314,7 +314,7 @@ def summary_frame(summary: Comparison) -> pd.DataFrame:
 def write_outputs(run: RunDirectory, data: ReportData) -> dict[str, Path]:
     """Writes summary, figures and reports into the run's folder; returns the figures."""
     from mismatch_probe.report.compare import compare_report
-    from mismatch_probe.report.render.files import write_report
+    from mismatch_probe.report.render import write_report
 
     data.summary.write(run.path / "summary.json")
     write_text(run.path / "summary.csv", summary_frame(data.summary).to_csv(index=False, lineterminator="\n"))

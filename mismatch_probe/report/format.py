@@ -12,9 +12,20 @@ from mismatch_probe.metrics.curves import KINDS
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from mismatch_probe.report.model import Token
+
 NONE = "–"
 _NAMED = {"\n": "↵", "\t": "⇥"}
 _UNSAFE = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
+WHERE_TITLES = {
+    "probability": "rollout probability μ(token)",
+    "entropy": "entropy of the trainer (nats)",
+    "rank": "rank at the trainer (0 = likeliest)",
+    "token_kind": "kind of token",
+    "position": "position in the response",
+}
+EDGES = (1e-4, 1e-3, 1e-2, 0.05, 0.1, 0.3, 1.0)
+LEVELS = tuple(f"≥ {edge:g}" for edge in EDGES)
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -111,13 +122,6 @@ def catalog_order(keys: Iterable[str]) -> list[str]:
     return [key for key in CATALOG if key in unique] + [key for key in unique if key not in CATALOG]
 
 
-WHERE_TITLES = {
-    "probability": "rollout probability μ(token)",
-    "entropy": "entropy of the trainer (nats)",
-    "rank": "rank at the trainer (0 = likeliest)",
-    "token_kind": "kind of token",
-    "position": "position in the response",
-}
 """What a token is sorted by: keys of a comparison's `where`, with the words for an axis or a table."""
 
 
@@ -133,3 +137,24 @@ def bin_order(labels: Iterable[str]) -> list[str]:
             return float("inf")
 
     return sorted(dict.fromkeys(labels), key=place)
+
+
+"""Lower limits of the levels 1 to 7 of |d|, nats; level 0 lies below the first."""
+
+
+def level(token: Token) -> int:
+    """0 to 7, and 8 where a log-prob is not finite."""
+    size = abs(token.trainer_logprob - token.rollout_logprob)
+    return sum(size >= edge for edge in EDGES) if size < float("inf") else len(EDGES) + 1
+
+
+def details(token: Token) -> str:
+    """log μ, log π, d, rank and entropy in one line; nats."""
+    parts = [
+        f"log μ {number(token.rollout_logprob)}",
+        f"log π {number(token.trainer_logprob)}",
+        f"d {number(token.trainer_logprob - token.rollout_logprob)}",
+    ]
+    parts += [] if token.rank is None else [f"rank {token.rank}"]
+    parts += [] if token.entropy is None else [f"entropy {number(token.entropy)}"]
+    return " · ".join(parts)

@@ -16,13 +16,13 @@ from mismatch_probe.engines.events import Event, Found, InRun, Message, RunEnded
 from mismatch_probe.engines.models import ModelRef, resolve
 from mismatch_probe.engines.process import EngineProcess
 from mismatch_probe.errors import EXIT_LIMIT, EXIT_OK, TableError
+from mismatch_probe.files import data_path
 from mismatch_probe.probes.preflight import Use
 from mismatch_probe.probes.preflight.run import guard
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.report.data import RlRunData
 from mismatch_probe.report.model import Report
 from mismatch_probe.report.words import say
-from mismatch_probe.resources import data_path
 from mismatch_probe.results.rl_run import Environment, Machine, Provenance, RlRun, TrainedModel
 from mismatch_probe.rl.config import RlConfig, TaskSettings, precision_label
 from mismatch_probe.rl.records import RlDirectory
@@ -164,7 +164,7 @@ def _execute(directory: RlDirectory, model: ModelRef, device: devices.Device, pr
 def write_rl_run(directory: RlDirectory) -> RlResult:
     """Computes what a run's steps show, and writes its document, figure and report."""
     from mismatch_probe.report.figures import draw
-    from mismatch_probe.report.render.files import write_report
+    from mismatch_probe.report.render import write_report
     from mismatch_probe.report.rl_run import rl_run_report
 
     steps = directory.steps()

@@ -107,7 +107,7 @@ def resume_sweep(path: Path, workers: int | None, progress: Progress | None) -> 
 def write_sweep(directory: SweepDirectory, places: Sequence[Place] = ()) -> SweepResult:
     """Tables, statistics, figures and report of a sweep, from what its runs have written."""
     from mismatch_probe.report.figures import draw
-    from mismatch_probe.report.render.files import write_report
+    from mismatch_probe.report.render import write_report
     from mismatch_probe.report.sweep import sweep_report
 
     runs, steps = runs_table(directory), steps_table(directory)

@@ -9,8 +9,7 @@ from mismatch_probe.config import CompareConfig
 from mismatch_probe.metrics.corrections import CORRECTIONS, Correction
 from mismatch_probe.metrics.floats import ScaleRange, ScalerTrace
 from mismatch_probe.probes.audit.advice import Evidence, recommend
-from mismatch_probe.probes.audit.answers import answers, best_pair
-from mismatch_probe.probes.audit.document import overall
+from mismatch_probe.probes.audit.document import answers, best_pair, overall
 from mismatch_probe.probes.audit.judge import made, verdict_of
 from mismatch_probe.results.audit import (
     Activations,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mismatch_probe.resources import data_path
+from mismatch_probe.files import data_path
 from tests.real.conftest import tiny  # noqa: F401
 
 collect_ignore_glob = [] if find_spec("torch") and find_spec("transformers") else ["test_*.py"]

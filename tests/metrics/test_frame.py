@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mismatch_probe import rowgroups, tables
+from mismatch_probe import tables
 from mismatch_probe.errors import TableError
 from mismatch_probe.metrics.frame import pair_arrays, pair_chunks
 from mismatch_probe.runs.comparison import RunDirectory
@@ -95,7 +95,7 @@ def test_chunks_hold_whole_sequences_and_add_up(
 ) -> None:
     run.merge()
     small_row_groups(run.path / "tokens.parquet")
-    monkeypatch.setattr(rowgroups, "_BATCH_ROWS", batch_rows)
+    monkeypatch.setattr(tables, "_BATCH_ROWS", batch_rows)
     chunks = list(pair_chunks(run, ROLLOUTS[0], TRAINER, chunk_tokens=chunk_tokens, trainer_columns=["rank"]))
     if chunk_tokens < 7:
         assert len(chunks) > 2
@@ -135,7 +135,7 @@ def test_passes_of_different_tokens_are_not_paired(
     """Also where the rollout pass has a row of a sequence that it did not sample (24 is its last row)."""
     run.merge()
     rewrite(run.path / "tokens.parquet", lambda table: set_value(table, column, row, value))
-    monkeypatch.setattr(rowgroups, "_BATCH_ROWS", batch_rows)
+    monkeypatch.setattr(tables, "_BATCH_ROWS", batch_rows)
     parity = 1 if row == -1 else 0
     with pytest.raises(TableError, match=r"differ in their \w+ column, so they cannot be paired"):
         list(pair_chunks(run, ROLLOUTS[parity], TRAINER))
@@ -169,7 +169,7 @@ class TestTokensInBatches:
     ) -> None:
         run.merge()
         small_row_groups(run.path / "tokens.parquet")
-        monkeypatch.setattr(rowgroups, "_BATCH_ROWS", batch_rows)
+        monkeypatch.setattr(tables, "_BATCH_ROWS", batch_rows)
         found = [
             i for table in run.iter_tokens(ROLLOUTS[1], ["token_id"], rows=rows) for i in table["token_id"].to_pylist()
         ]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mismatch_probe.metrics.corrections import CORRECTIONS, Correction, touched_shares
-from mismatch_probe.probes.audit.snippets import snippets
+from mismatch_probe.probes.audit.advice import snippets
 from mismatch_probe.results.audit import Snippet
 from mismatch_probe.types import PairArrays
 from tests.factories.audit import recommendation

@@ -17,13 +17,10 @@ from mismatch_probe.config import AttributeOptions
 from mismatch_probe.engines.attribute.trace import MOST_BYTES, MOST_ROWS, choose_sequences, row_bytes
 from mismatch_probe.errors import EngineError, TableError, UsageError
 from mismatch_probe.metrics.ladder import Change
-from mismatch_probe.probes.attribute.availability import ALREADY, Context
 from mismatch_probe.probes.attribute.effects import judged
-from mismatch_probe.probes.attribute.evidence import NOT_MEASURED
-from mismatch_probe.probes.attribute.names import AT_ROLLOUT, PREFILL, REPLAY, TRAINER, WIDE_PREFILL
 from mismatch_probe.probes.attribute.pair import Pair, open_pair
-from mismatch_probe.probes.attribute.settings import choose, settings_of
-from mismatch_probe.probes.attribute.store import PassStore
+from mismatch_probe.probes.attribute.passes import AT_ROLLOUT, NOT_MEASURED, WIDE_PREFILL, PassStore
+from mismatch_probe.probes.attribute.settings import ALREADY, PREFILL, REPLAY, TRAINER, Context, choose, settings_of
 from mismatch_probe.report.attribution import attribution_answer
 from mismatch_probe.results.attribution import WHERE, Attribution, AttributionPlan, BothSides, SettingResult
 from mismatch_probe.results.finding import Finding

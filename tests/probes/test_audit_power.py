@@ -16,9 +16,8 @@ from mismatch_probe.metrics.catalog import CATALOG
 from mismatch_probe.metrics.ratio_test import ratio_tests
 from mismatch_probe.metrics.summary import compute_metrics
 from mismatch_probe.passes import PassId
-from mismatch_probe.probes.audit.answers import answers
 from mismatch_probe.probes.audit.checks import Checks
-from mismatch_probe.probes.audit.document import not_finite
+from mismatch_probe.probes.audit.document import answers, not_finite
 from mismatch_probe.probes.audit.profile import Profile, load_profile
 from mismatch_probe.probes.pairs import PassPair, pair_of
 from mismatch_probe.results.audit import Bounds, Check, Range

@@ -8,8 +8,7 @@ import pytest
 
 from mismatch_probe.metrics.accounting import ExcludedValue
 from mismatch_probe.metrics.ratio_test import RatioTest
-from mismatch_probe.probes.findings import findings
-from mismatch_probe.probes.kind import largest_gap
+from mismatch_probe.probes.findings import findings, largest_gap
 from mismatch_probe.report.words import say
 from mismatch_probe.results.comparison import Pair
 from mismatch_probe.results.finding import Finding

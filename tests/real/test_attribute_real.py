@@ -12,7 +12,7 @@ from markupsafe import escape
 
 import mismatch_probe
 from mismatch_probe.metrics.ladder import Change
-from mismatch_probe.probes.attribute.evidence import NOT_MEASURED
+from mismatch_probe.probes.attribute.passes import NOT_MEASURED
 from mismatch_probe.probes.attribute.session import AttributeResult
 from mismatch_probe.report.attribution import attribution_answer
 from mismatch_probe.results.attribution import Attribution, SettingResult

@@ -11,7 +11,7 @@ import pytest
 import mismatch_probe
 from mismatch_probe.errors import DtypeRefused
 from mismatch_probe.metrics.corrections import CORRECTIONS
-from mismatch_probe.probes.audit.snippets import snippets
+from mismatch_probe.probes.audit.advice import snippets
 from mismatch_probe.results.audit import Audit, AuditedPair, Check
 from tests.conftest import Recorder
 from tests.factories.audit import recommendation

@@ -12,10 +12,10 @@ import mismatch_probe
 from mismatch_probe.engines.builtin import BUILTINS, builtin_path
 from mismatch_probe.engines.models import resolve
 from mismatch_probe.errors import ProbeError
+from mismatch_probe.files import data_path
 from mismatch_probe.probes.preflight import Use
 from mismatch_probe.probes.preflight.run import preflight
 from mismatch_probe.prompts import load_prompts
-from mismatch_probe.resources import data_path
 from tests.real.tiny import ARCHITECTURES, save_tiny
 
 USE = Use(prompts=load_prompts(None, 64).prompts, max_tokens=32, device="cpu", bytes_per_weight=4)

@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mismatch_probe.report import model
+from mismatch_probe.report.format import EDGES, level
 from mismatch_probe.report.model import Cell, Column, Report, Step, Text, Token, TokenSequence, section, table
-from mismatch_probe.report.render.files import write_report
+from mismatch_probe.report.render import write_report
 from mismatch_probe.report.render.html import html_page
 from mismatch_probe.report.render.markdown import markdown_page
 from mismatch_probe.report.render.terminal import fitting, print_report
-from mismatch_probe.report.render.tokens import EDGES, level
 from tests.snapshot import assert_snapshots, screen
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=y>\x1b[31m\u202e[a](javascript:b) `c` | d\n~~~~\n# e @f"

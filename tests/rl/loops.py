@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mismatch_probe.engines.logprobs import Batch, token_logprobs
-from mismatch_probe.resources import data_path
+from mismatch_probe.files import data_path
 from mismatch_probe.results.rl_run import Ending
 from mismatch_probe.rl.config import RlConfig
 from mismatch_probe.rl.loop import Pieces, Training

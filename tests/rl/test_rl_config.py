@@ -11,7 +11,7 @@ import pytest
 
 from mismatch_probe.dtypes import SHORT_DTYPES
 from mismatch_probe.errors import UsageError
-from mismatch_probe.resources import data_path
+from mismatch_probe.files import data_path
 from mismatch_probe.rl.algorithms import algorithms
 from mismatch_probe.rl.config import RlConfig
 from mismatch_probe.runs.settings import values_from

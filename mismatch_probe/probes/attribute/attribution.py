@@ -13,9 +13,9 @@ from mismatch_probe.engines.attribute.variants import UNKNOWN
 from mismatch_probe.metrics.inside import THRESHOLD, Inside, inside_of
 from mismatch_probe.metrics.ladder import contribution_of
 from mismatch_probe.probes.attribute.effects import fixes_of, ladder_of, setting_results
-from mismatch_probe.probes.attribute.evidence import Evidence
 from mismatch_probe.probes.attribute.findings import findings_of
-from mismatch_probe.probes.attribute.names import FOLLOWED, REPLAY, TRAINER, inside_name
+from mismatch_probe.probes.attribute.passes import FOLLOWED, Evidence, inside_name
+from mismatch_probe.probes.attribute.settings import REPLAY, TRAINER
 from mismatch_probe.results.attribution import (
     Attribution,
     Experts,

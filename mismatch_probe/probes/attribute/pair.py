@@ -23,7 +23,7 @@ from mismatch_probe.metrics.chunks import usable_rows
 from mismatch_probe.metrics.frame import pair_arrays
 from mismatch_probe.metrics.ladder import TokenPrompts
 from mismatch_probe.passes import PassId
-from mismatch_probe.probes.attribute.availability import Context
+from mismatch_probe.probes.attribute.settings import Context
 from mismatch_probe.runs.comparison import RunDirectory
 from mismatch_probe.types import RolloutRequest, ScoreRequest
 

@@ -27,21 +27,18 @@ from mismatch_probe.engines.attribute.trainer import FIXES, FixSearch, TrainerVa
 from mismatch_probe.engines.attribute.variants import PassKind, TrainerVariant
 from mismatch_probe.engines.base import Job, RolloutJob, TrainerJob
 from mismatch_probe.engines.models import ModelRef
-from mismatch_probe.probes.attribute.names import (
+from mismatch_probe.probes.attribute.pair import Pair
+from mismatch_probe.probes.attribute.passes import (
     AT_ROLLOUT,
     CAST,
     FOLDER,
     FOLLOWED,
-    PREFILL,
-    REPLAY,
     SAME_DTYPE,
-    TRAINER,
     WIDE_PREFILL,
+    PassStore,
     inside_name,
 )
-from mismatch_probe.probes.attribute.pair import Pair
-from mismatch_probe.probes.attribute.settings import Setting
-from mismatch_probe.probes.attribute.store import PassStore
+from mismatch_probe.probes.attribute.settings import PREFILL, REPLAY, TRAINER, Setting
 from mismatch_probe.probes.own_pass import fp32_trainer
 from mismatch_probe.types import Sampling, TrainerMode
 

@@ -10,8 +10,8 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from mismatch_probe.errors import UsageError
+from mismatch_probe.files import data_path
 from mismatch_probe.metrics.catalog import CATALOG
-from mismatch_probe.resources import data_path
 from mismatch_probe.results.audit import Bounds
 
 PROFILES = ("default", "nemo-rl", "verl", "prime-rl", "strict")

@@ -177,7 +177,7 @@ def _write(run: RunDirectory, audit: Audit, old: Audit | None, baseline: str | P
     from mismatch_probe.report.audit import audit_report
     from mismatch_probe.report.figures import draw
     from mismatch_probe.report.junit import junit_xml
-    from mismatch_probe.report.render.files import write_report
+    from mismatch_probe.report.render import write_report
 
     if old is not None:
         audit = audit.model_copy(update={"baseline": compare_audits(old, audit, str(baseline))})

@@ -125,7 +125,7 @@ def _make_missing(run: RunDirectory, config: CompareConfig, tasks: Sequence[Pass
 def _write(folder: Path, document: Gradient) -> dict[str, Path]:
     from mismatch_probe.report.figures import draw
     from mismatch_probe.report.gradient import gradient_report
-    from mismatch_probe.report.render.files import write_report
+    from mismatch_probe.report.render import write_report
 
     document.write(folder / "gradient.json")
     write_text(folder / "gradient.csv", frame_of(document).to_csv(index=False, lineterminator="\n"))

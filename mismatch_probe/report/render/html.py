@@ -12,8 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from mismatch_probe.report.figures import captions
-from mismatch_probe.report.format import visible
-from mismatch_probe.report.render.tokens import LEVELS, details, level
+from mismatch_probe.report.format import LEVELS, details, level, visible
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

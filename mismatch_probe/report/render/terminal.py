@@ -12,10 +12,9 @@ from rich.cells import cell_len
 from rich.table import Table as Grid
 from rich.text import Text as Line
 
-from mismatch_probe.report.format import visible
+from mismatch_probe.report.format import LEVELS, details, level, visible
 from mismatch_probe.report.model import Code, Items, Table, Text, Tokens
 from mismatch_probe.report.render.html import BADGES
-from mismatch_probe.report.render.tokens import LEVELS, details, level
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

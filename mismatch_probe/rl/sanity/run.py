@@ -118,7 +118,7 @@ def _execute(directory: SanityDirectory, model: ModelRef, device: devices.Device
 
 def _write(directory: SanityDirectory) -> SanityResult:
     """Writes the report of a finished set."""
-    from mismatch_probe.report.render.files import write_report
+    from mismatch_probe.report.render import write_report
 
     result = SanityResult(directory.path, directory.document)
     write_report(result.report(), {}, directory.path)

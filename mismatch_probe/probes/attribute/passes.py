@@ -1,33 +1,44 @@
-"""Which passes an attribution has, which of them are asked for, and their files in the run's folder."""
+"""Which passes an attribution has, by name, which of them are asked for, their files in the run's folder, and what they
+hold.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from mismatch_probe.config import AttributeOptions
 from mismatch_probe.engines.attribute.rollout import ROUTES
 from mismatch_probe.engines.attribute.trainer import FIXES, set_name, single_name
 from mismatch_probe.engines.attribute.variants import FP32_CLASSES
 from mismatch_probe.engines.vllm.unsupported import unsupported
-from mismatch_probe.probes.attribute.names import (
-    AT_ROLLOUT,
-    CAST,
-    FOLDER,
-    FOLLOWED,
-    PREFILL,
-    REPLAY,
-    SAME_DTYPE,
-    TRAINER,
-    WIDE_PREFILL,
-    inside_name,
-)
+from mismatch_probe.metrics import ladder
 from mismatch_probe.probes.attribute.pair import Pair
-from mismatch_probe.probes.attribute.settings import Setting, choose, settings_of
+from mismatch_probe.probes.attribute.settings import PREFILL, REPLAY, TRAINER, Setting, choose, settings_of
 from mismatch_probe.runs.measurements import Part, Store
 from mismatch_probe.types import DTYPES
 
+FOLDER = "attribute"
+# Passes of the ladder.
+AT_ROLLOUT, CAST = "trainer-at-rollout-batching", "trainer-cast-as-laid-out"
+SAME_DTYPE = "trainer-in-rollout-dtype"
+FOLLOWED = "trainer-routes"
+# The engine in FP32, by prefill, where it did not sample in FP32: with the trainer in FP32 it tells what is left of the
+# gap without rounding.
+WIDE_PREFILL = "rollout-float32-prefill"
 # Of what is compared inside; another number makes all of it anew.
 INSIDES = 2
+NOT_MEASURED = "not measured yet; `attribute --resume` runs it"
+Floats = NDArray[np.float64]
+
+
+def inside_name(dtype: str) -> str:
+    """The pass that compares layers in a dtype."""
+    return f"inside-{dtype}"
 
 
 class PassStore:
@@ -122,3 +133,60 @@ class PassStore:
         """Classes of modules that run in FP32."""
         names = {setting.name for setting in self.wanted}
         return tuple(name for name in FP32_CLASSES if single_name(name) in names)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Passes of a pair.
+
+    Attributes:
+        pair: The pair.
+        store: What was asked for.
+        parts: What is there, by name.
+    """
+
+    pair: Pair
+    store: PassStore
+    parts: Mapping[str, Part]
+
+    @property
+    def seed(self) -> int:
+        """Of every bootstrap."""
+        return self.pair.config.seed
+
+    @property
+    def gap(self) -> Floats:
+        """`[N]` d, nats."""
+        return self.pair.trainer_logprobs - self.pair.rollout_logprobs
+
+    def measured(self, name: str) -> bool:
+        """Whether a pass is there and holds log-probs."""
+        return name in self.parts and "seconds" in self.parts[name][0] and "failed" not in self.parts[name][0]
+
+    def logprobs(self, name: str) -> Floats | None:
+        """`[N]` of a pass over all sequences, nats; None where there is none."""
+        part = self.parts.get(name)
+        if part is None or len(part[1].get("logprobs", ())) != len(self.pair.rollout_logprobs):
+            return None
+        return np.asarray(part[1]["logprobs"], np.float64)
+
+    def status(self, name: str) -> Literal["unsupported", "failed", "skipped"]:
+        """What became of a pass that holds no log-probs."""
+        if name not in self.parts:
+            return "skipped"
+        return "unsupported" if "unsupported" in self.parts[name][0] else "failed"
+
+    def why(self, name: str) -> str:
+        """Why a pass cannot be used."""
+        part = self.parts.get(name)
+        if part is None:
+            return NOT_MEASURED
+        return str(part[0].get("failed") or part[0].get("unsupported") or "it covers other tokens")
+
+    def size(self, d: Floats) -> ladder.Gap:
+        """How large a gap `[N]` is."""
+        return ladder.gap(d, self.pair.tokens, seed=self.seed)
+
+    def change(self, before: Floats, after: Floats) -> ladder.Change:
+        """What turns one gap `[N]` into another does."""
+        return ladder.change(before, after, self.pair.tokens, seed=self.seed)
