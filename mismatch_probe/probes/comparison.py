@@ -24,7 +24,7 @@ from mismatch_probe.probes.compare import PassRunner
 from mismatch_probe.probes.planning import Plan, make_plan
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.probes.recorded import recorded_of
-from mismatch_probe.probes.session import Session, check_files
+from mismatch_probe.probes.session import Session, check_device, check_files
 from mismatch_probe.probes.tokens import token_view
 from mismatch_probe.report.data import ReportData
 from mismatch_probe.results.comparison import Comparison
@@ -239,11 +239,7 @@ def _plan_again(run: RunDirectory, progress: Progress) -> Plan:
         raise TableError(
             "The prompts have changed since this run began.", "Restore the prompt file, or start a new run."
         )
-    if plan.device != run.manifest.device:
-        raise UsageError(
-            f"This run began on {run.manifest.device}, and this machine offers {plan.device}.",
-            "Continue it where it began; `report` works anywhere.",
-        )
+    check_device(run, plan.device)
     return plan
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
 from mismatch_probe.engines.models import ModelRef
-from mismatch_probe.errors import TableError
+from mismatch_probe.errors import TableError, UsageError
 from mismatch_probe.probes.progress import Progress
+from mismatch_probe.report.model import Report
 from mismatch_probe.runs.folder import RunFolder, continued_by, new_folder
 
 FolderT = TypeVar("FolderT", bound=RunFolder[Any])
+DataT = TypeVar("DataT")
 
 
 class Session(Generic[FolderT]):
@@ -78,7 +80,7 @@ class Session(Generic[FolderT]):
             yield
 
 
-def check_files(run: RunFolder[Any], now: dict[str, str]) -> None:
+def check_files(run: RunFolder[Any], now: Mapping[str, str]) -> None:
     """Checks that a run goes on with the model that it began with.
 
     Args:
@@ -92,6 +94,19 @@ def check_files(run: RunFolder[Any], now: dict[str, str]) -> None:
         raise TableError("The model's files have changed since this run began.", "Start a new run.")
 
 
+def check_device(run: RunFolder[Any], device: str) -> None:
+    """Checks that a run goes on where it began.
+
+    Raises:
+        UsageError: It began on another kind of device.
+    """
+    if device != run.device:
+        raise UsageError(
+            f"This run began on {run.device}, and this machine offers {device}.",
+            "Continue it where it began; `report` works anywhere.",
+        )
+
+
 def same_model(run: RunFolder[Any], model: ModelRef) -> ModelRef:
     """The model, of which every file is as it was when the run began.
 
@@ -100,3 +115,22 @@ def same_model(run: RunFolder[Any], model: ModelRef) -> ModelRef:
     """
     check_files(run, model.file_hashes())
     return model
+
+
+def write_pages(data: DataT, report: Callable[[DataT], Report], folder: Path) -> dict[str, Path]:
+    """Draws the figures that the data serve and writes the report with them.
+
+    Args:
+        data: What is shown.
+        report: Makes a report of it.
+        folder: Where to.
+
+    Returns:
+        Figure files by name.
+    """
+    from mismatch_probe.report.figures import draw
+    from mismatch_probe.report.render import write_report
+
+    figures = draw(data, folder / "figures")
+    write_report(report(data), figures, folder)
+    return figures

@@ -57,6 +57,10 @@ class RlDirectory(RunFolder[RlRun]):
         return self.document.provenance.model.files
 
     @property
+    def device(self) -> str:
+        return self.document.provenance.device
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

@@ -15,11 +15,12 @@ from mismatch_probe.engines import devices, registry
 from mismatch_probe.engines.events import Event, Found, InRun, Message, RunEnded, StepDone, Total
 from mismatch_probe.engines.models import ModelRef, resolve
 from mismatch_probe.engines.process import EngineProcess
-from mismatch_probe.errors import EXIT_LIMIT, EXIT_OK, TableError
+from mismatch_probe.errors import EXIT_LIMIT, EXIT_OK
 from mismatch_probe.files import data_path
 from mismatch_probe.probes.preflight import Use
 from mismatch_probe.probes.preflight.run import guard
 from mismatch_probe.probes.progress import Progress
+from mismatch_probe.probes.session import Session, check_device, same_model, write_pages
 from mismatch_probe.report.data import RlRunData
 from mismatch_probe.report.model import Report
 from mismatch_probe.report.words import say
@@ -27,7 +28,7 @@ from mismatch_probe.results.rl_run import Environment, Machine, Provenance, RlRu
 from mismatch_probe.rl.config import RlConfig, TaskSettings, precision_label
 from mismatch_probe.rl.records import RlDirectory
 from mismatch_probe.rl.worker import RlJob
-from mismatch_probe.runs.folder import RL_RUN, continued_by, new_folder
+from mismatch_probe.runs.folder import RunFolder
 
 CHAIN = "chain"
 
@@ -83,20 +84,48 @@ def resolve_model(config: TaskSettings, progress: Progress) -> ModelRef:
     return model
 
 
-def same_model(config: TaskSettings, files: Mapping[str, str], progress: Progress) -> ModelRef:
-    """The model of a folder that is continued.
+def device_of(config: TaskSettings) -> devices.Device:
+    """Where engine and trainer run."""
+    return devices.choose_device(config.device)
 
-    Args:
-        config: Names the model.
-        files: SHA-256 of its files when the folder was made.
 
-    Raises:
-        TableError: Its files have changed.
+@dataclass(frozen=True)
+class Start:
+    """What a run of `rl` trains or samples, and where.
+
+    Attributes:
+        model: The initial model.
+        device: Of engine and trainer.
     """
-    model = resolve_model(config, progress)
-    if model.file_hashes() != files:
-        raise TableError("The model's files have changed since this run began.", "Start a new run.")
-    return model
+
+    model: ModelRef
+    device: devices.Device
+
+    @classmethod
+    def of(cls, config: TaskSettings, progress: Progress) -> Start:
+        """Of a new run.
+
+        Raises:
+            ProbeError: The model or the device cannot be had.
+        """
+        return cls(resolve_model(config, progress), device_of(config))
+
+    @classmethod
+    def again(cls, run: RunFolder[Any], config: TaskSettings, progress: Progress) -> Start:
+        """Of a run that goes on.
+
+        Raises:
+            TableError: The model's files have changed.
+            UsageError: It began on another device.
+        """
+        start = cls.of(config, progress)
+        check_device(run, start.device)
+        same_model(run, start.model)
+        return start
+
+    def provenance(self) -> Provenance:
+        """What a folder says of model and machine."""
+        return provenance_of(self.model, self.device)
 
 
 def new_rl_run(config: RlConfig, out: str | Path | None, progress: Progress | None) -> RlResult:
@@ -106,9 +135,14 @@ def new_rl_run(config: RlConfig, out: str | Path | None, progress: Progress | No
         ProbeError: The model, the device or the folder cannot be had, or the engine failed.
     """
     progress = progress or Progress()
-    model, device = resolve_model(config, progress), devices.choose_device(config.device)
-    with new_folder(out, f"rl-{Path(config.model).name}") as path:
-        return _execute(RlDirectory.create(path, config, provenance_of(model, device)), model, device, progress)
+    start = Start.of(config, progress)
+    with Session.new(
+        lambda path: RlDirectory.create(path, config, start.provenance()),
+        f"rl-{Path(config.model).name}",
+        out,
+        progress,
+    ) as session:
+        return _execute(session, start)
 
 
 def resume_rl_run(path: Path, progress: Progress | None) -> RlResult:
@@ -117,12 +151,10 @@ def resume_rl_run(path: Path, progress: Progress | None) -> RlResult:
     Raises:
         TableError: The folder is none of an RL run, or the model has changed.
     """
-    progress = progress or Progress()
-    with RlDirectory.reopened(path) as directory:
-        if directory.document.ending is not None:
-            return write_rl_run(directory)
-        model = same_model(directory.config, directory.document.provenance.model.files, progress)
-        return _execute(directory, model, devices.choose_device(directory.config.device), progress)
+    with Session.resume(RlDirectory, path, progress) as session:
+        if session.complete:
+            return write_rl_run(session.run)
+        return _execute(session, Start.again(session.run, session.run.config, session.progress))
 
 
 def worker_environment(config: RlConfig, device: devices.Device) -> dict[str, str]:
@@ -133,10 +165,10 @@ def worker_environment(config: RlConfig, device: devices.Device) -> dict[str, st
     return settings.environment
 
 
-def _execute(directory: RlDirectory, model: ModelRef, device: devices.Device, progress: Progress) -> RlResult:
-    config = directory.config
-    job = RlJob([str(directory.path)], str(model.path), device)
-    process = EngineProcess("vllm", worker_environment(config, device), directory.path / "logs" / "rl.log")
+def _execute(session: Session[RlDirectory], start: Start) -> RlResult:
+    path, config, progress = session.run.path, session.run.config, session.progress
+    job = RlJob([str(path)], str(start.model.path), start.device)
+    process = EngineProcess("vllm", worker_environment(config, start.device), path / "logs" / "rl.log")
     ended = "no result"
 
     def on_event(event: Event) -> None:
@@ -155,24 +187,20 @@ def _execute(directory: RlDirectory, model: ModelRef, device: devices.Device, pr
                 ended = str(ending.status)
 
     progress.begin("rl", "rl run")
-    with continued_by(RL_RUN.resume(directory.path), "steps up to the last checkpoint are kept"):
+    with session.stoppable("steps up to the last checkpoint are kept"):
         process.run(job, on_event)
     progress.end("rl", ended)
-    return write_rl_run(RlDirectory.open(directory.path))
+    return write_rl_run(RlDirectory.open(path))
 
 
 def write_rl_run(directory: RlDirectory) -> RlResult:
     """Computes what a run's steps show, and writes its document, figure and report."""
-    from mismatch_probe.report.figures import draw
-    from mismatch_probe.report.render import write_report
     from mismatch_probe.report.rl_run import rl_run_report
 
     steps = directory.steps()
     directory.summarise(steps)
     data = run_data(directory, steps)
-    figures = draw(data, directory.path / "figures")
-    write_report(rl_run_report(data), figures, directory.path)
-    return RlResult(directory.path, data, figures)
+    return RlResult(directory.path, data, write_pages(data, rl_run_report, directory.path))
 
 
 def run_data(directory: RlDirectory, steps: pd.DataFrame) -> RlRunData:

@@ -19,7 +19,7 @@ from mismatch_probe.engines import devices
 from mismatch_probe.engines.events import Event, Found, InRun, Message, RunBegins, RunEnded, StepDone, Total
 from mismatch_probe.engines.models import ModelRef
 from mismatch_probe.engines.process import EngineProcess, UnexpectedEngineError
-from mismatch_probe.errors import DiskFull, EngineError, EngineMissing, Interrupted, ProbeError, UsageError
+from mismatch_probe.errors import DiskFull, EngineError, EngineMissing, ProbeError, UsageError
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.report.words import say
 from mismatch_probe.results.base import Document
@@ -71,6 +71,10 @@ class SweepDirectory(RunFolder[RlSweep]):
     @property
     def model_files(self) -> Mapping[str, str]:
         return self.document.provenance.model.files
+
+    @property
+    def device(self) -> str:
+        return self.document.provenance.device
 
     def existing(self, run: PlannedRun) -> RlDirectory | None:
         """The run's folder; None where it has not begun."""
@@ -182,7 +186,7 @@ class Scheduler:
         """Returns when every run has ended or has failed.
 
         Raises:
-            Interrupted: By the user; everything finished is kept.
+            KeyboardInterrupt: By the user; everything finished is kept.
             ProbeError: Nothing can go on: the disk is full, or an engine is missing.
         """
         total = sum(run.config.steps for run in self._directory.runs)
@@ -196,13 +200,8 @@ class Scheduler:
             while any(thread.is_alive() for thread in threads):
                 for thread in threads:
                     thread.join(0.2)
-        except KeyboardInterrupt:
-            self._stop(
-                Interrupted(
-                    "Stopped; finished runs are kept, and the others up to their last checkpoint.",
-                    f"Continue with: {SWEEP.resume(self._directory.path)}",
-                )
-            )
+        except KeyboardInterrupt as stopped:
+            self._stop(stopped)
             for thread in threads:
                 thread.join()
         if self._stopped is not None:

@@ -8,18 +8,17 @@ from pathlib import Path
 
 import pandas as pd
 
-from mismatch_probe.engines import devices
 from mismatch_probe.errors import EXIT_ERROR, EXIT_LIMIT, EXIT_OK
 from mismatch_probe.files import atomic_path
 from mismatch_probe.probes.progress import Progress
+from mismatch_probe.probes.session import Session, write_pages
 from mismatch_probe.report.data import SweepData
 from mismatch_probe.report.model import Report
 from mismatch_probe.results.sweep import Place, RlSweep, SweepSummary
 from mismatch_probe.rl.plan import PlannedRun
-from mismatch_probe.rl.run import provenance_of, resolve_model, same_model
-from mismatch_probe.rl.sweep import Scheduler, SweepDirectory, slots
+from mismatch_probe.rl.run import Start
+from mismatch_probe.rl.sweep import Scheduler, Slot, SweepDirectory, slots
 from mismatch_probe.rl.sweep_summary import runs_table, steps_table, summarise_sweep, sweep_findings
-from mismatch_probe.runs.folder import new_folder
 
 
 @dataclass(frozen=True)
@@ -81,12 +80,15 @@ def new_sweep(
     """
     progress = progress or Progress()
     first = runs[0].config
-    model, device = resolve_model(first, progress), devices.choose_device(first.device)
-    at = slots(device, workers)
-    with new_folder(out, f"rl-{kind}-{Path(first.model).name}") as path:
-        directory = SweepDirectory.create(path, runs, provenance_of(model, device))
-        Scheduler(directory, model, device, at, progress).run()
-        return write_sweep(directory)
+    start = Start.of(first, progress)
+    at = slots(start.device, workers)
+    with Session.new(
+        lambda path: SweepDirectory.create(path, runs, start.provenance()),
+        f"rl-{kind}-{Path(first.model).name}",
+        out,
+        progress,
+    ) as session:
+        return _execute(session, start, at)
 
 
 def resume_sweep(path: Path, workers: int | None, progress: Progress | None) -> SweepResult:
@@ -95,19 +97,21 @@ def resume_sweep(path: Path, workers: int | None, progress: Progress | None) -> 
     Raises:
         TableError: The folder is none of a sweep, or the model has changed.
     """
-    progress = progress or Progress()
-    with SweepDirectory.reopened(path) as directory:
-        first = directory.runs[0].config
-        model = same_model(first, directory.document.provenance.model.files, progress)
-        device = devices.choose_device(first.device)
-        Scheduler(directory, model, device, slots(device, workers), progress).run()
-        return write_sweep(directory)
+    with Session.resume(SweepDirectory, path, progress) as session:
+        if session.complete:
+            return write_sweep(session.run)
+        start = Start.again(session.run, session.run.runs[0].config, session.progress)
+        return _execute(session, start, slots(start.device, workers))
+
+
+def _execute(session: Session[SweepDirectory], start: Start, at: Sequence[Slot]) -> SweepResult:
+    with session.stoppable("finished runs are kept, and the others up to their last checkpoint"):
+        Scheduler(session.run, start.model, start.device, at, session.progress).run()
+    return write_sweep(session.run)
 
 
 def write_sweep(directory: SweepDirectory, places: Sequence[Place] = ()) -> SweepResult:
     """Tables, statistics, figures and report of a sweep, from what its runs have written."""
-    from mismatch_probe.report.figures import draw
-    from mismatch_probe.report.render import write_report
     from mismatch_probe.report.sweep import sweep_report
 
     runs, steps = runs_table(directory), steps_table(directory)
@@ -126,6 +130,4 @@ def write_sweep(directory: SweepDirectory, places: Sequence[Place] = ()) -> Swee
         runs=runs,
         steps=steps,
     )
-    figures = draw(data, directory.path / "figures")
-    write_report(sweep_report(data), figures, directory.path)
-    return SweepResult(directory.path, data, figures)
+    return SweepResult(directory.path, data, write_pages(data, sweep_report, directory.path))

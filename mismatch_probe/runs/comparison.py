@@ -44,6 +44,10 @@ class RunDirectory(RunFolder[Manifest], PassTables):
         return self.manifest.model.files
 
     @property
+    def device(self) -> str:
+        return self.manifest.device
+
+    @property
     def passes(self) -> Passes:
         """The passes that its configuration asks for."""
         return passes_of(self.manifest.config, self.manifest.recorded)

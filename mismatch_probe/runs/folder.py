@@ -129,6 +129,11 @@ class RunFolder(ABC, Generic[DocumentT]):
     def model_files(self) -> Mapping[str, str] | None:
         """SHA-256 of the files of the model that it began with, by name; None where they are not known yet."""
 
+    @property
+    @abstractmethod
+    def device(self) -> str:
+        """Where it began: `cpu` or `cuda`."""
+
     def write(self, document: DocumentT) -> None:
         """Replaces the document, atomically."""
         self.document = document

@@ -89,6 +89,10 @@ class SanityDirectory(RunFolder[SanitySet]):
     def model_files(self) -> Mapping[str, str]:
         return self.document.provenance.model.files
 
+    @property
+    def device(self) -> str:
+        return self.document.provenance.device
+
     def _update(self, **changes: object) -> None:
         self.write(self.document.model_copy(update=changes))
 

@@ -6,20 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mismatch_probe.engines import devices
 from mismatch_probe.engines.events import Event, Identity
-from mismatch_probe.engines.models import ModelRef
 from mismatch_probe.engines.process import EngineProcess
 from mismatch_probe.probes.progress import Progress
+from mismatch_probe.probes.session import Session
 from mismatch_probe.probes.workers import told
 from mismatch_probe.report.model import Report
 from mismatch_probe.results.sanity import SanitySet
 from mismatch_probe.rl.config import RlConfig, SanityConfig
-from mismatch_probe.rl.run import provenance_of, resolve_model, same_model
+from mismatch_probe.rl.run import Start
 from mismatch_probe.rl.sanity.records import SanityDirectory
 from mismatch_probe.rl.sanity.worker import SanityJob, settings_of
 from mismatch_probe.rl.tasks import read_problems
-from mismatch_probe.runs.folder import SANITY_SET, continued_by, new_folder
 from mismatch_probe.runs.state import SET
 
 _PASS = "sanity-set"
@@ -80,9 +78,14 @@ def new_sanity_set(config: SanityConfig, out: str | Path | None, progress: Progr
     progress = progress or Progress()
     if config.problems is not None:
         read_problems(config.problems)  # a bad line is found before a model is fetched
-    model, device = resolve_model(config, progress), devices.choose_device(config.device)
-    with new_folder(out, f"sanity-set-{Path(config.model).name}") as path:
-        return _execute(SanityDirectory.create(path, config, provenance_of(model, device)), model, device, progress)
+    start = Start.of(config, progress)
+    with Session.new(
+        lambda path: SanityDirectory.create(path, config, start.provenance()),
+        f"sanity-set-{Path(config.model).name}",
+        out,
+        progress,
+    ) as session:
+        return _execute(session, start)
 
 
 def resume_sanity_set(path: Path, progress: Progress | None) -> SanityResult:
@@ -91,16 +94,15 @@ def resume_sanity_set(path: Path, progress: Progress | None) -> SanityResult:
     Raises:
         TableError: The folder is none of a sanity set, or model or problems have changed.
     """
-    progress = progress or Progress()
-    with SanityDirectory.reopened(path) as directory:
-        if directory.document.outcome is not None:
-            return _write(directory)
-        model = same_model(directory.config, directory.document.provenance.model.files, progress)
-        return _execute(directory, model, devices.choose_device(directory.config.device), progress)
+    with Session.resume(SanityDirectory, path, progress) as session:
+        if session.complete:
+            return _write(session.run)
+        return _execute(session, Start.again(session.run, session.run.config, session.progress))
 
 
-def _execute(directory: SanityDirectory, model: ModelRef, device: devices.Device, progress: Progress) -> SanityResult:
-    environment = settings_of(directory.config, device).environment
+def _execute(session: Session[SanityDirectory], start: Start) -> SanityResult:
+    directory, progress = session.run, session.progress
+    environment = settings_of(directory.config, start.device).environment
     process = EngineProcess("vllm", environment, directory.path / "logs" / "sanity-set.log")
 
     def on_event(event: Event) -> None:
@@ -109,8 +111,8 @@ def _execute(directory: SanityDirectory, model: ModelRef, device: devices.Device
             directory.note_engine(event.facts)
 
     progress.begin(_PASS, "rl sanity-set")
-    with continued_by(SANITY_SET.resume(directory.path), "finished chunks of problems are kept"):
-        process.run(SanityJob(str(directory.path), str(model.path), device), on_event)
+    with session.stoppable("finished chunks of problems are kept"):
+        process.run(SanityJob(str(directory.path), str(start.model.path), start.device), on_event)
     progress.end(_PASS, "done")
     directory.finish()
     return _write(directory)
