@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from mismatch_probe.config import CompareConfig, Sizes
 from mismatch_probe.engines.devices import resident_peak
-from mismatch_probe.results.manifest import Environment, Manifest, ModelRecord, PassRecord, PromptsRecord
+from mismatch_probe.results.manifest import Environment, Machine, Manifest, ModelRecord, PassRecord, PromptsRecord
 from mismatch_probe.runs.comparison import RunDirectory
 from mismatch_probe.schemas import SEQUENCES_SCHEMA, TOKENS_SCHEMA
 
@@ -85,7 +85,7 @@ def make_run(folder: Path, rows: int, prompts: int) -> None:
         device="cpu",
         model=ModelRecord(name="synthetic", path=""),
         prompts=PromptsRecord(source="synthetic", n=prompts, sha256=""),
-        environment=Environment(versions={}, machine={}, variables={}),
+        environment=Environment(versions={}, machine=Machine(cpu=""), variables={}),
     )
     run = RunDirectory.create(folder, manifest)
     sequences = pa.table(

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from mismatch_probe.config import Sizes
 from mismatch_probe.errors import EngineMissing, UsageError
-from mismatch_probe.results.manifest import Determinism
+from mismatch_probe.results.manifest import Determinism, Environment, Machine
 
 Device = Literal["cpu", "cuda"]
 GIB = 1 << 30
@@ -170,8 +170,8 @@ def recorded_environment() -> dict[str, str]:
     return {k: v for k, v in sorted(os.environ.items()) if k in _RECORDED or k.startswith(_RECORDED_PREFIX)}
 
 
-def machine() -> dict[str, Any]:
-    """Names of the processor and the GPUs, and the number of cores this process may use."""
+def machine() -> Machine:
+    """Processor, cores that this process may use, GPUs and platform."""
     name = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as handle:
@@ -179,18 +179,24 @@ def machine() -> dict[str, Any]:
     except OSError:
         pass
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {
-        "cpu": name,
-        "cores": cores,
-        "bf16_instructions": cpu_has_bf16(),
-        "gpus": list(gpu_names()),
-        "platform": platform.platform(),
-    }
+    return Machine(
+        cpu=name,
+        cores=cores,
+        bf16_instructions=cpu_has_bf16(),
+        gpus=gpu_names(),
+        platform=platform.platform(),
+    )
+
+
+def environment() -> Environment:
+    """What a document records of packages, machine and variables."""
+    return Environment(versions=package_versions(), machine=machine(), variables=recorded_environment())
 
 
 def running() -> dict[str, Any]:
     """What a worker process adds to its engine's identity: a resumed run can mix machines and versions."""
-    return {"versions": package_versions(), "machine": machine(), "environment": recorded_environment()}
+    found = environment().model_dump(mode="json")
+    return {"versions": found["versions"], "machine": found["machine"], "environment": found["variables"]}
 
 
 def reset_peak(device: Any) -> None:

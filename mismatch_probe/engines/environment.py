@@ -79,7 +79,7 @@ def inspect() -> dict[str, Any]:
     engines = {"vllm": _engine(why["vllm"], found.get("dtypes", [])), "hf": _engine(why["hf"], list(DTYPES))}
     return {
         "versions": devices.package_versions(),
-        "machine": {**devices.machine(), "gpus": found.get("torch", {}).get("devices", [])},
+        "machine": {**devices.machine().model_dump(), "gpus": found.get("torch", {}).get("devices", [])},
         "device": found.get("platform"),
         "engines": engines,
     }

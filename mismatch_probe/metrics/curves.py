@@ -15,7 +15,7 @@ from mismatch_probe.metrics.accumulate import DENSITY_BINS, PairSums, as_sums
 from mismatch_probe.metrics.binned import UNIT_POSITIONS, BinnedSums
 from mismatch_probe.metrics.chunks import Ints
 from mismatch_probe.metrics.intervals import Estimate, Floats, Interval, evaluate
-from mismatch_probe.metrics.sample import Pair, usable_sequences
+from mismatch_probe.metrics.sample import PairTokens, usable_sequences
 from mismatch_probe.metrics.summary import intercept, off_policy_why, slope_per_1k
 from mismatch_probe.types import MetricValue
 
@@ -120,13 +120,13 @@ class BinnedDiff:
     ci_high: Floats
 
 
-def policy_density(pair: Pair) -> PolicyDensity:
+def policy_density(pair: PairTokens) -> PolicyDensity:
     """Joint histogram of exp(b) and exp(a) in 50 equal bins per axis."""
     sums = as_sums(pair)
     return PolicyDensity(edges=np.linspace(0.0, 1.0, DENSITY_BINS + 1), counts=sums.density, n=sums.n_usable)
 
 
-def length_curve(pair: Pair) -> LengthCurve:
+def length_curve(pair: PairTokens) -> LengthCurve:
     """D against length with the line of `seq_log_ratio_slope_per_1k`; no line for an off-policy pair."""
     sums = as_sums(pair)
     sequences = usable_sequences(sums)
@@ -149,7 +149,7 @@ def length_curve(pair: Pair) -> LengthCurve:
     )
 
 
-def abs_diff_ccdf(pair: Pair) -> Ccdf:
+def abs_diff_ccdf(pair: PairTokens) -> Ccdf:
     """Tail of |d| at up to 400 of its quantiles, spaced evenly in the logarithm of the share."""
     values = np.sort(as_sums(pair).abs_log_ratio)
     positive = values[np.searchsorted(values, 0.0, side="right") :]
@@ -161,12 +161,12 @@ def abs_diff_ccdf(pair: Pair) -> Ccdf:
     return Ccdf(points, at_least / len(values))
 
 
-def abs_diff_by_probability(pair: Pair) -> BinnedDiff:
+def abs_diff_by_probability(pair: PairTokens) -> BinnedDiff:
     """Mean |d| by the rollout probability of the token."""
     return binned_diff(as_sums(pair).binned["probability"])
 
 
-def abs_diff_by_position(pair: Pair) -> BinnedDiff:
+def abs_diff_by_position(pair: PairTokens) -> BinnedDiff:
     """Mean |d| by position in the response: equal bins up to 96 tokens, near-geometric ones beyond."""
     return binned_diff(position_bins(as_sums(pair)))
 

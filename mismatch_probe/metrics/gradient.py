@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from mismatch_probe.metrics import scales
 from mismatch_probe.metrics.chunks import Ints, group_sums
 from mismatch_probe.metrics.intervals import Estimate, Floats, evaluate
-from mismatch_probe.metrics.sample import SPREAD_PROMPTS, Pair, few_decide, usable_tokens
+from mismatch_probe.metrics.sample import SPREAD_PROMPTS, PairTokens, few_decide, usable_tokens
 from mismatch_probe.types import MetricValue
 
 
@@ -179,7 +179,7 @@ def sign_draws(vectors: Floats, reference: Floats, signs: Floats) -> tuple[Float
 
 
 def random_walk_ess(
-    pair: Pair, lengths: Mapping[str, float], *, seed: int = 0, replicates: int = 1000
+    pair: PairTokens, lengths: Mapping[str, float], *, seed: int = 0, replicates: int = 1000
 ) -> dict[str, MetricValue]:
     """exp(−E d²·T): `ess_seq_gaussian` where the d of a sequence are uncorrelated, from the tokens' mean d².
 

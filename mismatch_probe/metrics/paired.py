@@ -17,7 +17,7 @@ from mismatch_probe.errors import UsageError
 from mismatch_probe.metrics.chunks import Ints
 from mismatch_probe.metrics.inference import POWER, SIGNIFICANCE, holm
 from mismatch_probe.metrics.intervals import Estimate, infer, join_why, metric_value
-from mismatch_probe.metrics.sample import Pair, count_excluded, usable_sequences, usable_tokens
+from mismatch_probe.metrics.sample import PairTokens, count_excluded, usable_sequences, usable_tokens
 from mismatch_probe.metrics.scales import as_is, exp
 from mismatch_probe.metrics.summary import sequence_metrics, token_metrics
 from mismatch_probe.types import MetricValue
@@ -67,7 +67,7 @@ class PairedComparison:
 
 
 def compare_pairs(
-    pairs: Mapping[str, Pair], keys: Sequence[str] = PAIRED_KEYS, *, seed: int = 0, replicates: int = 1000
+    pairs: Mapping[str, PairTokens], keys: Sequence[str] = PAIRED_KEYS, *, seed: int = 0, replicates: int = 1000
 ) -> list[PairedComparison]:
     """Every metric of `keys` in every two of `pairs`, as one family of tests.
 
@@ -117,7 +117,9 @@ def compare_pairs(
     ]
 
 
-def paired_ratio(numerator: Pair, denominator: Pair, key: str, *, seed: int = 0, replicates: int = 1000) -> MetricValue:
+def paired_ratio(
+    numerator: PairTokens, denominator: PairTokens, key: str, *, seed: int = 0, replicates: int = 1000
+) -> MetricValue:
     """Metric `key` of `numerator` over that of `denominator`, over the prompts that both have.
 
     The arguments are those of `compare_pairs`.
@@ -132,7 +134,7 @@ def paired_ratio(numerator: Pair, denominator: Pair, key: str, *, seed: int = 0,
     return compare_pairs(pairs, [key], seed=seed, replicates=replicates)[0].ratio
 
 
-def _estimate(pair: Pair, key: str) -> Estimate | MetricValue:
+def _estimate(pair: PairTokens, key: str) -> Estimate | MetricValue:
     token = token_metrics().get(key)
     if token is not None:
         tokens = usable_tokens(pair)
@@ -141,7 +143,7 @@ def _estimate(pair: Pair, key: str) -> Estimate | MetricValue:
     return sequence_metrics()[key](sequences) if len(sequences) else MetricValue(None, why="no usable sequences")
 
 
-def _shared_prompts(numerator: Pair, denominator: Pair) -> tuple[Ints, Ints]:
+def _shared_prompts(numerator: PairTokens, denominator: PairTokens) -> tuple[Ints, Ints]:
     """Rows of the shared prompts in either pair, in the same order."""
     if not numerator.prompt_ids or not denominator.prompt_ids:
         raise UsageError("A pair does not name its prompts.", "Fill prompt_ids, so that prompts can be matched.")

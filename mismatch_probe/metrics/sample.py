@@ -19,7 +19,7 @@ from mismatch_probe.metrics.intervals import Estimate, kish
 from mismatch_probe.metrics.moments import CentredSums, ShiftedSums
 from mismatch_probe.types import MetricValue, PairArrays
 
-Pair = PairArrays | PairSums
+PairTokens = PairArrays | PairSums
 
 _FEW = MetricValue(None, why="needs at least 2 values")
 # A spread over two prompts has no spread of its own: both are equally far from their mean.
@@ -214,17 +214,17 @@ def _variance(n: int, power: float) -> Working:
     return lambda means: power * (scales.log_variance(means) + correction)
 
 
-def count_excluded(pair: Pair) -> int:
+def count_excluded(pair: PairTokens) -> int:
     """Tokens that are left out of every metric."""
     return as_sums(pair).excluded.n_tokens
 
 
-def usable_tokens(pair: Pair) -> Tokens:
+def usable_tokens(pair: PairTokens) -> Tokens:
     """The usable tokens of `pair`."""
     return Tokens(as_sums(pair))
 
 
-def usable_sequences(pair: Pair) -> Sequences:
+def usable_sequences(pair: PairTokens) -> Sequences:
     """The non-empty sequences of `pair` without any unusable token."""
     sums = as_sums(pair)
     every = sums.sequences

@@ -30,7 +30,7 @@ from mismatch_probe.metrics.intervals import (
 )
 from mismatch_probe.metrics.sample import (
     SPREAD_PROMPTS,
-    Pair,
+    PairTokens,
     Sequences,
     Tokens,
     count_excluded,
@@ -268,7 +268,7 @@ def _seq_mult_prob_error_max(seqs: Sequences) -> MetricValue:
 
 
 def compute_metrics(
-    pair: Pair,
+    pair: PairTokens,
     exact: ExactRows | None = None,
     *,
     keys: Collection[str] = tuple(CATALOG),
@@ -324,7 +324,7 @@ def _build(
     return results
 
 
-def off_policy_why(pair: Pair, key: str) -> str:
+def off_policy_why(pair: PairTokens, key: str) -> str:
     """Why metric `key` does not apply to `pair`; empty where it does."""
     if pair.on_policy or not CATALOG[key].needs_on_policy:
         return ""

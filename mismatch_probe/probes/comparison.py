@@ -28,7 +28,7 @@ from mismatch_probe.probes.session import Session, check_device, check_files
 from mismatch_probe.probes.tokens import token_view
 from mismatch_probe.report.data import ReportData
 from mismatch_probe.results.comparison import Comparison
-from mismatch_probe.results.manifest import Environment, Manifest, ModelRecord, PromptsRecord
+from mismatch_probe.results.manifest import Manifest, ModelRecord, PromptsRecord
 from mismatch_probe.runs.comparison import RunDirectory
 from mismatch_probe.runs.folder import kind_of
 from mismatch_probe.runs.passes import Passes, passes_of
@@ -287,11 +287,7 @@ def _manifest(plan: Plan) -> Manifest:
         model=ModelRecord(name=name, revision=plan.model.revision, path=str(plan.model.path)),
         prompts=PromptsRecord(source=plan.prompts.source, n=plan.sizes.num_prompts, sha256=plan.prompts.sha256),
         recorded=None if recorded is None else recorded_of(recorded),
-        environment=Environment(
-            versions=devices.package_versions(),
-            machine=devices.machine(),
-            variables=devices.recorded_environment(),
-        ),
+        environment=devices.environment(),
     )
 
 

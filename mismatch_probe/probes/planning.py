@@ -103,7 +103,7 @@ def _seconds(plan: Plan, dtype: str, parameters: int, tokens: int) -> float:
     if plan.device == "cuda":
         rate = _GPU_RATE[dtype]
     else:
-        rate = _CPU_RATE[dtype][devices.cpu_has_bf16()] * devices.machine()["cores"]
+        rate = _CPU_RATE[dtype][devices.cpu_has_bf16()] * (devices.machine().cores or 1)
     return _START_SECONDS + 2.0 * parameters * tokens / rate
 
 

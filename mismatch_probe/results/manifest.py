@@ -133,13 +133,28 @@ class Recorded(RecordedSides):
     """The file."""
 
 
+class Machine(Result):
+    """Where something ran."""
+
+    cpu: str
+    """Name of the processor."""
+    cores: int | None = None
+    """Cores that the process may use; None where unknown."""
+    bf16_instructions: bool | None = None
+    """Whether the processor multiplies BF16 in hardware; None where unknown."""
+    gpus: tuple[str, ...] = ()
+    """Names of the GPUs."""
+    platform: str = ""
+    """Operating system and C library."""
+
+
 class Environment(Result):
     """What a log-prob depends on beside model and settings."""
 
     versions: dict[str, str]
-    """Versions of packages."""
-    machine: dict[str, JsonValue]
-    """Processor, cores, GPUs, platform."""
+    """Versions of the packages that a log-prob depends on, by package."""
+    machine: Machine
+    """The machine."""
     variables: dict[str, str]
     """Environment variables that can change a log-prob."""
 

@@ -8,6 +8,7 @@ from pydantic import JsonValue
 
 from mismatch_probe.results.base import Document, Result
 from mismatch_probe.results.finding import Finding
+from mismatch_probe.results.manifest import Environment
 from mismatch_probe.types import MetricValue
 
 Status = Literal["complete", "collapsed", "diverged"]
@@ -27,32 +28,6 @@ class TrainedModel(Result):
     """Hub revision, None for a local folder."""
     files: dict[str, str]
     """SHA-256 of each file of weights and configuration, by file name."""
-
-
-class Machine(Result):
-    """Where a run was started."""
-
-    cpu: str
-    """Name of the processor."""
-    cores: int | None
-    """Cores that the process may use."""
-    bf16_instructions: bool
-    """Whether the processor multiplies BF16 in hardware."""
-    gpus: tuple[str, ...]
-    """Names of the GPUs."""
-    platform: str
-    """Operating system and C library."""
-
-
-class Environment(Result):
-    """What can change a log-prob without being a setting."""
-
-    versions: dict[str, str]
-    """Versions of the packages that a log-prob depends on, by package."""
-    machine: Machine
-    """The machine."""
-    variables: dict[str, str]
-    """Environment variables that can change a log-prob."""
 
 
 class Provenance(Result):

@@ -24,7 +24,7 @@ from mismatch_probe.probes.session import Session, check_device, same_model, wri
 from mismatch_probe.report.data import RlRunData
 from mismatch_probe.report.model import Report
 from mismatch_probe.report.words import say
-from mismatch_probe.results.rl_run import Environment, Machine, Provenance, RlRun, TrainedModel
+from mismatch_probe.results.rl_run import Provenance, RlRun, TrainedModel
 from mismatch_probe.rl.config import RlConfig, TaskSettings, precision_label
 from mismatch_probe.rl.records import RlDirectory
 from mismatch_probe.rl.worker import RlJob
@@ -236,14 +236,9 @@ def step_line(row: Mapping[str, Any]) -> str:
 
 def provenance_of(model: ModelRef, device: str) -> Provenance:
     """What a folder says of model and machine."""
-    machine = devices.machine()
     return Provenance(
         created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         device=device,
         model=TrainedModel(name=model.name, revision=model.revision, files=model.file_hashes()),
-        environment=Environment(
-            versions=devices.package_versions(),
-            machine=Machine(**machine),
-            variables=devices.recorded_environment(),
-        ),
+        environment=devices.environment(),
     )

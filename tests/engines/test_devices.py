@@ -271,5 +271,6 @@ class TestRecordedEnvironment:
 
     def test_the_machine_is_named(self) -> None:
         found = devices.machine()
-        assert found["cpu"]
-        assert found["cores"] >= 1
+        assert found.cpu
+        assert found.cores is not None
+        assert found.cores >= 1

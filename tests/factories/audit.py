@@ -48,7 +48,7 @@ from mismatch_probe.results.audit import (
 )
 from mismatch_probe.results.comparison import Pair
 from mismatch_probe.results.finding import Finding
-from mismatch_probe.results.manifest import Environment
+from mismatch_probe.results.manifest import Environment, Machine
 from mismatch_probe.types import MetricValue
 
 LEVELS: dict[str, tuple[Level, Level]] = {
@@ -416,7 +416,7 @@ def audit(
         "provenance": AuditProvenance(
             created="2026-11-26T10:00:00+0000",
             tool_version="0.1.0",
-            environment=Environment(versions={"torch": "2.13.0"}, machine={"cores": 2}, variables={}),
+            environment=Environment(versions={"torch": "2.13.0"}, machine=Machine(cpu="x", cores=2), variables={}),
             device="cpu",
             config=CompareConfig(model="smollm2-135m"),
             prompts_sha256="0" * 64,

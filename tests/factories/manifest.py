@@ -8,6 +8,7 @@ from mismatch_probe.config import CompareConfig, Sizes
 from mismatch_probe.results.manifest import (
     Determinism,
     Environment,
+    Machine,
     Manifest,
     ModelRecord,
     PassRecord,
@@ -34,7 +35,7 @@ def make_manifest(**changes: Any) -> Manifest:
             "device": "cpu",
             "model": ModelRecord(name="smollm2-135m", path="/models/smollm2-135m", files={"a.safetensors": "ab" * 32}),
             "prompts": PromptsRecord(source="built-in", n=4, sha256="cd" * 32),
-            "environment": Environment(versions={"torch": "2.9"}, machine={"cpu": "x", "cores": 2}, variables={}),
+            "environment": Environment(versions={"torch": "2.9"}, machine=Machine(cpu="x", cores=2), variables={}),
             **changes,
         },
     )

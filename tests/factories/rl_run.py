@@ -9,7 +9,8 @@ import pandas as pd
 
 from mismatch_probe.report.data import RlRunData
 from mismatch_probe.results.finding import Finding
-from mismatch_probe.results.rl_run import Ending, Environment, Machine, Provenance, RlRun, TrainedModel
+from mismatch_probe.results.manifest import Environment, Machine
+from mismatch_probe.results.rl_run import Ending, Provenance, RlRun, TrainedModel
 from mismatch_probe.rl.config import RlConfig, precision_label
 from mismatch_probe.rl.summary import PHASES, run_findings, summarise
 

@@ -18,7 +18,7 @@ from mismatch_probe.engines.attribute.trace import MOST_BYTES, MOST_ROWS, choose
 from mismatch_probe.errors import EngineError, TableError, UsageError
 from mismatch_probe.metrics.ladder import Change
 from mismatch_probe.probes.attribute.effects import judged
-from mismatch_probe.probes.attribute.pair import Pair, open_pair
+from mismatch_probe.probes.attribute.pair import AttributedPair, open_pair
 from mismatch_probe.probes.attribute.passes import AT_ROLLOUT, NOT_MEASURED, WIDE_PREFILL, PassStore
 from mismatch_probe.probes.attribute.settings import ALREADY, PREFILL, REPLAY, TRAINER, Context, choose, settings_of
 from mismatch_probe.report.attribution import attribution_answer
@@ -38,7 +38,7 @@ class Planted:
 
     def __init__(self, path: Path, **options: Any) -> None:
         self.options = AttributeOptions(layers=False, **options)
-        self.base: Pair = open_pair(RunDirectory.open(path), self.options)
+        self.base: AttributedPair = open_pair(RunDirectory.open(path), self.options)
         self.store = PassStore(self.base, self.options)
         self._draw = np.random.default_rng(0)
 

@@ -32,7 +32,7 @@ PASSES = 1
 
 
 @dataclass(frozen=True)
-class Pair:
+class AttributedPair:
     """The pair whose gap is taken apart, and what is known of its engines.
 
     Attributes:
@@ -113,7 +113,7 @@ def _digest(known: Any) -> str:
     return hashlib.sha256(json.dumps(known, default=str).encode()).hexdigest()
 
 
-def open_pair(run: RunDirectory, options: AttributeOptions) -> Pair:
+def open_pair(run: RunDirectory, options: AttributeOptions) -> AttributedPair:
     """Reads a run's pair.
 
     Raises:
@@ -166,7 +166,7 @@ def open_pair(run: RunDirectory, options: AttributeOptions) -> Pair:
         engine=run.manifest.passes[str(rollout)].engine,
         attention=str(run.manifest.passes[str(trainer)].engine.get("attention", "")),
     )
-    return Pair(
+    return AttributedPair(
         run,
         config,
         rollout,

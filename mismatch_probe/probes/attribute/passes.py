@@ -17,7 +17,7 @@ from mismatch_probe.engines.attribute.trainer import FIXES, set_name, single_nam
 from mismatch_probe.engines.attribute.variants import FP32_CLASSES
 from mismatch_probe.engines.vllm.unsupported import unsupported
 from mismatch_probe.metrics import ladder
-from mismatch_probe.probes.attribute.pair import Pair
+from mismatch_probe.probes.attribute.pair import AttributedPair
 from mismatch_probe.probes.attribute.settings import PREFILL, REPLAY, TRAINER, Setting, choose, settings_of
 from mismatch_probe.runs.measurements import Part, Store
 from mismatch_probe.types import DTYPES
@@ -49,7 +49,7 @@ class PassStore:
         options: The attribution's.
     """
 
-    def __init__(self, pair: Pair, options: AttributeOptions) -> None:
+    def __init__(self, pair: AttributedPair, options: AttributeOptions) -> None:
         self._pair, self._options = pair, options
         self.files = Store(pair.run.path / FOLDER / "passes", self.key)
         self.settings = settings_of(pair.context)
@@ -145,7 +145,7 @@ class Evidence:
         parts: What is there, by name.
     """
 
-    pair: Pair
+    pair: AttributedPair
     store: PassStore
     parts: Mapping[str, Part]
 

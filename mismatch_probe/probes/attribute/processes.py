@@ -27,7 +27,7 @@ from mismatch_probe.engines.attribute.trainer import FIXES, FixSearch, TrainerVa
 from mismatch_probe.engines.attribute.variants import PassKind, TrainerVariant
 from mismatch_probe.engines.base import Job, RolloutJob, TrainerJob
 from mismatch_probe.engines.models import ModelRef
-from mismatch_probe.probes.attribute.pair import Pair
+from mismatch_probe.probes.attribute.pair import AttributedPair
 from mismatch_probe.probes.attribute.passes import (
     AT_ROLLOUT,
     CAST,
@@ -98,7 +98,7 @@ class Processes:
         model: The run's own.
     """
 
-    def __init__(self, store: PassStore, pair: Pair, options: AttributeOptions, model: ModelRef) -> None:
+    def __init__(self, store: PassStore, pair: AttributedPair, options: AttributeOptions, model: ModelRef) -> None:
         self._store, self._pair, self._options, self._model = store, pair, options, model
 
     def of(self, missing: Sequence[str]) -> list[Process]:

@@ -16,7 +16,7 @@ from mismatch_probe.engines.attribute.trace import MOST_BYTES, TraceFiles
 from mismatch_probe.errors import DiskFull, EngineMissing, ProbeError, UsageError
 from mismatch_probe.probes.analysis import analyse
 from mismatch_probe.probes.attribute.attribution import attribution_of
-from mismatch_probe.probes.attribute.pair import Pair, open_pair
+from mismatch_probe.probes.attribute.pair import AttributedPair, open_pair
 from mismatch_probe.probes.attribute.passes import FOLDER, Evidence, PassStore, inside_name
 from mismatch_probe.probes.attribute.processes import Process, Processes
 from mismatch_probe.probes.attribute.settings import Context, Setting, choose, settings_of
@@ -134,7 +134,7 @@ def _remember(run: RunDirectory, options: AttributeOptions) -> None:
     run.save()
 
 
-def _write(pair: Pair, store: PassStore) -> AttributeResult:
+def _write(pair: AttributedPair, store: PassStore) -> AttributeResult:
     """The document, and what is shown of it."""
     path, folder = pair.run.path, pair.run.path / FOLDER
     found = attribution_of(Evidence(pair, store, store.load()))
@@ -157,7 +157,9 @@ def _options(run: RunDirectory, given: Mapping[str, Any]) -> AttributeOptions:
     return AttributeOptions(**{**(run.manifest.attribution or {}), **given})
 
 
-def make_missing(store: PassStore, pair: Pair, options: AttributeOptions, progress: Progress, *, again: bool) -> None:
+def make_missing(
+    store: PassStore, pair: AttributedPair, options: AttributeOptions, progress: Progress, *, again: bool
+) -> None:
     """Makes the passes that are not there yet.
 
     Args:
