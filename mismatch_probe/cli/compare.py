@@ -8,7 +8,7 @@ import click
 
 import mismatch_probe
 from mismatch_probe.cli.options import json_option, only_new, out_option, resume_option, settings_command
-from mismatch_probe.cli.output import print_json
+from mismatch_probe.cli.output import print_json, printable
 from mismatch_probe.config import CompareConfig
 from mismatch_probe.config.commands import CompareSettings
 from mismatch_probe.errors import EXIT_ERROR, EXIT_LIMIT, EXIT_OK
@@ -44,7 +44,8 @@ def command(values: dict[str, Any], out: str | None, resume: str | None, plan_on
     if resume is not None:
         only_new({}, {"out": out, "plan_only": plan_only}, "--resume")
     if plan_only:
-        _show_plan(mismatch_probe.plan(**CompareSettings.of(values).part(CompareConfig).model_dump()), as_json)
+        plan = mismatch_probe.plan(**CompareSettings.of(values).part(CompareConfig).model_dump())
+        _show_plan(plan, out, as_json)
         return EXIT_OK
     from mismatch_probe.cli.progress import shown_progress
 
@@ -76,11 +77,16 @@ def show_result(result: RunResult, as_json: bool) -> int:
     return EXIT_LIMIT if result.exceeded else EXIT_OK
 
 
-def _show_plan(plan: Plan, as_json: bool) -> None:
+def _show_plan(plan: Plan, out: str | None, as_json: bool) -> None:
     from dataclasses import asdict
 
-    from mismatch_probe.probes.planning import disk_gib, estimate
+    from mismatch_probe.probes.planning import disk_gib, estimate, plan_preflight
+    from mismatch_probe.report.preflight import preflight_note
 
+    findings = plan_preflight(plan, out)
+    if not as_json:
+        for finding in findings:
+            click.echo(printable(preflight_note(finding).text))
     rows = estimate(plan)
     total = sum(row.seconds for row in rows)
     if as_json:
@@ -89,6 +95,7 @@ def _show_plan(plan: Plan, as_json: bool) -> None:
             "sizes": asdict(plan.sizes),
             "passes": [{**asdict(row), "pass_id": str(row.pass_id)} for row in rows],
         }
+        document["findings"] = [finding.model_dump(mode="json") for finding in findings]
         print_json({**document, "seconds": total, "disk_gib": disk_gib(plan, rows)})
         return
     sizes = plan.sizes

@@ -126,7 +126,7 @@ def new_run(
         return _finished_run(config, out, fail_on)
     parse_limits(fail_on, None if config.source else passes_of(config))  # before anything is fetched
     progress = progress or Progress()
-    plan = make_plan(config, progress)
+    plan = make_plan(config, progress, out)
     limits = parse_limits(fail_on, plan.passes)
     with begun(plan, out, progress) as session:
         return _compare(session, limits, plan)
@@ -234,7 +234,7 @@ def _plan_again(run: RunDirectory, progress: Progress) -> Plan:
     own = () if config.source is None else ("num_prompts", "samples_per_prompt", "max_tokens")
     sizes = {name: value for name, value in vars(run.manifest.sizes).items() if name not in own}
     fixed = {**sizes, "revision": run.manifest.model.revision}
-    plan = make_plan(config.replace(**fixed), progress)
+    plan = make_plan(config.replace(**fixed), progress, run.path)
     if plan.prompts.sha256 != run.manifest.prompts.sha256:
         raise TableError(
             "The prompts have changed since this run began.", "Restore the prompt file, or start a new run."

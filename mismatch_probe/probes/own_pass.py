@@ -8,17 +8,33 @@ from mismatch_probe.engines.base import Job, TrainerJob
 from mismatch_probe.engines.models import ModelRef, resolve
 from mismatch_probe.engines.process import EngineProcess
 from mismatch_probe.errors import ProbeError, UsageError
+from mismatch_probe.probes.preflight import Use
+from mismatch_probe.probes.preflight.run import guard
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.probes.session import same_model
 from mismatch_probe.probes.workers import told
 from mismatch_probe.runs.comparison import RunDirectory
 
 
-def model_of(run: RunDirectory, config: CompareConfig, progress: Progress) -> ModelRef:
-    """The run's own model.
+def model_of(
+    run: RunDirectory,
+    config: CompareConfig,
+    progress: Progress,
+    bytes_per_weight: float,
+    rollout_dtypes: tuple[str, ...] = (),
+) -> ModelRef:
+    """The run's own model, checked for what is to be done with it.
+
+    Args:
+        run: The comparison.
+        config: Its settings.
+        progress: Told what surprises.
+        bytes_per_weight: Memory of a weight in the pass that needs most.
+        rollout_dtypes: Dtypes of the rollout engine.
 
     Raises:
         UsageError: It has no weights.
+        ModelError: Something will fail.
         TableError: Its files are no longer those of the run.
     """
     if not config.model:
@@ -31,6 +47,15 @@ def model_of(run: RunDirectory, config: CompareConfig, progress: Progress) -> Mo
     )
     if model.scripted:
         raise UsageError("The scripted model has no weights, so there is nothing to measure.", "Measure a real one.")
+    use = Use(
+        rollout_dtypes=rollout_dtypes,
+        attention=config.trainer_attn,
+        trust_remote_code=config.trust_remote_code,
+        device=device_of(run),
+        bytes_per_weight=bytes_per_weight,
+        folder=run.path,
+    )
+    guard(model, use, progress)
     return same_model(run, model)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 from mismatch_probe.config import DEFAULT_MODEL, CompareConfig, Sizes
 from mismatch_probe.dtypes import DTYPE_INFOS
@@ -15,10 +16,12 @@ from mismatch_probe.ingest import read_recorded
 from mismatch_probe.ingest.base import RecordedRun
 from mismatch_probe.passes import PassId
 from mismatch_probe.probes.preflight import Use
-from mismatch_probe.probes.preflight.run import guard
+from mismatch_probe.probes.preflight.run import guard, preflight
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.probes.recorded import check_recorded, recorded_of
 from mismatch_probe.prompts import PromptSet, load_prompts
+from mismatch_probe.results.finding import Finding
+from mismatch_probe.runs.folder import run_folder
 from mismatch_probe.runs.passes import Passes, passes_of
 from mismatch_probe.types import DTYPES, EncodedPrompt, RolloutRequest
 
@@ -145,12 +148,19 @@ def _check_engines(config: CompareConfig, passes: Passes) -> None:
         raise UsageError(f"{name} needs a trainer engine, and the file brings both sides.", "Add --rescore.")
 
 
-def make_plan(config: CompareConfig, progress: Progress | None = None, *, weights: bool = True) -> Plan:
+def make_plan(
+    config: CompareConfig,
+    progress: Progress | None = None,
+    out: str | Path | None = None,
+    *,
+    weights: bool = True,
+) -> Plan:
     """Fills in every default.
 
     Args:
         config: What was asked for.
         progress: Told what takes long.
+        out: Folder of the run; None for one under `runs/`.
         weights: False where the plan is only to be looked at: then no weights are fetched.
 
     Raises:
@@ -199,11 +209,24 @@ def make_plan(config: CompareConfig, progress: Progress | None = None, *, weight
         sizes = replace(sizes, num_prompts=len(prompts.prompts))
     plan = Plan(config, model, prompts, device, sizes, passes, recorded)
     if weights and model.config and not model.scripted:
-        guard(model, _use(plan), progress)
+        guard(model, _use(plan, out), progress)
     return plan
 
 
-def _use(plan: Plan) -> Use:
+def plan_preflight(plan: Plan, out: str | Path | None = None) -> tuple[Finding, ...]:
+    """What of a plan will fail or surprise; nothing where its model is not on this disk.
+
+    Args:
+        plan: The plan.
+        out: Folder of the run; None for one under `runs/`.
+    """
+    model = plan.model
+    if not model.config or model.scripted or model.known_parameters is not None:
+        return ()
+    return tuple(preflight(model, _use(plan, out)).of("fail", "warn", "note"))
+
+
+def _use(plan: Plan, out: str | Path | None) -> Use:
     """What the comparison does with its checkpoint."""
     config, engines = plan.config, [one for one in plan.passes.rollouts if not one.recorded]
     held = [one.dtype for one in engines]
@@ -222,4 +245,5 @@ def _use(plan: Plan) -> Use:
         device=plan.device,
         bytes_per_weight=max((DTYPE_INFOS[dtype].bytes for dtype in held), default=0),
         disk_bytes=int(disk * devices.GIB),
+        folder=run_folder(out),
     )

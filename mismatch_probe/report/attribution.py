@@ -27,6 +27,7 @@ from mismatch_probe.report.model import (
     section,
     table,
 )
+from mismatch_probe.report.preflight import preflight_note
 from mismatch_probe.report.words import say
 from mismatch_probe.report.words.attribute import (
     PASSES,
@@ -94,6 +95,7 @@ def plan_report(plan: AttributionPlan) -> Report:
         title=f"Plan of an attribution of {plan.model} on {plan.device}",
         state="none",
         answer=(f"About {_duration(plan.seconds)} in all; expect a factor of two or three either way.",),
+        notes=tuple(preflight_note(finding) for finding in plan.findings),
         table=table(
             ("process", *numeric("passes", "time, roughly")),
             processes,

@@ -29,7 +29,7 @@ def preflight_report(document: Preflight) -> Report:
         state=state,
         answer=(answer,),
         steps=(Step(fix, command),),
-        notes=tuple(_note(finding) for finding in document.findings),
+        notes=tuple(preflight_note(finding) for finding in document.findings),
         sections=(*_facts(document), *_checks(document)),
     )
 
@@ -38,7 +38,8 @@ def _counted(n: int, what: str) -> str:
     return f"{n} {what}{'' if n == 1 else 's'}"
 
 
-def _note(finding: Finding) -> Text:
+def preflight_note(finding: Finding) -> Text:
+    """A finding with what to do about it."""
     fix = all_words()[finding.code].fix
     advice = f" {fix}" if fix and finding.severity in ("fail", "warn") else ""
     return Text(f"{finding.severity}: {say(finding)}{advice}", _TONES[finding.severity])

@@ -308,3 +308,5 @@ class AttributionPlan(Result):
     """Rough time of everything."""
     disk_gib: float
     """GiB that recorded layers take at most while they are compared."""
+    findings: tuple[Finding, ...] = ()
+    """What of the checkpoint will fail or surprise; empty where it is not on this disk."""

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from mismatch_probe.config.settings import Count, Device, DtypeName, Option, PathText, Positive, Settings
-from mismatch_probe.dtypes import dtype_label
+from mismatch_probe.dtypes import DTYPE_INFOS, dtype_label
 from mismatch_probe.errors import UsageError
 from mismatch_probe.rl.algorithms import algorithms
 from mismatch_probe.rl.tasks import tasks
@@ -15,6 +15,7 @@ from mismatch_probe.types import TrainerMode
 
 Structure = Literal["none", "weight-noise", "mantissa", "logit-noise", "stale"]
 Part = Annotated[float, Field(ge=0, lt=1)]
+_FP32 = DTYPE_INFOS["float32"].bytes
 
 
 class TaskSettings(Settings):
@@ -47,6 +48,16 @@ class TaskSettings(Settings):
     seed: Annotated[int, Field(ge=0, lt=1 << 31)] = Field(default=0, description="Random seed, 0 to 2^31 − 1.")
     rollout_dtype: DtypeName = Field(default="bfloat16", description="Dtype of the rollout engine.")
     kv_cache_gib: Annotated[Positive, Option(metavar="GIB")] = Field(default=1, description="KV cache on a CPU.")
+
+    @property
+    def bytes_per_weight(self) -> float:
+        """Memory of a weight while it runs: in the rollout engine."""
+        return DTYPE_INFOS[self.rollout_dtype].bytes
+
+    @property
+    def disk_bytes_per_weight(self) -> float:
+        """Disk of a weight: its checkpoints."""
+        return 0
 
     @model_validator(mode="after")
     def _has_problems(self) -> Self:
@@ -150,6 +161,28 @@ class RlConfig(
     """Settings of an RL run; the temperature applies on both sides."""
 
     n_problems: Positive = Field(default=128, description="Number of problems that are trained on.")
+
+    @property
+    def bytes_per_weight(self) -> float:
+        """Memory of a weight: in the rollout engine, and in `rl.policy.Policy` in FP32 as master weight, gradient and
+        both moments of AdamW, in 16-bit mode cast also as a copy with its gradient, and as stale weights.
+        """
+        copy = DTYPE_INFOS[self.trainer_dtype].bytes
+        copied = 2 * copy if self.trainer_mode == "cast" and self.trainer_dtype != "float32" else 0
+        return super().bytes_per_weight + _FP32 + _FP32 + 2 * _FP32 + copied + self._stale_bytes
+
+    @property
+    def disk_bytes_per_weight(self) -> float:
+        """Disk of a weight: in FP32 in the model's file, as master weight, moments and stale weights, in the newest
+        checkpoint, the last healthy one and the one that is being written.
+        """
+        n_checkpoints = min(3, -(-self.steps // self.checkpoint_every))
+        return n_checkpoints * (4 * _FP32 + self._stale_bytes)
+
+    @property
+    def _stale_bytes(self) -> float:
+        """Of weights of earlier steps, which are kept with those of the present one."""
+        return _FP32 * (self.dose + 1) if self.stress == "stale" else 0
 
     @model_validator(mode="after")
     def _together(self) -> Self:

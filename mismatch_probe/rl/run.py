@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from mismatch_probe.dtypes import DTYPE_INFOS
 from mismatch_probe.engines import devices, registry
 from mismatch_probe.engines.events import Event, Found, InRun, Message, RunEnded, StepDone, Total
 from mismatch_probe.engines.models import ModelRef, resolve
@@ -28,7 +27,7 @@ from mismatch_probe.results.rl_run import Provenance, RlRun, TrainedModel
 from mismatch_probe.rl.config import RlConfig, TaskSettings, precision_label
 from mismatch_probe.rl.records import RlDirectory
 from mismatch_probe.rl.worker import RlJob
-from mismatch_probe.runs.folder import RunFolder
+from mismatch_probe.runs.folder import RunFolder, run_folder
 
 CHAIN = "chain"
 
@@ -68,17 +67,32 @@ class RlResult:
         return rl_run_report(self.data)
 
 
-def resolve_model(config: TaskSettings, progress: Progress) -> ModelRef:
-    """The initial model; `chain` is the one that comes with the tool."""
+def resolve_model(
+    config: TaskSettings, progress: Progress, out: str | Path | None = None, others: Sequence[TaskSettings] = ()
+) -> ModelRef:
+    """The initial model; `chain` is the one that comes with the tool.
+
+    Args:
+        config: Names it.
+        progress: Told what takes long, and what surprises.
+        out: Folder of the run; None for one under `runs/`.
+        others: Further runs of a sweep.
+
+    Raises:
+        ModelError: There is no such model, or something will fail.
+    """
+    configs = (config, *others)
     if config.model == CHAIN:
         return resolve(str(data_path(f"rl/{CHAIN}/config.json").parent))
     model = resolve(config.model, revision=config.revision, log=progress.message)
     use = Use(
-        rollout_dtypes=(config.rollout_dtype,),
+        rollout_dtypes=tuple(dict.fromkeys(one.rollout_dtype for one in configs)),
         chat=config.chat,
         max_tokens=config.max_tokens,
         device=devices.choose_device(config.device),
-        bytes_per_weight=DTYPE_INFOS["float32"].bytes,
+        bytes_per_weight=max(one.bytes_per_weight for one in configs),
+        disk_bytes=int(sum(one.disk_bytes_per_weight for one in configs) * model.checkpoint().parameters),
+        folder=run_folder(out),
     )
     guard(model, use, progress)
     return model
@@ -102,13 +116,19 @@ class Start:
     device: devices.Device
 
     @classmethod
-    def of(cls, config: TaskSettings, progress: Progress) -> Start:
-        """Of a new run.
+    def of(
+        cls,
+        config: TaskSettings,
+        progress: Progress,
+        out: str | Path | None = None,
+        others: Sequence[TaskSettings] = (),
+    ) -> Start:
+        """Of a new run; arguments as in `resolve_model`.
 
         Raises:
             ProbeError: The model or the device cannot be had.
         """
-        return cls(resolve_model(config, progress), device_of(config))
+        return cls(resolve_model(config, progress, out, others), device_of(config))
 
     @classmethod
     def again(cls, run: RunFolder[Any], config: TaskSettings, progress: Progress) -> Start:
@@ -118,7 +138,7 @@ class Start:
             TableError: The model's files have changed.
             UsageError: It began on another device.
         """
-        start = cls.of(config, progress)
+        start = cls.of(config, progress, run.path)
         check_device(run, start.device)
         same_model(run, start.model)
         return start
@@ -135,7 +155,7 @@ def new_rl_run(config: RlConfig, out: str | Path | None, progress: Progress | No
         ProbeError: The model, the device or the folder cannot be had, or the engine failed.
     """
     progress = progress or Progress()
-    start = Start.of(config, progress)
+    start = Start.of(config, progress, out)
     with Session.new(
         lambda path: RlDirectory.create(path, config, start.provenance()),
         f"rl-{Path(config.model).name}",

@@ -80,7 +80,7 @@ def new_sweep(
     """
     progress = progress or Progress()
     first = runs[0].config
-    start = Start.of(first, progress)
+    start = Start.of(first, progress, out, [run.config for run in runs[1:]])
     at = slots(start.device, workers)
     with Session.new(
         lambda path: SweepDirectory.create(path, runs, start.provenance()),

@@ -158,8 +158,10 @@ def refuse_occupied(path: Path) -> None:
         raise UsageError(f"{path} is not empty.", "Choose another --out, or continue the run with --resume.")
 
 
-def default_folder(name: str) -> Path:
-    """`runs/<name>-<local time>`."""
+def run_folder(out: str | Path | None, name: str = "") -> Path:
+    """Where a new run goes: `out`, or by default `runs/<name>-<local time>`."""
+    if out is not None:
+        return Path(out)
     name = re.sub(r"[^\w.-]+", "-", Path(name).name).strip("-") or "model"
     return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
@@ -172,7 +174,7 @@ def new_folder(out: str | Path | None, name: str) -> Iterator[Path]:
         UsageError: The folder exists and is not empty, or is no folder.
         FolderBusy: Another process uses it.
     """
-    path = Path(out) if out is not None else default_folder(name)
+    path = run_folder(out, name)
     refuse_occupied(path)  # before the lock, which would leave its file in a folder that is none of ours
     with locked(path):
         yield path

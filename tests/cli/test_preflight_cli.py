@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,13 @@ from typing import Any
 import pytest
 
 from mismatch_probe.errors import ModelError
+from mismatch_probe.probes.own_pass import model_of
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.rl.config import RlConfig
 from mismatch_probe.rl.run import resolve_model
+from mismatch_probe.runs.comparison import RunDirectory
 from tests.factories.checkpoint import write_checkpoint
+from tests.factories.manifest import make_manifest
 
 
 @pytest.fixture
@@ -61,3 +65,39 @@ def test_rl_stops_as_well(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mismatch_probe.engines.devices.choose_device", lambda requested: "cpu")
     with pytest.raises(ModelError, match="truncated"):
         resolve_model(RlConfig(model=str(cut(model))), Progress())
+
+
+def test_a_pass_that_is_added_to_a_run_stops_as_well(model: Path, tmp_path: Path) -> None:
+    """`rl gradient --from RUN`, `attribute --resume RUN` and `audit --resume RUN` find their model so."""
+    run = RunDirectory.create(tmp_path / "run", make_manifest(config={"model": str(cut(model))}))
+    with pytest.raises(ModelError, match="truncated"):
+        model_of(run, run.manifest.config, Progress(), 4)
+
+
+@pytest.mark.parametrize("name", ["compare", "attribute"])
+def test_a_plan_shows_what_would_surprise(
+    name: str, model: Path, command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mismatch_probe.engines.devices.choose_device", lambda requested: "cpu")
+    asked = (name, "--plan", "--model", model, "--max-tokens", "600")
+    found = json.loads(command(*asked, "--json").out)["findings"]
+    assert [(one["code"], one["severity"]) for one in found] == [("responses-cut", "warn")]
+    assert "512" in command(*asked).out
+
+
+@pytest.mark.parametrize("asked", [("compare",), ("rl", "run", "--steps", "1")])
+def test_disk_is_asked_where_the_run_goes(
+    asked: tuple[str, ...], model: Path, command: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mismatch_probe.engines.devices.choose_device", lambda requested: "cpu")
+    full = tmp_path / "full"
+    full.mkdir()
+    real = shutil.disk_usage
+    monkeypatch.setattr(
+        "mismatch_probe.probes.preflight.resources.shutil.disk_usage",
+        lambda path: real(path)._replace(free=0 if Path(path) == full else 1 << 50),
+    )
+    shown = command(*asked, "--model", model, "--out", full / "run")
+    assert shown.code == 1
+    assert str(full) in shown.err
+    assert not (full / "run").exists()

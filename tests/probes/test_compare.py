@@ -23,7 +23,7 @@ from mismatch_probe.passes import PassId
 from mismatch_probe.probes.planning import make_plan
 from mismatch_probe.run import Run
 from mismatch_probe.runs.comparison import RunDirectory
-from mismatch_probe.runs.folder import default_folder
+from mismatch_probe.runs.folder import run_folder
 from mismatch_probe.types import DTYPES
 from tests.conftest import SMALL, MakeModel, Recorder
 
@@ -641,8 +641,8 @@ class TestRefusals:
 
 
 def test_a_new_run_is_named_after_its_model() -> None:
-    assert default_folder("org/a model\x1b[31m").name.startswith("a-model-31m-")
-    assert default_folder("/").name.startswith("model-")
+    assert run_folder(None, "org/a model\x1b[31m").name.startswith("a-model-31m-")
+    assert run_folder(None, "/").name.startswith("model-")
 
 
 def test_parts_move_to_another_folder_with_their_run(

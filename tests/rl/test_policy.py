@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from scipy import special
 from transformers import AutoModelForCausalLM
 
+from mismatch_probe.dtypes import DTYPE_INFOS
 from mismatch_probe.engines.logprobs import Batch, entropies, token_logprobs
 from mismatch_probe.errors import ModelError, TableError
 from mismatch_probe.rl.config import RlConfig
@@ -509,3 +510,18 @@ def test_what_float32_rounds_is_measured_with_experts(tmp_path: Path, architectu
     assert exact.dtype == torch.float64
     assert 1e-9 < (exact - clean.double()).abs().mean() < 1e-5
     assert policy.model.config._experts_implementation == before != "eager"
+
+
+@every_mode
+def test_memory_of_a_weight_is_what_a_step_holds(tied: Path, mode: dict[str, Any]) -> None:
+    policy = make_policy(tied, **mode)
+    one_step(policy)
+    add_gradient(policy)
+    held = [t for p in policy.model.parameters() for t in (p, p.grad) if t is not None]
+    held += [t for entry in policy.optimizer.state.values() for t in entry.values() if t.ndim]
+    if policy._compute is not policy.model:
+        held += 2 * list(policy._compute.parameters())  # its gradients have just been handed on
+    config = RlConfig.of(mode)
+    n_weights = sum(p.numel() for p in policy.model.parameters())
+    expected = config.bytes_per_weight - DTYPE_INFOS[config.rollout_dtype].bytes
+    assert sum(t.numel() * t.element_size() for t in held) == n_weights * expected

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mismatch_probe.config import AttributeOptions, CompareConfig
+from mismatch_probe.dtypes import DTYPE_INFOS
 from mismatch_probe.engines import devices
 from mismatch_probe.engines.attribute.trace import MOST_BYTES, TraceFiles
 from mismatch_probe.errors import DiskFull, EngineMissing, ProbeError, UsageError
@@ -22,7 +23,7 @@ from mismatch_probe.probes.attribute.processes import Process, Processes
 from mismatch_probe.probes.attribute.settings import Context, Setting, choose, settings_of
 from mismatch_probe.probes.comparison import KEPT, begun, run_passes, write_run
 from mismatch_probe.probes.own_pass import model_of
-from mismatch_probe.probes.planning import PassEstimate, Plan, estimate, make_plan
+from mismatch_probe.probes.planning import PassEstimate, Plan, estimate, make_plan, plan_preflight
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.probes.session import Session
 from mismatch_probe.probes.workers import Workers, drive
@@ -75,7 +76,7 @@ def new_attribution(
         ProbeError: What a comparison raises, and what its passes do.
     """
     asked = AttributeOptions(**options)
-    plan = make_plan(config_of(config, asked), progress)
+    plan = make_plan(config_of(config, asked), progress, out)
     with begun(plan, out, progress) as session:
         return _attribute(session, asked, plan)
 
@@ -175,7 +176,10 @@ def make_missing(
     missing = store.missing(again=again)
     if not missing:
         return
-    processes = Processes(store, pair, options, model_of(pair.run, pair.config, progress)).of(missing)
+    dtypes = (*options.dtypes, *(options.layer_dtypes if options.layers else ()))
+    widest = max(DTYPE_INFOS[dtype].bytes for dtype in dtypes)
+    model = model_of(pair.run, pair.config, progress, widest, options.dtypes[:1])
+    processes = Processes(store, pair, options, model).of(missing)
     try:
         with Workers(pair.run.path / "logs") as workers:
             for index, process in enumerate(processes):
@@ -243,6 +247,7 @@ def plan_attribution(config: CompareConfig, options: Mapping[str, Any]) -> Attri
         settings=tuple(PlannedSetting(name=s.name, change=s.change, why=reasons[s.name]) for s in settings),
         seconds=sum(process.seconds for process in (*passes, *processes)),
         disk_gib=len(asked.layer_dtypes) * MOST_BYTES / devices.GIB if asked.layers else 0.0,
+        findings=plan_preflight(plan),
     )
 
 

@@ -25,6 +25,7 @@ from mismatch_probe.types import ScoreRequest
 
 FOLDER = "audit"
 N_GRADIENTS, N_LAG, N_PROOF = 16, 32, 4
+_BYTES_PER_WEIGHT = 4 + 4  # in FP32, with its gradient
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Measurements:
         parts = {name: self._files.at(name) for name in PARTS if name in self._files.missing(PARTS)}
         if not parts:
             return
-        model = model_of(self._run, self._config, progress)
+        model = model_of(self._run, self._config, progress, _BYTES_PER_WEIGHT)
         if not self.calibration.sequences:
             raise UsageError("No sequence of this run has a prompt and a response to measure on.", "Use --from.")
         trainer = fp32_trainer(self._config, model, self._device)

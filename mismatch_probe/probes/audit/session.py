@@ -81,7 +81,7 @@ def new_audit(
     dtypes = tuple(dtype for dtype in config.rollout_dtypes if dtype not in unsupported)
     if not dtypes:
         raise DtypeRefused(" ".join(unsupported.values()), "Audit it with --rollout-dtypes bf16.")
-    plan = make_plan(config.replace(rollout_dtypes=dtypes), progress)
+    plan = make_plan(config.replace(rollout_dtypes=dtypes), progress, out)
     with begun(plan, out, progress) as session:
         return _audit(session, asked, baseline, unsupported, plan)
 

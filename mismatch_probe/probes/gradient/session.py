@@ -31,6 +31,9 @@ from mismatch_probe.probes.session import Session
 from mismatch_probe.results.gradient import Gradient
 from mismatch_probe.runs.comparison import RunDirectory
 
+# Of a weight in FP32, its gradient, and its place in the projection (`engines.gradient.Sketch`).
+_BYTES_PER_WEIGHT = 4 + 4 + 2
+
 
 @dataclass(frozen=True)
 class GradientResult:
@@ -62,7 +65,7 @@ def new_gradient(
     """
     if REFERENCE.dtype not in config.trainer_dtypes:
         raise UsageError("The gradient needs an FP32 trainer pass.", "Add float32 to --trainer-dtypes.")
-    plan = make_plan(config, progress)
+    plan = make_plan(config, progress, out)
     with begun(plan, out, progress) as session:
         return _measure(session, predict_lengths, plan)
 
@@ -117,7 +120,7 @@ def _make_missing(run: RunDirectory, config: CompareConfig, tasks: Sequence[Pass
     if not missing:
         return
     device = device_of(run)
-    job = GradientJob(fp32_trainer(config, model_of(run, config, progress), device), missing)
+    job = GradientJob(fp32_trainer(config, model_of(run, config, progress, _BYTES_PER_WEIGHT), device), missing)
     settings = registry.find("hf").trainer_settings(device, "float32")
     run_pass(run, job, settings, FOLDER, "gradients", progress)
 

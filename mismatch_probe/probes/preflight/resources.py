@@ -27,8 +27,10 @@ def memory_fits(subject: Subject) -> Iterator[Finding]:
 
 @check("disk", needs=("run",))
 def disk_fits(subject: Subject) -> Iterator[Finding]:
-    """What the run writes against what is free."""
-    folder = next(parent for parent in (subject.use.folder, *subject.use.folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(folder).free
-    if subject.use.disk_bytes > free:
-        yield found("disk-short", "fail", str(folder), needed=subject.use.disk_bytes, free=free)
+    """What the run still has to write against what is free where it writes."""
+    folder = subject.use.folder
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    written = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if there == folder else 0
+    needed, free = subject.use.disk_bytes - written, shutil.disk_usage(there).free
+    if needed > free:
+        yield found("disk-short", "fail", str(there), needed=needed, free=free)

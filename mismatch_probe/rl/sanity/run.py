@@ -78,7 +78,7 @@ def new_sanity_set(config: SanityConfig, out: str | Path | None, progress: Progr
     progress = progress or Progress()
     if config.problems is not None:
         read_problems(config.problems)  # a bad line is found before a model is fetched
-    start = Start.of(config, progress)
+    start = Start.of(config, progress, out)
     with Session.new(
         lambda path: SanityDirectory.create(path, config, start.provenance()),
         f"sanity-set-{Path(config.model).name}",
