@@ -32,8 +32,8 @@ from mismatch_probe.probes.audit.checks import Checks
 from mismatch_probe.probes.audit.judge import verdict_of
 from mismatch_probe.probes.audit.profile import load_profile
 from mismatch_probe.probes.pairs import PassPair, pair_of
-from mismatch_probe.results.audit import Range
 from mismatch_probe.results.comparison import Pair
+from mismatch_probe.results.ranges import Range
 from mismatch_probe.types import PairArrays
 
 Floats = NDArray[np.float32]

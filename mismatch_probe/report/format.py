@@ -60,6 +60,16 @@ def estimate(value: float | None, low: float | None, high: float | None, digits:
     return f"{number(value, digits)} {interval(low, high, digits)}".rstrip()
 
 
+def digits_of(value: float | None) -> int:
+    """Digits of a value for `number`: near 1 the distance from 1 counts, so that it gets more."""
+    return 5 if value is not None and 0.9 < value < 1.1 else 3
+
+
+def magnitude(value: float) -> str:
+    """A magnitude, from 1,000 on in full, so that it can be compared with FP16's largest number."""
+    return f"{value:,.0f}" if 1e3 <= value < 1e7 else number(value)
+
+
 def percent(share: float | None) -> str:
     """A share as a percentage with three significant digits: `12.7 %`, `–` for None."""
     return NONE if share is None else f"{number(100.0 * share)} %"

@@ -61,6 +61,14 @@ class Finding(Result):
             raise TypeError(f"{self.code}: {name} is no number")
         return value
 
+    def whole(self, name: str) -> int:
+        """A number of things.
+
+        Raises:
+            TypeError: The value is no such thing.
+        """
+        return int(self.number(name))
+
     def maybe(self, name: str) -> float | None:
         """A number, None where it is absent or None."""
         return None if self.values.get(name) is None else self.number(name)

@@ -12,9 +12,7 @@ from mismatch_probe.probes.audit.advice import Evidence, recommend
 from mismatch_probe.probes.audit.document import answers, best_pair, overall
 from mismatch_probe.probes.audit.judge import made, verdict_of
 from mismatch_probe.results.audit import (
-    Activations,
     AskedFor,
-    Attempt,
     Audit,
     AuditedPair,
     AuditProvenance,
@@ -23,9 +21,21 @@ from mismatch_probe.results.audit import (
     Change,
     Check,
     CheckChange,
+    GoneCheck,
+    Level,
+    ProfileName,
+    Recommendation,
+    Settle,
+    ValueChange,
+)
+from mismatch_probe.results.comparison import Pair
+from mismatch_probe.results.finding import Finding
+from mismatch_probe.results.manifest import Environment, Machine
+from mismatch_probe.results.ranges import (
+    Activations,
+    Attempt,
     ContextPeaks,
     Fp16Pass,
-    GoneCheck,
     Gradients,
     GradientTensor,
     KindPeak,
@@ -33,22 +43,14 @@ from mismatch_probe.results.audit import (
     LagCase,
     LayerMotion,
     LayerPeaks,
-    Level,
     Motion,
     Peak,
-    ProfileName,
     Range,
-    Recommendation,
-    Settle,
-    ValueChange,
     WeightMotion,
     WeightRounding,
     Weights,
     WeightTotals,
 )
-from mismatch_probe.results.comparison import Pair
-from mismatch_probe.results.finding import Finding
-from mismatch_probe.results.manifest import Environment, Machine
 from mismatch_probe.types import MetricValue
 
 LEVELS: dict[str, tuple[Level, Level]] = {

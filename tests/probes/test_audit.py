@@ -20,7 +20,8 @@ from mismatch_probe.probes.audit.checks import Checks
 from mismatch_probe.probes.audit.profile import Profile
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.report.junit import junit_xml
-from mismatch_probe.results.audit import Audit, AuditedPair, Bounds, Check, CheckChange, Range
+from mismatch_probe.results.audit import Audit, AuditedPair, Bounds, Check, CheckChange
+from mismatch_probe.results.ranges import Range
 from mismatch_probe.run import Run
 from mismatch_probe.types import MetricValue
 from tests.conftest import MakeModel

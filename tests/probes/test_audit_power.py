@@ -20,8 +20,9 @@ from mismatch_probe.probes.audit.checks import Checks
 from mismatch_probe.probes.audit.document import answers, not_finite
 from mismatch_probe.probes.audit.profile import Profile, load_profile
 from mismatch_probe.probes.pairs import PassPair, pair_of
-from mismatch_probe.results.audit import Bounds, Check, Range
+from mismatch_probe.results.audit import Bounds, Check
 from mismatch_probe.results.comparison import MissingPair, Pair
+from mismatch_probe.results.ranges import Range
 from mismatch_probe.types import PairArrays
 from tests.factories.audit import activations, audited, check, compared, gradients, measured, overflowing
 

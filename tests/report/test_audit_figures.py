@@ -11,7 +11,8 @@ import pytest
 from mismatch_probe.metrics.floats import ScaleRange
 from mismatch_probe.report.figures import draw, figures_of
 from mismatch_probe.report.figures.audit import gradients_figure, lag_figure, range_figure
-from mismatch_probe.results.audit import Audit, Lag, LayerMotion, LayerPeaks
+from mismatch_probe.results.audit import Audit
+from mismatch_probe.results.ranges import Lag, LayerMotion, LayerPeaks
 from tests.factories.audit import activations, audit, bare, gradients, lag, measured, peak, value
 
 if TYPE_CHECKING:

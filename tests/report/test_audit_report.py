@@ -13,8 +13,9 @@ from mismatch_probe.metrics.floats import NO_SCALE, ScaleRange
 from mismatch_probe.report.audit import audit_report
 from mismatch_probe.report.model import Report, Table
 from mismatch_probe.report.words import all_words, say
-from mismatch_probe.results.audit import Audit, AuditedPair, Range
+from mismatch_probe.results.audit import Audit, AuditedPair
 from mismatch_probe.results.finding import Finding
+from mismatch_probe.results.ranges import Range
 from mismatch_probe.types import MetricValue
 from tests.factories.audit import (
     LEVELS,

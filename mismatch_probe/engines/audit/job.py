@@ -21,7 +21,7 @@ from mismatch_probe.engines.base import Channel, OnTrainer, TrainerEngine
 from mismatch_probe.engines.events import Advance, Identity, Total
 from mismatch_probe.metrics.floats import ExponentHistogram
 from mismatch_probe.metrics.ranges import PeakSums
-from mismatch_probe.results.audit import PARTS, PartName
+from mismatch_probe.results.ranges import PARTS, PartName
 from mismatch_probe.runs.measurements import Measurement
 from mismatch_probe.types import ScoreRequest
 

@@ -15,19 +15,10 @@ from mismatch_probe.config import RECORDED
 from mismatch_probe.dtypes import DTYPE_INFOS
 from mismatch_probe.metrics.corrections import CORRECTIONS, Correction
 from mismatch_probe.metrics.floats import FIRST_SCALE
-from mismatch_probe.results.audit import (
-    AuditedPair,
-    Gradients,
-    Lag,
-    PrecisionPair,
-    Range,
-    Recommendation,
-    Snippet,
-    TouchedTokens,
-    Verdict,
-)
+from mismatch_probe.results.audit import AuditedPair, PrecisionPair, Recommendation, Snippet, TouchedTokens, Verdict
 from mismatch_probe.results.comparison import Pair
 from mismatch_probe.results.finding import Finding, Severity, Value
+from mismatch_probe.results.ranges import Gradients, Lag, Range
 from mismatch_probe.types import MetricValue
 
 _SEVERITY: dict[Verdict, Severity] = {"ok": "info", "warn": "warn", "inconclusive": "note", "fail": "fail"}

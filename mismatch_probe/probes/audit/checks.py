@@ -11,19 +11,10 @@ from mismatch_probe.metrics.length_prediction import FURTHEST
 from mismatch_probe.metrics.ratio_test import MIN_PROMPTS
 from mismatch_probe.probes.audit.judge import judged, judged_event, judged_extreme, made, missing, unseen_rate
 from mismatch_probe.probes.audit.profile import RARE, Profile, is_extreme
-from mismatch_probe.results.audit import (
-    Activations,
-    Bounds,
-    Check,
-    Fp16Pass,
-    Gradients,
-    PartName,
-    Range,
-    Settle,
-    Weights,
-)
+from mismatch_probe.results.audit import Bounds, Check, Settle
 from mismatch_probe.results.comparison import LengthGrowth, Pair
 from mismatch_probe.results.finding import Finding, Value
+from mismatch_probe.results.ranges import Activations, Fp16Pass, Gradients, PartName, Range, Weights
 from mismatch_probe.types import MetricValue
 
 _FLOOR = "mean_abs_logprob_diff"

@@ -15,7 +15,6 @@ from mismatch_probe.probes.audit.measure import Measurements, loss_tokens, plann
 from mismatch_probe.probes.audit.profile import Profile
 from mismatch_probe.probes.audit.ranges import range_of
 from mismatch_probe.results.audit import (
-    PARTS,
     VERDICTS,
     Answer,
     AskedFor,
@@ -23,16 +22,15 @@ from mismatch_probe.results.audit import (
     AuditedPair,
     AuditProvenance,
     Check,
-    PartName,
     PrecisionPair,
     ProfileName,
-    Range,
     Recommendation,
     Settle,
     Verdict,
 )
 from mismatch_probe.results.comparison import LengthGrowth, MissingPair, Pair
 from mismatch_probe.results.finding import Finding, Severity, Value
+from mismatch_probe.results.ranges import PARTS, PartName, Range
 from mismatch_probe.runs.comparison import RunDirectory
 from mismatch_probe.types import MetricValue
 

@@ -18,7 +18,7 @@ from mismatch_probe.metrics.floats import scale_range
 from mismatch_probe.metrics.length_prediction import FURTHEST
 from mismatch_probe.probes.own_pass import device_of, fp32_trainer, model_of, run_pass
 from mismatch_probe.probes.progress import Progress
-from mismatch_probe.results.audit import PARTS, PartName
+from mismatch_probe.results.ranges import PARTS, PartName
 from mismatch_probe.runs.comparison import RunDirectory
 from mismatch_probe.runs.measurements import Measurement, Part, Store
 from mismatch_probe.types import ScoreRequest

@@ -24,7 +24,7 @@ from mismatch_probe.metrics.intervals import rare_share_interval
 from mismatch_probe.metrics.ranges import BETAS, PeakSums, context_of, simulate_adam
 from mismatch_probe.metrics.summary import compute_metrics
 from mismatch_probe.probes.audit.judge import unseen_rate
-from mismatch_probe.results.audit import (
+from mismatch_probe.results.ranges import (
     PARTS,
     Activations,
     ContextPeaks,

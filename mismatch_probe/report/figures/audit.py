@@ -20,7 +20,8 @@ from mismatch_probe.report import words
 from mismatch_probe.report.figures import figure
 from mismatch_probe.report.figures.style import Look, look, plot_settings, say
 from mismatch_probe.report.format import clipped, visible
-from mismatch_probe.results.audit import Activations, Audit, LagCase, WeightMotion
+from mismatch_probe.results.audit import Audit
+from mismatch_probe.results.ranges import Activations, LagCase, WeightMotion
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

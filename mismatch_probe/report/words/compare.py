@@ -49,7 +49,7 @@ _OPEN = {
     "Look for the first tensor that is not finite: `mismatch-probe audit --resume RUN`.",
 )
 def _all_unusable(finding: Finding) -> str:
-    pairs, tokens = int(finding.number("n_pairs")), int(finding.number("n_tokens"))
+    pairs, tokens = finding.whole("n_pairs"), finding.whole("n_tokens")
     return (
         f"No token has usable log-probs in any of {count(pairs)} pairs ({_values(finding)} of {count(tokens)} tokens): "
         "nothing can be measured. The model, its weights or its dtype is broken: look for the first tensor that is "
@@ -155,7 +155,7 @@ def _values(finding: Finding) -> str:
     "Find out why an engine writes these values: NaN is an overflow, a sentinel such as −9999 a missing log-prob.",
 )
 def _excluded(finding: Finding) -> str:
-    n, total = int(finding.number("n_excluded")), int(finding.number("n_tokens"))
+    n, total = finding.whole("n_excluded"), finding.whole("n_tokens")
     text = (
         f"{finding.where}: {n:,} of {total:,} tokens have no usable log-probs and are left out of every metric "
         f"({_values(finding)})."
@@ -181,7 +181,7 @@ def _formats(finding: Finding) -> str:
         shown = number(ratio.value)
         return f"The gap in BF16 is {shown} times that in FP16 (mean |d|), without interval: {ratio.why}."
     shown = f"{number(ratio.value)} {interval(ratio.ci_low, ratio.ci_high)}"
-    basis = f"mean |d|, paired over {count(int(finding.number('n_prompts')))} prompts, 95 % interval"
+    basis = f"mean |d|, paired over {count(finding.whole('n_prompts'))} prompts, 95 % interval"
     basis += f", {ratio.why}" if ratio.why else ""
     if ratio.ci_low > 1:
         return f"The gap in BF16 is {shown} times that in FP16 ({basis})."
@@ -268,7 +268,7 @@ def _budget(finding: Finding) -> str:
 )
 def _half_length(finding: Finding) -> str:
     half, tenth = _tokens(finding.metric("half")), _tokens(finding.metric("tenth"))
-    observed, mark = count(int(finding.number("observed_length"))), finding.text("mark")
+    observed, mark = count(finding.whole("observed_length")), finding.text("mark")
     text = (
         f"{finding.where}: predicted from responses of {observed} tokens, the ESS of sequence weights falls below 0.5 "
         f"at {half} and below 0.1 at {tenth}."

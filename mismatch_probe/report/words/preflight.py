@@ -17,7 +17,7 @@ _PROBLEMS = {
 
 
 def _others(finding: Finding) -> str:
-    more = int(finding.number("tensors")) - 1
+    more = finding.whole("tensors") - 1
     return f" and {more:,} more" if more else ""
 
 
