@@ -206,7 +206,8 @@ def preflight(
         chat=asked.chat,
         prompts=load_prompts(asked.prompts, None).prompts if asked.prompts else (),
         max_tokens=asked.max_tokens,
-        device=device_if_here(asked.device),
+        device=device_if_here(asked.device, asked.rollout_engine),
+        rollout_engine=asked.rollout_engine,
         bytes_per_weight=4.0 if "float32" in asked.rollout_dtypes else 2.0,
     )
     return run(resolve(str(model), revision=asked.revision, trust_remote_code=asked.trust_remote_code), use)

@@ -16,7 +16,7 @@ class PassId:
     """One run of an engine over sequences. Tables and files have it as text.
 
     Attributes:
-        engine: `vllm`, `hf`, or `recorded` for what a file brought.
+        engine: Its name, or `recorded` for what a file brought.
         dtype: In which it ran; `recorded` likewise.
         kind: `decode` samples responses, `replay` decodes given ids again, `score` is a trainer's forward pass.
         mode: Of a trainer pass: `cast`, `autocast` or `recorded`.
@@ -30,14 +30,14 @@ class PassId:
     variant: Literal["", "null"] = ""
 
     @classmethod
-    def rollout(cls, dtype: TrainerDtype, kind: PassKind = "decode") -> PassId:
-        """A row of the matrix, which vLLM runs."""
-        return cls("vllm", dtype, kind)
+    def rollout(cls, engine: str, dtype: TrainerDtype, kind: PassKind = "decode") -> PassId:
+        """A row of the matrix."""
+        return cls(engine, dtype, kind)
 
     @classmethod
-    def trainer(cls, dtype: TrainerDtype, mode: TrainerMode = "cast") -> PassId:
-        """A column of the matrix, or the reference beside it, which transformers runs."""
-        return cls("hf", dtype, "score", mode)
+    def trainer(cls, engine: str, dtype: TrainerDtype, mode: TrainerMode = "cast") -> PassId:
+        """A column of the matrix, or the reference beside it."""
+        return cls(engine, dtype, "score", mode)
 
     @property
     def recorded(self) -> bool:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 Dtype = Literal["bfloat16", "float16", "float32"]
 DTYPES: tuple[Dtype, ...] = ("bfloat16", "float16", "float32")
 TrainerDtype = Dtype | Literal["float64"]
+# Engines where none is named.
+ROLLOUT_ENGINE, TRAINER_ENGINE = "vllm", "hf"
 TrainerMode = Literal["cast", "autocast"]
 TrainerLayout = Literal["single", "padded", "packed"]
 SequenceSource = Literal["own", "shared"]

@@ -7,10 +7,10 @@ import pytest
 from mismatch_probe.passes import RECORDED_ROLLOUT, RECORDED_TRAINER, PassId
 
 KNOWN = {
-    "vllm-bfloat16-decode": PassId.rollout("bfloat16"),
-    "vllm-float16-replay": PassId.rollout("float16", "replay"),
-    "hf-float64-cast": PassId.trainer("float64"),
-    "hf-float16-autocast-null": PassId.trainer("float16", "autocast").repeat,
+    "vllm-bfloat16-decode": PassId.rollout("vllm", "bfloat16"),
+    "vllm-float16-replay": PassId.rollout("vllm", "float16", "replay"),
+    "hf-float64-cast": PassId.trainer("hf", "float64"),
+    "hf-float16-autocast-null": PassId.trainer("hf", "float16", "autocast").repeat,
     "recorded-rollout": RECORDED_ROLLOUT,
     "recorded-trainer": RECORDED_TRAINER,
     "my-engine-float32-decode": PassId("my-engine", "float32", "decode"),

@@ -152,7 +152,7 @@ class Judge:
 
     def result(self, name: Pass, sums: PairSums) -> Pair:
         """A pair, whose tests are not adjusted yet over the others."""
-        both = PassPair(PassId.rollout(name[0]), PassId.trainer(name[1]))
+        both = PassPair(PassId.rollout("vllm", name[0]), PassId.trainer("hf", name[1]))
         pair = pair_of(both, sums, compute_metrics(sums, keys=self._keys, **self._options))
         return pair.model_copy(update={"ratio_tests": tuple(ratio_tests(sums, **self._options))})
 

@@ -14,6 +14,7 @@ from mismatch_probe.config.compare import (
     RecordedSettings,
     RequestSettings,
     RolloutDtypes,
+    RolloutEngine,
     RolloutSettings,
     TrainerAttention,
     TrainerSettings,
@@ -62,5 +63,5 @@ class GradientSettings(
     """Settings of `rl gradient`."""
 
 
-class PreflightSettings(TrainerAttention, RolloutDtypes, RequestSettings, CheckpointSettings):
+class PreflightSettings(TrainerAttention, RolloutEngine, RolloutDtypes, RequestSettings, CheckpointSettings):
     """Settings of `preflight`."""

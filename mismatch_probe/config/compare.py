@@ -11,7 +11,15 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator, mo
 from mismatch_probe.config.engine_args import check_engine_args, engine_args_of
 from mismatch_probe.config.settings import Count, Device, Dtypes, Listed, Option, PathText, Positive, Settings
 from mismatch_probe.errors import UsageError
-from mismatch_probe.types import DTYPES, ReferenceDtype, SequenceSource, TrainerLayout, TrainerMode
+from mismatch_probe.types import (
+    DTYPES,
+    ROLLOUT_ENGINE,
+    TRAINER_ENGINE,
+    ReferenceDtype,
+    SequenceSource,
+    TrainerLayout,
+    TrainerMode,
+)
 
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -145,10 +153,18 @@ class SequenceSettings(Settings):
     )
 
 
-class RolloutSettings(Settings):
-    """How the rollout engine runs."""
+class RolloutEngine(Settings):
+    """Which engine samples."""
 
     TITLE: ClassVar[str] = "Rollout engine"
+
+    rollout_engine: Annotated[str, Option(metavar="NAME")] = Field(
+        default=ROLLOUT_ENGINE, description="Engine that samples: vllm, hf, or one that an installed package brings."
+    )
+
+
+class RolloutSettings(RolloutEngine):
+    """How the rollout engine runs."""
 
     eager: bool = Field(default=False, description="Switch CUDA graphs and compilation off.")
     rollout_batch: Annotated[Positive | None, Option(default="by device")] = Field(
@@ -159,7 +175,7 @@ class RolloutSettings(Settings):
         Option(flag="--engine-arg"),
         BeforeValidator(engine_args_of),
         AfterValidator(check_engine_args),
-    ] = Field(default_factory=dict, description="Argument of vLLM; recorded in the manifest. Repeatable.")
+    ] = Field(default_factory=dict, description="Argument of the rollout engine; recorded in the manifest. Repeatable.")
 
 
 class TrainerAttention(Settings):
@@ -175,6 +191,9 @@ class TrainerAttention(Settings):
 class TrainerSettings(TrainerAttention):
     """How the trainer runs."""
 
+    trainer_engine: Annotated[str, Option(metavar="NAME")] = Field(
+        default=TRAINER_ENGINE, description="Engine of the trainer: hf, or one that an installed package brings."
+    )
     trainer_modes: Annotated[Listed[TrainerMode], Option(flag="--trainer-mode"), Field(min_length=1)] = Field(
         default=("cast",),
         description="cast: weights in the dtype. autocast: FP32 weights under torch.autocast.",

@@ -258,7 +258,7 @@ class RolloutJob:
 
     def started(self) -> RolloutEngine:
         """The engine."""
-        return registry.find(self.engine).rollout(self)
+        return registry.find(self.engine, "rollout").rollout(self)
 
     def run(self, channel: Channel) -> None:
         """Sends `Identity`, `Total` and `Advance` in tokens, `Rollouts`, `Texts`; phases load, generate, self_noise."""
@@ -343,7 +343,7 @@ class TrainerJob:
 
     def started(self) -> TrainerEngine:
         """The engine."""
-        return registry.find(self.engine).trainer(self)
+        return registry.find(self.engine, "trainer").trainer(self)
 
     def run(self, channel: Channel) -> None:
         """Sends `Identity`, `Total` and `Advance` in tokens, `Scores`; phases load, score, self_noise."""

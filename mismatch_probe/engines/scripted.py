@@ -28,6 +28,7 @@ from mismatch_probe.engines.base import (
     TrainerEngine,
     TrainerJob,
 )
+from mismatch_probe.engines.devices import Device
 from mismatch_probe.engines.events import Encoded
 from mismatch_probe.engines.registry import Engine
 from mismatch_probe.engines.rows import LEAST_WEIGHT, RowChoice, RowFile, RowWriter, stacked
@@ -257,6 +258,10 @@ class Scripted(Engine):
     """Both sides by formula."""
 
     name = "scripted"
+    own_process = True
+
+    def choose_device(self, requested: str) -> Device:
+        return "cpu"
 
     def rollout(self, job: RolloutJob) -> ScriptedRollout:
         return ScriptedRollout(job)

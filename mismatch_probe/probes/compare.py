@@ -12,7 +12,6 @@ from mismatch_probe.engines import devices, registry
 from mismatch_probe.engines.base import RolloutJob, TrainerJob
 from mismatch_probe.engines.encoding import EncodeJob
 from mismatch_probe.engines.process import ENCODE, UnexpectedEngineError
-from mismatch_probe.engines.vllm.settings import in_process_wanted
 from mismatch_probe.errors import DiskFull, DtypeRefused, EngineError, PromptError, TableError
 from mismatch_probe.passes import PassId
 from mismatch_probe.probes.kept_rows import KeptRows
@@ -35,7 +34,7 @@ class PassRunner:
         self._plan = plan
         self._run = run
         self._progress = progress
-        self._in_process = in_process_wanted()
+        self._in_process = all(plan.engine(r).in_process_wanted() for r in plan.passes.rollouts if not r.recorded)
         self._fallback = ""
         self._rows = KeptRows(plan, run)
         self._texts: dict[int, str] = {}
@@ -85,7 +84,7 @@ class PassRunner:
             str(plan.model.path), plan.prompts.prompts, plan.config.chat, plan.config.trust_remote_code, recorded
         )
         self._progress.message("encoding prompts")
-        environment = registry.find("hf").trainer_settings(plan.device, "float32").environment
+        environment = registry.find(plan.config.trainer_engine).trainer_settings(plan.device, "float32").environment
         process = workers.take(ENCODE, environment)
         self._prepare_next(workers, None)
         collected = drive(process, "encode", job, self._progress)
@@ -157,9 +156,9 @@ class PassRunner:
             try:
                 return attempt()
             except UnexpectedEngineError as error:
-                if not self._in_process:
+                if not (self._in_process and plan.engine(rollout).own_process):
                     raise
-                self._progress.message("vLLM failed in-process; trying its own engine process")
+                self._progress.message("the engine failed in-process; trying a process of its own")
                 self._in_process = False
                 try:
                     collected = attempt()
@@ -291,7 +290,7 @@ class PassRunner:
         """The engine of a pass, and the settings of its process."""
         plan = self._plan
         assert wanted.dtype != "recorded"
-        engine = registry.find("scripted" if plan.model.scripted else wanted.engine)
+        engine = plan.engine(wanted)
         if wanted.side == "trainer":
             return engine.name, engine.trainer_settings(plan.device, wanted.dtype)
         assert wanted.dtype != "float64"

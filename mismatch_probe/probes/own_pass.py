@@ -68,7 +68,7 @@ def fp32_trainer(config: CompareConfig, model: ModelRef, device: devices.Device)
     """The trainer in FP32, without requests of its own."""
     budget = config.memory_budget_gib or devices.default_sizes(device).memory_budget_gib
     return TrainerJob(
-        engine="hf",
+        engine=config.trainer_engine,
         model_path=str(model.path),
         dtype="float32",
         mode="cast",
@@ -80,14 +80,14 @@ def fp32_trainer(config: CompareConfig, model: ModelRef, device: devices.Device)
         self_noise_sequences=0,
         memory_budget=int(budget * devices.GIB),
         trust_remote_code=config.trust_remote_code,
-        flags=registry.find("hf").trainer_settings(device, "float32").arguments,
+        flags=registry.find(config.trainer_engine).trainer_settings(device, "float32").arguments,
     )
 
 
 def run_pass(
     run: RunDirectory,
     job: Job,
-    settings: devices.EngineSettings,
+    trainer: TrainerJob,
     name: str,
     text: str,
     progress: Progress,
@@ -97,7 +97,7 @@ def run_pass(
     Args:
         run: Whose folder takes the log.
         job: What to do.
-        settings: Of the process.
+        trainer: The engine that it works with.
         name: Of the pass; also the log's.
         text: What its progress is headed with.
         progress: Told about it.
@@ -106,7 +106,8 @@ def run_pass(
         ProbeError: The engine failed.
     """
     progress.begin(name, text)
-    process = EngineProcess("hf", settings.environment, run.path / "logs" / f"{name}.log")
+    settings = registry.find(trainer.engine).trainer_settings(device_of(run), trainer.dtype)
+    process = EngineProcess(trainer.engine, settings.environment, run.path / "logs" / f"{name}.log")
     try:
         process.run(job, lambda event: told(progress, name, event))
     except ProbeError as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mismatch_probe.config import DEFAULT_MODEL, CompareConfig, Sizes
 from mismatch_probe.dtypes import DTYPE_INFOS
-from mismatch_probe.engines import devices
+from mismatch_probe.engines import devices, registry
 from mismatch_probe.engines.models import ModelRef, resolve
 from mismatch_probe.engines.rows import file_bytes
 from mismatch_probe.errors import ModelError, UsageError
@@ -44,6 +44,10 @@ class Plan:
     sizes: Sizes
     passes: Passes
     recorded: RecordedRun | None = None
+
+    def engine(self, wanted: PassId) -> registry.Engine:
+        """What runs a pass."""
+        return registry.find("scripted" if self.model.scripted else wanted.engine)
 
     def requests(self, dtype: str, encoded: list[EncodedPrompt]) -> list[RolloutRequest]:
         """Every response that one rollout pass samples. Ids are unique in the run; seeds are equal for every dtype."""
@@ -121,7 +125,7 @@ def disk_gib(plan: Plan, rows: list[PassEstimate]) -> float:
 
 
 def kv_cache_gib(plan: Plan) -> int:
-    """KV cache for vLLM on a CPU: what the whole batch can need, between 1 and 16 GiB."""
+    """KV cache on a CPU: what the whole batch can need, between 1 and 16 GiB."""
     config = plan.model.text_config
     layers = int(config.get("num_hidden_layers", 32))
     heads = int(config.get("num_key_value_heads") or config.get("num_attention_heads", 32))
@@ -169,10 +173,12 @@ def make_plan(
     progress = progress or Progress()
     recorded = None if config.source is None else read_recorded(config.source)
     passes = passes_of(config, None if recorded is None else recorded_of(recorded))
+    rollout_engine = registry.find(config.rollout_engine, "rollout")
+    trainer_engine = registry.find(config.trainer_engine, "trainer")
     if not passes.rollouts:
         raise UsageError(
             f"{config.source} holds no rollout_logprobs, so there is nothing to compare its trainer with.",
-            "Add --replay to decode its ids with vLLM.",
+            "Add --replay to decode its ids with a rollout engine.",
         )
     _check_engines(config, passes)
     if passes.scored or any(not rollout.recorded for rollout in passes.rollouts):
@@ -188,14 +194,18 @@ def make_plan(
             weights=weights,
             log=progress.message,
         )
-        device: devices.Device = "cpu" if model.scripted else devices.choose_device(config.device)
+        samples = any(not rollout.recorded for rollout in passes.rollouts)
+        engine = rollout_engine if samples else trainer_engine
+        device: devices.Device = registry.find("scripted" if model.scripted else engine.name).choose_device(
+            config.device
+        )
     else:
         model, device = ModelRef.none(), "cpu"
     replays = any(rollout.kind == "replay" for rollout in passes.rollouts)
-    if device == "cpu" and replays and config.temperature != 1 and not model.scripted:
-        raise UsageError(
-            "On a CPU vLLM cannot decode given ids again at a temperature other than 1.", "Leave --temperature out."
-        )
+    if replays and not model.scripted and (why := rollout_engine.why_no_replay(device, config.temperature)):
+        raise UsageError(why, "Leave --temperature out.")
+    if config.engine_args and not model.scripted and (why := rollout_engine.why_no_settings(config.engine_args)):
+        raise UsageError(f"--engine-arg cannot be used: {why}.", "Leave it out.")
     given = {f.name: value for f in fields(Sizes) if (value := getattr(config, f.name)) is not None}
     sizes = replace(devices.default_sizes(device), **given)
     if recorded is not None:
@@ -243,6 +253,8 @@ def _use(plan: Plan, out: str | Path | None) -> Use:
         prompts=plan.prompts.prompts,
         max_tokens=plan.sizes.max_tokens,
         device=plan.device,
+        rollout_engine=config.rollout_engine,
+        trainer_engine=config.trainer_engine,
         bytes_per_weight=max((DTYPE_INFOS[dtype].bytes for dtype in held), default=0),
         disk_bytes=int(disk * devices.GIB),
         folder=run_folder(out),

@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from mismatch_probe.config.compare import RolloutEngine
 from mismatch_probe.config.settings import Count, Device, DtypeName, Option, PathText, Positive, Settings
 from mismatch_probe.dtypes import DTYPE_INFOS, dtype_label
 from mismatch_probe.errors import UsageError
@@ -18,7 +19,7 @@ Part = Annotated[float, Field(ge=0, lt=1)]
 _FP32 = DTYPE_INFOS["float32"].bytes
 
 
-class TaskSettings(Settings):
+class TaskSettings(RolloutEngine):
     """What is sampled of which model."""
 
     TITLE: ClassVar[str] = "Model and task"

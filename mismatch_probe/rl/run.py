@@ -89,7 +89,8 @@ def resolve_model(
         rollout_dtypes=tuple(dict.fromkeys(one.rollout_dtype for one in configs)),
         chat=config.chat,
         max_tokens=config.max_tokens,
-        device=devices.choose_device(config.device),
+        device=device_of(config),
+        rollout_engine=config.rollout_engine,
         bytes_per_weight=max(one.bytes_per_weight for one in configs),
         disk_bytes=int(sum(one.disk_bytes_per_weight for one in configs) * model.checkpoint().parameters),
         folder=run_folder(out),
@@ -100,7 +101,7 @@ def resolve_model(
 
 def device_of(config: TaskSettings) -> devices.Device:
     """Where engine and trainer run."""
-    return devices.choose_device(config.device)
+    return registry.find(config.rollout_engine, "rollout").choose_device(config.device)
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ def resume_rl_run(path: Path, progress: Progress | None) -> RlResult:
 
 def worker_environment(config: RlConfig, device: devices.Device) -> dict[str, str]:
     """What the process of engine and trainer gets before its imports."""
-    settings = registry.find("vllm").rollout_settings(
+    settings = registry.find(config.rollout_engine).rollout_settings(
         device, config.rollout_dtype, eager=True, in_process=True, kv_cache_gib=config.kv_cache_gib
     )
     return settings.environment
@@ -188,7 +189,7 @@ def worker_environment(config: RlConfig, device: devices.Device) -> dict[str, st
 def _execute(session: Session[RlDirectory], start: Start) -> RlResult:
     path, config, progress = session.run.path, session.run.config, session.progress
     job = RlJob([str(path)], str(start.model.path), start.device)
-    process = EngineProcess("vllm", worker_environment(config, start.device), path / "logs" / "rl.log")
+    process = EngineProcess(config.rollout_engine, worker_environment(config, start.device), path / "logs" / "rl.log")
     ended = "no result"
 
     def on_event(event: Event) -> None:

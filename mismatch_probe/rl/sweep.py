@@ -256,7 +256,9 @@ class Scheduler:
         by_folder = dict(zip(folders, runs, strict=True))
         job = RlJob(folders, str(self._model.path), self._device, slot.cores, shared=True)
         environment = worker_environment(runs[0].config, self._device) | slot.environment()
-        process = EngineProcess("vllm", environment, self._directory.path / "logs" / f"worker-{slot.index}.log")
+        process = EngineProcess(
+            runs[0].config.rollout_engine, environment, self._directory.path / "logs" / f"worker-{slot.index}.log"
+        )
         with self._lock:
             self._processes[slot.index] = process
             if self._stopped is not None:  # what stopped the others has not seen this one

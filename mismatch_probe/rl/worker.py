@@ -24,13 +24,12 @@ MOST_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class RlJob:
-    """Runs that share an engine: equal model, rollout dtype, task and sizes.
+    """Runs that share an engine: equal model, rollout engine and dtype, task and sizes.
 
     Attributes:
         folders: Of the runs, each with its `run.json`.
         model_path: Folder of the initial model.
         device: `cpu` or `cuda`.
-        engine: That samples.
         cores: Of a CPU, which the process keeps to; none for all.
         shared: Other processes work through the same folders. Each is locked while it is trained, and one that is
             locked or has ended is left out.
@@ -42,7 +41,6 @@ class RlJob:
     cores: Sequence[int] = ()
     shared: bool = False
     trust_remote_code: bool = False
-    engine: str = "vllm"
     subject: ClassVar[str] = "The RL run"
     memory_advice: ClassVar[str] = (
         "Lower max_tokens, micro_batch, prompts_per_step or gpu_memory_utilization, or use a machine with more memory."
@@ -179,15 +177,16 @@ def _engine_job(directories: Sequence[RlDirectory], job: RlJob, longest_prompt: 
     configs = [directory.config for directory in directories]
     first = configs[0]
     device: devices.Device = "cuda" if job.device == "cuda" else "cpu"
-    settings = registry.find(job.engine).rollout_settings(
-        device, first.rollout_dtype, eager=True, in_process=True, kv_cache_gib=first.kv_cache_gib
+    settings = registry.find(first.rollout_engine).rollout_settings(
+        device,
+        first.rollout_dtype,
+        eager=True,
+        in_process=True,
+        kv_cache_gib=first.kv_cache_gib,
+        beside_trainer=first.gpu_memory_utilization,
     )
-    # Log-probs are those of the law that was sampled from, whatever the temperature and the injected noise.
-    arguments = {**settings.arguments, "logprobs_mode": "processed_logprobs"}
-    if device == "cuda":
-        arguments["gpu_memory_utilization"] = first.gpu_memory_utilization
     return RolloutJob(
-        engine=job.engine,
+        engine=first.rollout_engine,
         model_path=job.model_path,
         dtype=first.rollout_dtype,
         device=device,
@@ -198,5 +197,5 @@ def _engine_job(directories: Sequence[RlDirectory], job: RlJob, longest_prompt: 
         max_model_len=longest_prompt + max(c.max_tokens for c in configs) + 1,
         logit_noise=any(config.stress == "logit-noise" for config in configs),
         trust_remote_code=job.trust_remote_code,
-        arguments=arguments,
+        arguments=settings.arguments,
     )

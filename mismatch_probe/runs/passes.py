@@ -39,8 +39,9 @@ def passes_of(config: CompareConfig, recorded: Recorded | None = None) -> Passes
         config: The configuration.
         recorded: Of a run `--from` a file: whose log-probs the file brings.
     """
+    engine, trainer = config.rollout_engine, config.trainer_engine
     trainers = [
-        PassId.trainer(dtype, mode)
+        PassId.trainer(trainer, dtype, mode)
         for dtype in config.trainer_dtypes
         for mode in (config.trainer_modes if dtype != "float32" else ("cast",))
     ]
@@ -48,16 +49,18 @@ def passes_of(config: CompareConfig, recorded: Recorded | None = None) -> Passes
     if recorded is not None:
         source = RECORDED_ROLLOUT if recorded.rollout else RECORDED_TRAINER
         rollouts = [RECORDED_ROLLOUT] if recorded.rollout else []
-        rollouts += [PassId.rollout(dtype, "replay") for dtype in config.rollout_dtypes] if config.replay else []
+        rollouts += (
+            [PassId.rollout(engine, dtype, "replay") for dtype in config.rollout_dtypes] if config.replay else []
+        )
         if recorded.trainer:
             trainers = [RECORDED_TRAINER, *(trainers if config.rescore else [])]
     elif config.sequences == "shared":
         first, *others = config.rollout_dtypes
-        rollouts = [PassId.rollout(first), *(PassId.rollout(dtype, "replay") for dtype in others)]
+        rollouts = [PassId.rollout(engine, first), *(PassId.rollout(engine, dtype, "replay") for dtype in others)]
         source = rollouts[0]
     else:
-        rollouts = [PassId.rollout(dtype) for dtype in config.rollout_dtypes]
-    reference: PassId | None = PassId.trainer(config.reference)
+        rollouts = [PassId.rollout(engine, dtype) for dtype in config.rollout_dtypes]
+    reference: PassId | None = PassId.trainer(trainer, config.reference)
     engines = any(not trainer.recorded for trainer in trainers)
     if not engines or (config.reference == "float32" and reference not in trainers):
         reference = None

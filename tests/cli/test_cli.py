@@ -358,7 +358,7 @@ class TestEnv:
     @pytest.fixture
     def found(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any]], None]:
         """Sets what the check in a child finds, on a machine that vLLM's build fits."""
-        monkeypatch.setattr("mismatch_probe.engines.devices.choose_device", lambda requested: "cpu")
+        monkeypatch.setattr("mismatch_probe.engines.vllm.choose_device", lambda requested: "cpu")
         return lambda found: monkeypatch.setattr(
             "mismatch_probe.engines.environment._probe", lambda: {"failure": "", **found}
         )

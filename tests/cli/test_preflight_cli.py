@@ -55,14 +55,14 @@ def test_a_folder_that_is_not_there(command: Callable[..., Any], tmp_path: Path)
 def test_commands_stop_before_an_engine_starts(
     name: str, model: Path, command: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mismatch_probe.engines.devices.choose_device", lambda requested: "cpu")
+    monkeypatch.setattr("mismatch_probe.engines.vllm.choose_device", lambda requested: "cpu")
     shown = command(name, "--model", cut(model), "--out", tmp_path / "run")
     assert shown.code == 1
     assert "truncated" in shown.err
 
 
 def test_rl_stops_as_well(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mismatch_probe.engines.devices.choose_device", lambda requested: "cpu")
+    monkeypatch.setattr("mismatch_probe.engines.vllm.choose_device", lambda requested: "cpu")
     with pytest.raises(ModelError, match="truncated"):
         resolve_model(RlConfig(model=str(cut(model))), Progress())
 

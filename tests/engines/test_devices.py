@@ -13,7 +13,9 @@ import pytest
 
 from mismatch_probe.engines import devices
 from mismatch_probe.engines.devices import GIB, Device
+from mismatch_probe.engines.hf import settings as hf_settings
 from mismatch_probe.engines.hf.settings import trainer_settings
+from mismatch_probe.engines.vllm import settings as vllm_settings
 from mismatch_probe.engines.vllm.settings import in_process_wanted, rollout_settings
 from mismatch_probe.errors import EngineMissing, UsageError
 from mismatch_probe.types import DTYPES, Dtype
@@ -32,7 +34,7 @@ EVERY = list(itertools.product(DEVICES, DTYPES))
 @pytest.fixture(autouse=True)
 def fresh_caches() -> Iterator[None]:
     yield
-    for cached in (devices.gpu_names, devices.vllm_build, devices.cpu_has_bf16):
+    for cached in (devices.gpu_names, vllm_settings.vllm_build, devices.cpu_has_bf16):
         cached.cache_clear()
 
 
@@ -111,8 +113,8 @@ class TestTrainerSettings:
 
 def installed(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     found = [SimpleNamespace(metadata={"Name": name}) for name in names]
-    monkeypatch.setattr(devices, "distributions", lambda: found)
-    devices.vllm_build.cache_clear()
+    monkeypatch.setattr(vllm_settings, "distributions", lambda: found)
+    vllm_settings.vllm_build.cache_clear()
 
 
 def gpu(monkeypatch: pytest.MonkeyPatch, present: bool) -> None:
@@ -179,7 +181,7 @@ class TestChooseDevice:
     )
     def test_builds(self, monkeypatch: pytest.MonkeyPatch, packages: list[str], build: str | None) -> None:
         installed(monkeypatch, *packages)
-        assert devices.vllm_build() == build
+        assert vllm_settings.vllm_build() == build
 
     @pytest.mark.parametrize(
         ("requested", "package", "present", "chosen"),
@@ -196,7 +198,7 @@ class TestChooseDevice:
     ) -> None:
         installed(monkeypatch, package)
         gpu(monkeypatch, present)
-        assert devices.choose_device(requested) == chosen
+        assert vllm_settings.choose_device(requested) == chosen
 
     @pytest.mark.parametrize(
         ("requested", "package", "present", "error", "sentence"),
@@ -221,7 +223,37 @@ class TestChooseDevice:
         installed(monkeypatch, package)
         gpu(monkeypatch, present)
         with pytest.raises(error, match=sentence):
-            devices.choose_device(requested)
+            vllm_settings.choose_device(requested)
+
+
+class TestChooseDeviceOfTransformers:
+    @pytest.mark.parametrize(
+        ("requested", "torch", "present", "chosen"),
+        [
+            ("auto", "2.13.0", True, "cuda"),
+            ("auto", "2.13.0", False, "cpu"),
+            ("auto", "2.13.0+cpu", True, "cpu"),
+            ("cpu", "2.13.0", True, "cpu"),
+            ("cuda", "2.13.0+cu128", True, "cuda"),
+        ],
+    )
+    def test_what_can_be(
+        self, monkeypatch: pytest.MonkeyPatch, requested: str, torch: str, present: bool, chosen: str
+    ) -> None:
+        monkeypatch.setattr(hf_settings, "version", lambda _: torch)
+        gpu(monkeypatch, present)
+        assert hf_settings.choose_device(requested) == chosen
+
+    @pytest.mark.parametrize(
+        ("torch", "present", "error"), [("2.13.0+cpu", True, EngineMissing), ("2.13.0", False, UsageError)]
+    )
+    def test_what_cannot_be(
+        self, monkeypatch: pytest.MonkeyPatch, torch: str, present: bool, error: type[Exception]
+    ) -> None:
+        monkeypatch.setattr(hf_settings, "version", lambda _: torch)
+        gpu(monkeypatch, present)
+        with pytest.raises(error):
+            hf_settings.choose_device("cuda")
 
 
 class TestSizes:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mismatch_probe.engines import devices, environment
+from mismatch_probe.engines import environment
 from mismatch_probe.errors import EngineMissing
 from mismatch_probe.types import DTYPES
 
@@ -17,7 +17,7 @@ FOUND = {"hf": "", "vllm": "", "platform": "cpu", "dtypes": ["bfloat16", "float3
 @pytest.fixture
 def child(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Sets the program of the child, on a machine that vLLM's build fits."""
-    monkeypatch.setattr(devices, "choose_device", lambda requested: "cpu")
+    monkeypatch.setattr("mismatch_probe.engines.vllm.choose_device", lambda requested: "cpu")
     return lambda program: monkeypatch.setattr(environment, "_PROBE", program)
 
 
@@ -57,7 +57,7 @@ def test_vllm_that_imports_but_is_built_for_another_machine(
     def refuse(requested: str) -> None:
         raise EngineMissing("The CUDA build is installed, but there is no GPU.", "Install the other one.")
 
-    monkeypatch.setattr(devices, "choose_device", refuse)
+    monkeypatch.setattr("mismatch_probe.engines.vllm.choose_device", refuse)
     engines = environment.inspect()["engines"]
     assert [engines[name]["usable"] for name in ("vllm", "hf")] == [False, True]
     assert engines["vllm"]["why"] == "The CUDA build is installed, but there is no GPU. Install the other one."

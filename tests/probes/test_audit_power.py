@@ -67,7 +67,7 @@ def judged(
     )
     sums = as_sums(pair)
     tests = ratio_tests(sums, replicates=200) if on_policy and sums.n_usable else []
-    both = PassPair(PassId.rollout(dtypes[0]), PassId.trainer(dtypes[1]))
+    both = PassPair(PassId.rollout("vllm", dtypes[0]), PassId.trainer("hf", dtypes[1]))
     row = pair_of(both, sums, compute_metrics(sums, replicates=200)).model_copy(update={"ratio_tests": tuple(tests)})
     checks = Checks(profile, (row,), {}, found or Range(), (), 100)
     return {check.name: check for check in checks.of_pair(row)}

@@ -21,7 +21,7 @@ def result(log_ratio: np.ndarray) -> PairResult:
     rollout = -np.random.default_rng(1).exponential(1.0, n)
     pair = PairArrays(rollout, rollout + log_ratio, np.arange(n) // 30, np.arange(n) % 30, np.arange(n // 30))
     sums = as_sums(pair)
-    both = PassPair(PassId.rollout("bfloat16"), PassId.trainer("bfloat16"))
+    both = PassPair(PassId.rollout("vllm", "bfloat16"), PassId.trainer("hf", "bfloat16"))
     found = pair_of(both, sums, compute_metrics(sums)).model_copy(update={"ratio_tests": tuple(ratio_tests(sums))})
     return PairResult(both, found, sums, None)
 

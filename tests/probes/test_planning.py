@@ -110,7 +110,7 @@ def test_the_kv_cache_stays_between_1_and_16_gib(scripted_model: MakeModel, scri
 
 
 def test_a_cpu_does_not_replay_at_another_temperature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mismatch_probe.engines.devices.choose_device", lambda _: "cpu")
+    monkeypatch.setattr("mismatch_probe.engines.vllm.choose_device", lambda _: "cpu")
     (tmp_path / "config.json").write_text('{"model_type": "llama", "vocab_size": 9}')
     (tmp_path / "tokenizer.json").write_text("{}")
     config = CompareConfig(model=str(tmp_path), sequences="shared", temperature=0.7)

@@ -19,7 +19,7 @@ from mismatch_probe.types import Dtype, Sampling
 
 def engine_job(model_path: str, dtype: Dtype, device: Device = "cpu") -> RolloutJob:
     """vLLM as an RL run starts it."""
-    settings = rollout_settings(device, dtype, eager=True, in_process=True, kv_cache_gib=1)
+    settings = rollout_settings(device, dtype, eager=True, in_process=True, kv_cache_gib=1, beside_trainer=0.4)
     return RolloutJob(
         engine="vllm",
         model_path=model_path,
@@ -31,7 +31,7 @@ def engine_job(model_path: str, dtype: Dtype, device: Device = "cpu") -> Rollout
         self_noise_tokens=0,
         max_model_len=64,
         logit_noise=True,
-        arguments={**settings.arguments, "logprobs_mode": "processed_logprobs"},
+        arguments=settings.arguments,
     )
 
 

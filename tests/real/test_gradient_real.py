@@ -14,7 +14,7 @@ import mismatch_probe
 from mismatch_probe.engines.gradient import DIRECTIONS
 from mismatch_probe.errors import TableError
 from mismatch_probe.metrics.gradient import Weighted, gradient_metrics
-from mismatch_probe.probes.gradient.plan import REFERENCE, pass_data
+from mismatch_probe.probes.gradient.plan import pass_data
 from mismatch_probe.results.gradient import Gradient
 from tests.conftest import Recorder
 from tests.real.gradient_runs import plant_run
@@ -49,7 +49,7 @@ def test_projected_gradients_give_what_full_ones_in_float64_give(tiny: Tiny, tmp
     data = pass_data(run)[0]["vllm-bfloat16-decode"]
     table = run.sequences("vllm-bfloat16-decode").to_pylist()
     sequences = [(table[i]["prompt_token_ids"], table[i]["response_token_ids"]) for i in data.kept]
-    pair = data.pairs[REFERENCE]
+    pair = data.pairs[data.reference]
     d = [pair.trainer_logprob[rows] - pair.rollout_logprob[rows] for rows in data.rows]
     w = np.exp([x.sum() for x in d])
     ones, capped = [np.ones(len(x)) for x in d], [np.minimum(np.exp(x), 2.0) for x in d]
@@ -57,9 +57,9 @@ def test_projected_gradients_give_what_full_ones_in_float64_give(tiny: Tiny, tmp
     zeros = np.zeros(len(d))
     expected = {
         ("none", None): plain,
-        ("token-tis", str(REFERENCE)): of_tokens,
-        ("seq-is", str(REFERENCE)): w[:, None] * plain,
-        ("seq-mis", str(REFERENCE)): np.where(w > 3, 0, w)[:, None] * plain,
+        ("token-tis", str(data.reference)): of_tokens,
+        ("seq-is", str(data.reference)): w[:, None] * plain,
+        ("seq-mis", str(data.reference)): np.where(w > 3, 0, w)[:, None] * plain,
     }
     found = {(one.correction, one.trainer_pass): one.metrics for one in bf16.estimates}
     for key, vectors in expected.items():

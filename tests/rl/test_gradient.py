@@ -15,13 +15,15 @@ import mismatch_probe
 from mismatch_probe.engines.gradient import WEIGHTED, PassTask, PassVectors, SequenceTask, Vectors
 from mismatch_probe.errors import ProbeError, TableError, UsageError
 from mismatch_probe.metrics.gradient import GRADIENT_KEYS
+from mismatch_probe.passes import PassId
 from mismatch_probe.probes.gradient import session
-from mismatch_probe.probes.gradient.plan import REFERENCE, PassData, pass_data, task_of
+from mismatch_probe.probes.gradient.plan import PassData, pass_data, task_of
 from mismatch_probe.results.gradient import Gradient
 from mismatch_probe.runs.comparison import RunDirectory
 from mismatch_probe.types import MetricValue, PairArrays
 from tests.conftest import SMALL, MakeModel, Outcome
 
+REFERENCE = PassId.trainer("hf", "float32")
 WIDTH = 256  # of a vector, where the worker has `DIRECTIONS`
 
 

@@ -96,7 +96,7 @@ def _in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "EngineProcess", InProcess)
     monkeypatch.setattr(InProcess, "engines", [])
     monkeypatch.setattr(records, "_CHUNK_RESPONSES", 3 * N_SAMPLES)
-    monkeypatch.setattr("mismatch_probe.engines.devices.choose_device", lambda requested: "cpu")
+    monkeypatch.setattr("mismatch_probe.engines.vllm.choose_device", lambda requested: "cpu")
 
 
 def outcome_of(found: run.SanityResult) -> SanityOutcome:

@@ -88,7 +88,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Script]:
         monkeypatch.setattr(sweep, "EngineProcess", script.process)
         # Figures take most of a scripted sweep's time; `tests/report/test_sweep.py` draws them.
         monkeypatch.setattr("mismatch_probe.report.figures.draw", lambda data, folder: {})
-        monkeypatch.setattr("mismatch_probe.engines.devices.choose_device", lambda requested: "cpu")
+        monkeypatch.setattr("mismatch_probe.engines.vllm.choose_device", lambda requested: "cpu")
         return script
 
     return install

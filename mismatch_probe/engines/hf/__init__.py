@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from mismatch_probe.engines.base import RolloutJob, TrainerJob
 from mismatch_probe.engines.devices import Device, EngineSettings, gpu_present, install_hint
-from mismatch_probe.engines.hf.settings import trainer_settings
+from mismatch_probe.engines.hf.settings import choose_device, trainer_settings
 from mismatch_probe.engines.registry import Engine
 from mismatch_probe.types import Dtype, TrainerDtype
+
+# What `--engine-arg` may name.
+ARGUMENTS = ("attn_implementation",)
 
 if TYPE_CHECKING:
     from mismatch_probe.engines.hf.engine import HfTrainer
@@ -35,8 +39,22 @@ class Hf(Engine):
 
         return HfTrainer(job)
 
+    def choose_device(self, requested: str) -> Device:
+        return choose_device(requested)
+
+    def why_no_settings(self, names: Iterable[str]) -> str:
+        unknown = [name for name in names if name not in ARGUMENTS]
+        return f"the engine hf has no {unknown[0]}" if unknown else ""
+
     def rollout_settings(
-        self, device: Device, dtype: Dtype, *, eager: bool, in_process: bool, kv_cache_gib: int
+        self,
+        device: Device,
+        dtype: Dtype,
+        *,
+        eager: bool,
+        in_process: bool,
+        kv_cache_gib: int,
+        beside_trainer: float | None = None,
     ) -> EngineSettings:
         """Those of a trainer: it runs eagerly, in the process itself, and its cache grows with the batch."""
         return trainer_settings(device, dtype)

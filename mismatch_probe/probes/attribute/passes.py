@@ -15,7 +15,6 @@ from mismatch_probe.config import AttributeOptions
 from mismatch_probe.engines.attribute.rollout import ROUTES
 from mismatch_probe.engines.attribute.trainer import FIXES, set_name, single_name
 from mismatch_probe.engines.attribute.variants import FP32_CLASSES
-from mismatch_probe.engines.vllm.unsupported import unsupported
 from mismatch_probe.metrics import ladder
 from mismatch_probe.probes.attribute.pair import AttributedPair
 from mismatch_probe.probes.attribute.settings import PREFILL, REPLAY, TRAINER, Setting, choose, settings_of
@@ -115,6 +114,8 @@ class PassStore:
         """Why no layer can be compared; empty where they can."""
         if not self._options.layers:
             return "left out: --no-layers"
+        if self._pair.context.why_no_inside:
+            return self._pair.context.why_no_inside
         if not self._pair.context.layers:
             return "the checkpoint's config.json does not say how many layers it has"
         ranks = self._pair.engine.get("tensor_parallel_size", 1)
@@ -126,7 +127,7 @@ class PassStore:
         if self.why_no_layers:
             return ()
         wanted = (dtype for dtype in DTYPES if dtype in self._options.layer_dtypes)
-        return tuple(dtype for dtype in wanted if not unsupported(self._pair.context.model, dtype))
+        return tuple(dtype for dtype in wanted if not self._pair.context.why_no_dtype(dtype))
 
     @property
     def fix_classes(self) -> tuple[str, ...]:

@@ -69,7 +69,7 @@ class Process:
 
 @dataclass(frozen=True)
 class _Engine:
-    """A configuration of vLLM, and what its process makes.
+    """A configuration of the rollout engine, and what its process makes.
 
     Attributes:
         name: Of its progress.
@@ -117,7 +117,7 @@ class Processes:
         # Prefill has one token made behind the sequence.
         longest = max(max(s.length for s in pair.sequences) + 1, int(pair.engine.get("max_model_len", 1)))
         return RolloutJob(
-            engine="vllm",
+            engine=pair.rollout.engine,
             model_path=str(self._model.path),
             dtype=pair.context.rollout_dtype,  # type: ignore[arg-type]
             device=pair.context.device,
@@ -134,7 +134,7 @@ class Processes:
     def _settings(self, dtype: str) -> devices.EngineSettings:
         pair = self._pair
         cache = int(pair.engine.get("arguments", {}).get("kv_cache_memory_bytes", devices.GIB)) // devices.GIB
-        return registry.find("vllm").rollout_settings(
+        return registry.find(pair.rollout.engine).rollout_settings(
             pair.context.device,  # type: ignore[arg-type]
             dtype,  # type: ignore[arg-type]
             eager=pair.config.eager,
@@ -159,7 +159,7 @@ class Processes:
                 self._routers() if engine.routed else None,
             )
             traces = (changed.dtype,) if engine.traced else ()
-            found.append(Process(f"vLLM {engine.name}", "vllm", environment, variants, passes, traces))
+            found.append(Process(f"{job.engine} {engine.name}", job.engine, environment, variants, passes, traces))
         return found
 
     def _engines(self, missing: Sequence[str]) -> list[_Engine]:
@@ -266,10 +266,11 @@ class Processes:
             search,
             self._store.files.at(ROUTES) if context.experts else None,
         )
-        environment = dict(registry.find("hf").trainer_settings(context.device, pair.trainer.dtype).environment)  # type: ignore[arg-type]
+        settings = registry.find(trainer.engine).trainer_settings(context.device, trainer.dtype)  # type: ignore[arg-type]
+        environment = dict(settings.environment)
         if any(variant.tf32 for variant in needed):
             environment.pop("NVIDIA_TF32_OVERRIDE", None)  # torch's own switch keeps FP32 passes in FP32
-        return Process("trainer, one change at a time", "hf", environment, job, passes)
+        return Process("trainer, one change at a time", trainer.engine, environment, job, passes)
 
     def _target(self) -> float | None:
         """Fraction of the gap's RMS that fixes may leave; None where a trainer in FP32 would close none of it."""
@@ -298,8 +299,8 @@ class Processes:
             for dtype in dtypes
         ]
         job = InsideJob(trainer, insides)
-        settings = registry.find("hf").trainer_settings(self._pair.context.device, "float32")  # type: ignore[arg-type]
-        return Process("layers and modules", "hf", settings.environment, job, tuple(i.name for i in insides))
+        settings = registry.find(trainer.engine).trainer_settings(self._pair.context.device, "float32")  # type: ignore[arg-type]
+        return Process("layers and modules", trainer.engine, settings.environment, job, tuple(i.name for i in insides))
 
 
 def _rms(values: NDArray[np.float64]) -> float:

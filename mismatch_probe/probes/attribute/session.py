@@ -225,6 +225,7 @@ def plan_attribution(config: CompareConfig, options: Mapping[str, Any]) -> Attri
         model=plan.model.config,
         engine={"enforce_eager": plan.device == "cpu" or plan.config.eager},
         attention=plan.config.trainer_attn or "sdpa",
+        rollout_engine=plan.config.rollout_engine,
     )
     settings = settings_of(context)
     wanted = choose(settings, asked.settings)
@@ -256,8 +257,8 @@ def _processes(chosen: list[Setting], rows: list[PassEstimate], options: Attribu
     score = max(1.0, next(row.seconds for row in rows if row.pass_id.side == "trainer") - _START)
     same = [setting for setting in chosen if setting.side == "rollout" and setting.arguments is None]
     alone = sum(_ALONE * decode for setting in same if setting.how == "decode-alone")
-    found = [("vLLM as it sampled", 2 + len(same), decode * 2 + alone)]
-    found += [(f"vLLM {s.key}", 1, decode) for s in chosen if s.side == "rollout" and s.arguments is not None]
+    found = [("rollout as it sampled", 2 + len(same), decode * 2 + alone)]
+    found += [(f"rollout {s.key}", 1, decode) for s in chosen if s.side == "rollout" and s.arguments is not None]
     variants = [setting for setting in chosen if setting.side == "trainer"]
     found.append(("trainer, one change at a time", 2 + len(variants), _START + score * (2 + len(variants))))
     if options.layers:

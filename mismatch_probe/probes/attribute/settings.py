@@ -14,14 +14,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from mismatch_probe.engines import registry
 from mismatch_probe.engines.attribute.trace import layers_of
 from mismatch_probe.engines.attribute.trainer import UNCHANGED
 from mismatch_probe.engines.attribute.variants import FP32_CLASSES, PassKind, TrainerVariant
 from mismatch_probe.engines.checkpoint import text_config
-from mismatch_probe.engines.vllm.unsupported import unsupported
 from mismatch_probe.errors import UsageError
 from mismatch_probe.results.attribution import Side
-from mismatch_probe.types import TrainerMode
+from mismatch_probe.types import ROLLOUT_ENGINE, TrainerMode
 
 # What settings are compared with: decoded again, by prefill, and the trainer once more.
 REPLAY, PREFILL, TRAINER = "rollout-replay", "rollout-prefill", UNCHANGED
@@ -55,6 +55,7 @@ class Context:
         model: The checkpoint's `config.json`.
         engine: What the rollout pass said of itself; empty where it has not run.
         attention: What the trainer pass said of its attention; empty where it has not run.
+        rollout_engine: Name of the rollout engine.
     """
 
     device: str
@@ -66,6 +67,17 @@ class Context:
     model: Mapping[str, Any]
     engine: Mapping[str, Any] = field(default_factory=dict)
     attention: str = ""
+    rollout_engine: str = ROLLOUT_ENGINE
+
+    def why_no_dtype(self, dtype: str) -> str:
+        """Why the rollout engine does not run the model in a dtype; empty where it does, as far as is known."""
+        return registry.find(self.rollout_engine).why_no_dtype(self.model, dtype)
+
+    @property
+    def why_no_inside(self) -> str:
+        """Why layers and routers of the rollout engine cannot be seen; empty where they can."""
+        shown = registry.find(self.rollout_engine).shows_inside
+        return "" if shown else f"the engine {self.rollout_engine} does not show its layers"
 
     @property
     def nested(self) -> Mapping[str, Any]:
@@ -91,6 +103,8 @@ class Context:
     @property
     def why_no_routes(self) -> str:
         """Why routes cannot be read off a router's logits; empty where they can."""
+        if self.why_no_inside:
+            return self.why_no_inside
         if not self.experts_per_token or not self.layers:
             return "the checkpoint's config.json does not say how many experts a token has"
         grouped = int(self.nested.get("n_group") or 1) > 1 or self.nested.get("scoring_func") == "sigmoid"
@@ -232,7 +246,9 @@ class Setting:
         given = context.engine.get("arguments", {})
         if self.arguments and all(given.get(name) == value for name, value in self.arguments.items()):
             return ALREADY
-        return self.why_not(context)
+        names = (*(self.arguments or {}), *self.environment)
+        engine = registry.find(context.rollout_engine)
+        return (names and engine.why_no_settings(names)) or self.why_not(context)
 
     @property
     def name(self) -> str:
@@ -348,7 +364,7 @@ def _rollout_settings(context: Context) -> list[Setting]:
             "rollout",
             "float16",
             "FP16",
-            lambda c: same(c.rollout_dtype, "float16") or unsupported(c.model, "float16"),
+            lambda c: same(c.rollout_dtype, "float16") or c.why_no_dtype("float16"),
             arguments={},
             dtype="float16",
         ),

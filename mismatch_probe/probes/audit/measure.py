@@ -104,7 +104,7 @@ class Measurements:
         if wide:
             self._run_job(trainer, wide, "activations, gradients, lag", progress)
         if "proof" in parts:
-            flags = registry.find("hf").trainer_settings(self._device, "float16").arguments
+            flags = registry.find(trainer.engine).trainer_settings(self._device, "float16").arguments
             half = replace(trainer, dtype="float16", mode=self._config.trainer_modes[0], flags=flags)
             self._run_job(half, {"proof": parts["proof"]}, "a pass in FP16", progress)
 
@@ -124,8 +124,7 @@ class Measurements:
             rates=self._options.learning_rates,
             highest=None if scales is None else scales.high,
         )
-        settings = registry.find("hf").trainer_settings(self._device, trainer.dtype)
-        run_pass(self._run, job, settings, "audit", text, progress)
+        run_pass(self._run, job, trainer, "audit", text, progress)
 
     def _key(self, part: str) -> str:
         """A digest of all that a part depends on; a proof also on how the trainer runs."""

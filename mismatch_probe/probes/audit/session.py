@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mismatch_probe.config import DEFAULT_MODEL, AuditOptions, CompareConfig
+from mismatch_probe.engines import registry
 from mismatch_probe.engines.models import resolve
-from mismatch_probe.engines.vllm.unsupported import unsupported
 from mismatch_probe.errors import DtypeRefused
 from mismatch_probe.files import write_text
 from mismatch_probe.probes.analysis import analyse
@@ -190,8 +190,9 @@ def _write(run: RunDirectory, audit: Audit, old: Audit | None, baseline: str | P
 
 
 def _unsupported(config: CompareConfig) -> dict[str, str]:
-    """By rollout dtype that vLLM does not support for the model, its sentence; read without loading anything."""
+    """By rollout dtype that the engine does not support for the model, its sentence; read without loading anything."""
     if config.source is not None and not config.model:
         return {}
     known = resolve(config.model or DEFAULT_MODEL, revision=config.revision, weights=False)
-    return {dtype: why for dtype in config.rollout_dtypes if (why := unsupported(known.config, dtype))}
+    engine = registry.find(config.rollout_engine)
+    return {dtype: why for dtype in config.rollout_dtypes if (why := engine.why_no_dtype(known.config, dtype))}

@@ -26,7 +26,6 @@ from mismatch_probe.runs.measurements import Store
 from mismatch_probe.types import PairArrays
 
 FOLDER = "gradient"
-REFERENCE = PassId.trainer("float32")
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,11 @@ class PassData:
     n_nonfinite: int
     n_impossible: int
 
+    @property
+    def reference(self) -> PassId:
+        """The trainer in FP32."""
+        return list(self.pairs)[-1]
+
     @classmethod
     def of(cls, rollout: PassId, pairs: Mapping[PassId, PairArrays]) -> PassData:
         first = next(iter(pairs.values()))
@@ -66,6 +70,11 @@ class PassData:
         return cls(rollout, pairs, kept, rows, n_empty, len(every) - n_finite, n_finite - len(rows))
 
 
+def reference_of(run: RunDirectory) -> PassId:
+    """The trainer in FP32, whose log-probs are π."""
+    return PassId.trainer(run.manifest.config.trainer_engine, "float32")
+
+
 def pass_data(run: RunDirectory) -> tuple[dict[str, PassData], dict[str, str]]:
     """What the run has of each rollout pass that sampled for itself, and why it has nothing of the others.
 
@@ -73,8 +82,8 @@ def pass_data(run: RunDirectory) -> tuple[dict[str, PassData], dict[str, str]]:
         UsageError: The run has no log-probs of a trainer in FP32.
         TableError: A table is missing or corrupt, or no rollout pass can be used.
     """
-    passes = run.passes
-    if REFERENCE not in passes.trainers:
+    passes, reference = run.passes, reference_of(run)
+    if reference not in passes.trainers:
         raise UsageError(
             "This run has no FP32 trainer pass; the gradient is compared with it.",
             "Run `mismatch-probe compare` again with float32 in --trainer-dtypes.",
@@ -83,7 +92,7 @@ def pass_data(run: RunDirectory) -> tuple[dict[str, PassData], dict[str, str]]:
     missing: dict[str, str] = {}
     for rollout in passes.rollouts:
         name = str(rollout)
-        missing[name] = why_missing(run, PassPair(rollout, REFERENCE))
+        missing[name] = why_missing(run, PassPair(rollout, reference))
         if run.source_of(name) != name:
             missing[name] = "it decoded the sequences of another pass, so it did not sample them"
         if missing[name]:
@@ -94,7 +103,7 @@ def pass_data(run: RunDirectory) -> tuple[dict[str, PassData], dict[str, str]]:
             if PassPair(rollout, trainer).diagonal and not why_missing(run, PassPair(rollout, trainer))
         ]
         # Of several trainer modes the first one stands for the dtype.
-        trainers = dict.fromkeys([*own[:1], REFERENCE])
+        trainers = dict.fromkeys([*own[:1], reference])
         data = PassData.of(rollout, {trainer: pair_arrays(run, name, str(trainer)) for trainer in trainers})
         if len(data.kept):
             found[name] = data
@@ -118,8 +127,8 @@ def task_of(run: RunDirectory, config: CompareConfig, data: PassData) -> PassTas
         SequenceTask(
             prompts[index],
             responses[index],
-            data.pairs[REFERENCE].position[rows],
-            data.pairs[REFERENCE].rollout_logprob[rows],
+            data.pairs[data.reference].position[rows],
+            data.pairs[data.reference].rollout_logprob[rows],
             {str(trainer): pair.trainer_logprob[rows] for trainer, pair in data.pairs.items()},
         )
         for index, rows in zip(data.kept, data.rows, strict=True)
@@ -131,4 +140,4 @@ def task_of(run: RunDirectory, config: CompareConfig, data: PassData) -> PassTas
         digest.update(json.dumps([sequence.prompt, sequence.response, list(sequence.trainers)]).encode())
         for values in (sequence.positions, sequence.rollout, *sequence.trainers.values()):
             digest.update(np.ascontiguousarray(values).tobytes())
-    return PassTask(Store(run.path / FOLDER, lambda _: digest.hexdigest()).at(name), sequences, str(REFERENCE))
+    return PassTask(Store(run.path / FOLDER, lambda _: digest.hexdigest()).at(name), sequences, str(data.reference))

@@ -18,7 +18,7 @@ from mismatch_probe.metrics.length_prediction import forecast_pair
 from mismatch_probe.metrics.summary import compute_metrics
 from mismatch_probe.passes import PassId
 from mismatch_probe.probes.gradient.findings import findings_of
-from mismatch_probe.probes.gradient.plan import REFERENCE, PassData
+from mismatch_probe.probes.gradient.plan import PassData, reference_of
 from mismatch_probe.results.gradient import (
     CentralRange,
     Draws,
@@ -68,7 +68,7 @@ def document_of(
         model=run.manifest.model.name,
         config=config,
         directions=DIRECTIONS,
-        reference=Reference(correction="seq-is", trainer_pass=str(REFERENCE)),
+        reference=Reference(correction="seq-is", trainer_pass=str(reference_of(run))),
         passes=passes,
         missing=left_out,
         findings=tuple(findings_of(passes, left_out)),
@@ -122,7 +122,7 @@ def _estimates(
 ) -> Iterator[GradientEstimate]:
     """Every correction with every trainer's log-probs, the one without weights first."""
     plain = vectors.score.astype(np.float64)
-    reference = vectors.weighted(("seq-is", str(REFERENCE))).vectors
+    reference = vectors.weighted(("seq-is", str(data.reference))).vectors
     _, prompt = np.unique(next(iter(data.pairs.values())).prompt[data.kept], return_inverse=True)
     signs = _signs(tasks)
     n = len(plain)

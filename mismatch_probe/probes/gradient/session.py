@@ -16,13 +16,12 @@ from pathlib import Path
 import pandas as pd
 
 from mismatch_probe.config import CompareConfig
-from mismatch_probe.engines import registry
 from mismatch_probe.engines.gradient import GradientJob, PassTask, PassVectors
 from mismatch_probe.errors import TableError, UsageError
 from mismatch_probe.files import write_text
 from mismatch_probe.probes.analysis import analyse
 from mismatch_probe.probes.comparison import KEPT, begun, run_passes, write_run
-from mismatch_probe.probes.gradient.plan import FOLDER, REFERENCE, pass_data, task_of
+from mismatch_probe.probes.gradient.plan import FOLDER, pass_data, task_of
 from mismatch_probe.probes.gradient.result import document_of, frame_of
 from mismatch_probe.probes.own_pass import device_of, fp32_trainer, model_of, run_pass
 from mismatch_probe.probes.planning import Plan, make_plan
@@ -63,7 +62,7 @@ def new_gradient(
         UsageError: No FP32 trainer is asked for.
         ProbeError: What a comparison raises, and what its gradients do.
     """
-    if REFERENCE.dtype not in config.trainer_dtypes:
+    if "float32" not in config.trainer_dtypes:
         raise UsageError("The gradient needs an FP32 trainer pass.", "Add float32 to --trainer-dtypes.")
     plan = make_plan(config, progress, out)
     with begun(plan, out, progress) as session:
@@ -120,9 +119,8 @@ def _make_missing(run: RunDirectory, config: CompareConfig, tasks: Sequence[Pass
     if not missing:
         return
     device = device_of(run)
-    job = GradientJob(fp32_trainer(config, model_of(run, config, progress, _BYTES_PER_WEIGHT), device), missing)
-    settings = registry.find("hf").trainer_settings(device, "float32")
-    run_pass(run, job, settings, FOLDER, "gradients", progress)
+    trainer = fp32_trainer(config, model_of(run, config, progress, _BYTES_PER_WEIGHT), device)
+    run_pass(run, GradientJob(trainer, missing), trainer, FOLDER, "gradients", progress)
 
 
 def _write(folder: Path, document: Gradient) -> dict[str, Path]:

@@ -15,12 +15,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from mismatch_probe.engines import devices
+from mismatch_probe.engines import devices, registry
 from mismatch_probe.engines.checkpoint import Checkpoint, count_tokens
 from mismatch_probe.engines.models import ModelRef
 from mismatch_probe.errors import ProbeError
 from mismatch_probe.results.finding import Finding, Severity, Value
-from mismatch_probe.types import DTYPES, Prompt
+from mismatch_probe.types import DTYPES, ROLLOUT_ENGINE, TRAINER_ENGINE, Prompt
 
 Need = Literal["weights", "tensors", "tokenizer", "prompts", "run"]
 
@@ -30,7 +30,7 @@ class Use:
     """What is to be done with the checkpoint.
 
     Attributes:
-        rollout_dtypes: vLLM runs in these.
+        rollout_dtypes: The rollout engine runs in these.
         attention: Attention of transformers, None for its own choice.
         trust_remote_code: Whether code of the checkpoint may run.
         chat: Whether plain prompts are rendered by the chat template.
@@ -40,6 +40,8 @@ class Use:
         bytes_per_weight: Memory of a weight in the pass that needs most, 0 where it is not known.
         disk_bytes: What the run writes, 0 where it is not known.
         folder: Where it writes.
+        rollout_engine: What samples.
+        trainer_engine: What scores.
     """
 
     rollout_dtypes: tuple[str, ...] = DTYPES
@@ -52,12 +54,14 @@ class Use:
     bytes_per_weight: float = 0.0
     disk_bytes: int = 0
     folder: Path = field(default_factory=Path)
+    rollout_engine: str = ROLLOUT_ENGINE
+    trainer_engine: str = TRAINER_ENGINE
 
 
-def device_if_here(requested: str) -> devices.Device | None:
+def device_if_here(requested: str, rollout_engine: str) -> devices.Device | None:
     """The device that engines would run on, None where they cannot."""
     try:
-        return devices.choose_device(requested)
+        return registry.find(rollout_engine, "rollout").choose_device(requested)
     except ProbeError:
         return None
 
@@ -112,6 +116,12 @@ class Subject:
         if most + self.use.max_tokens <= limit:
             return False
         return self.prompt_tokens is None or max(self.prompt_tokens, default=0) + self.use.max_tokens > limit
+
+    @cached_property
+    def packages(self) -> frozenset[str]:
+        """What the engines need, as imported."""
+        names = (self.use.rollout_engine, self.use.trainer_engine)
+        return frozenset(package for name in names for package in registry.find(name).packages)
 
     def has(self, need: Need) -> bool:
         """Whether a check's need is met."""

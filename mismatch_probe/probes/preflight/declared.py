@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
 
+from mismatch_probe.engines import registry
 from mismatch_probe.engines.declarations import DECLARATIONS, known_to_transformers, known_to_vllm, rope_type
-from mismatch_probe.engines.vllm.unsupported import unsupported
 from mismatch_probe.probes.preflight import Subject, check, found
 from mismatch_probe.results.finding import Finding, Severity
 
@@ -42,8 +42,9 @@ _CODES = {"ignores": "declaration-ignored", "shifts": "declaration-shifted", "re
 
 @check("dtypes")
 def dtypes(subject: Subject) -> Iterator[Finding]:
-    """Dtypes that vLLM refuses; the others still run."""
-    refused = {dtype: why for dtype in subject.use.rollout_dtypes if (why := unsupported(subject.model.config, dtype))}
+    """Dtypes that the rollout engine refuses; the others still run."""
+    engine, config = registry.find(subject.use.rollout_engine), subject.model.config
+    refused = {dtype: why for dtype in subject.use.rollout_dtypes if (why := engine.why_no_dtype(config, dtype))}
     severity: Severity = "fail" if len(refused) == len(subject.use.rollout_dtypes) else "warn"
     for dtype, why in refused.items():
         yield found("dtype-unsupported", severity, dtype, why=why)
@@ -53,7 +54,8 @@ def dtypes(subject: Subject) -> Iterator[Finding]:
 def architecture(subject: Subject) -> Iterator[Finding]:
     """Architectures that an installed engine does not know, and code that the checkpoint brings."""
     config, custom = subject.model.config, subject.model.config.get("auto_map")
-    vllm, transformers = known_to_vllm(), known_to_transformers()
+    vllm = known_to_vllm() if "vllm" in subject.packages else None
+    transformers = known_to_transformers() if "transformers" in subject.packages else None
     kind, names = str(config.get("model_type") or ""), tuple(config.get("architectures") or ())
     native = transformers is None or kind in transformers.names
     if custom and not native and not subject.use.trust_remote_code:
@@ -75,7 +77,7 @@ def rope(subject: Subject) -> Iterator[Finding]:
     if subject.model.config.get("auto_map") or kind == "default":
         return
     for engine, known in (("vLLM", known_to_vllm()), ("transformers", known_to_transformers())):
-        if known is not None and kind not in known.rope_types:
+        if engine.lower() in subject.packages and known is not None and kind not in known.rope_types:
             yield found("rope-unknown", "fail", kind, engine=engine)
 
 
@@ -85,6 +87,8 @@ def declarations(subject: Subject) -> Iterator[Finding]:
     config, tensors = subject.config, subject.checkpoint.tensors
     for one in DECLARATIONS:
         if subject.model_type not in one.model_types or not one.applies(config):
+            continue
+        if one.side.lower() not in subject.packages:
             continue
         if one.attention and subject.use.attention not in one.attention:
             continue

@@ -22,7 +22,17 @@ from mismatch_probe.runs.state import SET
 
 _PASS = "sanity-set"
 # What a run on the set has to share with its sampling.
-_SHARED = ("model", "revision", "task", "rollout_dtype", "max_tokens", "temperature", "chat", "device")
+_SHARED = (
+    "model",
+    "revision",
+    "task",
+    "rollout_engine",
+    "rollout_dtype",
+    "max_tokens",
+    "temperature",
+    "chat",
+    "device",
+)
 
 
 @dataclass(frozen=True)
@@ -103,7 +113,7 @@ def resume_sanity_set(path: Path, progress: Progress | None) -> SanityResult:
 def _execute(session: Session[SanityDirectory], start: Start) -> SanityResult:
     directory, progress = session.run, session.progress
     environment = settings_of(directory.config, start.device).environment
-    process = EngineProcess("vllm", environment, directory.path / "logs" / "sanity-set.log")
+    process = EngineProcess(directory.config.rollout_engine, environment, directory.path / "logs" / "sanity-set.log")
 
     def on_event(event: Event) -> None:
         told(progress, _PASS, event)

@@ -54,7 +54,7 @@ class SanityJob:
 
 def settings_of(config: SanityConfig, device: devices.Device) -> devices.EngineSettings:
     """Arguments and environment of the engine, which has the device to itself."""
-    return registry.find("vllm").rollout_settings(
+    return registry.find(config.rollout_engine).rollout_settings(
         device, config.rollout_dtype, eager=False, in_process=True, kv_cache_gib=config.kv_cache_gib
     )
 
@@ -109,7 +109,7 @@ def _table(
 
 def _engine_job(config: SanityConfig, job: SanityJob, longest_prompt: int) -> RolloutJob:
     return RolloutJob(
-        engine="vllm",
+        engine=config.rollout_engine,
         model_path=job.model_path,
         dtype=config.rollout_dtype,
         device=job.device,
