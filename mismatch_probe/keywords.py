@@ -46,14 +46,18 @@ class CompareKeywords(TypedDict, total=False):
     """With --from: decode the recorded ids again in each dtype."""
     sequences: Literal["own", "shared"]
     """own: every rollout dtype samples. shared: the first samples, the others decode the same ids."""
+    rollout_engine: str
+    """Engine that samples: vllm, hf, or one that an installed package brings."""
     eager: bool
     """Switch CUDA graphs and compilation off."""
     rollout_batch: int | None
     """Requests in the engine at once."""
     engine_args: Mapping[str, Any]
-    """Argument of vLLM; recorded in the manifest. Repeatable."""
+    """Argument of the rollout engine; recorded in the manifest. Repeatable."""
     trainer_attn: str | None
     """Attention of transformers: sdpa, eager, flash_attention_2 and others."""
+    trainer_engine: str
+    """Engine of the trainer: hf, or one that an installed package brings."""
     trainer_modes: Sequence[Literal["cast", "autocast"]]
     """cast: weights in the dtype. autocast: FP32 weights under torch.autocast."""
     trainer_layout: Literal["single", "padded", "packed"]
@@ -95,14 +99,18 @@ class AttributeKeywords(TypedDict, total=False):
     """Responses per prompt."""
     seed: int
     """Random seed, 0 to 2^32 − 1; each request derives its own."""
+    rollout_engine: str
+    """Engine that samples: vllm, hf, or one that an installed package brings."""
     eager: bool
     """Switch CUDA graphs and compilation off."""
     rollout_batch: int | None
     """Requests in the engine at once."""
     engine_args: Mapping[str, Any]
-    """Argument of vLLM; recorded in the manifest. Repeatable."""
+    """Argument of the rollout engine; recorded in the manifest. Repeatable."""
     trainer_attn: str | None
     """Attention of transformers: sdpa, eager, flash_attention_2 and others."""
+    trainer_engine: str
+    """Engine of the trainer: hf, or one that an installed package brings."""
     trainer_modes: Sequence[Literal["cast", "autocast"]]
     """cast: weights in the dtype. autocast: FP32 weights under torch.autocast."""
     trainer_layout: Literal["single", "padded", "packed"]
@@ -177,14 +185,18 @@ class AuditKeywords(TypedDict, total=False):
     """With --from: score with the trainer even if the file has trainer log-probs."""
     replay: bool
     """With --from: decode the recorded ids again in each dtype."""
+    rollout_engine: str
+    """Engine that samples: vllm, hf, or one that an installed package brings."""
     eager: bool
     """Switch CUDA graphs and compilation off."""
     rollout_batch: int | None
     """Requests in the engine at once."""
     engine_args: Mapping[str, Any]
-    """Argument of vLLM; recorded in the manifest. Repeatable."""
+    """Argument of the rollout engine; recorded in the manifest. Repeatable."""
     trainer_attn: str | None
     """Attention of transformers: sdpa, eager, flash_attention_2 and others."""
+    trainer_engine: str
+    """Engine of the trainer: hf, or one that an installed package brings."""
     trainer_modes: Sequence[Literal["cast", "autocast"]]
     """cast: weights in the dtype. autocast: FP32 weights under torch.autocast."""
     trainer_layout: Literal["single", "padded", "packed"]
@@ -265,14 +277,18 @@ class GradientKeywords(TypedDict, total=False):
     """With --from: score with the trainer even if the file has trainer log-probs."""
     replay: bool
     """With --from: decode the recorded ids again in each dtype."""
+    rollout_engine: str
+    """Engine that samples: vllm, hf, or one that an installed package brings."""
     eager: bool
     """Switch CUDA graphs and compilation off."""
     rollout_batch: int | None
     """Requests in the engine at once."""
     engine_args: Mapping[str, Any]
-    """Argument of vLLM; recorded in the manifest. Repeatable."""
+    """Argument of the rollout engine; recorded in the manifest. Repeatable."""
     trainer_attn: str | None
     """Attention of transformers: sdpa, eager, flash_attention_2 and others."""
+    trainer_engine: str
+    """Engine of the trainer: hf, or one that an installed package brings."""
     trainer_modes: Sequence[Literal["cast", "autocast"]]
     """cast: weights in the dtype. autocast: FP32 weights under torch.autocast."""
     trainer_layout: Literal["single", "padded", "packed"]
@@ -306,6 +322,8 @@ class PreflightKeywords(TypedDict, total=False):
     """Maximum response length."""
     rollout_dtypes: Sequence[DtypeText]
     """Dtypes of the rollout engine, the rows of the matrix."""
+    rollout_engine: str
+    """Engine that samples: vllm, hf, or one that an installed package brings."""
     trainer_attn: str | None
     """Attention of transformers: sdpa, eager, flash_attention_2 and others."""
 
@@ -313,6 +331,8 @@ class PreflightKeywords(TypedDict, total=False):
 class RlKeywords(TypedDict, total=False):
     """Keywords of `RlConfig`."""
 
+    rollout_engine: str
+    """Engine that samples: vllm, hf, or one that an installed package brings."""
     model: str | Path
     """Built-in name, checkpoint folder or hub id; chain comes with the tool."""
     revision: str | None
@@ -402,6 +422,8 @@ class RlKeywords(TypedDict, total=False):
 class SanityKeywords(TypedDict, total=False):
     """Keywords of `SanityConfig`."""
 
+    rollout_engine: str
+    """Engine that samples: vllm, hf, or one that an installed package brings."""
     model: str | Path
     """Built-in name, checkpoint folder or hub id; chain comes with the tool."""
     revision: str | None

@@ -17,6 +17,7 @@ import mismatch_probe
 from mismatch_probe.config import CompareConfig
 from mismatch_probe.engines import devices
 from mismatch_probe.engines.models import ModelRef
+from mismatch_probe.engines.scripted import Scripted
 from mismatch_probe.errors import DiskFull, Interrupted, PromptError, TableError, UsageError
 from mismatch_probe.files import locked
 from mismatch_probe.passes import PassId
@@ -340,11 +341,7 @@ class TestExtension:
 
 
 class TestInProcess:
-    """vLLM's core is tried in-process first, and in a process of its own where that fails."""
-
-    @pytest.fixture(autouse=True)
-    def no_wish(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
+    """An engine is tried in-process first, and in a process of its own where that fails."""
 
     def test_what_fails_only_there_goes_to_the_process(self, scripted_model: MakeModel, compare: Compare) -> None:
         counting = Counting()
@@ -352,7 +349,7 @@ class TestInProcess:
         result = compare(model, recorder=counting, **TWO_BY_ONE)
         assert result.complete
         assert counting.begun == ["encode", BF16, BF16, FP16, TRAINER]
-        assert counting.messages.count("vLLM failed in-process; trying its own engine process") == 1
+        assert counting.messages.count("the engine failed in-process; trying a process of its own") == 1
         passes = manifest(result.path)["passes"]
         for name in (BF16, FP16):
             assert passes[name]["engine"]["in_process"] is False
@@ -377,7 +374,7 @@ class TestInProcess:
     def test_the_user_may_ask_for_the_process(
         self, scripted_model: MakeModel, compare: Compare, monkeypatch: pytest.MonkeyPatch, fault: str
     ) -> None:
-        monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+        monkeypatch.setattr(Scripted, "in_process_wanted", lambda engine: False)
         recorder = Recorder()
         result = compare(scripted_model(faults={"rollout-bfloat16": fault}), recorder=recorder, **TWO_BY_ONE)
         assert recorder.begun == ["encode", BF16, FP16, TRAINER]
