@@ -55,7 +55,7 @@ def test_an_unknown_setting_lists_the_known(command: Command, scripted_model: Ma
 def test_a_plan_lists_processes_and_settings(command: Command, scripted_model: MakeModel) -> None:
     outcome = command("attribute", "--model", scripted_model(), "--plan")
     assert outcome.code == 0
-    assert "vLLM as it sampled" in outcome.out
+    assert "rollout as it sampled" in outcome.out
     assert "it needs two GPUs" in outcome.out
     document = json.loads(command("attribute", "--model", scripted_model(), "--plan", "--json").out)
     assert document["seconds"] > 0

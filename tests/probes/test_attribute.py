@@ -502,7 +502,7 @@ def test_sequences_of_a_trace_fit_its_limits() -> None:
 def test_a_plan_says_what_would_run(scripted_model: MakeModel) -> None:
     plan = mismatch_probe.attribute_plan(model=str(scripted_model()), settings=("kv-fp8", "compiled"))
     names = {process.name for process in plan.processes}
-    assert {"vLLM as it sampled", "vLLM kv-fp8", "vLLM compiled"} <= names
+    assert {"rollout as it sampled", "rollout kv-fp8", "rollout compiled"} <= names
     reasons = {row.name: row.why for row in plan.settings}
     assert reasons["rollout-kv-fp8"] == ""
     assert reasons["rollout-batch-1"] == "not asked for"

@@ -25,6 +25,7 @@ EVERYTHING: dict[str, Any] = {
     "chat": True,
     "n_problems": 64,
     "operations": 3,
+    "rollout_engine": "hf",
     "rollout_dtype": "float16",
     "trainer_dtype": "float32",
     "trainer_mode": "cast",

@@ -159,7 +159,7 @@ class Processes:
                 self._routers() if engine.routed else None,
             )
             traces = (changed.dtype,) if engine.traced else ()
-            found.append(Process(f"{job.engine} {engine.name}", job.engine, environment, variants, passes, traces))
+            found.append(Process(f"rollout {engine.name}", job.engine, environment, variants, passes, traces))
         return found
 
     def _engines(self, missing: Sequence[str]) -> list[_Engine]:
