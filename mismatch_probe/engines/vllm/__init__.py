@@ -9,7 +9,7 @@ from mismatch_probe.engines.base import RolloutJob
 from mismatch_probe.engines.devices import Device, EngineSettings, gpu_present, install_hint
 from mismatch_probe.engines.registry import Engine
 from mismatch_probe.engines.vllm.settings import choose_device, in_process_wanted, rollout_settings
-from mismatch_probe.engines.vllm.unsupported import unsupported
+from mismatch_probe.engines.vllm.unsupported import why_no_dtype
 from mismatch_probe.types import Dtype
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Vllm(Engine):
         return in_process_wanted()
 
     def why_no_dtype(self, config: Mapping[str, Any], dtype: str) -> str:
-        return unsupported(config, dtype)
+        return why_no_dtype(config, dtype)
 
     def why_no_replay(self, device: Device, temperature: float) -> str:
         if device == "cpu" and temperature != 1:

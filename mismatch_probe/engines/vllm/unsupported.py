@@ -33,7 +33,7 @@ def float16_unsupported() -> dict[str, str]:
     return {}
 
 
-def unsupported(config: Mapping[str, Any], dtype: str) -> str:
+def why_no_dtype(config: Mapping[str, Any], dtype: str) -> str:
     """Why vLLM does not support a model in a dtype, as a sentence; empty where it does, as far as is known.
 
     Args:
