@@ -87,20 +87,21 @@ class SettingsCommand(click.Command):
                 formatter.write_dl(rows)
 
 
-def settings_command(settings: type[Settings], *, epilog: str) -> Callable[[Callable[..., Any]], click.Command]:
+def settings_command(
+    settings: type[Settings], *, epilog: str, files: bool = True
+) -> Callable[[Callable[..., Any]], click.Command]:
     """Makes a command of a function. Its first argument is what was given: values by name, of the file of `--config`
     and of options, which win; the other arguments are the command's own options.
 
     Args:
         settings: Whose fields become options.
         epilog: End of the help.
+        files: Whether settings are read from and written to files.
     """
 
     def make(function: Callable[..., Any]) -> click.Command:
-        @click.option("--config", "config", type=RunPath(), help="TOML file or run folder with settings; options win.")
-        @click.option("--save-config", type=click.Path(), metavar="FILE", help="Write all settings to a TOML file.")
         @functools.wraps(function)
-        def run(config: str | None, save_config: str | None, **parameters: Any) -> Any:
+        def run(config: str | None = None, save_config: str | None = None, **parameters: Any) -> Any:
             given = {name: parameters.pop(name) for name in settings.model_fields}
             values = {name: value for name, value in given.items() if value is not None and value != ()}
             if config is not None:
@@ -115,9 +116,17 @@ def settings_command(settings: type[Settings], *, epilog: str) -> Callable[[Call
                 write_text(Path(save_config), toml_of(asked))
             return function({name: getattr(asked, name) for name in values}, **parameters)
 
+        for option in (_save_config, _config) if files else ():
+            run = option(run)
         return click.command(cls=SettingsCommand, settings=settings, epilog=epilog)(run)
 
     return make
+
+
+_config = click.option("--config", type=RunPath(), help="TOML file or run folder with settings; options win.")
+_save_config = click.option(
+    "--save-config", type=click.Path(), metavar="FILE", help="Write the settings to a TOML file; defaults as comments."
+)
 
 
 def only_new(values: dict[str, Any], others: dict[str, Any], instead: str) -> None:

@@ -49,14 +49,15 @@ def read_settings(path: str | Path, kind: type[Settings]) -> dict[str, Any]:
 
 
 def toml_of(settings: Settings) -> str:
-    """The file of settings that asks for the same; what is None and what only the command line can set is left out.
+    """The file of settings that asks for the same. What was not given is a comment, so that it stays not given; what is
+    None and what only the command line can set is left out.
 
     Raises:
         UsageError: TOML cannot represent a value: an argument of vLLM is null.
     """
     known = settings_of(type(settings))
     lines = [
-        f"# {known[name].help}\n{name} = {_value(name, value)}\n"
+        f"# {known[name].help}\n{'' if name in settings.model_fields_set else '# '}{name} = {_value(name, value)}\n"
         for name, value in settings.model_dump(mode="json").items()
         if value is not None and known[name].file
     ]

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from mismatch_probe.config.compare import RolloutEngine
-from mismatch_probe.config.settings import Count, Device, DtypeName, Option, PathText, Positive, Settings
+from mismatch_probe.config.settings import Count, Device, DtypeName, Listed, Option, PathText, Positive, Settings
 from mismatch_probe.dtypes import DTYPE_INFOS, dtype_label
 from mismatch_probe.errors import UsageError
 from mismatch_probe.rl.algorithms import algorithms
@@ -246,6 +246,43 @@ class SanityConfig(TaskSettings):
                 f"--keep ({self.keep[0]:g} {self.keep[1]:g}) names the upper bound first.", "Exchange them."
             )
         return self
+
+
+class WorkerSettings(Settings):
+    """How much of a sweep runs at once."""
+
+    TITLE: ClassVar[str] = "Sweep"
+
+    workers: Annotated[Positive | None, Option(default="one per core or GPU")] = Field(
+        default=None, description="Runs at once."
+    )
+
+
+class SweepSettings(WorkerSettings):
+    """Settings of a sweep beside its plan."""
+
+    seeds: Annotated[Positive | None, Option(default="the plan's")] = Field(
+        default=None, description="Seeds of every arm, from 0."
+    )
+
+
+class DemoSettings(WorkerSettings):
+    """Settings of the demo."""
+
+    seeds: Positive = Field(default=1, description="Runs of each arm.")
+
+
+class PlaceSettings(Settings):
+    """Models that are placed among the arms of a sweep."""
+
+    TITLE: ClassVar[str] = "Placing"
+
+    place: Annotated[Listed[PathText], Option(path=True, metavar="RUN")] = Field(
+        default=(), description="Runs of `compare` whose models are placed among the arms of the sweep."
+    )
+    planned_tokens: Annotated[Positive, Option(metavar="TOKENS")] = Field(
+        default=1024, description="Response length at which their ESS is predicted."
+    )
 
 
 def precision_label(config: RlConfig) -> str:
