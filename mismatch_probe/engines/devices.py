@@ -41,10 +41,18 @@ _RECORDED_PREFIX = (
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What a process of an engine gets: keyword arguments, and environment variables set before its imports."""
+    """What a process of an engine gets.
+
+    Attributes:
+        arguments: Keyword arguments of the engine.
+        environment: Variables set before its imports.
+        reusable: Whether a process may go on with the next job that wants the same environment: only where that job's
+            numbers are known to be those of a process of its own, to the bit.
+    """
 
     arguments: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
+    reusable: bool = False
 
 
 @cache

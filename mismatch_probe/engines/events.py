@@ -91,7 +91,7 @@ class Scores(Event):
 
 @dataclass(frozen=True)
 class Done(Event):
-    """The job has ended well; the last event of a process."""
+    """The job has ended well; its last event."""
 
 
 @dataclass(frozen=True)

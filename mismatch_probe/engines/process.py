@@ -1,7 +1,8 @@
 """The parent's side of an engine process.
 
-Each engine lives in a process of its own, in a session of its own: it ends before the next one starts, a Ctrl-C in the
-terminal reaches the parent alone, and killing the session leaves nothing of the engine behind.
+An engine lives in a process, in a session of its own: a Ctrl-C in the terminal reaches the parent alone, and killing
+the session leaves nothing of the engine behind. A process has one engine at a time, and ends with the first job that
+fails.
 """
 
 from __future__ import annotations
@@ -22,8 +23,6 @@ from mismatch_probe.engines.events import Done, Event, Failed, Listener
 from mismatch_probe.engines.root_cause import read_since, root_cause
 from mismatch_probe.errors import EngineError, ProbeError
 
-# Instead of an engine's name, for a process that only needs a tokenizer.
-ENCODE = "encode"
 _GRACE_SECONDS = 20
 
 
@@ -32,10 +31,10 @@ class UnexpectedEngineError(EngineError):
 
 
 class EngineProcess:
-    """One worker process, good for one job. It starts to import at once and waits for its job.
+    """One worker process. It starts to import at once and waits for its first job.
 
     Args:
-        kind: The engine whose packages it imports ahead, or `ENCODE`.
+        kind: The engine whose packages it imports ahead.
         environment: What is added to this process's.
         log: File for its output.
     """
@@ -47,7 +46,6 @@ class EngineProcess:
         self._connection = Connection(ours.detach())
         command = [sys.executable, "-m", "mismatch_probe.engines.worker", str(theirs.fileno()), kind]
         with theirs, log.open("ab") as output:
-            self._log_offset = output.tell()
             self._process = subprocess.Popen(
                 command,
                 pass_fds=[theirs.fileno()],
@@ -62,22 +60,29 @@ class EngineProcess:
     def pid(self) -> int:
         return self._process.pid
 
-    def run(self, job: Job, on_event: Listener) -> None:
-        """Gives the process its job and hands on its events until it is done; the process has ended on return.
+    def run(self, job: Job, on_event: Listener, *, last: bool = True) -> None:
+        """Gives the process a job and hands on its events until it is done.
+
+        Args:
+            job: What to do.
+            on_event: Told about every event.
+            last: Whether the process ends with it; otherwise it waits for another job. After an error it has ended.
 
         Raises:
             ProbeError: What went wrong, as the user's error.
             UnexpectedEngineError: The engine failed in an unknown way.
         """
+        self._log_offset = self._log.stat().st_size
+        goes_on = False
         try:
             for event in self._events(job):
                 if isinstance(event, Failed):
                     raise event.error if isinstance(event.error, ProbeError) else self._failure(event.error, job)
                 on_event(event)
-            with contextlib.suppress(subprocess.TimeoutExpired):  # `close` ends what hangs in its tear-down
-                self._process.wait(_GRACE_SECONDS)
+            goes_on = not last
         finally:
-            self.close()
+            if not goes_on:
+                self.close()
 
     def _events(self, job: Job) -> Iterator[Event]:
         """What the process says, up to `Done`."""

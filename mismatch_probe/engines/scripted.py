@@ -28,13 +28,23 @@ from mismatch_probe.engines.base import (
     TrainerEngine,
     TrainerJob,
 )
-from mismatch_probe.engines.devices import Device
+from mismatch_probe.engines.devices import Device, EngineSettings
 from mismatch_probe.engines.events import Encoded
 from mismatch_probe.engines.registry import Engine
 from mismatch_probe.engines.rows import LEAST_WEIGHT, RowChoice, RowFile, RowWriter, stacked
 from mismatch_probe.errors import DtypeRefused, EngineError
 from mismatch_probe.metrics.exact import divergences
-from mismatch_probe.types import EncodedPrompt, Prompt, Rollout, RolloutRequest, Sampling, Score, ScoreRequest
+from mismatch_probe.types import (
+    Dtype,
+    EncodedPrompt,
+    Prompt,
+    Rollout,
+    RolloutRequest,
+    Sampling,
+    Score,
+    ScoreRequest,
+    TrainerDtype,
+)
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -268,6 +278,14 @@ class Scripted(Engine):
 
     def trainer(self, job: TrainerJob) -> ScriptedTrainer:
         return ScriptedTrainer(job)
+
+    def rollout_settings(
+        self, device: Device, dtype: Dtype, *, eager: bool, in_process: bool, kv_cache_gib: int
+    ) -> EngineSettings:
+        return EngineSettings(reusable=True)
+
+    def trainer_settings(self, device: Device, dtype: TrainerDtype) -> EngineSettings:
+        return EngineSettings(reusable=True)
 
 
 ENGINE = Scripted()

@@ -1,11 +1,13 @@
 """The child's side of an engine process: `python -m mismatch_probe.engines.worker FD KIND`.
 
-It imports what its engine needs, receives one job, sends events (`engines.events`), and ends.
+It imports what its engine needs, then does one job after another, sending events (`engines.events`), until one fails or
+the parent has no more.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -17,12 +19,11 @@ from typing import Any
 from mismatch_probe.engines import faults, registry
 from mismatch_probe.engines.base import Job
 from mismatch_probe.engines.events import Done, Event, Failed, Phase
-from mismatch_probe.engines.process import ENCODE
 from mismatch_probe.errors import ProbeError
 
 
 class _ParentGone(BaseException):
-    """The parent has ended, and with it the reason to go on."""
+    """The parent has ended, or has no more to do."""
 
 
 class _Channel:
@@ -51,37 +52,48 @@ class _Channel:
         self._since = now
 
 
-def _serve(channel: _Channel, kind: str) -> None:
-    """Does one job; what fails is reported to the parent."""
-    job: Job | None = None
+def _import_failure(kind: str) -> Exception | None:
+    """Imports what the engine needs; what fails, in whatever way, is to be reported as the first job's failure."""
     try:
-        # An import that fails, in whatever way, is reported as the job's failure, in the job's terms.
-        failure: Exception | None = None
-        try:
-            if kind != ENCODE:
-                registry.find(kind).import_ahead()
-        except Exception as error:
-            failure = error
-        channel.phase("import")
-        job = channel.receive()
-        channel.phase("wait")
-        if isinstance(failure, ProbeError):
-            raise failure
+        registry.find(kind).import_ahead()
+    except ProbeError as error:
+        return error
+    except Exception as error:
+        failure = ImportError(faults.first_line(error))
+        failure.__cause__ = error
+        return failure
+    return None
+
+
+def _done(channel: _Channel, job: Job, failure: Exception | None) -> bool:
+    """Does a job, and says whether that went well; what fails is reported to the parent."""
+    try:
         if failure is not None:
-            raise ImportError(faults.first_line(failure)) from failure
+            raise failure
         job.run(channel)
-        channel.send(Done())
     except _ParentGone:
         raise
     except BaseException as error:
         traceback.print_exc()
-        known = faults.classify(error, job) if job is not None else None
-        channel.send(Failed(known or faults.first_line(error)))
+        channel.send(Failed(faults.classify(error, job) or faults.first_line(error)))
+        return False
+    gc.collect()  # the model of this job, before the next one loads
+    sys.stdout.flush()
+    sys.stderr.flush()
+    channel.send(Done())
+    return True
 
 
 def main(arguments: list[str]) -> None:
+    channel = _Channel(Connection(int(arguments[0])))
     with contextlib.suppress(_ParentGone):
-        _serve(_Channel(Connection(int(arguments[0]))), arguments[1])
+        failure = _import_failure(arguments[1])
+        channel.phase("import")
+        going = True
+        while going:
+            job = channel.receive()
+            channel.phase("wait")
+            going = _done(channel, job, failure)
     sys.stdout.flush()
     sys.stderr.flush()
     # All that matters has been sent and closed. vLLM's own processes, which are of this one's session, must not outlive

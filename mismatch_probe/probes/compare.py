@@ -11,7 +11,7 @@ import numpy as np
 from mismatch_probe.engines import devices, registry
 from mismatch_probe.engines.base import RolloutJob, TrainerJob
 from mismatch_probe.engines.encoding import EncodeJob
-from mismatch_probe.engines.process import ENCODE, UnexpectedEngineError
+from mismatch_probe.engines.process import UnexpectedEngineError
 from mismatch_probe.errors import DiskFull, DtypeRefused, EngineError, PromptError, TableError
 from mismatch_probe.passes import PassId
 from mismatch_probe.probes.kept_rows import KeptRows
@@ -19,7 +19,7 @@ from mismatch_probe.probes.planning import Plan, kv_cache_gib, request_seed
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.probes.recorded import masks_of, store_recorded
 from mismatch_probe.probes.store import distinct_requests, store_replay, store_rollouts, store_scores
-from mismatch_probe.probes.workers import Collected, Workers, drive
+from mismatch_probe.probes.workers import Collected, Wanted, Workers
 from mismatch_probe.results.manifest import PassRecord, PassStatus, RunStatus
 from mismatch_probe.runs.comparison import RunDirectory
 from mismatch_probe.types import EncodedPrompt, RolloutRequest, Sampling
@@ -84,10 +84,10 @@ class PassRunner:
             str(plan.model.path), plan.prompts.prompts, plan.config.chat, plan.config.trust_remote_code, recorded
         )
         self._progress.message("encoding prompts")
-        environment = registry.find(plan.config.trainer_engine).trainer_settings(plan.device, "float32").environment
-        process = workers.take(ENCODE, environment)
-        self._prepare_next(workers, None)
-        collected = drive(process, "encode", job, self._progress)
+        # In a trainer's process, which imports the tokenizer's package anyway.
+        trainer = "scripted" if plan.model.scripted else plan.config.trainer_engine
+        wanted = trainer, registry.find(trainer).trainer_settings(plan.device, "float32")
+        collected = workers.run(wanted, "encode", job, self._progress, self._later(None))
         self._texts, self._run.manifest.special_token_ids = collected.texts, tuple(collected.special)
         if plan.recorded is not None:
             return []
@@ -148,9 +148,7 @@ class PassRunner:
                 trust_remote_code=plan.config.trust_remote_code,
                 arguments={**settings.arguments, **plan.config.engine_args},
             )
-            process = workers.take(kind, settings.environment)
-            self._prepare_next(workers, pass_id)
-            return drive(process, pass_id, job, self._progress)
+            return workers.run((kind, settings), pass_id, job, self._progress, self._later(pass_id))
 
         def run() -> Collected:
             try:
@@ -246,9 +244,7 @@ class PassRunner:
         )
 
         def score() -> Collected:
-            process = workers.take(kind, settings.environment)
-            self._prepare_next(workers, pass_id)
-            return drive(process, pass_id, job, self._progress)
+            return workers.run((kind, settings), pass_id, job, self._progress, self._later(pass_id))
 
         collected = self._guarded(pass_id, score)
         if collected is not None:
@@ -286,7 +282,7 @@ class PassRunner:
         self._run.save()
         self._progress.end(pass_id, str(error))
 
-    def _process(self, wanted: PassId) -> tuple[str, devices.EngineSettings]:
+    def _process(self, wanted: PassId) -> Wanted:
         """The engine of a pass, and the settings of its process."""
         plan = self._plan
         assert wanted.dtype != "recorded"
@@ -302,14 +298,9 @@ class PassRunner:
             kv_cache_gib=kv_cache_gib(plan),
         )
 
-    def _prepare_next(self, workers: Workers, current: str | None) -> None:
-        """Lets the process of the pass after `current` import ahead."""
-        order: list[tuple[str, tuple[str, devices.EngineSettings]]] = [
-            *((str(p), self._process(p)) for p in self._plan.passes.rollouts if not p.recorded),
-            *((str(p), self._process(p)) for p in self._plan.passes.scored),
-        ]
-        names = [name for name, _ in order]
-        for name, (kind, settings) in order[names.index(current) + 1 if current else 0 :]:
-            if not self._settled(name):
-                workers.prepare(kind, settings.environment)
-                return
+    def _later(self, current: str | None) -> list[Wanted]:
+        """The processes of the passes after `current`, of all for None, that are still to run."""
+        passes = self._plan.passes
+        order = [p for p in (*passes.rollouts, *passes.scored) if not p.recorded]
+        at = [str(p) for p in order].index(current) + 1 if current else 0
+        return [self._process(p) for p in order[at:] if not self._settled(str(p))]

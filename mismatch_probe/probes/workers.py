@@ -1,15 +1,16 @@
-"""Worker processes as a comparison uses them: one at work, the next one importing, events added up."""
+"""Worker processes as probes use them: one at work, the next one importing, events added up."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from mismatch_probe.engines.base import Job
+from mismatch_probe.engines.devices import EngineSettings
 from mismatch_probe.engines.events import Advance, Encoded, Event, Identity, Phase, Rollouts, Scores, Texts, Total
 from mismatch_probe.engines.process import EngineProcess
 from mismatch_probe.probes.progress import Progress
@@ -49,15 +50,23 @@ class Collected:
                 self.timings[event.name] = round(event.seconds, 3)
 
 
-class Workers:
-    """Starts worker processes, one ahead: the next one imports its packages while the present one works.
+# What a job needs of its process: the engine that is imported, and the settings.
+Wanted = tuple[str, EngineSettings]
 
-    Importing is all that it does before it gets its job, so engines still follow one another.
+
+class Workers:
+    """The worker processes of a run of passes: one at work, and those that wait for a later job.
+
+    The process of the next job starts while the present one works. Importing is all that it does before it gets its
+    job, so engines still follow one another. A process whose settings are `reusable` goes on with later jobs.
+
+    Args:
+        logs: Folder for their output.
     """
 
     def __init__(self, logs: Path) -> None:
         self._logs = logs
-        self._ahead: tuple[str, Mapping[str, str], EngineProcess] | None = None
+        self._waiting: dict[_Key, EngineProcess] = {}
         self._at_work: EngineProcess | None = None
 
     def __enter__(self) -> Workers:
@@ -66,28 +75,47 @@ class Workers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._ahead is not None:
-            self._ahead[2].close()
-        if self._at_work is not None:
-            self._at_work.close()
+        for process in (*self._waiting.values(), *([self._at_work] if self._at_work is not None else [])):
+            process.close()
 
-    def prepare(self, kind: str, environment: Mapping[str, str]) -> None:
-        if self._ahead is None:
-            self._ahead = (kind, environment, self._start(kind, environment))
+    def run(self, wanted: Wanted, name: str, job: Job, progress: Progress, later: Sequence[Wanted] = ()) -> Collected:
+        """Runs one job to its end and returns what it produced.
 
-    def take(self, kind: str, environment: Mapping[str, str]) -> EngineProcess:
-        """The process for the next job: the one that was started ahead where it is of the right kind."""
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead[:2] == (kind, environment):
-            self._at_work = ahead[2]
-        else:
-            if ahead is not None:
-                ahead[2].close()
-            self._at_work = self._start(kind, environment)
-        return self._at_work
+        Args:
+            wanted: Its process.
+            name: Of its progress.
+            job: What to do.
+            progress: Told about it.
+            later: Processes of the jobs that follow, in order.
 
-    def _start(self, kind: str, environment: Mapping[str, str]) -> EngineProcess:
-        return EngineProcess(kind, environment, self._logs / f"{kind}.log")
+        Raises:
+            ProbeError: What `EngineProcess.run` raises.
+        """
+        settings = wanted[1]
+        key, keys = _key(wanted), [_key(one) for one in later]
+        process = self._at_work = self._waiting.pop(key, None) or self._start(wanted)
+        for old in [old for old in self._waiting if old not in keys]:
+            self._waiting.pop(old).close()
+        stays = settings.reusable and key in keys
+        if later and keys[0] not in self._waiting and not (stays and keys[0] == key):
+            self._waiting[keys[0]] = self._start(later[0])
+        collected = drive(process, name, job, progress, last=not stays)
+        if stays:
+            self._waiting[key] = process
+        return collected
+
+    def _start(self, wanted: Wanted) -> EngineProcess:
+        kind, settings = wanted
+        return EngineProcess(kind, settings.environment, self._logs / f"{kind}.log")
+
+
+_Key = tuple[str, frozenset[tuple[str, str]]]
+
+
+def _key(wanted: Wanted) -> _Key:
+    """Jobs of equal keys can follow one another in a process."""
+    kind, settings = wanted
+    return kind, frozenset(settings.environment.items())
 
 
 def told(progress: Progress, name: str, event: Event) -> None:
@@ -99,8 +127,8 @@ def told(progress: Progress, name: str, event: Event) -> None:
             progress.advance(name, event.amount)
 
 
-def drive(process: EngineProcess, pass_id: str, job: Job, progress: Progress) -> Collected:
-    """Runs one job to its end and returns what it produced.
+def drive(process: EngineProcess, pass_id: str, job: Job, progress: Progress, *, last: bool = True) -> Collected:
+    """Runs one job to its end and returns what it produced; `last` as in `EngineProcess.run`.
 
     Raises:
         ProbeError: What `EngineProcess.run` raises.
@@ -113,6 +141,6 @@ def drive(process: EngineProcess, pass_id: str, job: Job, progress: Progress) ->
         told(progress, pass_id, event)
         collected.add(event)
 
-    process.run(job, on_event)
+    process.run(job, on_event, last=last)
     progress.end(pass_id, f"done in {time.perf_counter() - started:.0f} s")
     return collected

@@ -53,4 +53,4 @@ def trainer_settings(device: Device, dtype: TrainerDtype) -> EngineSettings:
             # hold heads × T × T scores. With heads repeated the memory-efficient kernel runs.
             "sdpa_broadcasts_grouped_heads": False,
         }
-    return EngineSettings(flags, environment)
+    return EngineSettings(flags, environment, reusable=device == "cpu")

@@ -60,7 +60,7 @@ def rollout_settings(
         # A prompt that is split over two steps has a sample discarded and its generator turned back, which a CPU's
         # generator cannot (v1/worker/gpu_model_runner.py, set_offset): the engine would die of it.
         arguments["enable_chunked_prefill"] = False
-        return EngineSettings(arguments, environment)
+        return EngineSettings(arguments, environment, reusable=in_process)
     # The trainer's process starts only after this one has ended, so the card is free for both; 0.92 (vLLM's default,
     # config/cache.py) fails where a desktop or another tool holds a little of it.
     arguments["gpu_memory_utilization"] = 0.85 if beside_trainer is None else beside_trainer

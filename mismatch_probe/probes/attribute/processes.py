@@ -40,6 +40,7 @@ from mismatch_probe.probes.attribute.passes import (
 )
 from mismatch_probe.probes.attribute.settings import PREFILL, REPLAY, TRAINER, Setting
 from mismatch_probe.probes.own_pass import fp32_trainer
+from mismatch_probe.probes.workers import Wanted
 from mismatch_probe.types import Sampling, TrainerMode
 
 # Response tokens that run one sequence at a time, where nothing fills a device, and how many of each sequence.
@@ -52,16 +53,14 @@ class Process:
 
     Attributes:
         name: Of its progress.
-        kind: What the process imports.
-        environment: Of the process.
+        wanted: Its engine and settings.
         job: What it does.
         passes: Names of what it leaves.
         traces: Dtypes whose layers it traces.
     """
 
     name: str
-    kind: str
-    environment: Mapping[str, str]
+    wanted: Wanted
     job: Job
     passes: tuple[str, ...]
     traces: tuple[str, ...] = ()
@@ -148,7 +147,8 @@ class Processes:
         for engine in self._engines(missing):
             changed = self._changed(job, engine)
             settings = self._settings(changed.dtype)
-            environment = {**settings.environment, **(engine.setting.environment if engine.setting else {})}
+            if engine.setting:
+                settings = replace(settings, environment={**settings.environment, **engine.setting.environment})
             passes = (*engine.passes, *([ROUTES] if engine.routed else []))
             variants = RolloutVariants(
                 changed,
@@ -159,7 +159,7 @@ class Processes:
                 self._routers() if engine.routed else None,
             )
             traces = (changed.dtype,) if engine.traced else ()
-            found.append(Process(f"rollout {engine.name}", job.engine, environment, variants, passes, traces))
+            found.append(Process(f"rollout {engine.name}", (job.engine, settings), variants, passes, traces))
         return found
 
     def _engines(self, missing: Sequence[str]) -> list[_Engine]:
@@ -267,10 +267,9 @@ class Processes:
             self._store.files.at(ROUTES) if context.experts else None,
         )
         settings = registry.find(trainer.engine).trainer_settings(context.device, trainer.dtype)  # type: ignore[arg-type]
-        environment = dict(settings.environment)
         if any(variant.tf32 for variant in needed):
-            environment.pop("NVIDIA_TF32_OVERRIDE", None)  # torch's own switch keeps FP32 passes in FP32
-        return Process("trainer, one change at a time", trainer.engine, environment, job, passes)
+            settings.environment.pop("NVIDIA_TF32_OVERRIDE", None)  # torch's own switch keeps FP32 passes in FP32
+        return Process("trainer, one change at a time", (trainer.engine, settings), job, passes)
 
     def _target(self) -> float | None:
         """Fraction of the gap's RMS that fixes may leave; None where a trainer in FP32 would close none of it."""
@@ -300,7 +299,7 @@ class Processes:
         ]
         job = InsideJob(trainer, insides)
         settings = registry.find(trainer.engine).trainer_settings(self._pair.context.device, "float32")  # type: ignore[arg-type]
-        return Process("layers and modules", trainer.engine, settings.environment, job, tuple(i.name for i in insides))
+        return Process("layers and modules", (trainer.engine, settings), job, tuple(i.name for i in insides))
 
 
 def _rms(values: NDArray[np.float64]) -> float:

@@ -26,7 +26,7 @@ from mismatch_probe.probes.own_pass import model_of
 from mismatch_probe.probes.planning import PassEstimate, Plan, estimate, make_plan, plan_preflight
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.probes.session import Session
-from mismatch_probe.probes.workers import Workers, drive
+from mismatch_probe.probes.workers import Workers
 from mismatch_probe.report.attribution import attribution_report
 from mismatch_probe.report.figures import draw
 from mismatch_probe.report.model import Report
@@ -183,11 +183,9 @@ def make_missing(
     try:
         with Workers(pair.run.path / "logs") as workers:
             for index, process in enumerate(processes):
-                worker = workers.take(process.kind, process.environment)
-                if index + 1 < len(processes):
-                    workers.prepare(processes[index + 1].kind, processes[index + 1].environment)
+                later = [one.wanted for one in processes[index + 1 :]]
                 try:
-                    drive(worker, process.name, process.job, progress)
+                    workers.run(process.wanted, process.name, process.job, progress, later)
                 except (DiskFull, EngineMissing):
                     raise
                 except ProbeError as error:
