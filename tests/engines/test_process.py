@@ -110,6 +110,26 @@ class TestEvents:
         assert (first.prompt_id, first.token_ids, second.prompt_id) == ("a", [65, 66], "b")
 
 
+class TestSeveralJobs:
+    def test_each_is_what_it_is_in_a_process_of_its_own(self, scripted_model: MakeModel, tmp_path: Path) -> None:
+        model = scripted_model()
+        process = EngineProcess("scripted", {}, tmp_path / "engine.log")
+        for index, job in enumerate(jobs := [rollout_job(model), trainer_job(model), rollout_job(model)]):
+            last, shared, (_, own) = index == len(jobs) - 1, Heard(), run(job, tmp_path)
+            process.run(job, shared, last=last)
+            assert gone(process.pid) is last
+            for kind in (Identity, Total, Advance, Rollouts, Scores, Texts):
+                assert repr(shared.of(kind)) == repr(own.of(kind))  # type: ignore[type-var]
+
+    def test_one_that_fails_ends_it(self, scripted_model: MakeModel, tmp_path: Path) -> None:
+        process = EngineProcess("scripted", {}, tmp_path / "engine.log")
+        process.run(trainer_job(scripted_model()), Heard(), last=False)
+        broken = scripted_model(faults={"rollout-float16": "crash-generate"})
+        with pytest.raises(UnexpectedEngineError, match="a scripted crash"):
+            process.run(rollout_job(broken), Heard(), last=False)
+        assert gone(process.pid)
+
+
 class TestFailures:
     @pytest.mark.parametrize(
         ("fault", "kind", "sentence"),
