@@ -261,7 +261,9 @@ class RolloutJob:
         return registry.find(self.engine, "rollout").rollout(self)
 
     def run(self, channel: Channel) -> None:
-        """Sends `Identity`, `Total` and `Advance` in tokens, `Rollouts`, `Texts`; phases load, generate, self_noise."""
+        """Sends `Identity`, `Total` and `Advance` in tokens, `Rollouts`, `Texts`; phases load, first_step, generate,
+        self_noise.
+        """
         with self.started() as engine:
             channel.phase("load")
             channel.send(Identity(engine.identity() | devices.running()))
@@ -273,8 +275,17 @@ class RolloutJob:
             again = batches[0] if repeat.max_tokens else []
             channel.send(Total(_longest(self.requests, self.sampling) + _longest(again, repeat)))
             seen: set[int] = set()
+            begun = False
+
+            def on_tokens(made: int) -> None:
+                nonlocal begun
+                if not begun:
+                    channel.phase("first_step")
+                begun = True
+                channel.send(Advance(made))
+
             for batch in batches:
-                rollouts = decode(batch, self.sampling, lambda n: channel.send(Advance(n)), self.capture)
+                rollouts = decode(batch, self.sampling, on_tokens, self.capture)
                 seen.update(int(token) for rollout in rollouts for token in rollout.response_token_ids)
                 channel.send(Rollouts(rollouts))
                 made = sum(len(r.response_token_ids) for r in rollouts)
@@ -346,7 +357,9 @@ class TrainerJob:
         return registry.find(self.engine, "trainer").trainer(self)
 
     def run(self, channel: Channel) -> None:
-        """Sends `Identity`, `Total` and `Advance` in tokens, `Scores`; phases load, score, self_noise."""
+        """Sends `Identity`, `Total` and `Advance` in tokens, `Scores`; phases load, first_step (a batch), score,
+        self_noise.
+        """
         with self.started() as engine:
             channel.phase("load")
             channel.send(Identity(engine.identity() | devices.running()))
@@ -356,9 +369,11 @@ class TrainerJob:
                 n_again += 1
             channel.send(Total(sum(r.length for batch in [*batches, *batches[:n_again]] for r in batch)))
             for repeated, again in ((batches, False), (batches[:n_again], True)):
-                for batch in repeated:
+                for index, batch in enumerate(repeated):
                     channel.send(Scores(engine.score(batch, self.temperature, exact=not again), again))
                     channel.send(Advance(sum(r.length for r in batch)))
+                    if index == 0 and not again:
+                        channel.phase("first_step")
                 channel.phase("self_noise" if again else "score")
 
 

@@ -75,7 +75,14 @@ class TestEvents:
         assert [r.response_token_ids for r in null] == [first[i].response_token_ids[:3] for i in (0, 1)]
         assert [r.logprobs for r in null] == [first[i].logprobs[:3] for i in (0, 1)]
         assert done(events) == events.of(Total)[0].amount == 5 * 4 + 2 * 3
-        assert [event.name for event in events.of(Phase)] == ["import", "wait", "load", "generate", "self_noise"]
+        assert [event.name for event in events.of(Phase)] == [
+            "import",
+            "wait",
+            "load",
+            "first_step",
+            "generate",
+            "self_noise",
+        ]
         (texts,) = (event.texts for event in events.of(Texts))
         assert all(texts[token] == chr(token) for r in first.values() for token in r.response_token_ids)
         (identity,) = (event.facts for event in events.of(Identity))
