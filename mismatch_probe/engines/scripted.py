@@ -279,9 +279,7 @@ class Scripted(Engine):
     def trainer(self, job: TrainerJob) -> ScriptedTrainer:
         return ScriptedTrainer(job)
 
-    def rollout_settings(
-        self, device: Device, dtype: Dtype, *, eager: bool, in_process: bool, kv_cache_gib: int
-    ) -> EngineSettings:
+    def rollout_settings(self, device: Device, dtype: Dtype, **how: Any) -> EngineSettings:
         return EngineSettings(reusable=True)
 
     def trainer_settings(self, device: Device, dtype: TrainerDtype) -> EngineSettings:
