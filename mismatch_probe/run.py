@@ -146,7 +146,7 @@ class Run:
             UsageError: No compared pair has the sequence.
             TableError: A table is missing or corrupt.
         """
-        from mismatch_probe.probes.tokens import tokens_of
+        from mismatch_probe.probes.analysis import tokens_of
         from mismatch_probe.runs.comparison import RunDirectory
 
         return tokens_of(RunDirectory.open(self.path), sequence_id)

@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from scipy import special
 
 from mismatch_probe.metrics.accumulate import PairSums
-from mismatch_probe.metrics.binned import PROBABILITY_EDGES
 from mismatch_probe.metrics.ratio_test import adjusted_together, ratio_tests
 from mismatch_probe.metrics.summary import compute_metrics
+from mismatch_probe.metrics.sums import PROBABILITY_EDGES
 from mismatch_probe.passes import PassId
 from mismatch_probe.probes.audit.checks import Checks
 from mismatch_probe.probes.audit.judge import verdict_of

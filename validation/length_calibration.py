@@ -23,8 +23,8 @@ from mismatch_probe.metrics.accumulate import accumulate
 from mismatch_probe.metrics.frame import pair_arrays
 from mismatch_probe.metrics.length import fit_length
 from mismatch_probe.metrics.length_prediction import predict
-from mismatch_probe.metrics.prefixes import Prefixes, PrefixSums
 from mismatch_probe.metrics.summary import compute_metrics
+from mismatch_probe.metrics.sums import Prefixes, PrefixSums
 from mismatch_probe.probes.pairs import PassPair, why_missing
 from mismatch_probe.runs.comparison import RunDirectory
 from mismatch_probe.types import MetricValue, PairArrays

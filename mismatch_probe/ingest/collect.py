@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from mismatch_probe.ingest.base import Place, Ragged, RecordedRun, Side, kind, quoted, quoted_list, wrong_length
-from mismatch_probe.metrics.accounting import LARGEST
+from mismatch_probe.metrics.chunks import LARGEST
 from mismatch_probe.results.manifest import Source
 
 IDS = ("prompt_token_ids", "response_token_ids")

@@ -17,11 +17,9 @@ from numpy.typing import NDArray
 
 from mismatch_probe.errors import UsageError
 from mismatch_probe.metrics import scales
-from mismatch_probe.metrics.accounting import Exclusions
-from mismatch_probe.metrics.binned import POSITION_EDGES, PROBABILITY_EDGES, BinnedSums
-from mismatch_probe.metrics.chunks import Ints, SequenceRows, TokenChunk, sequence_rows, usable_rows
+from mismatch_probe.metrics.chunks import Exclusions, Ints, SequenceRows, TokenChunk, sequence_rows, usable_rows
 from mismatch_probe.metrics.intervals import Floats
-from mismatch_probe.metrics.moments import CentredSums, Range, ShiftedSums
+from mismatch_probe.metrics.sums import POSITION_EDGES, PROBABILITY_EDGES, BinnedSums, CentredSums, Range, ShiftedSums
 from mismatch_probe.types import PairArrays
 
 LARGEST_TOKENS = 5

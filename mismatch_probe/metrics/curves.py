@@ -12,11 +12,11 @@ import numpy as np
 
 from mismatch_probe.metrics import scales
 from mismatch_probe.metrics.accumulate import DENSITY_BINS, PairSums, as_sums
-from mismatch_probe.metrics.binned import UNIT_POSITIONS, BinnedSums
 from mismatch_probe.metrics.chunks import Ints
 from mismatch_probe.metrics.intervals import Estimate, Floats, Interval, evaluate
 from mismatch_probe.metrics.sample import PairTokens, usable_sequences
 from mismatch_probe.metrics.summary import intercept, off_policy_why, slope_per_1k
+from mismatch_probe.metrics.sums import UNIT_POSITIONS, BinnedSums
 from mismatch_probe.types import MetricValue
 
 # Codes of `token_kind` are indices into this.

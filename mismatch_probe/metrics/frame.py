@@ -13,9 +13,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from mismatch_probe.errors import TableError
-from mismatch_probe.metrics.accounting import usable
 from mismatch_probe.metrics.accumulate import PairSums
-from mismatch_probe.metrics.chunks import group_sums
+from mismatch_probe.metrics.chunks import group_sums, usable
 from mismatch_probe.metrics.curves import KINDS, kind_of
 from mismatch_probe.metrics.exact import ExactRows
 from mismatch_probe.metrics.self_noise import SelfNoise, self_noise

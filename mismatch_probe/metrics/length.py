@@ -28,8 +28,8 @@ from mismatch_probe.metrics.chunks import Ints, group_sums
 from mismatch_probe.metrics.growth import MODELS, OUTSIDE, GrowthDraws, GrowthSample, bands
 from mismatch_probe.metrics.inference import degrees_of_freedom, excess_kurtosis
 from mismatch_probe.metrics.intervals import UNCALIBRATED, Floats, join_why
-from mismatch_probe.metrics.prefixes import Prefixes
 from mismatch_probe.metrics.ratio_test import NEGLIGIBLE
+from mismatch_probe.metrics.sums import Prefixes
 from mismatch_probe.types import MetricValue
 
 # Of a larger spread or a smaller ESS than predicted. For less mismatch, which is what a sample without the tail shows,

@@ -16,8 +16,8 @@ from mismatch_probe.metrics.growth import KEYS as KEYS
 from mismatch_probe.metrics.growth import bands, few_decide, law_weights, laws, quantiles
 from mismatch_probe.metrics.intervals import Floats, join_why
 from mismatch_probe.metrics.length import LengthFit, fit_length
-from mismatch_probe.metrics.prefixes import PrefixSums
 from mismatch_probe.metrics.summary import off_policy_why
+from mismatch_probe.metrics.sums import PrefixSums
 from mismatch_probe.types import MetricValue, PairArrays
 
 FURTHEST = 8

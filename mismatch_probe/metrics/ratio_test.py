@@ -33,11 +33,11 @@ import numpy as np
 
 from mismatch_probe.metrics import scales
 from mismatch_probe.metrics.accumulate import PairSums
-from mismatch_probe.metrics.binned import BinnedSums
 from mismatch_probe.metrics.curves import position_bins
 from mismatch_probe.metrics.inference import POWER, SIGNIFICANCE, Floats, Inference, holm
 from mismatch_probe.metrics.intervals import Estimate, infer, join_why, metric_value
 from mismatch_probe.metrics.summary import off_policy_why
+from mismatch_probe.metrics.sums import BinnedSums
 from mismatch_probe.types import MetricValue
 
 Verdict = Literal["holds", "violated", "violated but negligible", "inconclusive"]

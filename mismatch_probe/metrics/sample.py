@@ -16,7 +16,7 @@ from mismatch_probe.metrics.accumulate import PairSums, as_sums
 from mismatch_probe.metrics.chunks import Ints, group_sums
 from mismatch_probe.metrics.inference import Floats, Working, excess_kurtosis
 from mismatch_probe.metrics.intervals import Estimate, kish
-from mismatch_probe.metrics.moments import CentredSums, ShiftedSums
+from mismatch_probe.metrics.sums import CentredSums, ShiftedSums
 from mismatch_probe.types import MetricValue, PairArrays
 
 PairTokens = PairArrays | PairSums

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mismatch_probe.metrics.accounting import usable
-from mismatch_probe.metrics.chunks import Ints
+from mismatch_probe.metrics.chunks import Ints, usable
 from mismatch_probe.metrics.intervals import Floats
 
 

@@ -14,11 +14,10 @@ from mismatch_probe.engines.encoding import EncodeJob
 from mismatch_probe.engines.process import UnexpectedEngineError
 from mismatch_probe.errors import DiskFull, DtypeRefused, EngineError, PromptError, TableError
 from mismatch_probe.passes import PassId
-from mismatch_probe.probes.kept_rows import KeptRows
 from mismatch_probe.probes.planning import Plan, kv_cache_gib, request_seed
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.probes.recorded import masks_of, store_recorded
-from mismatch_probe.probes.store import distinct_requests, store_replay, store_rollouts, store_scores
+from mismatch_probe.probes.store import KeptRows, distinct_requests, store_replay, store_rollouts, store_scores
 from mismatch_probe.probes.workers import Collected, Wanted, Workers
 from mismatch_probe.results.manifest import PassRecord, PassStatus, RunStatus
 from mismatch_probe.runs.comparison import RunDirectory

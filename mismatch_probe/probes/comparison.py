@@ -19,13 +19,12 @@ from mismatch_probe.errors import TableError, UsageError
 from mismatch_probe.files import write_text
 from mismatch_probe.metrics.catalog import CATALOG
 from mismatch_probe.passes import PassId
-from mismatch_probe.probes.analysis import Analysis, analyse
+from mismatch_probe.probes.analysis import Analysis, analyse, token_view
 from mismatch_probe.probes.compare import PassRunner
 from mismatch_probe.probes.planning import Plan, make_plan
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.probes.recorded import recorded_of
 from mismatch_probe.probes.session import Session, check_device, check_files
-from mismatch_probe.probes.tokens import token_view
 from mismatch_probe.report.data import ReportData
 from mismatch_probe.results.comparison import Comparison
 from mismatch_probe.results.manifest import Manifest, ModelRecord, PromptsRecord

@@ -18,7 +18,7 @@ from mismatch_probe.metrics.length_prediction import LengthForecast
 from mismatch_probe.metrics.paired import paired_ratio
 from mismatch_probe.metrics.ratio_test import MIN_PROMPTS, MIN_TOKENS, RatioTest
 from mismatch_probe.probes.pairs import PairResult
-from mismatch_probe.report.matrix import pair_label, trainer_modes
+from mismatch_probe.report.data import pair_label, trainer_modes
 from mismatch_probe.results.comparison import Pair
 from mismatch_probe.results.finding import Finding, Severity
 from mismatch_probe.results.manifest import RunStatus

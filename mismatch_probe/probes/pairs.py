@@ -13,10 +13,10 @@ from mismatch_probe.metrics.frame import exact_rows, pair_chunks, pass_sequences
 from mismatch_probe.metrics.intervals import Estimate
 from mismatch_probe.metrics.ladder import BudgetSums
 from mismatch_probe.metrics.power import PromptsNeeded, prompts_needed
-from mismatch_probe.metrics.prefixes import Prefixes, PrefixSums
 from mismatch_probe.metrics.ratio_test import ratio_tests
 from mismatch_probe.metrics.sample import usable_tokens
 from mismatch_probe.metrics.summary import StepSums, compute_metrics, token_metrics
+from mismatch_probe.metrics.sums import Prefixes, PrefixSums
 from mismatch_probe.passes import PassId
 from mismatch_probe.results.comparison import Pair, PairName
 from mismatch_probe.runs.comparison import RunDirectory

@@ -6,6 +6,17 @@ import shlex
 from typing import TYPE_CHECKING
 
 from mismatch_probe.report.attribution import attribution_answer
+from mismatch_probe.report.data import (
+    DEFAULT_METRIC,
+    EXACT,
+    diagonal_pairs,
+    dtype_order,
+    has_exact,
+    modes_of,
+    noise_floor,
+    ordered_pairs,
+    pair_label,
+)
 from mismatch_probe.report.format import (
     NONE,
     WHERE_TITLES,
@@ -17,17 +28,6 @@ from mismatch_probe.report.format import (
     metric_title,
     number,
     percent,
-)
-from mismatch_probe.report.matrix import (
-    DEFAULT_METRIC,
-    EXACT,
-    diagonal_pairs,
-    dtype_order,
-    has_exact,
-    modes_of,
-    noise_floor,
-    ordered_pairs,
-    pair_label,
 )
 from mismatch_probe.report.model import (
     Cell,

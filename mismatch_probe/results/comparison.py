@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from mismatch_probe.metrics.accounting import ExcludedValue
+from mismatch_probe.metrics.chunks import ExcludedValue
 from mismatch_probe.metrics.curves import WhereBin
 from mismatch_probe.metrics.exact import EstimatorCost
 from mismatch_probe.metrics.length_prediction import LengthPrediction

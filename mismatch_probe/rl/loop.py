@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from mismatch_probe.engines.base import RolloutEngine
 from mismatch_probe.engines.events import Found, Listener, Message, StepDone, Total
 from mismatch_probe.engines.logprobs import Batch, entropies
-from mismatch_probe.metrics.accounting import possible
+from mismatch_probe.metrics.chunks import possible
 from mismatch_probe.metrics.intervals import share_interval
 from mismatch_probe.results.finding import Finding, Value
 from mismatch_probe.results.rl_run import Ending, Status

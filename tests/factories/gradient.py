@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from mismatch_probe.config import CompareConfig
 from mismatch_probe.metrics.gradient import GRADIENT_KEYS, GradientMetrics
-from mismatch_probe.probes.gradient.findings import findings_of
+from mismatch_probe.probes.gradient.result import findings_of
 from mismatch_probe.results.gradient import (
     Draws,
     Gradient,

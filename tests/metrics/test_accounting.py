@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mismatch_probe.metrics.accounting import ExcludedValue, possible, usable
 from mismatch_probe.metrics.accumulate import as_sums
 from mismatch_probe.metrics.catalog import CATALOG
+from mismatch_probe.metrics.chunks import ExcludedValue, possible, usable
 from mismatch_probe.metrics.corrections import touched_shares
 from mismatch_probe.metrics.ladder import BudgetSums
-from mismatch_probe.metrics.prefixes import PrefixSums
 from mismatch_probe.metrics.self_noise import self_noise
 from mismatch_probe.metrics.summary import StepSums, compute_metrics
+from mismatch_probe.metrics.sums import PrefixSums
 from mismatch_probe.types import PairArrays
 
 LOWEST = {name: float(np.finfo(name).min) for name in ("float16", "float32")}

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mismatch_probe.metrics.length import LengthFit, fit_length
 from mismatch_probe.metrics.length_prediction import KEYS, forecast_pair, predict
-from mismatch_probe.metrics.prefixes import PrefixSums
+from mismatch_probe.metrics.sums import PrefixSums
 from mismatch_probe.probes.findings import findings
 from mismatch_probe.types import MetricValue, PairArrays
 from tests.factories.comparison import make_pair

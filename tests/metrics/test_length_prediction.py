@@ -16,7 +16,7 @@ from scipy import stats
 from mismatch_probe.metrics.growth import GrowthDraws
 from mismatch_probe.metrics.length import LengthFit, MeasuredLengths, fit_length
 from mismatch_probe.metrics.length_prediction import KEYS, crossing_length, forecast, forecast_pair, predict
-from mismatch_probe.metrics.prefixes import LENGTHS, Prefixes, PrefixSums
+from mismatch_probe.metrics.sums import LENGTHS, Prefixes, PrefixSums
 from mismatch_probe.types import MetricValue, PairArrays
 from tests.metrics.strict import assert_strict
 

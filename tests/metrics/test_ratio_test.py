@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from mismatch_probe.metrics.accumulate import as_sums
-from mismatch_probe.metrics.binned import PROBABILITY_EDGES
 from mismatch_probe.metrics.ratio_test import RatioTest, adjusted_together, mean_ratio_tests, ratio_tests
+from mismatch_probe.metrics.sums import PROBABILITY_EDGES
 from mismatch_probe.types import PairArrays
 
 

@@ -13,13 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mismatch_probe.metrics import curves
-from mismatch_probe.metrics.accounting import usable
 from mismatch_probe.metrics.accumulate import accumulate, as_sums
-from mismatch_probe.metrics.binned import BinnedSums
 from mismatch_probe.metrics.catalog import CATALOG
-from mismatch_probe.metrics.moments import CentredSums
+from mismatch_probe.metrics.chunks import usable
 from mismatch_probe.metrics.paired import paired_ratio
 from mismatch_probe.metrics.summary import compute_metrics
+from mismatch_probe.metrics.sums import BinnedSums, CentredSums
 from mismatch_probe.types import PairArrays
 
 TOLERANCE = 1e-12  # of the mean absolute term

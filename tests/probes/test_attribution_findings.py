@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from mismatch_probe.metrics.conclusions import LEAST, Left, conclude
 from mismatch_probe.metrics.inside import Inside
 from mismatch_probe.metrics.ladder import Gap
-from mismatch_probe.probes.attribute.findings import findings_of
+from mismatch_probe.probes.attribute.attribution import findings_of
 from mismatch_probe.report.attribution import attribution_answer, attribution_report
 from mismatch_probe.report.model import Items
 from mismatch_probe.report.words import all_words, say

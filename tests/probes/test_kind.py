@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 
-from mismatch_probe.metrics.accounting import ExcludedValue
+from mismatch_probe.metrics.chunks import ExcludedValue
 from mismatch_probe.metrics.ratio_test import RatioTest
 from mismatch_probe.probes.findings import findings, largest_gap
 from mismatch_probe.report.words import say

@@ -14,7 +14,7 @@ import pytest
 import mismatch_probe
 from mismatch_probe.config import CompareConfig
 from mismatch_probe.errors import IngestError, Interrupted, UsageError
-from mismatch_probe.metrics.accounting import ExcludedValue
+from mismatch_probe.metrics.chunks import ExcludedValue
 from mismatch_probe.metrics.summary import STEP_KEYS, StepSums
 from mismatch_probe.run import Run
 from mismatch_probe.runs.comparison import RunDirectory

@@ -16,7 +16,7 @@ import mismatch_probe
 from mismatch_probe.config import CompareConfig
 from mismatch_probe.errors import DiskFull, TableError, UsageError
 from mismatch_probe.metrics.curves import KINDS, kind_of
-from mismatch_probe.probes import kept_rows
+from mismatch_probe.probes import store
 from mismatch_probe.run import Run
 from mismatch_probe.types import MetricValue
 from tests.conftest import SMALL, MakeModel, Recorder, write_script
@@ -212,7 +212,7 @@ class TestRows:
     def test_rows_that_would_not_fit_are_refused_before_anything_runs(
         self, compare: Compare, model: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(kept_rows.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+        monkeypatch.setattr(store.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
         with pytest.raises(DiskFull, match=r"would keep 9 rows of logits.* are free"):
             compare(model)
 

@@ -8,8 +8,7 @@ import pytest
 
 import mismatch_probe
 from mismatch_probe.errors import UsageError
-from mismatch_probe.probes.analysis import analyse
-from mismatch_probe.probes.tokens import LONGEST, token_view, window
+from mismatch_probe.probes.analysis import LONGEST, analyse, token_view, window
 from mismatch_probe.report.model import Token
 from mismatch_probe.run import Run
 from mismatch_probe.runs.comparison import RunDirectory

@@ -7,11 +7,11 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 
+from mismatch_probe.report.data import noise_floor
 from mismatch_probe.report.figures import figures_of
 from mismatch_probe.report.figures.pairs import RATIO_LIMITS, budget_figure, exact_figure
 from mismatch_probe.report.figures.tokens import share_figure
 from mismatch_probe.report.format import bin_order
-from mismatch_probe.report.matrix import noise_floor
 from mismatch_probe.types import MetricValue
 from tests.factories.comparison import absent
 from tests.factories.report_data import make_report_data

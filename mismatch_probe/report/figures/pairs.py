@@ -14,13 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
-from mismatch_probe.report.data import ReportData
-from mismatch_probe.report.figures import figure
-from mismatch_probe.report.figures.style import look, plot_settings, tick
-from mismatch_probe.report.format import clipped, interval, metric_title, number, visible
-from mismatch_probe.report.matrix import (
+from mismatch_probe.report.data import (
     DEFAULT_METRIC,
     EXACT,
+    ReportData,
     diagonal_pairs,
     has_exact,
     matrix_of,
@@ -29,6 +26,9 @@ from mismatch_probe.report.matrix import (
     ordered_pairs,
     trainer_label,
 )
+from mismatch_probe.report.figures import figure
+from mismatch_probe.report.figures.style import look, plot_settings, tick
+from mismatch_probe.report.format import clipped, interval, metric_title, number, visible
 from mismatch_probe.results.comparison import MissingPair, Pair
 from mismatch_probe.types import MetricValue
 

@@ -9,11 +9,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mismatch_probe.report.data import ReportData
+from mismatch_probe.report.data import ReportData, dtype_order, modes_of, ordered_pairs, pair_label
 from mismatch_probe.report.figures import figure
 from mismatch_probe.report.figures.style import Look, look, plot_settings, say
 from mismatch_probe.report.format import clipped, estimate, metric_title, visible
-from mismatch_probe.report.matrix import dtype_order, modes_of, ordered_pairs, pair_label
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -14,11 +14,10 @@ from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from mismatch_probe.report.data import ReportData
+from mismatch_probe.report.data import ReportData, dtype_order
 from mismatch_probe.report.figures import figure
 from mismatch_probe.report.figures.style import look, plot_settings, say, tick
 from mismatch_probe.report.format import WHERE_TITLES, bin_order, clipped, count, estimate, visible
-from mismatch_probe.report.matrix import dtype_order
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Words of an audit's recommendations, of its baseline, and of what frameworks have no key for."""
+"""Words of an audit's recommendations and baseline, and of what frameworks have no key for."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mismatch_probe.dtypes import dtype_label
-from mismatch_probe.metrics.accounting import CONTRADICTED
+from mismatch_probe.metrics.chunks import CONTRADICTED
 from mismatch_probe.report.format import count, interval, number
 from mismatch_probe.report.model import in_line
 from mismatch_probe.report.words import words
