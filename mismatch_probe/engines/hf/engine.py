@@ -57,14 +57,14 @@ class HfTrainer(TrainerEngine):
         self._device = torch.device(job.device)
         self._dtype = _TORCH[job.dtype]
         weights = self._dtype if job.mode == "cast" else torch.float32
-        self._model = load_model(
-            job.model_path,
-            dtype=weights,
-            attn_implementation=job.attention or _faithful_attention(config),
-            trust_remote_code=job.trust_remote_code,
+        self.hold(
+            load_model(
+                job.model_path,
+                dtype=weights,
+                attn_implementation=job.attention or _faithful_attention(config),
+                trust_remote_code=job.trust_remote_code,
+            )
         )
-        self._model.requires_grad_(False).eval().to(self._device)
-        self._decoder = self._model.get_decoder()
         self._vocabulary = int(config.vocab_size)
         self._shape = {
             "hidden": config.hidden_size,
@@ -76,6 +76,11 @@ class HfTrainer(TrainerEngine):
         self._check_head()
         if job.layout == "packed":
             self._check_packing()
+
+    def hold(self, model: Any) -> None:
+        """Takes a model of the same checkpoint's shape in the place of its own."""
+        self._model = model.requires_grad_(False).eval().to(self._device)
+        self._decoder = self._model.get_decoder()
 
     def run_on_model(self, function: Callable[[Any], Found]) -> Found:
         return function(self._model)

@@ -38,7 +38,7 @@ class HfRollout(RolloutEngine):
     """A causal language model of transformers behind the `RolloutEngine` protocol."""
 
     def __init__(self, job: RolloutJob) -> None:
-        from transformers import AutoTokenizer, GenerationConfig
+        from transformers import AutoTokenizer
 
         device: devices.Device = "cuda" if job.device == "cuda" else "cpu"
         self._job = job
@@ -64,8 +64,7 @@ class HfRollout(RolloutEngine):
         )
         self._ends = frozenset(end_ids(job.model_path, self._tokenizer, trust_remote_code=job.trust_remote_code))
         self._writer: RowWriter | None = None
-        # What `generation_config.json` says of sampling stays out, as with vLLM.
-        self.run_on_model(lambda model: setattr(model, "generation_config", GenerationConfig()))
+        self.run_on_model(_forget_sampling)
 
     def generate(
         self,
@@ -143,13 +142,15 @@ class HfRollout(RolloutEngine):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """As in `RolloutEngine`; what is refused leaves the old weights. For the while the model is in memory twice."""
         try:
-            self.run_on_model(lambda model: model.load_state_dict(with_weights(model, dict(weights)).state_dict()))
+            model = self.run_on_model(lambda model: with_weights(model, dict(weights)))
         except (ProbeError, RuntimeError, ValueError) as error:
             what = error.what if isinstance(error, ProbeError) else f"{type(error).__name__}: {str(error)[:200]}"
             raise EngineError(
                 f"transformers cannot load new weights into this model ({what}).",
                 "Give all tensors of a checkpoint, and no others.",
             ) from error
+        _forget_sampling(model)
+        self._trainer.hold(model)
 
     def run_on_model(self, function: Callable[[Any], Found]) -> Found:
         return self._trainer.run_on_model(function)
@@ -172,6 +173,13 @@ class HfRollout(RolloutEngine):
 
     def close(self) -> None:
         self._trainer.close()
+
+
+def _forget_sampling(model: Any) -> None:
+    """What `generation_config.json` says of sampling stays out, as with vLLM."""
+    from transformers import GenerationConfig
+
+    model.generation_config = GenerationConfig()
 
 
 @dataclass
