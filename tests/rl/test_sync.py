@@ -1,9 +1,8 @@
-"""Checked weight sync against an engine that is the model itself, with its faults planted."""
+"""Checked weight sync against the rollout engine of transformers, with faults planted."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM
 
-from mismatch_probe.engines.logprobs import Batch, token_logprobs
+from mismatch_probe.engines.base import RolloutJob
+from mismatch_probe.engines.hf.rollout import HfRollout
 from mismatch_probe.rl import sync
 from mismatch_probe.rl.config import RlConfig
 from mismatch_probe.rl.policy import TORCH_DTYPES, Policy
 from mismatch_probe.rl.sync import SyncError, WeightSync, _left_over, _typical, cast, changed_share
-from mismatch_probe.types import Dtype
+from mismatch_probe.types import Dtype, Sampling
 
 CPU = torch.device("cpu")
 VICTIM = "model.layers.1.mlp.down_proj.weight"
@@ -30,60 +29,38 @@ every_dtype = pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"
 Weights = dict[str, torch.Tensor]
 
 
-class Engine:
-    """Computes in its dtype, one sequence at a time, with a head of its own; loads what is given and ignores the rest,
-    as vLLM does.
-    """
+class Engine(HfRollout):
+    """The rollout engine of transformers, with faults planted in what it is given and says."""
 
     def __init__(self, path: Path, dtype: Dtype) -> None:
-        self._model = AutoModelForCausalLM.from_pretrained(path, dtype=TORCH_DTYPES[dtype]).eval()
-        self._weights: Weights = {name: tensor.clone() for name, tensor in self._model.state_dict().items()}
+        super().__init__(RolloutJob("hf", str(path), dtype, "cpu", Sampling(1), (), 16, 0, 64))
+        self.weights: Weights = Policy(str(path), RlConfig(), CPU).as_saved(self._own())
         self.drop: set[str] = set()
         self.zero: set[str] = set()
         self.through: torch.dtype | None = None
         self.loads = self.scored = 0
         self.noise = 0.0
 
-    @property
-    def weights(self) -> Weights:
-        return self._weights
+    def _own(self) -> Weights:
+        return self.run_on_model(lambda model: {name: tensor.clone() for name, tensor in model.state_dict().items()})
 
     @property
     def names(self) -> set[str]:
-        return set(self._weights)
+        return set(self.weights)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         self.loads += 1
-        for name, tensor in _fused(dict(weights)).items():
+        for name, tensor in weights:
             if name not in self.drop:
                 through = tensor if self.through is None else tensor.to(self.through)
-                self._weights[name] = through.to(tensor.dtype).clone()
+                self.weights[name] = through.to(tensor.dtype).clone()
             if name in self.zero:
-                self._weights[name].zero_()
+                self.weights[name].zero_()
+        super().load_weights(self.weights.items())
 
-    @torch.no_grad()
     def score(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
         self.scored += 1
-        batches = [Batch.of([s[:1]], [s[1:]], CPU) for s in sequences]
-        found = [token_logprobs(self._model, batch, 1.0, self._weights)[0][0].numpy() for batch in batches]
-        return [row + np.float32(self.noise) for row in found]
-
-
-def _fused(saved: Mapping[str, torch.Tensor]) -> Weights:
-    """Weights by a checkpoint's names under those of the model, where experts are one tensor."""
-    found: Weights = {}
-    parts: dict[tuple[str, str], dict[int, torch.Tensor]] = {}
-    for name, tensor in saved.items():
-        expert = re.fullmatch(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight", name)
-        if expert is None:
-            found[name] = tensor
-        else:
-            parts.setdefault((expert[1], expert[3]), {})[int(expert[2])] = tensor
-    stacks = {key: torch.stack([of[i] for i in range(len(of))]) for key, of in parts.items()}
-    for module in {module for module, _ in stacks}:
-        found[f"{module}.gate_up_proj"] = torch.cat([stacks[module, "gate"], stacks[module, "up"]], 1)
-        found[f"{module}.down_proj"] = stacks[module, "down"]
-    return found
+        return [row + np.float32(self.noise) for row in super().score(sequences)]
 
 
 Spoil = Callable[[Engine], None]
