@@ -1,4 +1,4 @@
-"""What runs on a CUDA device without vLLM: trainer, losses, and the RL loop around an engine made of transformers."""
+"""What runs on a CUDA device without vLLM: trainer, losses, and the RL loop around transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The RL loop and its weight sync on a CUDA device, around an engine made of transformers."""
+"""The RL loop and its weight sync on a CUDA device, around the rollout engine of transformers."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from mismatch_probe.rl.worker import RlJob
 from mismatch_probe.runs.folder import RL_RUN
 from tests.conftest import Heard
 from tests.factories.rl_run import PROVENANCE
-from tests.gpu.hf_engine import HfRollout
 from tests.real.rl_jobs import Tampering, engine_job
 
 pytestmark = [pytest.mark.gpu, pytest.mark.engine]
 DTYPES = ["float32", "bfloat16", "float16"]
 SMALL: dict[str, Any] = {
+    "rollout_engine": "hf",
     "steps": 2,
     "n_problems": 8,
     "prompts_per_step": 4,
@@ -41,11 +41,6 @@ def run(folder: Path, source: Path, **options: Any) -> tuple[Ending, Any]:
     RlJob([str(folder)], str(source), "cuda").run(channel)
     (ending,) = (event.event for event in channel.of(InRun) if isinstance(event.event, RunEnded))
     return ending.ending, RlDirectory.open(folder).steps()
-
-
-@pytest.fixture(autouse=True)
-def without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mismatch_probe.engines.vllm.engine.VllmRollout", HfRollout)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +80,7 @@ def test_a_run_resumes_from_its_checkpoint(chain: Path, tmp_path: Path, stress: 
 
 @pytest.mark.parametrize(("dtype", "step_size"), [("float32", 1e-3), ("bfloat16", 6e-3), ("float16", 1e-3)])
 def test_sync_faults_are_named(chain: Path, dtype: Any, step_size: float) -> None:
-    engine = Tampering(HfRollout(engine_job(str(chain), dtype, "cuda")))
+    engine = Tampering(engine_job(str(chain), dtype, "cuda", "hf").started())
     policy = Policy(str(chain), RlConfig(trainer_dtype="float32"), torch.device("cuda"))
     draw = torch.Generator().manual_seed(1)
     probes = torch.randint(3, 20, (8, 24), generator=draw).tolist()

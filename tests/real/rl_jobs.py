@@ -9,19 +9,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mismatch_probe.engines import registry
 from mismatch_probe.engines.base import Channel, RolloutJob
 from mismatch_probe.engines.devices import Device
 from mismatch_probe.engines.events import Event
-from mismatch_probe.engines.vllm.settings import rollout_settings
 from mismatch_probe.errors import EngineError
 from mismatch_probe.types import Dtype, Sampling
 
 
-def engine_job(model_path: str, dtype: Dtype, device: Device = "cpu") -> RolloutJob:
-    """vLLM as an RL run starts it."""
-    settings = rollout_settings(device, dtype, eager=True, in_process=True, kv_cache_gib=1, beside_trainer=0.4)
+def engine_job(model_path: str, dtype: Dtype, device: Device = "cpu", engine: str = "vllm") -> RolloutJob:
+    """A rollout engine as an RL run starts it."""
+    settings = registry.find(engine).rollout_settings(
+        device, dtype, eager=True, in_process=True, kv_cache_gib=1, beside_trainer=0.4
+    )
     return RolloutJob(
-        engine="vllm",
+        engine=engine,
         model_path=model_path,
         dtype=dtype,
         device=device,
