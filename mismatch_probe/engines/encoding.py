@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -81,6 +81,17 @@ def encode(job: EncodeJob) -> Encoded:
         texts={token: tokenizer.decode([token]) for token in job.token_ids},
         special=sorted(tokenizer.all_special_ids),
     )
+
+
+def reader_of(model_path: str) -> tuple[Callable[[Sequence[int]], str], list[int]]:
+    """What a model's responses mean: the text of ids without special tokens, and the ids that end a response."""
+    if read_config(model_path).get("model_type") == "scripted":
+        return lambda ids: "".join(map(chr, ids)), [0]
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_path, local_files_only=True)
+    ends = end_ids(model_path, tokenizer)
+    return lambda ids: str(tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)), ends
 
 
 def end_ids(model_path: str, tokenizer: Any, *, trust_remote_code: bool = False) -> list[int]:

@@ -1,8 +1,9 @@
 """A fake engine: log-probs by formula, faults by script, no packages. Everything above the engines is tested with it.
 
 A folder whose `config.json` says `"model_type": "scripted"` is its model. The rest of that file is the script:
-`vocab_size`, `max_position_embeddings`, `noise` (per dtype, nats), `response_length`. A JSON file `faults` beside it
-maps passes to faults (`{"trainer-float16": "die-score"}`); being no file of the model, it may change before a resume.
+`vocab_size`, `max_position_embeddings`, `noise` (per dtype, nats), `response_length`, and `responses`: by prompt the
+texts that answer it, each with its probability, of which a request's seed chooses. A JSON file `faults` beside it maps
+passes to faults (`{"trainer-float16": "die-score"}`); being no file of the model, it may change before a resume.
 """
 
 from __future__ import annotations
@@ -177,8 +178,11 @@ class ScriptedRollout(_Script, RolloutEngine):
     def _respond(
         self, request: RolloutRequest, sampling: Sampling, on_tokens: Callable[[int], None], capture: Capture | None
     ) -> Rollout:
+        forced: Sequence[int] = request.forced_token_ids
         wanted = 0 if self.fault == "empty" else int(self.config.get("response_length", sampling.max_tokens))
-        forced = request.forced_token_ids
+        answer = self._answer(request)
+        if answer is not None and not len(forced):
+            forced = [ord(character) for character in answer]
         length = min(sampling.max_tokens, len(forced) or wanted)
         prefix, logprobs = list(request.prompt_token_ids), []
         choice = None if capture is None or self._writer is None else capture.of(request, self._writer)
@@ -191,7 +195,17 @@ class ScriptedRollout(_Script, RolloutEngine):
             prefix.append(token)
         on_tokens(length)
         ids = prefix[len(request.prompt_token_ids) :]
-        return Rollout(request.sequence_id, ids, logprobs, "length", "".join(self.token_texts(ids)))
+        reason = "stop" if answer is not None and len(answer) == length else "length"
+        return Rollout(request.sequence_id, ids, logprobs, reason, "".join(self.token_texts(ids)))
+
+    def _answer(self, request: RolloutRequest) -> str | None:
+        """The text that the script has for a prompt, chosen by the seed."""
+        texts = self.config.get("responses", {}).get("".join(map(chr, request.prompt_token_ids)))
+        if texts is None:
+            return None
+        ends = np.cumsum([probability for probability, _ in texts])
+        at = int(np.searchsorted(ends, _uniform("r", request.seed), side="right"))
+        return str(texts[min(at, len(texts) - 1)][1])
 
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
         return [chr(token) for token in token_ids]

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from mismatch_probe.engines import devices, registry
 from mismatch_probe.engines.base import Channel, RolloutEngine, RolloutJob
-from mismatch_probe.engines.encoding import EncodeJob, encode, end_ids
+from mismatch_probe.engines.encoding import EncodeJob, encode, reader_of
 from mismatch_probe.engines.events import Event, Identity, InRun, RunBegins, RunEnded
 from mismatch_probe.errors import FolderBusy
 from mismatch_probe.files import locked
@@ -133,8 +133,6 @@ class Setup:
 
     @classmethod
     def of(cls, config: TaskSettings, model_path: str) -> Setup:
-        from transformers import AutoTokenizer
-
         from mismatch_probe.rl.tasks import make_task
 
         task = make_task(
@@ -147,14 +145,7 @@ class Setup:
         problems = task.problems()
         texts = [Prompt(p.problem_id, text=p.prompt) for p in problems]
         encoded = encode(EncodeJob(model_path, texts, config.chat, trust_remote_code=False))
-        tokenizer = AutoTokenizer.from_pretrained(model_path, local_files_only=True)
-        return cls(
-            task,
-            problems,
-            [prompt.token_ids for prompt in encoded.prompts],
-            lambda ids: tokenizer.decode([int(i) for i in ids], skip_special_tokens=True),
-            end_ids(model_path, tokenizer),
-        )
+        return cls(task, problems, [prompt.token_ids for prompt in encoded.prompts], *reader_of(model_path))
 
 
 def _problem_seed(config: TaskSettings) -> int:

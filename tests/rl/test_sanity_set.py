@@ -1,4 +1,4 @@
-"""A sanity set from command to files, with an engine whose problems have known accuracies."""
+"""A sanity set from command to files, with a scripted model whose problems have known accuracies."""
 
 from __future__ import annotations
 
@@ -13,48 +13,33 @@ import pyarrow.parquet as pq
 import pytest
 
 import mismatch_probe
-from mismatch_probe.engines.events import Identity, Listener
+from mismatch_probe.engines.events import Advance, Event, Listener, Total
 from mismatch_probe.errors import Interrupted, TableError, UsageError
 from mismatch_probe.ingest import read_recorded
 from mismatch_probe.results.sanity import SanityOutcome, SanitySet
 from mismatch_probe.rl.config import RlConfig, SanityConfig
 from mismatch_probe.rl.sanity import records, run
-from mismatch_probe.rl.sanity.records import SanityDirectory
-from mismatch_probe.rl.sanity.worker import SanityJob, sample
+from mismatch_probe.rl.sanity.worker import SanityJob
 from mismatch_probe.rl.tasks import Problem, Response, Task, make_task, read_problems
-from mismatch_probe.rl.worker import Setup
-from mismatch_probe.types import Rollout, RolloutRequest, Sampling
-from tests.conftest import Outcome, Recorder
+from tests.conftest import Heard, Outcome, Recorder, write_script
 
 N_PROBLEMS, N_SAMPLES = 11, 20
 ACCURACY = np.linspace(0, 1, N_PROBLEMS)
 
 
-class Engine:
-    """Characters as tokens; problem i is solved with probability i/10, decided by the request's seed alone."""
+PROBLEMS = make_task("chain", n_problems=N_PROBLEMS, seed=0).problems()
+PADDING, MOST = "." * (3 * 16 - 1), 48
 
-    def __init__(self, problems: Sequence[Problem], stop_at: int | None) -> None:
-        self._problems = {p.prompt: (p, share) for p, share in zip(problems, ACCURACY, strict=True)}
-        self._stop_at = stop_at
-        self.asked: list[int] = []
 
-    def generate(
-        self, requests: Sequence[RolloutRequest], sampling: Sampling, on_tokens: Callable[[int], None]
-    ) -> list[Rollout]:
-        if self._stop_at is not None and len(self.asked) >= self._stop_at:
-            raise KeyboardInterrupt
-        self.asked += [request.sequence_id for request in requests]
-        return [self._respond(request, sampling, on_tokens) for request in requests]
+def write_model(folder: Path) -> Path:
+    """A scripted model that solves problem i with probability i/10; of 100 responses one does not end."""
 
-    def _respond(self, request: RolloutRequest, sampling: Sampling, on_tokens: Callable[[int], None]) -> Rollout:
-        problem, share = self._problems["".join(map(chr, request.prompt_token_ids))]
-        u = np.random.default_rng(request.seed).random()
-        digit = problem.answer if u < share else str((int(problem.answer) + 1) % 10)
-        text = "." * (3 * 16 - 1) + digit
-        ends = not 0.45 < u < 0.46
-        ids = [ord(c) for c in text][: sampling.max_tokens]
-        on_tokens(len(ids))
-        return Rollout(request.sequence_id, ids, [-0.5] * len(ids), "stop" if ends else "length")
+    def answers(problem: Problem, share: float) -> list[tuple[float, str]]:
+        wrong = str((int(problem.answer) + 1) % 10)
+        return [(0.01, 10 * PADDING), (0.99 * share, PADDING + problem.answer), (0.99 * (1 - share), PADDING + wrong)]
+
+    script = {p.prompt: answers(p, share) for p, share in zip(PROBLEMS, ACCURACY, strict=True)}
+    return write_script(folder, responses=script)
 
 
 class CountingTask:
@@ -63,40 +48,59 @@ class CountingTask:
     def __init__(self, task: Task) -> None:
         self._task, self.killed = task, 0
 
+    def problems(self) -> list[Problem]:
+        return self._task.problems()
+
     def rewards(self, problems: Sequence[Problem], responses: Sequence[Response]) -> list[float]:
         self.killed += 1
         return self._task.rewards(problems, responses)
 
+    def close(self) -> None:
+        self._task.close()
+
 
 class InProcess:
-    """Stands for the engine's process."""
+    """Runs the job in this process, and interrupts it once so many responses are stored.
+
+    Attributes:
+        totals: Tokens of every job that ran.
+    """
 
     stop_at: int | None = None
-    engines: list[Engine] = []  # noqa: RUF012
+    totals: list[int] = []  # noqa: RUF012
 
     def __init__(self, kind: str, environment: dict[str, str], log: Path) -> None:
-        assert environment["HF_HUB_OFFLINE"] == "1"
+        assert kind == "scripted"
 
     def run(self, job: SanityJob, on_event: Listener) -> None:
-        directory = SanityDirectory.open(Path(job.folder))
-        config = directory.config
-        task = make_task(config.task, n_problems=N_PROBLEMS, seed=0, path=config.problems)
-        problems = task.problems()
-        directory.fix_problems(problems)
-        engine = Engine(problems, self.stop_at)
-        self.engines.append(engine)
-        on_event(Identity({"engine": "fake", "dtype": config.rollout_dtype}))
-        prompts = [[ord(c) for c in p.prompt] for p in problems]
-        setup = Setup(CountingTask(task), problems, prompts, lambda ids: "".join(map(chr, ids)), [0])
-        sample(directory, setup, engine, on_event)
+        done = 0
+
+        class Parent(Heard):
+            def send(self, event: Event) -> None:
+                nonlocal done
+                if isinstance(event, Advance):
+                    if InProcess.stop_at is not None and done >= InProcess.stop_at * MOST:
+                        raise KeyboardInterrupt
+                    done += event.amount
+                if isinstance(event, Total):
+                    InProcess.totals.append(event.amount)
+                on_event(event)
+
+        job.run(Parent())
 
 
 @pytest.fixture(autouse=True)
 def _in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "EngineProcess", InProcess)
-    monkeypatch.setattr(InProcess, "engines", [])
+    monkeypatch.setattr(InProcess, "totals", [])
     monkeypatch.setattr(records, "_CHUNK_RESPONSES", 3 * N_SAMPLES)
-    monkeypatch.setattr("mismatch_probe.engines.vllm.choose_device", lambda requested: "cpu")
+    monkeypatch.setattr("mismatch_probe.rl.tasks.make_task", lambda *a, **k: CountingTask(make_task(*a, **k)))
+
+
+@pytest.fixture(autouse=True)
+def model(tmp_path: Path) -> Path:
+    """Its folder; beside it `make` makes sets."""
+    return write_model(tmp_path / "model")
 
 
 def outcome_of(found: run.SanityResult) -> SanityOutcome:
@@ -105,7 +109,8 @@ def outcome_of(found: run.SanityResult) -> SanityOutcome:
 
 
 def make(folder: Path, **more: Any) -> run.SanityResult:
-    return mismatch_probe.rl_sanity_set(out=folder, **{"n_samples": N_SAMPLES, "max_tokens": 48, **more})
+    own: dict[str, Any] = {"model": folder.parent / "model", "rollout_engine": "scripted", "n_problems": N_PROBLEMS}
+    return mismatch_probe.rl_sanity_set(out=folder, **{**own, "n_samples": N_SAMPLES, "max_tokens": MOST, **more})
 
 
 class TestFiles:
@@ -125,9 +130,9 @@ class TestFiles:
         assert outcome.accuracy == pytest.approx(samples["reward"].mean())
         assert outcome.truncated_fraction == (samples["finish_reason"] == "length").mean()
         assert outcome.n_grader_killed == 4  # once per chunk
-        assert found.document.engines == ({"engine": "fake", "dtype": "bfloat16"},)
+        assert [engine["engine"] for engine in found.document.engines] == ["scripted"]
         assert found.document.config["seed"] == 0
-        assert "model.safetensors" in found.document.provenance.model.files
+        assert "config.json" in found.document.provenance.model.files
         names = {path.name for path in (tmp_path / "set").iterdir()}
         assert {"report.html", "report.md"} <= names
         assert "samples" not in names
@@ -176,7 +181,7 @@ class TestResume:
                 make(tmp_path / "part")
         assert stopped.value.fix.endswith(f"rl sanity-set --resume {tmp_path / 'part'}")
         found = mismatch_probe.rl_sanity_set_resume(tmp_path / "part")
-        assert InProcess.engines[-1].asked == list(range(6 * N_SAMPLES, N_PROBLEMS * N_SAMPLES))
+        assert InProcess.totals[-1] == (N_PROBLEMS - 6) * N_SAMPLES * MOST
         assert found.document.outcome == whole.document.outcome
         assert found.problems.read_bytes() == whole.problems.read_bytes()
         files = [path / "samples.parquet" for path in (found.path, whole.path)]
@@ -185,7 +190,7 @@ class TestResume:
     def test_a_finished_set_is_only_reported(self, tmp_path: Path) -> None:
         found = make(tmp_path / "set")
         assert mismatch_probe.rl_sanity_set_resume(found.path) == found
-        assert len(InProcess.engines) == 1
+        assert len(InProcess.totals) == 1
 
     def test_a_death_while_files_are_written_loses_nothing(self, tmp_path: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
@@ -193,7 +198,7 @@ class TestResume:
             with pytest.raises(ZeroDivisionError):
                 make(tmp_path / "set")
         found = mismatch_probe.rl_sanity_set_resume(tmp_path / "set")
-        assert InProcess.engines[-1].asked == []
+        assert InProcess.totals[-1] == 0
         assert found.document.outcome == make(tmp_path / "other").document.outcome
 
     def test_other_problems_are_refused(self, tmp_path: Path) -> None:
@@ -214,15 +219,16 @@ class TestResume:
                 make(tmp_path / "set")
         path = tmp_path / "set" / "sanity.json"
         document = json.loads(path.read_text())
-        document["provenance"]["model"]["files"]["model.safetensors"] = "other"
+        document["provenance"]["model"]["files"]["config.json"] = "other"
         path.write_text(json.dumps(document))
         with pytest.raises(TableError, match="model's files"):
             mismatch_probe.rl_sanity_set_resume(tmp_path / "set")
 
     def test_a_folder_of_something_else_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "empty").mkdir()
         with pytest.raises(TableError, match="holds no sanity set"):
-            mismatch_probe.rl_sanity_set_resume(tmp_path)
-        assert os.listdir(tmp_path) == []
+            mismatch_probe.rl_sanity_set_resume(tmp_path / "empty")
+        assert os.listdir(tmp_path / "empty") == []
 
 
 class TestProgress:
@@ -242,15 +248,19 @@ class TestProgress:
 
 
 class TestCommand:
-    def test_json(self, command: Callable[..., Outcome], tmp_path: Path) -> None:
-        ended = command("rl", "sanity-set", "--n-samples", "10", "--out", tmp_path / "set", "--json")
+    @pytest.fixture
+    def own(self, model: Path) -> list[str]:
+        return ["--model", str(model), "--rollout-engine", "scripted", "--n-problems", str(N_PROBLEMS)]
+
+    def test_json(self, command: Callable[..., Outcome], own: list[str], tmp_path: Path) -> None:
+        ended = command("rl", "sanity-set", *own, "--n-samples", "10", "--out", tmp_path / "set", "--json")
         assert ended.code == 0
         found = json.loads(ended.out)
         assert (found["path"], found["outcome"]["n_samples"]) == (str(tmp_path / "set"), 10)
 
-    def test_what_to_run_next(self, command: Callable[..., Outcome], tmp_path: Path) -> None:
+    def test_what_to_run_next(self, command: Callable[..., Outcome], own: list[str], tmp_path: Path) -> None:
         folder = tmp_path / "set"
-        shown = command("rl", "sanity-set", "--keep", "0.1", "0.9", "--max-tokens", "50", "--out", folder).out
+        shown = command("rl", "sanity-set", *own, "--keep", "0.1", "0.9", "--max-tokens", "50", "--out", folder).out
         n_kept = len((folder / "sanity-set.jsonl").read_text().splitlines())
         assert f"--problems {folder / 'sanity-set.jsonl'} --n-problems {n_kept}" in shown
         assert "--max-tokens 50" in shown
