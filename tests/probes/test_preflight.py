@@ -225,6 +225,16 @@ class TestShapes:
         changed(clean, "config.json", num_hidden_layers=2, num_nextn_predict_layers=1)
         assert outcome(clean) == {"layers-unused": "info"}
 
+    def test_layers_that_are_passed_through_again_are_no_further_ones(self, clean: Path) -> None:
+        changed(clean, "config.json", num_hidden_layers=12, num_layers_per_stack=3)
+        assert outcome(clean) == {}
+
+    def test_layers_of_a_vision_tower_have_sizes_of_their_own(self, tmp_path: Path) -> None:
+        tower = {"vision_tower.encoder.layers.0.self_attn.k_proj.weight": [8, 8]}
+        config = {"model_type": "gemma3", "text_config": {**LLAMA, "model_type": "gemma3_text"}}
+        folder = write_checkpoint(tmp_path, config, shapes={**llama_shapes(LLAMA), **tower})
+        assert "shape-differs" not in outcome(folder)
+
     @pytest.mark.parametrize("name", [Q, "model.norm.weight", "lm_head.weight", "model.embed_tokens.weight"])
     def test_a_missing_tensor(self, tmp_path: Path, name: str) -> None:
         shapes = llama_shapes(LLAMA)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,10 @@ from mismatch_probe.engines.builtin import BUILTINS, builtin_path
 from mismatch_probe.engines.models import resolve
 from mismatch_probe.errors import ProbeError
 from mismatch_probe.files import data_path
-from mismatch_probe.probes.preflight import Use
 from mismatch_probe.probes.preflight.run import preflight
-from mismatch_probe.prompts import load_prompts
 from tests.real.tiny import ARCHITECTURES, save_tiny
+from validation.preflight_families import USE, families, findings_of, save_family
 
-USE = Use(prompts=load_prompts(None, 64).prompts, max_tokens=32, device="cpu", bytes_per_weight=4)
 # True of these families, see `engines.declarations` and `engines.vllm.refusals`.
 KNOWN = {
     "cohere2": {("declaration-shifted", "sliding_window")},
@@ -43,6 +42,24 @@ def above_info(folder: Path) -> set[tuple[str, str]]:
 def test_no_false_alarm_of_a_family(architecture: str, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     assert above_info(save_tiny(architecture, tmp_path)) == KNOWN.get(architecture, set())
+
+
+@pytest.mark.slow
+def test_no_false_alarm_of_any_family_that_both_engines_know(tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    read, alarms = 0, {}
+    for kind in sorted(families()):
+        folder = tmp_path / kind
+        try:
+            save_family(kind, folder)
+        except Exception:  # sizes of a few are not known
+            continue
+        read += 1
+        found = {(finding.code, finding.where) for finding in findings_of(folder)}
+        alarms[kind] = found - KNOWN.get(kind, set()) - {("dtype-unsupported", "float16")}
+        shutil.rmtree(folder)
+    assert {kind: found for kind, found in alarms.items() if found} == {}
+    assert read >= 70
 
 
 def test_no_false_alarm_of_the_models_of_this_tool() -> None:

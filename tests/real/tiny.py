@@ -93,11 +93,12 @@ def save_model(config_class: str, options: dict[str, Any], folder: Path) -> Path
                 parameter.add_(0.1 * torch.randn_like(parameter))
             assert torch.isfinite(parameter).all(), parameter_name
     model.save_pretrained(folder)
-    _tokenizer().save_pretrained(folder)
+    save_tokenizer(folder)
     return folder
 
 
-def _tokenizer() -> Any:
+def save_tokenizer(folder: Path) -> None:
+    """Writes the tokenizer."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -106,6 +107,7 @@ def _tokenizer() -> Any:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
+    fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
+    fast.save_pretrained(folder)

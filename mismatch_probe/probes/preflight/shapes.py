@@ -36,7 +36,7 @@ _OTHER_TOWERS = re.compile(r"vision|visual|audio|speech|encoder|mtp|draft|projec
 _EMBEDDING = re.compile(r"^(?:\w+\.){0,3}(?:embed_tokens|wte|embed_in|word_embeddings|tok_embeddings)\.weight$")
 _HEAD = re.compile(r"^(?:\w+\.)?(?:lm_head|embed_out)\.weight$")
 _LAYER_COUNT = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-_BLOCK_LISTS = ("layers_block_type", "hybrid_override_pattern", "block_configs")
+_BLOCK_LISTS = ("layers_block_type", "hybrid_override_pattern", "block_configs", "num_layers_per_stack")
 _HARMLESS = re.compile(r"rotary_emb\.inv_freq$|\.masked_bias$|\.attn\.bias$|\.attention\.bias$")
 _EXPERT = re.compile(r"\.experts\.")
 
@@ -96,7 +96,7 @@ def shapes(subject: Subject) -> Iterator[Finding]:
         if _EMBEDDING.match(name) or _HEAD.match(name):
             if not _OTHER_TOWERS.search(name) and len(tensor.shape) == 2:
                 wanted = (vocabulary, hidden if planned else None)
-        elif planned and (match := _LAYER.match(name)):
+        elif planned and (match := _LAYER.match(name)) and not _OTHER_TOWERS.search(match["before"]):
             wanted = planned.get(re.sub(r"\.\d+\.", ".#.", match["rest"]))
         if wanted is not None and not _fits(tensor.shape, wanted):
             wrong.append((name, tensor.shape, wanted, tensor.file))
@@ -119,7 +119,7 @@ def layers(subject: Subject) -> Iterator[Finding]:
     """Layers that are missing, or that the configuration does not count."""
     counts = {subject.config[key] for key in _LAYER_COUNT if isinstance(subject.config.get(key), int)}
     if len(counts) != 1 or any(key in subject.config for key in _BLOCK_LISTS):
-        return  # some families count halves of layers, or name each one
+        return  # some families count halves of layers or passes through them, or name each one
     (declared,) = counts
     towers: dict[str, set[int]] = defaultdict(set)
     for name in subject.checkpoint.tensors:
