@@ -16,9 +16,6 @@ from torch import Tensor
 from mismatch_probe.engines.attribute.trace import OUTSIDE, TraceFiles
 from mismatch_probe.engines.audit.places import Network, layer_index
 
-# Blocks that vLLM calls otherwise than transformers.
-_OTHER_NAMES = (("mlp", "block_sparse_moe"), ("mlp", "feed_forward"))
-
 
 class Batch:
     """The traced sequences as one padded batch, and rows back and forth."""
@@ -63,7 +60,9 @@ class EngineRecords:
 
     def __init__(self, files: TraceFiles, network: Network, widths: Mapping[str, int]) -> None:
         self._files, self._network, self._widths = files, network, widths
-        self._fused: dict[str, list[str]] = files.facts()["fused"]
+        facts = files.facts()
+        self._fused: dict[str, list[str]] = facts["fused"]
+        self._renamed: list[tuple[str, str]] = facts["renamed"]
         self._part, self._records = "", dict[str, Tensor]()
 
     def find(self, name: str, side: str) -> Tensor | None:
@@ -75,7 +74,7 @@ class EngineRecords:
             return next((t for n, t in self._records.items() if n.split(".")[-2:] == [last, side]), None)
         self._open(f"layer-{layer}")
         relative = name[len(self._network.layers[layer]) :].removeprefix(".")
-        for there in dict.fromkeys((relative, *(relative.replace(ours, other) for ours, other in _OTHER_NAMES))):
+        for there in dict.fromkeys((relative, *(relative.replace(ours, other) for ours, other in self._renamed))):
             found = self._records.get(f"{there}.{side}")
             found = self._cut(name, there, side) if found is None else found
             if found is not None:

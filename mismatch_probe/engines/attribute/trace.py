@@ -156,9 +156,17 @@ class TraceFiles:
         found: dict[str, torch.Tensor] = load_file(path) if path.exists() else {}
         return found
 
-    def write_facts(self, request: TraceRequest, fused: Mapping[str, Sequence[str]]) -> None:
-        """Writes what was traced, and how the engine fuses modules; the last file, which makes the trace whole."""
-        about = {"request": asdict(request), "fused": {k: list(v) for k, v in fused.items()}}
+    def write_facts(
+        self, request: TraceRequest, fused: Mapping[str, Sequence[str]], renamed: Sequence[tuple[str, str]]
+    ) -> None:
+        """Writes the last file, which makes the trace whole.
+
+        Args:
+            request: What was traced.
+            fused: Modules of the engine that several of transformers are, by name.
+            renamed: Blocks by their names in transformers and in the engine.
+        """
+        about = {"request": asdict(request), "fused": {k: list(v) for k, v in fused.items()}, "renamed": list(renamed)}
         path = self._folder / _FACTS
         path.write_text(json.dumps(about), encoding="utf-8")
         path.chmod(0o600)

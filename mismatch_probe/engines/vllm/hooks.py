@@ -28,6 +28,8 @@ from mismatch_probe.engines.attribute.variants import UNKNOWN
 from mismatch_probe.engines.audit.places import is_norm, is_router, layer_index
 from mismatch_probe.errors import EngineError
 
+# Blocks that vLLM calls otherwise than transformers.
+_RENAMED = (("mlp", "block_sparse_moe"), ("mlp", "feed_forward"))
 _OTHER_TOWER = re.compile(r"vision|visual|audio|image", re.IGNORECASE)
 # Ends the name of what a stream's second part is kept as.
 _SECOND = "+"
@@ -125,7 +127,7 @@ class Tracer:
         for part, records in joined.items():
             files.write(part, records)
         fused = getattr(self._model, "packed_modules_mapping", None) or {}
-        files.write_facts(self._request, fused)
+        files.write_facts(self._request, fused, _RENAMED)
 
     def _watch(self, module: nn.Module, part: str, name: str) -> None:
         self._handles.append(module.register_forward_pre_hook(self._before(part, name, module), with_kwargs=True))
