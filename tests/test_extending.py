@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
 import pkgutil
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+import mismatch_probe
 from mismatch_probe import ingest
 from mismatch_probe.engines import registry
 from mismatch_probe.engines.base import Job, RolloutJob, TrainerJob
@@ -22,6 +24,7 @@ from mismatch_probe.engines.events import Rollouts, Scores
 from mismatch_probe.engines.models import resolve
 from mismatch_probe.engines.process import EngineProcess
 from mismatch_probe.errors import EngineMissing, IngestError, TableError, UsageError
+from mismatch_probe.files import data_path
 from mismatch_probe.probes import preflight
 from mismatch_probe.probes.preflight.run import preflight as run_preflight
 from mismatch_probe.report import figures, words
@@ -243,6 +246,27 @@ def test_an_engine(toy_engine: Path) -> None:
     assert [(r.sequence_id, r.response_token_ids) for r in rollouts.rollouts] == [(7, [1, 2])]
     (scores,) = _run(_SCORED, toy_engine).of(Scores)
     assert scores.scores[0].logprobs == pytest.approx([-0.5, -0.5])
+
+
+def test_a_command_takes_an_engine_by_its_name(
+    toy_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_figures: None
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", f"{toy_engine}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    (tmp_path / "prompts.txt").write_text("1+2=\n3+4=\n")
+    chain = str(data_path("rl/chain/config.json").parent)
+    about: dict[str, Any] = {"rollout_dtypes": "fp32", "trainer_dtypes": "fp32", "max_tokens": 2, "device": "cpu"}
+    about |= {"model": chain, "prompts": tmp_path / "prompts.txt", "out": tmp_path / "run"}
+    run = mismatch_probe.compare(**about, rollout_engine="toy", trainer_engine="toy")
+    assert [name for name in run.data.manifest.passes if "null" not in name] == [
+        "toy-float32-decode",
+        "toy-float32-cast",
+    ]
+    (pair,) = run.summary.pairs
+    assert pair.metrics["mean_abs_logprob_diff"].value == pytest.approx(0.125)
+    for side, name in (("rollout_engine", "nothing"), ("trainer_engine", "vllm")):
+        with pytest.raises(UsageError):
+            mismatch_probe.compare(**about | {side: name, "out": tmp_path / "none"})
+    assert not (tmp_path / "none").exists()
 
 
 def test_an_engine_whose_package_is_missing_names_the_line_that_installs_it(toy_engine: Path) -> None:
