@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from mismatch_probe.rl.plan import PlannedRun
     from mismatch_probe.rl.run import RlResult
     from mismatch_probe.rl.sanity.run import SanityResult
-    from mismatch_probe.rl.sweep_session import SweepResult
+    from mismatch_probe.rl.sweep import SweepResult
 
 SettingsT = TypeVar("SettingsT", bound="Settings")
 
@@ -307,7 +307,7 @@ def rl_sweep(
     Raises:
         ProbeError: See `mismatch_probe.errors`; what has ended stays in the folder.
     """
-    from mismatch_probe.rl.sweep_session import new_sweep
+    from mismatch_probe.rl.sweep import new_sweep
 
     return new_sweep(runs, out, workers, progress)
 
@@ -318,7 +318,7 @@ def rl_sweep_resume(path: str | Path, *, workers: int | None = None, progress: P
     Raises:
         ProbeError: The folder holds no sweep, or its model has changed.
     """
-    from mismatch_probe.rl.sweep_session import resume_sweep
+    from mismatch_probe.rl.sweep import resume_sweep
 
     return resume_sweep(Path(path), workers, progress)
 
@@ -332,7 +332,7 @@ def rl_demo(
         ProbeError: See `mismatch_probe.errors`; what has ended stays in the folder.
     """
     from mismatch_probe.rl.plan import demo_runs
-    from mismatch_probe.rl.sweep_session import new_sweep
+    from mismatch_probe.rl.sweep import new_sweep
 
     return new_sweep(demo_runs(seeds), out, workers, progress, kind="demo")
 
@@ -350,10 +350,9 @@ def rl_report(
     Raises:
         ProbeError: A folder holds neither sweep nor run.
     """
-    from mismatch_probe.rl.records import RlDirectory
+    from mismatch_probe.rl.records import RlDirectory, SweepDirectory
     from mismatch_probe.rl.run import write_rl_run
-    from mismatch_probe.rl.sweep import SweepDirectory
-    from mismatch_probe.rl.sweep_session import write_sweep
+    from mismatch_probe.rl.sweep import write_sweep
     from mismatch_probe.rl.sweep_summary import places_of
     from mismatch_probe.runs.folder import RL_RUN, kind_of
 

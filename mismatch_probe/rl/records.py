@@ -1,4 +1,4 @@
-"""The folder of an RL run: what is appended while it goes on, and the tables that it ends as.
+"""The folders of an RL run, what is appended while it goes on and the tables that it ends as, and of a sweep of runs.
 
 run.json            the run's document: settings, provenance, and at the end how it ended and what it shows
 steps.jsonl         a line per finished step, as it ends
@@ -11,7 +11,7 @@ steps.parquet, rollouts.parquet     the same at the end, as tables
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,14 +19,16 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mismatch_probe.errors import TableError
+from mismatch_probe.errors import ProbeError, TableError
 from mismatch_probe.files import atomic_path, write_json, write_text, writing
 from mismatch_probe.results.base import Document
 from mismatch_probe.results.finding import Finding
-from mismatch_probe.results.rl_run import Ending, Provenance, RlRun
+from mismatch_probe.results.rl_run import Ending, FailedRun, Provenance, RlRun
+from mismatch_probe.results.sweep import RlSweep, SweepRun
 from mismatch_probe.rl.config import RlConfig
+from mismatch_probe.rl.plan import PlannedRun, planned_runs
 from mismatch_probe.rl.summary import run_findings, summarise
-from mismatch_probe.runs.folder import RL_RUN, Kind, RunFolder
+from mismatch_probe.runs.folder import RL_RUN, SWEEP, Kind, RunFolder
 
 
 class RlDirectory(RunFolder[RlRun]):
@@ -143,3 +145,73 @@ class RlDirectory(RunFolder[RlRun]):
         for part in (self.path / "rollouts").glob("step-*.parquet"):
             if int(part.stem.removeprefix("step-")) >= step:
                 part.unlink()
+
+
+class SweepDirectory(RunFolder[RlSweep]):
+    """The folder of a sweep.
+
+    sweep.json          the sweep's document: planned runs, provenance, and what the runs show
+    runs/NAME           a run's folder each, see `rl.records`
+    logs/               a worker's each
+
+    Attributes:
+        runs: The planned runs.
+    """
+
+    KIND: ClassVar[Kind] = SWEEP
+    DOCUMENT: ClassVar[type[Document]] = RlSweep
+
+    def __init__(self, path: Path, document: RlSweep) -> None:
+        super().__init__(path, document)
+        self.runs = planned_runs(document, path / self.KIND.file)
+
+    @classmethod
+    def create(cls, path: Path, runs: Sequence[PlannedRun], provenance: Provenance) -> SweepDirectory:
+        """Makes a new folder.
+
+        Raises:
+            UsageError: The folder exists and is not empty, or is no folder.
+        """
+        planned = tuple(SweepRun(name=run.name, arm=run.arm, config=run.config.model_dump()) for run in runs)
+        return cls._create(path, RlSweep(**RlSweep.stamp(), runs=planned, provenance=provenance))
+
+    @property
+    def complete(self) -> bool:
+        return all(self.ended(run) for run in self.runs)
+
+    @property
+    def model_files(self) -> Mapping[str, str]:
+        return self.document.provenance.model.files
+
+    @property
+    def device(self) -> str:
+        return self.document.provenance.device
+
+    def existing(self, run: PlannedRun) -> RlDirectory | None:
+        """The run's folder; None where it has not begun."""
+        path = self.path / "runs" / run.name
+        return RlDirectory.open(path) if RL_RUN.held_by(path) else None
+
+    def folder_of(self, run: PlannedRun) -> RlDirectory:
+        """The run's folder, made where it is missing."""
+        path = self.path / "runs" / run.name
+        return self.existing(run) or RlDirectory.create(path, run.config, self.document.provenance)
+
+    def ended(self, run: PlannedRun) -> bool:
+        folder = self.existing(run)
+        return folder is not None and folder.document.ending is not None
+
+    def failure(self, run: PlannedRun) -> str:
+        """Why the run's last attempt failed; empty where it did not."""
+        path = self._failure_path(run)
+        return FailedRun.read(path).why if path.exists() else ""
+
+    def note_failure(self, run: PlannedRun, error: ProbeError | None) -> None:
+        """Keeps why a run failed, or forgets it."""
+        if error is not None:
+            FailedRun(**FailedRun.stamp(), why=str(error)).write(self._failure_path(run))
+        else:
+            self._failure_path(run).unlink(missing_ok=True)
+
+    def _failure_path(self, run: PlannedRun) -> Path:
+        return self.path / "runs" / run.name / "failed.json"

@@ -1,4 +1,5 @@
-"""Many RL runs that differ in precision, algorithm, learning rate, injected stress and seed. Imports no engine.
+"""Many RL runs that differ in precision, algorithm, learning rate, injected stress and seed, from plan to report.
+Imports no engine.
 
 Each is an `rl run` in a folder of its own, `runs/NAME`, so a sweep that was stopped continues where it was. Runs of one
 rollout dtype share an engine: a worker process takes one after another, by lock, so that several workers can serve one
@@ -13,97 +14,39 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+
+import pandas as pd
 
 from mismatch_probe.engines import devices
 from mismatch_probe.engines.events import Event, Found, InRun, Message, RunBegins, RunEnded, StepDone, Total
 from mismatch_probe.engines.models import ModelRef
 from mismatch_probe.engines.process import EngineProcess, UnexpectedEngineError
-from mismatch_probe.errors import DiskFull, EngineError, EngineMissing, ProbeError, UsageError
+from mismatch_probe.errors import (
+    EXIT_ERROR,
+    EXIT_LIMIT,
+    EXIT_OK,
+    DiskFull,
+    EngineError,
+    EngineMissing,
+    ProbeError,
+    UsageError,
+)
+from mismatch_probe.files import atomic_path
 from mismatch_probe.probes.progress import Progress
+from mismatch_probe.probes.session import Session, write_pages
+from mismatch_probe.report.data import SweepData
+from mismatch_probe.report.model import Report
 from mismatch_probe.report.words import say
-from mismatch_probe.results.base import Document
-from mismatch_probe.results.rl_run import FailedRun, Provenance
-from mismatch_probe.results.sweep import RlSweep, SweepRun
-from mismatch_probe.rl.plan import PlannedRun, planned_runs
-from mismatch_probe.rl.records import RlDirectory
-from mismatch_probe.rl.run import worker_environment
+from mismatch_probe.results.sweep import Place, RlSweep, SweepSummary
+from mismatch_probe.rl.plan import PlannedRun
+from mismatch_probe.rl.records import SweepDirectory
+from mismatch_probe.rl.run import Start, worker_environment
+from mismatch_probe.rl.sweep_summary import runs_table, steps_table, summarise_sweep, sweep_findings
 from mismatch_probe.rl.worker import RlJob
-from mismatch_probe.runs.folder import RL_RUN, SWEEP, Kind, RunFolder
 
 # A trainer that computes in real FP16 takes so many times as long on a CPU: what takes longest has to begin first.
 _FP16_COST = 4
 _ATTEMPTS = 2
-
-
-class SweepDirectory(RunFolder[RlSweep]):
-    """The folder of a sweep.
-
-    sweep.json          the sweep's document: planned runs, provenance, and what the runs show
-    runs/NAME           a run's folder each, see `rl.records`
-    logs/               a worker's each
-
-    Attributes:
-        runs: The planned runs.
-    """
-
-    KIND: ClassVar[Kind] = SWEEP
-    DOCUMENT: ClassVar[type[Document]] = RlSweep
-
-    def __init__(self, path: Path, document: RlSweep) -> None:
-        super().__init__(path, document)
-        self.runs = planned_runs(document, path / self.KIND.file)
-
-    @classmethod
-    def create(cls, path: Path, runs: Sequence[PlannedRun], provenance: Provenance) -> SweepDirectory:
-        """Makes a new folder.
-
-        Raises:
-            UsageError: The folder exists and is not empty, or is no folder.
-        """
-        planned = tuple(SweepRun(name=run.name, arm=run.arm, config=run.config.model_dump()) for run in runs)
-        return cls._create(path, RlSweep(**RlSweep.stamp(), runs=planned, provenance=provenance))
-
-    @property
-    def complete(self) -> bool:
-        return all(self.ended(run) for run in self.runs)
-
-    @property
-    def model_files(self) -> Mapping[str, str]:
-        return self.document.provenance.model.files
-
-    @property
-    def device(self) -> str:
-        return self.document.provenance.device
-
-    def existing(self, run: PlannedRun) -> RlDirectory | None:
-        """The run's folder; None where it has not begun."""
-        path = self.path / "runs" / run.name
-        return RlDirectory.open(path) if RL_RUN.held_by(path) else None
-
-    def folder_of(self, run: PlannedRun) -> RlDirectory:
-        """The run's folder, made where it is missing."""
-        path = self.path / "runs" / run.name
-        return self.existing(run) or RlDirectory.create(path, run.config, self.document.provenance)
-
-    def ended(self, run: PlannedRun) -> bool:
-        folder = self.existing(run)
-        return folder is not None and folder.document.ending is not None
-
-    def failure(self, run: PlannedRun) -> str:
-        """Why the run's last attempt failed; empty where it did not."""
-        path = self._failure_path(run)
-        return FailedRun.read(path).why if path.exists() else ""
-
-    def note_failure(self, run: PlannedRun, error: ProbeError | None) -> None:
-        """Keeps why a run failed, or forgets it."""
-        if error is not None:
-            FailedRun(**FailedRun.stamp(), why=str(error)).write(self._failure_path(run))
-        else:
-            self._failure_path(run).unlink(missing_ok=True)
-
-    def _failure_path(self, run: PlannedRun) -> Path:
-        return self.path / "runs" / run.name / "failed.json"
 
 
 @dataclass(frozen=True)
@@ -348,3 +291,115 @@ def _engine_of(run: PlannedRun) -> str:
 def _cost(runs: Sequence[PlannedRun], device: str) -> float:
     slow = _FP16_COST if device == "cpu" else 1
     return sum(c.config.steps * (slow if c.config.trainer_dtype == "float16" else 1) for c in runs)
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """A sweep, as far as it has gone.
+
+    Attributes:
+        path: Its folder.
+        data: What its report shows.
+        figures: Figure files by name.
+    """
+
+    path: Path
+    data: SweepData
+    figures: dict[str, Path]
+
+    @property
+    def document(self) -> RlSweep:
+        """The content of `sweep.json`."""
+        return self.data.sweep
+
+    @property
+    def summary(self) -> SweepSummary:
+        """Arms, comparisons and dose response."""
+        return self.data.summary
+
+    @property
+    def exit_code(self) -> int:
+        """An error where runs failed; the limit's code where a run without injected stress collapsed or diverged,
+        since stress is there to make runs collapse.
+        """
+        if self.summary.failures:
+            return EXIT_ERROR
+        lost = any(arm.structure == "none" and arm.n_lost for arm in self.summary.arms)
+        return EXIT_LIMIT if lost else EXIT_OK
+
+    def runs(self) -> pd.DataFrame:
+        """A row per run, see `rl.sweep_summary.runs_table`."""
+        return self.data.runs
+
+    def report(self) -> Report:
+        """The report."""
+        from mismatch_probe.report.sweep import sweep_report
+
+        return sweep_report(self.data)
+
+
+def new_sweep(
+    runs: Sequence[PlannedRun],
+    out: str | Path | None,
+    workers: int | None,
+    progress: Progress | None,
+    kind: str = "sweep",
+) -> SweepResult:
+    """Makes a folder and trains all runs.
+
+    Raises:
+        ProbeError: The model, the device or the folder cannot be had; nothing finished is lost.
+    """
+    progress = progress or Progress()
+    first = runs[0].config
+    start = Start.of(first, progress, out, [run.config for run in runs[1:]])
+    at = slots(start.device, workers)
+    with Session.new(
+        lambda path: SweepDirectory.create(path, runs, start.provenance()),
+        f"rl-{kind}-{Path(first.model).name}",
+        out,
+        progress,
+    ) as session:
+        return _execute(session, start, at)
+
+
+def resume_sweep(path: Path, workers: int | None, progress: Progress | None) -> SweepResult:
+    """Trains the runs that have not ended.
+
+    Raises:
+        TableError: The folder is none of a sweep, or the model has changed.
+    """
+    with Session.resume(SweepDirectory, path, progress) as session:
+        if session.complete:
+            return write_sweep(session.run)
+        start = Start.again(session.run, session.run.runs[0].config, session.progress)
+        return _execute(session, start, slots(start.device, workers))
+
+
+def _execute(session: Session[SweepDirectory], start: Start, at: Sequence[Slot]) -> SweepResult:
+    with session.stoppable("finished runs are kept, and the others up to their last checkpoint"):
+        Scheduler(session.run, start.model, start.device, at, session.progress).run()
+    return write_sweep(session.run)
+
+
+def write_sweep(directory: SweepDirectory, places: Sequence[Place] = ()) -> SweepResult:
+    """Tables, statistics, figures and report of a sweep, from what its runs have written."""
+    from mismatch_probe.report.sweep import sweep_report
+
+    runs, steps = runs_table(directory), steps_table(directory)
+    for name, table in (("runs", runs), ("steps", steps)):
+        with atomic_path(directory.path / f"{name}.parquet") as temporary:
+            table.to_parquet(temporary, index=False)
+    summary = summarise_sweep(directory.runs, runs, places)
+    directory.write(directory.document.model_copy(update={"summary": summary, "findings": sweep_findings(summary)}))
+    config = directory.runs[0].config
+    data = SweepData(
+        folder=str(directory.path),
+        model=Path(config.model).name,
+        sweep=directory.document,
+        summary=summary,
+        task=config.task,
+        runs=runs,
+        steps=steps,
+    )
+    return SweepResult(directory.path, data, write_pages(data, sweep_report, directory.path))

@@ -26,9 +26,8 @@ from mismatch_probe.report.words import say
 from mismatch_probe.results.finding import Finding, Severity, Value
 from mismatch_probe.results.sweep import ArmResult, Place, SweepSummary
 from mismatch_probe.rl.plan import PlannedRun, families, labels
-from mismatch_probe.rl.records import RlDirectory
+from mismatch_probe.rl.records import RlDirectory, SweepDirectory
 from mismatch_probe.rl.summary import PHASES, finite_mean
-from mismatch_probe.rl.sweep import SweepDirectory
 from mismatch_probe.runs.comparison import RunDirectory
 from mismatch_probe.types import MetricValue
 

@@ -12,8 +12,8 @@ import pytest
 from mismatch_probe.results.sweep import RlSweep
 from mismatch_probe.rl.config import RlConfig
 from mismatch_probe.rl.plan import make_runs
-from mismatch_probe.rl.sweep import SweepDirectory
-from mismatch_probe.rl.sweep_session import write_sweep
+from mismatch_probe.rl.records import SweepDirectory
+from mismatch_probe.rl.sweep import write_sweep
 from tests.factories.rl_run import PROVENANCE, ending, step
 
 Run = Callable[..., Any]

@@ -13,9 +13,8 @@ from mismatch_probe.files import locked, write_text
 from mismatch_probe.results.manifest import AuditRecord
 from mismatch_probe.rl.config import RlConfig, SanityConfig
 from mismatch_probe.rl.plan import make_runs
-from mismatch_probe.rl.records import RlDirectory
+from mismatch_probe.rl.records import RlDirectory, SweepDirectory
 from mismatch_probe.rl.sanity.records import SanityDirectory
-from mismatch_probe.rl.sweep import SweepDirectory
 from mismatch_probe.runs.comparison import RunDirectory
 from mismatch_probe.runs.measurements import Measurement
 from tests.factories.comparison import make_comparison

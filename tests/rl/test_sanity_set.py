@@ -19,7 +19,7 @@ from mismatch_probe.ingest import read_recorded
 from mismatch_probe.results.sanity import SanityOutcome, SanitySet
 from mismatch_probe.rl.config import RlConfig, SanityConfig
 from mismatch_probe.rl.sanity import records, run
-from mismatch_probe.rl.sanity.worker import SanityJob
+from mismatch_probe.rl.sanity.run import SanityJob
 from mismatch_probe.rl.tasks import Problem, Response, Task, make_task, read_problems
 from tests.conftest import Heard, Outcome, Recorder, write_script
 

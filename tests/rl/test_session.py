@@ -14,9 +14,8 @@ from mismatch_probe.probes.session import Session
 from mismatch_probe.results.rl_run import Provenance
 from mismatch_probe.rl.config import RlConfig, SanityConfig
 from mismatch_probe.rl.plan import make_runs
-from mismatch_probe.rl.records import RlDirectory
+from mismatch_probe.rl.records import RlDirectory, SweepDirectory
 from mismatch_probe.rl.sanity.records import SanityDirectory
-from mismatch_probe.rl.sweep import SweepDirectory
 from mismatch_probe.runs.folder import RunFolder
 from tests.factories.rl_run import PROVENANCE, ending, step
 

@@ -16,10 +16,10 @@ from mismatch_probe.engines.events import InRun, Listener, RunBegins, RunEnded, 
 from mismatch_probe.engines.process import UnexpectedEngineError
 from mismatch_probe.errors import DiskFull, EngineError, Interrupted, ProbeError, TableError, UsageError
 from mismatch_probe.results.sweep import RlSweep, SweepRun
-from mismatch_probe.rl import sweep, sweep_session
+from mismatch_probe.rl import sweep
 from mismatch_probe.rl.plan import make_runs
-from mismatch_probe.rl.records import RlDirectory
-from mismatch_probe.rl.sweep import Slot, SweepDirectory, slots
+from mismatch_probe.rl.records import RlDirectory, SweepDirectory
+from mismatch_probe.rl.sweep import Slot, slots
 from tests.conftest import Recorder
 from tests.factories.rl_run import PROVENANCE, ending, step
 
@@ -272,7 +272,7 @@ def test_runs_that_diverged_count_as_nothing_gained(tmp_path: Path) -> None:
         for i in range(3):
             run.append_step(step(i, reward=0.8, ess=1.0))
         run.finish(ending("rl-not-finite", steps=3))
-    arm = sweep_session.write_sweep(directory).summary.arms[0]
+    arm = sweep.write_sweep(directory).summary.arms[0]
     assert (arm.reward.value, arm.reward_kept.value, arm.clean_reward.value) == (0.0, 0.0, 0.0)
 
 
