@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from mismatch_probe.metrics.fixes import Fix
 from mismatch_probe.metrics.inside import Inside
-from mismatch_probe.metrics.ladder import Change, Gap
+from mismatch_probe.metrics.ladder import Change, Fix, Gap
 from mismatch_probe.results.base import Document, Result
 from mismatch_probe.results.finding import Finding
 from mismatch_probe.types import MetricValue

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from mismatch_probe.metrics.fixes import Fix
 from mismatch_probe.metrics.inside import NOTHING, THRESHOLD, Inside, LayerRow, TensorRow
-from mismatch_probe.metrics.ladder import NO_GAP, UNCHANGED, Change, Gap
+from mismatch_probe.metrics.ladder import NO_GAP, UNCHANGED, Change, Fix, Gap
 from mismatch_probe.probes.attribute.attribution import findings_of
 from mismatch_probe.results.attribution import (
     Attribution,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mismatch_probe.metrics.fixes import Fix, cheapest, next_set
+from mismatch_probe.metrics.ladder import Fix, cheapest, next_set
 
 
 def test_what_a_fix_leaves_and_costs() -> None:

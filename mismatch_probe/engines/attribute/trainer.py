@@ -24,7 +24,7 @@ from mismatch_probe.engines.base import Channel, OnTrainer, TrainerEngine
 from mismatch_probe.engines.devices import peak_bytes, reset_peak
 from mismatch_probe.engines.events import Advance, Identity, Total
 from mismatch_probe.errors import EngineError
-from mismatch_probe.metrics.fixes import Fix, next_set
+from mismatch_probe.metrics.ladder import Fix, next_set
 from mismatch_probe.runs.measurements import Measurement
 from mismatch_probe.types import ScoreRequest, TrainerDtype, TrainerMode
 

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from mismatch_probe.engines.attribute.trainer import FIXES, set_name, single_name
-from mismatch_probe.metrics.fixes import Fix, cheapest
-from mismatch_probe.metrics.ladder import Change, change, climb, tested_together
+from mismatch_probe.metrics.ladder import Change, Fix, change, cheapest, climb, tested_together
 from mismatch_probe.probes.attribute.passes import AT_ROLLOUT, CAST, SAME_DTYPE, Evidence, Floats
 from mismatch_probe.probes.attribute.settings import PREFILL, REPLAY, TRAINER, Setting
 from mismatch_probe.results.attribution import (
