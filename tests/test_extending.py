@@ -26,16 +26,20 @@ from mismatch_probe.engines.process import EngineProcess
 from mismatch_probe.errors import EngineMissing, IngestError, TableError, UsageError
 from mismatch_probe.files import data_path
 from mismatch_probe.probes import preflight
+from mismatch_probe.probes.audit import checks
+from mismatch_probe.probes.audit.profile import Profile
 from mismatch_probe.probes.preflight.run import preflight as run_preflight
 from mismatch_probe.report import figures, words
 from mismatch_probe.results.base import Document
 from mismatch_probe.results.finding import Finding
+from mismatch_probe.results.ranges import Range
 from mismatch_probe.rl import algorithms, tasks
 from mismatch_probe.rl.config import RlConfig
 from mismatch_probe.rl.losses import Scale, policy_loss
 from mismatch_probe.types import MetricValue, RolloutRequest, Sampling, ScoreRequest
 from tests.conftest import Heard
 from tests.factories.checkpoint import write_checkpoint
+from tests.factories.comparison import make_pair
 
 _ENGINE = """
 import numpy as np
@@ -161,6 +165,20 @@ def few_layers(subject: Subject) -> Iterator[Finding]:
         yield found("toy-too-small", "warn", subject.model_type, layers=layers)
 """
 
+
+_AUDIT_CHECK = """
+from mismatch_probe.probes.audit.checks import check, finding
+from mismatch_probe.probes.audit.judge import judged
+from mismatch_probe.types import MetricValue
+
+
+@check("toy-tokens")
+def enough_tokens(subject, bounds):
+    if subject.pair is None:
+        return None
+    n = subject.pair.n_tokens
+    return judged("toy-tokens", MetricValue(float(n)), bounds, finding("toy-few-tokens", n_tokens=n), exact=True)
+"""
 
 _ALGORITHM = """
 from mismatch_probe.metrics.corrections import CORRECTIONS
@@ -322,6 +340,19 @@ def test_a_preflight_check(add_module: Callable[[ModuleType, str], None], tmp_pa
     model = resolve(str(write_checkpoint(tmp_path / "m")))
     (found,) = run_preflight(model, preflight.Use()).findings
     assert (found.code, found.severity, found.where, found.values) == ("toy-too-small", "warn", "llama", {"layers": 3})
+
+
+def test_an_audit_check(add_module: Callable[[ModuleType, str], None]) -> None:
+    add_module(checks, _AUDIT_CHECK)
+    bounds = {"toy-tokens": {"fail_below": 100.0, "source": "a toy"}}
+    profile = Profile.model_validate({"name": "toy", "checks": bounds})
+    pair = make_pair()
+    made = checks.Checks(profile, [pair], {}, Range(), (), 32)
+    (found,) = made.of_pair(pair)
+    assert (found.name, found.finding.code, found.value.value) == ("toy-tokens", "toy-few-tokens", pair.n_tokens)
+    assert found.verdict == ("fail" if pair.n_tokens < 100 else "ok")
+    # A pair that did not run has the one check that says so.
+    assert [one.name for one in made.of_unsupported("float16", "float16", "cast", "why")] == ["fp16_unsupported"]
 
 
 def test_an_algorithm(add_module: Callable[[ModuleType, str], None]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from mismatch_probe.metrics.catalog import CATALOG
-from mismatch_probe.probes.audit.profile import is_extreme
+from mismatch_probe.probes.audit.checks import is_extreme
 from mismatch_probe.results.audit import (
     Audit,
     AuditedPair,

@@ -9,7 +9,8 @@ from mismatch_probe.metrics.corrections import touched_shares
 from mismatch_probe.metrics.frame import pair_chunks
 from mismatch_probe.probes.analysis import Analysis, growth_of
 from mismatch_probe.probes.audit.advice import Evidence, recommend
-from mismatch_probe.probes.audit.checks import Checks, planned_ess
+from mismatch_probe.probes.audit.checks import Checks
+from mismatch_probe.probes.audit.checks.gap import planned_ess
 from mismatch_probe.probes.audit.judge import verdict_of
 from mismatch_probe.probes.audit.measure import Measurements, loss_tokens, planned_tokens
 from mismatch_probe.probes.audit.profile import Profile

@@ -12,32 +12,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from mismatch_probe.errors import UsageError
 from mismatch_probe.files import data_path
 from mismatch_probe.metrics.catalog import CATALOG
+from mismatch_probe.probes.audit.checks import is_extreme, is_rare, own_checks
 from mismatch_probe.results.audit import Bounds
 
 PROFILES = ("default", "nemo-rl", "verl", "prime-rl", "strict")
-# Checks beside the metrics of the catalog. Events are judged by whether they occur.
-OWN_CHECKS = (
-    "nonfinite_logprobs",
-    "fp32_floor",
-    "one_sided",
-    "ess_seq_planned",
-    "fp16_unsupported",
-    "fp16_headroom",
-    "fp16_overflow_rate",
-    "fp16_attention_headroom",
-    "fp16_weights",
-    "fp16_loss_scale",
-    "fp16_loss_scale_start",
-    "fp16_pass",
-)
-# Those of them that are maxima over the sequences that ran.
-_OWN_EXTREMES = ("fp16_headroom", "fp16_attention_headroom", "fp16_loss_scale", "fp16_loss_scale_start")
-RARE = ("nonfinite_logprobs", "one_sided", "fp16_overflow_rate", "confident_disagreement_rate")
-
-
-def is_extreme(check: str) -> bool:
-    """Whether a check is of a maximum, a minimum or a count, of which what was not seen says little."""
-    return check in _OWN_EXTREMES or (check in CATALOG and not CATALOG[check].has_interval and check != "pareto_k")
 
 
 class Profile(BaseModel):
@@ -48,7 +26,7 @@ class Profile(BaseModel):
         description: One sentence.
         extends: A shipped profile whose checks this one takes over; its own replace those of the same name.
         skip: Checks of it that are left out.
-        checks: By name, a metric of the catalog or one of `OWN_CHECKS`.
+        checks: By name, a metric of the catalog or one of `own_checks`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -61,12 +39,12 @@ class Profile(BaseModel):
 
     @model_validator(mode="after")
     def _known(self) -> Self:
-        known = [*CATALOG, *OWN_CHECKS]
+        known = [*CATALOG, *own_checks()]
         for name in (*self.checks, *self.skip):
             if name not in known:
                 raise ValueError(f"there is no check {name!r}; known are {', '.join(known)}")
         for name, bounds in self.checks.items():
-            rare = name in RARE
+            rare = is_rare(name)
             if rare and bounds.limits:
                 raise ValueError(f"{name} is a rare event: give it `event` and `rate_below`")
             if not rare and (bounds.event or (bounds.rate_below and not is_extreme(name))):
