@@ -28,7 +28,7 @@ from mismatch_probe.rl.instruments import Rolled
 from mismatch_probe.rl.loop import Pieces, Training
 from mismatch_probe.rl.policy import TORCH_DTYPES
 from mismatch_probe.rl.records import RlDirectory
-from mismatch_probe.rl.run import provenance_of, resolve_model
+from mismatch_probe.rl.run import Start, resolve_model
 from mismatch_probe.types import Rollout
 
 
@@ -54,7 +54,7 @@ class Ours:
         prompts, responses = data
         pieces: Any = Pieces(
             config,
-            RlDirectory.create(folder, config, provenance_of(resolve_model(config, Progress()), device.type)),
+            RlDirectory.create(folder, config, Start(resolve_model(config, Progress()), device.type).provenance()),
             source,
             device,
             NoEngine(),  # type: ignore[arg-type]

@@ -146,7 +146,13 @@ class Start:
 
     def provenance(self) -> Provenance:
         """What a folder says of model and machine."""
-        return provenance_of(self.model, self.device)
+        model = self.model
+        return Provenance(
+            created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            device=self.device,
+            model=TrainedModel(name=model.name, revision=model.revision, files=model.file_hashes()),
+            environment=devices.environment(),
+        )
 
 
 def new_rl_run(config: RlConfig, out: str | Path | None, progress: Progress | None) -> RlResult:
@@ -252,14 +258,4 @@ def step_line(row: Mapping[str, Any]) -> str:
     return (
         f"step {row['step']}: reward {row['reward']:.3f}, mean |d| {shown[0]}, ESS {shown[1]}, entropy "
         f"{row['entropy']:.3f}, gradient {shown[2]}, {seconds:.1f} s"
-    )
-
-
-def provenance_of(model: ModelRef, device: str) -> Provenance:
-    """What a folder says of model and machine."""
-    return Provenance(
-        created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        device=device,
-        model=TrainedModel(name=model.name, revision=model.revision, files=model.file_hashes()),
-        environment=devices.environment(),
     )

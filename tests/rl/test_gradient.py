@@ -15,7 +15,7 @@ import mismatch_probe
 from mismatch_probe.engines.gradient import WEIGHTED, PassTask, PassVectors, SequenceTask, Vectors
 from mismatch_probe.errors import ProbeError, TableError, UsageError
 from mismatch_probe.metrics.gradient import GRADIENT_KEYS
-from mismatch_probe.passes import PassId
+from mismatch_probe.passes import RECORDED_ROLLOUT, PassId
 from mismatch_probe.probes.gradient import session
 from mismatch_probe.probes.gradient.plan import PassData, pass_data, task_of
 from mismatch_probe.results.gradient import Gradient
@@ -187,6 +187,51 @@ def test_sequences_with_an_impossible_log_prob_are_counted_and_left_out() -> Non
     data = PassData.of(REFERENCE, {REFERENCE: pair})  # type: ignore[arg-type]
     assert data.kept.tolist() == [0, 3]
     assert (data.n_empty, data.n_nonfinite, data.n_impossible) == (0, 1, 1)
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch, no_figures: None) -> None:
+    """A worker that draws its gradients."""
+    monkeypatch.setattr(session, "_make_missing", lambda run, config, tasks, progress: [save(t) for t in tasks])
+
+
+class TestSources:
+    def test_a_file_of_recorded_sequences(self, scripted_model: MakeModel, tmp_path: Path, drawn: None) -> None:
+        rows = [
+            {
+                "prompt_token_ids": [65, 66 + i],
+                "response_token_ids": [67, 68, 69],
+                "rollout_logprobs": [-1.0, -2.0, -0.5],
+            }
+            for i in range(4)
+        ]
+        file = tmp_path / "recorded.jsonl"
+        file.write_text("\n".join(map(json.dumps, rows)))
+        result = mismatch_probe.rl_gradient(
+            source=file, model=scripted_model(), trainer_dtypes=("bfloat16", "float32"), out=tmp_path / "run"
+        )
+        (found,) = result.document.passes
+        assert (found.rollout_pass, found.n_tokens) == (str(RECORDED_ROLLOUT), 12)
+
+    @pytest.mark.parametrize(("option", "n_passes"), [("--from", 1), ("--resume", 2)])
+    def test_from_takes_a_run_as_it_is_and_resume_completes_it(
+        self,
+        option: str,
+        n_passes: int,
+        scripted_model: MakeModel,
+        tmp_path: Path,
+        drawn: None,
+        command: Callable[..., Outcome],
+    ) -> None:
+        model = scripted_model(faults={"rollout-float16": "die-start"})
+        asked = {**SMALL, "rollout_dtypes": ("bfloat16", "float16"), "trainer_dtypes": ("float32",)}
+        run = mismatch_probe.compare(model=model, **asked, out=tmp_path / "run")
+        assert not run.complete
+        scripted_model()
+        found = command("rl", "gradient", option, run.path, "--json")
+        assert found.code == 0
+        assert len(json.loads(found.out)["passes"]) == n_passes
+        assert RunDirectory.open(run.path).complete == (n_passes == 2)
 
 
 class TestRefusals:
