@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -130,44 +130,23 @@ class PassRunner:
         longest = max(len(r.prompt_token_ids) + (len(r.forced_token_ids) or sizes.max_tokens) for r in requests)
         capture = self._rows.capture(pass_id, requests, sampling)
 
-        def attempt() -> Collected:
-            kind, settings = self._process(rollout)
-            job = RolloutJob(
-                engine=kind,
-                model_path=str(plan.model.path),
-                dtype=dtype,
-                device=plan.device,
-                sampling=sampling,
-                requests=requests,
-                batch=sizes.rollout_batch,
-                self_noise_tokens=sizes.self_noise_tokens,
-                max_model_len=min(longest, plan.model.context or longest),
-                capture=capture,
-                in_process=self._in_process,
-                trust_remote_code=plan.config.trust_remote_code,
-                arguments={**settings.arguments, **plan.config.engine_args},
-            )
-            return workers.run((kind, settings), pass_id, job, self._progress, self._later(pass_id))
-
-        def run() -> Collected:
-            try:
-                return attempt()
-            except UnexpectedEngineError as error:
-                if not (self._in_process and plan.engine(rollout).own_process):
-                    raise
-                self._progress.message("the engine failed in-process; trying a process of its own")
-                self._in_process = False
-                try:
-                    collected = attempt()
-                except EngineError:
-                    self._in_process = True  # the process was not to blame, so the next dtype starts as this one did
-                    raise
-                # Some architectures run only in vLLM's own engine process; the rest of this run goes there at once.
-                self._fallback = error.what
-                return collected
-
-        collected = self._guarded(pass_id, run)
-        if collected is None:
+        job = RolloutJob(
+            engine=plan.engine(rollout).name,
+            model_path=str(plan.model.path),
+            dtype=dtype,
+            device=plan.device,
+            sampling=sampling,
+            requests=requests,
+            batch=sizes.rollout_batch,
+            self_noise_tokens=sizes.self_noise_tokens,
+            max_model_len=min(longest, plan.model.context or longest),
+            capture=capture,
+            trust_remote_code=plan.config.trust_remote_code,
+        )
+        try:
+            collected = self._sample(workers, rollout, job)
+        except EngineError as error:
+            self._fail(pass_id, error)
             return
         if not any(len(r.response_token_ids) for r in collected.rollouts):
             self._fail(pass_id, EngineError("The engine generated no tokens.", "Check the prompts and --max-tokens."))
@@ -183,6 +162,27 @@ class PassRunner:
             return
         samples = [(prompt.prompt_id, sample) for prompt in encoded for sample in range(sizes.samples_per_prompt)]
         store_rollouts(self._run, rollout, requests, samples, collected, record)
+
+    def _sample(self, workers: Workers, rollout: PassId, job: RolloutJob) -> Collected:
+        """Runs a rollout pass; where the engine fails in-process, once more in a process of its own."""
+        in_process, failure = self._in_process, ""
+        while True:
+            wanted = self._process(rollout)
+            arguments = {**wanted[1].arguments, **self._plan.config.engine_args}
+            job = replace(job, in_process=self._in_process, arguments=arguments)
+            try:
+                collected = workers.run(wanted, str(rollout), job, self._progress, self._later(str(rollout)))
+            except EngineError as error:
+                again = self._in_process and self._plan.engine(rollout).own_process
+                if again and isinstance(error, UnexpectedEngineError):
+                    self._progress.message("the engine failed in-process; trying a process of its own")
+                    self._in_process, failure = False, error.what
+                    continue
+                self._in_process = in_process  # the process was not to blame, so the next dtype starts as this one did
+                raise
+            # Some architectures run only in vLLM's own engine process; the rest of this run goes there at once.
+            self._fallback = failure or self._fallback
+            return collected
 
     def _replay_requests(self) -> list[RolloutRequest]:
         """The sequences of the pass that the others follow, each to be decoded again."""
@@ -242,14 +242,14 @@ class PassRunner:
             flags=settings.arguments,
         )
 
-        def score() -> Collected:
-            return workers.run((kind, settings), pass_id, job, self._progress, self._later(pass_id))
-
-        collected = self._guarded(pass_id, score)
-        if collected is not None:
-            deterministic = devices.determinism(self._plan.device, in_process=True)
-            record = PassRecord(status="finished", deterministic=deterministic, covers=covered + missing)
-            store_scores(run, trainer, distinct, with_rows, collected, record, self._masks)
+        try:
+            collected = workers.run((kind, settings), pass_id, job, self._progress, self._later(pass_id))
+        except EngineError as error:
+            self._fail(pass_id, error)
+            return
+        deterministic = devices.determinism(self._plan.device, in_process=True)
+        record = PassRecord(status="finished", deterministic=deterministic, covers=covered + missing)
+        store_scores(run, trainer, distinct, with_rows, collected, record, self._masks)
 
     def _to_cover(self) -> list[str]:
         """The finished passes whose sequences a trainer pass is to score."""
@@ -262,15 +262,8 @@ class PassRunner:
         """Whether a pass is finished or unsupported; one that failed is taken off the manifest first."""
         return self._run.record_of(pass_id) is not None
 
-    def _guarded(self, pass_id: str, run: Callable[[], Collected]) -> Collected | None:
-        """Runs a pass; a failure of this engine is recorded, and leaves the other passes to go on."""
-        try:
-            return run()
-        except EngineError as error:
-            self._fail(pass_id, error)
-            return None
-
     def _fail(self, pass_id: str, error: EngineError) -> None:
+        """Records the failure of one engine, which leaves the other passes to go on."""
         passes = self._run.manifest.passes
         if self._run.finished(pass_id):
             # A trainer pass that was to score later sequences, too, keeps what it has.
