@@ -26,6 +26,7 @@ from mismatch_probe.engines.process import EngineProcess
 from mismatch_probe.errors import EngineMissing, IngestError, TableError, UsageError
 from mismatch_probe.files import data_path
 from mismatch_probe.probes import preflight
+from mismatch_probe.probes.attribute import settings
 from mismatch_probe.probes.audit import checks
 from mismatch_probe.probes.audit.profile import Profile
 from mismatch_probe.probes.preflight.run import preflight as run_preflight
@@ -165,6 +166,18 @@ def few_layers(subject: Subject) -> Iterator[Finding]:
         yield found("toy-too-small", "warn", subject.model_type, layers=layers)
 """
 
+
+_SETTING = """
+from mismatch_probe.probes.attribute.settings import Setting, settings
+
+
+@settings
+def toy_settings(context):
+    def why_not(c):
+        return "" if c.device == "cuda" else "a CPU has no toys"
+
+    return [Setting("rollout", "toy", "a toy", why_not, arguments={"toy_size": 3})]
+"""
 
 _AUDIT_CHECK = """
 from mismatch_probe.probes.audit.checks import check, finding
@@ -340,6 +353,16 @@ def test_a_preflight_check(add_module: Callable[[ModuleType, str], None], tmp_pa
     model = resolve(str(write_checkpoint(tmp_path / "m")))
     (found,) = run_preflight(model, preflight.Use()).findings
     assert (found.code, found.severity, found.where, found.values) == ("toy-too-small", "warn", "llama", {"layers": 3})
+
+
+def test_a_setting_of_an_attribution(add_module: Callable[[ModuleType, str], None]) -> None:
+    add_module(settings, _SETTING)
+    context = settings.Context("cpu", 0, "bfloat16", "bfloat16", "cast", "padded", {}, rollout_engine="scripted")
+    every = settings.settings_of(context)
+    (toy,) = settings.choose(every, ["rollout:toy"])
+    assert (toy.name, toy.options) == ("rollout-toy", ("--engine-arg", "toy_size=3"))
+    assert toy.why_not(context) == "a CPU has no toys"
+    assert [one.side for one in every] == sorted(one.side for one in every)
 
 
 def test_an_audit_check(add_module: Callable[[ModuleType, str], None]) -> None:
