@@ -33,7 +33,7 @@ from mismatch_probe.errors import EXIT_ERROR, EXIT_OK
     metavar="RUN",
     help="Attribute this run again, without engines.",
 )
-@resume_option("Run what is missing in this run.")
+@resume_option
 @click.option("--plan", "plan_only", is_flag=True, help="Print processes and settings, and run nothing.")
 @json_option
 def command(

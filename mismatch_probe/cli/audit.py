@@ -28,7 +28,7 @@ from mismatch_probe.errors import EXIT_LIMIT, EXIT_OK
     "warning, too), 130 interrupted.",
 )
 @out_option("runs/MODEL-TIME")
-@resume_option("Run what is missing of this run, and judge it.")
+@resume_option
 @json_option
 def command(values: dict[str, Any], resume: str | None, out: str | None, as_json: bool) -> int:
     """May this model go into RL, in which precision, with which correction?

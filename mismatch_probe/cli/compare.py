@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     "130 interrupted.",
 )
 @out_option("runs/MODEL-TIME")
-@resume_option("Continue this run; finished passes are kept.")
+@resume_option
 @click.option("--plan", "plan_only", is_flag=True, help="Print passes, tokens, memory, disk and time, and run nothing.")
 @json_option
 def command(values: dict[str, Any], out: str | None, resume: str | None, plan_only: bool, as_json: bool) -> int:

@@ -190,10 +190,8 @@ def out_option(default: str) -> Callable[[F], F]:
     return click.option("--out", type=click.Path(), help=f"New folder.  [default: {default}]")
 
 
-def resume_option(text: str) -> Callable[[F], F]:
-    """`--resume`."""
-    return click.option("--resume", type=RunPath(), metavar="RUN", help=text)
-
-
+resume_option = click.option(
+    "--resume", type=RunPath(), metavar="RUN", help="Run what is missing of this run; what is finished is kept."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout; all else on stderr.")
 run_argument = click.argument("run", type=RunPath())

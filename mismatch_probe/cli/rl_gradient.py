@@ -21,7 +21,7 @@ from mismatch_probe.config.commands import GradientSettings
 
 @settings_command(GradientSettings, epilog="Exit codes: 0 done, 1 error, 2 usage, 130 interrupted (--resume goes on).")
 @out_option("runs/MODEL-TIME")
-@resume_option("Run what is missing of this run, then its gradients.")
+@resume_option
 @json_option
 def command(values: dict[str, Any], out: str | None, resume: str | None, as_json: bool) -> None:
     """What does the mismatch do to the policy gradient of a batch?

@@ -18,7 +18,7 @@ from mismatch_probe.rl.config import RlConfig
     epilog="Exit codes: 0 done, 1 error, 2 usage, 3 the run collapsed or diverged, 130 interrupted (--resume goes on).",
 )
 @out_option("runs/rl-MODEL-TIME")
-@resume_option("Go on from this run's newest checkpoint.")
+@resume_option
 @click.option("--check", is_flag=True, help="Check the settings, print them, and run nothing.")
 @json_option
 def command(values: dict[str, Any], out: str | None, resume: str | None, check: bool, as_json: bool) -> int:

@@ -13,7 +13,7 @@ from mismatch_probe.rl.config import SanityConfig
 
 @settings_command(SanityConfig, epilog="Exit codes: 0 done, 1 error, 2 usage, 130 interrupted (--resume goes on).")
 @out_option("runs/sanity-set-MODEL-TIME")
-@resume_option("Sample what is missing in this folder.")
+@resume_option
 @json_option
 def command(values: dict[str, Any], out: str | None, resume: str | None, as_json: bool) -> int:
     """Keep the problems that a model solves sometimes: an RL run that is sound must learn all of them.

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 )
 @click.argument("plan", type=RunPath(), required=False)
 @out_option("runs/rl-sweep-MODEL-TIME")
-@resume_option("Train the runs of this sweep that have not ended.")
+@resume_option
 @click.option("--check", is_flag=True, help="Validate the plan, print its runs, and start nothing.")
 @json_option
 def command(

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
 from mismatch_probe.engines.models import ModelRef
-from mismatch_probe.errors import TableError, UsageError
+from mismatch_probe.errors import Interrupted, TableError, UsageError
+from mismatch_probe.files import locked
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.report.model import Report
-from mismatch_probe.runs.folder import RunFolder, continued_by, new_folder
+from mismatch_probe.runs.folder import RunFolder, refuse_occupied, run_folder
 
 FolderT = TypeVar("FolderT", bound=RunFolder[Any])
 DataT = TypeVar("DataT")
@@ -45,7 +46,9 @@ class Session(Generic[FolderT]):
             UsageError: The folder exists and is not empty, or is no folder.
             FolderBusy: Another process uses it.
         """
-        with new_folder(out, name) as path:
+        path = run_folder(out, name)
+        refuse_occupied(path)  # before the lock, which would leave its file in a folder that is none of ours
+        with locked(path):
             yield cls(make(path), progress)
 
     @classmethod
@@ -57,8 +60,9 @@ class Session(Generic[FolderT]):
             TableError: The folder is of another kind, or its document cannot be read.
             FolderBusy: Another process uses it.
         """
-        with kind.reopened(path) as run:
-            yield cls(run, progress)
+        kind.open(path)  # before the lock, which would make the folder
+        with locked(path):
+            yield cls(kind.open(path), progress)
 
     @property
     def complete(self) -> bool:
@@ -76,8 +80,11 @@ class Session(Generic[FolderT]):
         Raises:
             Interrupted: The user stopped it.
         """
-        with continued_by(command or self.run.KIND.resume(self.run.path), kept):
+        try:
             yield
+        except KeyboardInterrupt:
+            command = command or self.run.KIND.resume(self.run.path)
+            raise Interrupted(f"Stopped; {kept}.", f"Continue with: {command}") from None
 
 
 def check_files(run: RunFolder[Any], now: Mapping[str, str]) -> None:

@@ -6,14 +6,13 @@ import os
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Generic, Self, TypeVar
 
-from mismatch_probe.errors import Interrupted, TableError, UsageError
-from mismatch_probe.files import LOCK, locked
+from mismatch_probe.errors import TableError, UsageError
+from mismatch_probe.files import LOCK
 
 if TYPE_CHECKING:
     from mismatch_probe.results.base import Document
@@ -106,19 +105,6 @@ class RunFolder(ABC, Generic[DocumentT]):
         """
         return cls(path, read_document(path, cls.KIND, cls.DOCUMENT))  # type: ignore[arg-type]
 
-    @classmethod
-    @contextmanager
-    def reopened(cls, path: Path) -> Iterator[Self]:
-        """An existing folder, locked.
-
-        Raises:
-            TableError: See `open`.
-            FolderBusy: Another process uses it.
-        """
-        cls.open(path)  # before the lock, which would make the folder
-        with locked(path):
-            yield cls.open(path)
-
     @property
     @abstractmethod
     def complete(self) -> bool:
@@ -164,36 +150,3 @@ def run_folder(out: str | Path | None, name: str = "") -> Path:
         return Path(out)
     name = re.sub(r"[^\w.-]+", "-", Path(name).name).strip("-") or "model"
     return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-
-
-@contextmanager
-def new_folder(out: str | Path | None, name: str) -> Iterator[Path]:
-    """Where a new run goes, locked: `out`, or by default a folder of that name under `runs/`.
-
-    Raises:
-        UsageError: The folder exists and is not empty, or is no folder.
-        FolderBusy: Another process uses it.
-    """
-    path = run_folder(out, name)
-    refuse_occupied(path)  # before the lock, which would leave its file in a folder that is none of ours
-    with locked(path):
-        yield path
-
-
-@contextmanager
-def continued_by(command: str, kept: str) -> Iterator[None]:
-    """Turns Ctrl-C into an error that names the command to continue with.
-
-    Args:
-        command: That continues.
-        kept: What stays on disk, e.g. `finished passes are kept`.
-
-    Raises:
-        Interrupted: The user stopped it, here or in an inner block, whose command this one replaces.
-    """
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise Interrupted(f"Stopped; {kept}.", f"Continue with: {command}") from None
-    except Interrupted as error:
-        raise Interrupted(error.what, f"Continue with: {command}") from None

@@ -98,8 +98,8 @@ def attribute_again(path: Path, options: Mapping[str, Any]) -> AttributeResult:
     Raises:
         TableError: The folder holds no run, or a table is missing or corrupt.
     """
-    with RunDirectory.reopened(path) as run:
-        pair = open_pair(run, asked := _options(run, options))
+    with Session.resume(RunDirectory, path, None) as session:
+        pair = open_pair(session.run, asked := _options(session.run, options))
         return _write(pair, PassStore(pair, asked))
 
 

@@ -104,7 +104,8 @@ def audit_run(path: Path, options: Mapping[str, Any], baseline: str | Path | Non
     Raises:
         TableError: The folder holds no run, or a table is missing or corrupt.
     """
-    with RunDirectory.reopened(path) as run:
+    with Session.resume(RunDirectory, path, None) as session:
+        run = session.run
         asked = _options(run, options)
         profile, old = _check(asked, baseline)
         audit = audit_of(analyse(run), asked, profile, Measurements(run, asked), _known_unsupported(run))
