@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 def command(values: dict[str, Any], out: str | None, resume: str | None, plan_only: bool, as_json: bool) -> int:
     """How large is the mismatch, per dtype pair?
 
-    Samples from the prompts with vLLM in every rollout dtype, scores all the responses with the Hugging Face forward in
-    every trainer dtype, and compares the log-probs of the very same tokens.
+    Samples from the prompts in every rollout dtype (with vLLM), scores all the responses in every trainer dtype (with
+    the Hugging Face forward), and compares the log-probs of the very same tokens.
 
     \b
     Examples:

@@ -312,7 +312,7 @@ def _budget(summary: Comparison) -> tuple[Section, ...]:
     legend = (
         f"RMS over tokens, nats, against {summary.reference}. Predicted: √((error of μ)² + (error of π)²), the gap if "
         "the errors of both sides are independent. A Hugging Face reference charges every difference of "
-        "implementation to vLLM; the float32 pair shows how large those are."
+        "implementation to the rollout engine; the float32 pair shows how large those are."
     )
     if floor is not None:
         legend += f" Error of a float32 reference itself: {in_line(floor, unit='nats')}."

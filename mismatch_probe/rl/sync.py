@@ -126,7 +126,7 @@ class WeightSync:
             self._tell("the weight sync was not tried in advance: with noise on the weights the model overflows")
             return
         self._load(new)
-        when = "vLLM does not load new weights of this model correctly: after a trial sync"
+        when = "The engine does not load new weights of this model correctly: after a trial sync"
         self._judge(new, self._sent, when, "Use another model family or another --rollout-dtype.", scan=True)
         self._sent = new
 

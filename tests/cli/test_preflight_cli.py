@@ -78,7 +78,7 @@ def test_a_pass_that_is_added_to_a_run_stops_as_well(model: Path, tmp_path: Path
 def test_a_plan_shows_what_would_surprise(
     name: str, model: Path, command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mismatch_probe.engines.devices.choose_device", lambda requested: "cpu")
+    monkeypatch.setattr("mismatch_probe.engines.vllm.choose_device", lambda requested: "cpu")
     asked = (name, "--plan", "--model", model, "--max-tokens", "600")
     found = json.loads(command(*asked, "--json").out)["findings"]
     assert [(one["code"], one["severity"]) for one in found] == [("responses-cut", "warn")]
@@ -89,7 +89,7 @@ def test_a_plan_shows_what_would_surprise(
 def test_disk_is_asked_where_the_run_goes(
     asked: tuple[str, ...], model: Path, command: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mismatch_probe.engines.devices.choose_device", lambda requested: "cpu")
+    monkeypatch.setattr("mismatch_probe.engines.vllm.choose_device", lambda requested: "cpu")
     full = tmp_path / "full"
     full.mkdir()
     real = shutil.disk_usage

@@ -77,7 +77,7 @@ def test_the_table_has_rungs_in_order_then_what_closes_most() -> None:
     table = attribution_report(attribution()).table
     assert table is not None
     names = [row[0].text for row in table.rows]
-    assert names[:3] == ["decode → prefill", "vLLM → Hugging Face", "rollout batches → padded"]
+    assert names[:3] == ["decode → prefill", "rollout engine → trainer", "rollout batches → padded"]
     assert names[3:] == [
         "FP16, both sides",
         "float16 changed, trainer",

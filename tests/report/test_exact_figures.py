@@ -87,7 +87,7 @@ def test_the_budget_names_its_reference_and_shows_what_float32_leaves(exact: Rep
     note = figure.get_supxlabel().replace("\n", " ")
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert "against hf-float64-cast" in note
-    assert "charges every difference of implementation to vLLM" in note
+    assert "charges every difference of implementation to the rollout engine" in note
     assert legend[4:] == ["float32–float32 gap: 6.25e-6 nats", "noise floor of a float32 reference: 4.00e-6 nats"]
     lines = {str(line.get_label()): line.get_ydata()[0] for line in figure.axes[0].lines}  # type: ignore[index]
     assert list(lines.values()) == pytest.approx([6.25e-6, 4e-6])

@@ -136,7 +136,7 @@ def test_a_fault_stops_before_the_first_step_and_later(mixture: Path, fault: Spo
     torch.manual_seed(0)
     with pytest.raises(SyncError, match="After loading the checkpoint"):
         Setup(mixture, dtype, spoil=load_wrong, fresh=True)
-    with pytest.raises(SyncError, match="vLLM does not load new weights"):
+    with pytest.raises(SyncError, match="does not load new weights"):
         Setup(mixture, dtype, spoil=fault, fresh=True)
     setup = Setup(mixture, dtype, scan_every=3)
     for step in range(2):

@@ -420,7 +420,8 @@ def _float32_gap(summary: Comparison) -> MetricValue | None:
 def _note(summary: Comparison) -> str:
     """What the errors are against, and what that does to them."""
     reference = clipped(visible(summary.reference or "an unnamed reference"), _REFERENCE_CHARACTERS)
-    note = f"Errors against {reference}. A Hugging Face reference charges every difference of implementation to vLLM"
+    note = f"Errors against {reference}. A Hugging Face reference charges every difference of implementation to the "
+    note += "rollout engine"
     gap = _float32_gap(summary)
     if gap is None:
         return f"{note}; no float32–float32 pair shows how large those are."

@@ -69,7 +69,7 @@ def rung_label(key: str, document: Attribution) -> str:
 def _rung_label(key: str, rollout_dtype: str, trainer_dtype: str, layout: str) -> str:
     labels = {
         "prefill": "decode → prefill",
-        "engine": "vLLM → Hugging Face",
+        "engine": "rollout engine → trainer",
         "dtype": f"{rollout_dtype} → {trainer_dtype} at the trainer",
         "layout": f"rollout batches → {layout}",
         "mode": "cast → autocast",

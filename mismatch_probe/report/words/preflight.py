@@ -257,7 +257,10 @@ def _cut(finding: Finding) -> str:
 
 
 @words(
-    "dtype-unsupported", "vLLM does not support a dtype for this model.", {"why": "its reason"}, "Leave this dtype out."
+    "dtype-unsupported",
+    "The rollout engine does not support a dtype for this model.",
+    {"why": "its reason"},
+    "Leave this dtype out.",
 )
 def _dtype(finding: Finding) -> str:
     return finding.text("why")
