@@ -101,7 +101,7 @@ class TestTrainerSettings:
                 "sdpa_broadcasts_grouped_heads": False,
             }
         else:
-            assert found == devices.EngineSettings({}, OFFLINE)
+            assert found == devices.EngineSettings({}, OFFLINE, reusable=device == "cpu")
 
     @pytest.mark.parametrize(("device", "dtype"), EVERY)
     def test_no_process_may_use_the_network(self, device: Device, dtype: Dtype) -> None:
