@@ -188,6 +188,7 @@ class PairSums:
         n_prompts: P, prompts without tokens included, so that prompts of two pairs can be matched.
         n_tokens: N.
         excluded: What is left out.
+        abs_log_ratio: `[n]` |d| of the usable tokens, nats.
         tokens: Sums over the usable tokens.
         binned: Sums by `"probability"` (of the rollout), by `"position"` and by the columns of `bins`.
         density: `[50, 50]` tokens by rollout and trainer probability in equal bins.
@@ -218,7 +219,7 @@ class PairSums:
         self.log_mult_error = -math.inf
         self._last_sequence = -1
         self._sequences: list[SequenceTotals] = []
-        self._abs_log_ratio = [np.empty(0)]
+        self.abs_log_ratio: Floats = np.empty(0)
 
     def update(self, pair: PairArrays) -> None:
         """Takes in the tokens of a chunk.
@@ -237,7 +238,9 @@ class PairSums:
             tokens = TokenChunk.of(pair, rows, usable, self.n_prompts)
             log_ratio[rows.n_usable > 0] = tokens.per_sequence(tokens.log_ratio)
             self.tokens.update(tokens)
-            self._abs_log_ratio.append(tokens.abs_log_ratio)
+            # Grown in place: pieces would lie in memory beside what is made of them.
+            self.abs_log_ratio.resize(self.n_usable + len(tokens.abs_log_ratio), refcheck=False)
+            self.abs_log_ratio[-len(tokens.abs_log_ratio) :] = tokens.abs_log_ratio
             self._update_places(tokens)
             self._update_mult_error(tokens, rows)
             self.largest = self.largest.joined(LargestTokens.of(pair, usable, self.n_tokens))
@@ -273,7 +276,7 @@ class PairSums:
     @property
     def n_usable(self) -> int:
         """Usable tokens."""
-        return sum(map(len, self._abs_log_ratio))
+        return len(self.abs_log_ratio)
 
     @property
     def mean_abs_all_finite(self) -> float | None:
@@ -282,12 +285,6 @@ class PairSums:
         if not extra:
             return None
         return (float(self.tokens.abs_log_ratio.sum()) + self.excluded.abs_log_ratio) / (self.n_usable + extra)
-
-    @property
-    def abs_log_ratio(self) -> Floats:
-        """`[n]` |d| of the usable tokens, nats."""
-        self._abs_log_ratio = [np.concatenate(self._abs_log_ratio)]
-        return self._abs_log_ratio[0]
 
     @property
     def sequences(self) -> SequenceTotals:
