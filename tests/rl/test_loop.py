@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from mismatch_probe.engines.events import Event, Found, StepDone, Total
+from mismatch_probe.engines.hf.rollout import HfRollout
 from mismatch_probe.errors import DiskFull, EngineError
 from mismatch_probe.results.finding import Finding
 from mismatch_probe.rl import policy as checkpoint_files
@@ -24,7 +25,7 @@ from mismatch_probe.rl.loop import Training
 from mismatch_probe.rl.sync import SyncError
 from mismatch_probe.types import Rollout
 from tests.conftest import Heard
-from tests.rl.loops import SMALL, SignalTask, TorchEngine, pieces, train
+from tests.rl.loops import JOB, SMALL, SignalTask, pieces, train
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "fp32": {},
@@ -36,8 +37,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def engine() -> TorchEngine:
-    return TorchEngine()
+def engine() -> HfRollout:
+    return HfRollout(JOB)
 
 
 class _Killed(BaseException):
@@ -62,7 +63,7 @@ def _weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, engine: TorchEngine, variant: str) -> None:
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, engine: HfRollout, variant: str) -> None:
     changes = VARIANTS[variant]
     whole = train(tmp_path / "whole", engine, **changes)
     with pytest.raises(_Killed):
@@ -74,10 +75,12 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, engine: TorchEngine, v
     assert _without_times(tmp_path / "cut") == _without_times(tmp_path / "whole")
     ours, theirs = _weights(tmp_path / "cut"), _weights(tmp_path / "whole")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert any(not torch.equal(ours[n], t) for n, t in TorchEngine().model.state_dict().items())
+    assert any(
+        not torch.equal(ours[n], t) for n, t in HfRollout(JOB).run_on_model(lambda model: model.state_dict()).items()
+    )
 
 
-def test_a_finished_run_leaves_tables(tmp_path: Path, engine: TorchEngine) -> None:
+def test_a_finished_run_leaves_tables(tmp_path: Path, engine: HfRollout) -> None:
     told = Heard()
     parts = pieces(tmp_path / "run", engine, tell=told, evaluate_every=2)
     parts.directory.finish(Training(parts).run())
@@ -95,7 +98,7 @@ def test_a_finished_run_leaves_tables(tmp_path: Path, engine: TorchEngine) -> No
     assert [type(event) for event in told] == [Total, StepDone, StepDone, StepDone, StepDone]
 
 
-def test_every_problem_is_seen_once_an_epoch(tmp_path: Path, engine: TorchEngine) -> None:
+def test_every_problem_is_seen_once_an_epoch(tmp_path: Path, engine: HfRollout) -> None:
     train(tmp_path / "run", engine)
     rollouts = pq.read_table(tmp_path / "run" / "rollouts.parquet").to_pandas()
     for epoch in (rollouts[rollouts["step"] < 2], rollouts[rollouts["step"] >= 2]):
@@ -103,7 +106,7 @@ def test_every_problem_is_seen_once_an_epoch(tmp_path: Path, engine: TorchEngine
         assert epoch["prompt_id"].nunique() == 8
 
 
-def test_staleness_and_mismatch_are_kept_apart(tmp_path: Path, engine: TorchEngine) -> None:
+def test_staleness_and_mismatch_are_kept_apart(tmp_path: Path, engine: HfRollout) -> None:
     train(tmp_path / "run", engine, stress="stale", dose=2, learning_rate=1e-3)
     steps = pd.read_parquet(tmp_path / "run" / "steps.parquet")
     assert steps["staleness_mean_abs"].iloc[0] == 0
@@ -114,11 +117,11 @@ def test_staleness_and_mismatch_are_kept_apart(tmp_path: Path, engine: TorchEngi
     assert (steps["off_policy_ess_seq"].iloc[1:] < steps["ess_seq"].iloc[1:]).all()
 
 
-class _Meddling(TorchEngine):
+class _Meddling(HfRollout):
     """Changes what it has sampled, from a step on."""
 
     def __init__(self, meddle: Any, at: int) -> None:
-        super().__init__()
+        super().__init__(JOB)
         self.meddle, self.at, self.calls = meddle, at, 0
 
     def generate(self, *args: Any) -> list[Rollout]:
@@ -154,7 +157,7 @@ def test_a_log_prob_that_no_token_has_ends_the_run_and_keeps_its_batch(
     assert Finding(**json.loads((tmp_path / "run" / "failure" / "failure.json").read_text())) == result.cause
 
 
-def test_a_weight_that_is_no_number_is_named(tmp_path: Path, engine: TorchEngine, monkeypatch: Any) -> None:
+def test_a_weight_that_is_no_number_is_named(tmp_path: Path, engine: HfRollout, monkeypatch: Any) -> None:
     training = Training(pieces(tmp_path / "run", engine))
     own = training._sample
     victim = "model.layers.1.mlp.up_proj.weight"
@@ -174,7 +177,7 @@ def test_a_weight_that_is_no_number_is_named(tmp_path: Path, engine: TorchEngine
     assert found == [1, "trainer", 0, 0, victim]
 
 
-def test_gradients_that_overflow_without_a_loss_scale_end_the_run(tmp_path: Path, engine: TorchEngine) -> None:
+def test_gradients_that_overflow_without_a_loss_scale_end_the_run(tmp_path: Path, engine: HfRollout) -> None:
     parts = pieces(tmp_path / "run", engine)
     training = Training(parts)
     weight = training._policy.model.get_parameter("model.layers.0.mlp.down_proj.weight")
@@ -186,7 +189,7 @@ def test_gradients_that_overflow_without_a_loss_scale_end_the_run(tmp_path: Path
     assert (tmp_path / "run" / "failure" / "batch.parquet").exists()
 
 
-def test_a_loss_scale_that_only_falls_ends_the_run(tmp_path: Path, engine: TorchEngine) -> None:
+def test_a_loss_scale_that_only_falls_ends_the_run(tmp_path: Path, engine: HfRollout) -> None:
     changes = {"trainer_dtype": "fp16", "initial_loss_scale": 4.0, "minimum_loss_scale": 1.0}
     training = Training(pieces(tmp_path / "run", engine, **changes))
     weight = training._policy.model.get_parameter("model.layers.0.mlp.down_proj.weight")
@@ -203,7 +206,7 @@ def test_equal_rewards_are_said_once(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(SignalTask, "rewards", lambda self, problems, responses: [0.0] * len(responses))
     monkeypatch.setattr("mismatch_probe.rl.summary._SILENT_STEPS", 2)
     told = Heard()
-    result = Training(pieces(tmp_path / "run", TorchEngine(), tell=told)).run()
+    result = Training(pieces(tmp_path / "run", HfRollout(JOB), tell=told)).run()
     assert [event.finding.code for event in told.of(Found)] == ["rl-no-signal"]
     assert result.status == "complete"
 
@@ -223,7 +226,7 @@ def test_empty_responses_are_counted_and_harm_nothing(tmp_path: Path) -> None:
 def test_a_run_that_collapses_says_so_and_keeps_its_healthy_checkpoint(tmp_path: Path, monkeypatch: Any) -> None:
     rewards = iter([1.0] * 8 + [0.75, 0.5, 0.25])
     monkeypatch.setattr(SignalTask, "rewards", lambda self, problems, responses: [next(rewards, 0.0)] * len(responses))
-    result = train(tmp_path / "run", TorchEngine(), steps=16, collapse_window=4, checkpoint_every=2)
+    result = train(tmp_path / "run", HfRollout(JOB), steps=16, collapse_window=4, checkpoint_every=2)
     assert (result.status, result.steps) == ("collapsed", 13)
     assert result.cause is not None
     assert result.cause.values == {"step": 12, "best": 1.0, "best_step": 7, "present": 0.1875, "window": 4}
@@ -232,7 +235,7 @@ def test_a_run_that_collapses_says_so_and_keeps_its_healthy_checkpoint(tmp_path:
 
 
 def test_a_full_disk_at_a_checkpoint_loses_nothing_before_it(
-    tmp_path: Path, engine: TorchEngine, monkeypatch: Any
+    tmp_path: Path, engine: HfRollout, monkeypatch: Any
 ) -> None:
     whole = train(tmp_path / "whole", engine)
     own = checkpoint_files.save_file
@@ -262,13 +265,13 @@ def test_an_engine_that_fails_leaves_the_steps_before(tmp_path: Path) -> None:
 
 def test_the_sanity_test_is_passed_where_the_lower_limit_is(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(SignalTask, "rewards", lambda self, problems, responses: [1.0] * len(responses))
-    passed = train(tmp_path / "run", TorchEngine(), steps=3, pass_window=2, pass_above=0.5)
+    passed = train(tmp_path / "run", HfRollout(JOB), steps=3, pass_window=2, pass_above=0.5)
     assert (passed.passed, passed.first_above_step) == (True, 1)
-    never = train(tmp_path / "never", TorchEngine(), steps=3, pass_window=2, pass_above=0.99)
+    never = train(tmp_path / "never", HfRollout(JOB), steps=3, pass_window=2, pass_above=0.99)
     assert (never.passed, never.first_above_step) == (False, None)
 
 
-def test_gradient_accumulation_changes_nothing_but_rounding(tmp_path: Path, engine: TorchEngine) -> None:
+def test_gradient_accumulation_changes_nothing_but_rounding(tmp_path: Path, engine: HfRollout) -> None:
     small, large = tmp_path / "small", tmp_path / "large"
     train(small, engine, steps=1, micro_batch=2, updates_per_rollout=1)
     train(large, engine, steps=1, micro_batch=16, updates_per_rollout=1)
@@ -281,7 +284,7 @@ def test_the_small_configuration_is_one_of_several_updates() -> None:
     assert SMALL["prompts_per_step"] * SMALL["samples_per_prompt"] > SMALL["micro_batch"]
 
 
-def test_each_round_has_every_problem_once(tmp_path: Path, engine: TorchEngine) -> None:
+def test_each_round_has_every_problem_once(tmp_path: Path, engine: HfRollout) -> None:
     """What the collapse rule rests on: late steps have the problems of early ones."""
     training = Training(pieces(tmp_path / "run", engine, n_problems=8, prompts_per_step=4))
     rounds = [training._chosen(step) + training._chosen(step + 1) for step in range(0, 20, 2)]
@@ -293,7 +296,7 @@ def test_a_fresh_engine_is_tried_without_a_trace(tmp_path: Path) -> None:
     """It gets other weights before the first step, and samples with the right ones."""
     rows = []
     for fresh in (False, True):
-        parts = replace(pieces(tmp_path / str(fresh), TorchEngine(), steps=2), fresh=fresh)
+        parts = replace(pieces(tmp_path / str(fresh), HfRollout(JOB), steps=2), fresh=fresh)
         Training(parts).run()
         rows.append(parts.directory.steps().filter(regex="^(?!seconds_)"))
     pd.testing.assert_frame_equal(*rows)
@@ -301,9 +304,9 @@ def test_a_fresh_engine_is_tried_without_a_trace(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_an_engine_that_is_wrong_from_the_start_trains_nothing(tmp_path: Path, dtype: str) -> None:
-    engine = TorchEngine()
+    engine = HfRollout(JOB)
     with torch.no_grad():
-        engine.model.model.layers[1].mlp.down_proj.weight.zero_()
+        engine.run_on_model(lambda model: model.model.layers[1].mlp.down_proj.weight.zero_())
     parts = replace(pieces(tmp_path / "run", engine, rollout_dtype=dtype), fresh=True)
     with pytest.raises(SyncError, match="After loading the checkpoint"):
         Training(parts)
