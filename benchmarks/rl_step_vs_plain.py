@@ -54,7 +54,7 @@ class Ours:
         prompts, responses = data
         pieces: Any = Pieces(
             config,
-            RlDirectory.create(folder, config, Start(resolve_model(config, Progress()), device.type).provenance()),
+            RlDirectory.create(folder, config, Start(resolve_model([config], Progress()), device.type).provenance()),
             source,
             device,
             NoEngine(),  # type: ignore[arg-type]
@@ -174,7 +174,7 @@ def medians(steps: Sequence[Callable[[], None]], repeats: int, wait: Callable[[]
 def main(
     model: str, device: str, precision: Sequence[str], count: int, micro_batch: int, max_tokens: int, repeats: int
 ) -> None:
-    reference = resolve_model(RlConfig(), Progress()) if model == "chain" else resolve(model)
+    reference = resolve_model([RlConfig()], Progress()) if model == "chain" else resolve(model)
     place = torch.device(device)
     data = sequences(count, reference.config["vocab_size"], max_tokens)
     wait = torch.cuda.synchronize if place.type == "cuda" else lambda: None

@@ -68,20 +68,20 @@ class RlResult:
 
 
 def resolve_model(
-    config: TaskSettings, progress: Progress, out: str | Path | None = None, others: Sequence[TaskSettings] = ()
+    configs: Sequence[TaskSettings], progress: Progress, out: str | Path | None = None, at_once: int = 1
 ) -> ModelRef:
     """The initial model; `chain` is the one that comes with the tool.
 
     Args:
-        config: Names it.
+        configs: Of a run, or of all runs of a sweep; the first names the model.
         progress: Told what takes long, and what surprises.
         out: Folder of the run; None for one under `runs/`.
-        others: Further runs of a sweep.
+        at_once: Runs that share the device's memory.
 
     Raises:
         ModelError: There is no such model, or something will fail.
     """
-    configs = (config, *others)
+    config = configs[0]
     if config.model == CHAIN:
         return resolve(str(data_path(f"rl/{CHAIN}/config.json").parent))
     model = resolve(config.model, revision=config.revision, log=progress.message)
@@ -91,7 +91,7 @@ def resolve_model(
         max_tokens=config.max_tokens,
         device=device_of(config),
         rollout_engine=config.rollout_engine,
-        bytes_per_weight=max(one.bytes_per_weight for one in configs),
+        bytes_per_weight=at_once * max(one.bytes_per_weight for one in configs),
         disk_bytes=int(sum(one.disk_bytes_per_weight for one in configs) * model.checkpoint().parameters),
         folder=run_folder(out),
     )
@@ -119,27 +119,27 @@ class Start:
     @classmethod
     def of(
         cls,
-        config: TaskSettings,
+        configs: Sequence[TaskSettings],
         progress: Progress,
         out: str | Path | None = None,
-        others: Sequence[TaskSettings] = (),
+        at_once: int = 1,
     ) -> Start:
         """Of a new run; arguments as in `resolve_model`.
 
         Raises:
             ProbeError: The model or the device cannot be had.
         """
-        return cls(resolve_model(config, progress, out, others), device_of(config))
+        return cls(resolve_model(configs, progress, out, at_once), device_of(configs[0]))
 
     @classmethod
-    def again(cls, run: RunFolder[Any], config: TaskSettings, progress: Progress) -> Start:
-        """Of a run that goes on.
+    def again(cls, run: RunFolder[Any], configs: Sequence[TaskSettings], progress: Progress, at_once: int = 1) -> Start:
+        """Of a run that goes on; arguments as in `resolve_model`.
 
         Raises:
             TableError: The model's files have changed.
             UsageError: It began on another device.
         """
-        start = cls.of(config, progress, run.path)
+        start = cls.of(configs, progress, run.path, at_once)
         check_device(run, start.device)
         same_model(run, start.model)
         return start
@@ -162,7 +162,7 @@ def new_rl_run(config: RlConfig, out: str | Path | None, progress: Progress | No
         ProbeError: The model, the device or the folder cannot be had, or the engine failed.
     """
     progress = progress or Progress()
-    start = Start.of(config, progress, out)
+    start = Start.of([config], progress, out)
     with Session.new(
         lambda path: RlDirectory.create(path, config, start.provenance()),
         f"rl-{Path(config.model).name}",
@@ -181,7 +181,7 @@ def resume_rl_run(path: Path, progress: Progress | None) -> RlResult:
     with Session.resume(RlDirectory, path, progress) as session:
         if session.complete:
             return write_rl_run(session.run)
-        return _execute(session, Start.again(session.run, session.run.config, session.progress))
+        return _execute(session, Start.again(session.run, [session.run.config], session.progress))
 
 
 def worker_environment(config: RlConfig, device: devices.Device) -> dict[str, str]:

@@ -40,7 +40,7 @@ from mismatch_probe.report.words import say
 from mismatch_probe.results.sweep import Place, RlSweep, SweepSummary
 from mismatch_probe.rl.plan import PlannedRun
 from mismatch_probe.rl.records import SweepDirectory
-from mismatch_probe.rl.run import Start, worker_environment
+from mismatch_probe.rl.run import Start, device_of, worker_environment
 from mismatch_probe.rl.sweep_summary import runs_table, steps_table, summarise_sweep, sweep_findings
 from mismatch_probe.rl.worker import RlJob
 
@@ -352,8 +352,8 @@ def new_sweep(
     """
     progress = progress or Progress()
     first = runs[0].config
-    start = Start.of(first, progress, out, [run.config for run in runs[1:]])
-    at = slots(start.device, workers)
+    at = slots(device_of(first), workers)
+    start = Start.of([run.config for run in runs], progress, out, _sharing(at))
     with Session.new(
         lambda path: SweepDirectory.create(path, runs, start.provenance()),
         f"rl-{kind}-{Path(first.model).name}",
@@ -361,6 +361,11 @@ def new_sweep(
         progress,
     ) as session:
         return _execute(session, start, at)
+
+
+def _sharing(at: Sequence[Slot]) -> int:
+    """Workers that share the memory of a device: those on a CPU; a GPU has one."""
+    return sum(slot.gpu is None for slot in at) or 1
 
 
 def resume_sweep(path: Path, workers: int | None, progress: Progress | None) -> SweepResult:
@@ -372,8 +377,9 @@ def resume_sweep(path: Path, workers: int | None, progress: Progress | None) -> 
     with Session.resume(SweepDirectory, path, progress) as session:
         if session.complete:
             return write_sweep(session.run)
-        start = Start.again(session.run, session.run.runs[0].config, session.progress)
-        return _execute(session, start, slots(start.device, workers))
+        configs = [run.config for run in session.run.runs]
+        at = slots(device_of(configs[0]), workers)
+        return _execute(session, Start.again(session.run, configs, session.progress, _sharing(at)), at)
 
 
 def _execute(session: Session[SweepDirectory], start: Start, at: Sequence[Slot]) -> SweepResult:

@@ -6,11 +6,13 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mismatch_probe.engines.models import resolve
 from mismatch_probe.errors import ModelError
 from mismatch_probe.probes.own_pass import model_of
 from mismatch_probe.probes.progress import Progress
@@ -64,7 +66,7 @@ def test_commands_stop_before_an_engine_starts(
 def test_rl_stops_as_well(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mismatch_probe.engines.vllm.choose_device", lambda requested: "cpu")
     with pytest.raises(ModelError, match="truncated"):
-        resolve_model(RlConfig(model=str(cut(model))), Progress())
+        resolve_model([RlConfig(model=str(cut(model)))], Progress())
 
 
 def test_a_pass_that_is_added_to_a_run_stops_as_well(model: Path, tmp_path: Path) -> None:
@@ -101,3 +103,16 @@ def test_disk_is_asked_where_the_run_goes(
     assert shown.code == 1
     assert str(full) in shown.err
     assert not (full / "run").exists()
+
+
+@pytest.mark.parametrize(("at_once", "fits"), [(1, True), (2, False)])
+def test_runs_at_once_share_the_memory(
+    at_once: int, fits: bool, model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("mismatch_probe.rl.run.device_of", lambda config: "cpu")
+    configs = [RlConfig(model=str(model), seed=seed) for seed in range(2)]
+    needed = int(configs[0].bytes_per_weight * resolve(str(model)).parameters())
+    memory = "mismatch_probe.probes.preflight.resources.memory_bytes"
+    monkeypatch.setattr(memory, lambda device: (int(1.5 * needed), needed))
+    with nullcontext() if fits else pytest.raises(ModelError, match="memory"):
+        resolve_model(configs, Progress(), tmp_path / "out", at_once)

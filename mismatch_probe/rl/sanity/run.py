@@ -97,7 +97,7 @@ def new_sanity_set(config: SanityConfig, out: str | Path | None, progress: Progr
     progress = progress or Progress()
     if config.problems is not None:
         read_problems(config.problems)  # a bad line is found before a model is fetched
-    start = Start.of(config, progress, out)
+    start = Start.of([config], progress, out)
     with Session.new(
         lambda path: SanityDirectory.create(path, config, start.provenance()),
         f"sanity-set-{Path(config.model).name}",
@@ -116,7 +116,7 @@ def resume_sanity_set(path: Path, progress: Progress | None) -> SanityResult:
     with Session.resume(SanityDirectory, path, progress) as session:
         if session.complete:
             return _write(session.run)
-        return _execute(session, Start.again(session.run, session.run.config, session.progress))
+        return _execute(session, Start.again(session.run, [session.run.config], session.progress))
 
 
 def _execute(session: Session[SanityDirectory], start: Start) -> SanityResult:
