@@ -111,7 +111,7 @@ class HfRollout(RolloutEngine):
             # Greedy, because the processor leaves each row one token.
             config = GenerationConfig(do_sample=False, max_new_tokens=most, pad_token_id=0)
             with self._trainer.precision():
-                self.run_on_model(
+                self._trainer.run_on_model(
                     lambda model: model.generate(
                         ids.to(model.device),
                         attention_mask=mask.to(model.device),
