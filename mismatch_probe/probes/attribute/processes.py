@@ -146,7 +146,8 @@ class Processes:
         found = []
         for engine in self._engines(missing):
             changed = self._changed(job, engine)
-            settings = self._settings(changed.dtype)
+            # A process of its own each: a process that had an engine before shows a larger peak of memory.
+            settings = replace(self._settings(changed.dtype), reusable=False)
             if engine.setting:
                 settings = replace(settings, environment={**settings.environment, **engine.setting.environment})
             passes = (*engine.passes, *([ROUTES] if engine.routed else []))
