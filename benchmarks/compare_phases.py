@@ -24,7 +24,7 @@ import click
 
 _REPORT = """
 import json, sys, time
-import mismatch_probe.probes.session as session, mismatch_probe.report.figures as figures
+import mismatch_probe.probes.comparison as comparison, mismatch_probe.report.figures as figures
 seconds = {}
 def timed(module, name, phase):
     before = getattr(module, name)
@@ -35,9 +35,9 @@ def timed(module, name, phase):
         finally:
             seconds[phase] = time.perf_counter() - start
     setattr(module, name, after)
-timed(session, "analyse", "metrics")
+timed(comparison, "analyse", "metrics")
 timed(figures, "draw", "figures")
-session.report_run(__import__("pathlib").Path(sys.argv[1]), [], None, None)
+comparison.report_run(__import__("pathlib").Path(sys.argv[1]), [], None, None)
 print(json.dumps(seconds))
 """
 _PARALLEL = ("import",)  # while another process works, but for the first
