@@ -81,6 +81,7 @@ bench: ## Measure the tool's own speed, also against a bare script and against T
 	@'$(BIN)/python' benchmarks/score_vs_trl.py
 	@'$(BIN)/python' benchmarks/rl_step_vs_plain.py --precision float32-cast --precision bfloat16-autocast
 	@'$(BIN)/python' benchmarks/rl_overhead.py
+	@'$(BIN)/python' benchmarks/compare_phases.py
 	@'$(BIN)/python' benchmarks/compare_vs_bare.py --num-prompts 16 --max-tokens 12
 
 validate: setup-dev ## Plant faults and compare clean families, some studies behind docs/validation.md
