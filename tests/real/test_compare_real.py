@@ -54,7 +54,7 @@ def test_the_manifest_says_what_ran(qwen3: Any) -> None:
         assert rollout.engine["in_process"] is True
         assert rollout.engine["logprobs_mode"] == "raw_logprobs"
         assert rollout.engine["attention_backends"]
-        assert set(rollout.timings) >= {"import", "load", "generate", "self_noise"}
+        assert set(rollout.timings) >= {"load", "first_step", "generate", "self_noise"}
     assert "model.safetensors" in qwen3.data.manifest.model.files
 
 
