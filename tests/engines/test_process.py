@@ -187,7 +187,7 @@ class TestFailures:
     def test_an_end_of_file_in_the_engine_is_the_engines(self, scripted_model: MakeModel, tmp_path: Path) -> None:
         """It is not the parent that has gone."""
         (tmp_path / "vllm.py").write_text(
-            "from mismatch_probe.engines import scripted\n"
+            "LLM = None\nfrom mismatch_probe.engines import scripted\n"
             "def generate(*_):\n    raise EOFError('Ran out of input')\n"
             "scripted.ScriptedRollout.generate = generate\n"
         )
@@ -229,7 +229,7 @@ class TestLifetime:
         the job's end, of which the worker hears nothing.
         """
         (tmp_path / "vllm.py").write_text(
-            "import pathlib, subprocess\nchild = subprocess.Popen(['sleep', '300'])\n"
+            "LLM = None\nimport pathlib, subprocess\nchild = subprocess.Popen(['sleep', '300'])\n"
             "pathlib.Path(__file__).with_name('child').write_text(str(child.pid))\n"
         )
         parent = (

@@ -33,6 +33,10 @@ class Vllm(Engine):
 
         return VllmRollout(job)
 
+    def import_ahead(self) -> None:
+        super().import_ahead()
+        from vllm import LLM  # noqa: F401  # `import vllm` alone leaves more than half of the work for later
+
     def choose_device(self, requested: str) -> Device:
         return choose_device(requested)
 
