@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
-import pkgutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -236,11 +234,10 @@ def add_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Call
     added = []
 
     def add(package: ModuleType, source: str) -> None:
-        for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
-            importlib.import_module(module.name)  # its own modules register before the registry is set aside
+        package._REGISTRY.all()  # its own modules register before the registry is set aside
         (tmp_path / "toy.py").write_text(source, encoding="utf-8")
         monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
-        monkeypatch.setattr(package, "_REGISTRY", dict(package._REGISTRY))
+        monkeypatch.setattr(package._REGISTRY, "known", dict(package._REGISTRY.known))
         added.append(f"{package.__name__}.toy")
 
     yield add

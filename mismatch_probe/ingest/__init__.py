@@ -17,8 +17,6 @@ Other columns are ignored, and named in the run's facts.
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -26,13 +24,14 @@ from typing import IO
 
 from mismatch_probe.errors import IngestError
 from mismatch_probe.ingest.base import RecordedRun
+from mismatch_probe.registered import Registry
 
 # Given the file, opened in binary at its start, and the path as the user gave it. Raises IngestError where a row is not
 # what the format promises, and OSError where the file cannot be read to its end.
 Reader = Callable[[IO[bytes], str], RecordedRun]
 _PICKLES = (".pt", ".pth", ".pkl", ".pickle", ".npz", ".npy", ".bin")
 _FIX = "Write a row per sequence into a .jsonl or .parquet file."
-_REGISTRY: dict[str, Reader] = {}
+_REGISTRY = Registry[Reader](__name__, "reader of")
 
 
 def reader(suffix: str) -> Callable[[Reader], Reader]:
@@ -43,9 +42,9 @@ def reader(suffix: str) -> Callable[[Reader], Reader]:
     """
 
     def register(read: Reader) -> Reader:
-        if suffix in (*_REGISTRY, *_PICKLES):
-            raise ValueError(f"files with the suffix {suffix} have a reader, or are never read")
-        _REGISTRY[suffix] = read
+        if suffix in _PICKLES:
+            raise ValueError(f"files with the suffix {suffix} are never read")
+        _REGISTRY.add(suffix, read)
         return read
 
     return register
@@ -53,9 +52,7 @@ def reader(suffix: str) -> Callable[[Reader], Reader]:
 
 def readers() -> dict[str, Reader]:
     """Every registered reader by suffix."""
-    for module in pkgutil.iter_modules(__path__, f"{__name__}."):
-        importlib.import_module(module.name)
-    return dict(sorted(_REGISTRY.items()))
+    return _REGISTRY.sorted()
 
 
 def read_recorded(path: str | Path) -> RecordedRun:

@@ -323,7 +323,7 @@ class TestPath:
             raise OSError(5, "Input/output error")
 
         ingest.readers()  # so that all are registered
-        monkeypatch.setitem(ingest._REGISTRY, ".jsonl", broken)
+        monkeypatch.setitem(ingest._REGISTRY.known, ".jsonl", broken)
         assert "cannot be read: Input/output error" in refusal(write_jsonl(tmp_path, [row()])).what
 
     @pytest.mark.parametrize("name", ["run.csv", "run.json", "run.arrow", "run.jsonl.gz", "run", ".jsonl"])

@@ -7,8 +7,6 @@ different models; `warn` that something surprises; `info` is said by `mismatch-p
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,6 +17,7 @@ from mismatch_probe.engines import devices, registry
 from mismatch_probe.engines.checkpoint import Checkpoint, count_tokens
 from mismatch_probe.engines.models import ModelRef
 from mismatch_probe.errors import ProbeError
+from mismatch_probe.registered import Registry
 from mismatch_probe.results.finding import Finding, Severity, Value
 from mismatch_probe.types import DTYPES, ROLLOUT_ENGINE, TRAINER_ENGINE, Prompt
 
@@ -168,7 +167,7 @@ class Check:
     look: Look
 
 
-_REGISTRY: dict[str, Check] = {}
+_REGISTRY = Registry[Check](__name__, "check")
 
 
 def check(name: str, *, needs: tuple[Need, ...] = ()) -> Callable[[Look], Look]:
@@ -179,9 +178,7 @@ def check(name: str, *, needs: tuple[Need, ...] = ()) -> Callable[[Look], Look]:
     """
 
     def register(look: Look) -> Look:
-        if name in _REGISTRY:
-            raise ValueError(f"check {name} is registered twice")
-        _REGISTRY[name] = Check(name, needs, look)
+        _REGISTRY.add(name, Check(name, needs, look))
         return look
 
     return register
@@ -189,6 +186,4 @@ def check(name: str, *, needs: tuple[Need, ...] = ()) -> Callable[[Look], Look]:
 
 def all_checks() -> dict[str, Check]:
     """Every registered check, in the order of the modules' names."""
-    for module in pkgutil.iter_modules(__path__, f"{__name__}."):
-        importlib.import_module(module.name)
-    return dict(_REGISTRY)
+    return _REGISTRY.all()

@@ -7,9 +7,7 @@ lists them in the order of a report.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import os
-import pkgutil
 import signal
 import sys
 import warnings
@@ -22,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mismatch_probe.files import atomic_path
+from mismatch_probe.registered import Registry
 from mismatch_probe.results.base import Document
 
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ class FigureInfo:
     order: int
 
 
-_REGISTRY: dict[str, FigureInfo] = {}
+_REGISTRY = Registry[FigureInfo](__name__, "figure")
 _work: Callable[[str], object]
 
 
@@ -77,9 +76,7 @@ def figure(
     """
 
     def register(draw: Callable[[Data], Figure]) -> Callable[[Data], Figure]:
-        if name in _REGISTRY:
-            raise ValueError(f"figure {name} is registered twice")
-        _REGISTRY[name] = FigureInfo(name, of, title, guide, alt, draw, needs, order)
+        _REGISTRY.add(name, FigureInfo(name, of, title, guide, alt, draw, needs, order))
         return draw
 
     return register
@@ -87,9 +84,7 @@ def figure(
 
 def all_figures() -> dict[str, FigureInfo]:
     """Every registered figure, in the order of a report."""
-    for module in pkgutil.iter_modules(__path__, f"{__name__}."):
-        importlib.import_module(module.name)
-    return dict(sorted(_REGISTRY.items(), key=lambda item: (item[1].order, item[0])))
+    return dict(sorted(_REGISTRY.all().items(), key=lambda item: (item[1].order, item[0])))
 
 
 def figures_of(data: object) -> list[FigureInfo]:
@@ -110,7 +105,7 @@ def draw(data: object, folder: Path) -> dict[str, Path]:
     digest = _digest(data) if isinstance(data, Document) else ""
     found = {info.name: folder / f"{info.name}.png" for info in figures_of(data)}
     missing = [name for name, path in found.items() if not digest or not _shows(path, digest)]
-    _side_by_side(lambda name: save(_REGISTRY[name].draw(data), found[name], digest), missing)
+    _side_by_side(lambda name: save(_REGISTRY.known[name].draw(data), found[name], digest), missing)
     return found
 
 

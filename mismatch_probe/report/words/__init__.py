@@ -5,11 +5,10 @@ A module of this package registers the codes of one command. `say` finds the wor
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from mismatch_probe.registered import Registry
 from mismatch_probe.results.finding import Finding
 
 Say = Callable[[Finding], str]
@@ -34,7 +33,7 @@ class Words:
     say: Say
 
 
-_REGISTRY: dict[str, Words] = {}
+_REGISTRY = Registry[Words](__name__, "finding")
 
 
 def words(code: str, meaning: str, values: Mapping[str, str] | None = None, fix: str = "") -> Callable[[Say], Say]:
@@ -45,9 +44,7 @@ def words(code: str, meaning: str, values: Mapping[str, str] | None = None, fix:
     """
 
     def register(say: Say) -> Say:
-        if code in _REGISTRY:
-            raise ValueError(f"{code} is registered twice")
-        _REGISTRY[code] = Words(code, meaning, values or {}, fix, say)
+        _REGISTRY.add(code, Words(code, meaning, values or {}, fix, say))
         return say
 
     return register
@@ -55,9 +52,7 @@ def words(code: str, meaning: str, values: Mapping[str, str] | None = None, fix:
 
 def all_words() -> dict[str, Words]:
     """Every code with its words, sorted by code."""
-    for module in pkgutil.iter_modules(__path__, f"{__name__}."):
-        importlib.import_module(module.name)
-    return dict(sorted(_REGISTRY.items()))
+    return _REGISTRY.sorted()
 
 
 def say(finding: Finding) -> str:
@@ -66,5 +61,5 @@ def say(finding: Finding) -> str:
     Raises:
         KeyError: Nobody has registered its code.
     """
-    known = _REGISTRY if finding.code in _REGISTRY else all_words()
+    known = _REGISTRY.known if finding.code in _REGISTRY.known else all_words()
     return known[finding.code].say(finding)

@@ -5,11 +5,11 @@ A module of this package registers algorithms and is found by itself. None impor
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
+
+from mismatch_probe.registered import Registry
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,7 +61,7 @@ class Algorithm:
         return self.correction is not None and self.correction.level != "token"
 
 
-_REGISTRY: dict[str, Algorithm] = {}
+_REGISTRY = Registry[Algorithm](__name__, "algorithm")
 
 
 def algorithm(name: str, advantages: Advantages, **options: Any) -> Callable[[Surrogate], Surrogate]:
@@ -77,9 +77,7 @@ def algorithm(name: str, advantages: Advantages, **options: Any) -> Callable[[Su
     """
 
     def register(surrogate: Surrogate) -> Surrogate:
-        if name in _REGISTRY:
-            raise ValueError(f"algorithm {name} is registered twice")
-        _REGISTRY[name] = Algorithm(surrogate, advantages, **options)
+        _REGISTRY.add(name, Algorithm(surrogate, advantages, **options))
         return surrogate
 
     return register
@@ -87,6 +85,4 @@ def algorithm(name: str, advantages: Advantages, **options: Any) -> Callable[[Su
 
 def algorithms() -> dict[str, Algorithm]:
     """Every registered algorithm, by name."""
-    for module in pkgutil.iter_modules(__path__, f"{__name__}."):
-        importlib.import_module(module.name)
-    return dict(sorted(_REGISTRY.items()))
+    return _REGISTRY.sorted()

@@ -6,15 +6,14 @@ response that used up its budget gets 0.
 
 from __future__ import annotations
 
-import importlib
 import json
-import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from mismatch_probe.errors import PromptError, UsageError
+from mismatch_probe.registered import Registry
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class Asked:
 
 
 Maker = Callable[[Sequence[Problem] | None, Asked], Task]
-_REGISTRY: dict[str, Maker] = {}
+_REGISTRY = Registry[Maker](__name__, "task")
 
 
 def task(name: str) -> Callable[[Maker], Maker]:
@@ -80,9 +79,7 @@ def task(name: str) -> Callable[[Maker], Maker]:
     """
 
     def register(maker: Maker) -> Maker:
-        if name in _REGISTRY:
-            raise ValueError(f"task {name} is registered twice")
-        _REGISTRY[name] = maker
+        _REGISTRY.add(name, maker)
         return maker
 
     return register
@@ -90,9 +87,7 @@ def task(name: str) -> Callable[[Maker], Maker]:
 
 def tasks() -> dict[str, Maker]:
     """Every registered task, by name."""
-    for module in pkgutil.iter_modules(__path__, f"{__name__}."):
-        importlib.import_module(module.name)
-    return dict(sorted(_REGISTRY.items()))
+    return _REGISTRY.sorted()
 
 
 def make_task(

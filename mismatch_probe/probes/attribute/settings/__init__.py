@@ -7,9 +7,7 @@ this package that registers settings is found by itself.
 
 from __future__ import annotations
 
-import importlib
 import json
-import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +18,7 @@ from mismatch_probe.engines.attribute.trainer import UNCHANGED
 from mismatch_probe.engines.attribute.variants import PassKind, TrainerVariant
 from mismatch_probe.engines.checkpoint import text_config
 from mismatch_probe.errors import UsageError
+from mismatch_probe.registered import Registry
 from mismatch_probe.results.attribution import Side
 from mismatch_probe.types import ROLLOUT_ENGINE
 
@@ -183,20 +182,18 @@ def _trainer_options(variant: TrainerVariant) -> Iterator[str]:
 
 
 Make = Callable[[Context], list[Setting]]
-_REGISTRY: dict[str, Make] = {}
+_REGISTRY = Registry[Make](__name__, "setting")
 
 
 def settings(make: Make) -> Make:
     """Registers settings: all that a context has, whether they exist there or not."""
-    _REGISTRY[f"{make.__module__}.{make.__name__}"] = make
+    _REGISTRY.add(f"{make.__module__}.{make.__name__}", make)
     return make
 
 
 def settings_of(context: Context) -> list[Setting]:
     """Every setting of both sides, those of the rollout first, whether it exists here or not."""
-    for module in pkgutil.iter_modules(__path__, f"{__name__}."):
-        importlib.import_module(module.name)
-    return sorted((one for make in _REGISTRY.values() for one in make(context)), key=lambda setting: setting.side)
+    return sorted((one for make in _REGISTRY.all().values() for one in make(context)), key=lambda setting: setting.side)
 
 
 def choose(settings: Sequence[Setting], wanted: Sequence[str]) -> list[Setting]:

@@ -6,14 +6,13 @@ that registers one is found by itself.
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mismatch_probe.metrics.catalog import CATALOG
 from mismatch_probe.probes.audit.judge import judged, judged_event, judged_extreme, missing, unseen_rate
+from mismatch_probe.registered import Registry
 from mismatch_probe.results.audit import Bounds, Check
 from mismatch_probe.results.comparison import LengthGrowth, Pair
 from mismatch_probe.results.finding import Finding, Value
@@ -71,7 +70,7 @@ class OwnCheck:
     rare: bool
 
 
-_REGISTRY: dict[str, OwnCheck] = {}
+_REGISTRY = Registry[OwnCheck](__name__, "check")
 
 
 def check(name: str, *, extreme: bool = False, rare: bool = False) -> Callable[[Run], Run]:
@@ -82,9 +81,9 @@ def check(name: str, *, extreme: bool = False, rare: bool = False) -> Callable[[
     """
 
     def register(run: Run) -> Run:
-        if name in _REGISTRY or name in CATALOG:
-            raise ValueError(f"check {name} is registered twice")
-        _REGISTRY[name] = OwnCheck(name, run, extreme, rare)
+        if name in CATALOG:
+            raise ValueError(f"check {name} has the name of a metric")
+        _REGISTRY.add(name, OwnCheck(name, run, extreme, rare))
         return run
 
     return register
@@ -92,9 +91,7 @@ def check(name: str, *, extreme: bool = False, rare: bool = False) -> Callable[[
 
 def own_checks() -> dict[str, OwnCheck]:
     """Every registered check, by name."""
-    for module in pkgutil.iter_modules(__path__, f"{__name__}."):
-        importlib.import_module(module.name)
-    return dict(sorted(_REGISTRY.items()))
+    return _REGISTRY.sorted()
 
 
 def is_extreme(name: str) -> bool:
