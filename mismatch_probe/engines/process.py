@@ -46,6 +46,7 @@ class EngineProcess:
         self._connection = Connection(ours.detach())
         command = [sys.executable, "-m", "mismatch_probe.engines.worker", str(theirs.fileno()), kind]
         with theirs, log.open("ab") as output:
+            self._log_offset = output.tell()  # where the present job's output begins, the first one's with the imports
             self._process = subprocess.Popen(
                 command,
                 pass_fds=[theirs.fileno()],
@@ -72,14 +73,15 @@ class EngineProcess:
             ProbeError: What went wrong, as the user's error.
             UnexpectedEngineError: The engine failed in an unknown way.
         """
-        self._log_offset = self._log.stat().st_size
         goes_on = False
         try:
             for event in self._events(job):
                 if isinstance(event, Failed):
                     raise event.error if isinstance(event.error, ProbeError) else self._failure(event.error, job)
                 on_event(event)
-            goes_on = not last
+            if not last:
+                self._log_offset = self._log.stat().st_size
+                goes_on = True
         finally:
             if not goes_on:
                 self.close()

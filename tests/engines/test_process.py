@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -182,6 +183,14 @@ class TestFailures:
         with pytest.raises(
             EngineMissing, match=r"failed to import a module: .*torchvision::nms does not exist.*probe env"
         ):
+            process.run(rollout_job(scripted_model()), lambda *_: None)
+
+    def test_what_ended_an_import_ahead_of_the_job_is_told(self, scripted_model: MakeModel, tmp_path: Path) -> None:
+        said = "Fatal Python error: Illegal instruction"
+        (tmp_path / "vllm.py").write_text(f"import os\nos.write(2, b'{said}\\n')\nos._exit(1)\n")
+        process = EngineProcess("vllm", {"PYTHONPATH": str(tmp_path)}, tmp_path / "engine.log")
+        assert select.select([process._connection], [], [], 60)[0]  # the process has ended
+        with pytest.raises(UnexpectedEngineError, match=said):
             process.run(rollout_job(scripted_model()), lambda *_: None)
 
     def test_an_end_of_file_in_the_engine_is_the_engines(self, scripted_model: MakeModel, tmp_path: Path) -> None:
