@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import pandas as pd
 import pyarrow as pa
@@ -24,14 +24,29 @@ from mismatch_probe.files import atomic_path, write_json, write_text, writing
 from mismatch_probe.results.base import Document
 from mismatch_probe.results.finding import Finding
 from mismatch_probe.results.rl_run import Ending, FailedRun, Provenance, RlRun
+from mismatch_probe.results.sanity import SanitySet
 from mismatch_probe.results.sweep import RlSweep, SweepRun
 from mismatch_probe.rl.config import RlConfig
 from mismatch_probe.rl.plan import PlannedRun, planned_runs
 from mismatch_probe.rl.summary import run_findings, summarise
 from mismatch_probe.runs.folder import RL_RUN, SWEEP, Kind, RunFolder
 
+RlDocument = TypeVar("RlDocument", RlRun, RlSweep, SanitySet)
 
-class RlDirectory(RunFolder[RlRun]):
+
+class RlFolder(RunFolder[RlDocument]):
+    """The folder of an RL run, a sweep or a sanity set, whose document tells its provenance."""
+
+    @property
+    def model_files(self) -> Mapping[str, str]:
+        return self.document.provenance.model.files
+
+    @property
+    def device(self) -> str:
+        return self.document.provenance.device
+
+
+class RlDirectory(RlFolder[RlRun]):
     """The folder of an RL run."""
 
     KIND: ClassVar[Kind] = RL_RUN
@@ -53,14 +68,6 @@ class RlDirectory(RunFolder[RlRun]):
     @property
     def complete(self) -> bool:
         return self.document.ending is not None
-
-    @property
-    def model_files(self) -> Mapping[str, str]:
-        return self.document.provenance.model.files
-
-    @property
-    def device(self) -> str:
-        return self.document.provenance.device
 
     @property
     def checkpoints(self) -> Path:
@@ -147,7 +154,7 @@ class RlDirectory(RunFolder[RlRun]):
                 part.unlink()
 
 
-class SweepDirectory(RunFolder[RlSweep]):
+class SweepDirectory(RlFolder[RlSweep]):
     """The folder of a sweep.
 
     sweep.json          the sweep's document: planned runs, provenance, and what the runs show
@@ -178,14 +185,6 @@ class SweepDirectory(RunFolder[RlSweep]):
     @property
     def complete(self) -> bool:
         return all(self.ended(run) for run in self.runs)
-
-    @property
-    def model_files(self) -> Mapping[str, str]:
-        return self.document.provenance.model.files
-
-    @property
-    def device(self) -> str:
-        return self.document.provenance.device
 
     def existing(self, run: PlannedRun) -> RlDirectory | None:
         """The run's folder; None where it has not begun."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -36,8 +36,9 @@ from mismatch_probe.results.finding import Finding, Value
 from mismatch_probe.results.rl_run import Provenance
 from mismatch_probe.results.sanity import ResponseLengths, SanityOutcome, SanitySet
 from mismatch_probe.rl.config import SanityConfig
+from mismatch_probe.rl.records import RlFolder
 from mismatch_probe.rl.tasks import Problem, read_problems
-from mismatch_probe.runs.folder import SANITY_SET, Kind, RunFolder
+from mismatch_probe.runs.folder import SANITY_SET, Kind
 from mismatch_probe.runs.state import SET
 from mismatch_probe.types import MetricValue
 
@@ -60,7 +61,7 @@ SAMPLES = pa.schema(
 )
 
 
-class SanityDirectory(RunFolder[SanitySet]):
+class SanityDirectory(RlFolder[SanitySet]):
     """The folder of a sanity set."""
 
     KIND: ClassVar[Kind] = SANITY_SET
@@ -84,14 +85,6 @@ class SanityDirectory(RunFolder[SanitySet]):
     @property
     def complete(self) -> bool:
         return self.document.outcome is not None
-
-    @property
-    def model_files(self) -> Mapping[str, str]:
-        return self.document.provenance.model.files
-
-    @property
-    def device(self) -> str:
-        return self.document.provenance.device
 
     def _update(self, **changes: object) -> None:
         self.write(self.document.model_copy(update=changes))
