@@ -113,8 +113,7 @@ class Recorder(Progress):
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures take most of a small run's time; few tests look at them."""
-    monkeypatch.setattr("mismatch_probe.probes.comparison.draw_figures", lambda run, data: {})
-    monkeypatch.setattr("mismatch_probe.probes.attribute.session.draw", lambda data, folder: {})
+    monkeypatch.setattr("mismatch_probe.report.figures.draw", lambda data, folder: {})
 
 
 @pytest.fixture(scope="session")

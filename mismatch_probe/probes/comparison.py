@@ -24,7 +24,7 @@ from mismatch_probe.probes.compare import PassRunner
 from mismatch_probe.probes.planning import Plan, make_plan
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.probes.recorded import recorded_of
-from mismatch_probe.probes.session import Session, check_device, check_files
+from mismatch_probe.probes.session import Session, check_device, check_files, write_pages
 from mismatch_probe.report.data import ReportData
 from mismatch_probe.results.comparison import Comparison
 from mismatch_probe.results.manifest import Manifest, ModelRecord, PromptsRecord
@@ -150,8 +150,9 @@ def report_run(
 
 def plot_run(path: Path) -> dict[str, Path]:
     """Draws the figures again; see `Run.plot`."""
-    run = RunDirectory.open(path)
-    return draw_figures(run, analyse(run).report())
+    from mismatch_probe.report.figures import draw
+
+    return draw(analyse(RunDirectory.open(path)).report(), path / "figures")
 
 
 def _finished_run(config: CompareConfig, out: str | Path | None, fail_on: Sequence[str]) -> RunResult:
@@ -305,17 +306,7 @@ def summary_frame(summary: Comparison) -> pd.DataFrame:
 def write_outputs(run: RunDirectory, data: ReportData) -> dict[str, Path]:
     """Writes summary, figures and reports into the run's folder; returns the figures."""
     from mismatch_probe.report.compare import compare_report
-    from mismatch_probe.report.render import write_report
 
     data.summary.write(run.path / "summary.json")
     write_text(run.path / "summary.csv", summary_frame(data.summary).to_csv(index=False, lineterminator="\n"))
-    figures = draw_figures(run, data)
-    write_report(compare_report(data), figures, run.path)
-    return figures
-
-
-def draw_figures(run: RunDirectory, data: ReportData) -> dict[str, Path]:
-    """Draws every figure into `figures/`."""
-    from mismatch_probe.report.figures import draw
-
-    return draw(data, run.path / "figures")
+    return write_pages(data, compare_report, run.path)

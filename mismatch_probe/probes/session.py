@@ -124,13 +124,16 @@ def same_model(run: RunFolder[Any], model: ModelRef) -> ModelRef:
     return model
 
 
-def write_pages(data: DataT, report: Callable[[DataT], Report], folder: Path) -> dict[str, Path]:
+def write_pages(
+    data: DataT, report: Callable[[DataT], Report], folder: Path, figures: Path | None = None
+) -> dict[str, Path]:
     """Draws the figures that the data serve and writes the report with them.
 
     Args:
         data: What is shown.
         report: Makes a report of it.
         folder: Where to.
+        figures: Where the figures go; None for `figures/` there.
 
     Returns:
         Figure files by name.
@@ -138,6 +141,6 @@ def write_pages(data: DataT, report: Callable[[DataT], Report], folder: Path) ->
     from mismatch_probe.report.figures import draw
     from mismatch_probe.report.render import write_report
 
-    figures = draw(data, folder / "figures")
-    write_report(report(data), figures, folder)
-    return figures
+    drawn = draw(data, figures or folder / "figures")
+    write_report(report(data), drawn, folder)
+    return drawn

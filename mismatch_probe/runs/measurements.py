@@ -75,6 +75,11 @@ class Measurement:
         except _DAMAGE:
             return None
 
+    def facts(self) -> dict[str, Any] | None:
+        """Facts alone, without reading the arrays; None as in `load`."""
+        about = _about(self.path)
+        return about["facts"] if about is not None and about["key"] == self.key else None
+
 
 def failures(folder: Path) -> dict[str, str]:
     """Why measurements in a folder could not be made, by name, whatever they are made of."""
@@ -130,7 +135,8 @@ class Store:
 
     def failed(self, names: Iterable[str]) -> dict[str, str]:
         """Why a measurement could not be made, of those whose last attempt failed."""
-        return {name: facts["failed"] for name, (facts, _) in self.load(names).items() if "failed" in facts}
+        found = {name: self.at(name).facts() or {} for name in names}
+        return {name: str(facts["failed"]) for name, facts in found.items() if "failed" in facts}
 
     def forget(self, names: Iterable[str]) -> None:
         """Removes files, so that the measurements are missing."""

@@ -48,7 +48,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("shared")
     options = {**SHARED, "exact_kl": "all", "reference": "float64"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mismatch_probe.probes.comparison.draw_figures", lambda run, data: {})
+        patch.setattr("mismatch_probe.report.figures.draw", lambda data, folder: {})
         model = write_script(folder / "model", vocab_size=40)
         return mismatch_probe.compare(model=str(model), **options, out=folder / "run")
 

@@ -81,9 +81,11 @@ class PassStore:
 
     def missing(self, *, again: bool) -> list[str]:
         """The passes that are asked for and are not there; with `again`, also those that failed, whose files go."""
-        if again:
-            self.files.forget(self.files.failed(self.load()))
         there = self.load()
+        if again:
+            failed = self.files.failed(there)
+            self.files.forget(failed)
+            there = {name: part for name, part in there.items() if name not in failed}
         if FIXES in there and not set(self.fix_classes) <= set(there[FIXES][0].get("classes", self.fix_classes)):
             del there[FIXES]  # it was looked for among fewer classes
         return [name for name in self.names(self.wanted) if name not in there]

@@ -25,12 +25,10 @@ from mismatch_probe.probes.comparison import KEPT, begun, run_passes, write_run
 from mismatch_probe.probes.own_pass import model_of
 from mismatch_probe.probes.planning import PassEstimate, Plan, estimate, make_plan, plan_preflight
 from mismatch_probe.probes.progress import Progress
-from mismatch_probe.probes.session import Session
+from mismatch_probe.probes.session import Session, write_pages
 from mismatch_probe.probes.workers import Workers
 from mismatch_probe.report.attribution import attribution_report
-from mismatch_probe.report.figures import draw
 from mismatch_probe.report.model import Report
-from mismatch_probe.report.render import write_report
 from mismatch_probe.results.attribution import Attribution, AttributionPlan, PlannedProcess, PlannedSetting
 from mismatch_probe.runs.comparison import RunDirectory
 
@@ -140,9 +138,7 @@ def _write(pair: AttributedPair, store: PassStore) -> AttributeResult:
     path, folder = pair.run.path, pair.run.path / FOLDER
     found = attribution_of(Evidence(pair, store, store.load()))
     found.write(folder / "attribution.json")
-    result = AttributeResult(path, found, draw(found, folder / "figures"))
-    write_report(result.report(), result.figures, folder)
-    return result
+    return AttributeResult(path, found, write_pages(found, lambda shown: attribution_report(shown, str(path)), folder))
 
 
 def _check_device(run: RunDirectory) -> None:

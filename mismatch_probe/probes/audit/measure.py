@@ -93,7 +93,8 @@ class Measurements:
             UsageError: The model has no weights, or no sequence of the run has a prompt.
             ProbeError: The engine failed; finished parts stay.
         """
-        parts = {name: self._files.at(name) for name in PARTS if name in self._files.missing(PARTS)}
+        missing = self._files.missing(PARTS)
+        parts = {name: self._files.at(name) for name in PARTS if name in missing}
         if not parts:
             return
         model = model_of(self._run, self._config, progress, _BYTES_PER_WEIGHT)

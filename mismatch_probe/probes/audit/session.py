@@ -21,7 +21,7 @@ from mismatch_probe.probes.audit.profile import Profile, load_profile
 from mismatch_probe.probes.comparison import KEPT, begun, run_passes, write_run
 from mismatch_probe.probes.planning import Plan, make_plan
 from mismatch_probe.probes.progress import Progress
-from mismatch_probe.probes.session import Session
+from mismatch_probe.probes.session import Session, write_pages
 from mismatch_probe.results.audit import Audit, Verdict
 from mismatch_probe.results.manifest import AuditRecord
 from mismatch_probe.runs.comparison import RunDirectory
@@ -176,18 +176,14 @@ def _check(options: AuditOptions, baseline: str | Path | None) -> tuple[Profile,
 def _write(run: RunDirectory, audit: Audit, old: Audit | None, baseline: str | Path | None) -> AuditResult:
     """The document with its comparison to an older one, and what is shown of it."""
     from mismatch_probe.report.audit import audit_report
-    from mismatch_probe.report.figures import draw
     from mismatch_probe.report.junit import junit_xml
-    from mismatch_probe.report.render import write_report
 
     if old is not None:
         audit = audit.model_copy(update={"baseline": compare_audits(old, audit, str(baseline))})
     folder = run.path / FOLDER
     audit.write(folder / "audit.json")
     write_text(folder / "junit.xml", junit_xml(audit))
-    figures = draw(audit, folder / "figures")
-    write_report(audit_report(audit, run.path), figures, folder)
-    return AuditResult(run.path, audit, figures)
+    return AuditResult(run.path, audit, write_pages(audit, lambda shown: audit_report(shown, run.path), folder))
 
 
 def _unsupported(config: CompareConfig) -> dict[str, str]:

@@ -26,7 +26,7 @@ from mismatch_probe.probes.gradient.result import document_of, frame_of
 from mismatch_probe.probes.own_pass import device_of, fp32_trainer, model_of, run_pass
 from mismatch_probe.probes.planning import Plan, make_plan
 from mismatch_probe.probes.progress import Progress
-from mismatch_probe.probes.session import Session
+from mismatch_probe.probes.session import Session, write_pages
 from mismatch_probe.results.gradient import Gradient
 from mismatch_probe.runs.comparison import RunDirectory
 
@@ -124,12 +124,8 @@ def _make_missing(run: RunDirectory, config: CompareConfig, tasks: Sequence[Pass
 
 
 def _write(folder: Path, document: Gradient) -> dict[str, Path]:
-    from mismatch_probe.report.figures import draw
     from mismatch_probe.report.gradient import gradient_report
-    from mismatch_probe.report.render import write_report
 
     document.write(folder / "gradient.json")
     write_text(folder / "gradient.csv", frame_of(document).to_csv(index=False, lineterminator="\n"))
-    figures = draw(document, folder)
-    write_report(gradient_report(document), figures, folder)
-    return figures
+    return write_pages(document, gradient_report, folder, figures=folder)
