@@ -26,7 +26,7 @@ from mismatch_probe.report.words import say
 from mismatch_probe.results.rl_run import Provenance, RlRun, TrainedModel
 from mismatch_probe.rl.config import RlConfig, TaskSettings, precision_label
 from mismatch_probe.rl.records import RlDirectory
-from mismatch_probe.rl.worker import RlJob
+from mismatch_probe.rl.worker import RlJob, engine_settings
 from mismatch_probe.runs.folder import RunFolder, run_folder
 
 CHAIN = "chain"
@@ -184,18 +184,11 @@ def resume_rl_run(path: Path, progress: Progress | None) -> RlResult:
         return _execute(session, Start.again(session.run, [session.run.config], session.progress))
 
 
-def worker_environment(config: RlConfig, device: devices.Device) -> dict[str, str]:
-    """What the process of engine and trainer gets before its imports."""
-    settings = registry.find(config.rollout_engine).rollout_settings(
-        device, config.rollout_dtype, eager=True, in_process=True, kv_cache_gib=config.kv_cache_gib
-    )
-    return settings.environment
-
-
 def _execute(session: Session[RlDirectory], start: Start) -> RlResult:
     path, config, progress = session.run.path, session.run.config, session.progress
     job = RlJob([str(path)], str(start.model.path), start.device)
-    process = EngineProcess(config.rollout_engine, worker_environment(config, start.device), path / "logs" / "rl.log")
+    environment = engine_settings(config, start.device).environment
+    process = EngineProcess(config.rollout_engine, environment, path / "logs" / "rl.log")
     ended = "no result"
 
     def on_event(event: Event) -> None:

@@ -40,9 +40,9 @@ from mismatch_probe.report.words import say
 from mismatch_probe.results.sweep import Place, RlSweep, SweepSummary
 from mismatch_probe.rl.plan import PlannedRun
 from mismatch_probe.rl.records import SweepDirectory
-from mismatch_probe.rl.run import Start, device_of, worker_environment
+from mismatch_probe.rl.run import Start, device_of
 from mismatch_probe.rl.sweep_summary import runs_table, steps_table, summarise_sweep, sweep_findings
-from mismatch_probe.rl.worker import RlJob
+from mismatch_probe.rl.worker import RlJob, engine_settings
 
 # A trainer that computes in real FP16 takes so many times as long on a CPU: what takes longest has to begin first.
 _FP16_COST = 4
@@ -198,7 +198,7 @@ class Scheduler:
             folders = [str(self._directory.folder_of(run).path) for run in runs]
         by_folder = dict(zip(folders, runs, strict=True))
         job = RlJob(folders, str(self._model.path), self._device, slot.cores, shared=True)
-        environment = worker_environment(runs[0].config, self._device) | slot.environment()
+        environment = engine_settings(runs[0].config, self._device).environment | slot.environment()
         process = EngineProcess(
             runs[0].config.rollout_engine, environment, self._directory.path / "logs" / f"worker-{slot.index}.log"
         )

@@ -163,19 +163,23 @@ def _task_of(config: RlConfig) -> Hashable:
     return config.task, config.problems, config.n_problems, config.operations, config.chat, _problem_seed(config)
 
 
+def engine_settings(config: RlConfig, device: devices.Device) -> devices.EngineSettings:
+    """Arguments and environment of the rollout engine, whose process is the trainer's, too."""
+    return registry.find(config.rollout_engine).rollout_settings(
+        device,
+        config.rollout_dtype,
+        eager=True,
+        in_process=True,
+        kv_cache_gib=config.kv_cache_gib,
+        beside_trainer=config.gpu_memory_utilization,
+    )
+
+
 def _engine_job(directories: Sequence[RlDirectory], job: RlJob, longest_prompt: int) -> RolloutJob:
     """An engine that serves all the runs."""
     configs = [directory.config for directory in directories]
     first = configs[0]
     device: devices.Device = "cuda" if job.device == "cuda" else "cpu"
-    settings = registry.find(first.rollout_engine).rollout_settings(
-        device,
-        first.rollout_dtype,
-        eager=True,
-        in_process=True,
-        kv_cache_gib=first.kv_cache_gib,
-        beside_trainer=first.gpu_memory_utilization,
-    )
     return RolloutJob(
         engine=first.rollout_engine,
         model_path=job.model_path,
@@ -188,5 +192,5 @@ def _engine_job(directories: Sequence[RlDirectory], job: RlJob, longest_prompt: 
         max_model_len=longest_prompt + max(c.max_tokens for c in configs) + 1,
         logit_noise=any(config.stress == "logit-noise" for config in configs),
         trust_remote_code=job.trust_remote_code,
-        arguments=settings.arguments,
+        arguments=engine_settings(first, device).arguments,
     )

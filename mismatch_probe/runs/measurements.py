@@ -78,7 +78,7 @@ class Measurement:
     def facts(self) -> dict[str, Any] | None:
         """Facts alone, without reading the arrays; None as in `load`."""
         about = _about(self.path)
-        return about["facts"] if about is not None and about["key"] == self.key else None
+        return about["facts"] if about is not None and about.get("key") == self.key else None
 
 
 def failures(folder: Path) -> dict[str, str]:

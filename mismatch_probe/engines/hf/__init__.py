@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mismatch_probe.engines.base import RolloutJob, TrainerJob
 from mismatch_probe.engines.devices import Device, EngineSettings, gpu_present, install_hint
@@ -46,16 +46,7 @@ class Hf(Engine):
         unknown = [name for name in names if name not in ARGUMENTS]
         return f"the engine hf has no {unknown[0]}" if unknown else ""
 
-    def rollout_settings(
-        self,
-        device: Device,
-        dtype: Dtype,
-        *,
-        eager: bool,
-        in_process: bool,
-        kv_cache_gib: int,
-        beside_trainer: float | None = None,
-    ) -> EngineSettings:
+    def rollout_settings(self, device: Device, dtype: Dtype, **how: Any) -> EngineSettings:
         """Those of a trainer: it runs eagerly, in the process itself, and its cache grows with the batch."""
         return trainer_settings(device, dtype)
 
