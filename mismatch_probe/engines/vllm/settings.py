@@ -51,7 +51,7 @@ def rollout_settings(
         environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     arguments: dict[str, Any] = {"enforce_eager": eager}
     if beside_trainer is not None:
-        # Log-probs are those of the distribution that was sampled from, whatever the temperature and the injected noise.
+        # Log-probs are those of the distribution that was sampled from, whatever the temperature and injected noise.
         arguments["logprobs_mode"] = "processed_logprobs"
     if device == "cpu":
         # Compilation on a CPU costs a minute of start-up and is not what RL jobs run.
