@@ -99,7 +99,7 @@ def sequences_table(
 def tokens_table(
     pass_id: str,
     items: Iterable[Rollout | Score],
-    token_ids: Callable[[Any], Sequence[int]],
+    token_ids: Callable[[Any], Sequence[int] | NDArray[np.int32]],
     token_text: Callable[[int], str | None] = lambda _: None,
     schema: pa.Schema = TOKENS_SCHEMA,
     masks: Masks | None = None,

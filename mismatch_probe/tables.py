@@ -6,6 +6,7 @@ A finished pass lies in `passes/` as its own files until the run ends; `merge` t
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from mismatch_probe.files import atomic_path
 from mismatch_probe.schemas import EXACT_SCHEMA, OPTIONAL, REFERENCE_SCHEMA, SEQUENCES_SCHEMA, TOKENS_SCHEMA
 
 _BATCH_ROWS = 1 << 17
+_GROUP_ROWS = 1 << 20
 # Schema of each kind of table, and the column that names the pass of a row.
 _KINDS = {
     "sequences": (SEQUENCES_SCHEMA, "rollout_pass"),
@@ -177,10 +179,26 @@ def _overlaps(file: pq.ParquetFile, group: int, column: str, low: int, high: int
     return bounds is None or (bounds[0] <= high and low <= bounds[1])
 
 
-def _write_parquet(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> None:
+def _write_parquet(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> int:
+    """Writes tables one after another, a row group each, and returns the number of rows."""
+    rows = 0
     with atomic_path(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
         for table in tables:
             writer.write_table(table)
+            rows += table.num_rows
+    return rows
+
+
+def _grouped(batches: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The same rows in tables of about a million, so that not all are in memory."""
+    kept: list[pa.Table] = []
+    for batch in batches:
+        kept.append(batch)
+        if sum(one.num_rows for one in kept) >= _GROUP_ROWS:
+            yield pa.concat_tables(kept).unify_dictionaries()
+            kept = []
+    if kept:
+        yield pa.concat_tables(kept).unify_dictionaries()
 
 
 def _read_parquet(path: Path, schema: pa.Schema, **options: Any) -> pa.Table:
@@ -210,19 +228,22 @@ class PassTables:
         """
         return self.path / "passes" / f"{pass_id}.{kind}.{rows}.parquet"
 
-    def write_pass(self, pass_id: str, tables: Mapping[str, pa.Table]) -> dict[str, int]:
+    def write_pass(self, pass_id: str, tables: Mapping[str, pa.Table | Iterator[pa.Table]]) -> dict[str, int]:
         """Writes a pass's own files.
 
         Args:
             pass_id: Which pass.
-            tables: By kind: `tokens` or `reference`, and where it has them `sequences` and `exact`.
+            tables: By kind: `tokens` or `reference`, and where it has them `sequences` and `exact`; whole or in parts.
 
         Returns:
             Rows by kind.
         """
-        rows = {kind: table.num_rows for kind, table in tables.items()}
+        rows = {}
         for kind, table in tables.items():
-            _write_parquet(self._part(pass_id, kind, rows[kind]), [table], _KINDS[kind][0])
+            parts = [table] if isinstance(table, pa.Table) else table
+            unnamed = self.path / "passes" / f"{pass_id}.{kind}.parquet"
+            rows[kind] = _write_parquet(unnamed, parts, _KINDS[kind][0])
+            os.replace(unnamed, self._part(pass_id, kind, rows[kind]))
         return rows
 
     def sequences(self, pass_id: str) -> pa.Table:
@@ -297,7 +318,8 @@ class PassTables:
         for kind, (schema, _) in _KINDS.items():
             if not any(kind in rows[name] for name in passes):
                 continue
-            tables = (self._rows(name, kind) for name in passes if kind in rows[name])
+            readers = (self._reader(name, kind) for name in passes if kind in rows[name])
+            tables = (table for reader in readers for table in _grouped(reader.batches(schema.names)))
             _write_parquet(self.path / f"{kind}.parquet", tables, schema)
         shutil.rmtree(self.path / "passes")  # with whatever a killed process left there unfinished
 

@@ -133,7 +133,7 @@ class Score:
 
     sequence_id: int
     logprobs: list[float] | NDArray[np.floating[Any]]
-    entropy: NDArray[np.float32] | None = None
+    entropy: NDArray[np.floating[Any]] | None = None
     rank: NDArray[np.int32] | None = None
     exact: Mapping[str, NDArray[Any]] | None = None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -68,13 +68,15 @@ class RunDirectory(RunFolder[Manifest], PassTables):
         record = self.record_of(pass_id)
         return pass_id if record is None else record.sequences_of or pass_id
 
-    def finish_pass(self, pass_id: str, record: PassRecord, tables: Mapping[str, pa.Table]) -> None:
+    def finish_pass(
+        self, pass_id: str, record: PassRecord, tables: Mapping[str, pa.Table | Iterator[pa.Table]]
+    ) -> None:
         """Stores a finished pass; after this call a resumed run will not compute it again.
 
         Args:
             pass_id: Which pass.
             record: What the manifest is to say of it; status and rows are filled in.
-            tables: By kind: `tokens` or `reference`, and where it has them `sequences` and `exact`.
+            tables: By kind, as `write_pass` takes them.
         """
         record.status, record.rows = "finished", self.write_pass(pass_id, tables)
         self.manifest.passes[pass_id] = record
