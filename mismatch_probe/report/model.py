@@ -167,6 +167,7 @@ class Report:
         state: Of the answer.
         answer: The answer, in one or two sentences.
         steps: What to do next.
+        lead: What has to be known before the numbers.
         table: The numbers behind the answer, None where there are none.
         notes: What limits the numbers, what is missing, which limits are exceeded.
         sections: The rest.
@@ -176,6 +177,7 @@ class Report:
     state: State
     answer: tuple[str, ...]
     steps: tuple[Step, ...] = ()
+    lead: tuple[Section, ...] = ()
     table: Table | None = None
     notes: tuple[Text, ...] = ()
     sections: tuple[Section, ...] = ()

@@ -38,6 +38,8 @@ def markdown_page(report: Report, figures: Mapping[str, str | PurePath]) -> str:
     for step in report.steps:
         blocks.append(escape(step.text))
         blocks += [_code(step.command)] if step.command else []
+    for section in report.lead:
+        blocks += _section(section, known)
     blocks += [_table(report.table)] if report.table else []
     blocks.append(_bullets(note.text for note in report.notes))
     for section in report.sections:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from mismatch_probe.report.model import Block, Cell, Report, Token, TokenSequence
+    from mismatch_probe.report.model import Block, Cell, Report, Section, Token, TokenSequence
 
 _STYLES = {
     "plain": "",
@@ -54,6 +54,8 @@ def print_report(report: Report, console: Console) -> None:
         _say(console, f"Next: {step.text}")
         if step.command:
             console.print(Line(f"  {visible(step.command)}", style="cyan"), soft_wrap=True)
+    for section in report.lead:
+        _print_section(section, console)
     if report.table:
         console.print()
         print_table(report.table, console)
@@ -62,11 +64,15 @@ def print_report(report: Report, console: Console) -> None:
     for note in report.notes:
         _say(console, f"• {note.text}", note.tone)
     for section in report.sections:
-        if section.depth == "screen":
-            console.print()
-            console.print(Line(visible(section.title), style="bold"))
-            for block in section.blocks:
-                print_block(block, console)
+        _print_section(section, console)
+
+
+def _print_section(section: Section, console: Console) -> None:
+    if section.depth == "screen":
+        console.print()
+        console.print(Line(visible(section.title), style="bold"))
+        for block in section.blocks:
+            print_block(block, console)
 
 
 def print_block(block: Block, console: Console) -> None:
