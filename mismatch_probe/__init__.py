@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         AttributeKeywords,
         AuditKeywords,
         CompareKeywords,
+        DumpKeywords,
         GradientKeywords,
         PreflightKeywords,
         RlKeywords,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from mismatch_probe.probes.gradient.session import GradientResult
     from mismatch_probe.probes.planning import Plan
     from mismatch_probe.probes.progress import Progress
+    from mismatch_probe.probes.recorded import Ingested
     from mismatch_probe.results.attribution import AttributionPlan
     from mismatch_probe.results.preflight import Preflight
     from mismatch_probe.rl.plan import PlannedRun
@@ -52,6 +54,7 @@ __all__ = [
     "plan",
     "preflight",
     "pull_model",
+    "read_dump",
     "read_rl_plan",
     "rl_demo",
     "rl_gradient",
@@ -106,6 +109,30 @@ def compare(
     given = {**settings, "fail_on": fail_on} if fail_on else settings
     asked = _settings(CompareSettings, config, given)
     return Run(new_run(asked.part(CompareConfig), out, asked.fail_on, progress))
+
+
+def read_dump(
+    path: str | Path,
+    *,
+    out: str | Path | None = None,
+    progress: Progress | None = None,
+    **settings: Unpack[DumpKeywords],
+) -> Ingested:
+    """Reads what a framework dumped into a folder of its own: the command `ingest`.
+
+    Args:
+        path: A file, or a folder with many.
+        out: A new folder; by default one under `runs/` that is named after dump and time.
+        progress: Told which files are loaded whole.
+        settings: Options of `ingest`, by name: see docs/cli.md.
+
+    Raises:
+        ProbeError: Nothing there can be read, or a row is not what its format promises.
+    """
+    from mismatch_probe.config import DumpSettings
+    from mismatch_probe.probes.recorded import ingest
+
+    return ingest(str(path), out, DumpSettings.of(settings), progress)
 
 
 def attribute(

@@ -38,8 +38,14 @@ class CompareKeywords(TypedDict, total=False):
     """Dtypes of the trainer, the columns of the matrix."""
     temperature: float
     """Sampling temperature; both sides compute log-probs at this temperature."""
+    dump_format: str
+    """Format of the dump; auto tells by its keys."""
+    dump_map: Sequence[str]
+    """Columns of the dump and the keys of the generic format that they hold."""
+    trust_pickle: bool
+    """Open pickles and .pt files, which can run code when they are opened."""
     source: str | Path | None
-    """Recorded sequences (.jsonl or .parquet), or a finished run, instead of samples."""
+    """Dump of a framework (file or folder), or a finished run, instead of samples."""
     rescore: bool
     """With --from: score with the trainer even if the file has trainer log-probs."""
     replay: bool
@@ -74,6 +80,17 @@ class CompareKeywords(TypedDict, total=False):
     """Response lengths at which ESS and sequence KL are predicted."""
     extrapolate: bool
     """Predict beyond 8 times the observed length."""
+
+
+class DumpKeywords(TypedDict, total=False):
+    """Keywords of `DumpSettings`."""
+
+    dump_format: str
+    """Format of the dump; auto tells by its keys."""
+    dump_map: Sequence[str]
+    """Columns of the dump and the keys of the generic format that they hold."""
+    trust_pickle: bool
+    """Open pickles and .pt files, which can run code when they are opened."""
 
 
 class AttributeKeywords(TypedDict, total=False):
@@ -179,8 +196,14 @@ class AuditKeywords(TypedDict, total=False):
     """Dtypes of the trainer, the columns of the matrix."""
     temperature: float
     """Sampling temperature; both sides compute log-probs at this temperature."""
+    dump_format: str
+    """Format of the dump; auto tells by its keys."""
+    dump_map: Sequence[str]
+    """Columns of the dump and the keys of the generic format that they hold."""
+    trust_pickle: bool
+    """Open pickles and .pt files, which can run code when they are opened."""
     source: str | Path | None
-    """Recorded sequences (.jsonl or .parquet), or a finished run, instead of samples."""
+    """Dump of a framework (file or folder), or a finished run, instead of samples."""
     rescore: bool
     """With --from: score with the trainer even if the file has trainer log-probs."""
     replay: bool
@@ -271,8 +294,14 @@ class GradientKeywords(TypedDict, total=False):
     """Dtypes of the trainer, the columns of the matrix."""
     temperature: float
     """Sampling temperature; both sides compute log-probs at this temperature."""
+    dump_format: str
+    """Format of the dump; auto tells by its keys."""
+    dump_map: Sequence[str]
+    """Columns of the dump and the keys of the generic format that they hold."""
+    trust_pickle: bool
+    """Open pickles and .pt files, which can run code when they are opened."""
     source: str | Path | None
-    """Recorded sequences (.jsonl or .parquet), or a finished run, instead of samples."""
+    """Dump of a framework (file or folder), or a finished run, instead of samples."""
     rescore: bool
     """With --from: score with the trainer even if the file has trainer log-probs."""
     replay: bool

@@ -8,7 +8,8 @@ from typing import Literal, get_args
 from mismatch_probe.types import DTYPES, TrainerDtype, TrainerMode
 
 PassKind = Literal["decode", "replay", "score"]
-PassMode = TrainerMode | Literal["", "recorded"]
+RecordedMode = Literal["recorded", "prefill", "ref", "current"]
+PassMode = TrainerMode | RecordedMode | Literal[""]
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class PassId:
         engine: Its name, or `recorded` for what a file brought.
         dtype: In which it ran; `recorded` likewise.
         kind: `decode` samples responses, `replay` decodes given ids again, `score` is a trainer's forward pass.
-        mode: Of a trainer pass: `cast`, `autocast` or `recorded`.
+        mode: Of a trainer pass `cast` or `autocast`; what else a dump brought beside a rollout and a trainer: `prefill`
+            (the rollout engine's own prefill), `ref` (the reference model) or `current` (the trainer's update pass).
         variant: `null` for a second run of some tokens of a pass, which shows the engine's self-noise.
     """
 
@@ -55,7 +57,8 @@ class PassId:
         return replace(self, variant="null")
 
     def __str__(self) -> str:
-        name = f"recorded-{self.side}" if self.recorded else f"{self.engine}-{self.dtype}-{self.mode or self.kind}"
+        own = self.side if self.mode in ("", "recorded") else self.mode
+        name = f"recorded-{own}" if self.recorded else f"{self.engine}-{self.dtype}-{self.mode or self.kind}"
         return f"{name}-{self.variant}" if self.variant else name
 
     @classmethod
@@ -69,8 +72,8 @@ class PassId:
         *engine, dtype, last = ["", "", *name.split("-")]
         if last in get_args(TrainerMode):
             found = cls("-".join(engine[2:]), dtype, "score", last)  # type: ignore[arg-type]
-        elif last in ("rollout", "trainer"):
-            found = RECORDED_ROLLOUT if last == "rollout" else RECORDED_TRAINER
+        elif name in _RECORDED:
+            found = _RECORDED[name]
         else:
             found = cls("-".join(engine[2:]), dtype, last)  # type: ignore[arg-type]
         found = found if name == text else found.repeat
@@ -85,3 +88,9 @@ class PassId:
 
 RECORDED_ROLLOUT = PassId("recorded", "recorded", "decode")
 RECORDED_TRAINER = PassId("recorded", "recorded", "score", "recorded")
+RECORDED_PREFILL = PassId("recorded", "recorded", "replay", "prefill")
+RECORDED_REF = PassId("recorded", "recorded", "score", "ref")
+RECORDED_CURRENT = PassId("recorded", "recorded", "score", "current")
+_RECORDED = {
+    str(one): one for one in (RECORDED_ROLLOUT, RECORDED_TRAINER, RECORDED_PREFILL, RECORDED_REF, RECORDED_CURRENT)
+}

@@ -16,6 +16,7 @@ from mismatch_probe.types import DTYPES
 FILE = Path(__file__).parents[1] / "mismatch_probe" / "keywords.py"
 KINDS: dict[str, type[Settings]] = {
     "CompareKeywords": compare.CompareConfig,
+    "DumpKeywords": compare.DumpSettings,
     "AttributeKeywords": commands.AttributeSettings,
     "AttributeOptionKeywords": probes.AttributeOptions,
     "AuditKeywords": commands.AuditSettings,

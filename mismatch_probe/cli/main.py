@@ -18,6 +18,7 @@ _COMMANDS = {
     "compare": "How large is the mismatch, per dtype pair?",
     "attribute": "Where does the mismatch come from: which rung, which setting, which layer?",
     "audit": "May this model go into RL, in which precision, with which correction?",
+    "ingest": "What does a dump of a framework hold, and what of it cannot be used?",
     "preflight": "Can this checkpoint be compared, and what would surprise its user? Starts no engine.",
     "report": "Write summary and report of a finished run again, without engines.",
     "plot": "Draw the figures of a finished run again, without engines.",

@@ -174,9 +174,11 @@ def run_asked(
 
 
 def run_of_source(values: dict[str, Any]) -> str | None:
-    """Takes the run of `--from` out of the settings; None where there is none, or it is a file of sequences."""
+    """Takes the run of `--from` out of the settings; None where there is none, or it is a dump."""
+    from mismatch_probe.runs.folder import DUMP, kind_of
+
     source = values.get("source")
-    return None if source is None or Path(source).is_file() else str(values.pop("source"))
+    return None if source is None or kind_of(Path(source)) in (None, DUMP) else str(values.pop("source"))
 
 
 def _flag(name: str) -> str:
@@ -187,7 +189,7 @@ def _flag(name: str) -> str:
 
 def out_option(default: str) -> Callable[[F], F]:
     """`--out`."""
-    return click.option("--out", type=click.Path(), help=f"New folder.  [default: {default}]")
+    return click.option("-o", "--out", type=click.Path(), help=f"New folder.  [default: {default}]")
 
 
 resume_option = click.option(

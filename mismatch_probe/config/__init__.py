@@ -1,6 +1,6 @@
 """Settings: a pydantic model per group, of which every command composes its own. Imports no engine."""
 
-from mismatch_probe.config.compare import DEFAULT_MODEL, CompareConfig, Sizes, check_lengths
+from mismatch_probe.config.compare import DEFAULT_MODEL, CompareConfig, DumpSettings, Sizes, check_lengths
 from mismatch_probe.config.engine_args import FORBIDDEN_ENGINE_ARGS, OWNED_ENGINE_ARGS, engine_args_of
 from mismatch_probe.config.limits import RECORDED, Limit
 from mismatch_probe.config.probes import AttributeOptions, AuditOptions, GradientOptions
@@ -14,6 +14,7 @@ __all__ = [
     "AttributeOptions",
     "AuditOptions",
     "CompareConfig",
+    "DumpSettings",
     "GradientOptions",
     "Limit",
     "Settings",

@@ -120,13 +120,27 @@ class PolicySettings(RolloutDtypes):
     ] = Field(default=1.0, description="Sampling temperature; both sides compute log-probs at this temperature.")
 
 
-class RecordedSettings(Settings):
-    """Sequences that exist already."""
+class DumpSettings(Settings):
+    """How recorded sequences are read."""
 
     TITLE: ClassVar[str] = "Recorded sequences"
 
+    dump_format: Annotated[str, Option(flag="--format", metavar="NAME")] = Field(
+        default="auto", description="Format of the dump; auto tells by its keys."
+    )
+    dump_map: Annotated[Listed[str], Option(flag="--map", metavar="THEIRS=OURS")] = Field(
+        default=(), description="Columns of the dump and the keys of the generic format that they hold."
+    )
+    trust_pickle: Annotated[bool, Option(file=False)] = Field(
+        default=False, description="Open pickles and .pt files, which can run code when they are opened."
+    )
+
+
+class RecordedSettings(DumpSettings):
+    """Sequences that exist already."""
+
     source: Annotated[PathText | None, Option(flag="--from", path=True, metavar="SOURCE")] = Field(
-        default=None, description="Recorded sequences (.jsonl or .parquet), or a finished run, instead of samples."
+        default=None, description="Dump of a framework (file or folder), or a finished run, instead of samples."
     )
     rescore: bool = Field(
         default=False,
@@ -136,8 +150,9 @@ class RecordedSettings(Settings):
 
     @model_validator(mode="after")
     def _recorded(self) -> Self:
-        for name in ("rescore", "replay"):
-            if self.source is None and getattr(self, name):
+        fields = type(self).model_fields
+        for name in ("rescore", "replay", *DumpSettings.model_fields):
+            if self.source is None and getattr(self, name) != fields[name].default:
                 raise UsageError(f"{self.called(name)} needs recorded sequences.", "Give their file with --from.")
         return self
 

@@ -1,22 +1,13 @@
-"""What a reader hands on, a recorded run in columns, and how it says no: which row, what is wrong, what to write.
-
-Shape legend: `S` sequences, `N` response tokens of all sequences, `M` prompt tokens of all sequences.
-"""
+"""What readers share: a record and where it stands, and how they say no: which row, what is wrong, what to write."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, NoReturn, TypeVar
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any, NoReturn
 
 from mismatch_probe.errors import IngestError
-from mismatch_probe.results.manifest import Source
 
-Side = Literal["rollout", "trainer"]
-T = TypeVar("T", bound=np.generic)
 _LONGEST_NAME = 60
 _MOST_NAMES = 20
 TEXT_KEYS = frozenset(
@@ -35,87 +26,8 @@ _KINDS = {
     list: "a list",
 }
 
-
-@dataclass(frozen=True)
-class Ragged(Generic[T]):
-    """Lists of differing length in one flat array.
-
-    Attributes:
-        values: All lists one after another.
-        offsets: `[S+1]` int64; list `i` is `values[offsets[i]:offsets[i + 1]]`.
-    """
-
-    values: NDArray[T]
-    offsets: NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, index: int) -> NDArray[T]:
-        """List `index`, as a view.
-
-        Raises:
-            IndexError: `index` is not one of 0 … S−1.
-        """
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        return self.values[self.offsets[index] : self.offsets[index + 1]]
-
-    def __iter__(self) -> Iterator[NDArray[T]]:
-        return (self[index] for index in range(len(self)))
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """`[S]` int64."""
-        return np.diff(self.offsets)
-
-
-@dataclass(frozen=True)
-class RecordedRun:
-    """Sequences that another program sampled, in the order of its file, with the log-probs that it wrote down.
-
-    Everything per response token shares the offsets of `response_token_ids`. Non-finite log-probs stay as they are.
-    At least one side is there, and a side is there for all sequences or for none. Every sequence has a response token,
-    and at least one token of the run is not masked.
-
-    Attributes:
-        prompt_token_ids: `[M]` int32; a prompt may be empty.
-        response_token_ids: `[N]` int32.
-        rollout_logprobs: `[N]` b_t = log μ(y_t) in nats, float32 or float64 as in the file; None when not recorded.
-        trainer_logprobs: `[N]` a_t = log π(y_t) likewise.
-        loss_mask: `[N]` bool, True for the tokens that count; None when all do.
-        step: `[S]` int64, the training step, negative ones allowed; None when not recorded.
-        prompt_ids: `[S]` names of the prompts: the file's own `prompt_id`, else a digest of the prompt's token ids, so
-            that equal prompts are one cluster of an interval.
-        sample_ids: `[S]` int32, running number of the sequence within its prompt.
-        finish_reasons: `[S]` the file's own, empty where it gives none.
-        rows: `[S]` int64, the sequence's line (JSONL) or row (parquet) in the file, from 1.
-        source: Facts for a manifest.
-    """
-
-    prompt_token_ids: Ragged[np.int32]
-    response_token_ids: Ragged[np.int32]
-    rollout_logprobs: Ragged[np.floating[Any]] | None
-    trainer_logprobs: Ragged[np.floating[Any]] | None
-    loss_mask: Ragged[np.bool_] | None
-    step: NDArray[np.int64] | None
-    prompt_ids: tuple[str, ...]
-    sample_ids: NDArray[np.int32]
-    finish_reasons: tuple[str, ...]
-    rows: NDArray[np.int64]
-    source: Source
-
-    def __len__(self) -> int:
-        return len(self.response_token_ids)
-
-    @property
-    def sides(self) -> tuple[Side, ...]:
-        """The sides whose log-probs are recorded: one or both."""
-        recorded: tuple[tuple[Side, object], ...] = (
-            ("rollout", self.rollout_logprobs),
-            ("trainer", self.trainer_logprobs),
-        )
-        return tuple(side for side, values in recorded if values is not None)
+Row = Mapping[str, Any]
+"""A row of the generic format: by key of `keys.KEYS`, what JSON or numpy has there."""
 
 
 @dataclass(frozen=True)
@@ -123,8 +35,8 @@ class Place:
     """The file being read, and what its rows are called.
 
     Attributes:
-        name: The path as the user gave it.
-        row_word: `"Line"` or `"Row"`.
+        name: The path as the user gave it, or of a file in the folder that the user gave.
+        row_word: `"Line"`, `"Row"` or `"Sample"`.
     """
 
     name: str
@@ -132,11 +44,44 @@ class Place:
 
     def refuse(self, row: int, what: str, fix: str) -> NoReturn:
         """Ends the reading at a row, counted from 1."""
-        raise IngestError(f"{self.row_word} {row} of {self.name} {what}.", fix)
+        raise IngestError(self.said(row, what), fix)
 
     def refuse_file(self, what: str, fix: str) -> NoReturn:
         """Ends the reading where no single row is at fault."""
         raise IngestError(f"The file {self.name} {what}.", fix)
+
+    def said(self, row: int, what: str) -> str:
+        """A sentence about a row."""
+        return f"{self.row_word} {row} of {self.name} {what}."
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a framework wrote of a sequence, or of a batch of them.
+
+    Attributes:
+        fields: By the framework's own keys.
+        place: The file.
+        row: Line, row or sample, from 1.
+    """
+
+    fields: Mapping[str, Any]
+    place: Place
+    row: int
+
+    def need(self, key: str) -> Any:
+        """The value of a key.
+
+        Raises:
+            IngestError: The record does not have it.
+        """
+        if self.fields.get(key) is None:
+            self.refuse(f"has no {key}; its keys are {quoted_list(self.fields)}", f"Write {key} in every record.")
+        return self.fields[key]
+
+    def refuse(self, what: str, fix: str) -> NoReturn:
+        """Ends the reading at this record."""
+        self.place.refuse(self.row, what, fix)
 
 
 def quoted(text: str) -> str:
@@ -144,9 +89,9 @@ def quoted(text: str) -> str:
     return repr(text if len(text) <= _LONGEST_NAME else text[:_LONGEST_NAME] + "…")
 
 
-def quoted_list(names: Iterable[str]) -> str:
+def quoted_list(names: Iterable[Any]) -> str:
     """At most 20 names, then how many more there are."""
-    ordered = sorted(names)
+    ordered = sorted(map(str, names))
     more = len(ordered) - _MOST_NAMES
     listed = ", ".join(quoted(name) for name in ordered[:_MOST_NAMES])
     return (listed or "none") + (f" and {more} more" if more > 0 else "")

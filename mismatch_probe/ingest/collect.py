@@ -1,36 +1,49 @@
-"""Rows on their way from a reader into a `RecordedRun`, and the rules that every row obeys, whatever its format.
+"""Rows on their way from a reader to `recorded.parquet`, and the rules that every row obeys, whatever its format.
 
-Readers check what only they can know (syntax, the types of values); lengths, ranges and presence are checked here, on
-whole arrays. Shape legend: `R` rows of a chunk.
+Rows are taken one by one, checked in chunks on whole arrays, and written; memory is that of a chunk. A row whose lists
+do not run along its response, or which has an id that cannot be one, is left out and accounted for.
+
+Shape legend: `R` rows of a chunk.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
-from mismatch_probe.ingest.base import Place, Ragged, RecordedRun, Side, kind, quoted, quoted_list, wrong_length
-from mismatch_probe.metrics.chunks import LARGEST
-from mismatch_probe.results.manifest import Source
+from mismatch_probe.errors import IngestError
+from mismatch_probe.files import writing
+from mismatch_probe.ingest.base import Place, Record, Row, quoted, quoted_list, wrong_length
+from mismatch_probe.ingest.formats import GENERIC, Format
+from mismatch_probe.ingest.keys import IDS, KEYS, LENGTH, PER_ROW, PER_TOKEN, PROMPT, RESPONSE, SIDES, WHOLE
+from mismatch_probe.ingest.values import LARGEST_ID, list_of, per_row, per_token, require_ids, split
+from mismatch_probe.results.dump import Recorded, Source
 
-IDS = ("prompt_token_ids", "response_token_ids")
-LOGPROBS: dict[str, Side] = {"rollout_logprobs": "rollout", "trainer_logprobs": "trainer"}
-PER_TOKEN = (*LOGPROBS, "loss_mask")
-LISTS = (*IDS, *PER_TOKEN)
-SCALARS = ("step", "prompt_id", "finish_reason")
-KEYS = frozenset({*LISTS, *SCALARS})
-# In every row or in none; a finish reason may be missing anywhere, for nothing is computed from it.
-UNIFORM = (*PER_TOKEN, "step", "prompt_id")
-LARGEST_ID = int(np.iinfo(np.int32).max)
+T = TypeVar("T")
+UNIFORM = tuple(key.name for key in KEYS.values() if key.uniform)
 _DIGEST_LENGTH = 16
 _MOST_IGNORED = 100
-_GROWTH = 1.25
+# A chunk, which becomes a row group: some 20 MB.
+_CHUNK_TOKENS, _CHUNK_ROWS = 1 << 18, 1 << 14
+_TEXT = pa.dictionary(pa.int32(), pa.string())
+_TYPES = {
+    "ids": pa.int32(),
+    "logprob": pa.float64(),
+    "number": pa.float64(),
+    "integer": pa.int64(),
+    "mask": pa.bool_(),
+    "label": _TEXT,
+}
 
 
 @dataclass(frozen=True)
@@ -47,7 +60,13 @@ class Lists:
         return row, index - int(ends[row - 1] if row else 0)
 
     def keep(self, rows: NDArray[np.bool_]) -> Lists:
+        """The lists of the rows where the `[R]` mask is True."""
         return Lists(self.values[np.repeat(rows, np.maximum(self.lengths, 0))], self.lengths[rows])
+
+    @property
+    def offsets(self) -> NDArray[np.int64]:
+        """`[R+1]`; list `i` is `values[offsets[i]:offsets[i + 1]]`."""
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum(np.maximum(self.lengths, 0))])
 
 
 @dataclass(frozen=True)
@@ -55,22 +74,30 @@ class Chunk:
     """Some rows of a file.
 
     Attributes:
-        rows: `[R]` int64, where they stand in the file, from 1.
-        lists: By key of `LISTS`; the two of `IDS` are always there and have a list in every row.
-        scalars: By key of `SCALARS`, `R` values each, None where a row has none.
-        names: All keys or columns that were found there, for messages.
+        place: The file.
+        rows: `[R]` int64, where they stand in it, from 1.
+        lists: By key of `IDS` and `PER_TOKEN`; those of `IDS` are always there and have a list in every row.
+        scalars: By key of `PER_ROW`, `R` values each, None where a row has none.
+        names: All keys that were found there, for messages.
     """
 
+    place: Place
     rows: NDArray[np.int64]
     lists: dict[str, Lists]
     scalars: dict[str, list[Any]]
     names: Collection[str]
+
+    @property
+    def file(self) -> str:
+        """Its name."""
+        return self.place.name
 
     def keep(self, rows: NDArray[np.bool_]) -> Chunk:
         """The rows where the `[R]` mask is True."""
         if rows.all():
             return self
         return Chunk(
+            self.place,
             self.rows[rows],
             {key: column.keep(rows) for key, column in self.lists.items()},
             {key: [v for v, kept in zip(column, rows, strict=True) if kept] for key, column in self.scalars.items()},
@@ -84,236 +111,278 @@ class Chunk:
         return np.array([value is not None for value in self.scalars.get(key, [None] * len(self.rows))], bool)
 
 
-def check_values(place: Place, chunk: Chunk) -> None:
-    """Token ids lie in 0 … 2³¹−1, masks hold 0 and 1 only, and what is per token is as long as the response.
+@dataclass
+class _Pending:
+    """Rows that are not a chunk yet."""
 
-    Raises:
-        IngestError: One does not; its row is named.
-    """
-    for key in IDS:
-        values = chunk.lists[key].values
-        fix = "Write the ids that the model saw, without padding."
-        _refuse_first(place, chunk, key, (values < 0) | (values > LARGEST_ID), f"is outside 0 to {LARGEST_ID}", fix)
-    prompts, responses = (chunk.lists[key].lengths for key in IDS)
-    for key in PER_TOKEN:
-        if key not in chunk.lists:
-            continue
-        lengths = chunk.lists[key].lengths
-        wrong = np.flatnonzero((lengths >= 0) & (lengths != responses))
-        if len(wrong):
-            row = int(wrong[0])
-            length, prompt, response = (int(each[row]) for each in (lengths, prompts, responses))
-            place.refuse(int(chunk.rows[row]), *wrong_length(key, length, prompt, response))
-    if "loss_mask" in chunk.lists:
-        values = chunk.lists["loss_mask"].values
-        fix = "Write one 0 or 1 per response token."
-        _refuse_first(place, chunk, "loss_mask", (values != 0) & (values != 1), "is neither 0 nor 1", fix)
+    place: Place
+    rows: list[int] = field(default_factory=list)
+    lists: dict[str, list[NDArray[Any] | None]] = field(default_factory=dict)
+    scalars: dict[str, list[Any]] = field(default_factory=dict)
+    names: Collection[str] = ()
+    n_values: int = 0
 
+    def add(self, record: Record, row: Row) -> None:
+        """Takes a row, whose values become arrays."""
+        row = split(record, row)
+        require_ids(record, row)
+        arrays = {name: list_of(record, name, row[name]) for name in IDS}
+        n = len(arrays[RESPONSE])
+        named = [name for name in PER_TOKEN if row.get(name) is not None]
+        arrays |= {name: per_token(record, KEYS[name], row[name], n) for name in named}
+        values = {name: per_row(record, KEYS[name], row[name]) for name in PER_ROW if row.get(name) is not None}
+        _append(self.lists, arrays, len(self.rows))
+        _append(self.scalars, values, len(self.rows))
+        self.rows.append(record.row)
+        self.names = record.fields.keys()
+        self.n_values += sum(map(len, arrays.values()))
 
-def _refuse_first(place: Place, chunk: Chunk, key: str, bad: NDArray[np.bool_], what: str, fix: str) -> None:
-    if not bad.any():
-        return
-    index = int(np.argmax(bad))
-    row, position = chunk.lists[key].locate(index)
-    value = chunk.lists[key].values[index]
-    place.refuse(int(chunk.rows[row]), f"has {value} as {key}[{position}], which {what}", fix)
+    @property
+    def full(self) -> bool:
+        """Whether it is time to make a chunk."""
+        return self.n_values >= 4 * _CHUNK_TOKENS or len(self.rows) >= _CHUNK_ROWS
 
-
-def check_step(place: Place, row: int, value: Any) -> int | None:
-    """A training step: an integer of 64 bits.
-
-    Raises:
-        IngestError: It is something else.
-    """
-    if value is not None and (type(value) is not int or not -(2**63) <= value < 2**63):
-        place.refuse(row, f"has a step that is {kind(value)}, not a 64-bit integer", "Write the step as an integer.")
-    return value
+    def chunk(self) -> Chunk:
+        """The rows as a chunk."""
+        lists = {}
+        for name, column in self.lists.items():
+            lengths = np.array([-1 if one is None else len(one) for one in column], np.int64)
+            nothing = np.empty(0, np.int64 if KEYS[name].kind in ("ids", "integer") else np.float64)
+            parts = [one for one in column if one is not None and len(one)]
+            lists[name] = Lists(np.concatenate(parts) if parts else nothing, lengths)
+        return Chunk(self.place, np.array(self.rows, np.int64), lists, self.scalars, self.names)
 
 
-def check_label(place: Place, row: int, key: str, value: Any) -> str | None:
-    """A name: text, or an integer, which is written out.
-
-    Raises:
-        IngestError: It is something else, or text that cannot be encoded.
-    """
-    if value is None:
-        return None
-    if type(value) not in (str, int):
-        place.refuse(row, f"has a {key} that is {kind(value)}", f"Write {key} as text.")
-    text = str(value)
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        # JSON can spell half of a surrogate pair, which no table takes.
-        place.refuse(row, f"has a {key} with an unpaired surrogate escape", "Write the character or both surrogates.")
-    return text
-
-
-class _Growing:
-    """A flat array that is appended to in place: joining pieces at the end would hold a large file twice."""
-
-    def __init__(self, dtype: DTypeLike) -> None:
-        self._array: NDArray[Any] = np.empty(0, dtype)
-        self._length = 0
-
-    def extend(self, values: NDArray[Any]) -> None:
-        end = self._length + len(values)
-        if end > len(self._array):
-            # No view of the array exists yet, so that it may move.
-            self._array.resize(max(end, int(_GROWTH * len(self._array))), refcheck=False)
-        self._array[self._length : end] = values
-        self._length = end
-
-    def done(self) -> NDArray[Any]:
-        self._array.resize(self._length, refcheck=False)
-        return self._array
+def _append(columns: dict[str, list[T | None]], values: Mapping[str, T], n_rows: int) -> None:
+    """Adds a row to columns of `n_rows`, one of which may be new."""
+    for name in values.keys() - columns.keys():
+        columns[name] = [None] * n_rows
+    for name, column in columns.items():
+        column.append(values.get(name))
 
 
 class Collector:
-    """Takes chunk after chunk and keeps columns only.
+    """Takes row after row and writes those that keep the rules; memory does not grow with the tokens.
 
     Args:
-        place: The file, for refusals.
+        path: The file to be written.
     """
 
-    def __init__(self, place: Place) -> None:
-        self._place = place
-        self._n_rows = 0
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._pending: _Pending | None = None
+        self._writer: pq.ParquetWriter | None = None
         self._present: dict[str, bool] = {}
-        self._first_row = 0
-        self._rows: list[NDArray[np.int64]] = []
-        self._values: dict[str, _Growing] = {}
-        self._lengths: dict[str, list[NDArray[np.int64]]] = {key: [] for key in IDS}
-        self._scalars: dict[str, list[Any]] = {key: [] for key in SCALARS}
-        self._labels: dict[str, str] = {}
+        self._first: tuple[Place, int] | None = None
+        self._refusal: IngestError | None = None
+        self._ignored: set[str] = set()
+        self._samples: Counter[str] = Counter()
+        self._seen: set[str] = set()
+        self._counts: Counter[str] = Counter()
+        self._longest: Counter[str] = Counter()
 
-    def add(self, chunk: Chunk) -> None:
-        """Checks a chunk and keeps those of its rows that have a response.
+    def take(self, record: Record, of: Format) -> None:
+        """Takes the rows of a record.
 
         Raises:
-            IngestError: A row breaks a rule of the format.
+            IngestError: A value is of another kind than its key, or a row misses what the others have.
         """
-        self._n_rows += len(chunk.rows)
-        check_values(self._place, chunk)
-        chunk = chunk.keep(chunk.lists["response_token_ids"].lengths > 0)
+        for row in of.rows(record):
+            if self._pending is not None and (self._pending.place != record.place or self._pending.full):
+                self._flush()
+            self._pending = self._pending or _Pending(record.place)
+            self._pending.add(record, row)
+        if of.name == GENERIC:
+            self._ignored.update(record.fields.keys() - KEYS.keys() - {WHOLE, LENGTH})
+
+    def _flush(self) -> None:
+        if self._pending is None:
+            return
+        chunk, self._pending = self._pending.chunk(), None
+        self._counts["rows"] += len(chunk.rows)
+        chunk = chunk.keep(self._sound(chunk))
+        empty = chunk.lists[RESPONSE].lengths == 0
+        self._counts["empty"] += int(empty.sum())
+        chunk = chunk.keep(~empty)
         if len(chunk.rows):
             self._check_presence(chunk)
-            self._keep(chunk)
+            self._count(chunk)
+            self._write(chunk)
+
+    def _sound(self, chunk: Chunk) -> NDArray[np.bool_]:
+        """`[R]` which rows have lists of the right lengths and ids that can be some.
+
+        Raises:
+            IngestError: A mask holds something else than 0 and 1.
+        """
+        if "loss_mask" in chunk.lists:
+            mask = chunk.lists["loss_mask"]
+            bad = np.flatnonzero((mask.values != 0) & (mask.values != 1))
+            if len(bad):
+                row, position = mask.locate(int(bad[0]))
+                what = f"has {mask.values[bad[0]]} as loss_mask[{position}], which is neither 0 nor 1"
+                chunk.place.refuse(int(chunk.rows[row]), what, "Write one 0 or 1 per response token.")
+        sound = np.ones(len(chunk.rows), bool)
+        for key in IDS:
+            column = chunk.lists[key]
+            for index in np.flatnonzero((column.values < 0) | (column.values > LARGEST_ID)).tolist():
+                row, position = column.locate(index)
+                what = f"has {column.values[index]} as {key}[{position}], which is outside 0 to {LARGEST_ID}"
+                self._leave_out(chunk, row, what, "Write the ids that the model saw, without padding.", sound)
+        prompts, responses = (chunk.lists[key].lengths for key in IDS)
+        for key in PER_TOKEN:
+            if key not in chunk.lists:
+                continue
+            lengths = chunk.lists[key].lengths
+            for row in np.flatnonzero((lengths >= 0) & (lengths != responses)).tolist():
+                said = wrong_length(key, *(int(each[row]) for each in (lengths, prompts, responses)))
+                self._leave_out(chunk, row, *said, sound)
+        return sound
+
+    def _leave_out(self, chunk: Chunk, row: int, what: str, fix: str, sound: NDArray[np.bool_]) -> None:
+        """Leaves a row out, once; the first reason of all is kept, for where no row remains."""
+        if sound[row]:
+            sound[row] = False
+            self._counts["left_out"] += 1
+        self._refusal = self._refusal or IngestError(chunk.place.said(int(chunk.rows[row]), what), fix)
 
     def _check_presence(self, chunk: Chunk) -> None:
         """With holes in a column, two metrics of one file would be about different tokens."""
         present = {key: chunk.present(key) for key in UNIFORM}
-        if not self._present:
-            self._first_row = int(chunk.rows[0])
+        if self._first is None:
+            self._first = chunk.place, int(chunk.rows[0])
             self._present = {key: bool(there[0]) for key, there in present.items()}
-        first = f"{self._place.row_word.lower()} {self._first_row}"
+        place, row = self._first
+        first = f"{place.row_word.lower()} {row}" + ("" if place == chunk.place else f" of {place.name}")
         for key, there in present.items():
             odd = np.flatnonzero(there != self._present[key])
             if len(odd):
                 no, yes = f"has no {key}, which {first} has", f"has {key}, which {first} does not have"
                 what = no if self._present[key] else yes
-                self._place.refuse(int(chunk.rows[odd[0]]), what, f"Write {key} in every row or in none.")
-        if not any(self._present[key] for key in LOGPROBS):
-            self._place.refuse(
-                self._first_row,
-                f"has neither {' nor '.join(LOGPROBS)}; its keys are {quoted_list(chunk.names)}",
+                chunk.place.refuse(int(chunk.rows[odd[0]]), what, f"Write {key} in every row or in none.")
+        if not any(self._present[key] for key in SIDES):
+            place.refuse(
+                row,
+                f"has neither {' nor '.join(SIDES)}; its keys are {quoted_list(chunk.names)}",
                 "Record the log-probs of at least one side, one per response token.",
             )
 
-    def _keep(self, chunk: Chunk) -> None:
-        self._rows.append(chunk.rows)
-        for key in IDS:
-            self._lengths[key].append(chunk.lists[key].lengths)
-            self._extend(key, chunk.lists[key].values, np.int32)
-        for key in PER_TOKEN:
-            if self._present[key]:
-                values = chunk.lists[key].values
-                self._extend(key, values, bool if key == "loss_mask" else values.dtype)
-        for key in SCALARS:
-            for row, value in zip(chunk.rows, chunk.scalars.get(key, [None] * len(chunk.rows)), strict=True):
-                if key == "step":
-                    self._scalars[key].append(check_step(self._place, int(row), value))
-                else:  # one object per distinct label: a column of them is mostly repeats
-                    label = check_label(self._place, int(row), key, value) or ""
-                    self._scalars[key].append(self._labels.setdefault(label, label))
+    def _count(self, chunk: Chunk) -> None:
+        prompts, responses = (chunk.lists[key] for key in IDS)
+        self._counts["sequences"] += len(chunk.rows)
+        self._counts["prompt_tokens"] += len(prompts.values)
+        self._counts["tokens"] += len(responses.values)
+        self._counts["empty_prompts"] += int((prompts.lengths == 0).sum())
+        if "loss_mask" in chunk.lists:
+            mask = chunk.lists["loss_mask"].values.astype(bool)
+            self._counts["masked"] += int((~mask).sum())
+            alive = np.logical_or.reduceat(mask, responses.offsets[:-1])
+            self._counts["masked_sequences"] += int((~alive).sum())
+        largest = max(int(column.values.max(initial=0)) for column in (prompts, responses))
+        for name, value in (
+            ("prompt", int(prompts.lengths.max())),
+            ("response", int(responses.lengths.max())),
+            ("sequence", int((prompts.lengths + responses.lengths).max())),
+            ("id", largest),
+        ):
+            self._longest[name] = max(self._longest[name], value)
 
-    def _extend(self, key: str, values: NDArray[Any], dtype: DTypeLike) -> None:
-        if key not in self._values:
-            self._values[key] = _Growing(dtype)
-        self._values[key].extend(values)
+    def _write(self, chunk: Chunk) -> None:
+        columns: dict[str, pa.Array] = {}
+        for key in (*IDS, *(key for key in PER_TOKEN if self._present[key])):
+            column, kind = chunk.lists[key], _TYPES[KEYS[key].kind]
+            values = pa.array(column.values.astype(kind.to_pandas_dtype(), copy=False), kind)
+            columns[key] = pa.ListArray.from_arrays(pa.array(column.offsets, pa.int32()), values)
+        names = chunk.scalars["prompt_id"] if self._present["prompt_id"] else _digests(chunk.lists[PROMPT])
+        columns["prompt_id"] = pa.array(names, pa.string()).dictionary_encode()
+        columns["sample_id"] = pa.array([self._running_number(name) for name in names], pa.int32())
+        for key in PER_ROW:
+            if key != "prompt_id" and self._present.get(key, True):
+                values = chunk.scalars.get(key) or [None] * len(chunk.rows)
+                self._seen.update([key] if any(value not in (None, "") for value in values) else [])
+                columns[key] = _column(values, _TYPES[KEYS[key].kind])
+        columns["file"] = pa.array([chunk.file] * len(chunk.rows)).dictionary_encode()
+        columns["row"] = pa.array(chunk.rows)
+        table = pa.table(columns)
+        with writing(self._path):
+            if self._writer is None:
+                text = [name for name in table.column_names if pa.types.is_dictionary(table.schema.field(name).type)]
+                self._writer = pq.ParquetWriter(
+                    self._path, table.schema, compression="zstd", compression_level=1, use_dictionary=text
+                )
+            self._writer.write_table(table)
 
-    def finish(self, file_format: str, sha256: str, ignored: Iterable[str]) -> RecordedRun:
-        """Puts the run together; call it once.
+    def _running_number(self, name: str) -> int:
+        number = self._samples[name]
+        self._samples[name] += 1
+        return number
+
+    def finish(self, path: str, of: Format, digest: tuple[int, str]) -> Recorded:
+        """Writes what is left and says what there is; call it once.
 
         Args:
-            file_format: Name of the format, e.g. `"jsonl"`.
-            sha256: Digest of the file.
-            ignored: Names of the columns that were not read.
+            path: The dump as the user gave it.
+            of: Its format.
+            digest: How many files were read, and the digest of their bytes.
 
         Raises:
             IngestError: There is no row, no response token, or none that counts.
         """
-        if not self._n_rows:
-            self._place.refuse_file("has no rows", "Write one row per sequence.")
-        if not self._rows:
-            self._place.refuse_file("has no response tokens", "Record response_token_ids as sampled.")
-        prompts, responses = (Ragged(self._values[key].done(), self._offsets(key)) for key in IDS)
-        columns = {key: Ragged(self._values[key].done(), responses.offsets) for key in PER_TOKEN if self._present[key]}
-        mask = columns.get("loss_mask")
-        if mask is not None and not mask.values.any():
-            self._place.refuse_file("has a loss_mask of only zeros", "Set it to 1 for the tokens to compare.")
-        names = self._scalars["prompt_id"] if self._present["prompt_id"] else [_digest(prompt) for prompt in prompts]
-        return RecordedRun(
-            prompt_token_ids=prompts,
-            response_token_ids=responses,
-            rollout_logprobs=columns.get("rollout_logprobs"),
-            trainer_logprobs=columns.get("trainer_logprobs"),
-            loss_mask=mask,
-            step=np.array(self._scalars["step"], np.int64) if self._present["step"] else None,
-            prompt_ids=tuple(names),
-            sample_ids=_running_numbers(names),
-            finish_reasons=tuple(self._scalars["finish_reason"]),
-            rows=np.concatenate(self._rows),
-            source=Source(
-                path=self._place.name,
-                format=file_format,
-                sha256=sha256,
-                n_rows=self._n_rows,
-                n_empty_responses=self._n_rows - len(responses),
-                n_sequences=len(responses),
-                n_tokens=len(responses.values),
-                n_masked_tokens=0 if mask is None else int(np.sum(~mask.values)),
-                n_masked_sequences=0 if mask is None else len(mask) - _true_lists(mask),
-                n_empty_prompts=int(np.sum(prompts.lengths == 0)),
-                n_positive={side: _n_positive(columns[key], mask) for key, side in LOGPROBS.items() if key in columns},
-                ignored_columns=_listed(ignored),
+        self._flush()
+        self.close()
+        counts, place = self._counts, Place(path, "Row")
+        if not counts["rows"]:
+            place.refuse_file("has no rows", "Write one row per sequence.")
+        if not counts["sequences"]:
+            if self._refusal is not None:
+                raise self._refusal
+            place.refuse_file("has no response tokens", "Record response_token_ids as sampled.")
+        if counts["masked"] == counts["tokens"]:
+            place.refuse_file("has a loss_mask of only zeros", "Set it to 1 for the tokens to compare.")
+        keys = [key for key in KEYS if key in IDS or self._present.get(key) or key in self._seen]
+        return Recorded(
+            rollout=self._present["rollout_logprobs"],
+            trainer=self._present["trainer_logprobs"],
+            file=Source(
+                path=path,
+                format=of.name,
+                written_for=of.written_for,
+                n_files=digest[0],
+                sha256=digest[1],
+                keys=tuple(keys),
+                n_rows=counts["rows"],
+                n_left_out=counts["left_out"],
+                n_empty_responses=counts["empty"],
+                n_sequences=counts["sequences"],
+                n_prompts=len(self._samples),
+                n_prompt_tokens=counts["prompt_tokens"],
+                n_tokens=counts["tokens"],
+                n_masked_tokens=counts["masked"],
+                n_masked_sequences=counts["masked_sequences"],
+                n_empty_prompts=counts["empty_prompts"],
+                longest_prompt=self._longest["prompt"],
+                longest_response=self._longest["response"],
+                longest_sequence=self._longest["sequence"],
+                largest_id=self._longest["id"],
+                ignored_columns=_listed(self._ignored),
             ),
         )
 
-    def _offsets(self, key: str) -> NDArray[np.int64]:
-        return np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(self._lengths[key]), dtype=np.int64)])
+    def close(self) -> None:
+        """Ends the file."""
+        if self._writer is not None:
+            with writing(self._path):
+                self._writer.close()
 
 
-def _digest(token_ids: NDArray[np.int32]) -> str:
-    """A name for a prompt that depends on its ids alone, not on the file nor the machine."""
-    return hashlib.sha256(token_ids.astype("<i4").tobytes()).hexdigest()[:_DIGEST_LENGTH]
+def _digests(prompts: Lists) -> list[str]:
+    """A name for each prompt that depends on its ids alone, not on the file nor the machine."""
+    ids, offsets = prompts.values.astype("<i4"), prompts.offsets.tolist()
+    return [hashlib.sha256(ids[start:end].tobytes()).hexdigest()[:_DIGEST_LENGTH] for start, end in pairwise(offsets)]
 
 
-def _running_numbers(names: Sequence[str]) -> NDArray[np.int32]:
-    seen: Counter[str] = Counter()
-    numbers = np.empty(len(names), np.int32)
-    for index, name in enumerate(names):
-        numbers[index] = seen[name]
-        seen[name] += 1
-    return numbers
-
-
-def _true_lists(mask: Ragged[np.bool_]) -> int:
-    """How many lists, none of them empty, hold a True."""
-    return int(np.sum(np.logical_or.reduceat(mask.values, mask.offsets[:-1])))
-
-
-def _n_positive(logprobs: Ragged[Any], mask: Ragged[np.bool_] | None) -> int:
-    positive = (logprobs.values > LARGEST) & np.isfinite(logprobs.values)
-    return int(np.sum(positive if mask is None else positive & mask.values))
+def _column(values: list[Any], kind: pa.DataType) -> pa.Array:
+    return pa.array(values, pa.string()).dictionary_encode() if kind == _TEXT else pa.array(values, kind)
 
 
 def _listed(names: Iterable[str]) -> tuple[str, ...]:

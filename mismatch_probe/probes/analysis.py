@@ -181,10 +181,12 @@ def analyse(run: RunDirectory) -> Analysis:
             missing.append(MissingPair(**dict(both.name), why=why))
         else:
             results.append(analyse_pair(run, passes, both, run.manifest.config.seed))
+    others = [both for pair in passes.beside if not why_missing(run, both := PassPair(*pair))]
+    beside = [analyse_pair(run, passes, both, run.manifest.config.seed).pair for both in others]
     noise = {name: found for name in run.finished_passes() if (found := _self_noise_pass(run, name)) is not None}
     together = adjusted_together([result.pair.ratio_tests for result in results]) if results else []
     completed = [_completed(result, tests, noise) for result, tests in zip(results, together, strict=True)]
-    return Analysis(run, tuple(completed), tuple(missing), noise)
+    return Analysis(run, tuple(completed), tuple(missing), noise, tuple(beside))
 
 
 @dataclass(frozen=True)
@@ -196,12 +198,14 @@ class Analysis:
         results: Of every pair that can be compared.
         missing: The other pairs.
         noise: Self-noise by pass.
+        beside: What else a dump brought.
     """
 
     run: RunDirectory
     results: tuple[PairResult, ...]
     missing: tuple[MissingPair, ...]
     noise: Mapping[str, SelfNoisePass]
+    beside: tuple[Pair, ...] = ()
 
     @property
     def pairs(self) -> tuple[Pair, ...]:
@@ -265,6 +269,7 @@ class Analysis:
             reference=None if reference is None else str(reference),
             pairs=pairs,
             missing=missing,
+            beside=self.beside,
             self_noise=tuple(self.noise.values()),
             where={name: {key: tuple(bins) for key, bins in where(pair).items()} for name, pair in sums.items()},
             comparisons=tuple(compare_pairs(sums, seed=config.seed)),

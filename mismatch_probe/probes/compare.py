@@ -6,8 +6,6 @@ import hashlib
 import json
 from dataclasses import replace
 
-import numpy as np
-
 from mismatch_probe.engines import devices, registry
 from mismatch_probe.engines.base import RolloutJob, TrainerJob
 from mismatch_probe.engines.encoding import EncodeJob
@@ -37,7 +35,7 @@ class PassRunner:
         self._fallback = ""
         self._rows = KeptRows(plan, run)
         self._texts: dict[int, str] = {}
-        self._masks = None if plan.recorded is None else masks_of(plan.recorded)
+        self._masks = masks_of(plan.recorded)
 
     def execute(self) -> None:
         """Runs every pass that is not finished. Passes that fail are recorded; the others go on.
@@ -78,7 +76,7 @@ class PassRunner:
 
     def _encode(self, workers: Workers) -> list[EncodedPrompt]:
         plan = self._plan
-        recorded = [] if plan.recorded is None else np.unique(plan.recorded.response_token_ids.values).tolist()
+        recorded = [] if plan.recorded is None else plan.recorded.distinct_ids()
         job = EncodeJob(
             str(plan.model.path), plan.prompts.prompts, plan.config.chat, plan.config.trust_remote_code, recorded
         )

@@ -23,13 +23,13 @@ from mismatch_probe.probes.analysis import Analysis, analyse, token_view
 from mismatch_probe.probes.compare import PassRunner
 from mismatch_probe.probes.planning import Plan, make_plan
 from mismatch_probe.probes.progress import Progress
-from mismatch_probe.probes.recorded import recorded_of
+from mismatch_probe.probes.recorded import kept
 from mismatch_probe.probes.session import Session, check_device, check_files, write_pages
 from mismatch_probe.report.data import ReportData
 from mismatch_probe.results.comparison import Comparison
 from mismatch_probe.results.manifest import Manifest, ModelRecord, PromptsRecord
 from mismatch_probe.runs.comparison import RunDirectory
-from mismatch_probe.runs.folder import kind_of
+from mismatch_probe.runs.folder import DUMP, kind_of
 from mismatch_probe.runs.passes import Passes, passes_of
 
 KEPT = "finished passes are kept"
@@ -114,6 +114,8 @@ def run_passes(session: Session[RunDirectory], plan: Plan | None = None) -> None
         for record in run.manifest.passes.values():
             record.extension_failure = ""
         plan = _plan_again(run, progress)
+    if plan.recorded is not None:
+        plan = replace(plan, recorded=kept(plan.recorded, run))
     _execute(plan, run, progress)
 
 
@@ -121,7 +123,7 @@ def new_run(
     config: CompareConfig, out: str | Path | None, fail_on: Sequence[str], progress: Progress | None
 ) -> RunResult:
     """Samples, scores and compares; see `mismatch_probe.compare`."""
-    if config.source and kind_of(Path(config.source)) is not None:
+    if config.source and kind_of(Path(config.source)) not in (None, DUMP):
         return _finished_run(config, out, fail_on)
     parse_limits(fail_on, None if config.source else passes_of(config))  # before anything is fetched
     progress = progress or Progress()
@@ -286,7 +288,7 @@ def _manifest(plan: Plan) -> Manifest:
         device=plan.device,
         model=ModelRecord(name=name, revision=plan.model.revision, path=str(plan.model.path)),
         prompts=PromptsRecord(source=plan.prompts.source, n=plan.sizes.num_prompts, sha256=plan.prompts.sha256),
-        recorded=None if recorded is None else recorded_of(recorded),
+        recorded=None if recorded is None else recorded.recorded,
         environment=devices.environment(),
     )
 

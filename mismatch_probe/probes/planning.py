@@ -12,13 +12,12 @@ from mismatch_probe.engines import devices, registry
 from mismatch_probe.engines.models import ModelRef, resolve
 from mismatch_probe.engines.rows import file_bytes
 from mismatch_probe.errors import ModelError, UsageError
-from mismatch_probe.ingest import read_recorded
-from mismatch_probe.ingest.base import RecordedRun
+from mismatch_probe.ingest.recording import Recording
 from mismatch_probe.passes import PassId
 from mismatch_probe.probes.preflight import Use
 from mismatch_probe.probes.preflight.run import guard, preflight
 from mismatch_probe.probes.progress import Progress
-from mismatch_probe.probes.recorded import check_recorded, recorded_of
+from mismatch_probe.probes.recorded import check_recorded, open_recording
 from mismatch_probe.prompts import PromptSet, load_prompts
 from mismatch_probe.results.finding import Finding
 from mismatch_probe.runs.folder import run_folder
@@ -43,7 +42,7 @@ class Plan:
     device: devices.Device
     sizes: Sizes
     passes: Passes
-    recorded: RecordedRun | None = None
+    recorded: Recording | None = None
 
     def engine(self, wanted: PassId) -> registry.Engine:
         """What runs a pass."""
@@ -88,7 +87,7 @@ def estimate(plan: Plan) -> list[PassEstimate]:
     sizes, rows = plan.sizes, []
     parameters = 0 if plan.model.scripted or not plan.model.config else plan.model.parameters()
     if plan.recorded is not None:
-        tokens = len(plan.recorded.prompt_token_ids.values) + len(plan.recorded.response_token_ids.values)
+        tokens = plan.recorded.recorded.file.n_prompt_tokens + plan.recorded.recorded.file.n_tokens
     else:
         characters = sum(len(p.text or str(p.messages)) for p in plan.prompts.prompts)
         each = characters // _CHARACTERS_PER_TOKEN + len(plan.prompts.prompts) * sizes.max_tokens
@@ -135,7 +134,7 @@ def kv_cache_gib(plan: Plan) -> int:
     # Four bytes serve all three dtypes alike, so that the cache's size is the same in every pass.
     prompt = max((len(p.text or str(p.messages)) for p in plan.prompts.prompts), default=0)
     if plan.recorded is not None:
-        prompt = int(plan.recorded.prompt_token_ids.lengths.max())
+        prompt = plan.recorded.recorded.file.longest_prompt
     longest = prompt + plan.sizes.max_tokens + 128
     wanted = 2 * layers * heads * size * 4 * longest * plan.sizes.rollout_batch
     return max(1, min(16, -(-wanted // devices.GIB)))
@@ -171,13 +170,13 @@ def make_plan(
         ProbeError: The model, the prompts or the device cannot be had.
     """
     progress = progress or Progress()
-    recorded = None if config.source is None else read_recorded(config.source)
-    passes = passes_of(config, None if recorded is None else recorded_of(recorded))
+    recorded = open_recording(config, out, progress)
+    passes = passes_of(config, None if recorded is None else recorded.recorded)
     rollout_engine = registry.find(config.rollout_engine, "rollout")
     trainer_engine = registry.find(config.trainer_engine, "trainer")
     if not passes.rollouts:
         raise UsageError(
-            f"{config.source} holds no rollout_logprobs, so there is nothing to compare its trainer with.",
+            f"{config.source} holds no rollout_logprobs, so there is nothing to compare a trainer with.",
             "Add --replay to decode its ids with a rollout engine.",
         )
     _check_engines(config, passes)
@@ -210,9 +209,9 @@ def make_plan(
     sizes = replace(devices.default_sizes(device), **given)
     if recorded is not None:
         check_recorded(recorded, model)
-        prompts = PromptSet((), recorded.source.path, recorded.source.sha256)
-        longest = int(recorded.response_token_ids.lengths.max())
-        sizes = replace(sizes, num_prompts=len(set(recorded.prompt_ids)), samples_per_prompt=1, max_tokens=longest)
+        facts = recorded.recorded.file
+        prompts = PromptSet((), facts.path, facts.sha256)
+        sizes = replace(sizes, num_prompts=facts.n_prompts, samples_per_prompt=1, max_tokens=facts.longest_response)
     else:
         whole = config.num_prompts is None and config.prompts
         prompts = load_prompts(config.prompts, None if whole else sizes.num_prompts)

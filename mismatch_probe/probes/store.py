@@ -39,7 +39,7 @@ class KeptRows:
 
     def __init__(self, plan: Plan, run: RunDirectory) -> None:
         self._plan = plan
-        self._masks = None if plan.recorded is None else masks_of(plan.recorded)
+        self._masks = masks_of(plan.recorded)
         self._run = run
         self._folder = run.path / "rows"
 

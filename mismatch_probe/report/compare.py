@@ -53,6 +53,7 @@ from mismatch_probe.report.model import (
     section,
     table,
 )
+from mismatch_probe.report.recorded import beside_section, lead_sections, meaning_section
 from mismatch_probe.report.words import say
 
 if TYPE_CHECKING:
@@ -98,11 +99,13 @@ def compare_report(data: ReportData) -> Report:
         state=_state(data, kind),
         answer=_answer(summary, kind, results),
         steps=_steps_after(data, kind),
+        lead=lead_sections(data.manifest),
         table=None if kind is not None and kind.code == _ALL_UNUSABLE else pairs_table(summary),
         notes=_notes(data),
         sections=(
             *section("findings", "Findings", Items(tuple(Text(say(found)) for found in results[1:])), depth="screen"),
             *_worst(data),
+            *beside_section(summary),
             *_attribution(data),
             *section("limits", "Limits", _limits(summary)),
             *section("policy", "Token probabilities and sequences by length", FigureRef("policy"), FigureRef("ccdf")),
@@ -116,6 +119,7 @@ def compare_report(data: ReportData) -> Report:
             *_power(summary),
             *_training_steps(summary),
             *section("tokens", "Token view", Tokens(data.tokens), depth="detail"),
+            *meaning_section(data.manifest),
             *section("metrics", "All metrics", _metrics(summary), depth="detail"),
             *_passes(data),
         ),

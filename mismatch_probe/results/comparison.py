@@ -181,6 +181,9 @@ class Comparison(Document):
     """Every pair that was compared, by rollout pass, then trainer pass."""
     missing: tuple[MissingPair, ...] = ()
     """Every pair that could not be compared."""
+    beside: tuple[Pair, ...] = ()
+    """What else a dump brought, outside the matrix: the engine against its own prefill, the trainer against its update
+    pass, the rollout against the reference model."""
     self_noise: tuple[SelfNoisePass, ...] = ()
     """Every pass that was run twice."""
     where: dict[str, dict[str, tuple[WhereBin, ...]]] = {}

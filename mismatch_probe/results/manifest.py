@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, JsonValue
 
 from mismatch_probe.config import CompareConfig, Sizes
 from mismatch_probe.results.base import Document, Result
+from mismatch_probe.results.dump import Recorded
 
 RunStatus = Literal["running", "interrupted", "failed", "incomplete", "complete"]
 PassStatus = Literal["finished", "failed", "unsupported"]
@@ -87,52 +88,6 @@ class PromptsRecord(Record):
     """Digest of the encoded prompts; None until they are encoded, and for recorded sequences."""
 
 
-class RecordedSides(Result):
-    """Whose log-probs a recorded file brings."""
-
-    rollout: bool
-    """Whether it has log-probs of the rollout."""
-    trainer: bool
-    """Whether it has log-probs of the trainer."""
-
-
-class Source(Result):
-    """Where a recorded run comes from and what of it was left out."""
-
-    path: str
-    """As the user gave it."""
-    format: str
-    """`jsonl` or `parquet`."""
-    sha256: str
-    """Digest of the whole file's bytes."""
-    n_rows: int
-    """Rows of the file, blank lines not counted."""
-    n_empty_responses: int
-    """Rows without a response token; they hold nothing to compare and are not in the run."""
-    n_sequences: int
-    """Rows that are in the run, S."""
-    n_tokens: int
-    """Response tokens in the run, N, masked ones included."""
-    n_masked_tokens: int
-    """Response tokens whose `loss_mask` is 0."""
-    n_masked_sequences: int
-    """Sequences of which every token is masked."""
-    n_empty_prompts: int
-    """Sequences without a prompt token; no engine can score their first token."""
-    n_positive: dict[str, int]
-    """By side, tokens that are not masked and whose log-prob is finite and above 1e-4, which no probability has. They
-    stay in the tables and are left out of every metric."""
-    ignored_columns: tuple[str, ...]
-    """Names of columns that were not read, sorted, long ones cut."""
-
-
-class Recorded(RecordedSides):
-    """The recorded file of a run `--from` one."""
-
-    file: Source
-    """The file."""
-
-
 class Machine(Result):
     """Where something ran."""
 
@@ -172,7 +127,7 @@ class Manifest(Document, Record):
     """`manifest.json` of a run folder. Commands assign its fields while the run goes on."""
 
     KIND: ClassVar[str] = "manifest"
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
     OLDEST: ClassVar[int] = 2
     AGAIN: ClassVar[str] = "mismatch-probe compare --out {folder}"
 
@@ -191,7 +146,7 @@ class Manifest(Document, Record):
     prompts: PromptsRecord
     """The prompts."""
     recorded: Recorded | None = None
-    """The file that was compared; None where the run sampled."""
+    """The dump that was compared; None where the run sampled."""
     environment: Environment
     """Versions, machine, environment variables."""
     special_token_ids: tuple[int, ...] = ()
@@ -202,3 +157,11 @@ class Manifest(Document, Record):
     """What an audit of the run was asked for."""
     attribution: Mapping[str, JsonValue] | None = None
     """What an attribution of the run was asked for."""
+
+    @classmethod
+    def upgrade(cls, raw: dict[str, Any], version: int) -> dict[str, Any]:
+        recorded = raw.get("recorded")
+        if recorded is None:
+            return raw
+        file = {key: value for key, value in recorded["file"].items() if key != "n_positive"}
+        return {**raw, "recorded": {**recorded, "file": file}}

@@ -47,8 +47,9 @@ COMPARISON = Kind("comparison", "manifest.json", "compare")
 RL_RUN = Kind("RL run", "run.json", "rl run")
 SWEEP = Kind("sweep", "sweep.json", "rl sweep")
 SANITY_SET = Kind("sanity set", "sanity.json", "rl sanity-set")
+DUMP = Kind("dump", "recorded.json", "ingest")
 UNRELEASED = "Runs of unreleased versions have to be run again."
-KINDS = (COMPARISON, SWEEP, RL_RUN, SANITY_SET)
+KINDS = (COMPARISON, SWEEP, RL_RUN, SANITY_SET, DUMP)
 
 
 def kind_of(path: Path) -> Kind | None:

@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING
 from mismatch_probe.errors import TableError
 from mismatch_probe.files import in_use
 from mismatch_probe.results.finding import Finding
-from mismatch_probe.runs.folder import COMPARISON, RL_RUN, SANITY_SET, SWEEP, UNRELEASED, Kind, kind_of, read_document
+from mismatch_probe.runs.folder import (
+    COMPARISON,
+    DUMP,
+    RL_RUN,
+    SANITY_SET,
+    SWEEP,
+    UNRELEASED,
+    Kind,
+    kind_of,
+    read_document,
+)
 from mismatch_probe.runs.measurements import failures
 
 if TYPE_CHECKING:
@@ -21,6 +31,7 @@ SET = "sanity-set.jsonl"
 # Files that a reader opens, where they are there.
 _DOCUMENTS = (
     *("summary.json", "summary.csv", "report.html", "report.md", "sequences.parquet", "tokens.parquet"),
+    "recorded.parquet",
     *("steps.parquet", "rollouts.parquet", "runs.parquet", "samples.parquet", SET),
     *("audit/audit.json", "audit/junit.xml", "audit/report.html"),
     *("attribute/attribution.json", "attribute/report.html", "gradient/gradient.json", "gradient/report.html"),
@@ -77,7 +88,8 @@ def state_of(path: Path) -> RunState:
     if kind is None:
         fix = f"Name a folder that `mismatch-probe runs FOLDER` lists. {UNRELEASED}"
         raise TableError(f"{path} holds no run.", fix)
-    return {COMPARISON: _comparison, RL_RUN: _rl_run, SWEEP: _sweep, SANITY_SET: _sanity_set}[kind](path)
+    read = {COMPARISON: _comparison, RL_RUN: _rl_run, SWEEP: _sweep, SANITY_SET: _sanity_set, DUMP: _dump}
+    return read[kind](path)
 
 
 def states_of(folder: Path) -> tuple[list[RunState], dict[str, str]]:
@@ -202,3 +214,11 @@ def _sanity_set(path: Path) -> RunState:
     document = read_document(path, SANITY_SET, SanitySet)
     status, missing = ("running", [Missing(SET)]) if document.outcome is None else ("complete", [])
     return _state(path, SANITY_SET, status, _about(document.provenance), missing, document.findings)
+
+
+def _dump(path: Path) -> RunState:
+    from mismatch_probe.results.dump import Dump
+
+    document = read_document(path, DUMP, Dump)
+    facts = document.recorded.file
+    return _state(path, DUMP, "complete", (facts.path, document.created), [], facts.findings)
