@@ -14,7 +14,8 @@ import click
 
 from mismatch_probe.cli.main import cli
 from mismatch_probe.cli.options import SettingsCommand
-from mismatch_probe.metrics.catalog import CATALOG, SYMBOLS, MetricInfo
+from mismatch_probe.metrics.catalog import CATALOG, SYMBOLS
+from mismatch_probe.metrics.info import MetricInfo
 from mismatch_probe.report.words import Words, all_words
 
 FOLDER = Path(__file__).parents[1] / "docs"

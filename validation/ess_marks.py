@@ -41,7 +41,7 @@ def row(mean: float, n: int, unequal: bool, replications: int) -> str:
         d = rng.normal(-v / 2, np.sqrt(v))
         sequences.append(kish(np.exp(2 * (d - d.max()))))
         marked += bool(few_decide(d))
-        rows = Sequences(np.arange(n), n, d, np.full(n, 50.0), 0.0)
+        rows = Sequences(np.arange(n), n, d, np.full(n, 50.0), 0.0, d, d, False, d)
         estimates = {key: sequence_metrics()[key](rows) for key in KEYS}
         for key, value in evaluate(estimates, seed=replication, replicates=200).items():  # type: ignore[arg-type]
             if value.ci_low is not None and value.ci_high is not None:

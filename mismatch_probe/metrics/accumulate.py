@@ -1,7 +1,7 @@
 """One pass over the tokens of a pair: chunks go in, per-prompt sums come out, and everything is computed from those.
 
 Chunks are `PairArrays` that hold whole sequences; a pair in memory is one chunk. What is kept grows with prompts and
-sequences, but for one float64 per token: |d|, whose quantiles and tail need every value.
+sequences, but for one float64 per token: d, whose quantiles and tails need every value.
 
 Shape legend: `N` tokens, `n` usable ones, `S` sequences that have tokens, `P` prompts, `K` bins.
 """
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from mismatch_probe.errors import UsageError
 from mismatch_probe.metrics import scales
 from mismatch_probe.metrics.chunks import Exclusions, Ints, SequenceRows, TokenChunk, sequence_rows, usable_rows
+from mismatch_probe.metrics.fits import FitSums, sequence_slopes
 from mismatch_probe.metrics.intervals import Floats
 from mismatch_probe.metrics.sums import POSITION_EDGES, PROBABILITY_EDGES, BinnedSums, CentredSums, Range, ShiftedSums
 from mismatch_probe.types import PairArrays
@@ -104,9 +105,11 @@ class TokenSums:
         probs: e^a and e^b about their means.
         prob_contrasts: e^a − e^b and e^a + e^b about their means.
         ranges: Of `"abs_log_ratio"`, `"rollout_logprob"` and `"trainer_logprob"`.
+        fits: Of both log-probs and entropies.
     """
 
     def __init__(self, n_prompts: int, clip: Clip) -> None:
+        self.fits = FitSums(n_prompts)
         self.counts, self.log_ratio, self.abs_log_ratio, self.squared_log_ratio = np.zeros((4, n_prompts))
         self.abs_prob_diff, self.js_k3, self.outside_clip, self.confident = np.zeros((4, n_prompts))
         self.ratio = ShiftedSums(n_prompts, 2)
@@ -131,6 +134,7 @@ class TokenSums:
         # A broken engine's log-probs can be so far above 0 that these overflow; the metrics then say so.
         with np.errstate(over="ignore", invalid="ignore"):
             self._update_probabilities(tokens)
+        self.fits.update(tokens)
         for name, seen in self.ranges.items():
             seen.update(getattr(tokens, name))
 
@@ -138,7 +142,7 @@ class TokenSums:
         d, size = tokens.log_ratio, tokens.abs_log_ratio
         before, shift = self.ratio.shift, max(self.ratio.shift, scales.shift_of(d))
         excess = tokens.ratio_excess(shift)
-        self.ratio.update([tokens.per_prompt(scales.shifted_k3(d, shift)), tokens.per_prompt(excess)], shift)
+        self.ratio.update([tokens.per_prompt(tokens.k3(shift)), tokens.per_prompt(excess)], shift)
         self.ratio_excess.scale(math.exp(before - shift))
         self.ratio_excess.update([excess], tokens.counts, tokens.per_prompt)
         for sums, x in ((self.squared_ratio, 2 * d), (self.abs_ratio, size)):
@@ -159,16 +163,38 @@ class SequenceTotals:
     """The sequences that have tokens.
 
     Attributes:
+        index: `[S]` which sequence of the pair, increasing.
         prompt: `[S]` prompt of each.
         length: `[S]` T_i, tokens, unusable ones included.
         n_usable: `[S]` usable tokens.
         log_ratio: `[S]` sum of d over those, nats: D_i where all are usable.
+        k3: `[S]` sum of k3 over those, nats.
+        max_k3: `[S]` largest k3 of those, nats.
+        slope: `[S]` of a on b over those, see `metrics.fits`.
     """
 
+    index: Ints
     prompt: Ints
     length: Ints
     n_usable: Ints
     log_ratio: Floats
+    k3: Floats
+    max_k3: Floats
+    slope: Floats
+
+    @classmethod
+    def of(cls, pair: PairArrays, rows: SequenceRows, tokens: TokenChunk | None) -> SequenceTotals:
+        """Those of a chunk with these rows and usable tokens, None where it has none of those."""
+        prompt = pair.prompt[rows.sequence]
+        log_ratio, k3, max_k3 = np.zeros((3, len(prompt)))
+        slope = np.full(len(prompt), np.nan)
+        if tokens is not None:
+            some = rows.n_usable > 0
+            log_ratio[some] = tokens.per_sequence(tokens.log_ratio)
+            k3[some] = tokens.per_sequence(tokens.k3_values)
+            max_k3[some] = np.maximum.reduceat(tokens.k3_values, tokens.start)
+            slope[some] = sequence_slopes(tokens)
+        return cls(rows.sequence, prompt, rows.length, rows.n_usable, log_ratio, k3, max_k3, slope)
 
 
 class PairSums:
@@ -178,6 +204,7 @@ class PairSums:
         pair: Prompts and policy of the pair, e.g. its first chunk; its tokens are not read.
         clip: Bounds of `frac_outside_clip` on the importance ratio.
         bins: Edges `[K+1]` for further columns of the pair, by name: `binned` then has their sums.
+        places: Whether `binned` and `density` are kept; metrics do without.
 
     Raises:
         UsageError: `clip` is not a pair 0 < low < high.
@@ -188,7 +215,7 @@ class PairSums:
         n_prompts: P, prompts without tokens included, so that prompts of two pairs can be matched.
         n_tokens: N.
         excluded: What is left out.
-        abs_log_ratio: `[n]` |d| of the usable tokens, nats.
+        log_ratio: `[n]` d of the usable tokens, nats.
         tokens: Sums over the usable tokens.
         binned: Sums by `"probability"` (of the rollout), by `"position"` and by the columns of `bins`.
         density: `[50, 50]` tokens by rollout and trainer probability in equal bins.
@@ -198,7 +225,12 @@ class PairSums:
     """
 
     def __init__(
-        self, pair: PairArrays, *, clip: Clip = DEFAULT_CLIP, bins: Mapping[str, Floats] | None = None
+        self,
+        pair: PairArrays,
+        *,
+        clip: Clip = DEFAULT_CLIP,
+        bins: Mapping[str, Floats] | None = None,
+        places: bool = True,
     ) -> None:
         if not 0 < clip[0] < clip[1]:
             raise UsageError(
@@ -211,7 +243,7 @@ class PairSums:
         self.excluded = Exclusions()
         self.tokens = TokenSums(self.n_prompts, clip)
         self._bins = tuple(bins or ())
-        edges = {"probability": PROBABILITY_EDGES, "position": POSITION_EDGES, **(bins or {})}
+        edges = {"probability": PROBABILITY_EDGES, "position": POSITION_EDGES, **(bins or {})} if places else {}
         self.binned = {name: BinnedSums(of, self.n_prompts) for name, of in edges.items()}
         self.density: Ints = np.zeros((DENSITY_BINS, DENSITY_BINS), dtype=np.int64)
         self.longest = 0
@@ -219,7 +251,7 @@ class PairSums:
         self.log_mult_error = -math.inf
         self._last_sequence = -1
         self._sequences: list[SequenceTotals] = []
-        self.abs_log_ratio: Floats = np.empty(0)
+        self.log_ratio: Floats = np.empty(0)
 
     def update(self, pair: PairArrays) -> None:
         """Takes in the tokens of a chunk.
@@ -233,19 +265,19 @@ class PairSums:
         rows = sequence_rows(pair, usable)
         if rows.sequence[0] <= self._last_sequence or (np.diff(rows.sequence) < 0).any():
             raise ValueError("A chunk must hold whole sequences, and these must come in the order of their indices.")
-        log_ratio = np.zeros(len(rows.sequence))
+        tokens = None
         if rows.n_usable.any():
             tokens = TokenChunk.of(pair, rows, usable, self.n_prompts)
-            log_ratio[rows.n_usable > 0] = tokens.per_sequence(tokens.log_ratio)
             self.tokens.update(tokens)
             # Grown in place: pieces would lie in memory beside what is made of them.
-            self.abs_log_ratio.resize(self.n_usable + len(tokens.abs_log_ratio), refcheck=False)
-            self.abs_log_ratio[-len(tokens.abs_log_ratio) :] = tokens.abs_log_ratio
-            self._update_places(tokens)
+            self.log_ratio.resize(self.n_usable + len(tokens), refcheck=False)
+            self.log_ratio[-len(tokens) :] = tokens.log_ratio
+            if self.binned:
+                self._update_places(tokens)
             self._update_mult_error(tokens, rows)
             self.largest = self.largest.joined(LargestTokens.of(pair, usable, self.n_tokens))
         self.excluded.update(pair, usable)
-        self._sequences.append(SequenceTotals(self.prompt[rows.sequence], rows.length, rows.n_usable, log_ratio))
+        self._sequences.append(SequenceTotals.of(pair, rows, tokens))
         self._last_sequence = int(rows.sequence[-1])
         self.n_tokens += len(pair.sequence)
 
@@ -276,7 +308,12 @@ class PairSums:
     @property
     def n_usable(self) -> int:
         """Usable tokens."""
-        return len(self.abs_log_ratio)
+        return len(self.log_ratio)
+
+    @property
+    def abs_log_ratio(self) -> Floats:
+        """`[n]` |d| of the usable tokens, nats: a new array."""
+        return np.abs(self.log_ratio)
 
     @property
     def mean_abs_all_finite(self) -> float | None:
@@ -289,8 +326,8 @@ class PairSums:
     @property
     def sequences(self) -> SequenceTotals:
         """The sequences that have tokens, in their order."""
-        nothing = np.empty(0, dtype=np.int64)
-        parts = [SequenceTotals(nothing, nothing, nothing, np.empty(0)), *self._sequences]
+        whole, real = np.empty(0, dtype=np.int64), np.empty(0)
+        parts = [SequenceTotals(whole, whole, whole, whole, real, real, real, real), *self._sequences]
         columns = zip(*(vars(part).values() for part in parts), strict=True)
         self._sequences = [SequenceTotals(*map(np.concatenate, columns))]
         return self._sequences[0]

@@ -6,16 +6,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
 
-# Prompts from which 95 % intervals cover about 95 % under heavy tails (validation/coverage.py).
-CALIBRATED_PROMPTS = 32
-# Second moments of heavy tails need more. What a few huge weights decide is marked by these: `sample.few_decide`.
-_SECOND_MOMENT_PROMPTS = 64
+from mismatch_probe.metrics.further_catalog import FURTHER_SEQUENCE, FURTHER_TOKEN
+from mismatch_probe.metrics.info import CALIBRATED_PROMPTS, INF, SECOND_MOMENT_PROMPTS, MetricInfo, Threshold
+
 # Metrics that only `rl gradient` has.
-_BESIDE = {"ess_weights": _SECOND_MOMENT_PROMPTS}
+_BESIDE = {"ess_weights": SECOND_MOMENT_PROMPTS}
 
 SYMBOLS = (
     ("μ", "rollout policy", "the inference engine that sampled the tokens"),
@@ -26,61 +22,9 @@ SYMBOLS = (
     ("ρ", "`importance_ratio`", "exp d"),
     ("T", "`response_length`", "tokens that the policy produced in a sequence, the end-of-sequence token included"),
     ("D", "`seq_log_ratio`", "Σ d over a sequence"),
+    ("H", "`entropy`", "entropy of a distribution over the whole vocabulary, nats"),
 )
 """Symbol, name in code and meaning, as formulas use them."""
-
-_INF = math.inf
-
-
-@dataclass(frozen=True)
-class Threshold:
-    """A published threshold: what it says, and who set it."""
-
-    text: str
-    who: str
-
-
-@dataclass(frozen=True)
-class MetricInfo:
-    """A metric as tables, figures, reports and `docs/metrics.md` show it.
-
-    Attributes:
-        key: Name in every file, e.g. `"kl_k3"`.
-        title: A few words for a heading or an axis.
-        formula: In `SYMBOLS`.
-        unit: `"nats"`, `"probability"`, …; empty for a pure number.
-        level: Whether rows are tokens, sequences, or positions of which the full rows of logits were compared.
-        needs_on_policy: True where the metric means nothing unless the rollout policy itself sampled the tokens.
-        positive: True where the metric is ≥ 0 and is compared by ratio, on a logarithmic axis.
-        has_interval: False for extremes, counts and k̂.
-        bounds: What no value can lie beyond.
-        calibrated_prompts: Below so many prompts its interval is marked uncalibrated.
-        sign: What the sign or the size says.
-        estimator: How it is computed, and when it fails.
-        source: Where the definition comes from.
-        names: What other frameworks call it, by framework.
-        thresholds: What others have published.
-    """
-
-    key: str
-    title: str
-    formula: str
-    unit: str
-    level: Literal["token", "sequence", "exact"]
-    needs_on_policy: bool = False
-    positive: bool = False
-    has_interval: bool = True
-    bounds: tuple[float, float] = (-_INF, _INF)
-    calibrated_prompts: int = CALIBRATED_PROMPTS
-    sign: str = ""
-    estimator: str = ""
-    source: str = ""
-    names: Mapping[str, str] = field(default_factory=dict)
-    thresholds: tuple[Threshold, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.positive:
-            object.__setattr__(self, "bounds", (max(self.bounds[0], 0.0), self.bounds[1]))
 
 
 def calibrated_prompts(key: str) -> int:
@@ -120,7 +64,7 @@ _TOKEN = (
         "nats",
         "token",
         positive=True,
-        calibrated_prompts=_SECOND_MOMENT_PROMPTS,
+        calibrated_prompts=SECOND_MOMENT_PROMPTS,
         estimator="Interval of a quantile, over prompts.",
     ),
     MetricInfo(
@@ -156,7 +100,7 @@ _TOKEN = (
         "token",
         positive=True,
         bounds=(0.0, 1.0),
-        calibrated_prompts=_SECOND_MOMENT_PROMPTS,
+        calibrated_prompts=SECOND_MOMENT_PROMPTS,
         names={"verl": "training/rollout_probs_diff_std"},
     ),
     MetricInfo(
@@ -177,7 +121,7 @@ _TOKEN = (
         "",
         "token",
         bounds=(-1.0, 1.0),
-        calibrated_prompts=_SECOND_MOMENT_PROMPTS,
+        calibrated_prompts=SECOND_MOMENT_PROMPTS,
         sign="1 where the probabilities are proportional.",
         names={"verl": "training/rollout_actor_probs_pearson_corr"},
     ),
@@ -228,7 +172,7 @@ _TOKEN = (
         "mean exp|d|",
         "",
         "token",
-        bounds=(1.0, _INF),
+        bounds=(1.0, INF),
         sign="1 where both sides agree.",
         names={"NeMo-RL": "token_mult_prob_error"},
         thresholds=(Threshold("above 1.05 investigate; gates at 1.05 to 1.1", "NeMo-RL"),),
@@ -250,7 +194,7 @@ _TOKEN = (
         "",
         "token",
         needs_on_policy=True,
-        bounds=(-1.0, _INF),
+        bounds=(-1.0, INF),
         sign="How much variance the weights of tokens add.",
         names={"verl": "rollout_corr/chi2_token"},
         thresholds=(Threshold("above 1 severe", "verl"),),
@@ -263,7 +207,7 @@ _TOKEN = (
         "token",
         needs_on_policy=True,
         bounds=(0.0, 1.0),
-        calibrated_prompts=_SECOND_MOMENT_PROMPTS,
+        calibrated_prompts=SECOND_MOMENT_PROMPTS,
         sign="A fraction of the tokens; 1 loses nothing.",
         estimator="Weights are not truncated, unlike verl's.",
         thresholds=(Threshold("below 0.3 warns, below 0.1 is an error", "martingale"),),
@@ -275,7 +219,7 @@ _TOKEN = (
         "",
         "token",
         needs_on_policy=True,
-        bounds=(0.0, _INF),
+        bounds=(0.0, INF),
         sign="On policy E[ρ] = 1 exactly: an interval that excludes 1 is a one-sided fault, and rounding does not do "
         "that.",
         estimator="Also tested by position and by probability.",
@@ -309,7 +253,7 @@ _TOKEN = (
         "tokens",
         "token",
         has_interval=False,
-        bounds=(0.0, _INF),
+        bounds=(0.0, INF),
         source="martingale",
         thresholds=(Threshold("1 or more is an error", "martingale"),),
     ),
@@ -333,7 +277,7 @@ _SEQUENCE = (
         "nats",
         "sequence",
         positive=True,
-        calibrated_prompts=_SECOND_MOMENT_PROMPTS,
+        calibrated_prompts=SECOND_MOMENT_PROMPTS,
     ),
     MetricInfo("seq_log_ratio_min", "Smallest sequence log ratio", "min D", "nats", "sequence", has_interval=False),
     MetricInfo("seq_log_ratio_max", "Largest sequence log ratio", "max D", "nats", "sequence", has_interval=False),
@@ -383,8 +327,8 @@ _SEQUENCE = (
         "",
         "sequence",
         needs_on_policy=True,
-        bounds=(-1.0, _INF),
-        calibrated_prompts=_SECOND_MOMENT_PROMPTS,
+        bounds=(-1.0, INF),
+        calibrated_prompts=SECOND_MOMENT_PROMPTS,
         estimator="The product over tokens; ms-swift's takes the geometric mean.",
         names={"verl": "rollout_corr/chi2_seq"},
     ),
@@ -396,7 +340,7 @@ _SEQUENCE = (
         "sequence",
         needs_on_policy=True,
         bounds=(0.0, 1.0),
-        calibrated_prompts=_SECOND_MOMENT_PROMPTS,
+        calibrated_prompts=SECOND_MOMENT_PROMPTS,
         sign="A fraction of the sequences; 1 loses nothing.",
         estimator="In log space. Biased upwards when small: marked where `ess_seq`·N is below 10.",
     ),
@@ -408,7 +352,7 @@ _SEQUENCE = (
         "sequence",
         needs_on_policy=True,
         bounds=(0.0, 1.0),
-        calibrated_prompts=_SECOND_MOMENT_PROMPTS,
+        calibrated_prompts=SECOND_MOMENT_PROMPTS,
         estimator="The companion that does not saturate at 1/N.",
     ),
     MetricInfo(
@@ -419,7 +363,7 @@ _SEQUENCE = (
         "sequence",
         needs_on_policy=True,
         bounds=(0.0, 1.0),
-        calibrated_prompts=_SECOND_MOMENT_PROMPTS,
+        calibrated_prompts=SECOND_MOMENT_PROMPTS,
     ),
     MetricInfo(
         "verl_is_mean",
@@ -443,7 +387,7 @@ _SEQUENCE = (
         needs_on_policy=True,
         positive=True,
         bounds=(0.0, 1.0),
-        calibrated_prompts=_SECOND_MOMENT_PROMPTS,
+        calibrated_prompts=SECOND_MOMENT_PROMPTS,
         source="verl 0.8 and later",
         names={"verl": "rollout_corr/rollout_is_std"},
         thresholds=(Threshold("above 1 warns", "verl"),),
@@ -456,7 +400,7 @@ _SEQUENCE = (
         "sequence",
         needs_on_policy=True,
         bounds=(0.0, 1.0),
-        calibrated_prompts=_SECOND_MOMENT_PROMPTS,
+        calibrated_prompts=SECOND_MOMENT_PROMPTS,
         source="verl 0.8 and later",
         names={"verl": "rollout_corr/rollout_is_eff_sample_size"},
         thresholds=(Threshold("below 0.3 warns", "verl"),),
@@ -493,7 +437,7 @@ _SEQUENCE = (
         "",
         "sequence",
         needs_on_policy=True,
-        bounds=(0.0, _INF),
+        bounds=(0.0, INF),
         sign="Trainer's perplexity over the rollout's, averaged over sequences.",
         names={"verl": "rollout_corr/ppl_ratio"},
     ),
@@ -504,7 +448,7 @@ _SEQUENCE = (
         "",
         "sequence",
         has_interval=False,
-        bounds=(1.0, _INF),
+        bounds=(1.0, INF),
         source="NeMo-RL's masking of sequences",
     ),
 )
@@ -517,7 +461,7 @@ _EXACT = (
         "nats",
         "exact",
         positive=True,
-        calibrated_prompts=_SECOND_MOMENT_PROMPTS,
+        calibrated_prompts=SECOND_MOMENT_PROMPTS,
         estimator="As Σ μ·(expm1(x) − x), x = log π − log μ, which keeps its digits: a direct sum in float32 "
         "is negative half of the time at gaps of FP32.",
     ),
@@ -528,7 +472,7 @@ _EXACT = (
         "nats",
         "exact",
         positive=True,
-        calibrated_prompts=_SECOND_MOMENT_PROMPTS,
+        calibrated_prompts=SECOND_MOMENT_PROMPTS,
     ),
     MetricInfo(
         "js_exact",
@@ -538,7 +482,7 @@ _EXACT = (
         "exact",
         positive=True,
         bounds=(0.0, math.log(2)),
-        calibrated_prompts=_SECOND_MOMENT_PROMPTS,
+        calibrated_prompts=SECOND_MOMENT_PROMPTS,
     ),
     MetricInfo(
         "tv_exact",
@@ -567,7 +511,7 @@ _EXACT = (
         "",
         "exact",
         positive=True,
-        calibrated_prompts=_SECOND_MOMENT_PROMPTS,
+        calibrated_prompts=SECOND_MOMENT_PROMPTS,
     ),
     MetricInfo(
         "kl_seq_exact",
@@ -576,10 +520,12 @@ _EXACT = (
         "nats",
         "exact",
         positive=True,
-        calibrated_prompts=_SECOND_MOMENT_PROMPTS,
+        calibrated_prompts=SECOND_MOMENT_PROMPTS,
         estimator="The estimate of the sequence KL with the least variance. Positions that are drawn unequally have "
         "weights of their inverse chance.",
     ),
 )
 
-CATALOG: dict[str, MetricInfo] = {info.key: info for info in (*_TOKEN, *_SEQUENCE, *_EXACT)}
+CATALOG: dict[str, MetricInfo] = {
+    info.key: info for info in (*_TOKEN, *FURTHER_TOKEN, *_SEQUENCE, *FURTHER_SEQUENCE, *_EXACT)
+}

@@ -133,6 +133,13 @@ def group_sums(group: Ints, values: NDArray[Any], n_groups: int) -> Floats:
     return np.bincount(group, weights=values, minlength=n_groups).astype(np.float64, copy=False)
 
 
+def run_sums(values: NDArray[Any], start: Ints) -> Floats:
+    """`[s]` float64 sums of the runs of `values` `[n]` that begin at `start` `[s]`, increasing from 0."""
+    if values.dtype == np.bool_:  # ten times as fast as sums of converted values, and as exact
+        return np.add.reduceat(values.view(np.uint8), start, dtype=np.int64).astype(np.float64)
+    return np.add.reduceat(values, start, dtype=np.float64)
+
+
 @dataclass(frozen=True)
 class SequenceRows:
     """The sequences of a chunk that have tokens.
@@ -208,7 +215,7 @@ class TokenChunk:
 
     def per_sequence(self, values: NDArray[Any]) -> Floats:
         """`[s]` sums of `values` `[n]`."""
-        return np.add.reduceat(values, self.start, dtype=np.float64)
+        return run_sums(values, self.start)
 
     def per_prompt(self, values: NDArray[Any]) -> Floats:
         """`[P]` sums of `values` `[n]`."""
@@ -245,6 +252,16 @@ class TokenChunk:
     @cached_property
     def _ratio_excess(self) -> Floats:
         return scales.shifted_expm1(self.log_ratio, 0.0)
+
+    def k3(self, shift: float) -> Floats:
+        """`[n]` (expm1(d) − d)·exp(−`shift`); kept where `shift` is 0."""
+        return self.k3_values if shift == 0.0 else scales.shifted_k3(self.log_ratio, shift)
+
+    @cached_property
+    def k3_values(self) -> Floats:
+        """`[n]` expm1(d) − d, infinite where that overflows."""
+        with np.errstate(over="ignore"):
+            return scales.k3(self.log_ratio)
 
     @cached_property
     def rollout_prob(self) -> Floats:

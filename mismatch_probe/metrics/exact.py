@@ -145,6 +145,7 @@ class ExactRows:
         prompt: `[R]` prompt of each position, 0 … P−1.
         tokens: `[P]` response tokens of each prompt, compared or not.
         sequences: `[P]` sequences of each prompt.
+        sequence: `[R]` index of each position's sequence in the pair; None where that is not known.
     """
 
     values: Mapping[str, Floats]
@@ -153,6 +154,7 @@ class ExactRows:
     prompt: NDArray[np.int64]
     tokens: Floats
     sequences: Floats
+    sequence: NDArray[np.int64] | None = None
 
     @property
     def mean_weight(self) -> float:
@@ -165,6 +167,19 @@ class ExactRows:
         One can be infinite where another is not: below a mask on the rollout side only, KL(π‖μ) is and KL(μ‖π) is not.
         """
         return np.asarray(np.isfinite(np.stack([self.values[key] for key in keys])).all(axis=0))
+
+    def largest_kl(self, sequence: NDArray[np.int64], length: NDArray[np.int64]) -> Floats | None:
+        """`[S]` largest KL(μ‖π) of the tokens of each `sequence` `[S]`, increasing, which has `length` `[S]` tokens, at
+        least one. None where a token was not compared.
+        """
+        if self.sequence is None:
+            return None
+        row = np.searchsorted(sequence, self.sequence)
+        if not np.array_equal(np.bincount(row, minlength=len(sequence)), length):
+            return None
+        largest = np.full(len(sequence), -np.inf)
+        np.maximum.at(largest, row, self.values["kl"])
+        return largest
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -81,6 +81,7 @@ def pair_chunks(
     trainer_columns: Sequence[str] = (),
     reference_pass: str | None = None,
     special_ids: Sequence[int] | None = None,
+    rollout_entropy: bool = False,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> Iterator[PairArrays]:
     """The tokens that one pass sampled, with the log-probs of both sides, in chunks of whole sequences.
@@ -92,6 +93,8 @@ def pair_chunks(
         trainer_columns: Further columns of the trainer pass's tokens that the chunks are to carry.
         reference_pass: A third pass that scored them; chunks carry its log-probs as `reference_logprob`.
         special_ids: Where given, chunks carry what each token is made of as `token_kind`, see `metrics.curves`.
+        rollout_entropy: Whether chunks carry `rollout_entropy`, nats, NaN but at the positions at which the trainer
+            pass compared rows of logits; without such positions they do not.
         chunk_tokens: A chunk ends with the first sequence that brings it to this many tokens.
 
     Yields:
@@ -110,7 +113,11 @@ def pair_chunks(
         feeds.append(_Feed(run, reference_pass, sequences))
     source = run.source_of(rollout_pass)
     why = "" if source == rollout_pass else f"these tokens were sampled by {source}"
-    yield from _ahead(_pairs(sequences, feeds, why, chunk_tokens))
+    chunks = _pairs(sequences, feeds, why, chunk_tokens)
+    compared = _compared(run, rollout_pass, trainer_pass) if rollout_entropy else None
+    if compared is not None:
+        chunks = _with_entropies(chunks, sequences, compared)
+    yield from _ahead(chunks)
 
 
 def _pairs(sequences: PassSequences, feeds: Sequence[_Feed], why: str, chunk_tokens: int) -> Iterator[PairArrays]:
@@ -260,22 +267,51 @@ def exact_rows(run: PassTables, rollout_pass: str, trainer_pass: str, sums: Pair
     Raises:
         TableError: The table is missing or corrupt.
     """
-    table = run.exact(trainer_pass)
+    table = _compared(run, rollout_pass, trainer_pass)
     if table is None:
-        return None
-    table = table.filter(pc.equal(table["rollout_pass"].cast(pa.string()), rollout_pass))
-    if table.num_rows == 0:
         return None
     sequences = pass_sequences(run, rollout_pass)
     of = sums.sequences
+    sequence = np.searchsorted(sequences.ids, table["sequence_id"].to_numpy())
     return ExactRows(
         values={name: table[name].to_numpy() for name in DIVERGENCES},
         weight=table["weight"].to_numpy(),
         stands_for=table["stands_for"].to_numpy(),
-        prompt=sequences.prompt[np.searchsorted(sequences.ids, table["sequence_id"].to_numpy())],
+        prompt=sequences.prompt[sequence],
+        sequence=sequence,
         tokens=group_sums(of.prompt, of.length, sums.n_prompts),
         sequences=np.bincount(of.prompt, minlength=sums.n_prompts).astype(np.float64),
     )
+
+
+def _compared(run: PassTables, rollout_pass: str, trainer_pass: str) -> pa.Table | None:
+    """The rows of `exact_rows`; None without any."""
+    table = run.exact(trainer_pass)
+    if table is None:
+        return None
+    table = table.filter(pc.equal(table["rollout_pass"].cast(pa.string()), rollout_pass))
+    return table if table.num_rows else None
+
+
+def _with_entropies(chunks: Iterator[PairArrays], sequences: PassSequences, compared: pa.Table) -> Iterator[PairArrays]:
+    """The same chunks, with the entropy of the rollout at the positions that were compared."""
+    index = np.searchsorted(sequences.ids, compared["sequence_id"].to_numpy())
+    keys = _place(index, compared["position"].to_numpy())
+    order = np.argsort(keys)
+    keys, entropy = keys[order], compared["entropy_rollout"].to_numpy()[order]
+    for chunk in chunks:
+        column = np.full(len(chunk.sequence), np.nan)
+        tokens = _place(chunk.sequence, chunk.position)
+        if len(tokens):
+            at = np.minimum(np.searchsorted(keys, tokens), len(keys) - 1)
+            found = keys[at] == tokens
+            column[found] = entropy[at[found]]
+        yield replace(chunk, columns={**chunk.columns, "rollout_entropy": column})
+
+
+def _place(sequence: NDArray[np.int64], position: NDArray[Any]) -> NDArray[np.int64]:
+    """`[N]` one number for sequence and position, which sorts as both do."""
+    return np.asarray(sequence * (1 << 32) + position, dtype=np.int64)
 
 
 def self_noise_of(run: PassTables, pass_id: str, self_noise_pass: str) -> SelfNoise:
@@ -288,7 +324,7 @@ def self_noise_of(run: PassTables, pass_id: str, self_noise_pass: str) -> SelfNo
     batches = run.iter_tokens(pass_id, columns, ids=_bounds(ids))
     kept = [_arrays(batch.filter(pc.is_in(batch["sequence_id"], value_set=repeated))) for batch in batches]
     first = _concatenate(kept or [_no_rows(columns)])
-    key, wanted = (rows["sequence_id"] * (1 << 32) + rows["position"] for rows in (first, again))
+    key, wanted = (_place(rows["sequence_id"], rows["position"]) for rows in (first, again))
     # A repeat that went another way can be longer than the first run; only positions that both have can be compared.
     shared = np.isin(wanted, key)
     rows = np.searchsorted(key, wanted[shared])

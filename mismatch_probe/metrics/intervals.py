@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from scipy import special
 
 from mismatch_probe.metrics import scales
-from mismatch_probe.metrics.catalog import CALIBRATED_PROMPTS, CATALOG, calibrated_prompts
+from mismatch_probe.metrics.catalog import CATALOG, calibrated_prompts
 from mismatch_probe.metrics.inference import UPPER_TAIL as UPPER_TAIL
 from mismatch_probe.metrics.inference import Floats as Floats
 from mismatch_probe.metrics.inference import (
@@ -37,6 +37,7 @@ from mismatch_probe.metrics.inference import (
 )
 from mismatch_probe.metrics.inference import Interval as Interval
 from mismatch_probe.metrics.inference import Working as Working
+from mismatch_probe.metrics.info import CALIBRATED_PROMPTS
 from mismatch_probe.types import MetricValue
 
 UNCALIBRATED = f"uncalibrated: fewer than {CALIBRATED_PROMPTS} prompts"
@@ -370,7 +371,7 @@ def _squared_half_width(hits: Floats, counts: Floats, heavy_tailed: bool) -> flo
 
 
 def quantile_interval(
-    values: Floats, prompt: NDArray[np.int64], length: NDArray[np.int64], level: float
+    values: Floats, prompt: NDArray[np.int64], length: NDArray[np.int64], level: float, *, absolute: bool = False
 ) -> tuple[float, Interval | None]:
     """A quantile and its prompt-clustered interval (Woodruff 1952).
 
@@ -379,12 +380,20 @@ def quantile_interval(
         prompt: `[S]` prompt of each sequence.
         length: `[S]` values of each sequence.
         level: The quantile's level, e.g. 0.99.
+        absolute: Whether it is of |values|, of which no more than one copy is then held.
 
     Returns:
         The quantile and its limits, None below 2 prompts. No limit can lie beyond the largest value seen.
     """
     tail = 1 - level
-    value, start = map(float, np.quantile(values, (level, max(0.0, 1 - _TAILS * tail))))
+
+    def copied() -> Floats:
+        return np.abs(values) if absolute else values.copy()
+
+    def quantiles(*levels: float) -> tuple[float, ...]:
+        return tuple(np.quantile(copied(), levels, overwrite_input=True).tolist())
+
+    value, start = quantiles(level, max(0.0, 1 - _TAILS * tail))
     counts = np.bincount(prompt, weights=length).astype(np.float64, copy=False)
 
     def share(prompts: NDArray[np.int64]) -> Interval | None:
@@ -395,19 +404,19 @@ def quantile_interval(
         return interval is None or interval[0] <= tail
 
     # Both limits lie in the tail, where it is long enough to hold them.
-    beyond = np.flatnonzero(values >= start)
+    beyond = np.flatnonzero((np.abs(values) if absolute else values) >= start)
     owner = prompt[np.searchsorted(np.cumsum(length), beyond, side="right")]
-    values_beyond = values[beyond]
+    values_beyond = np.abs(values[beyond]) if absolute else values[beyond]
     interval = share(owner[values_beyond > value])
     if interval is None:
         return value, None
     if np.count_nonzero(values_beyond == value) <= 1:
-        low, high = np.quantile(values, (1 - interval[1], 1 - interval[0]))
-        return value, (min(value, float(low)), max(value, float(high)))
+        low, high = quantiles(1 - interval[1], 1 - interval[0])
+        return value, (min(value, low), max(value, high))
     # Among ties the share above the value is not 1 − level: the limits are the last values that the share of values
     # beyond them does not exclude.
     if possible(share(owner[values_beyond > start])):
-        values_beyond, owner = values, np.repeat(prompt, length)
+        values_beyond, owner = copied(), np.repeat(prompt, length)
     points = np.unique(values_beyond)
     at = int(np.searchsorted(points, value))
     low = _last(points[: at + 1][::-1], lambda point: possible(share(owner[values_beyond > point])))

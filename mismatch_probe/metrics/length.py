@@ -23,10 +23,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import special
 
-from mismatch_probe.metrics.catalog import CALIBRATED_PROMPTS
 from mismatch_probe.metrics.chunks import Ints, group_sums
 from mismatch_probe.metrics.growth import MODELS, OUTSIDE, GrowthDraws, GrowthSample, bands
 from mismatch_probe.metrics.inference import degrees_of_freedom, excess_kurtosis
+from mismatch_probe.metrics.info import CALIBRATED_PROMPTS
 from mismatch_probe.metrics.intervals import UNCALIBRATED, Floats, join_why
 from mismatch_probe.metrics.ratio_test import NEGLIGIBLE
 from mismatch_probe.metrics.sums import Prefixes

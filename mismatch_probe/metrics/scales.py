@@ -44,6 +44,19 @@ def log_mean_exp(shift: float) -> Working:
     return lambda means: shift + np.log(math.exp(-shift) + means[..., 0])
 
 
+def log_ratio_of_means(means: NDArray[Any]) -> NDArray[Any]:
+    return np.asarray(np.log(means[..., 0]) - np.log(means[..., 1]))
+
+
+def log_temperature(side: float) -> Working:
+    """log of the temperature T of π ∝ μ^(1/T) from the means of (x·d, x²), x = log-prob + entropy of what was sampled.
+
+    Args:
+        side: 1 where the rollout's distribution was sampled from, T = 1/(1 + δ); −1 for the trainer's, T = 1 − g.
+    """
+    return lambda means: -side * (np.log(means[..., 1] + side * means[..., 0]) - np.log(means[..., 1]))
+
+
 def log_variance(means: NDArray[Any]) -> NDArray[Any]:
     """log of the population variance of y from the means of (y, y²)."""
     return np.asarray(np.log(_non_negative(means[..., 1] - means[..., 0] ** 2)))
@@ -95,6 +108,10 @@ def exp(x: float) -> float:
 
 def expm1(x: float) -> float:
     return float(np.expm1(x))
+
+
+def one_plus(x: float) -> float:
+    return 1.0 + x
 
 
 def one_plus_exp(x: float) -> float:

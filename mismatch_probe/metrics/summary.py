@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mismatch_probe.metrics import scales
 from mismatch_probe.metrics.accumulate import PairSums, as_sums
 from mismatch_probe.metrics.catalog import CATALOG
-from mismatch_probe.metrics.chunks import usable_rows
 from mismatch_probe.metrics.exact import ExactRows, exact_metrics
+from mismatch_probe.metrics.further import further_sequence_metrics, further_token_metrics
 from mismatch_probe.metrics.intervals import (
-    NO_INTERVAL,
     Estimate,
     Floats,
     Working,
@@ -25,8 +23,6 @@ from mismatch_probe.metrics.intervals import (
     kish,
     quantile_interval,
     rare_share_interval,
-    share_interval,
-    with_interval,
 )
 from mismatch_probe.metrics.sample import (
     SPREAD_PROMPTS,
@@ -35,14 +31,14 @@ from mismatch_probe.metrics.sample import (
     Tokens,
     count_excluded,
     few_decide,
+    of_probabilities,
     usable_sequences,
     usable_tokens,
 )
-from mismatch_probe.types import MetricValue, PairArrays
+from mismatch_probe.types import MetricValue
 
 Result = Estimate | MetricValue
 
-LARGEST_LOGPROB = 150.0
 # C of truncated importance sampling.
 TRUNCATION = 2.0
 # Lengths whose standard deviation is below this share of their mean carry no slope.
@@ -56,10 +52,6 @@ NEGLIGIBLE_VARIANCE = 1e-4
 Rows = TypeVar("Rows")
 NO_TOKENS = "there are no response tokens"
 OFF_POLICY = "the rollout policy did not sample these tokens"
-STEP_KEYS = ("mean_abs_logprob_diff", "kl_k1", "kl_k3", "token_mult_prob_error", "mean_ratio", "ess_seq")
-# A run of thousands of steps is shown by a selection: intervals of every single one would take minutes.
-MOST_STEPS = 400
-_REPLICATES = 200
 
 
 def token_metrics() -> dict[str, Callable[[Tokens], Result]]:
@@ -69,10 +61,10 @@ def token_metrics() -> dict[str, Callable[[Tokens], Result]]:
         "rms_logprob_diff": _rms_logprob_diff,
         "p99_abs_logprob_diff": _p99_abs_logprob_diff,
         "max_abs_logprob_diff": lambda tokens: MetricValue(tokens.sums.ranges["abs_log_ratio"].high),
-        "mean_abs_prob_diff": _of_probabilities(lambda tokens: tokens.mean(tokens.sums.abs_prob_diff)),
-        "std_prob_diff": _of_probabilities(lambda tokens: tokens.variance(tokens.sums.prob_gap, 0.5, scales.exp)),
-        "max_abs_prob_diff": _of_probabilities(lambda tokens: MetricValue(tokens.sums.prob_gap.ranges[0].high)),
-        "pearson_prob": _of_probabilities(_pearson_prob),
+        "mean_abs_prob_diff": of_probabilities(lambda tokens: tokens.mean(tokens.sums.abs_prob_diff)),
+        "std_prob_diff": of_probabilities(lambda tokens: tokens.variance(tokens.sums.prob_gap, 0.5, scales.exp)),
+        "max_abs_prob_diff": of_probabilities(lambda tokens: MetricValue(tokens.sums.prob_gap.ranges[0].high)),
+        "pearson_prob": of_probabilities(_pearson_prob),
         "kl_k1": lambda tokens: tokens.estimate([-tokens.sums.log_ratio], scales.plain, scales.as_is),
         "kl_k2": lambda tokens: tokens.mean(0.5 * tokens.sums.squared_log_ratio),
         "kl_k3": _kl_k3,
@@ -81,22 +73,11 @@ def token_metrics() -> dict[str, Callable[[Tokens], Result]]:
         "chi2_token": lambda tokens: tokens.mean_power(2, tokens.sums.squared_ratio, scales.expm1),
         "ess_token": lambda tokens: tokens.ess(),
         "mean_ratio": lambda tokens: tokens.mean_power(1, tokens.sums.ratio, scales.exp, column=1),
-        "frac_outside_clip": _frac_outside_clip,
+        "frac_outside_clip": lambda tokens: tokens.share("frac_outside_clip", tokens.sums.outside_clip),
         "confident_disagreement_rate": _confident_disagreement_rate,
         "confident_disagreement_count": lambda tokens: MetricValue(float(tokens.sums.confident.sum())),
+        **further_token_metrics(),
     }
-
-
-def _of_probabilities(metric: Callable[[Tokens], Result]) -> Callable[[Tokens], Result]:
-    """`metric`, unless a broken engine's log-probs are so far above 0 that their exponentials cannot be squared."""
-
-    def guarded(tokens: Tokens) -> Result:
-        largest = max(tokens.sums.ranges[name].high for name in ("rollout_logprob", "trainer_logprob"))
-        if largest > LARGEST_LOGPROB:
-            return MetricValue(None, why=f"a log-prob is {largest:.4g}, so its probability overflows float64")
-        return metric(tokens)
-
-    return guarded
 
 
 def _rms_logprob_diff(tokens: Tokens) -> Estimate:
@@ -105,15 +86,8 @@ def _rms_logprob_diff(tokens: Tokens) -> Estimate:
 
 def _p99_abs_logprob_diff(tokens: Tokens) -> MetricValue:
     of = tokens.pair.sequences
-    value, interval = quantile_interval(tokens.pair.abs_log_ratio, of.prompt, of.n_usable, 0.99)
-    return _with_limits("p99_abs_logprob_diff", tokens, value, interval)
-
-
-def _with_limits(key: str, tokens: Tokens, value: float, interval: tuple[float, float] | None) -> MetricValue:
-    if interval is None:
-        return MetricValue(value, why=NO_INTERVAL)
-    counts = tokens.sums.counts
-    return with_interval(value, interval, int(np.count_nonzero(counts)), key=key, effective=kish(counts))
+    value, interval = quantile_interval(tokens.pair.log_ratio, of.prompt, of.n_usable, 0.99, absolute=True)
+    return tokens.with_limits("p99_abs_logprob_diff", value, interval)
 
 
 def _pearson_prob(tokens: Tokens) -> Result:
@@ -133,12 +107,6 @@ def _kl_k3(tokens: Tokens) -> Estimate:
 def _token_mult_prob_error(tokens: Tokens) -> Estimate:
     excess = tokens.sums.abs_ratio
     return tokens.estimate([excess.sums[:, 0]], scales.log_shifted_mean(excess.shift), scales.one_plus_exp)
-
-
-def _frac_outside_clip(tokens: Tokens) -> MetricValue:
-    value = float(tokens.sums.outside_clip.sum() / len(tokens))
-    interval = share_interval(tokens.sums.outside_clip, tokens.sums.counts, heavy_tailed=True)
-    return _with_limits("frac_outside_clip", tokens, value, interval)
 
 
 def _confident_disagreement_rate(tokens: Tokens) -> MetricValue:
@@ -171,6 +139,7 @@ def sequence_metrics() -> dict[str, Callable[[Sequences], Result]]:
         "log_ppl_diff": lambda seqs: seqs.estimate([_log_ppl_diff(seqs)], scales.plain, scales.as_is),
         "ppl_ratio": lambda seqs: seqs.mean_exp(_log_ppl_diff(seqs), scales.exp),
         "seq_mult_prob_error_max": _seq_mult_prob_error_max,
+        **further_sequence_metrics(),
     }
 
 
@@ -291,7 +260,7 @@ def compute_metrics(
     n_tokens, n_sequences = sums.n_tokens, len(sums.sequences.length)
     if n_tokens == 0:
         return dict.fromkeys((key for key in CATALOG if key in keys), MetricValue(None, why=NO_TOKENS))
-    tokens, sequences = usable_tokens(sums), usable_sequences(sums)
+    tokens, sequences = usable_tokens(sums), usable_sequences(sums, exact)
     no_token = f"none of the {n_tokens} tokens has usable log-probs"
     no_sequence = f"none of the {n_sequences} sequences has usable log-probs throughout"
     of_tokens = {key: metric for key, metric in token_metrics().items() if key in keys}
@@ -333,66 +302,3 @@ def off_policy_why(pair: PairTokens, key: str) -> str:
 
 def _annotate(value: MetricValue, note: str) -> MetricValue:
     return value if value.value is None else replace(value, why=join_why(note, value.why))
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """A training step.
-
-    Attributes:
-        step: Its number in the file.
-        n_tokens: Response tokens.
-        metrics: The metrics of `STEP_KEYS`.
-    """
-
-    step: int
-    n_tokens: int
-    metrics: dict[str, MetricValue]
-
-
-class StepSums:
-    """Sums of a pair by training step; fed chunk by chunk.
-
-    Args:
-        step: `[S]` step of each sequence of the pair; None where there are no steps, and then nothing is kept.
-    """
-
-    def __init__(self, step: NDArray[np.int64] | None) -> None:
-        self._step = step
-        known = np.empty(0, np.int64) if step is None else np.unique(step)
-        if len(known) > MOST_STEPS:
-            known = known[np.linspace(0, len(known) - 1, MOST_STEPS).round().astype(np.int64)]
-        self._kept = {int(value) for value in known}
-        self._sums: dict[int, PairSums] = {}
-        self._own: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
-
-    def update(self, chunk: PairArrays) -> None:
-        """Takes in a chunk of whole sequences."""
-        if self._step is None:
-            return
-        of_token = self._step[chunk.sequence]
-        for step in np.unique(of_token).tolist():
-            if step not in self._kept:
-                continue
-            rows = of_token == step
-            part = self._part(chunk, step, rows)
-            self._sums.setdefault(step, PairSums(part)).update(part)
-
-    def _part(self, chunk: PairArrays, step: int, rows: NDArray[np.bool_]) -> PairArrays:
-        """A step's tokens of a chunk, its sequences and prompts counted from 0: sums are kept for its own alone."""
-        if step not in self._own:
-            sequences = np.flatnonzero(self._step == step)
-            self._own[step] = sequences, np.unique(chunk.prompt[sequences], return_inverse=True)[1].astype(np.int64)
-        sequences, prompt = self._own[step]
-        names = ("rollout_logprob", "trainer_logprob", "position")
-        tokens = {name: getattr(chunk, name)[rows] for name in names}
-        sequence = np.searchsorted(sequences, chunk.sequence[rows])
-        usable = usable_rows(chunk)[rows]
-        return replace(chunk, **tokens, sequence=sequence, prompt=prompt, prompt_ids=(), columns={}, usable=usable)
-
-    def results(self, *, seed: int = 0) -> list[StepResult]:
-        """By step, in their order."""
-        return [
-            StepResult(step, sums.n_tokens, compute_metrics(sums, keys=STEP_KEYS, seed=seed, replicates=_REPLICATES))
-            for step, sums in sorted(self._sums.items())
-        ]

@@ -10,12 +10,13 @@ from mismatch_probe.metrics.accumulate import PairSums
 from mismatch_probe.metrics.curves import COLUMN_EDGES
 from mismatch_probe.metrics.exact import ESTIMATOR_COLUMNS, ExactRows, estimator_costs, exact_metrics
 from mismatch_probe.metrics.frame import exact_rows, pair_chunks, pass_sequences
+from mismatch_probe.metrics.groups import STEP, Grouping, GroupSums
 from mismatch_probe.metrics.intervals import Estimate
 from mismatch_probe.metrics.ladder import BudgetSums
 from mismatch_probe.metrics.power import PromptsNeeded, prompts_needed
 from mismatch_probe.metrics.ratio_test import ratio_tests
 from mismatch_probe.metrics.sample import usable_tokens
-from mismatch_probe.metrics.summary import StepSums, compute_metrics, token_metrics
+from mismatch_probe.metrics.summary import compute_metrics, token_metrics
 from mismatch_probe.metrics.sums import Prefixes, PrefixSums
 from mismatch_probe.passes import PassId
 from mismatch_probe.results.comparison import Pair, PairName
@@ -86,10 +87,12 @@ def analyse_pair(run: RunDirectory, passes: Passes, both: PassPair, seed: int) -
         trainer_columns=("entropy", "rank"),
         reference_pass=reference,
         special_ids=run.manifest.special_token_ids,
+        rollout_entropy=True,
     )
     sums: PairSums | None = None
     budget: BudgetSums | None = None
-    steps = StepSums(pass_sequences(run, rollout_pass).step)
+    step = pass_sequences(run, rollout_pass).step
+    groups = GroupSums([] if step is None else [Grouping(STEP, step)])
     prefixes: PrefixSums | None = None
     for chunk in chunks:
         if sums is None:
@@ -97,7 +100,7 @@ def analyse_pair(run: RunDirectory, passes: Passes, both: PassPair, seed: int) -
             budget = BudgetSums(sums.n_prompts) if reference is not None else None
             prefixes = PrefixSums() if both.diagonal and chunk.on_policy else None
         sums.update(chunk)
-        steps.update(chunk)
+        groups.update(chunk)
         if prefixes is not None:
             prefixes.update(chunk)
         if budget is not None and len(chunk.sequence):
@@ -112,7 +115,7 @@ def analyse_pair(run: RunDirectory, passes: Passes, both: PassPair, seed: int) -
             "estimators": tuple(estimator_costs(exact)) if exact is not None and compared else None,
             "ratio_tests": tuple(ratio_tests(sums, seed=seed)) if sums.on_policy and sums.n_usable else (),
             "prompts_needed": _prompts_needed(sums, exact) if both.diagonal and sums.n_usable else {},
-            "steps": tuple(steps.results(seed=seed)),
+            "groups": tuple(groups.results(seed=seed)),
         }
     )
     return PairResult(both, pair, sums, None if prefixes is None else prefixes.result())

@@ -16,6 +16,7 @@ from mismatch_probe.report.data import (
     noise_floor,
     ordered_pairs,
     pair_label,
+    steps_of,
 )
 from mismatch_probe.report.format import (
     NONE,
@@ -456,17 +457,17 @@ def _power(summary: Comparison) -> tuple[Section, ...]:
 
 def _training_steps(summary: Comparison) -> tuple[Section, ...]:
     modes = modes_of(summary)
-    pairs = [pair for pair in ordered_pairs(summary) if pair.steps]
-    keys = list(dict.fromkeys(key for pair in pairs for step in pair.steps for key in step.metrics))
+    pairs = [pair for pair in ordered_pairs(summary) if steps_of(pair)]
+    keys = list(dict.fromkeys(key for pair in pairs for step in steps_of(pair) for key in step.metrics))
     rows = [
         row(
             pair_label(pair, modes),
-            str(step.step),
+            step.label,
             plain(step.n_tokens),
             *(estimate(step.metrics.get(key)) for key in keys),
         )
         for pair in pairs
-        for step in pair.steps
+        for step in steps_of(pair)
     ]
     header = columns("pair", "step", *numeric("tokens", *map(metric_title, keys)))
     legend = "The mismatch of each training step that the recorded sequences name."

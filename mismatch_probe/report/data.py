@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from mismatch_probe.metrics.curves import BinnedDiff, Ccdf, LengthCurve, PolicyDensity
+    from mismatch_probe.metrics.groups import GroupResult
     from mismatch_probe.metrics.length_prediction import LengthForecast
     from mismatch_probe.report.model import TokenSequence
     from mismatch_probe.results.attribution import Attribution
@@ -214,6 +215,11 @@ def ordered_pairs(summary: Comparison) -> list[Pair]:
     return sorted(
         summary.pairs, key=lambda pair: (rollouts.index(pair.rollout_dtype), trainers.index(pair.trainer_dtype))
     )
+
+
+def steps_of(pair: Pair) -> list[GroupResult]:
+    """The pair's training steps, in their order."""
+    return [group for group in pair.groups if group.key == "step"]
 
 
 def has_exact(summary: Comparison) -> bool:

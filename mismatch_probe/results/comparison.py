@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from mismatch_probe.metrics.chunks import ExcludedValue
 from mismatch_probe.metrics.curves import WhereBin
 from mismatch_probe.metrics.exact import EstimatorCost
+from mismatch_probe.metrics.groups import STEP, GroupResult
 from mismatch_probe.metrics.length_prediction import LengthPrediction
 from mismatch_probe.metrics.paired import PairedComparison
 from mismatch_probe.metrics.power import PromptsNeeded
 from mismatch_probe.metrics.ratio_test import RatioTest
 from mismatch_probe.metrics.self_noise import SelfNoise
-from mismatch_probe.metrics.summary import StepResult
 from mismatch_probe.results.base import Document, Result
 from mismatch_probe.results.finding import Finding
 from mismatch_probe.types import MetricValue
@@ -99,8 +99,8 @@ class Pair(PairName):
     """Whether the mean importance ratio is 1; empty off policy, where it need not be."""
     prompts_needed: dict[str, PromptsNeeded] = {}
     """How many more prompts a few metrics need for ±5 %, by key; pairs of equal dtypes only."""
-    steps: tuple[StepResult, ...] = ()
-    """Metrics of each training step of a recorded run whose sequences name theirs."""
+    groups: tuple[GroupResult, ...] = ()
+    """Metrics of parts of the pair: by `step`, where recorded sequences name their training step."""
     self_noise: PairSelfNoise = PairSelfNoise()
     """Each side against itself."""
 
@@ -169,7 +169,7 @@ class Comparison(Document):
     """`summary.json` of a run folder."""
 
     KIND: ClassVar[str] = "comparison"
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
     OLDEST: ClassVar[int] = 2
     AGAIN: ClassVar[str] = "mismatch-probe report {folder}"
 
@@ -197,3 +197,21 @@ class Comparison(Document):
     """What follows from the numbers, the most important first."""
     limits: tuple[LimitCheck, ...] = ()
     """The limits of `--fail-on`, at every pair that they apply to."""
+
+    @classmethod
+    def upgrade(cls, raw: dict[str, Any], version: int) -> dict[str, Any]:
+        """Schema 2 knew one kind of group: steps, by their number."""
+        if version != 2:
+            return super().upgrade(raw, version)
+        pairs = raw.get("pairs")
+        return {**raw, "pairs": [_with_groups(pair) for pair in pairs]} if isinstance(pairs, list) else raw
+
+
+def _with_groups(pair: Any) -> Any:
+    """What is no pair of schema 2 stays as it is and is refused with the name of its field."""
+    steps = pair.get("steps", []) if isinstance(pair, dict) else None
+    if not isinstance(steps, list) or not all(isinstance(step, dict) and "step" in step for step in steps):
+        return pair
+    rest = {name: value for name, value in pair.items() if name != "steps"}
+    groups = [{"key": STEP, "label": str(step["step"]), **step} for step in steps]
+    return {**rest, "groups": [{k: v for k, v in group.items() if k != "step"} for group in groups]}

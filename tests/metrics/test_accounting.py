@@ -15,9 +15,10 @@ from mismatch_probe.metrics.accumulate import as_sums
 from mismatch_probe.metrics.catalog import CATALOG
 from mismatch_probe.metrics.chunks import ExcludedValue, possible, usable
 from mismatch_probe.metrics.corrections import touched_shares
+from mismatch_probe.metrics.groups import Grouping, GroupSums
 from mismatch_probe.metrics.ladder import BudgetSums
 from mismatch_probe.metrics.self_noise import self_noise
-from mismatch_probe.metrics.summary import StepSums, compute_metrics
+from mismatch_probe.metrics.summary import compute_metrics
 from mismatch_probe.metrics.sums import PrefixSums
 from mismatch_probe.types import PairArrays
 
@@ -201,7 +202,7 @@ def test_whatever_else_reads_a_pair_leaves_the_same_tokens_out(make_pair: Any) -
     for value in (-9999.0, math.nan):
         pair.rollout_logprob[4] = value
         chunk = replace(judged(pair), columns={"reference_logprob": reference})
-        prefixes, budget, steps = PrefixSums(), BudgetSums(4), StepSums(np.array([0, 0, 1, 1]))
+        prefixes, budget, steps = PrefixSums(), BudgetSums(4), GroupSums([Grouping("step", np.array([0, 0, 1, 1]))])
         for sums in (prefixes, budget, steps):
             sums.update(chunk)  # type: ignore[attr-defined]
         assert prefixes.result().n_cut == 1

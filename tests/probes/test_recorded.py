@@ -15,7 +15,7 @@ import mismatch_probe
 from mismatch_probe.config import CompareConfig
 from mismatch_probe.errors import IngestError, Interrupted, UsageError
 from mismatch_probe.metrics.chunks import ExcludedValue
-from mismatch_probe.metrics.summary import STEP_KEYS, StepSums
+from mismatch_probe.metrics.groups import GROUP_KEYS, Grouping, GroupSums
 from mismatch_probe.run import Run
 from mismatch_probe.runs.comparison import RunDirectory
 from mismatch_probe.types import PairArrays
@@ -102,19 +102,21 @@ class TestBothSides:
         run = compare(path)
         assert pq.read_table(run.path / "sequences.parquet")["step"].to_pylist() == [0, 1, 0, 1]
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        for step in run.summary.pairs[0].steps:
-            of = [np.subtract(r["trainer_logprobs"], r["rollout_logprobs"]) for r in rows if r["step"] == step.step]
+        for step in run.summary.pairs[0].groups:
+            of = [
+                np.subtract(r["trainer_logprobs"], r["rollout_logprobs"]) for r in rows if r["step"] == int(step.label)
+            ]
             d = np.concatenate(of)
             assert step.n_tokens == len(d)
             assert step.metrics["mean_abs_logprob_diff"].value == pytest.approx(np.abs(d).mean(), rel=1e-6)
-            assert set(step.metrics) == set(STEP_KEYS)
+            assert set(step.metrics) == set(GROUP_KEYS)
 
     def test_long_runs_are_shown_by_a_selection_of_steps(
         self, compare: Compare, record: Record, monkeypatch: Any
     ) -> None:
-        monkeypatch.setattr("mismatch_probe.metrics.summary.MOST_STEPS", 2)
+        monkeypatch.setattr("mismatch_probe.metrics.groups.MOST_GROUPS", 2)
         run = compare(record(change=lambda i, row: row.update(step=10 * i)))
-        assert [step.step for step in run.summary.pairs[0].steps] == [0, 30]
+        assert [step.label for step in run.summary.pairs[0].groups] == ["0", "30"]
 
     def test_what_is_not_finite_is_counted(self, compare: Compare, record: Record) -> None:
         def spoil(index: int, row: dict[str, Any]) -> None:
@@ -244,9 +246,9 @@ class TestBothSides:
             np.arange(n),
             names,
         )
-        sums = StepSums(np.arange(n) // 8)
+        sums = GroupSums([Grouping("step", np.arange(n) // 8)])
         sums.update(pair)
-        assert {kept.n_prompts for kept in sums._sums.values()} == {8}
+        assert {kept.n_prompts for kept in sums._parts[0]._sums.values()} == {8}
         assert [result.n_tokens for result in sums.results()] == [8] * 50
 
 

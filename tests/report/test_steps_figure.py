@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mismatch_probe.metrics.summary import StepResult
+from mismatch_probe.metrics.groups import GroupResult
 from mismatch_probe.report.figures.sequences import has_steps, steps_figure
 from mismatch_probe.results.comparison import Comparison
 from tests.factories.comparison import absent, make_comparison, make_pair, value
@@ -16,8 +16,10 @@ KEYS = ("mean_abs_logprob_diff", "kl_k3", "ess_seq")
 def recorded(*means: float | None) -> Comparison:
     """A recorded run with a step for each of `means`."""
     found = [absent("no tokens") if mean is None else value(mean) for mean in means]
-    steps = tuple(StepResult(number, 1000, dict.fromkeys(KEYS, mean)) for number, mean in enumerate(found))
-    return make_comparison((), pairs=(make_pair("recorded", "recorded", "recorded", steps=steps),))
+    steps = tuple(
+        GroupResult("step", str(number), 1000, dict.fromkeys(KEYS, mean)) for number, mean in enumerate(found)
+    )
+    return make_comparison((), pairs=(make_pair("recorded", "recorded", "recorded", groups=steps),))
 
 
 def test_the_steps_figure_shows_every_step_and_its_band() -> None:

@@ -13,8 +13,8 @@ import math
 from collections.abc import Iterable
 from typing import get_args
 
-from mismatch_probe.metrics.catalog import CALIBRATED_PROMPTS
 from mismatch_probe.metrics.inference import UPPER_TAIL
+from mismatch_probe.metrics.info import CALIBRATED_PROMPTS
 from mismatch_probe.metrics.power import rounded_up
 from mismatch_probe.results.audit import Bounds, Check, Level, Settle, Verdict
 from mismatch_probe.results.finding import Finding, Severity

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mismatch_probe.report.data import ReportData, dtype_order, modes_of, ordered_pairs, pair_label
+from mismatch_probe.report.data import ReportData, dtype_order, modes_of, ordered_pairs, pair_label, steps_of
 from mismatch_probe.report.figures import figure
 from mismatch_probe.report.figures.style import Look, look, plot_settings, say
 from mismatch_probe.report.format import clipped, estimate, metric_title, visible
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
 
+    from mismatch_probe.metrics.groups import GroupResult
     from mismatch_probe.metrics.length_prediction import LengthForecast
-    from mismatch_probe.metrics.summary import StepResult
     from mismatch_probe.results.comparison import Comparison
     from mismatch_probe.types import MetricValue
 
@@ -173,7 +173,7 @@ _KEYS = ("mean_abs_logprob_diff", "kl_k3", "ess_seq")
 
 def has_steps(summary: Comparison) -> bool:
     """Whether some pair of a recorded run has more than one training step."""
-    return any(len(pair.steps) > 1 for pair in summary.pairs)
+    return any(len(steps_of(pair)) > 1 for pair in summary.pairs)
 
 
 @figure(
@@ -189,7 +189,7 @@ def has_steps(summary: Comparison) -> bool:
 def steps_figure(data: ReportData) -> Figure:
     """Mean |d|, k3 and ESS by training step, a line with its 95 % band per pair."""
     modes = modes_of(data.summary)
-    pairs = [pair for pair in ordered_pairs(data.summary) if pair.steps]
+    pairs = [pair for pair in ordered_pairs(data.summary) if steps_of(pair)]
     with plot_settings():
         drawing = Figure(figsize=(6.8, 7.2), layout="constrained")
         panels = drawing.subplots(len(_KEYS), 1, sharex=True)
@@ -198,7 +198,7 @@ def steps_figure(data: ReportData) -> Figure:
             axes.grid(visible=True, axis="y", color="#e4e4e4", linewidth=0.6)
             for index, pair in enumerate(pairs):
                 mark = look(pair.trainer_dtype, index)
-                _draw(axes, pair.steps, key, mark, visible(pair_label(pair, modes)))
+                _draw(axes, steps_of(pair), key, mark, visible(pair_label(pair, modes)))
             if not axes.lines:
                 say(axes, "no values")
             elif key != "ess_seq" and all((line.get_ydata() > 0).all() for line in axes.lines):
@@ -211,8 +211,8 @@ def steps_figure(data: ReportData) -> Figure:
     return drawing
 
 
-def _draw(axes: Axes, steps: Sequence[StepResult], key: str, mark: Look, label: str) -> None:
-    found = [(step.step, step.metrics[key]) for step in steps]
+def _draw(axes: Axes, steps: Sequence[GroupResult], key: str, mark: Look, label: str) -> None:
+    found = [(int(step.label), step.metrics[key]) for step in steps]
     rows = [(at, v.value, v.ci_low, v.ci_high) for at, v in found if v.value is not None]
     if not rows:
         return
