@@ -1,4 +1,4 @@
-"""Generated pages of the documentation: `make docs` writes `docs/cli.md`, `docs/metrics.md` and `docs/findings.md`."""
+"""Generated pages of the documentation: `make docs` writes pages of `PAGES` into `docs/`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import click
 
 from mismatch_probe.cli.main import cli
 from mismatch_probe.cli.options import SettingsCommand
+from mismatch_probe.ingest.formats import formats
+from mismatch_probe.ingest.keys import KEYS, Key
 from mismatch_probe.metrics.catalog import CATALOG, SYMBOLS
 from mismatch_probe.metrics.info import MetricInfo
 from mismatch_probe.report.words import Words, all_words
@@ -203,10 +205,64 @@ def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def dumps_page() -> str:
+    """Every format of a dump, and the keys of the generic one."""
+    found = sorted(formats().values(), key=lambda one: (one.project != "mismatch-probe", bool(one.refusal), one.name))
+    parts = [
+        "# Dumps that frameworks write",
+        _GENERATED.format("`mismatch_probe/ingest/formats/` and `mismatch_probe/ingest/keys.py`"),
+        "`mismatch-probe ingest DUMP -o RUN` reads a file or a folder with many steps and ranks; `compare --from` and "
+        "`audit --from` take the dump, or the folder of `ingest`. The format is told by its keys, or named with "
+        "`--format`. Field names change between releases: each reader names the version that it was written for, and "
+        "fails with the name of the key that is missing.",
+        "Pickles and `.pt` files can run code when they are opened, so they are read with `--trust-pickle` only.",
+        "## Formats",
+        _table(
+            ("format", "written for", "files", "log-probs", "how to switch it on"),
+            [
+                (f"`{one.name}`", one.written_for, ", ".join(one.containers), one.sides, one.switch)
+                for one in found
+                if not one.refusal
+            ],
+        ),
+        "## What cannot be used",
+        _table(
+            ("format", "written for", "why", "what to do"),
+            [(f"`{one.name}`", one.written_for, one.refusal, one.switch) for one in found if one.refusal],
+        ),
+        "## The generic format",
+        "JSON Lines, JSON or Parquet, a row per sequence. Lists run along the response; where a row has `token_ids` in "
+        "place of prompt and response, they run along all tokens, and `prompt_length`, or else the first 1 of "
+        "`loss_mask`, says where the response begins. `--map theirs=ours,…` names the columns of another layout.",
+        _table(
+            ("key", "values", "meaning"),
+            [(f"`{key.name}`", _values(key), key.meaning) for key in KEYS.values()],
+        ),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+_KINDS = {
+    "ids": "integer",
+    "logprob": "number or null",
+    "mask": "0 or 1",
+    "integer": "integer",
+    "number": "number",
+    "label": "text or integer",
+}
+
+
+def _values(key: Key) -> str:
+    where = {"list": "a list", "token": "per token", "row": "per row"}[key.per]
+    single = " or per row" if key.per == "token" and key.kind in ("integer", "number") else ""
+    return f"{_KINDS[key.kind]}, {where}{single}"
+
+
 PAGES: Mapping[str, Callable[[], str]] = {
     "cli.md": cli_page,
     "metrics.md": metrics_page,
     "findings.md": findings_page,
+    "dumps.md": dumps_page,
 }
 
 

@@ -82,6 +82,7 @@ def pair_chunks(
     reference_pass: str | None = None,
     special_ids: Sequence[int] | None = None,
     rollout_entropy: bool = False,
+    beside: Iterator[Rows] | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> Iterator[PairArrays]:
     """The tokens that one pass sampled, with the log-probs of both sides, in chunks of whole sequences.
@@ -95,6 +96,7 @@ def pair_chunks(
         special_ids: Where given, chunks carry what each token is made of as `token_kind`, see `metrics.curves`.
         rollout_entropy: Whether chunks carry `rollout_entropy`, nats, NaN but at the positions at which the trainer
             pass compared rows of logits; without such positions they do not.
+        beside: Further columns of the tokens, in their order and in parts of any length, that the chunks are to carry.
         chunk_tokens: A chunk ends with the first sequence that brings it to this many tokens.
 
     Yields:
@@ -113,18 +115,20 @@ def pair_chunks(
         feeds.append(_Feed(run, reference_pass, sequences))
     source = run.source_of(rollout_pass)
     why = "" if source == rollout_pass else f"these tokens were sampled by {source}"
-    chunks = _pairs(sequences, feeds, why, chunk_tokens)
+    chunks = _pairs(sequences, feeds, None if beside is None else _Beside(beside), why, chunk_tokens)
     compared = _compared(run, rollout_pass, trainer_pass) if rollout_entropy else None
     if compared is not None:
         chunks = _with_entropies(chunks, sequences, compared)
     yield from _ahead(chunks)
 
 
-def _pairs(sequences: PassSequences, feeds: Sequence[_Feed], why: str, chunk_tokens: int) -> Iterator[PairArrays]:
+def _pairs(
+    sequences: PassSequences, feeds: Sequence[_Feed], beside: _Beside | None, why: str, chunk_tokens: int
+) -> Iterator[PairArrays]:
     kept: list[Rows] = []
     size = 0
     for rows in _paired_rows(feeds):
-        kept.append(rows)
+        kept.append(rows if beside is None else rows | beside.take(len(rows["sequence"])))
         size += len(rows["sequence"])
         if size < chunk_tokens:
             continue
@@ -229,6 +233,28 @@ class _Feed:
 
     def _left(self) -> int:
         return len(self._rows["sequence"]) - self._next if self._rows else 0
+
+
+class _Beside:
+    """Columns of the same tokens that come in parts of their own."""
+
+    def __init__(self, parts: Iterator[Rows]) -> None:
+        self._parts = parts
+        self._rows: Rows = {}
+        self._next = 0
+
+    def take(self, n: int) -> Rows:
+        """The next `n` rows."""
+        taken: list[Rows] = []
+        while n > 0:
+            left = len(next(iter(self._rows.values()))) - self._next if self._rows else 0
+            if not left:
+                self._rows, self._next = next(self._parts), 0
+                continue
+            start, self._next = self._next, self._next + min(n, left)
+            taken.append({name: values[start : self._next] for name, values in self._rows.items()})
+            n -= self._next - start
+        return _concatenate(taken)
 
 
 def _concatenate(parts: list[Rows]) -> Rows:

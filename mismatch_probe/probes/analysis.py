@@ -26,6 +26,7 @@ from mismatch_probe.metrics.paired import compare_pairs
 from mismatch_probe.metrics.ratio_test import RatioTest, adjusted_together
 from mismatch_probe.passes import PassId
 from mismatch_probe.probes.findings import findings, format_ratio
+from mismatch_probe.probes.groups import recorded_groups
 from mismatch_probe.probes.pairs import PairResult, PassPair, analyse_pair, why_missing
 from mismatch_probe.report.data import Curves, ReportData, WorstToken
 from mismatch_probe.report.model import Token, TokenSequence
@@ -174,15 +175,16 @@ def analyse(run: RunDirectory) -> Analysis:
     Raises:
         TableError: A table is missing or corrupt.
     """
-    passes, results, missing = run.passes, [], []
+    passes, results, missing, seed = run.passes, [], [], run.manifest.config.seed
+    recorded = recorded_groups(run)
     for both in [PassPair(rollout, trainer) for rollout in passes.rollouts for trainer in passes.trainers]:
         why = why_missing(run, both)
         if why:
             missing.append(MissingPair(**dict(both.name), why=why))
         else:
-            results.append(analyse_pair(run, passes, both, run.manifest.config.seed))
+            results.append(analyse_pair(run, passes, both, seed, recorded))
     others = [both for pair in passes.beside if not why_missing(run, both := PassPair(*pair))]
-    beside = [analyse_pair(run, passes, both, run.manifest.config.seed).pair for both in others]
+    beside = [analyse_pair(run, passes, both, seed, recorded).pair for both in others]
     noise = {name: found for name in run.finished_passes() if (found := _self_noise_pass(run, name)) is not None}
     together = adjusted_together([result.pair.ratio_tests for result in results]) if results else []
     completed = [_completed(result, tests, noise) for result, tests in zip(results, together, strict=True)]

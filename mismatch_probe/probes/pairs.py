@@ -19,6 +19,7 @@ from mismatch_probe.metrics.sample import usable_tokens
 from mismatch_probe.metrics.summary import compute_metrics, token_metrics
 from mismatch_probe.metrics.sums import Prefixes, PrefixSums
 from mismatch_probe.passes import PassId
+from mismatch_probe.probes.groups import RecordedGroups
 from mismatch_probe.results.comparison import Pair, PairName
 from mismatch_probe.runs.comparison import RunDirectory
 from mismatch_probe.runs.passes import Passes
@@ -70,8 +71,17 @@ class PairResult:
     prefixes: Prefixes | None
 
 
-def analyse_pair(run: RunDirectory, passes: Passes, both: PassPair, seed: int) -> PairResult:
+def analyse_pair(
+    run: RunDirectory, passes: Passes, both: PassPair, seed: int, recorded: RecordedGroups | None = None
+) -> PairResult:
     """Reads the two passes, and the reference where it has scored these tokens, once.
+
+    Args:
+        run: Of the two passes.
+        passes: Of the run.
+        both: The two passes.
+        seed: Of the intervals.
+        recorded: By what the tokens can be sorted; None where no dump says.
 
     Raises:
         TableError: A table is missing or corrupt, or the passes do not hold the same tokens.
@@ -88,11 +98,13 @@ def analyse_pair(run: RunDirectory, passes: Passes, both: PassPair, seed: int) -
         reference_pass=reference,
         special_ids=run.manifest.special_token_ids,
         rollout_entropy=True,
+        beside=None if recorded is None else recorded.columns(),
     )
     sums: PairSums | None = None
     budget: BudgetSums | None = None
     step = pass_sequences(run, rollout_pass).step
-    groups = GroupSums([] if step is None else [Grouping(STEP, step)])
+    by_step = [] if step is None else [Grouping(STEP, step)]
+    groups = GroupSums(by_step if recorded is None else recorded.groupings)
     prefixes: PrefixSums | None = None
     for chunk in chunks:
         if sums is None:

@@ -54,7 +54,7 @@ from mismatch_probe.report.model import (
     section,
     table,
 )
-from mismatch_probe.report.recorded import beside_section, lead_sections, meaning_section
+from mismatch_probe.report.recorded import beside_section, groups_section, lead_sections, meaning_section
 from mismatch_probe.report.words import say
 
 if TYPE_CHECKING:
@@ -120,6 +120,7 @@ def compare_report(data: ReportData) -> Report:
             *_power(summary),
             *_training_steps(summary),
             *section("tokens", "Token view", Tokens(data.tokens), depth="detail"),
+            *groups_section(summary),
             *meaning_section(data.manifest),
             *section("metrics", "All metrics", _metrics(summary), depth="detail"),
             *_passes(data),

@@ -6,7 +6,9 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mismatch_probe.report.format import NONE, count
+from mismatch_probe.metrics.groups import STEP
+from mismatch_probe.report.data import modes_of, ordered_pairs, pair_label
+from mismatch_probe.report.format import NONE, count, metric_title
 from mismatch_probe.report.model import (
     STATES,
     Cell,
@@ -18,6 +20,7 @@ from mismatch_probe.report.model import (
     Text,
     columns,
     estimate,
+    numeric,
     plain,
     row,
     section,
@@ -34,6 +37,12 @@ _BESIDE = {
     ("recorded-prefill", "recorded-trainer"): "prefill → trainer",
     ("recorded-trainer", "recorded-current"): "trainer → its update pass",
     ("recorded-rollout", "recorded-ref"): "rollout → reference model",
+}
+_GROUPS = {
+    "lag": "age of weights",
+    "tags": "tag",
+    "finish_reason": "end of the response",
+    "pack_index": "place in its pack",
 }
 _BESIDE_KEYS = {"mean_abs_logprob_diff": "mean |d|", "kl_k3": "KL k3", "max_abs_logprob_diff": "worst |d|"}
 # Temperature inside, and renormalised over the kept tokens of top-p and top-k. Read in vLLM 0.32 and SGLang 0.5.23.
@@ -117,6 +126,30 @@ def beside_section(summary: Comparison) -> tuple[Section, ...]:
     header = columns("log-probs", *(Column(title, numeric=True, rank=rank) for rank, title in enumerate(titles)))
     legend = "Mean |d|, KL k3 and the largest |d| of the other log-probs of the dump, in nats."
     return section("beside", "Other log-probs of the dump", table(header, rows, legend), depth="screen")
+
+
+def groups_section(summary: Comparison) -> tuple[Section, ...]:
+    """The metrics of parts of each pair: by replica, tag, turn and age of the weights; steps have their own section."""
+    modes, pairs = modes_of(summary), ordered_pairs(summary)
+    groups = [(pair, group) for pair in pairs for group in pair.groups if group.key != STEP]
+    keys = list(dict.fromkeys(key for _, group in groups for key in group.metrics))
+    rows = [
+        row(
+            pair_label(pair, modes),
+            _GROUPS.get(group.key, group.key),
+            group.label,
+            plain(group.n_tokens),
+            *(estimate(group.metrics.get(key)) for key in keys),
+        )
+        for pair, group in groups
+    ]
+    header = columns("pair", "by", "group", *numeric("tokens", *map(metric_title, keys)))
+    legend = (
+        "The mismatch of parts of the tokens, with 95 % intervals over prompts. Age of weights: versions between the "
+        "weights that sampled a token and those of the trainer; where the dump does not name these, the newest of the "
+        "step."
+    )
+    return section("groups", "By replica, tag, turn and age of weights", table(header, rows, legend))
 
 
 def meaning_section(manifest: Manifest) -> tuple[Section, ...]:
