@@ -41,7 +41,9 @@ _CONDITIONS = (
     "these metrics have no value, but a reason. What survives to second order is |d|, d², k2 and k3; exact metrics "
     "survive entirely.",
     "**Which tokens count.** Response tokens alone. Values that are not finite are never replaced: they are counted, "
-    "the row keeps its NaN or ±inf, and a pair with any of them cannot be `ok`.",
+    "the row keeps its NaN or ±inf, and a pair with any of them cannot be `ok`. Left out as well, and counted by side "
+    "and value: log-probs above 1e-4 or below −1000, a 0 where the other side has less than −0.25, runs of one value "
+    "that chance does not make, and tokens of weight version −1.",
     "**Arithmetic.** Differences, exponentials and sums in float64, `expm1(d) − d` for k3, log-sum-exp for sums of "
     "exponents. No sum is exponentiated without it, and nothing is clamped. Passes that serve as a reference are "
     "stored in float64.",

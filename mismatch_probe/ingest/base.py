@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from mismatch_probe.errors import IngestError
 
@@ -112,19 +112,43 @@ def missing_key(key: str, found: Iterable[str], text: bool) -> tuple[str, str]:
     return f"has no {key}; its keys are {quoted_list(found)}", f"Write {key} as a list of token ids."
 
 
+LengthReason = Literal["no-response", "with-prompt", "with-prompt-shifted", "one-missing", "other"]
+"""What a list of another length probably is: `with-prompt` covers prompt and response, `with-prompt-shifted` all of
+that but the first token, `one-missing` all of the response but one token; `no-response`: there is no response token."""
+
+
+def length_reason(length: int, prompt: int, response: int) -> LengthReason:
+    """Why a list probably does not run along the response.
+
+    Args:
+        length: Of the list.
+        prompt: Prompt tokens, 0 where they are not known.
+        response: Response tokens.
+    """
+    if not response:
+        return "no-response"
+    if prompt and length == prompt + response:
+        return "with-prompt"
+    if prompt and length == prompt + response - 1:
+        return "with-prompt-shifted"
+    return "one-missing" if length == response - 1 else "other"
+
+
 def wrong_length(key: str, length: int, prompt: int, response: int) -> tuple[str, str]:
     """What and fix for a list that does not run along the response, with a guess at the usual off-by-some."""
     what = f"has {length} {key} for {response} response_token_ids"
-    if not response:
-        fix = "Record the ids of the response, or leave the row out."
-    elif prompt and length == prompt + response:
-        fix = f"They seem to cover prompt and response: leave out the first {prompt}, of the prompt."
-    elif prompt and length == prompt + response - 1:
-        fix = f"They seem to cover prompt and response without the first token: keep the last {response}."
-    elif length == response - 1:
-        fix = "One value is missing: the first response token and the last one (such as end-of-sequence) each need one."
-    elif key == "loss_mask":
-        fix = "Write one 0 or 1 per response token."
-    else:
-        fix = "Write one log-prob per response token, and null where there is none."
+    match length_reason(length, prompt, response):
+        case "no-response":
+            fix = "Record the ids of the response, or leave the row out."
+        case "with-prompt":
+            fix = f"They seem to cover prompt and response: leave out the first {prompt}, of the prompt."
+        case "with-prompt-shifted":
+            fix = f"They seem to cover prompt and response without the first token: keep the last {response}."
+        case "one-missing":
+            tokens = "the first response token and the last one (such as end-of-sequence)"
+            fix = f"One value is missing: {tokens} each need one."
+        case "other" if key == "loss_mask":
+            fix = "Write one 0 or 1 per response token."
+        case "other":
+            fix = "Write one log-prob per response token, and null where there is none."
     return what, fix

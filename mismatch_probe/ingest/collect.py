@@ -23,7 +23,9 @@ from numpy.typing import NDArray
 
 from mismatch_probe.errors import IngestError
 from mismatch_probe.files import writing
+from mismatch_probe.ingest.accounting import Accounting
 from mismatch_probe.ingest.base import Place, Record, Row, quoted, quoted_list, wrong_length
+from mismatch_probe.ingest.chunk import Chunk, Lists
 from mismatch_probe.ingest.formats import GENERIC, Format
 from mismatch_probe.ingest.keys import IDS, KEYS, LENGTH, PER_ROW, PER_TOKEN, PROMPT, RESPONSE, SIDES, WHOLE
 from mismatch_probe.ingest.values import LARGEST_ID, list_of, per_row, per_token, require_ids, split
@@ -44,71 +46,6 @@ _TYPES = {
     "mask": pa.bool_(),
     "label": _TEXT,
 }
-
-
-@dataclass(frozen=True)
-class Lists:
-    """A list column: all its values in a row, and `[R]` int64 lengths, −1 where a row has no list."""
-
-    values: NDArray[Any]
-    lengths: NDArray[np.int64]
-
-    def locate(self, index: int) -> tuple[int, int]:
-        """The row in which `values[index]` lies, and its place in that row's list."""
-        ends = np.cumsum(np.maximum(self.lengths, 0))
-        row = int(np.searchsorted(ends, index, side="right"))
-        return row, index - int(ends[row - 1] if row else 0)
-
-    def keep(self, rows: NDArray[np.bool_]) -> Lists:
-        """The lists of the rows where the `[R]` mask is True."""
-        return Lists(self.values[np.repeat(rows, np.maximum(self.lengths, 0))], self.lengths[rows])
-
-    @property
-    def offsets(self) -> NDArray[np.int64]:
-        """`[R+1]`; list `i` is `values[offsets[i]:offsets[i + 1]]`."""
-        return np.concatenate([np.zeros(1, np.int64), np.cumsum(np.maximum(self.lengths, 0))])
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Some rows of a file.
-
-    Attributes:
-        place: The file.
-        rows: `[R]` int64, where they stand in it, from 1.
-        lists: By key of `IDS` and `PER_TOKEN`; those of `IDS` are always there and have a list in every row.
-        scalars: By key of `PER_ROW`, `R` values each, None where a row has none.
-        names: All keys that were found there, for messages.
-    """
-
-    place: Place
-    rows: NDArray[np.int64]
-    lists: dict[str, Lists]
-    scalars: dict[str, list[Any]]
-    names: Collection[str]
-
-    @property
-    def file(self) -> str:
-        """Its name."""
-        return self.place.name
-
-    def keep(self, rows: NDArray[np.bool_]) -> Chunk:
-        """The rows where the `[R]` mask is True."""
-        if rows.all():
-            return self
-        return Chunk(
-            self.place,
-            self.rows[rows],
-            {key: column.keep(rows) for key, column in self.lists.items()},
-            {key: [v for v, kept in zip(column, rows, strict=True) if kept] for key, column in self.scalars.items()},
-            self.names,
-        )
-
-    def present(self, key: str) -> NDArray[np.bool_]:
-        """`[R]` bool, whether a row has a value of a key."""
-        if key in self.lists:
-            return self.lists[key].lengths >= 0
-        return np.array([value is not None for value in self.scalars.get(key, [None] * len(self.rows))], bool)
 
 
 @dataclass
@@ -166,10 +103,13 @@ class Collector:
 
     Args:
         path: The file to be written.
+        vocabulary: How many ids the model has; rows with others are left out. None where it is not known.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, vocabulary: int | None = None) -> None:
         self._path = path
+        self._largest_id = LARGEST_ID if vocabulary is None else min(vocabulary - 1, LARGEST_ID)
+        self._accounting = Accounting(vocabulary)
         self._pending: _Pending | None = None
         self._writer: pq.ParquetWriter | None = None
         self._present: dict[str, bool] = {}
@@ -201,6 +141,7 @@ class Collector:
         chunk, self._pending = self._pending.chunk(), None
         self._counts["rows"] += len(chunk.rows)
         chunk = chunk.keep(self._sound(chunk))
+        self._accounting.update(chunk)
         empty = chunk.lists[RESPONSE].lengths == 0
         self._counts["empty"] += int(empty.sum())
         chunk = chunk.keep(~empty)
@@ -222,21 +163,29 @@ class Collector:
                 row, position = mask.locate(int(bad[0]))
                 what = f"has {mask.values[bad[0]]} as loss_mask[{position}], which is neither 0 nor 1"
                 chunk.place.refuse(int(chunk.rows[row]), what, "Write one 0 or 1 per response token.")
-        sound = np.ones(len(chunk.rows), bool)
+        known = np.ones(len(chunk.rows), bool)
         for key in IDS:
             column = chunk.lists[key]
-            for index in np.flatnonzero((column.values < 0) | (column.values > LARGEST_ID)).tolist():
+            for index in np.flatnonzero((column.values < 0) | (column.values > self._largest_id)).tolist():
                 row, position = column.locate(index)
-                what = f"has {column.values[index]} as {key}[{position}], which is outside 0 to {LARGEST_ID}"
-                self._leave_out(chunk, row, what, "Write the ids that the model saw, without padding.", sound)
+                what = f"has {column.values[index]} as {key}[{position}], which is outside 0 to {self._largest_id}"
+                self._leave_out(chunk, row, what, "Write the ids that the model saw, without padding.", known)
+        if not known.all():
+            self._accounting.left_out_ids(chunk.keep(~known))
+        return known & self._along_response(chunk, known)
+
+    def _along_response(self, chunk: Chunk, known: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """`[R]` which rows have lists along their response; those that are not `known` are left out already."""
+        sound = known.copy()
         prompts, responses = (chunk.lists[key].lengths for key in IDS)
         for key in PER_TOKEN:
             if key not in chunk.lists:
                 continue
             lengths = chunk.lists[key].lengths
-            for row in np.flatnonzero((lengths >= 0) & (lengths != responses)).tolist():
-                said = wrong_length(key, *(int(each[row]) for each in (lengths, prompts, responses)))
-                self._leave_out(chunk, row, *said, sound)
+            for row in np.flatnonzero(sound & (lengths >= 0) & (lengths != responses)).tolist():
+                length, prompt, response = (int(each[row]) for each in (lengths, prompts, responses))
+                self._accounting.left_out(int(chunk.rows[row]), chunk.file, key, length, response, prompt)
+                self._leave_out(chunk, row, *wrong_length(key, length, prompt, response), sound)
         return sound
 
     def _leave_out(self, chunk: Chunk, row: int, what: str, fix: str, sound: NDArray[np.bool_]) -> None:
@@ -365,6 +314,7 @@ class Collector:
                 longest_sequence=self._longest["sequence"],
                 largest_id=self._longest["id"],
                 ignored_columns=_listed(self._ignored),
+                findings=self._accounting.findings(),
             ),
         )
 

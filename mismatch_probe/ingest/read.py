@@ -47,7 +47,11 @@ class ReadOptions:
 
 
 def read_dump(
-    path: str | Path, out: Path, options: ReadOptions = ReadOptions(), log: Callable[[str], None] = lambda _: None
+    path: str | Path,
+    out: Path,
+    options: ReadOptions = ReadOptions(),
+    log: Callable[[str], None] = lambda _: None,
+    vocabulary: int | None = None,
 ) -> Recorded:
     """Reads a dump, a record at a time, and writes its rows as one Parquet file in the generic format.
 
@@ -58,6 +62,7 @@ def read_dump(
         out: The file to be written.
         options: How to read it.
         log: Told which files are loaded whole.
+        vocabulary: How many ids the model has; rows with others are left out. None where it is not known.
 
     Raises:
         IngestError: Nothing there can be read, or a row is not what its format promises.
@@ -67,7 +72,7 @@ def read_dump(
     found = _files(Path(path).expanduser(), name)
     with _io_errors(name):
         chosen, files = _choose(found, name, options)
-        collector = Collector(out)
+        collector = Collector(out, vocabulary)
         try:
             for file in files:
                 if file.container in LOADED_WHOLE:

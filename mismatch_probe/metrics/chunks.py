@@ -16,6 +16,9 @@ one of them outweighs a thousand tokens. Three bounds tell them from log-probs, 
   5,163 tokens they are 31 and move mean |d| by 0.5 %; a bound of −.5 moves it by 3.6 %, and −.01 would remove what
   truncated sampling does.
 
+A constant that a log-prob could have shows in runs only: `metrics.constants`. Tokens of weight version −1 were sampled
+by no policy.
+
 Shape legend: `N` tokens, `n` usable ones, `s` sequences that have any, `P` prompts.
 """
 
@@ -30,11 +33,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mismatch_probe.metrics import scales
+from mismatch_probe.metrics.constants import constant_runs
 from mismatch_probe.metrics.intervals import Floats
 from mismatch_probe.types import PairArrays
 
 Side = Literal["rollout", "trainer"]
-Kind = Literal["nonfinite", "sentinel", "positive"]
+Kind = Literal["nonfinite", "sentinel", "positive", "constant", "unsampled"]
 
 LARGEST = 1e-4
 SMALLEST = -1000.0
@@ -42,6 +46,10 @@ CONTRADICTED = -0.25
 # A side that is broken throughout has a value of its own at every token; the most frequent ones name a placeholder.
 _NAMED_VALUES = 5
 _POSITIVE, _BELOW = "> 0", f"< {SMALLEST:g}"
+WEIGHT_VERSION = "weight_version"
+"""Column of a pair: version of the weights that sampled each token, from 0."""
+UNSAMPLED = -1
+"""Weight version of a token that no policy sampled, such as the text of a tool."""
 Ints = NDArray[np.int64]
 
 
@@ -50,9 +58,105 @@ def possible(logprobs: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
     return np.asarray(np.isfinite(logprobs) & (logprobs <= LARGEST) & (logprobs >= SMALLEST))
 
 
-def usable(rollout_logprob: NDArray[np.floating[Any]], trainer_logprob: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
-    """`[N]` which tokens have log-probs, in nats, that are possible on both sides, neither of them a contradicted 0."""
-    return ~(_blamed(rollout_logprob, trainer_logprob) | _blamed(trainer_logprob, rollout_logprob))
+def blamed(own: NDArray[np.floating[Any]], other: NDArray[np.floating[Any]] | None) -> NDArray[np.bool_]:
+    """`[N]` where a side's own value makes a token unusable; what cannot be a log-prob contradicts nothing.
+
+    Args:
+        own: `[N]` log-probs of the side, nats.
+        other: `[N]` of the other side, None where it is not recorded: then nothing contradicts a 0.
+    """
+    odd = ~possible(own)
+    return np.asarray(odd if other is None else odd | ((own == 0) & (other < CONTRADICTED) & (other >= SMALLEST)))
+
+
+def constants(
+    own: NDArray[np.floating[Any]],
+    other: NDArray[np.floating[Any]] | None,
+    sequence: Ints,
+    position: Ints,
+    own_blamed: NDArray[np.bool_],
+) -> NDArray[np.bool_]:
+    """`[N]` where a side's own value is that of a run of a constant, and not otherwise to blame.
+
+    Args:
+        own: `[N]` log-probs of the side, nats.
+        other: `[N]` of the other side, None where it is not recorded.
+        sequence: `[N]` index of each token's sequence, non-decreasing; all of its tokens that count are here.
+        position: `[N]` index in the response.
+        own_blamed: `[N]` as `blamed` says.
+    """
+    values, contradicted = own, None
+    if own_blamed.any():
+        contradicted = own_blamed & (own == 0)
+        values = np.where(own_blamed & ~contradicted, np.nan, own)
+    return constant_runs(values, sequence, position, other, contradicted) & ~own_blamed
+
+
+@dataclass(frozen=True)
+class Unusable:
+    """Why tokens do not count; a token can have several reasons.
+
+    Attributes:
+        blamed: `[N]` by side, its value is not a log-prob, or a 0 that the other side contradicts.
+        constant: `[N]` by side, its value is one of a run of a constant, and not otherwise to blame.
+        unsampled: `[N]` no policy sampled it.
+    """
+
+    blamed: Mapping[Side, NDArray[np.bool_]]
+    constant: Mapping[Side, NDArray[np.bool_]]
+    unsampled: NDArray[np.bool_]
+
+    @classmethod
+    def of(
+        cls,
+        rollout_logprob: NDArray[np.floating[Any]] | None,
+        trainer_logprob: NDArray[np.floating[Any]] | None,
+        sequence: Ints | None,
+        position: Ints | None,
+        weight_version: NDArray[Any] | None = None,
+    ) -> Unusable:
+        """Of tokens of whole sequences, one side of which may be absent.
+
+        Args:
+            rollout_logprob: `[N]` b, nats.
+            trainer_logprob: `[N]` a, nats.
+            sequence: `[N]` index of each token's sequence; None where tokens have no neighbours.
+            position: `[N]` index in the response, likewise.
+            weight_version: `[N]`, None where it is not known.
+
+        Raises:
+            ValueError: There is nothing to say how many tokens there are.
+        """
+        sides: dict[Side, tuple[NDArray[np.floating[Any]] | None, NDArray[np.floating[Any]] | None]]
+        sides = {"rollout": (rollout_logprob, trainer_logprob), "trainer": (trainer_logprob, rollout_logprob)}
+        found: dict[Side, NDArray[np.bool_]] = {}
+        runs: dict[Side, NDArray[np.bool_]] = {}
+        for side, (own, other) in sides.items():
+            if own is not None:
+                found[side] = blamed(own, other)
+                if sequence is not None and position is not None:
+                    runs[side] = constants(own, other, sequence, position, found[side])
+        some = next((part for part in (rollout_logprob, trainer_logprob, sequence) if part is not None), None)
+        if some is None:
+            raise ValueError("tokens have log-probs or a sequence")
+        nothing = np.zeros(len(some), np.bool_)
+        return cls(found, runs, nothing if weight_version is None else np.asarray(weight_version == UNSAMPLED))
+
+    @property
+    def any(self) -> NDArray[np.bool_]:
+        """`[N]` which tokens do not count."""
+        return np.asarray(np.logical_or.reduce([*self.blamed.values(), *self.constant.values(), self.unsampled]))
+
+
+def usable(
+    rollout_logprob: NDArray[np.floating[Any]],
+    trainer_logprob: NDArray[np.floating[Any]],
+    sequence: Ints | None = None,
+    position: Ints | None = None,
+    weight_version: NDArray[Any] | None = None,
+) -> NDArray[np.bool_]:
+    """`[N]` which tokens were sampled and have log-probs on both sides; the arguments are those of `Unusable.of`."""
+    return ~Unusable.of(rollout_logprob, trainer_logprob, sequence, position, weight_version).any
 
 
 @dataclass(frozen=True)
@@ -61,9 +165,11 @@ class ExcludedValue:
 
     Attributes:
         side: Whose value.
-        kind: `"nonfinite"`; `"sentinel"` for a number written where there was no log-prob; `"positive"`.
+        kind: `"nonfinite"`; `"sentinel"` for a number written where there was no log-prob; `"positive"`; `"constant"`
+            for a possible value in a run of a constant; `"unsampled"` where no policy sampled the token.
         value: The value as text: `"nan"`, `"inf"`, `"-inf"`, `"-9999"`, `"1"`, `"0"`; `"> 0"` of the positive
-            ones, and `"< -1000"` of the lowest where there are more than a few values.
+            ones, `"< -1000"` of the lowest and `"< 0"` of the constants where there are more than a few values;
+            `"weight_version -1"` of unsampled tokens.
         n: Tokens. One that is unusable on both sides is in a row of either.
     """
 
@@ -86,6 +192,8 @@ class Exclusions:
         self.n_tokens = self.n_nonfinite = 0
         self.abs_log_ratio = 0.0
         self._values: dict[Side, list[NDArray[np.float64]]] = {"rollout": [], "trainer": []}
+        self._constants: dict[Side, list[NDArray[np.float64]]] = {"rollout": [], "trainer": []}
+        self._n_unsampled = 0
 
     def update(self, pair: PairArrays, kept: NDArray[np.bool_]) -> None:
         """Takes in the tokens of a chunk that are not in `kept` `[N]`."""
@@ -96,17 +204,21 @@ class Exclusions:
         self.n_tokens += len(b)
         self.n_nonfinite += int((~finite).sum())
         self.abs_log_ratio += float(np.abs(a[finite] - b[finite]).sum())
-        self._values["rollout"].append(b[_blamed(b, a)])
-        self._values["trainer"].append(a[_blamed(a, b)])
+        why = unusable_rows(pair)
+        sides: dict[Side, NDArray[np.float64]] = {"rollout": pair.rollout_logprob, "trainer": pair.trainer_logprob}
+        for side, values in sides.items():
+            self._values[side].append(values[why.blamed[side] & ~kept])
+            self._constants[side].append(values[why.constant[side] & ~kept])
+        self._n_unsampled += int((why.unsampled & ~kept).sum())
 
     def rows(self) -> list[ExcludedValue]:
-        """By side and value, the most frequent first."""
-        return [row for side, parts in self._values.items() if parts for row in _rows(side, np.concatenate(parts))]
-
-
-def _blamed(own: NDArray[np.floating[Any]], other: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
-    """`[N]` where a side's own value makes a token unusable; what cannot be a log-prob contradicts nothing."""
-    return np.asarray(~possible(own) | ((own == 0) & (other < CONTRADICTED) & (other >= SMALLEST)))
+        """By side and value, the most frequent first, then constants, then unsampled tokens."""
+        found = [row for side, parts in self._values.items() if parts for row in _rows(side, np.concatenate(parts))]
+        for side, parts in self._constants.items():
+            found += _constant_rows(side, np.concatenate(parts)) if parts else []
+        if self._n_unsampled:
+            found.append(ExcludedValue("rollout", "unsampled", f"{WEIGHT_VERSION} {UNSAMPLED}", self._n_unsampled))
+        return found
 
 
 def _rows(side: Side, values: NDArray[np.float64]) -> Iterable[ExcludedValue]:
@@ -126,6 +238,15 @@ def _rows(side: Side, values: NDArray[np.float64]) -> Iterable[ExcludedValue]:
     found += [ExcludedValue(side, "positive", _POSITIVE, n) for n in [int(positive.sum())] if n]
     found += [ExcludedValue(side, "sentinel", _BELOW, n) for n in [rest] if n]
     return sorted(found, key=lambda row: -row.n)
+
+
+def _constant_rows(side: Side, values: NDArray[np.float64]) -> list[ExcludedValue]:
+    """The rows of one side's constants `[n]`."""
+    counted = zip(*np.unique(values, return_counts=True), strict=True)
+    ordered = sorted(counted, key=lambda row: (-row[1], row[0]))
+    found = [ExcludedValue(side, "constant", f"{value:.9g}", int(n)) for value, n in ordered[:_NAMED_VALUES]]
+    rest = sum(int(n) for _, n in ordered[_NAMED_VALUES:])
+    return [*found, *([ExcludedValue(side, "constant", "< 0", rest)] if rest else [])]
 
 
 def group_sums(group: Ints, values: NDArray[Any], n_groups: int) -> Floats:
@@ -171,6 +292,12 @@ def usable_rows(pair: PairArrays) -> NDArray[np.bool_]:
     if pair.usable is not None:
         return pair.usable
     return np.asarray(np.isfinite(pair.rollout_logprob) & np.isfinite(pair.trainer_logprob))
+
+
+def unusable_rows(pair: PairArrays) -> Unusable:
+    """Why tokens of a pair `[N]` do not count."""
+    version = pair.columns.get(WEIGHT_VERSION)
+    return Unusable.of(pair.rollout_logprob, pair.trainer_logprob, pair.sequence, pair.position, version)
 
 
 @dataclass(frozen=True)

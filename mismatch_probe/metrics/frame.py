@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mismatch_probe.errors import TableError
 from mismatch_probe.metrics.accumulate import PairSums
-from mismatch_probe.metrics.chunks import group_sums, usable
+from mismatch_probe.metrics.chunks import WEIGHT_VERSION, group_sums, usable
 from mismatch_probe.metrics.curves import KINDS, kind_of
 from mismatch_probe.metrics.exact import ExactRows
 from mismatch_probe.metrics.self_noise import SelfNoise, self_noise
@@ -267,17 +267,18 @@ _OWN = (*_KEYS, "logprob", "trainer_logprob", "sequence")
 def _pair(sequences: PassSequences, rows: Rows, off_policy_why: str) -> PairArrays:
     nothing = np.empty(0)
     rollout, trainer = (rows.get(name, nothing).astype(np.float64) for name in ("logprob", "trainer_logprob"))
+    sequence, position = (rows.get(name, nothing).astype(np.int64, copy=False) for name in ("sequence", "position"))
     return PairArrays(
         rollout_logprob=rollout,
         trainer_logprob=trainer,
-        sequence=rows.get("sequence", nothing).astype(np.int64, copy=False),
-        position=rows.get("position", nothing).astype(np.int64),
+        sequence=sequence,
+        position=position,
         prompt=sequences.prompt,
         prompt_ids=sequences.prompt_ids,
         on_policy=not off_policy_why,
         off_policy_why=off_policy_why,
         columns={name: values for name, values in rows.items() if name not in _OWN},
-        usable=usable(rollout, trainer),
+        usable=usable(rollout, trainer, sequence, position, rows.get(WEIGHT_VERSION)),
     )
 
 

@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 
 from mismatch_probe.ingest.keys import KEYS
 from mismatch_probe.ingest.recording import FILE, Recording, lists_of
+from mismatch_probe.metrics.chunks import UNSAMPLED, WEIGHT_VERSION
 from mismatch_probe.metrics.frame import Rows
 from mismatch_probe.metrics.groups import STEP, Grouping
 from mismatch_probe.runs.comparison import RunDirectory
 
 LAG = "lag"
-WEIGHT_VERSION, UNSAMPLED = "weight_version", -1
 _OF_SEQUENCES = (STEP, "replica", "tags", "finish_reason", "pack_index")
 _OF_TOKENS = ("turn", WEIGHT_VERSION)
 _NONE = -1

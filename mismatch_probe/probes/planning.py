@@ -151,6 +151,14 @@ def _check_engines(config: CompareConfig, passes: Passes) -> None:
         raise UsageError(f"{name} needs a trainer engine, and the file brings both sides.", "Add --rescore.")
 
 
+def _vocabulary(config: CompareConfig) -> int | None:
+    """How many ids the model has that sampled recorded sequences; None where it is not named."""
+    if config.source is None or not config.model:
+        return None
+    model = resolve(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code, weights=False)
+    return int(model.text_config["vocab_size"]) if model.config else None
+
+
 def make_plan(
     config: CompareConfig,
     progress: Progress | None = None,
@@ -170,7 +178,7 @@ def make_plan(
         ProbeError: The model, the prompts or the device cannot be had.
     """
     progress = progress or Progress()
-    recorded = open_recording(config, out, progress)
+    recorded = open_recording(config, out, progress, _vocabulary(config))
     passes = passes_of(config, None if recorded is None else recorded.recorded)
     rollout_engine = registry.find(config.rollout_engine, "rollout")
     trainer_engine = registry.find(config.trainer_engine, "trainer")

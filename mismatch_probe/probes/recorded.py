@@ -78,13 +78,16 @@ def ingest(path: str, out: str | Path | None, settings: DumpSettings, progress: 
     return Ingested(folder, document)
 
 
-def open_recording(config: CompareConfig, out: str | Path | None, progress: Progress) -> Recording | None:
+def open_recording(
+    config: CompareConfig, out: str | Path | None, progress: Progress, vocabulary: int | None = None
+) -> Recording | None:
     """The sequences of `--from`; None without. A folder of `ingest` is taken as it is, another dump is read.
 
     Args:
         config: What was asked for.
         out: Folder of the run, None for one under `runs/`; where it has the sequences already, the dump is not read.
         progress: Told what takes long.
+        vocabulary: How many ids the model has, None where it is not known.
 
     Raises:
         IngestError: The dump cannot be read.
@@ -103,7 +106,7 @@ def open_recording(config: CompareConfig, out: str | Path | None, progress: Prog
         scratch = tempfile.TemporaryDirectory(prefix=".mismatch-probe-", dir=parent)
     progress.message(f"reading {config.source}")
     file = Path(scratch.name) / FILE
-    return Scratch(file, read_dump(config.source, file, _options(config), progress.message), scratch)
+    return Scratch(file, read_dump(config.source, file, _options(config), progress.message, vocabulary), scratch)
 
 
 def _options(settings: DumpSettings) -> ReadOptions:

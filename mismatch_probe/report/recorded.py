@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mismatch_probe.metrics.groups import STEP
+from mismatch_probe.report.accounting import accounting_section
 from mismatch_probe.report.data import modes_of, ordered_pairs, pair_label
 from mismatch_probe.report.format import NONE, count, metric_title
 from mismatch_probe.report.model import (
@@ -68,6 +69,7 @@ def ingest_report(document: Dump, folder: Path) -> Report:
             f"response tokens; {_held(recorded)}.",
         ),
         steps=(_next(recorded, folder),),
+        lead=accounting_section(facts.findings),
         sections=source_section(facts, "screen"),
     )
 
@@ -109,7 +111,10 @@ def source_section(facts: Source, depth: Depth) -> tuple[Section, ...]:
 
 def lead_sections(manifest: Manifest) -> tuple[Section, ...]:
     """What has to be known of recorded sequences before the first mean."""
-    return () if manifest.recorded is None else source_section(manifest.recorded.file, "page")
+    if manifest.recorded is None:
+        return ()
+    facts = manifest.recorded.file
+    return (*accounting_section(facts.findings), *source_section(facts, "page"))
 
 
 def beside_section(summary: Comparison) -> tuple[Section, ...]:

@@ -152,7 +152,8 @@ def _values(finding: Finding) -> str:
         "mean_abs": "mean |d| of the usable tokens, nats",
         "mean_abs_all_finite": "mean |d| with the finite excluded tokens, nats; none where there are none",
     },
-    "Find out why an engine writes these values: NaN is an overflow, a sentinel such as −9999 a missing log-prob.",
+    "Find out why an engine writes these values: NaN is an overflow, a sentinel such as −9999 a missing log-prob, and "
+    "so is a value that repeats at many consecutive tokens.",
 )
 def _excluded(finding: Finding) -> str:
     n, total = finding.whole("n_excluded"), finding.whole("n_tokens")
