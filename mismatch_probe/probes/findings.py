@@ -17,10 +17,11 @@ from mismatch_probe.metrics.intervals import BOOTSTRAP_PROMPTS
 from mismatch_probe.metrics.length_prediction import LengthForecast
 from mismatch_probe.metrics.paired import paired_ratio
 from mismatch_probe.metrics.ratio_test import MIN_PROMPTS, MIN_TOKENS, RatioTest
+from mismatch_probe.probes.groups import LAG
 from mismatch_probe.probes.pairs import PairResult
 from mismatch_probe.report.data import pair_label, trainer_modes
 from mismatch_probe.results.comparison import Pair
-from mismatch_probe.results.finding import Finding, Severity
+from mismatch_probe.results.finding import Finding, Severity, Value
 from mismatch_probe.results.manifest import RunStatus
 from mismatch_probe.types import MetricValue
 
@@ -151,7 +152,7 @@ def findings(
         found.append(_formats(formats, same["bfloat16"].n_prompts))
     if "float32" in usable:
         found.append(_floor(usable["float32"].metrics[METRIC]))
-    results = (*_one_sided(usable), *_exact(usable), *_budget(usable), *_lengths(forecasts))
+    results = (*_one_sided(usable), *_stale(usable), *_exact(usable), *_budget(usable), *_lengths(forecasts))
     return (*found, *results, *unfinished, *_off_policy(pairs), *_limits(pairs))
 
 
@@ -276,6 +277,23 @@ def _one_sided(same: Mapping[str, Pair]) -> Iterator[Finding]:
 
 def _size(test: RatioTest) -> float:
     return abs((test.mean_ratio.value or 1.0) - 1.0)
+
+
+def _stale(same: Mapping[str, Pair]) -> Iterator[Finding]:
+    """How much of the gap tokens of older weights make, where a dump names the weights of its tokens."""
+    for name, pair in same.items():
+        ages = {int(group.label): group for group in pair.groups if group.key == LAG}
+        n_stale = sum(group.n_tokens for age, group in ages.items() if age > 0)
+        if n_stale:
+            none = MetricValue(None, why="no token is of the trainer's own weights")
+            values: dict[str, Value] = {
+                "n_stale": n_stale,
+                "n_tokens": pair.n_tokens,
+                "oldest": max(ages),
+                "fresh": ages[0].metrics[METRIC] if 0 in ages else none,
+                "all": pair.metrics[METRIC],
+            }
+            yield Finding(code="stale-weights", severity="info", where=name, values=values)
 
 
 def _exact(same: Mapping[str, Pair]) -> Iterator[Finding]:

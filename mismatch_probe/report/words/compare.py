@@ -245,6 +245,30 @@ def _exact(finding: Finding) -> str:
 
 
 @words(
+    "stale-weights",
+    "Older weights than the trainer's sampled some tokens, so the gap holds updates as well as engines.",
+    {
+        "n_stale": "tokens that older weights sampled",
+        "n_tokens": "tokens of the pair",
+        "oldest": "versions between the oldest weights and the trainer's",
+        "fresh": "mean |d| of the tokens that the trainer's own weights sampled, nats",
+        "all": "mean |d| of all tokens, nats",
+    },
+    "Read the gap of the engines from the tokens of age 0.",
+)
+def _stale(finding: Finding) -> str:
+    stale, tokens, oldest = (finding.whole(name) for name in ("n_stale", "n_tokens", "oldest"))
+    fresh, every = finding.metric("fresh"), finding.metric("all")
+    own = "no token is of the trainer's own weights"
+    if fresh.value is not None:
+        own = f"over tokens of the trainer's own weights it is {in_line(fresh, unit='nats')}"
+    return (
+        f"{finding.where}: weights up to {count(oldest)} versions older than the trainer's sampled {count(stale)} of "
+        f"{count(tokens)} tokens. Mean |d| is {in_line(every, unit='nats')} over all tokens; {own}."
+    )
+
+
+@words(
     "error-budget",
     "Whether the errors of both sides against the reference explain the gap.",
     {"measured_over_predicted": "by dtype, measured gap over √(e_μ² + e_π²); below 1 both sides share errors"},
