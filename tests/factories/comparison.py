@@ -95,7 +95,7 @@ def make_pair(
         "estimators": None,
         "ratio_tests": (),
         "prompts_needed": {},
-        "steps": (),
+        "groups": (),
         "self_noise": PairSelfNoise(
             rollout=make_self_noise(f"vllm-{rollout}-decode", 1.2e-4 if rollout == "bfloat16" else 0.0)
         ),

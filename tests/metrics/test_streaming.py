@@ -78,14 +78,35 @@ def allowed(key: str, value: float, pair: PairArrays) -> float:
         gap = np.exp(pair.trainer_logprob) - np.exp(pair.rollout_logprob)
         mean_square = float(np.mean(gap[np.isfinite(gap)] ** 2))
         return TOLERANCE * mean_square / value if value > 1e-6 * math.sqrt(mean_square) else 1e-6 * mean_square**0.5
+    if key in ("tail_slope", "logprob_slope", "logprob_offset"):  # of a line, and of what it is a line through
+        b = pair.rollout_logprob[np.isfinite(pair.rollout_logprob)]
+        x = -np.expm1(np.minimum(b, 30.0)) if key == "tail_slope" else b
+        spread = float(x.std()) or 1.0
+        size = 1 + float(np.abs(d).max(initial=0)) / spread + abs(value)
+        return TOLERANCE * 10 * size * (1 + float(np.abs(x).max(initial=0)) / spread) ** 2
+    if key.startswith("temperature"):  # its terms are of any sign; the columns are those of `entropies`
+        side = pair.trainer_logprob if key == "temperature_trainer_side" else pair.rollout_logprob
+        entropy = pair.columns["entropy" if key == "temperature_trainer_side" else "rollout_entropy"]
+        x, gap = side + entropy, pair.trainer_logprob - pair.rollout_logprob
+        some = np.isfinite(x) & np.isfinite(gap)
+        x, gap = x[some], gap[some]
+        size = float((np.abs(x * gap)).sum() / (x * x).sum())
+        return TOLERANCE * 10 * (value + max(1.0, value**2) * size)
     return TOLERANCE * abs(value)
+
+
+def entropies(pair: PairArrays) -> PairArrays:
+    """The pair with an entropy of the trainer at every token and one of the rollout at some."""
+    place = np.arange(len(pair.position))
+    rollout = np.where(place % 3 == 0, np.nan, 1.5 + np.sin(5.0 * place))
+    return replace(pair, columns={"entropy": 1.5 + np.cos(3.0 * place), "rollout_entropy": rollout})
 
 
 @given(cases())
 @settings(max_examples=150, deadline=None)
 def test_streamed_is_in_memory(make_pair: Any, case: Any) -> None:
     lengths, b, d, prompts, cuts = case
-    pair = make_pair(b, d, lengths, prompts)
+    pair = entropies(make_pair(b, d, lengths, prompts))
     streamed, whole = accumulate(cut(pair, cuts)), as_sums(pair)
     got, want = compute_metrics(streamed, replicates=10), compute_metrics(whole, replicates=10)
     for key in CATALOG:
@@ -256,7 +277,7 @@ def test_order_of_sequences_is_irrelevant_in_chunks(long_pair: PairArrays) -> No
         position=long_pair.position[rows],
         sequence=np.repeat(np.arange(len(order)), lengths),
         prompt=long_pair.prompt[order],
-        columns={},
+        columns={name: values[rows] for name, values in long_pair.columns.items()},
     )
     want = compute_metrics(long_pair, replicates=10)
     for key, got in compute_metrics(accumulate(cut(shuffled, [10, 60])), replicates=10).items():

@@ -103,9 +103,8 @@ class TestBothSides:
         assert pq.read_table(run.path / "sequences.parquet")["step"].to_pylist() == [0, 1, 0, 1]
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         for step in run.summary.pairs[0].groups:
-            of = [
-                np.subtract(r["trainer_logprobs"], r["rollout_logprobs"]) for r in rows if r["step"] == int(step.label)
-            ]
+            own = [r for r in rows if str(r["step"]) == step.label]
+            of = [np.subtract(r["trainer_logprobs"], r["rollout_logprobs"]) for r in own]
             d = np.concatenate(of)
             assert step.n_tokens == len(d)
             assert step.metrics["mean_abs_logprob_diff"].value == pytest.approx(np.abs(d).mean(), rel=1e-6)
