@@ -33,6 +33,28 @@ def test_every_version_that_can_be_read_is_frozen() -> None:
     assert {path.stem for path in FILES} == known
 
 
+def test_steps_of_an_older_comparison_become_groups(tmp_path: Path) -> None:
+    old = json.loads((FROZEN / "documents" / "comparison-2.json").read_text())
+    kl = {"value": 0.001, "ci_low": None, "ci_high": None, "why": ""}
+    old["pairs"][0]["steps"] = [{"step": n, "n_tokens": 10 + n, "metrics": {"kl_k3": kl}} for n in (0, 30)]
+    (tmp_path / "summary.json").write_text(json.dumps(old))
+    first, *others = Comparison.read(tmp_path / "summary.json").pairs
+    assert [(group.key, group.label, group.n_tokens) for group in first.groups] == [
+        ("step", "0", 10),
+        ("step", "30", 40),
+    ]
+    assert first.groups[1].metrics["kl_k3"].value == 0.001
+    assert not any(pair.groups for pair in others)
+
+
+@pytest.mark.parametrize("pairs", [None, 7, [None], [{"steps": 3}], [{"steps": [1]}], [{"steps": [{}]}]])
+def test_an_older_comparison_that_is_damaged_names_the_field(tmp_path: Path, pairs: Any) -> None:
+    old = json.loads((FROZEN / "documents" / "comparison-2.json").read_text()) | {"pairs": pairs}
+    (tmp_path / "summary.json").write_text(json.dumps(old))
+    with pytest.raises(TableError, match=r"comparison: pairs"):
+        Comparison.read(tmp_path / "summary.json")
+
+
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     document = make_comparison()
     document.write(tmp_path / "summary.json")
@@ -42,7 +64,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "what", "fix"),
     [
-        ({"schema_version": 3, "tool_version": "0.9"}, "schema 3; this release reads up to 2", ">=0.9"),
+        ({"schema_version": 4, "tool_version": "0.9"}, "schema 4; this release reads up to 3", ">=0.9"),
         ({"schema_version": 1}, "schema 1, which was never released", "mismatch-probe report"),
         ({"schema_version": None}, "no schema version", "mismatch-probe report"),
         ({"model": 7}, "comparison: model: input should be a valid string", "mismatch-probe report"),

@@ -141,7 +141,7 @@ FURTHER_TOKEN = (
         "nats",
         "token",
         needs_on_policy=True,
-        sign="The robust companion of `kl_k1`, with the other sign. The law of d is skewed, so it need not be 0.",
+        sign="The robust companion of `kl_k1`, with the other sign. d is skewed, so it need not be 0.",
         estimator="Interval of a quantile, over prompts.",
     ),
     MetricInfo(
