@@ -60,7 +60,8 @@ def chunks(tokens: int, rows_per_chunk: int, kind: str) -> Iterator[Chunk]:
         }
         if kind == "masked":
             lists["loss_mask"] = Lists(mask[part], some)
-        yield Chunk(Place("dump.jsonl", "Line"), np.arange(first + 1, first + 1 + len(some)), lists, {}, lists)
+        places = [Place("dump.jsonl", "Line")] * len(some)
+        yield Chunk(places, np.arange(first + 1, first + 1 + len(some)), lists, {})
 
 
 @click.command(help=__doc__)

@@ -69,7 +69,7 @@ class Block:
                 recorded[side] = np.ones(len(logprobs[side]), bool) if fits.all() else fits[sequence[kept]]
         version = _column(chunks, WEIGHT_VERSION, lengths)
         return cls(
-            files=np.repeat(np.array([chunk.file for chunk in chunks], object), [len(chunk.rows) for chunk in chunks]),
+            files=np.array([place.name for chunk in chunks for place in chunk.places], object),
             rows=np.concatenate([chunk.rows for chunk in chunks]),
             prompts=_joined(chunks, "prompt_token_ids"),
             responses=_joined(chunks, "response_token_ids"),

@@ -1,13 +1,15 @@
-"""Rows of a file as flat arrays.
+"""Rows as flat arrays.
 
 Shape legend: `R` rows of a chunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from itertools import compress
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,17 +24,18 @@ class Lists:
     values: NDArray[Any]
     lengths: NDArray[np.int64]
 
-    def locate(self, index: int) -> tuple[int, int]:
-        """The row in which `values[index]` lies, and its place in that row's list."""
-        ends = np.cumsum(np.maximum(self.lengths, 0))
-        row = int(np.searchsorted(ends, index, side="right"))
-        return row, index - int(ends[row - 1] if row else 0)
+    def first(self, wanted: NDArray[np.bool_]) -> Iterator[tuple[int, int, Any]]:
+        """Of each row where the mask along `values` is True: row, place in its list, and value, the first of each."""
+        found = np.flatnonzero(wanted)
+        rows, firsts = np.unique(np.searchsorted(self.offsets[1:], found, side="right"), return_index=True)
+        for row, index in zip(rows.tolist(), found[firsts].tolist(), strict=True):
+            yield row, index - int(self.offsets[row]), self.values[index]
 
     def keep(self, rows: NDArray[np.bool_]) -> Lists:
         """The lists of the rows where the `[R]` mask is True."""
         return Lists(self.values[np.repeat(rows, np.maximum(self.lengths, 0))], self.lengths[rows])
 
-    @property
+    @cached_property
     def offsets(self) -> NDArray[np.int64]:
         """`[R+1]`; list `i` is `values[offsets[i]:offsets[i + 1]]`."""
         return np.concatenate([np.zeros(1, np.int64), np.cumsum(np.maximum(self.lengths, 0))])
@@ -40,37 +43,33 @@ class Lists:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some rows of a file.
+    """Some rows.
 
     Attributes:
-        place: The file.
+        places: The file of each row.
         rows: `[R]` int64, where they stand in it, from 1.
         lists: By key of `IDS` and `PER_TOKEN`; those of `IDS` are always there and have a list in every row.
         scalars: By key of `PER_ROW`, `R` values each, None where a row has none.
-        names: All keys that were found there, for messages.
     """
 
-    place: Place
+    places: list[Place]
     rows: NDArray[np.int64]
     lists: dict[str, Lists]
     scalars: dict[str, list[Any]]
-    names: Collection[str]
 
-    @property
-    def file(self) -> str:
-        """Its name."""
-        return self.place.name
+    def refuse(self, row: int, what: str, fix: str) -> NoReturn:
+        """Ends the reading at a row of the chunk, counted from 0."""
+        self.places[row].refuse(int(self.rows[row]), what, fix)
 
     def keep(self, rows: NDArray[np.bool_]) -> Chunk:
         """The rows where the `[R]` mask is True."""
         if rows.all():
             return self
         return Chunk(
-            self.place,
+            list(compress(self.places, rows)),
             self.rows[rows],
             {key: column.keep(rows) for key, column in self.lists.items()},
-            {key: [v for v, kept in zip(column, rows, strict=True) if kept] for key, column in self.scalars.items()},
-            self.names,
+            {key: list(compress(column, rows)) for key, column in self.scalars.items()},
         )
 
     def present(self, key: str) -> NDArray[np.bool_]:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
+from functools import cached_property
+from itertools import compress, pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -24,10 +25,10 @@ from numpy.typing import NDArray
 from mismatch_probe.errors import IngestError
 from mismatch_probe.files import writing
 from mismatch_probe.ingest.accounting import Accounting
-from mismatch_probe.ingest.base import Place, Record, Row, quoted, quoted_list, wrong_length
+from mismatch_probe.ingest.base import Place, Record, Row, quoted, wrong_length
 from mismatch_probe.ingest.chunk import Chunk, Lists
 from mismatch_probe.ingest.formats import GENERIC, Format
-from mismatch_probe.ingest.keys import IDS, KEYS, LENGTH, PER_ROW, PER_TOKEN, PROMPT, RESPONSE, SIDES, WHOLE
+from mismatch_probe.ingest.keys import IDS, KEYS, LENGTH, PER_ROW, PER_TOKEN, PROMPT, RESPONSE, WHOLE
 from mismatch_probe.ingest.values import LARGEST_ID, list_of, per_row, per_token, require_ids, split
 from mismatch_probe.results.dump import Recorded, Source
 
@@ -52,11 +53,10 @@ _TYPES = {
 class _Pending:
     """Rows that are not a chunk yet."""
 
-    place: Place
+    places: list[Place] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
     lists: dict[str, list[NDArray[Any] | None]] = field(default_factory=dict)
     scalars: dict[str, list[Any]] = field(default_factory=dict)
-    names: Collection[str] = ()
     n_values: int = 0
 
     def add(self, record: Record, row: Row) -> None:
@@ -70,8 +70,8 @@ class _Pending:
         values = {name: per_row(record, KEYS[name], row[name]) for name in PER_ROW if row.get(name) is not None}
         _append(self.lists, arrays, len(self.rows))
         _append(self.scalars, values, len(self.rows))
+        self.places.append(record.place)
         self.rows.append(record.row)
-        self.names = record.fields.keys()
         self.n_values += sum(map(len, arrays.values()))
 
     @property
@@ -87,7 +87,7 @@ class _Pending:
             nothing = np.empty(0, np.int64 if KEYS[name].kind in ("ids", "integer") else np.float64)
             parts = [one for one in column if one is not None and len(one)]
             lists[name] = Lists(np.concatenate(parts) if parts else nothing, lengths)
-        return Chunk(self.place, np.array(self.rows, np.int64), lists, self.scalars, self.names)
+        return Chunk(self.places, np.array(self.rows, np.int64), lists, self.scalars)
 
 
 def _append(columns: dict[str, list[T | None]], values: Mapping[str, T], n_rows: int) -> None:
@@ -110,7 +110,7 @@ class Collector:
         self._path = path
         self._largest_id = LARGEST_ID if vocabulary is None else min(vocabulary - 1, LARGEST_ID)
         self._accounting = Accounting(vocabulary)
-        self._pending: _Pending | None = None
+        self._pending = _Pending()
         self._writer: pq.ParquetWriter | None = None
         self._present: dict[str, bool] = {}
         self._first: tuple[Place, int] | None = None
@@ -128,17 +128,16 @@ class Collector:
             IngestError: A value is of another kind than its key, or a row misses what the others have.
         """
         for row in of.rows(record):
-            if self._pending is not None and (self._pending.place != record.place or self._pending.full):
-                self._flush()
-            self._pending = self._pending or _Pending(record.place)
             self._pending.add(record, row)
+            if self._pending.full:
+                self._flush()
         if of.name == GENERIC:
             self._ignored.update(record.fields.keys() - KEYS.keys() - {WHOLE, LENGTH})
 
     def _flush(self) -> None:
-        if self._pending is None:
+        if not self._pending.rows:
             return
-        chunk, self._pending = self._pending.chunk(), None
+        chunk, self._pending = self._pending.chunk(), _Pending()
         self._counts["rows"] += len(chunk.rows)
         chunk = chunk.keep(self._sound(chunk))
         self._accounting.update(chunk)
@@ -158,17 +157,14 @@ class Collector:
         """
         if "loss_mask" in chunk.lists:
             mask = chunk.lists["loss_mask"]
-            bad = np.flatnonzero((mask.values != 0) & (mask.values != 1))
-            if len(bad):
-                row, position = mask.locate(int(bad[0]))
-                what = f"has {mask.values[bad[0]]} as loss_mask[{position}], which is neither 0 nor 1"
-                chunk.place.refuse(int(chunk.rows[row]), what, "Write one 0 or 1 per response token.")
+            for row, position, value in mask.first((mask.values != 0) & (mask.values != 1)):
+                what = f"has {value} as loss_mask[{position}], which is neither 0 nor 1"
+                chunk.refuse(row, what, "Write one 0 or 1 per response token.")
         known = np.ones(len(chunk.rows), bool)
         for key in IDS:
             column = chunk.lists[key]
-            for index in np.flatnonzero((column.values < 0) | (column.values > self._largest_id)).tolist():
-                row, position = column.locate(index)
-                what = f"has {column.values[index]} as {key}[{position}], which is outside 0 to {self._largest_id}"
+            for row, position, value in column.first((column.values < 0) | (column.values > self._largest_id)):
+                what = f"has {value} as {key}[{position}], which is outside 0 to {self._largest_id}"
                 self._leave_out(chunk, row, what, "Write the ids that the model saw, without padding.", known)
         if not known.all():
             self._accounting.left_out_ids(chunk.keep(~known))
@@ -184,7 +180,7 @@ class Collector:
             lengths = chunk.lists[key].lengths
             for row in np.flatnonzero(sound & (lengths >= 0) & (lengths != responses)).tolist():
                 length, prompt, response = (int(each[row]) for each in (lengths, prompts, responses))
-                self._accounting.left_out(int(chunk.rows[row]), chunk.file, key, length, response, prompt)
+                self._accounting.left_out(int(chunk.rows[row]), chunk.places[row].name, key, length, response, prompt)
                 self._leave_out(chunk, row, *wrong_length(key, length, prompt, response), sound)
         return sound
 
@@ -193,28 +189,23 @@ class Collector:
         if sound[row]:
             sound[row] = False
             self._counts["left_out"] += 1
-        self._refusal = self._refusal or IngestError(chunk.place.said(int(chunk.rows[row]), what), fix)
+        self._refusal = self._refusal or IngestError(chunk.places[row].said(int(chunk.rows[row]), what), fix)
 
     def _check_presence(self, chunk: Chunk) -> None:
         """With holes in a column, two metrics of one file would be about different tokens."""
         present = {key: chunk.present(key) for key in UNIFORM}
         if self._first is None:
-            self._first = chunk.place, int(chunk.rows[0])
+            self._first = chunk.places[0], int(chunk.rows[0])
             self._present = {key: bool(there[0]) for key, there in present.items()}
         place, row = self._first
-        first = f"{place.row_word.lower()} {row}" + ("" if place == chunk.place else f" of {place.name}")
         for key, there in present.items():
             odd = np.flatnonzero(there != self._present[key])
             if len(odd):
+                same = place == chunk.places[odd[0]]
+                first = f"{place.row_word.lower()} {row}" + ("" if same else f" of {place.name}")
                 no, yes = f"has no {key}, which {first} has", f"has {key}, which {first} does not have"
                 what = no if self._present[key] else yes
-                chunk.place.refuse(int(chunk.rows[odd[0]]), what, f"Write {key} in every row or in none.")
-        if not any(self._present[key] for key in SIDES):
-            place.refuse(
-                row,
-                f"has neither {' nor '.join(SIDES)}; its keys are {quoted_list(chunk.names)}",
-                "Record the log-probs of at least one side, one per response token.",
-            )
+                chunk.refuse(int(odd[0]), what, f"Write {key} in every row or in none.")
 
     def _count(self, chunk: Chunk) -> None:
         prompts, responses = (chunk.lists[key] for key in IDS)
@@ -222,7 +213,7 @@ class Collector:
         self._counts["prompt_tokens"] += len(prompts.values)
         self._counts["tokens"] += len(responses.values)
         self._counts["empty_prompts"] += int((prompts.lengths == 0).sum())
-        if "loss_mask" in chunk.lists:
+        if self._present["loss_mask"]:
             mask = chunk.lists["loss_mask"].values.astype(bool)
             self._counts["masked"] += int((~mask).sum())
             alive = np.logical_or.reduceat(mask, responses.offsets[:-1])
@@ -250,7 +241,7 @@ class Collector:
                 values = chunk.scalars.get(key) or [None] * len(chunk.rows)
                 self._seen.update([key] if any(value not in (None, "") for value in values) else [])
                 columns[key] = _column(values, _TYPES[KEYS[key].kind])
-        columns["file"] = pa.array([chunk.file] * len(chunk.rows)).dictionary_encode()
+        columns["file"] = pa.array([place.name for place in chunk.places]).dictionary_encode()
         columns["row"] = pa.array(chunk.rows)
         table = pa.table(columns)
         with writing(self._path):

@@ -24,9 +24,10 @@ from mismatch_probe.ingest.values import EXAMPLE
 _BOM = b"\xef\xbb\xbf"
 # A line of a million tokens with two log-probs each is 50 MB.
 _LONGEST_LINE = 1 << 28
+_LONGEST_ROW = 1 << 26
 _BLOCK = 1 << 20
-# Rows per batch: at a thousand tokens a row, some 20 MB of Arrow's buffers.
-_BATCH = 256
+# Of a batch of rows: at most so many, and about so many values.
+_BATCH_ROWS, _BATCH_VALUES = 1024, 1 << 21
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def json_document(file: DumpFile) -> Iterator[Record]:
 
 
 def _opened(file: DumpFile) -> IO[bytes]:
-    return gzip.open(file.path) if file.path.suffix == ".gz" else file.path.open("rb")  # type: ignore[return-value]
+    return gzip.open(file.path) if file.path.suffix.lower() == ".gz" else file.path.open("rb")  # type: ignore[return-value]
 
 
 def _parsed(place: Place, number: int, text: bytes) -> Any:
@@ -125,7 +126,7 @@ def parquet_rows(file: DumpFile) -> Iterator[Record]:
         twice = [name for name in names if names.count(name) > 1]
         if twice:
             place.refuse_file(f"has the column {quoted(twice[0])[1:-1]} twice", "Keep one of them.")
-        batches = parquet.iter_batches(batch_size=_BATCH)
+        batches = _batches(place, parquet)
         while True:
             with _arrow_errors(place):
                 batch = next(batches, None)
@@ -136,6 +137,17 @@ def parquet_rows(file: DumpFile) -> Iterator[Record]:
                 fields = {name: column[index] for name, column in columns.items()}
                 yield Record(fields, place, first + index)
             first += batch.num_rows
+
+
+def _batches(place: Place, file: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
+    """The rows in batches, of fewer rows where these have more values."""
+    for index in range(file.num_row_groups):
+        group = file.metadata.row_group(index)
+        values = sum(group.column(number).num_values for number in range(group.num_columns))
+        a_row = max(1, values // max(1, group.num_rows))
+        if a_row > _LONGEST_ROW:
+            place.refuse_file(f"has rows of more than {_LONGEST_ROW:,} values", "Write a row per sequence.")
+        yield from file.iter_batches(min(_BATCH_ROWS, max(1, _BATCH_VALUES // a_row)), row_groups=[index])
 
 
 def _values(column: pa.Array) -> list[Any]:
@@ -158,7 +170,7 @@ def _arrow_errors(place: Place) -> Iterator[None]:
     """Arrow's own words on a broken file, cut and escaped: they can quote the file."""
     try:
         yield
-    except (pa.ArrowException, UnicodeDecodeError, OSError, MemoryError) as error:
+    except (pa.ArrowException, ValueError, OverflowError, OSError, MemoryError) as error:
         detail = quoted((str(error).splitlines() or [type(error).__name__])[0])
         place.refuse_file(f"is corrupt, truncated or not a Parquet file ({detail})", "Write it again.")
 

@@ -14,15 +14,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from mismatch_probe.errors import IngestError
+from mismatch_probe.errors import DiskFull, IngestError
 from mismatch_probe.ingest.base import TEXT_KEYS, Record, missing_key, quoted, quoted_list
 from mismatch_probe.ingest.collect import Collector
 from mismatch_probe.ingest.containers import CONTAINERS, LOADED_WHOLE, PICKLES, SUFFIXES, DumpFile
 from mismatch_probe.ingest.formats import GENERIC, Format, formats
 from mismatch_probe.ingest.keys import IDS, KEYS, LENGTH, RESPONSE, WHOLE
+from mismatch_probe.ingest.recording import FILE
 from mismatch_probe.ingest.suggest import suggested_map
 from mismatch_probe.ingest.values import is_text
 from mismatch_probe.results.dump import Recorded
+from mismatch_probe.runs.folder import kind_of
 
 AUTO = "auto"
 _MAPPABLE = {*KEYS, WHOLE, LENGTH}
@@ -77,9 +79,12 @@ def read_dump(
             for file in files:
                 if file.container in LOADED_WHOLE:
                     log(f"{file.name} ({file.path.stat().st_size / (1 << 20):.0f} MiB) is loaded whole")
-                for record in _records(file, chosen, options.map):
-                    collector.take(record, chosen)
+                with _io_errors(file.name):
+                    for record in _records(file, chosen, options.map):
+                        collector.take(record, chosen)
             return collector.finish(name, chosen, (len(files), _digest(files)))
+        except DiskFull as error:
+            raise DiskFull(error.what, "Free some space and run the command again.") from error
         finally:
             collector.close()
 
@@ -130,17 +135,34 @@ def _walked(path: Path, name: str) -> list[DumpFile]:
 
     found = []
     for folder, folders, names in os.walk(path, onerror=failed):
-        folders[:] = [one for one in folders if not one.startswith(".")]
+        folders[:] = [one for one in folders if not one.startswith(".") and not _is_run(Path(folder) / one)]
         for one in names:
             file = Path(folder) / one
             suffix = _suffix(one)
-            if suffix is not None and not one.startswith(".") and stat.S_ISREG(file.stat().st_mode):
-                found.append(DumpFile(file, str(Path(name) / file.relative_to(path)), SUFFIXES[suffix]))
+            if suffix is not None and not one.startswith(".") and _is_own(file, path):
+                shown = f"{name.rstrip('/')}/{_shown(str(file.relative_to(path)))}"
+                found.append(DumpFile(file, shown, SUFFIXES[suffix]))
         if len(found) > _MOST_FILES:
             raise IngestError(f"{name} has more than {_MOST_FILES:,} files.", "Name a folder with fewer.")
     if not found:
         raise IngestError(f"{name} has no file of a kind that can be read.", _FIX)
     return sorted(found, key=lambda file: _natural(file.name))
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether it was written here: the default `--out` can lie in the folder of a dump."""
+    return kind_of(folder) is not None and (folder / FILE).exists()
+
+
+def _is_own(file: Path, folder: Path) -> bool:
+    """Whether it is a regular file that is not read by another name too."""
+    regular = stat.S_ISREG(file.stat().st_mode)
+    return regular and not (file.is_symlink() and file.resolve().is_relative_to(folder.resolve()))
+
+
+def _shown(name: str) -> str:
+    """A foreign name, safe to print and to encode."""
+    return name if name.isprintable() else repr(name)[1:-1]
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
@@ -215,7 +237,8 @@ def _sniffed(files: list[DumpFile], known: Mapping[str, Format]) -> tuple[dict[s
         own = {one: format_ for one, format_ in known.items() if file.container in format_.containers}
         if any(_is_beside(file, format_) for format_ in own.values()):
             continue
-        record = next(_opened(file), None)
+        with _io_errors(file.name):
+            record = next(_opened(file), None)
         if record is None:
             continue
         fits = {one: format_.fit(record.fields) for one, format_ in own.items()}
@@ -288,5 +311,5 @@ def _io_errors(name: str) -> Iterator[None]:
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise IngestError(f"{name} is a damaged gzip file ({quoted(str(error))}).", "Write it again.") from None
     except OSError as error:
-        where = quoted(str(error.filename))[1:-1] if isinstance(error.filename, str) else name
-        raise IngestError(f"{where} cannot be read: {error.strerror or error}.", "Check its permissions.") from None
+        where = _shown(error.filename) if isinstance(error.filename, str) else name
+        raise IngestError(f"{where} cannot be read: {error.strerror or error}.", "Make it readable.") from None

@@ -33,14 +33,15 @@ def split(record: Record, row: Row) -> Row:
     Raises:
         IngestError: The row has neither, or nothing says where its response begins.
     """
-    if WHOLE not in row or RESPONSE in row:
+    if row.get(WHOLE) is None or row.get(RESPONSE) is not None:
         return row
     ids = list_of(record, WHOLE, row[WHOLE])
     start = row.get(LENGTH)
     if start is None and row.get("loss_mask") is not None:
-        counts = np.flatnonzero(np.asarray(row["loss_mask"]))
-        start = int(counts[0]) if len(counts) else len(ids)
-    if type(start) is not int or not 0 <= start <= len(ids):
+        mask = list_of(record, "loss_mask", row["loss_mask"])
+        if len(mask) == len(ids):
+            start = int(np.argmax(mask)) if mask.any() else len(ids)
+    if isinstance(start, bool) or not isinstance(start, int | np.integer) or not 0 <= start <= len(ids):
         record.refuse(
             f"has {WHOLE}, and nothing says where the response begins",
             f"Write {LENGTH}, or a loss_mask along all the tokens.",
@@ -65,6 +66,8 @@ def list_of(record: Record, name: str, value: Any) -> NDArray[Any]:
     if isinstance(value, np.ndarray):
         if value.ndim != 1 or value.dtype.kind not in kinds:
             record.refuse(f"has {name} of the type {value.dtype}, {value.ndim}-dimensional", f"Write {wanted} a token.")
+        if key.kind == "integer" and value.dtype == np.uint64 and value.max(initial=0) >= 2**63:
+            record.refuse(f"has a number in {name} that is outside 64 bits", "Write the values as integers of 64 bits.")
         return value.astype(np.float64) if key.kind in ("logprob", "number") else value
     if key.kind == "ids" and is_text(value, str):
         record.refuse(*missing_key(name, (), text=True))
@@ -89,14 +92,14 @@ def per_token(record: Record, key: Key, value: Any, n: int) -> NDArray[Any]:
 
 
 def label(record: Record, name: str, value: Any) -> str:
-    """A name: text, or an integer, which is written out, or a list of these, which is joined.
+    """A name: text, or an integer, which is written out, or a list of these, which are joined.
 
     Raises:
         IngestError: It is something else, or text that cannot be encoded.
     """
     if value is None:
         return ""
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple) and not any(isinstance(one, list | tuple) for one in value):
         return ", ".join(label(record, name, one) for one in value)
     if type(value) not in (str, int):
         record.refuse(f"has a {name} that is {kind(value)}", f"Write {name} as text.")
@@ -115,10 +118,10 @@ def per_row(record: Record, key: Key, value: Any) -> int | float | str | None:
     """
     if value is None:
         return None
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
     if key.kind == "label":
         return label(record, key.name, value)
-    if isinstance(value, np.generic):
-        value = value.item()
     if key.kind == "integer":
         if type(value) is not int or not -(2**63) <= value < 2**63:
             article = "an" if key.name[0] in "aeiou" else "a"
@@ -129,7 +132,10 @@ def per_row(record: Record, key: Key, value: Any) -> int | float | str | None:
         return value
     if type(value) not in (int, float):
         record.refuse(f"has a {key.name} that is {kind(value)}", f"Write {key.name} as a number.")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        record.refuse(f"has a {key.name} that is outside what a float64 holds", f"Write the {key.name} as a float64.")
 
 
 def require_ids(record: Record, row: Row) -> None:

@@ -159,6 +159,12 @@ def _vocabulary(config: CompareConfig) -> int | None:
     return int(model.text_config["vocab_size"]) if model.config else None
 
 
+def _other_columns(recorded: Recording | None) -> str:
+    """Where log-probs may lie under another name, how to say so."""
+    ignored = () if recorded is None else recorded.recorded.file.ignored_columns
+    return f", or name their column with --map: not read are {', '.join(ignored)}" if ignored else ""
+
+
 def make_plan(
     config: CompareConfig,
     progress: Progress | None = None,
@@ -185,7 +191,7 @@ def make_plan(
     if not passes.rollouts:
         raise UsageError(
             f"{config.source} holds no rollout_logprobs, so there is nothing to compare a trainer with.",
-            "Add --replay to decode its ids with a rollout engine.",
+            f"Add --replay to decode its ids with a rollout engine{_other_columns(recorded)}.",
         )
     _check_engines(config, passes)
     if passes.scored or any(not rollout.recorded for rollout in passes.rollouts):

@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from mismatch_probe.config import CompareConfig, DumpSettings
 from mismatch_probe.engines.models import ModelRef
 from mismatch_probe.errors import IngestError
-from mismatch_probe.files import locked, writing
+from mismatch_probe.files import atomic_path, locked, writing
 from mismatch_probe.ingest.keys import IDS, RESPONSE
 from mismatch_probe.ingest.read import ReadOptions, parse_map, read_dump
 from mismatch_probe.ingest.recording import FILE, Recording, lists_of
@@ -37,9 +38,7 @@ from mismatch_probe.types import Rollout, RolloutRequest, Score
 
 @dataclass(frozen=True)
 class Scratch(Recording):
-    """A recording in a folder that vanishes with it, until a run takes its file."""
-
-    folder: tempfile.TemporaryDirectory[str]
+    """A recording in a hidden folder of its own, which vanishes with it."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +63,10 @@ def ingest(path: str, out: str | Path | None, settings: DumpSettings, progress: 
     """
     folder = run_folder(out, path)
     refuse_occupied(folder)
-    progress = progress or Progress()
+    scratch = _read(path, folder, settings, progress or Progress())
     with locked(folder):
-        partial = folder / f".{FILE}"  # a folder without its document is no dump, and may be filled again
-        try:
-            recorded = read_dump(path, partial, _options(settings), progress.message)
-            os.replace(partial, folder / FILE)
-        finally:
-            partial.unlink(missing_ok=True)
+        refuse_occupied(folder)
+        recorded = _placed(scratch, folder / FILE).recorded
         document = Dump(**Dump.stamp(), created=time.strftime("%Y-%m-%dT%H:%M:%S%z"), recorded=recorded)
         document.write(folder / DUMP.file)
         write_report(ingest_report(document, folder), {}, folder)
@@ -95,35 +90,48 @@ def open_recording(
     if config.source is None:
         return None
     source, folder = Path(config.source).expanduser(), run_folder(out, config.source)
-    if DUMP.held_by(source):
-        return Recording(source / FILE, Dump.read(source / DUMP.file).recorded)
     if (folder / FILE).exists() and (folder / RunDirectory.KIND.file).exists():
         recorded = RunDirectory.open(folder).manifest.recorded
         if recorded is not None:
             return Recording(folder / FILE, recorded)
+    if DUMP.held_by(source):
+        return Recording(source / FILE, Dump.read(source / DUMP.file).recorded)
+    return _read(config.source, folder, config, progress, vocabulary)
+
+
+def _read(
+    source: str, folder: Path, settings: DumpSettings, progress: Progress, vocabulary: int | None = None
+) -> Scratch:
+    """A dump, read into a hidden folder on the disk of a run's folder."""
+    options = ReadOptions(settings.dump_format, parse_map(settings.dump_map), settings.trust_pickle)
     parent = next(one for one in folder.absolute().parents if one.exists())
     with writing(parent):
-        scratch = tempfile.TemporaryDirectory(prefix=".mismatch-probe-", dir=parent)
-    progress.message(f"reading {config.source}")
-    file = Path(scratch.name) / FILE
-    return Scratch(file, read_dump(config.source, file, _options(config), progress.message, vocabulary), scratch)
-
-
-def _options(settings: DumpSettings) -> ReadOptions:
-    return ReadOptions(settings.dump_format, parse_map(settings.dump_map), settings.trust_pickle)
+        hidden = Path(tempfile.mkdtemp(prefix=".mismatch-probe-", dir=parent))
+    progress.message(f"reading {source}")
+    try:
+        found = Scratch(hidden / FILE, read_dump(source, hidden / FILE, options, progress.message, vocabulary))
+    except BaseException:
+        shutil.rmtree(hidden, ignore_errors=True)
+        raise
+    weakref.finalize(found, shutil.rmtree, hidden, ignore_errors=True)
+    return found
 
 
 def kept(recording: Recording, run: RunDirectory) -> Recording:
     """The same sequences in the run's own folder, so that it goes on without the dump."""
     file = run.path / FILE
-    with writing(file):
-        if isinstance(recording, Scratch):
-            os.replace(recording.path, file)
-        elif recording.path != file:
-            try:
-                os.link(recording.path, file)
-            except OSError:  # on another disk
-                shutil.copyfile(recording.path, file)
+    return recording if recording.path == file else _placed(recording, file)
+
+
+def _placed(recording: Recording, file: Path) -> Recording:
+    """The same sequences at another place, never half of them."""
+    try:
+        (os.replace if isinstance(recording, Scratch) else os.link)(recording.path, file)
+    except OSError:  # on another disk
+        with atomic_path(file) as temporary:
+            shutil.copyfile(recording.path, temporary)
+    if isinstance(recording, Scratch):
+        shutil.rmtree(recording.path.parent, ignore_errors=True)
     return Recording(file, recording.recorded)
 
 

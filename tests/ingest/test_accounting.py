@@ -39,7 +39,7 @@ def chunk(rows: Sequence[dict[str, Any]], first: int = 1, file: str = "d.jsonl")
             lengths = np.array([len(row[key]) if key in row else -1 for row in rows])
             lists[key] = Lists(np.concatenate(values), lengths)
     steps = {"step": [row.get("step") for row in rows]} if any("step" in row for row in rows) else {}
-    return Chunk(Place(file, "Line"), np.arange(first, first + len(rows)), lists, steps, lists)
+    return Chunk([Place(file, "Line")] * len(rows), np.arange(first, first + len(rows)), lists, steps)
 
 
 def accounted(rows: Sequence[dict[str, Any]], size: int = 1000, vocabulary: int | None = None) -> tuple[Finding, ...]:
