@@ -74,6 +74,8 @@ def read_dump(
     found = _files(Path(path).expanduser(), name)
     with _io_errors(name):
         chosen, files = _choose(found, name, options)
+        if len(files) < len(found):
+            log(f"{len(found) - len(files)} of {len(found)} files are empty or no {chosen.name}, and are not read")
         collector = Collector(out, vocabulary)
         try:
             for file in files:
@@ -95,7 +97,7 @@ def parse_map(texts: Iterable[str]) -> dict[str, str]:
     Raises:
         IngestError: A part is malformed, or names no key of the generic format.
     """
-    found = {}
+    found: dict[str, str] = {}
     for text in texts:
         theirs, equals, ours = text.rpartition("=")
         if not equals or not theirs:
@@ -104,6 +106,8 @@ def parse_map(texts: Iterable[str]) -> dict[str, str]:
             turned = f" Write {ours}={theirs}." if theirs in _MAPPABLE else ""
             known = ", ".join(sorted(_MAPPABLE))
             raise IngestError(f"--map names {quoted(ours)}, which is no key of the generic format.", turned or known)
+        if ours in found.values():
+            raise IngestError(f"--map names {ours} twice.", "Keep one of the columns.")
         found[theirs] = ours
     return found
 
@@ -266,9 +270,11 @@ def _records(file: DumpFile, chosen: Format, renamed: Mapping[str, str]) -> Iter
                 f"has no {quoted(missing[0])[1:-1]}, which --map names; its keys are {quoted_list(record.fields)}",
                 _MAP_FIX,
             )
-        kept = {key: value for key, value in record.fields.items() if key not in renamed.values()}
-        fields = {renamed.get(key, key): value for key, value in (kept if renamed else record.fields).items()}
-        yield replace(record, fields=fields) if renamed else record
+        if renamed:
+            ours = set(renamed.values()) - renamed.keys()
+            fields = {renamed.get(key, key): value for key, value in record.fields.items() if key not in ours}
+            record = replace(record, fields=fields)
+        yield record
 
 
 def _unknown(record: Record) -> IngestError:

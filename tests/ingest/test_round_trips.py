@@ -1,44 +1,33 @@
-"""A recorded run is read as it was written, from either format, and what was left out of it is counted."""
+"""A dump is read as it was written, from either container, and what was left out of it is counted."""
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import math
 import tempfile
+import tracemalloc
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mismatch_probe.ingest import parquet, read_recorded
-from mismatch_probe.ingest.base import Ragged, RecordedRun
-from mismatch_probe.ingest.collect import _GROWTH, _Growing
-from tests.ingest.rows import Row, row, write_jsonl, write_parquet
+from mismatch_probe.errors import IngestError
+from mismatch_probe.ingest import collect, containers
+from mismatch_probe.ingest.collect import Lists
+from mismatch_probe.ingest.read import read_dump
+from tests.ingest.rows import Row, read, row, write_jsonl, write_parquet
 
 LISTS = ("prompt_token_ids", "response_token_ids", "rollout_logprobs", "trainer_logprobs", "loss_mask")
-
-
-def as_rows(run: RecordedRun) -> list[Row]:
-    """The run as Python values, NaN told apart by text."""
-    rows: list[Row] = []
-    for index in range(len(run)):
-        lists = {key: getattr(run, key)[index].tolist() for key in LISTS if getattr(run, key) is not None}
-        rest = {
-            "step": None if run.step is None else int(run.step[index]),
-            "prompt_id": run.prompt_ids[index],
-            "sample_id": int(run.sample_ids[index]),
-            "finish_reason": run.finish_reasons[index],
-            "row": int(run.rows[index]),
-        }
-        rows.append({key: repr(value) for key, value in (lists | rest).items()})
-    return rows
 
 
 @st.composite
@@ -74,60 +63,68 @@ def recorded(draw: st.DrawFn) -> list[Row]:
 
 class TestRoundTrip:
     @settings(max_examples=60, deadline=None)
-    @given(recorded(), st.integers(1, 3))
-    def test_both_formats_give_what_was_written(self, rows: list[Row], batch: int) -> None:
+    @given(recorded(), st.integers(1, 3), st.integers(1, 3))
+    def test_both_containers_give_what_was_written(self, rows: list[Row], batch: int, chunk: int) -> None:
         with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-            patch.setattr(parquet, "_BATCH", batch)
-            runs = [read_recorded(write(Path(folder), rows)) for write in (write_jsonl, write_parquet)]
-        assert as_rows(runs[0]) == as_rows(runs[1])
+            patch.setattr(containers, "_BATCH_ROWS", batch)
+            patch.setattr(collect, "_CHUNK_ROWS", chunk)
+            runs = [read(write(Path(folder), rows)) for write in (write_jsonl, write_parquet)]
+        assert repr(runs[0].rows) == repr(runs[1].rows)  # in which NaN is NaN
         kept = [(number, each) for number, each in enumerate(rows, start=1) if each["response_token_ids"]]
         names: Counter[Any] = Counter()
         for index, (number, each) in enumerate(kept):
-            run = runs[0]
-            assert run.rows[index] == number
+            found = runs[0].rows[index]
+            assert found["row"] == number
             for key in LISTS:
-                column = getattr(run, key)
-                assert (column is None) == (key not in each)
-                if column is not None:
+                assert (key in found) == (key in each)
+                if key in each:
                     expected = [math.nan if value is None else value for value in each[key]]
-                    np.testing.assert_array_equal(column[index], np.array(expected, column.values.dtype))
-            assert run.finish_reasons[index] == (each.get("finish_reason") or "")
+                    np.testing.assert_array_equal(np.array(found[key], float), np.array(expected, float))
+            assert found["finish_reason"] == each.get("finish_reason")
+            assert found.get("step") == each.get("step")
             name = each.get("prompt_id", tuple(each["prompt_token_ids"]))
-            assert run.sample_ids[index] == names[name]
+            assert found["sample_id"] == names[name]
             names[name] += 1
-        assert len(run) == len(kept) == run.source.n_sequences
         for run in runs:
-            assert run.source.n_rows == len(rows) == run.source.n_sequences + run.source.n_empty_responses
-            assert run.source.n_tokens == sum(len(each["response_token_ids"]) for each in rows)
-            assert run.source.n_masked_tokens == sum(each.get("loss_mask", []).count(0) for each in rows)
+            file = run.file
+            assert file.n_sequences == run.table.num_rows == len(kept)
+            assert (file.n_rows, file.n_left_out) == (len(rows), 0)
+            assert file.n_sequences + file.n_empty_responses == len(rows)
+            assert file.n_prompts == len(names)
+            assert file.n_tokens == sum(len(each["response_token_ids"]) for each in rows)
+            assert file.n_prompt_tokens == sum(len(each["prompt_token_ids"]) for _, each in kept)
+            assert file.n_masked_tokens == sum(each.get("loss_mask", []).count(0) for each in rows)
+            assert file.longest_prompt == max(len(each["prompt_token_ids"]) for _, each in kept)
+            assert file.longest_response == max(len(each["response_token_ids"]) for _, each in kept)
+            assert file.largest_id == max(max(e["prompt_token_ids"] + e["response_token_ids"]) for _, e in kept)
 
-    def test_types_and_shared_offsets(self, tmp_path: Path) -> None:
-        run = read_recorded(write_jsonl(tmp_path, [row(loss_mask=[0, 1], step=3)] * 2))
-        assert run.rollout_logprobs is not None
-        assert run.loss_mask is not None
-        assert run.step is not None
-        assert run.prompt_token_ids.values.dtype == run.response_token_ids.values.dtype == np.int32
-        assert run.rollout_logprobs.values.dtype == np.float64
-        assert run.loss_mask.values.dtype == bool
-        assert run.step.dtype == run.rows.dtype == np.int64
-        assert run.rollout_logprobs.offsets is run.response_token_ids.offsets
-        assert run.response_token_ids.lengths.tolist() == [2, 2]
-        assert run.sides == ("rollout", "trainer")
+    def test_types(self, tmp_path: Path) -> None:
+        numbers = row(loss_mask=[0, 1], step=3, turn=[0, 1], advantages=[0.5, 1], reward=1)
+        schema = read(write_jsonl(tmp_path, [numbers] * 2)).table.schema
+        kinds = {name: schema.field(name).type for name in schema.names}
+        assert {kinds.pop(key).value_type for key in ("prompt_token_ids", "response_token_ids")} == {pa.int32()}
+        floats = ("rollout_logprobs", "trainer_logprobs", "advantages")
+        assert {kinds.pop(key).value_type for key in floats} == {pa.float64()}
+        assert kinds.pop("loss_mask").value_type == pa.bool_()
+        assert kinds.pop("turn").value_type == kinds.pop("step") == kinds.pop("row") == pa.int64()
+        assert kinds.pop("reward") == pa.float64()
+        assert kinds.pop("sample_id") == pa.int32()
+        assert set(kinds.values()) == {pa.dictionary(pa.int32(), pa.string())}
 
     def test_one_side_is_enough(self, tmp_path: Path) -> None:
-        rollout = read_recorded(write_jsonl(tmp_path, [row(trainer_logprobs=None)]))
-        trainer = read_recorded(write_parquet(tmp_path, [row(rollout_logprobs=None)]))
-        assert (rollout.sides, rollout.trainer_logprobs) == (("rollout",), None)
-        assert (trainer.sides, trainer.rollout_logprobs) == (("trainer",), None)
+        rollout = read(write_jsonl(tmp_path, [row(trainer_logprobs=None)]))
+        trainer = read(write_parquet(tmp_path, [row(rollout_logprobs=None)]))
+        assert (rollout.sides, "trainer_logprobs" in rollout.table.schema.names) == (("rollout",), False)
+        assert (trainer.sides, "rollout_logprobs" in trainer.table.schema.names) == (("trainer",), False)
 
     def test_null_is_absent(self, tmp_path: Path) -> None:
         line = json.dumps({**row(), "trainer_logprobs": None, "loss_mask": None, "step": None, "prompt_id": None})
         (tmp_path / "run.jsonl").write_text(line)
-        run = read_recorded(tmp_path / "run.jsonl")
-        assert (run.trainer_logprobs, run.loss_mask, run.step) == (None, None, None)
+        found = read(tmp_path / "run.jsonl")
+        assert not {"trainer_logprobs", "loss_mask", "step"} & set(found.table.schema.names)
         untyped = pa.table({key: pa.array([value]) for key, value in json.loads(line).items()})
         pq.write_table(untyped, tmp_path / "run.parquet")
-        assert as_rows(read_recorded(tmp_path / "run.parquet")) == as_rows(run)
+        assert read(tmp_path / "run.parquet").rows == found.rows
 
     @pytest.mark.parametrize("list_of", [pa.list_, pa.large_list, lambda kind: pa.list_(kind, 2)])
     @pytest.mark.parametrize("ids", [pa.int8(), pa.uint16(), pa.int32(), pa.uint64()])
@@ -135,33 +132,54 @@ class TestRoundTrip:
     def test_any_list_and_number_of_arrow(self, tmp_path: Path, list_of: Any, ids: Any, floats: Any) -> None:
         rows = [row(rollout_logprobs=[-0.5, None]), row(response_token_ids=[1, 2])]
         types = {"response_token_ids": list_of(ids), "rollout_logprobs": list_of(floats)}
-        run = read_recorded(write_parquet(tmp_path, rows, **types))
-        assert run.response_token_ids.values.tolist() == [8, 9, 1, 2]
-        assert run.rollout_logprobs is not None
-        np.testing.assert_array_equal(run.rollout_logprobs.values, [-0.5, np.nan, -0.5, -1.25])
-        assert run.rollout_logprobs.values.dtype == (np.float64 if floats == pa.float64() else np.float32)
+        found = read(write_parquet(tmp_path, rows, **types))
+        assert found["response_token_ids"] == [[8, 9], [1, 2]]
+        np.testing.assert_array_equal(found.values("rollout_logprobs"), [-0.5, np.nan, -0.5, -1.25])
+        assert found.values("rollout_logprobs").dtype == np.float64
+
+    @pytest.mark.parametrize("list_of", [pa.list_, pa.large_list, lambda kind: pa.list_(kind, 2)])
+    def test_rows_without_a_list_among_others(self, tmp_path: Path, list_of: Any) -> None:
+        rows = [row(), {"prompt_token_ids": [1], "response_token_ids": []}, row(rollout_logprobs=[-3, -4])]
+        types = {"rollout_logprobs": list_of(pa.float32()), "trainer_logprobs": list_of(pa.float64())}
+        found = read(write_parquet(tmp_path, rows, **types))
+        assert found["rollout_logprobs"] == [[-0.5, -1.25], [-3, -4]]
+        assert (found["row"], found.file.n_empty_responses) == ([1, 3], 1)
 
     def test_encoded_labels_and_integers_for_names(self, tmp_path: Path) -> None:
         rows = [row(prompt_id="a", finish_reason="stop"), row(prompt_id="b"), row(prompt_id="a")]
         encoded = pa.dictionary(pa.int32(), pa.string())
-        run = read_recorded(write_parquet(tmp_path, rows, prompt_id=encoded, finish_reason=encoded))
-        assert run.prompt_ids == ("a", "b", "a")
-        assert run.sample_ids.tolist() == [0, 0, 1]
-        assert run.finish_reasons == ("stop", "", "")
-        assert read_recorded(write_jsonl(tmp_path, [row(prompt_id=7)])).prompt_ids == ("7",)
+        found = read(write_parquet(tmp_path, rows, prompt_id=encoded, finish_reason=encoded))
+        assert found["prompt_id"] == ["a", "b", "a"]
+        assert found["sample_id"] == [0, 0, 1]
+        assert found["finish_reason"] == ["stop", None, None]
+        mixed = read(write_jsonl(tmp_path, [row(prompt_id="q", finish_reason="stop"), row(prompt_id=7)]))
+        assert (mixed["prompt_id"], mixed["finish_reason"]) == (["q", "7"], ["stop", None])
+        assert read(write_parquet(tmp_path, [row(prompt_id=7)], prompt_id=pa.uint8()))["prompt_id"] == ["7"]
 
     def test_several_row_groups(self, tmp_path: Path) -> None:
         table = pq.read_table(write_parquet(tmp_path, [row(step=index) for index in range(10)]))
         pq.write_table(table, tmp_path / "run.parquet", row_group_size=3)
-        run = read_recorded(tmp_path / "run.parquet")
-        assert run.step is not None
-        assert run.step.tolist() == list(range(10))
-        assert run.rows.tolist() == list(range(1, 11))
+        found = read(tmp_path / "run.parquet")
+        assert found["step"] == list(range(10))
+        assert found["row"] == list(range(1, 11))
+
+    def test_several_chunks(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(collect, "_CHUNK_TOKENS", 5)
+        rows = [row(step=index, tags="a" if index % 2 else None, reward=None) for index in range(100)]
+        rows[70]["reward"] = 0.5
+        path = write_jsonl(tmp_path, rows)
+        found = read(path)
+        assert found["step"] == list(range(100))
+        assert found["tags"] == [None, "a"] * 50
+        assert found["sample_id"] == list(range(100))
+        assert [index for index, one in enumerate(found["reward"]) if one is not None] == [70]
+        assert {"tags", "reward"} <= set(found.file.keys)
+        assert set(found["file"]) == {str(path)}
 
     def test_home_is_expanded_and_the_path_kept_as_typed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         write_jsonl(tmp_path, [row()], "RUN.JSONL")
         monkeypatch.setenv("HOME", str(tmp_path))
-        assert read_recorded("~/RUN.JSONL").source.path == "~/RUN.JSONL"
+        assert read("~/RUN.JSONL").file.path == "~/RUN.JSONL"
 
 
 class TestJson:
@@ -171,26 +189,22 @@ class TestJson:
             '{"prompt_token_ids": [], "response_token_ids": [1, 2, 3, 4, 5],'
             ' "trainer_logprobs": [null, NaN, Infinity, -Infinity, 0]}'
         )
-        run = read_recorded(path)
-        assert run.trainer_logprobs is not None
-        np.testing.assert_array_equal(run.trainer_logprobs.values, [np.nan, np.nan, np.inf, -np.inf, 0.0])
+        found = read(path)
+        np.testing.assert_array_equal(found.values("trainer_logprobs"), [np.nan, np.nan, np.inf, -np.inf, 0.0])
 
     def test_float64_is_kept_to_the_last_bit(self, tmp_path: Path) -> None:
         values = [-0.1 - 2**-55, -5e-324, -1.7976931348623157e308, -0.0]
-        run = read_recorded(
-            write_jsonl(tmp_path, [row(response_token_ids=[1] * 4, rollout_logprobs=values, trainer_logprobs=None)])
-        )
-        assert run.rollout_logprobs is not None
-        assert run.rollout_logprobs.values.tobytes() == np.array(values).tobytes()
+        path = write_jsonl(tmp_path, [row(response_token_ids=[1] * 4, rollout_logprobs=values, trainer_logprobs=None)])
+        assert read(path).values("rollout_logprobs").tobytes() == np.array(values).tobytes()
 
     def test_bom_crlf_blank_lines_and_separators_inside_text(self, tmp_path: Path) -> None:
         lines = [json.dumps(row(prompt_id=name), ensure_ascii=False) for name in ("a\u2028b", "c\u0085d")]
         path = tmp_path / "run.jsonl"
         path.write_bytes(("\ufeff\r\n" + lines[0] + "\r\n\r\n  \t\n" + lines[1]).encode())
-        run = read_recorded(path)
-        assert run.prompt_ids == ("a\u2028b", "c\u0085d")
-        assert run.rows.tolist() == [2, 5]
-        assert run.source.n_rows == 2
+        found = read(path)
+        assert found["prompt_id"] == ["a\u2028b", "c\u0085d"]
+        assert found["row"] == [2, 5]
+        assert found.file.n_rows == 2
 
     def test_a_line_of_ten_megabytes(self, tmp_path: Path) -> None:
         n = 400_000
@@ -200,20 +214,41 @@ class TestJson:
         ]
         path = write_jsonl(tmp_path, rows)
         assert path.stat().st_size > 8_000_000
-        assert read_recorded(path).response_token_ids.lengths.tolist() == [n, 2]
+        assert [len(ids) for ids in read(path)["response_token_ids"]] == [n, 2]
 
-    def test_a_key_twice_is_no_matter_where_it_is_ignored(self, tmp_path: Path) -> None:
+    def test_a_key_twice_is_no_matter_where_it_holds_no_list(self, tmp_path: Path) -> None:
         path = tmp_path / "run.jsonl"
         path.write_text(json.dumps(row())[:-1] + ', "extra": 1, "extra": {"a": 1, "a": 2}}')
-        assert read_recorded(path).source.ignored_columns == ("extra",)
+        assert read(path).file.ignored_columns == ("extra",)
+
+    def test_a_document_of_rows_or_of_one(self, tmp_path: Path) -> None:
+        expected = read(write_jsonl(tmp_path, [row(), row(step=None)])).rows
+        for content, n in (([row(), row()], 2), (row(), 1)):
+            (tmp_path / "run.json").write_text("\ufeff" + json.dumps(content), encoding="utf-8")
+            assert read(tmp_path / "run.json").rows == expected[:n]
+        (tmp_path / "data").write_text(" \n" + json.dumps([row()]))
+        assert read(tmp_path / "data").rows == expected[:1]
+
+    @pytest.mark.parametrize("name", ["run.jsonl.gz", "RUN.JSONL.GZ"])
+    def test_gzip(self, tmp_path: Path, name: str) -> None:
+        plain = write_jsonl(tmp_path, [row(step=index) for index in range(99)])
+        packed = gzip.compress(plain.read_bytes())
+        (tmp_path / name).write_bytes(packed)
+        found = read(tmp_path / name)
+        assert found.rows == read(plain).rows
+        assert found.file.sha256 == hashlib.sha256(packed).hexdigest()
+        for damaged in (packed[:-20], b"\x1f\x8b\x08" + packed[3:40] + b"\0" * 40, plain.read_bytes()):
+            (tmp_path / name).write_bytes(damaged)
+            with pytest.raises(IngestError, match=r"is a damaged gzip file|is not valid JSON"):
+                read(tmp_path / name)
 
 
 class TestFacts:
     def test_digest_is_of_the_file(self, tmp_path: Path) -> None:
         for path in (write_jsonl(tmp_path, [row()]), write_parquet(tmp_path, [row()])):
-            source = read_recorded(path).source
+            source = read(path).file
             assert source.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-            assert (source.path, source.format) == (str(path), path.suffix[1:])
+            assert (source.path, source.format, source.n_files) == (str(path), "generic", 1)
 
     def test_what_is_left_out_is_counted(self, tmp_path: Path) -> None:
         empty = {"response_token_ids": [], "rollout_logprobs": [], "trainer_logprobs": []}
@@ -222,83 +257,90 @@ class TestFacts:
             row(loss_mask=[], **empty),
             row(loss_mask=[0, 0.0], rollout_logprobs=[0.5, 0.5]),
             row(loss_mask=[1.0, 1], rollout_logprobs=[1e-7, 0.01], trainer_logprobs=[math.inf, -1.0]),
+            row(loss_mask=[1, 1], rollout_logprobs=[-1.0]),
         ]
-        source = read_recorded(write_jsonl(tmp_path, rows)).source
+        source = read(write_jsonl(tmp_path, rows)).file
         facts = source.model_dump(mode="json")
-        del facts["path"], facts["sha256"]
+        del facts["path"], facts["sha256"], facts["keys"]
         assert facts == {
-            "format": "jsonl",
-            "n_rows": 4,
+            "format": "generic",
+            "written_for": "mismatch-probe",
+            "n_files": 1,
+            "n_rows": 5,
+            "n_left_out": 1,
             "n_empty_responses": 1,
             "n_sequences": 3,
+            "n_prompts": 2,
+            "n_prompt_tokens": 6,
             "n_tokens": 6,
             "n_masked_tokens": 3,
             "n_masked_sequences": 1,
             "n_empty_prompts": 1,
-            "n_positive": {"rollout": 1, "trainer": 0},
+            "longest_prompt": 3,
+            "longest_response": 2,
+            "longest_sequence": 5,
+            "largest_id": 9,
             "ignored_columns": [],
+            "findings": [],
         }
         json.dumps(source.model_dump(mode="json"), allow_nan=False)
 
     def test_an_empty_response_may_leave_out_what_it_has_no_values_for(self, tmp_path: Path) -> None:
         aborted = {"prompt_token_ids": [1], "response_token_ids": []}
         for write in (write_jsonl, write_parquet):
-            run = read_recorded(write(tmp_path, [aborted, row(loss_mask=[1, 1]), aborted]))
-            assert (len(run), run.source.n_empty_responses, run.rows.tolist()) == (1, 2, [2])
+            found = read(write(tmp_path, [aborted, row(loss_mask=[1, 1]), aborted]))
+            assert (found.file.n_sequences, found.file.n_empty_responses, found["row"]) == (1, 2, [2])
 
     def test_ignored_columns_are_listed_safely(self, tmp_path: Path) -> None:
         hostile = "\x1b[31m" + "x" * 1000
-        run = read_recorded(write_jsonl(tmp_path, [row(reward=1.0), row(**{hostile: {"deep": []}, "advantage": 0})]))
-        assert run.source.ignored_columns[1:] == ("advantage", "reward")
-        assert run.source.ignored_columns[0].startswith("\\x1b[31mxxx")
-        assert len(run.source.ignored_columns[0]) < 80
-        many = read_recorded(write_jsonl(tmp_path, [row(**{f"k{index:03}": 0 for index in range(150)})]))
-        assert (len(many.source.ignored_columns), many.source.ignored_columns[-1]) == (101, "and 50 more")
-        one = read_recorded(write_parquet(tmp_path, [row(reward=1.0)], reward=pa.float32()))
-        assert one.source.ignored_columns == ("reward",)
+        rows = [row(score=1.0, reward=1.0), row(**{hostile: {"deep": []}, "advantage": 0})]
+        ignored = read(write_jsonl(tmp_path, rows)).file.ignored_columns
+        assert ignored[1:] == ("advantage", "score")
+        assert ignored[0].startswith("\\x1b[31mxxx")
+        assert len(ignored[0]) < 80
+        many = read(write_jsonl(tmp_path, [row(**{f"k{index:03}": 0 for index in range(150)})])).file.ignored_columns
+        assert (len(many), many[-1]) == (101, "and 50 more")
+        one = read(write_parquet(tmp_path, [row(score=1.0)], score=pa.float32()))
+        assert one.file.ignored_columns == ("score",)
 
 
 class TestPrompts:
     def test_equal_ids_are_one_prompt_whatever_the_file(self, tmp_path: Path) -> None:
         rows = [row(), row(prompt_token_ids=[5, 6]), row(response_token_ids=[1, 2]), row(prompt_token_ids=[])]
-        runs = [read_recorded(write(tmp_path, rows)) for write in (write_jsonl, write_parquet)]
-        assert runs[0].prompt_ids == runs[1].prompt_ids
-        first, second, third, fourth = runs[0].prompt_ids
+        runs = [read(write(tmp_path, rows)) for write in (write_jsonl, write_parquet)]
+        assert runs[0]["prompt_id"] == runs[1]["prompt_id"]
+        first, second, third, fourth = runs[0]["prompt_id"]
         assert first == third
         assert len({first, second, fourth}) == 3
-        assert runs[0].sample_ids.tolist() == [0, 0, 1, 0]
+        assert runs[0]["sample_id"] == [0, 0, 1, 0]
+        assert runs[0].file.n_prompts == 3
 
     def test_the_digest_is_that_of_little_endian_int32(self, tmp_path: Path) -> None:
         expected = hashlib.sha256(b"\x05\0\0\0\x06\0\0\0\x07\0\0\0").hexdigest()[:16]
-        assert read_recorded(write_jsonl(tmp_path, [row()])).prompt_ids == (expected,)
+        assert read(write_jsonl(tmp_path, [row()]))["prompt_id"] == [expected]
 
 
 class TestColumns:
-    def test_ragged_gives_views_and_no_others(self) -> None:
-        ragged = Ragged(np.arange(5), np.array([0, 2, 2, 5]))
-        assert [part.tolist() for part in ragged] == [[0, 1], [], [2, 3, 4]]
-        assert ragged[0].base is ragged.values
-        for index in (3, -1):
-            with pytest.raises(IndexError):
-                ragged[index]
+    @given(st.lists(st.none() | st.lists(st.floats(), max_size=4), max_size=9), st.data())
+    def test_lists(self, lists: list[list[float] | None], data: st.DataObject) -> None:
+        lengths = np.array([-1 if one is None else len(one) for one in lists], np.int64)
+        column = Lists(np.array([value for one in lists for value in one or ()]), lengths)
+        parts = [column.values[start:end].tolist() for start, end in pairwise(column.offsets.tolist())]
+        assert repr(parts) == repr([one or [] for one in lists])
+        wanted = np.array(data.draw(st.lists(st.booleans(), min_size=len(column.values), max_size=len(column.values))))
+        seen = {}
+        for index in np.flatnonzero(wanted).tolist():
+            owner = next(i for i, end in enumerate(column.offsets[1:].tolist()) if index < end)
+            seen.setdefault(owner, index - int(column.offsets[owner]))
+        assert [(owner, place) for owner, place, _ in column.first(wanted.astype(bool))] == sorted(seen.items())
+        kept = np.array(data.draw(st.lists(st.booleans(), min_size=len(lists), max_size=len(lists))), bool)
+        rest = column.keep(kept)
+        assert rest.lengths.tolist() == lengths[kept].tolist()
+        assert repr(rest.values.tolist()) == repr(
+            [v for one, k in zip(lists, kept, strict=True) if k for v in one or ()]
+        )
 
-    @given(st.lists(st.lists(st.floats(), max_size=20), max_size=20))
-    def test_growing_is_concatenation(self, parts: list[list[float]]) -> None:
-        growing = _Growing(np.float64)
-        for part in parts:
-            growing.extend(np.array(part, np.float64))
-        np.testing.assert_array_equal(growing.done(), np.array([value for part in parts for value in part]))
-
-    def test_growing_holds_little_more_than_its_content(self) -> None:
-        growing = _Growing(np.int32)
-        for length in range(1, 2000, 7):
-            growing.extend(np.zeros(length, np.int64))
-        assert len(growing._array) <= _GROWTH * growing._length
-        assert growing.done().dtype == np.int32
-
-    def test_a_million_tokens_of_parquet_make_no_python_object_each(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_million_tokens_of_parquet_make_no_python_object_each(self, tmp_path: Path) -> None:
         rows, length = 500, 2000
         offsets = pa.array(np.arange(rows + 1) * length, pa.int32())
         ids = np.arange(rows * length) % 50_000
@@ -310,29 +352,17 @@ class TestColumns:
             "trainer_logprobs": logprobs.astype(np.float32),
             "loss_mask": ids % 2 == 0,
         }
-        path = tmp_path / "run.parquet"
+        path, out = tmp_path / "run.parquet", tmp_path / "recorded.parquet"
         pq.write_table(
             pa.table({key: pa.ListArray.from_arrays(offsets, pa.array(values)) for key, values in columns.items()}),
             path,
         )
-        made = 0
-        original = parquet._lists
-
-        def counted(*arguments: Any) -> Any:
-            nonlocal made
-            lists = original(*arguments)
-            assert isinstance(lists.values, np.ndarray)
-            assert lists.values.dtype != object
-            made += len(lists.values)
-            return lists
-
-        monkeypatch.setattr(parquet, "_lists", counted)
-        run = read_recorded(path)
-        assert made == 5 * rows * length
-        assert run.rollout_logprobs is not None
-        assert run.trainer_logprobs is not None
-        np.testing.assert_array_equal(run.response_token_ids.values, ids)
-        np.testing.assert_array_equal(run.rollout_logprobs.values, logprobs)
-        np.testing.assert_array_equal(run.trainer_logprobs.values, logprobs.astype(np.float32))
-        assert run.trainer_logprobs.values.dtype == np.float32
-        assert run.source.n_masked_tokens == rows * length // 2
+        tracemalloc.start()
+        facts = read_dump(path, out).file
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 60e6  # a chunk; a list of floats would be 32 bytes for each of five million values
+        found = pq.read_table(out)
+        for key, values in columns.items():
+            np.testing.assert_array_equal(pc.list_flatten(found[key]).to_numpy(), values)
+        assert (facts.n_tokens, facts.n_masked_tokens) == (rows * length, rows * length // 2)
