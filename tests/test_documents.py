@@ -12,12 +12,18 @@ import pytest
 from mismatch_probe.errors import TableError
 from mismatch_probe.results.base import Document
 from mismatch_probe.results.comparison import Comparison
+from mismatch_probe.results.dump import Dump
 from mismatch_probe.results.manifest import Manifest
 from mismatch_probe.results.preflight import Preflight
 from tests.factories.comparison import make_comparison
 from tests.frozen import FROZEN
 
-KINDS: dict[str, type[Document]] = {"comparison": Comparison, "manifest": Manifest, "preflight": Preflight}
+KINDS: dict[str, type[Document]] = {
+    "comparison": Comparison,
+    "dump": Dump,
+    "manifest": Manifest,
+    "preflight": Preflight,
+}
 FILES = sorted((FROZEN / "documents").glob("*.json"))
 
 

@@ -252,7 +252,7 @@ class TestDamage:
             ("[" * 100_000, "cannot be read as JSON"),
             ("\ud800".encode("utf-8", "surrogatepass").decode("latin-1"), "cannot be read as JSON"),
             ("[1, 2]", "no schema version"),
-            ('{"schema_version": 3}', "schema 3"),
+            ('{"schema_version": 4}', "schema 4"),
             ('{"schema_version": 2, "status": "complete"}', "tool_version: field required"),
         ],
     )

@@ -246,7 +246,7 @@ def dumps_page() -> str:
 
 _KINDS = {
     "ids": "integer",
-    "logprob": "number or null",
+    "logprob": "number, or no value",
     "mask": "0 or 1",
     "integer": "integer",
     "number": "number",

@@ -184,7 +184,7 @@ def run_of_source(values: dict[str, Any]) -> str | None:
 def _flag(name: str) -> str:
     context = click.get_current_context(silent=True)
     parameters = () if context is None else context.command.params
-    return next((one.opts[0] for one in parameters if one.name == name), f"--{name}")
+    return next((max(one.opts, key=len) for one in parameters if one.name == name), f"--{name}")
 
 
 def out_option(default: str) -> Callable[[F], F]:

@@ -105,7 +105,7 @@ def parse_map(texts: Iterable[str]) -> dict[str, str]:
         if ours not in _MAPPABLE:
             turned = f" Write {ours}={theirs}." if theirs in _MAPPABLE else ""
             known = ", ".join(sorted(_MAPPABLE))
-            raise IngestError(f"--map names {quoted(ours)}, which is no key of the generic format.", turned or known)
+            raise IngestError(f"--map names {quoted(ours)}, which is not a key of the generic format.", turned or known)
         if ours in found.values():
             raise IngestError(f"--map names {ours} twice.", "Keep one of the columns.")
         found[theirs] = ours

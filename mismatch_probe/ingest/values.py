@@ -59,7 +59,7 @@ def list_of(record: Record, name: str, value: Any) -> NDArray[Any]:
     """A list as an array: int64 of ids, integers and masks, float64 of log-probs and numbers, whose null is NaN.
 
     Raises:
-        IngestError: It is no list, or an element is of another kind.
+        IngestError: It is not a list, or an element is of another kind.
     """
     key = KEYS.get(name, KEYS[RESPONSE])
     types, wanted, kinds = _ELEMENTS[key.kind]

@@ -228,12 +228,12 @@ class TestMap:
     @pytest.mark.parametrize(
         ("text", "what", "fix"),
         [
-            ("rollout_logprobs=engine_lp", "'engine_lp', which is no key of the generic format", "engine_lp=rollout_"),
-            ("engine_lp=rollout_logprob", "'rollout_logprob', which is no key", "rollout_logprobs"),
+            ("rollout_logprobs=engine_lp", "'engine_lp', which is not a key of the generic format", "engine_lp=rollout_"),
+            ("engine_lp=rollout_logprob", "'rollout_logprob', which is not a key", "rollout_logprobs"),
             ("engine_lp", "is not of the form theirs=ours", "--map theirs=ours"),
             ("=step", "is not of the form theirs=ours", "--map theirs=ours"),
-            ("engine_lp=", "'', which is no key", "rollout_logprobs"),
-            ("a\x1b=b\x1b", r"'b\x1b', which is no key", "rollout_logprobs"),
+            ("engine_lp=", "'', which is not a key", "rollout_logprobs"),
+            ("a\x1b=b\x1b", r"'b\x1b', which is not a key", "rollout_logprobs"),
         ],
     )
     def test_mistakes(self, text: str, what: str, fix: str) -> None:

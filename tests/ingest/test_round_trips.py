@@ -262,6 +262,8 @@ class TestFacts:
         source = read(write_jsonl(tmp_path, rows)).file
         facts = source.model_dump(mode="json")
         del facts["path"], facts["sha256"], facts["keys"]
+        codes = {found["code"] for found in facts.pop("findings")}
+        assert {"mismatched-lengths", "empty-responses", "positive-logprobs"} <= codes
         assert facts == {
             "format": "generic",
             "written_for": "mismatch-probe",
@@ -281,7 +283,6 @@ class TestFacts:
             "longest_sequence": 5,
             "largest_id": 9,
             "ignored_columns": [],
-            "findings": [],
         }
         json.dumps(source.model_dump(mode="json"), allow_nan=False)
 
