@@ -15,7 +15,6 @@ import pytest
 import torch
 
 import mismatch_probe
-from mismatch_probe import ingest
 from mismatch_probe.engines import registry
 from mismatch_probe.engines.base import Job, RolloutJob, TrainerJob
 from mismatch_probe.engines.events import Rollouts, Scores
@@ -23,6 +22,7 @@ from mismatch_probe.engines.models import resolve
 from mismatch_probe.engines.process import EngineProcess
 from mismatch_probe.errors import EngineMissing, IngestError, TableError, UsageError
 from mismatch_probe.files import data_path
+from mismatch_probe.ingest import formats
 from mismatch_probe.probes import preflight
 from mismatch_probe.probes.attribute import settings
 from mismatch_probe.probes.audit import checks
@@ -39,6 +39,7 @@ from mismatch_probe.types import MetricValue, RolloutRequest, Sampling, ScoreReq
 from tests.conftest import Heard
 from tests.factories.checkpoint import write_checkpoint
 from tests.factories.comparison import make_pair
+from tests.ingest.rows import read
 
 _ENGINE = """
 import numpy as np
@@ -94,26 +95,22 @@ class Toy(Engine):
 ENGINE = Toy()
 """
 
-_READER = """
-import hashlib
-import json
-
-import numpy as np
-
-from mismatch_probe.ingest import reader
-from mismatch_probe.ingest.base import Place
-from mismatch_probe.ingest.collect import IDS, Chunk, Collector, Lists
+_FORMAT = """
+from mismatch_probe.ingest.formats import dump_format
 
 
-@reader(".pairs")
-def read(handle, name):
-    collector, digest = Collector(Place(name, "Line")), hashlib.sha256()
-    for number, line in enumerate(handle, start=1):
-        digest.update(line)
-        values = [np.array(json.loads(part)) for part in line.split(b"\\t")]
-        lists = {key: Lists(v, np.array([len(v)])) for key, v in zip((*IDS, "rollout_logprobs"), values, strict=True)}
-        collector.add(Chunk(np.array([number]), lists, {}, lists))
-    return collector.finish("pairs", digest.hexdigest(), ())
+@dump_format(
+    "toy-trainer", project="Toy", version="1.0", containers=("jsonl", "json", "parquet"),
+    layouts=(("ctx_ids", "samples"),), sides="rollout", switch="Set toy.dump: true.",
+)
+def toy_rows(record):
+    for sample in record.need("samples"):
+        yield {
+            "prompt_token_ids": record.need("ctx_ids"),
+            "response_token_ids": sample["ids"],
+            "rollout_logprobs": sample["lp"],
+            "step": record.fields.get("iteration"),
+        }
 """
 
 _FIGURE = """
@@ -316,16 +313,20 @@ def test_the_engines_here_are_found_by_name(name: str) -> None:
 
 
 def test_a_format_of_recorded_sequences(add_module: Callable[[ModuleType, str], None], tmp_path: Path) -> None:
-    add_module(ingest, _READER)
-    path = tmp_path / "run.pairs"
-    path.write_text("[1, 2]\t[3]\t[-0.5]\n[4]\t[5, 6]\t[-1.0, -2.0]\n")
-    run = ingest.read_recorded(path)
-    assert (run.source.format, run.sides, len(run)) == ("pairs", ("rollout",), 2)
-    assert run.rollout_logprobs is not None
-    assert run.rollout_logprobs[1].tolist() == [-1, -2]
-    path.write_text("[1]\t[2, 3]\t[-0.5]\n")
+    add_module(formats, _FORMAT)
+    path = tmp_path / "run.jsonl"
+    samples = [{"ids": [3], "lp": [-0.5]}, {"ids": [5, 6], "lp": [-1.0, -2.0]}]
+    path.write_text(json.dumps({"ctx_ids": [1, 2], "samples": samples, "iteration": 4}))
+    found = read(path)
+    assert (found.file.format, found.file.written_for) == ("toy-trainer", "Toy 1.0")
+    assert (found.sides, found["prompt_token_ids"]) == (("rollout",), [[1, 2]] * 2)
+    assert (found["rollout_logprobs"], found["step"], found["row"]) == ([[-0.5], [-1, -2]], [4, 4], [1, 1])
+    path.write_text(json.dumps({"ctx_ids": [1], "samples": [{"ids": [2, 3], "lp": [-0.5]}]}))
     with pytest.raises(IngestError, match=r"^Line 1 of .* has 1 rollout_logprobs for 2 response_token_ids"):
-        ingest.read_recorded(path)
+        read(path)
+    path.write_text(json.dumps({"ctx_ids": [1], "samples": None}))
+    with pytest.raises(IngestError, match=r"^Line 1 of .* has no samples; its keys are 'ctx_ids', 'samples'"):
+        read(path)
 
 
 def test_a_figure(add_module: Callable[[ModuleType, str], None], tmp_path: Path) -> None:

@@ -69,7 +69,10 @@ def test_what_cannot_be_is_a_usage_error(
 def test_a_folder_without_a_run_and_a_missing_baseline(command: Command, run_copy: Path, tmp_path: Path) -> None:
     outcome = command("audit", "--from", tmp_path / "none")
     assert outcome.code == 1
-    assert "holds no comparison" in outcome.err
+    assert "none does not exist" in outcome.err
+    (tmp_path / "empty").mkdir()
+    outcome = command("audit", "--from", tmp_path / "empty")
+    assert (outcome.code, "has no file of a kind that can be read" in outcome.err) == (1, True)
     outcome = command("audit", "--from", run_copy, "--baseline", tmp_path / "none.json")
     assert outcome.code == 1
     assert "none.json does not exist" in outcome.err

@@ -228,7 +228,11 @@ class TestMap:
     @pytest.mark.parametrize(
         ("text", "what", "fix"),
         [
-            ("rollout_logprobs=engine_lp", "'engine_lp', which is not a key of the generic format", "engine_lp=rollout_"),
+            (
+                "rollout_logprobs=engine_lp",
+                "'engine_lp', which is not a key of the generic",
+                "engine_lp=rollout_",
+            ),
             ("engine_lp=rollout_logprob", "'rollout_logprob', which is not a key", "rollout_logprobs"),
             ("engine_lp", "is not of the form theirs=ours", "--map theirs=ours"),
             ("=step", "is not of the form theirs=ours", "--map theirs=ours"),

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import gc
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +17,10 @@ import pytest
 
 import mismatch_probe
 from mismatch_probe.config import CompareConfig
-from mismatch_probe.errors import IngestError, Interrupted, UsageError
+from mismatch_probe.errors import DiskFull, IngestError, Interrupted, UsageError
 from mismatch_probe.metrics.chunks import ExcludedValue
 from mismatch_probe.metrics.groups import GROUP_KEYS, Grouping, GroupSums
+from mismatch_probe.results.dump import Dump
 from mismatch_probe.run import Run
 from mismatch_probe.runs.comparison import RunDirectory
 from mismatch_probe.types import PairArrays
@@ -318,7 +323,7 @@ class TestRefused:
         ("change", "script", "sentence"),
         [
             (lambda i, row: row.update(prompt_token_ids=[]), {}, "Row 1 .* has an empty prompt"),
-            (lambda i, row: row.update(prompt_token_ids=[5, 70 + i]), {"vocab_size": 72}, "beyond the vocabulary"),
+            (lambda i, row: row.update(prompt_token_ids=[5, 70 + i]), {"vocab_size": 72}, "is outside 0 to 71"),
             (lambda i, row: None, {"max_position_embeddings": 5}, r"Row 3 .* has 6 tokens; the context .* is 5"),
         ],
     )
@@ -352,8 +357,166 @@ class TestRefused:
         with pytest.raises(UsageError, match=r"needs the model that sampled them.*--model"):
             compare(record(("rollout",)))
 
-    def test_a_file_that_changed_since(self, compare: Compare, record: Record) -> None:
-        run = compare(record())
+
+def hidden(folder: Path) -> list[Path]:
+    """Scratch folders that are left over."""
+    gc.collect()
+    return list(folder.glob(".mismatch-probe-*"))
+
+
+class TestIngested:
+    def test_a_folder_of_ingest_is_compared_as_its_dump_is(
+        self, compare: Compare, record: Record, tmp_path: Path
+    ) -> None:
+        path = record(change=lambda i, row: row.update(loss_mask=[1] * LENGTHS[i], step=i // 2))
+        found = mismatch_probe.read_dump(path, out=tmp_path / "dump")
+        assert {one.name for one in found.path.iterdir()} >= {"recorded.parquet", "recorded.json", "report.html"}
+        assert Dump.read(found.path / "recorded.json") == found.document
+        direct = compare(path, "direct")
+        path.unlink()
+        run = compare(found.path)
+        assert run.summary.pairs == direct.summary.pairs
+        assert run.data.manifest.recorded == direct.data.manifest.recorded == found.document.recorded
+        shutil.rmtree(found.path)
+        assert mismatch_probe.Run.open(run.path).resume().summary == run.summary
+        assert hidden(tmp_path) == []
+
+    def test_a_folder_of_steps(self, compare: Compare, record: Record, tmp_path: Path) -> None:
+        (tmp_path / "dump").mkdir()
+        for step in (2, 10):
+            record(change=lambda i, row, step=step: row.update(step=step)).rename(tmp_path / f"dump/{step}.jsonl")
+        run = compare(tmp_path / "dump")
+        assert pq.read_table(run.path / "sequences.parquet")["step"].to_pylist() == [2] * 4 + [10] * 4
+        assert run.data.manifest.recorded.file.n_files == 2
+
+    def test_columns_of_other_names(self, compare: Compare, record: Record) -> None:
+        def rename(index: int, row: dict[str, Any]) -> None:
+            row["behaviour"] = row.pop("rollout_logprobs")
+
+        run = compare(record(change=rename), dump_map=("behaviour=rollout_logprobs",))
+        assert set(pairs(run)) == {("recorded", "recorded")}
+        assert mismatch_probe.Run.open(run.path).resume().complete
+
+    def test_ids_alone_are_replayed(
+        self, compare: Compare, record: Record, scripted_model: MakeModel, tmp_path: Path
+    ) -> None:
+        path, model = record(()), str(scripted_model(vocab_size=90))
+        with pytest.raises(UsageError, match="Add --replay"):
+            compare(path, model=model)
+        assert hidden(tmp_path) == []
+        options = {"rollout_dtypes": ("float32",), "trainer_dtypes": ("float32",)}
+        run = compare(path, model=model, replay=True, **options)
+        (pair,) = run.summary.pairs
+        assert (pair.rollout_pass, pair.n_tokens, pair.n_nonfinite) == ("vllm-float32-replay", sum(LENGTHS), 0)
+        assert run.complete
+
+    def test_columns_that_may_hold_them_are_named(self, compare: Compare, record: Record) -> None:
+        def rename(index: int, row: dict[str, Any]) -> None:
+            row["behaviour"] = [-1.0] * LENGTHS[index]
+
+        with pytest.raises(UsageError, match="--map: not read are behaviour"):
+            compare(record((), rename))
+
+    def test_ids_beyond_the_vocabulary(
+        self, compare: Compare, record: Record, scripted_model: MakeModel, tmp_path: Path
+    ) -> None:
+        """A dump is read for a model, whose rows of other ids are left out; a folder of `ingest` is taken as it is."""
+
+        def one(index: int, row: dict[str, Any]) -> None:
+            row["response_token_ids"] = [70 + index] * LENGTHS[index]
+
+        path, model = record(("rollout",), one), str(scripted_model(vocab_size=73))
+        run = compare(path, model=model, trainer_dtypes=("float32",))
+        assert (run.data.manifest.recorded.file.n_left_out, run.summary.pairs[0].n_sequences) == (1, 3)
+        found = mismatch_probe.read_dump(path, out=tmp_path / "dump")
+        with pytest.raises(IngestError, match=r"Row 4 of .* has an id beyond the vocabulary of .* \(73\)"):
+            compare(found.path, "other", model=model)
+
+    def test_a_run_has_its_own_copy(self, compare: Compare, record: Record) -> None:
+        path = record()
+        run = compare(path)
+        record(change=lambda i, row: row.update(step=1))
+        assert mismatch_probe.Run.open(run.path).resume().summary == run.summary
+        path.unlink()
+        assert mismatch_probe.Run.open(run.path).resume().summary == run.summary
+
+    def test_an_interrupted_run_goes_on_without_its_dump(
+        self, compare: Compare, record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = record()
+        with monkeypatch.context() as patch:
+            patch.setattr("mismatch_probe.probes.compare.store_recorded", interrupt)
+            with pytest.raises(Interrupted):
+                compare(path)
+        path.unlink()
+        assert mismatch_probe.Run.open(tmp_path / "run").resume().complete
+
+    def test_without_copy_and_dump_it_cannot(self, compare: Compare, record: Record) -> None:
+        path = record()
+        run = compare(path)
+        (run.path / "recorded.parquet").unlink()
         record(change=lambda i, row: row.update(step=1))
         with pytest.raises(mismatch_probe.ProbeError, match="have changed since this run began"):
             mismatch_probe.Run.open(run.path).resume()
+        path.unlink()
+        with pytest.raises(IngestError, match="does not exist"):
+            mismatch_probe.Run.open(run.path).resume()
+
+    def test_it_is_copied_where_it_cannot_be_linked(
+        self, compare: Compare, record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def other_disk(*_: Any) -> None:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+        found = mismatch_probe.read_dump(record(), out=tmp_path / "dump")
+        monkeypatch.setattr(os, "link", other_disk)
+        run = compare(found.path)
+        kept = run.path / "recorded.parquet"
+        assert kept.read_bytes() == (found.path / "recorded.parquet").read_bytes()
+        assert not kept.samefile(found.path / "recorded.parquet")
+
+    def test_a_folder_that_is_not_empty(self, record: Record, tmp_path: Path) -> None:
+        (tmp_path / "dump").mkdir()
+        mismatch_probe.read_dump(record(), out=tmp_path / "dump")
+        with pytest.raises(UsageError, match="is not empty"):
+            mismatch_probe.read_dump(record(), out=tmp_path / "dump")
+        assert hidden(tmp_path) == []
+
+    @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+    @pytest.mark.parametrize("compared", [True, False])
+    def test_nothing_is_left_of_a_reading_that_ends_early(
+        self,
+        compare: Compare,
+        record: Record,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        error: BaseException,
+        compared: bool,
+    ) -> None:
+        def early(*_: Any, **__: Any) -> None:
+            raise error
+
+        path = record()
+        monkeypatch.setattr(pq.ParquetWriter, "write_table", early)
+        wanted = DiskFull if isinstance(error, OSError) else (KeyboardInterrupt, Interrupted)
+        with pytest.raises(wanted):
+            compare(path) if compared else mismatch_probe.read_dump(path, out=tmp_path / "run")
+        assert {one.name for one in tmp_path.iterdir()} == {path.name}
+
+    def test_nor_of_a_dump_that_cannot_be_read(self, compare: Compare, record: Record, tmp_path: Path) -> None:
+        path = record()
+        path.write_text("{")
+        with pytest.raises(IngestError):
+            compare(path)
+        with pytest.raises(IngestError):
+            mismatch_probe.read_dump(path, out=tmp_path / "run")
+        assert {one.name for one in tmp_path.iterdir()} == {path.name}
+
+    def test_nor_of_a_plan(self, record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        assert mismatch_probe.plan(source=str(record())).sizes.num_prompts == 2
+        assert hidden(tmp_path) == []
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt

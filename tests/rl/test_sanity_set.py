@@ -15,13 +15,13 @@ import pytest
 import mismatch_probe
 from mismatch_probe.engines.events import Advance, Event, Listener, Total
 from mismatch_probe.errors import Interrupted, TableError, UsageError
-from mismatch_probe.ingest import read_recorded
 from mismatch_probe.results.sanity import SanityOutcome, SanitySet
 from mismatch_probe.rl.config import RlConfig, SanityConfig
 from mismatch_probe.rl.sanity import records, run
 from mismatch_probe.rl.sanity.run import SanityJob
 from mismatch_probe.rl.tasks import Problem, Response, Task, make_task, read_problems
 from tests.conftest import Heard, Outcome, Recorder, write_script
+from tests.ingest.rows import read
 
 N_PROBLEMS, N_SAMPLES = 11, 20
 ACCURACY = np.linspace(0, 1, N_PROBLEMS)
@@ -148,8 +148,7 @@ class TestFiles:
 
     def test_compare_reads_the_samples(self, tmp_path: Path) -> None:
         make(tmp_path / "set")
-        recorded = read_recorded(tmp_path / "set" / "samples.parquet")
-        assert len(recorded.prompt_token_ids) == N_PROBLEMS * N_SAMPLES
+        assert read(tmp_path / "set" / "samples.parquet").file.n_sequences == N_PROBLEMS * N_SAMPLES
 
     def test_a_set_can_be_sampled_again(self, tmp_path: Path) -> None:
         first = make(tmp_path / "first", keep=(0.0, 1.0))
