@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,55 @@ class TestSchema:
         run.merge()
         frame = pandas.read_parquet(run.path / "tokens.parquet")
         assert frame.groupby("pass_id", observed=True)["logprob"].sum().to_dict() == {ROLLOUT: -5.0, TRAINER: -6.0}
+
+
+class TestStreams:
+    def parts(self, table: pa.Table, size: int) -> Iterator[pa.Table]:
+        return (table.slice(start, size) for start in range(0, table.num_rows, size))
+
+    @pytest.mark.parametrize("size", [1, 2, 100])
+    def test_a_pass_in_parts_is_the_pass(self, tmp_path: Path, size: int) -> None:
+        whole, streamed = run_with_two_passes(tmp_path), RunDirectory.create(tmp_path / "parts", make_manifest())
+        sequences, tokens = rollout_tables()
+        record = make_pass()
+        streamed.finish_pass(
+            ROLLOUT, record, {"tokens": self.parts(tokens, size), "sequences": self.parts(sequences, size)}
+        )
+        assert record.rows == {"tokens": 6, "sequences": 3}
+        assert streamed.tokens(ROLLOUT).equals(whole.tokens(ROLLOUT))
+        assert streamed.sequences(ROLLOUT).equals(whole.sequences(ROLLOUT))
+        assert sorted(one.name for one in (streamed.path / "passes").iterdir()) == [
+            f"{ROLLOUT}.sequences.3.parquet",
+            f"{ROLLOUT}.tokens.6.parquet",
+        ]
+
+    def test_parts_that_end_early_leave_nothing(self, tmp_path: Path) -> None:
+        def broken() -> Iterator[pa.Table]:
+            yield rollout_tables()[1]
+            raise KeyboardInterrupt
+
+        run = RunDirectory.create(tmp_path / "run", make_manifest())
+        with pytest.raises(KeyboardInterrupt):
+            run.finish_pass(ROLLOUT, make_pass(), {"tokens": broken()})
+        assert not run.finished(ROLLOUT)
+        assert list((run.path / "passes").iterdir()) == []
+
+    @pytest.mark.parametrize(("rows", "groups"), [(1, 12), (4, 4), (100, 2)])
+    def test_row_groups_of_a_merged_run(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, groups: int
+    ) -> None:
+        """A row group holds one pass, and about so many rows of it."""
+        monkeypatch.setattr(tables, "_BATCH_ROWS", 1)
+        monkeypatch.setattr(tables, "_GROUP_ROWS", rows)
+        run = run_with_two_passes(tmp_path)
+        before = {name: run.tokens(name) for name in (ROLLOUT, TRAINER)}
+        run.merge()
+        with pq.ParquetFile(run.path / "tokens.parquet") as file:
+            assert file.num_row_groups == groups
+            assert all(len(set(file.read_row_group(i)["pass_id"].to_pylist())) == 1 for i in range(groups))
+        for name, table in before.items():
+            assert run.tokens(name).equals(table)
+            assert pa.concat_tables(run.iter_tokens(name, table.column_names)).to_pylist() == table.to_pylist()
 
 
 class TestTokensTable:
