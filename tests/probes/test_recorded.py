@@ -20,6 +20,7 @@ from mismatch_probe.config import CompareConfig
 from mismatch_probe.errors import DiskFull, IngestError, Interrupted, UsageError
 from mismatch_probe.metrics.chunks import ExcludedValue
 from mismatch_probe.metrics.groups import GROUP_KEYS, Grouping, GroupSums
+from mismatch_probe.probes import recorded
 from mismatch_probe.results.dump import Dump
 from mismatch_probe.run import Run
 from mismatch_probe.runs.comparison import RunDirectory
@@ -480,6 +481,22 @@ class TestIngested:
         mismatch_probe.read_dump(record(), out=tmp_path / "dump")
         with pytest.raises(UsageError, match="is not empty"):
             mismatch_probe.read_dump(record(), out=tmp_path / "dump")
+        assert hidden(tmp_path) == []
+
+    def test_a_folder_that_was_filled_while_the_dump_was_read(
+        self, record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        real = recorded.read_dump
+
+        def meanwhile(*arguments: Any) -> Any:
+            (tmp_path / "dump").mkdir()
+            (tmp_path / "dump" / "recorded.parquet").write_bytes(b"mine")
+            return real(*arguments)
+
+        monkeypatch.setattr(recorded, "read_dump", meanwhile)
+        with pytest.raises(UsageError, match="is not empty"):
+            mismatch_probe.read_dump(record(), out=tmp_path / "dump")
+        assert (tmp_path / "dump" / "recorded.parquet").read_bytes() == b"mine"
         assert hidden(tmp_path) == []
 
     @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
