@@ -30,6 +30,7 @@ from mismatch_probe.report.format import (
     number,
     percent,
 )
+from mismatch_probe.report.further import further_section
 from mismatch_probe.report.model import (
     Cell,
     Column,
@@ -114,6 +115,7 @@ def compare_report(data: ReportData) -> Report:
             *_exact(summary),
             *_budget(summary),
             *_where(summary),
+            *further_section(summary),
             *_length(summary),
             *_comparisons(summary),
             *_ratio_tests(summary),

@@ -158,7 +158,7 @@ def compared(rollout: str, trainer: str, mode: str = "cast", **changes: Any) -> 
         "estimators": None,
         "ratio_tests": (),
         "prompts_needed": {},
-        "steps": (),
+        "groups": (),
     }
     return Pair.model_validate(given | changes)
 
