@@ -4,7 +4,7 @@
 
 Prints a table per generator of generators.py. A cell is the share of the intervals that hold the truth, in per cent,
 `-` where no replication gave an interval; `/5` says that 5 % of replications gave none, and `*` that more than half of
-the intervals were marked as uncalibrated. Exact metrics come from full rows of logits at 8 positions per prompt,
+the intervals were marked as uncalibrated. The entropy of a token is (1 − b) / 2 on both sides. Exact metrics come from full rows of logits at 8 positions per prompt,
 `ess_weights` from one importance weight per sequence. At the end stand the cells that are not marked and whose
 intervals miss the truth in more than 10 % of all replications.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 
@@ -96,6 +96,8 @@ def measure(
 ) -> Mapping[str, MetricValue]:
     """Metrics of one drawn pair."""
     pair = GENERATORS[generator](rng, n_prompts)
+    entropy = 0.5 * (1 - pair.rollout_logprob)
+    pair = replace(pair, columns={"entropy": entropy, "rollout_entropy": entropy})
     rows = exact_rows(rng, pair) if any(key in CATALOG and CATALOG[key].level == "exact" for key in keys) else None
     found = compute_metrics(pair, rows, keys=keys, seed=seed, replicates=replicates)
     if WEIGHTS not in keys:

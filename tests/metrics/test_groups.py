@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def pair(make_pair: Any) -> PairArrays:
     n = int(lengths.sum())
     made = make_pair(-rng.exponential(1, n), rng.normal(0, 0.05, n), list(lengths), [i // 2 for i in range(40)])
     lag = rng.integers(-1, 3, n)
-    return replace(made, columns={"lag": lag}) if isinstance(made, PairArrays) else made
+    return replace(cast(PairArrays, made), columns={"lag": lag})
 
 
 def only(pair: PairArrays, rows: np.ndarray) -> PairArrays:
