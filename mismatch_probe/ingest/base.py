@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn
 
 from mismatch_probe.errors import IngestError
@@ -63,11 +63,13 @@ class Record:
         fields: By the framework's own keys.
         place: The file.
         row: Line, row or sample, from 1.
+        written_for: Project and version that its reader was written for.
     """
 
     fields: Mapping[str, Any]
     place: Place
     row: int
+    written_for: str = ""
 
     def need(self, key: str) -> Any:
         """The value of a key.
@@ -76,8 +78,38 @@ class Record:
             IngestError: The record does not have it.
         """
         if self.fields.get(key) is None:
-            self.refuse(f"has no {key}; its keys are {quoted_list(self.fields)}", f"Write {key} in every record.")
+            fix = f"The reader is for {self.written_for}, which writes it." if self.written_for else ""
+            self.refuse(
+                f"has no {key}; its keys are {quoted_list(self.fields)}", fix or f"Write {key} in every record."
+            )
         return self.fields[key]
+
+    def inside(self, key: str) -> Record:
+        """What an object under a key holds, as a record of the same place.
+
+        Raises:
+            IngestError: The record does not have it, or it is no object.
+        """
+        return self._part(key, self.need(key))
+
+    def each(self, key: str) -> list[Record]:
+        """What each object of a list under a key holds, as records of the same place.
+
+        Raises:
+            IngestError: The record does not have it, or it is no list of objects.
+        """
+        value = self.need(key)
+        if not isinstance(value, list | tuple):
+            self.refuse(f"has {quoted(key)[1:-1]} that is {kind(value)}, not a list", self._written())
+        return [self._part(f"{key}[{index}]", one) for index, one in enumerate(value)]
+
+    def _part(self, name: str, value: Any) -> Record:
+        if not isinstance(value, Mapping):
+            self.refuse(f"has {quoted(name)[1:-1]} that is {kind(value)}, not an object", self._written())
+        return replace(self, fields=value)
+
+    def _written(self) -> str:
+        return f"The reader is for {self.written_for}: was the file written by another version?"
 
     def refuse(self, what: str, fix: str) -> NoReturn:
         """Ends the reading at this record."""

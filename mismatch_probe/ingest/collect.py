@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -126,7 +126,7 @@ class Collector:
         Raises:
             IngestError: A value is of another kind than its key, or a row misses what the others have.
         """
-        for row in of.rows(record):
+        for row in of.rows(replace(record, written_for=of.written_for)):
             self._pending.add(record, row)
             if self._pending.full:
                 self._flush()

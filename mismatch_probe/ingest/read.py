@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import gzip
 import hashlib
 import os
@@ -71,8 +70,11 @@ def read_dump(
         DiskFull: No space is left for `out`.
     """
     name = str(path)
-    found = _files(Path(path).expanduser(), name)
+    path = Path(path).expanduser()
+    found = _files(path, name)
     with _io_errors(name):
+        if path.is_dir():
+            found = _finished(found, name, log)
         chosen, files = _choose(found, name, options)
         if len(files) < len(found):
             log(f"{len(found) - len(files)} of {len(found)} files are empty or no {chosen.name}, and are not read")
@@ -210,7 +212,7 @@ def _choose(files: list[DumpFile], name: str, options: ReadOptions) -> tuple[For
             raise _pickle_error(pickles)
     if asked != AUTO:
         chosen = known[asked]
-        fitting = [file for file in files if file.container in chosen.containers and not _is_beside(file, chosen)]
+        fitting = [file for file in files if file.container in chosen.containers and not chosen.lies_beside(file.path)]
         if not fitting:
             containers = " or ".join(chosen.containers)
             raise IngestError(f"{name} has no file of the format {asked}, which is in {containers}.", _FIX)
@@ -239,7 +241,7 @@ def _sniffed(files: list[DumpFile], known: Mapping[str, Format]) -> tuple[dict[s
     unknown = None
     for file in files:
         own = {one: format_ for one, format_ in known.items() if file.container in format_.containers}
-        if any(_is_beside(file, format_) for format_ in own.values()):
+        if any(format_.lies_beside(file.path) for format_ in own.values()):
             continue
         with _io_errors(file.name):
             record = next(_opened(file), None)
@@ -254,8 +256,20 @@ def _sniffed(files: list[DumpFile], known: Mapping[str, Format]) -> tuple[dict[s
     return found, unknown
 
 
-def _is_beside(file: DumpFile, chosen: Format) -> bool:
-    return any(fnmatch.fnmatch(file.path.as_posix(), f"*{pattern}") for pattern in chosen.beside)
+def _finished(files: list[DumpFile], name: str, log: Callable[[str], None]) -> list[DumpFile]:
+    """The files of a folder without those that a framework has not marked as complete."""
+    marked = [format_ for format_ in formats().values() if format_.marker[0]]
+    left_out = [(file, one) for file in files for one in marked if one.unfinished(file.path)]
+    if not left_out:
+        return files
+    first, of = left_out[0]
+    what = f"{of.project} writes {of.marker[1]} beside complete files, and {{}} without it, the first is {first.name}"
+    kept = [file for file in files if file not in {one for one, _ in left_out}]
+    if not kept:
+        fix = "Wait until the step is written, or name one file to read it as it is."
+        raise IngestError(f"{name} has no complete file: {what.format(f'{len(left_out)} are')}.", fix)
+    log(f"{len(left_out)} files are left out: {what.format('they are')}")
+    return kept
 
 
 def _opened(file: DumpFile) -> Iterator[Record]:
