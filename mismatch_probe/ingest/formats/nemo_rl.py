@@ -51,8 +51,10 @@ def nemo_rl(record: Record) -> Iterator[Row]:
     mask = list_of(record, "loss_mask", _of_one(record.need("token_loss_mask"), True))
     counts = np.flatnonzero(mask[:n])
     row: dict[str, Any] = {WHOLE: ids[:n], LENGTH: int(counts[0]) if len(counts) else n}
-    alive = list_of(record, "loss_mask", [_of_one(record.need("sample_loss_mask"))])
-    row["loss_mask"] = _cut(mask * alive, ids, n)
+    alive = _of_one(record.need("sample_loss_mask"))
+    if type(alive) not in (int, float, bool) or alive not in (0, 1):
+        record.refuse("has a sample_loss_mask that is neither 0 nor 1", "Write whether the sample counts.")
+    row["loss_mask"] = _cut(mask if alive else np.zeros_like(mask), ids, n)
     for theirs, ours in _LISTS.items():
         value = _of_one(record.need(theirs), theirs != "advantages")
         row[ours] = _cut(list_of(record, ours, value), ids, n) if isinstance(value, list) else value

@@ -49,7 +49,7 @@ def prime_rl(record: Record) -> Iterator[Row]:
     yield {
         WHOLE: ids,
         LENGTH: int(counts[0]) if len(counts) else len(ids),
-        "loss_mask": mask * _sampled(record, mask),
+        "loss_mask": np.where(_sampled(record, mask), mask, 0.0),
         "rollout_logprobs": record.need("inference_logprobs"),
         "trainer_logprobs": record.need("trainer_logprobs"),
         "trainer_entropy": record.fields.get("entropy"),
@@ -62,14 +62,14 @@ def prime_rl(record: Record) -> Iterator[Row]:
     }
 
 
-def _sampled(record: Record, mask: NDArray[Any]) -> NDArray[Any]:
-    """`[n]` 0 or 1, which tokens the policy sampled; without component weights those that count."""
+def _sampled(record: Record, mask: NDArray[Any]) -> NDArray[np.bool_]:
+    """`[n]` which tokens the policy sampled; without component weights those that count."""
     weights = {key: _weights(record, key) for key in ("rl_weights", "ref_kl_weights")}
     rl, ref_kl = weights["rl_weights"], weights["ref_kl_weights"]
     if any(one is not None and len(one) != len(mask) for one in weights.values()):
         record.refuse("has component weights that do not run along its loss_mask", "Write one weight per token.")
-    sampled = mask if rl is None else rl != 0
-    return (sampled if ref_kl is None else (sampled != 0) | (ref_kl != 0)).astype(np.float64)
+    sampled: NDArray[np.bool_] = (mask if rl is None else rl) != 0
+    return sampled if ref_kl is None else sampled | (ref_kl != 0)
 
 
 def _weights(record: Record, key: str) -> NDArray[Any] | None:
