@@ -212,6 +212,8 @@ def _choose(files: list[DumpFile], name: str, options: ReadOptions) -> tuple[For
             raise _pickle_error(pickles)
     if asked != AUTO:
         chosen = known[asked]
+        if chosen.refusal:
+            raise _refused(name, chosen)
         fitting = [file for file in files if file.container in chosen.containers and not chosen.lies_beside(file.path)]
         if not fitting:
             containers = " or ".join(chosen.containers)
@@ -228,8 +230,7 @@ def _choose(files: list[DumpFile], name: str, options: ReadOptions) -> tuple[For
     if pickles and not options.trust_pickle:
         raise _pickle_error(pickles)
     if by_format:
-        refused = known[next(iter(by_format))]
-        raise IngestError(f"{name} is {refused.written_for}'s: {refused.refusal}.", refused.switch)
+        raise _refused(name, known[next(iter(by_format))])
     if unknown is None:
         raise IngestError(f"The file {name} has no rows." if len(files) == 1 else f"{name} has no rows.", _FIX)
     raise _unknown(unknown)
@@ -304,6 +305,11 @@ def _unknown(record: Record) -> IngestError:
     said = ",".join(f"{theirs}={ours}" for theirs, ours in guess.items())
     more = f"; nothing looks like {missing[0]}" if missing else ""
     return IngestError(what, f"Name its columns, probably --map {said}{more}.")
+
+
+def _refused(name: str, chosen: Format) -> IngestError:
+    """Why nothing can be read from a dump of a format, and what to switch on in its framework."""
+    return IngestError(f"{name} is a dump of {chosen.written_for}: {chosen.refusal}.", chosen.switch)
 
 
 def _pickle_error(files: list[DumpFile]) -> IngestError:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from mismatch_probe.ingest.base import Record, Row
 from mismatch_probe.ingest.formats import dump_format
 
-_WHY = "text without token ids, and encoding it again can give other ids than were sampled"
+_WHY = "it holds text without token ids, and encoding it again can give other ids than were sampled"
 
 
 @dump_format(
@@ -54,4 +54,4 @@ _WHY = "text without token ids, and encoding it again can give other ids than we
 )
 def text_only(record: Record) -> Iterator[Row]:
     """Nothing."""
-    record.refuse(f"holds {_WHY}", "Record prompt_token_ids and response_token_ids.")
+    record.refuse("holds text alone", "Record prompt_token_ids and response_token_ids.")
