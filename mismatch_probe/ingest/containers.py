@@ -175,10 +175,25 @@ def _arrow_errors(place: Place) -> Iterator[None]:
         place.refuse_file(f"is corrupt, truncated or not a Parquet file ({detail})", "Write it again.")
 
 
+def _pickled(file: DumpFile) -> Iterator[Record]:
+    from mismatch_probe.ingest.pickles.files import pickled
+
+    return pickled(file)
+
+
+def _sqlite_tables(file: DumpFile) -> Iterator[Record]:
+    from mismatch_probe.ingest.sqlite import sqlite_tables
+
+    return sqlite_tables(file)
+
+
 CONTAINERS: Mapping[str, Callable[[DumpFile], Iterator[Record]]] = {
     "jsonl": json_lines,
     "json": json_document,
     "parquet": parquet_rows,
+    "torch": _pickled,
+    "pickle": _pickled,
+    "sqlite": _sqlite_tables,
 }
 SUFFIXES: Mapping[str, str] = {
     ".jsonl": "jsonl",
@@ -190,6 +205,7 @@ SUFFIXES: Mapping[str, str] = {
     ".pth": "torch",
     ".pkl": "pickle",
     ".pickle": "pickle",
+    ".dp": "pickle",
     ".db": "sqlite",
     ".sqlite": "sqlite",
 }

@@ -1,7 +1,7 @@
 """A reader of pickles that cannot run code: opcodes make plain values and stand-ins, and nothing else.
 
-Python's own `pickle` imports what a pickle names and calls it. Here a name stays a name, and what a pickle would call or
-make becomes a `StandIn` that holds its arguments and its state. Only names that a caller gives a builder for become
+Python's own `pickle` imports what a pickle names and calls it. Here a name stays a name, and what a pickle would call
+or make becomes a `StandIn` that holds its arguments and its state. Only names that a caller gives a builder for become
 something else, by that builder. Memory grows with the bytes of the pickle: the memo is a dict, nothing is sized by a
 number that the pickle claims, and keys of dicts are plain, so that no hash of nested tuples is ever computed.
 
@@ -73,7 +73,6 @@ class Builders:
     calls: Mapping[str, Callable[[tuple[Any, ...]], Any]]
     states: Mapping[str, Callable[[StandIn, Any], Any]] = field(default_factory=dict)
     storage: Callable[[Any], Any] | None = None
-
 
 
 class Machine:
@@ -308,9 +307,7 @@ def _fill(items: dict[Any, Any], values: list[Any]) -> dict[Any, Any]:
     """Adds keys and values in turn; a key that is no plain value names no field, and is left out."""
     if len(values) % 2:
         raise PickleError("it is damaged")
-    for key, value in zip(values[::2], values[1::2], strict=True):
-        if type(key) in _KEYS:
-            items[key] = value
+    items.update((key, value) for key, value in zip(values[::2], values[1::2], strict=True) if type(key) in _KEYS)
     return items
 
 

@@ -1,8 +1,8 @@
 """Arrays of what numpy and torch write into pickles, by numpy alone.
 
-Shapes, strides and offsets come from the file, so each is checked against the bytes that are there: a tensor never reaches
-outside its storage, and one that claims many more elements than were stored is refused. Types that numpy lacks are widened
-exactly: bfloat16 becomes float32; float8 is left as bytes.
+Shapes, strides and offsets come from the file, so each is checked against the bytes that are there: a tensor never
+reaches outside its storage, and one that claims many more elements than were stored is refused. Types that numpy lacks
+are widened exactly: bfloat16 becomes float32; float8 is left as bytes.
 
 Sources of the layouts: `numpy.ndarray.__reduce__`, `torch/_utils.py`, `torch/serialization.py` (torch 2.13),
 `tensordict/_reductions.py` (0.15).
@@ -15,7 +15,8 @@ import math
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -88,7 +89,7 @@ def _numpy_type(made: Any) -> np.dtype[Any]:
     if type(text) is not str or _PLAIN.fullmatch(text) is None or any(part is not None for part in parts[:3]):
         raise PickleError("it has an array of a type that is not read")
     plain = np.dtype(text)
-    return plain.newbyteorder(order) if order in ("<", ">") else plain
+    return plain.newbyteorder(">") if order == ">" else plain
 
 
 def _ndarray(made: StandIn, state: Any) -> Any:
@@ -256,7 +257,7 @@ _TORCH: dict[str, Callable[[tuple[Any, ...]], Any]] = {
     "torch._tensor._rebuild_from_type_v2": _of_type,
     "torch.nested._internal.nested_tensor._rebuild_njt": lambda args: _jagged(args),
     "torch._utils._rebuild_nested_tensor": _nested,
-    "torch.storage._load_from_bytes": lambda args: _load(args[0]),
+    "torch.storage._load_from_bytes": lambda args: load_bytes(args[0]),
     "tensordict._reductions._rebuild_tensordict_files_consolidated": _consolidated,
     "tensordict._reductions._make_td": _tensordict,
 }
@@ -277,15 +278,23 @@ def load_file(path: Path) -> Any:
         data = handle.read(4)
         if data != _ZIP:
             data += handle.read()
-        try:
-            return _load_zip(handle) if data == _ZIP else _load(data)
-        except PickleError:
-            raise
-        except _HOSTILE as error:
-            raise PickleError(f"it is truncated or damaged ({type(error).__name__})") from None
+        with reading():
+            return _load_zip(handle) if data == _ZIP else load_bytes(data)
 
 
-def _load(data: Any) -> Any:
+@contextmanager
+def reading() -> Iterator[None]:
+    """What a file that is not what it seems makes of the code that reads it, as one kind of error."""
+    try:
+        yield
+    except PickleError:
+        raise
+    except _HOSTILE as error:
+        raise PickleError(f"it is truncated or damaged ({type(error).__name__})") from None
+
+
+def load_bytes(data: Any) -> Any:
+    """The value of a pickle or of a torch file in memory; errors as of `Machine.load`, and those of a zip."""
     if type(data) is not bytes:
         raise PickleError("it is damaged")
     if data.startswith(_ZIP):
