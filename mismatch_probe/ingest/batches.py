@@ -9,7 +9,7 @@ Shape legend: `B` sequences, `T` positions of a padded sequence, `n` tokens of a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,6 @@ from mismatch_probe.ingest.base import Record, Row, kind
 from mismatch_probe.ingest.keys import PROMPT, RESPONSE
 
 Array = NDArray[Any]
-_STEP = re.compile(r"(?:^|[^a-z])(?:global_?step|genstep|step|rollout|iter(?:ation)?)[_=-]?(\d{1,9})(?!\d)")
 
 
 def vector(record: Record, key: str, value: Any) -> Array:
@@ -184,14 +183,10 @@ def singles(columns: Mapping[str, Sequence[Any] | None], index: int) -> dict[str
     return {key: column[index] for key, column in columns.items() if column is not None}
 
 
-def step_of(record: Record, *keys: str) -> dict[str, int]:
-    """The step that a record says under one of these keys, or that the path of its file says, as `step_12` does."""
-    for key in keys:
-        value = record.fields.get(key)
-        if type(value) is int:
-            return {"step": value}
-    said = _STEP.findall(record.place.name.lower())
-    return {"step": int(said[-1])} if said else {}
+def step_of(record: Record, pattern: str) -> dict[str, int]:
+    """The step that the path of its file says; `pattern` has one group, of digits."""
+    said = re.search(pattern, record.place.name.replace("\\", "/"))
+    return {"step": int(said[1])} if said and len(said[1]) < 19 else {}
 
 
 def mapping(value: Any) -> Mapping[str, Any]:
@@ -199,11 +194,11 @@ def mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
+def total(column: Sequence[Array] | None, index: int) -> dict[str, float]:
+    """A reward that is given per token: its sum."""
+    return {} if column is None else number(float(np.sum(column[index], dtype=np.float64)))
+
+
 def number(value: Any) -> dict[str, float]:
     """A reward, where it is a number."""
     return {"reward": float(value)} if type(value) in (int, float, bool) and abs(value) < 1e300 else {}
-
-
-def each(batch: Batch) -> Iterator[int]:
-    """The sequences of a batch."""
-    yield from range(batch.n)

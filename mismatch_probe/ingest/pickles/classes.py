@@ -11,6 +11,7 @@ from mismatch_probe.ingest.pickles.machine import PickleError, StandIn
 from mismatch_probe.ingest.pickles.rebuild import decoded, kind_of, load_bytes
 
 Fields = dict[str, Any]
+_USER_DICTS = ("BatchEncoding", "BatchFeature", "UserDict")
 _TENSOR_KEYS = {"data", "shape", "dtype"}
 
 
@@ -33,6 +34,8 @@ def fields_of(value: Any) -> Fields | None:
         state = (state[0] or {}) | (state[1] or {})
     if type(state) is dict and type(state.get("__dict__")) is dict:  # pydantic
         state = state["__dict__"]
+    if value.made_by.name in _USER_DICTS and type(state) is dict and type(state.get("data")) is dict:
+        state = state["data"]
     if type(state) is dict and type(state.get("batch_dict")) is dict:
         return _tensor_batch(state)
     found = value.items | (state if type(state) is dict else {})
