@@ -123,6 +123,10 @@ def _encoded(args: tuple[Any, ...]) -> Any:
     return text.encode("latin-1")
 
 
+def _bytes(args: tuple[Any, ...]) -> bytes:
+    return args[0] if args and type(args[0]) is bytes else b""
+
+
 def _first(args: tuple[Any, ...]) -> Any:
     return args[0]
 
@@ -149,7 +153,7 @@ def _numpy_calls() -> dict[str, Callable[[tuple[Any, ...]], Any]]:
         calls[f"{core}.numeric._frombuffer"] = lambda args: _array(*args[:4])
     for module in ("builtins", "__builtin__"):
         calls |= {f"{module}.{name}": _listed for name in ("set", "frozenset", "list")}
-        calls[f"{module}.bytearray"] = lambda args: args[0] if args and type(args[0]) is bytes else b""
+        calls |= {f"{module}.{name}": _bytes for name in ("bytes", "bytearray")}
     return calls
 
 
