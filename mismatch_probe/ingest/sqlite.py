@@ -52,7 +52,7 @@ def opened(file: DumpFile, place: Place) -> Iterator[sqlite3.Connection]:
             database.execute("PRAGMA trusted_schema = OFF")
             database.execute("PRAGMA cell_size_check = ON")
             yield database
-    except (sqlite3.Error, OverflowError) as error:
+    except (sqlite3.Error, OverflowError, UnicodeDecodeError) as error:
         place.refuse_file(f"is corrupt, locked or no SQLite database ({quoted(str(error))})", "Copy or write it again.")
 
 
