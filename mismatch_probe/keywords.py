@@ -43,7 +43,7 @@ class CompareKeywords(TypedDict, total=False):
     dump_map: Sequence[str]
     """Columns of the dump and the keys of the generic format that they hold."""
     trust_pickle: bool
-    """Open pickles and .pt files, which can run code when they are opened."""
+    """Read pickles and .pt files; what they name is not run."""
     source: str | Path | None
     """Dump of a framework (file or folder), or a finished run, instead of samples."""
     rescore: bool
@@ -90,7 +90,7 @@ class DumpKeywords(TypedDict, total=False):
     dump_map: Sequence[str]
     """Columns of the dump and the keys of the generic format that they hold."""
     trust_pickle: bool
-    """Open pickles and .pt files, which can run code when they are opened."""
+    """Read pickles and .pt files; what they name is not run."""
 
 
 class AttributeKeywords(TypedDict, total=False):
@@ -201,7 +201,7 @@ class AuditKeywords(TypedDict, total=False):
     dump_map: Sequence[str]
     """Columns of the dump and the keys of the generic format that they hold."""
     trust_pickle: bool
-    """Open pickles and .pt files, which can run code when they are opened."""
+    """Read pickles and .pt files; what they name is not run."""
     source: str | Path | None
     """Dump of a framework (file or folder), or a finished run, instead of samples."""
     rescore: bool
@@ -299,7 +299,7 @@ class GradientKeywords(TypedDict, total=False):
     dump_map: Sequence[str]
     """Columns of the dump and the keys of the generic format that they hold."""
     trust_pickle: bool
-    """Open pickles and .pt files, which can run code when they are opened."""
+    """Read pickles and .pt files; what they name is not run."""
     source: str | Path | None
     """Dump of a framework (file or folder), or a finished run, instead of samples."""
     rescore: bool

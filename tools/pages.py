@@ -217,7 +217,11 @@ def dumps_page() -> str:
         "`audit --from` take the dump, or the folder of `ingest`. The format is told by its keys, or named with "
         "`--format`. Field names change between releases: each reader names the version that it was written for, and "
         "fails with the name of the key that is missing.",
-        "Pickles and `.pt` files can run code when they are opened, so they are read with `--trust-pickle` only.",
+        "Pickles and `.pt` files are read with `--trust-pickle` only. Their reader is an interpreter of its own: it "
+        "imports and calls nothing that a file names, classes of frameworks become plain records of their state, and "
+        "sizes are checked against the bytes that are there. So code in a file does not run, and a small file cannot "
+        "claim much memory. It does not protect against a large file: a pickle is loaded whole, and one made to do so "
+        "can take about a hundred times its size. Nor does it say that the values are true.",
         "## Formats",
         _table(
             ("format", "written for", "files", "log-probs", "how to switch it on"),

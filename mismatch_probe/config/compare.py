@@ -132,7 +132,7 @@ class DumpSettings(Settings):
         default=(), description="Columns of the dump and the keys of the generic format that they hold."
     )
     trust_pickle: Annotated[bool, Option(file=False)] = Field(
-        default=False, description="Open pickles and .pt files, which can run code when they are opened."
+        default=False, description="Read pickles and .pt files; what they name is not run."
     )
 
 

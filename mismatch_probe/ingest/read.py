@@ -39,7 +39,7 @@ class ReadOptions:
     Attributes:
         format: Name of its format, or `auto`.
         map: For the generic format: its keys, by the dump's own.
-        trust_pickle: Whether files that can run code when they are opened may be opened.
+        trust_pickle: Whether pickles may be read; what they name is never run.
     """
 
     format: str = AUTO
