@@ -75,14 +75,16 @@ def read_dump(
     with _io_errors(name):
         if path.is_dir():
             found = _finished(found, name, log)
+        # Said before formats are told apart, which loads them.
+        for file in found:
+            if file.container in LOADED_WHOLE and (options.trust_pickle or file.container not in PICKLES):
+                log(f"{file.name} ({file.path.stat().st_size / (1 << 20):.0f} MiB) is loaded whole")
         chosen, files = _choose(found, name, options)
         if len(files) < len(found):
             log(f"{len(found) - len(files)} of {len(found)} files are empty or no {chosen.name}, and are not read")
         collector = Collector(out, vocabulary)
         try:
             for file in files:
-                if file.container in LOADED_WHOLE:
-                    log(f"{file.name} ({file.path.stat().st_size / (1 << 20):.0f} MiB) is loaded whole")
                 with _io_errors(file.name):
                     for record in _records(file, chosen, options.map):
                         collector.take(record, chosen)

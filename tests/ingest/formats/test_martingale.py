@@ -134,6 +134,10 @@ def test_other_databases(tmp_path: Path) -> None:
         database.close()
         with pytest.raises(IngestError, match=said):
             read(tmp_path / name)
+    data = ledger(tmp_path / "tokens.db").read_bytes()
+    (tmp_path / "bytes.db").write_bytes(data.replace(b"weights_uri TEXT", b"weights\x80uri TEXT"))
+    with pytest.raises(IngestError, match="corrupt"):
+        read(tmp_path / "bytes.db")
     (tmp_path / "text.db").write_text("<html>")
     with pytest.raises(IngestError, match="no SQLite database"):
         read(tmp_path / "text.db")

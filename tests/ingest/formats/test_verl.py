@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from mismatch_probe.errors import IngestError
-from tests.ingest.formats.tensors import columns, rows
+from mismatch_probe.ingest.read import read_dump
+from tests.ingest.formats.tensors import TRUSTED, columns, rows
 
 WRITTEN = Path(__file__).parent / "written"
 KEYS = (
@@ -47,6 +48,12 @@ def test_prompts_beside_are_not_read(tmp_path: Path) -> None:
     shutil.copytree(WRITTEN / "verl", tmp_path / "dump")
     shutil.copy(WRITTEN / "tinker.pkl", tmp_path / "dump/3/new_batch.dp")
     assert len(rows(tmp_path / "dump")) == 4
+
+
+def test_what_is_loaded_whole_is_said(tmp_path: Path) -> None:
+    said: list[str] = []
+    read_dump(WRITTEN / "verl", tmp_path / "out", TRUSTED, said.append)
+    assert [line.partition(" ")[0].rpartition("verl/")[2] for line in said] == ["3/gen_batch.dp", "12/gen_batch.dp"]
 
 
 def batch(**changes: Any) -> dict[str, Any]:
