@@ -257,6 +257,15 @@ def test_hostile_files(tmp_path: Path, name: str, suffix: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("data", "said"),
+    [(bomb(), "with compressed members"), (claiming(), "claims more bytes"), (overlapping(), "claims more bytes")],
+)
+def test_zips_that_claim_more_than_they_have(data: bytes, said: str) -> None:
+    with pytest.raises(PickleError, match=said), reading():
+        load_bytes(data)
+
+
+@pytest.mark.parametrize(
     ("shape", "strides", "offset"),
     [((1 << 40,), (0,), 0), ((8,), (1,), 1), ((2, 2), (8, 1), 0), ((-1,), (1,), 0), ((4,), (-1,), 3)],
 )

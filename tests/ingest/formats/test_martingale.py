@@ -135,7 +135,7 @@ def test_other_databases(tmp_path: Path) -> None:
         with pytest.raises(IngestError, match=said):
             read(tmp_path / name)
     data = ledger(tmp_path / "tokens.db").read_bytes()
-    (tmp_path / "bytes.db").write_bytes(data.replace(b"weights_uri TEXT", b"weights\x80uri TEXT"))
+    (tmp_path / "bytes.db").write_bytes(data.replace(b"TABLE llm_rev", b"TABL\x80 llm_rev"))
     with pytest.raises(IngestError, match="corrupt"):
         read(tmp_path / "bytes.db")
     (tmp_path / "text.db").write_text("<html>")
