@@ -106,7 +106,7 @@ def _nested(value: Any) -> bool:
 def whole_row(
     record: Record, ids: Array, attention: Array | None, sampled: Array, columns: Mapping[str, Array | None]
 ) -> Row:
-    """A row of a padded whole sequence, cut to what is no padding.
+    """A row of a padded whole sequence, cut to what is not padding.
 
     Args:
         record: The record.

@@ -18,7 +18,7 @@ def sqlite_tables(file: DumpFile) -> Iterator[Record]:
     """One record: by table, its columns. Formats read the rows themselves.
 
     Raises:
-        IngestError: The file is no database, or is corrupt.
+        IngestError: The file is not a database, or is corrupt.
     """
     place = Place(file.name, "Sequence")
     with opened(file, place) as database:
@@ -41,7 +41,7 @@ def opened(file: DumpFile, place: Place) -> Iterator[sqlite3.Connection]:
     of a database in that mode would make one.
 
     Raises:
-        IngestError: It is no database, or is corrupt.
+        IngestError: It is not a database, or is corrupt.
     """
     path = file.path.resolve()
     log = Path(f"{path}-wal")
@@ -50,10 +50,11 @@ def opened(file: DumpFile, place: Place) -> Iterator[sqlite3.Connection]:
         with closing(sqlite3.connect(f"{path.as_uri()}?{mode}", uri=True)) as database:
             database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST_VALUE)
             database.execute("PRAGMA trusted_schema = OFF")
-            database.execute("PRAGMA cell_size_check = ON")
             yield database
     except (sqlite3.Error, OverflowError, UnicodeDecodeError) as error:
-        place.refuse_file(f"is corrupt, locked or no SQLite database ({quoted(str(error))})", "Copy or write it again.")
+        place.refuse_file(
+            f"is corrupt, locked or not a SQLite database ({quoted(str(error))})", "Copy or write it again."
+        )
 
 
 def rows(database: sqlite3.Connection, query: str, *values: Any) -> Iterator[tuple[Any, ...]]:

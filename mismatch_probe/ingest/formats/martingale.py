@@ -56,7 +56,7 @@ def martingale(record: Record) -> Iterator[Row]:
     """
     tokens = record.need("tokens")
     if not isinstance(tokens, list) or not all(isinstance(token, dict) for token in tokens):
-        record.refuse("has tokens that are no list of objects", _FIX)
+        record.refuse("has tokens that are not a list of objects", _FIX)
     steps: Mapping[str, Any] = record.fields["steps"]
     row: dict[str, Any] = {
         PROMPT: [],
@@ -113,5 +113,5 @@ def _object(record: Record, text: Any) -> dict[str, Any]:
     except (TypeError, ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        record.refuse("has a record_json that is no JSON object", _FIX)
+        record.refuse("has a record_json that is not a JSON object", _FIX)
     return found

@@ -76,7 +76,7 @@ def _sampled(record: Record) -> Iterator[Row]:
     names = {name for held in scores.values() for name in held}
     samples = record.need("samples")
     if not isinstance(samples, list | tuple) or not all(isinstance(one, Mapping) for one in samples):
-        record.refuse("has samples that are no list of objects", "Write them as slime does.")
+        record.refuse("has samples that are not a list of objects", "Write them as slime does.")
     versioned = any(_version(sample) is not None for sample in samples)
     for number_, sample in enumerate(samples, start=1):
         one = Record(sample, record.place, number_)

@@ -246,7 +246,7 @@ class Machine:
     def _make(self, maker: Any, args: Any) -> None:
         """What a call would make; `maker` may be anything in a hostile pickle."""
         if type(maker) is not Name or type(args) is not tuple:
-            raise PickleError("it calls what is no name")
+            raise PickleError("it calls what is not a name")
         builder = self._builders.calls.get(maker.full)
         self._stack.append(StandIn(maker, args) if builder is None else builder(args))
 
@@ -304,7 +304,7 @@ class Machine:
 
 
 def _fill(items: dict[Any, Any], values: list[Any]) -> dict[Any, Any]:
-    """Adds keys and values in turn; a key that is no plain value names no field, and is left out."""
+    """Adds keys and values in turn; a key that is not a plain value names no field, and is left out."""
     if len(values) % 2:
         raise PickleError("it is damaged")
     items.update((key, value) for key, value in zip(values[::2], values[1::2], strict=True) if type(key) in _KEYS)

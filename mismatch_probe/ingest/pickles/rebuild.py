@@ -1,8 +1,8 @@
 """Arrays of what numpy and torch write into pickles, by numpy alone.
 
 Shapes, strides and offsets come from the file, so each is checked against the bytes that are there: a tensor never
-reaches outside its storage, and one that claims many more elements than were stored is refused. Types that numpy lacks
-are widened exactly: bfloat16 becomes float32; float8 is left as bytes.
+reaches outside its storage, and one that claims many more elements than were stored is refused. Types that numpy does
+not have are widened exactly: bfloat16 becomes float32; float8 is left as bytes.
 
 Sources of the layouts: `numpy.ndarray.__reduce__`, `torch/_utils.py`, `torch/serialization.py` (torch 2.13),
 `tensordict/_reductions.py` (0.15).
@@ -73,7 +73,7 @@ def kind_of(torch_type: Any) -> str:
 
 def _count(shape: Sequence[Any]) -> int:
     if not all(type(n) is int and n >= 0 for n in shape):
-        raise PickleError("it has an array of a shape that is none")
+        raise PickleError("it has an array of an impossible shape")
     return math.prod(shape)
 
 
@@ -177,7 +177,7 @@ def _tensor(args: tuple[Any, ...]) -> Any:
     size = 2 if kind == "bf16" else np.dtype(kind).itemsize
     n, _, stored = _count(shape), _count(strides), len(storage.data) // size
     if len(strides) != len(shape) or type(offset) is not int or offset < 0:
-        raise PickleError("it has a tensor of a shape that is none")
+        raise PickleError("it has a tensor of an impossible shape")
     last = offset + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
     if n and last >= stored:
         raise PickleError("it has a tensor that is larger than its data")

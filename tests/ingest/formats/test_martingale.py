@@ -102,7 +102,7 @@ def test_a_log_beside_it_is_read(tmp_path: Path) -> None:
     ("change", "said"),
     [
         ({"tokens": None}, "Sequence 1 of .* has no tokens"),
-        ({"tokens": [1]}, "tokens that are no list of objects"),
+        ({"tokens": [1]}, "tokens that are not a list of objects"),
         ({"tokens": [{"token_id": 1, "logprob_bits": "f32:zz"}]}, "are not the bits of a float"),
         ({"tokens": [{"token_id": 1, "logprob_bits": bits(-1.0), "revision_digest": "x"}]}, "not in llm_revisions"),
         ({"tokens": [{"token_id": None, "logprob_bits": bits(-1.0)}]}, r"null as response_token_ids\[0\]"),
@@ -139,7 +139,7 @@ def test_other_databases(tmp_path: Path) -> None:
     with pytest.raises(IngestError, match="corrupt"):
         read(tmp_path / "bytes.db")
     (tmp_path / "text.db").write_text("<html>")
-    with pytest.raises(IngestError, match="no SQLite database"):
+    with pytest.raises(IngestError, match="not a SQLite database"):
         read(tmp_path / "text.db")
 
 
