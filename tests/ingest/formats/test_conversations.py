@@ -1,4 +1,4 @@
-"""Formats with turns: torchtitan, verifiers, NeMo-Gym; and open-instruct. Records are built as the writers build them."""
+"""Formats with turns (torchtitan, verifiers, NeMo-Gym) and open-instruct; records are built as their writers do."""
 
 from __future__ import annotations
 
