@@ -5,8 +5,8 @@
 Prints a table per generator of generators.py. A cell is the share of the intervals that hold the truth, in per cent,
 `-` where no replication gave an interval; `/5` says that 5 % of replications gave none, and `*` that more than half of
 the intervals were marked as uncalibrated. The entropy of a token is (1 − b) / 2 on both sides. Exact metrics come from
-full rows of logits at 8 positions per prompt, `ess_weights` from one importance weight per sequence. At the end stand the cells that are not marked and whose
-intervals miss the truth in more than 10 % of all replications.
+full rows of logits at 8 positions per prompt, `ess_weights` from one importance weight per sequence. At the end stand
+the cells that are not marked and whose intervals miss the truth in more than 10 % of all replications.
 """
 
 from __future__ import annotations

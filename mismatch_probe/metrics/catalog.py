@@ -46,7 +46,9 @@ _TOKEN = (
             "SkyRL": "policy/rollout_train_logprobs_abs_diff_mean",
             "slime": "train_rollout_logprob_abs_diff",
         },
-        thresholds=(Threshold("at most 0.1; at most 1e-6 when deterministic", "slime, continuous integration"),),
+        thresholds=(
+            Threshold("at most 0.1; at most 1e-6 when deterministic", "slime, continuous integration", above=(0.1,)),
+        ),
     ),
     MetricInfo(
         "rms_logprob_diff",
@@ -88,8 +90,8 @@ _TOKEN = (
         bounds=(0.0, 1.0),
         names={"verl": "training/rollout_probs_diff_mean"},
         thresholds=(
-            Threshold("below 0.005 normal", "verl, FAQ"),
-            Threshold("above 0.01 a problem", "verl, FAQ"),
+            Threshold("below 0.005 normal", "verl, FAQ", above=(0.005,)),
+            Threshold("above 0.01 a problem", "verl, FAQ", above=(0.01,)),
         ),
     ),
     MetricInfo(
@@ -137,7 +139,7 @@ _TOKEN = (
         estimator="Off policy, for tokens of another policy q, it estimates KL(q‖π) − KL(q‖μ): near 0 or negative "
         "however large the mismatch is.",
         names={"verl": "rollout_corr/kl", "OpenRLHF": "vllm_kl", "Oat": "kl_sample_train_v1"},
-        thresholds=(Threshold("above 0.1 in size warns", "verl"),),
+        thresholds=(Threshold("above 0.1 in size warns", "verl", above=(0.1,), of_size=True),),
     ),
     MetricInfo(
         "kl_k2",
@@ -161,9 +163,15 @@ _TOKEN = (
         "follows a setting; this is its default kind.",
         names={"verl": "rollout_corr/k3_kl", "prime-rl": "mismatch_kl", "NeMo-RL": "gen_kl_error"},
         thresholds=(
-            Threshold("below 0.001 acceptable as gen_kl_error", "NeMo-RL"),
-            Threshold("at most 0.015 at each of 20 steps to merge a model; nightly at most 5e-4", "prime-rl"),
-            Threshold("1e-5 to 1e-3 usual of dense models, 1e-3 to 1e-1 of mixtures of experts", "SGLang RL community"),
+            Threshold("below 0.001 acceptable as gen_kl_error", "NeMo-RL", above=(1e-3,)),
+            Threshold(
+                "at most 0.015 at each of 20 steps to merge a model; nightly at most 5e-4", "prime-rl", above=(0.015,)
+            ),
+            Threshold(
+                "1e-5 to 1e-3 usual of dense models, 1e-3 to 1e-1 of mixtures of experts",
+                "SGLang RL community",
+                above=(1e-3, 0.1),
+            ),
         ),
     ),
     MetricInfo(
@@ -175,7 +183,7 @@ _TOKEN = (
         bounds=(1.0, INF),
         sign="1 where both sides agree.",
         names={"NeMo-RL": "token_mult_prob_error"},
-        thresholds=(Threshold("above 1.05 investigate; gates at 1.05 to 1.1", "NeMo-RL"),),
+        thresholds=(Threshold("above 1.05 investigate; gates at 1.05 to 1.1", "NeMo-RL", above=(1.05, 1.1)),),
     ),
     MetricInfo(
         "js_k3",
@@ -197,7 +205,7 @@ _TOKEN = (
         bounds=(-1.0, INF),
         sign="How much variance the weights of tokens add.",
         names={"verl": "rollout_corr/chi2_token"},
-        thresholds=(Threshold("above 1 severe", "verl"),),
+        thresholds=(Threshold("above 1 severe", "verl", above=(1.0,)),),
     ),
     MetricInfo(
         "ess_token",
@@ -210,7 +218,7 @@ _TOKEN = (
         calibrated_prompts=SECOND_MOMENT_PROMPTS,
         sign="A fraction of the tokens; 1 loses nothing.",
         estimator="Weights are not truncated, unlike verl's.",
-        thresholds=(Threshold("below 0.3 warns, below 0.1 is an error", "martingale"),),
+        thresholds=(Threshold("below 0.3 warns, below 0.1 is an error", "martingale", below=(0.3, 0.1)),),
     ),
     MetricInfo(
         "mean_ratio",
@@ -255,7 +263,7 @@ _TOKEN = (
         has_interval=False,
         bounds=(0.0, INF),
         source="martingale",
-        thresholds=(Threshold("1 or more is an error", "martingale"),),
+        thresholds=(Threshold("1 or more is an error", "martingale", above=(0.0,)),),
     ),
 )
 
@@ -376,7 +384,7 @@ _SEQUENCE = (
         estimator="Averaged over tokens, so long sequences weigh more. verl clamps D at ±20; this does not.",
         source="verl 0.8 and later",
         names={"verl": "rollout_corr/rollout_is_mean"},
-        thresholds=(Threshold("outside 0.5 to 2 warns", "verl"),),
+        thresholds=(Threshold("outside 0.5 to 2 warns", "verl", above=(2.0,), below=(0.5,)),),
     ),
     MetricInfo(
         "verl_is_std",
@@ -390,7 +398,7 @@ _SEQUENCE = (
         calibrated_prompts=SECOND_MOMENT_PROMPTS,
         source="verl 0.8 and later",
         names={"verl": "rollout_corr/rollout_is_std"},
-        thresholds=(Threshold("above 1 warns", "verl"),),
+        thresholds=(Threshold("above 1 warns", "verl", above=(1.0,)),),
     ),
     MetricInfo(
         "verl_ess",
@@ -403,7 +411,7 @@ _SEQUENCE = (
         calibrated_prompts=SECOND_MOMENT_PROMPTS,
         source="verl 0.8 and later",
         names={"verl": "rollout_corr/rollout_is_eff_sample_size"},
-        thresholds=(Threshold("below 0.3 warns", "verl"),),
+        thresholds=(Threshold("below 0.3 warns", "verl", below=(0.3,)),),
     ),
     MetricInfo(
         "pareto_k",

@@ -16,10 +16,21 @@ INF = math.inf
 
 @dataclass(frozen=True)
 class Threshold:
-    """A published threshold: what it says, and who set it."""
+    """A published threshold.
+
+    Attributes:
+        text: What it says.
+        who: Who set it.
+        above: Values of it beyond which a metric is too large, the mildest first; empty where the text alone says them.
+        below: Values below which it is too small, the mildest first.
+        of_size: Whether the size of a signed metric counts.
+    """
 
     text: str
     who: str
+    above: tuple[float, ...] = ()
+    below: tuple[float, ...] = ()
+    of_size: bool = False
 
 
 @dataclass(frozen=True)
