@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, Unpack
 
 from mismatch_probe.errors import ProbeError
 from mismatch_probe.run import Run
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from mismatch_probe.probes.progress import Progress
     from mismatch_probe.probes.recorded import Ingested
     from mismatch_probe.results.attribution import AttributionPlan
+    from mismatch_probe.results.explanation import Explanation
     from mismatch_probe.results.preflight import Preflight
     from mismatch_probe.rl.plan import PlannedRun
     from mismatch_probe.rl.run import RlResult
@@ -50,6 +51,7 @@ __all__ = [
     "audit",
     "compare",
     "env",
+    "explain",
     "models",
     "plan",
     "preflight",
@@ -238,6 +240,27 @@ def preflight(
         bytes_per_weight=4.0 if "float32" in asked.rollout_dtypes else 2.0,
     )
     return run(resolve(str(model), revision=asked.revision, trust_remote_code=asked.trust_remote_code), use)
+
+
+def explain(
+    source: str | Path | BinaryIO, *, name: str | None = None, audit: str | Path | None = None, pair: str | None = None
+) -> Explanation:
+    """What the metrics that a training run logged say of its mismatch, without tokens. The command `explain`.
+
+    Args:
+        source: A log, JSON, JSON Lines, CSV or TensorBoard event file, a folder of event files, or an open binary
+            stream.
+        name: What messages call it; by default the path.
+        audit: An `audit.json`, or its folder, to place sizes against.
+        pair: The audit's pair, e.g. `"bf16/bf16"`; by default the one that its verdict is of.
+
+    Raises:
+        ProbeError: The file cannot be read or has no known metric, or there is no such audit or pair.
+    """
+    from mismatch_probe.probes.explain.run import explain as run
+
+    called = name or (str(source) if isinstance(source, (str, Path)) else "the stream")
+    return run(source, called, None if audit is None else str(audit), pair)
 
 
 def models() -> dict[str, Path | None]:

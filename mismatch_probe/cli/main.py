@@ -20,6 +20,7 @@ _COMMANDS = {
     "audit": "May this model go into RL, in which precision, with which correction?",
     "ingest": "What does a dump of a framework hold, and what of it cannot be used?",
     "preflight": "Can this checkpoint be compared, and what would surprise its user? Starts no engine.",
+    "explain": "What do the metrics that a training run logs say of its mismatch? Needs no tokens.",
     "report": "Write summary and report of a finished run again, without engines.",
     "plot": "Draw the figures of a finished run again, without engines.",
     "show": "What a run folder is, how far it has come, and what continues it.",

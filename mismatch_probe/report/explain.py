@@ -1,0 +1,299 @@
+"""The report of `explain`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from mismatch_probe.report.format import NONE, clipped, count, digits_of, metric_title
+from mismatch_probe.report.model import (
+    STATES,
+    Block,
+    Cell,
+    Code,
+    Column,
+    Items,
+    Report,
+    Section,
+    Step,
+    Text,
+    Tone,
+    plain,
+    section,
+    table,
+)
+from mismatch_probe.report.words import all_words, say
+from mismatch_probe.report.words.explain import BLIND, TRAITS, logged, step
+from mismatch_probe.results.explanation import Derived, Explanation, Limit, NextDump, Series
+from mismatch_probe.results.finding import Finding, Severity
+
+_TONES: dict[Severity, Tone] = {"fail": "fail", "warn": "warn", "note": "note", "info": "plain"}
+_NAME = 44
+_UNKNOWN = 12
+_NAMED = 3
+_TOGETHER = frozenset(
+    {"log-not-same-tokens", "log-mean-above-maximum", "log-ratio-not-1", "log-ratio-fits-1", "log-negative-k1"}
+    | {"log-mean-ratio", "log-capped", "log-pearson-low", "log-heavy-tail", "log-tail", "log-sequence-effect"}
+)
+_GENERIC = (
+    '{"step": 12, "prompt_token_ids": […], "response_token_ids": […], "rollout_logprobs": […], "trainer_logprobs": […]}'
+)
+_TRL = """class LoggedGRPOTrainer(GRPOTrainer):
+    def _generate_and_score_completions(self, inputs):
+        out = super()._generate_and_score_completions(inputs)
+        mask = out["completion_mask"] * out.get("tool_mask", 1)
+        with open(f"dump-{self.accelerator.process_index}.jsonl", "a") as file:
+            for i, kept in enumerate(out["completion_mask"].bool()):
+                prompt = out["prompt_ids"][i][out["prompt_mask"][i].bool()]
+                row = {"step": self.state.global_step, "prompt_token_ids": prompt.tolist()}
+                row["response_token_ids"] = out["completion_ids"][i][kept].tolist()
+                row["loss_mask"] = mask[i][kept].tolist()
+                row["rollout_logprobs"] = out["sampling_per_token_logps"][i][kept].tolist()
+                row["trainer_logprobs"] = out["old_per_token_logps"][i][kept].tolist()
+                file.write(json.dumps(row) + "\\n")
+        return out"""
+"""Writes TRL's log-probs in the generic format; `completions_*.parquet` holds text only."""
+
+
+def explain_report(document: Explanation) -> Report:
+    """What the metrics are, how large, how they go, what fits together, and what would say more."""
+    mismatch = [one for one in document.series if one.is_mismatch]
+    layout = Layout(any(one.n > 1 for one in mismatch), len({one.run for one in mismatch}) > 1)
+    rows = [*(layout.series(one) for one in mismatch), *(layout.derived(one) for one in document.derived)]
+    worst: Severity = "warn" if document.of("warn") else "info"
+    return Report(
+        title=f"Metrics of {', '.join(document.frameworks)} in {clipped(document.source, 200, keep_end=True)}",
+        state=STATES[worst],
+        answer=_answer(document, mismatch),
+        steps=tuple(_steps(document.dumps)),
+        table=table(layout.columns(), rows, _legend(document)),
+        notes=tuple(_notes(document)),
+        sections=(
+            *section("together", "What fits together", _items(document, _together), depth="screen"),
+            *section("differ", "How these metrics are defined", _items(document, TRAITS.__contains__), depth="screen"),
+            *_limits(mismatch),
+            *section("blind", "What these numbers cannot tell", _items(document, BLIND.__contains__), depth="screen"),
+            *_dumps(document.dumps),
+            *_context(document),
+            *_unknown(document),
+        ),
+    )
+
+
+def _answer(document: Explanation, mismatch: Sequence[Series]) -> tuple[str, ...]:
+    exceeded = list(dict.fromkeys(one.where for one in document.findings if one.code == "log-limit-exceeded"))
+    at_last = " at the last step" if any(one.n > 1 for one in mismatch) else ""
+    if exceeded:
+        names = ", ".join(logged(name) for name in exceeded[:_NAMED])
+        more = f" and {len(exceeded) - _NAMED} more" if len(exceeded) > _NAMED else ""
+        verb = "exceeds a published limit" if len(exceeded) == 1 else "exceed published limits"
+        return (f"{names}{more} {verb}{at_last}.", _extent(mismatch))
+    if any(one.limits for one in mismatch):
+        return (f"No published limit is exceeded{at_last}.", _extent(mismatch))
+    return ("Nobody has published a limit for these metrics.", _extent(mismatch))
+
+
+def _extent(mismatch: Sequence[Series]) -> str:
+    """How much was read."""
+    what = f"{len(mismatch)} metric{'' if len(mismatch) == 1 else 's'} of the mismatch"
+    points = [point for one in mismatch for point in (one.first, one.last) if point is not None]
+    n = max((one.n for one in mismatch), default=0)
+    if n <= 1:
+        return f"{what}, one step."
+    low, high = min(point.step for point in points), max(point.step for point in points)
+    return f"{what}, {count(n)} steps from {step(low)} to {step(high)}."
+
+
+def _steps(dumps: Sequence[NextDump]) -> Iterator[Step]:
+    """What would settle the cause; the rest stands in the dump's section."""
+    for one in dumps[:1]:
+        if one.holds == "none":
+            yield Step(f"Settle the cause from tokens, which {one.framework} does not write by itself (below).")
+        else:
+            yield Step(
+                f"Settle the cause from the tokens of a few steps. Switch on in {one.framework}:", one.switch[-1]
+            )
+        yield Step("Compare what it has written:", one.commands[-1])
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which columns the table of metrics has.
+
+    Attributes:
+        many: Whether any metric has several steps.
+        runs: Whether there are several runs.
+    """
+
+    many: bool
+    runs: bool
+
+    def columns(self) -> list[str | Column]:
+        """Its header."""
+        return [
+            "metric",
+            *([Column("run", rank=1)] if self.runs else []),
+            Column("logged as", rank=6),
+            Column("last" if self.many else "value", numeric=True),
+            *(
+                [
+                    Column("median", numeric=True, rank=3),
+                    Column("largest", numeric=True, rank=2),
+                    Column("at step", numeric=True, rank=5),
+                    Column("per 100 steps", numeric=True, rank=4),
+                ]
+                if self.many
+                else []
+            ),
+            Column("limit", rank=1),
+        ]
+
+    def series(self, one: Series) -> list[Cell | str]:
+        """A logged metric."""
+        top = one.largest
+        return [
+            metric_title(one.key) if one.key else one.formula,
+            *([clipped(one.run, _NAME)] if self.runs else []),
+            clipped(one.name, _NAME),
+            _value(None if one.last is None else one.last.value),
+            *(
+                [
+                    _value(one.median),
+                    _value(None if top is None else top.value),
+                    plain(None if top is None else step(top.step)),
+                    _value(None if one.trend is None else one.trend.per_100.value),
+                ]
+                if self.many
+                else []
+            ),
+            _limit(one.limits),
+        ]
+
+    def derived(self, one: Derived) -> list[Cell | str]:
+        """A metric that follows from logged ones."""
+        over_steps = [_value(one.median), plain(None), plain(None), plain(None)] if self.many else []
+        runs = [clipped(one.run, _NAME)] if self.runs else []
+        return [
+            metric_title(one.key), *runs, f"= {one.formula}", _value(one.last.value), *over_steps, plain(None)
+        ]  # fmt: skip
+
+
+def _value(value: float | None) -> Cell:
+    return plain(value, digits=digits_of(value))
+
+
+def _limit(limits: Sequence[Limit]) -> Cell:
+    """The furthest limit that the last value is beyond, else the nearest that it keeps."""
+    beyond = [one for one in limits if one.last_beyond]
+    for one in beyond[-1:] or limits[:1]:
+        word = one.side if beyond else f"not {one.side}"
+        return plain(f"{word} {one.bound:g} ({one.who})", tone="warn" if beyond else "plain")
+    return plain(None)
+
+
+def _legend(document: Explanation) -> str:
+    parts = ["d = log π − log μ (trainer − rollout), ρ = exp d, D = Σ d over a sequence."]
+    if any("w" in one.formula.split() for one in document.series):
+        parts.append("w: the framework's importance weight.")
+    if any(one.trend for one in document.series):
+        parts.append("Per 100 steps: Theil–Sen slope.")
+    if document.derived:
+        parts.append("= marks what follows from logged metrics of the same steps.")
+    return " ".join(parts)
+
+
+def _notes(document: Explanation) -> Iterator[Text]:
+    if document.audit is not None:
+        used = document.audit
+        others = [one for one in used.pairs if one != used.pair]
+        choice = f" Choose another pair with --pair: {', '.join(others)}." if others else ""
+        yield Text(f"Audit {clipped(used.source, 80, keep_end=True)} of {used.model}, pair {used.pair}.{choice}")
+        if not used.predictions:
+            yield Text("The audit has none of these metrics.", "note")
+    for one in document.findings:
+        if one.code not in TRAITS | BLIND and not _together(one.code):
+            yield Text(_said(one), _TONES[one.severity])
+
+
+def _together(code: str) -> bool:
+    return code in _TOGETHER
+
+
+def _items(document: Explanation, wanted: Callable[[str], bool]) -> Items:
+    found = [one for one in document.findings if wanted(one.code)]
+    return Items(tuple(Text(_said(one), _TONES[one.severity] if _together(one.code) else "plain") for one in found))
+
+
+def _said(finding: Finding) -> str:
+    """A finding with what to do about it."""
+    fix = all_words()[finding.code].fix if finding.severity != "info" else ""
+    return f"{say(finding)} {fix}".rstrip()
+
+
+def _limits(mismatch: Sequence[Series]) -> tuple[Section, ...]:
+    rows = [
+        (
+            plain(metric_title(one.key)),
+            plain(limit.text),
+            plain(limit.who),
+            plain(f"{limit.side} {limit.bound:g}"),
+            plain(f"{count(limit.n_beyond)} of {count(one.n)}", tone="warn" if limit.last_beyond else "plain"),
+            plain(None if limit.first_beyond is None else step(limit.first_beyond)),
+        )
+        for one in mismatch
+        for limit in one.limits
+    ]
+    header: list[str | Column] = [
+        "metric",
+        "published limit",
+        "who",
+        "beyond",
+        Column("steps beyond", True),
+        Column("first", True),
+    ]
+    return section("limits", "Published limits", table(header, rows), depth="page")
+
+
+_HOLDS = {
+    "both": "The log-probs of both sides, in {files}.",
+    "rollout": "The rollout's log-probs, in {files}; the trainer's are computed anew.",
+}
+
+
+def _dumps(dumps: Sequence[NextDump]) -> Iterator[Section]:
+    for one in dumps:
+        commands = Code("\n".join(one.commands), "Then, with DUMP for the folder or a file of it:")
+        if one.framework == "TRL":
+            text = "TRL writes texts, no token log-probs. This class writes them, a file for each process:"
+            blocks: tuple[Block, ...] = (Text(text), Code(_TRL), commands)
+        elif one.holds == "none":
+            text = f"{one.framework} writes none to files. Write a JSON line per sequence from your own code:"
+            blocks = (Text(text), Code(_GENERIC), commands)
+        else:
+            trust = " They are pickles: --trust-pickle lets them be opened." if one.trust else ""
+            text = _HOLDS[one.holds].format(files=one.files) + trust
+            blocks = (Text(text), Code("\n".join(one.switch), "Switch on:"), commands)
+        yield from section(
+            f"dump-{one.framework.lower()}", f"Token log-probs of {one.framework}", *blocks, depth="screen"
+        )
+
+
+def _context(document: Explanation) -> tuple[Section, ...]:
+    rows = [
+        (one.name, one.context, _value(one.last.value), _value(one.median))
+        for one in document.series
+        if not one.is_mismatch and one.last is not None
+    ]
+    header: list[str | Column] = ["logged as", "what", Column("last", numeric=True), Column("median", numeric=True)]
+    return section("context", "Beside them", table(header, rows), depth="page")
+
+
+def _unknown(document: Explanation) -> tuple[Section, ...]:
+    near = [one for one in document.unknown if one.nearest]
+    shown = (*near, *(one for one in document.unknown if not one.nearest))[:_UNKNOWN]
+    rows = [(clipped(one.name, 60), plain(one.n), ", ".join(one.nearest) or NONE) for one in shown]
+    legend = f"{count(document.n_unknown)} names are not metrics of the mismatch that a framework is known to log."
+    header: list[str | Column] = ["name", Column("values", numeric=True), "similar known names"]
+    return section(
+        "unknown", "Names that are not known", table(header, rows, legend), depth="screen" if near else "page"
+    )
