@@ -17,6 +17,7 @@ Floats = NDArray[np.float64]
 _TO_SIGMA = 1.4826  # of a normal distribution, over its MAD
 _FOR_JUMP, _FOR_TREND = 5, 8  # fewer steps say nothing
 _BLOCKS = 400
+_AS_LARGE = 0.9
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,17 @@ class Trend:
 
 
 def largest_jump(values: Floats) -> Jump | None:
-    """The largest change of `values` `[N]`, in order of steps; None below 5 steps or where nothing changes."""
+    """The largest change of `values` `[N]`, in order of steps; None below 5 steps or where nothing changes.
+
+    Of changes that are at least 0.9 times as large it is the first: of a spike the rise, not the fall.
+    """
     if len(values) < _FOR_JUMP:
         return None
     changes = np.diff(values)
     distances = np.abs(changes - np.median(changes))
-    index = int(np.argmax(distances))
-    if distances[index] == 0:
+    if not distances.any():
         return None
+    index = int(np.argmax(distances >= _AS_LARGE * distances.max()))
     mad = float(np.median(distances))
     return Jump(index, float(distances[index] / (_TO_SIGMA * mad)) if mad > 0 else None)
 

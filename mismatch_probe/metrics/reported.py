@@ -38,7 +38,7 @@ Trait = Literal[
     "float32",
     "four-decimals",
 ]
-Context = Literal["", "entropy", "length", "reward", "reference KL", "gradient norm", "clipped"]
+Context = Literal["", "entropy", "length", "reward", "reference KL", "gradient norm", "clipped", "validity"]
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,8 @@ def _mis(framework: str) -> tuple[Reported, ...]:
 
 
 _MORE = (
-    Reported("TRL", "sampling/importance_sampling_ratio/mean", what="mean w", traits=("after-truncation", "level-by-setting", "nan-left-out")),
+    Reported("TRL", "sampling/importance_sampling_ratio/mean", what="mean w",
+             traits=("after-truncation", "level-by-setting", "nan-left-out")),
     Reported("TRL", "sampling/importance_sampling_ratio/max", what="max w", traits=("after-truncation",
              "level-by-setting")),
     Reported("TRL", "sampling/importance_sampling_ratio/min", what="min w", traits=("after-truncation",
@@ -219,6 +220,7 @@ _CONTEXT: dict[Context, dict[str, tuple[str, ...]]] = {
         "prime-rl": ("optim/grad_norm", "Grad. Norm"),
         "OpenRLHF": ("actor_grad_norm",),
     },
+    "validity": {"verl": ("training/rollout_probs_diff_valid",)},
     "clipped": {
         "TRL": ("clip_ratio/region_mean", "clip_ratio"),
         "verl": ("actor/pg_clipfrac",),
@@ -236,7 +238,20 @@ STEPS = frozenset(
 
 # What may stand before a name: the part of a run that logged it.
 _PREFIXES = frozenset(
-    {"train", "eval", "val", "actor", "policy", "training", "rollout", "loss_metrics", "metrics", "trainer", "debug"}
+    {
+        "train",
+        "eval",
+        "val",
+        "actor",
+        "policy",
+        "training",
+        "rollout",
+        "loss_metrics",
+        "metrics",
+        "trainer",
+        "debug",
+        "data",
+    }
 )
 _PREFIX = 3  # parts of a path that may come before a name
 _CLOSE = 0.8  # of difflib
@@ -315,7 +330,7 @@ def _shortened(one: Reported) -> Iterator[str]:
 def nearest(name: str, n: int = 2) -> tuple[str, ...]:
     """Known names of mismatch metrics that look like `name`, the nearest first."""
     known = {one.name: None for one in table() if not one.context}
-    last = {full.rsplit("/", 1)[-1]: full for full in known}
+    last = {end: full for full in known if len(end := full.rsplit("/", 1)[-1]) >= _SPECIFIC}
     close = get_close_matches(name, known, n, _CLOSE)
     close += (last[one] for one in get_close_matches(name.rsplit("/", 1)[-1], last, n, _CLOSE))
     return tuple(dict.fromkeys(close))[:n]
@@ -331,6 +346,7 @@ class Dump:
         switch: What switches it on, as it is written in a configuration or on a command line.
         files: What is written, `{…}` for what varies.
         trust: Whether the files are pickles.
+        default: Whether it is on unless it is switched off.
     """
 
     metrics: str
@@ -338,6 +354,7 @@ class Dump:
     switch: tuple[str, ...] = ()
     files: str = ""
     trust: bool = False
+    default: bool = False
 
 
 _SLIME_FILES = "DIR/rollout_data/{id}.pt and DIR/train_data/{id}.pt"
@@ -357,11 +374,12 @@ DUMPS: dict[str, Dump] = {
     "NeMo-RL": Dump(
         "",
         "both",
-        ("env.should_log_nemo_gym_responses=false  # the default",),
+        ("env.should_log_nemo_gym_responses=false",),
         "{logger.log_dir}/…/train_data_step{N}.jsonl",
+        default=True,
     ),
     "prime-rl": Dump(
-        "", "both", ("[trainer]", "enable_token_export = true"), "{output_dir}/…/token_exports/step_{N}/rank_{r}.jsonl"
+        "", "both", ("trainer.enable_token_export = true",), "{output_dir}/…/token_exports/step_{N}/rank_{r}.jsonl"
     ),
     "slime": Dump("--get-mismatch-metrics", "both", ("--dump-details DIR",), _SLIME_FILES, trust=True),
     "miles": Dump("--get-mismatch-metrics", "both", ("--dump-details DIR",), _SLIME_FILES, trust=True),

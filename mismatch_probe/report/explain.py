@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from mismatch_probe.metrics.catalog import CATALOG
 from mismatch_probe.report.format import NONE, clipped, count, digits_of, metric_title
 from mismatch_probe.report.model import (
-    STATES,
     Block,
     Cell,
     Code,
@@ -24,7 +24,7 @@ from mismatch_probe.report.model import (
 )
 from mismatch_probe.report.words import all_words, say
 from mismatch_probe.report.words.explain import BLIND, TRAITS, logged, step
-from mismatch_probe.results.explanation import Derived, Explanation, Limit, NextDump, Series
+from mismatch_probe.results.explanation import Derived, Explanation, NextDump, Series
 from mismatch_probe.results.finding import Finding, Severity
 
 _TONES: dict[Severity, Tone] = {"fail": "fail", "warn": "warn", "note": "note", "info": "plain"}
@@ -38,7 +38,10 @@ _TOGETHER = frozenset(
 _GENERIC = (
     '{"step": 12, "prompt_token_ids": […], "response_token_ids": […], "rollout_logprobs": […], "trainer_logprobs": […]}'
 )
-_TRL = """class LoggedGRPOTrainer(GRPOTrainer):
+_TRL = """import json
+from trl import GRPOTrainer
+
+class LoggedGRPOTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs):
         out = super()._generate_and_score_completions(inputs)
         mask = out["completion_mask"] * out.get("tool_mask", 1)
@@ -60,10 +63,9 @@ def explain_report(document: Explanation) -> Report:
     mismatch = [one for one in document.series if one.is_mismatch]
     layout = Layout(any(one.n > 1 for one in mismatch), len({one.run for one in mismatch}) > 1)
     rows = [*(layout.series(one) for one in mismatch), *(layout.derived(one) for one in document.derived)]
-    worst: Severity = "warn" if document.of("warn") else "info"
     return Report(
         title=f"Metrics of {', '.join(document.frameworks)} in {clipped(document.source, 200, keep_end=True)}",
-        state=STATES[worst],
+        state="warn" if document.of("warn") else "none",
         answer=_answer(document, mismatch),
         steps=tuple(_steps(document.dumps)),
         table=table(layout.columns(), rows, _legend(document)),
@@ -89,8 +91,10 @@ def _answer(document: Explanation, mismatch: Sequence[Series]) -> tuple[str, ...
         verb = "exceeds a published limit" if len(exceeded) == 1 else "exceed published limits"
         return (f"{names}{more} {verb}{at_last}.", _extent(mismatch))
     if any(one.limits for one in mismatch):
-        return (f"No published limit is exceeded{at_last}.", _extent(mismatch))
-    return ("Nobody has published a limit for these metrics.", _extent(mismatch))
+        first = f"No published limit is exceeded{at_last}"
+    else:
+        first = "Nobody has published a limit for these metrics"
+    return (f"{first}{'; there are warnings' if document.of('warn') else ''}.", _extent(mismatch))
 
 
 def _extent(mismatch: Sequence[Series]) -> str:
@@ -110,9 +114,8 @@ def _steps(dumps: Sequence[NextDump]) -> Iterator[Step]:
         if one.holds == "none":
             yield Step(f"Settle the cause from tokens, which {one.framework} does not write by itself (below).")
         else:
-            yield Step(
-                f"Settle the cause from the tokens of a few steps. Switch on in {one.framework}:", one.switch[-1]
-            )
+            what = f"Settle the cause from the tokens of a few steps. {_switch(one)} in {one.framework}:"
+            yield Step(what, " ".join(one.switch))
         yield Step("Compare what it has written:", one.commands[-1])
 
 
@@ -152,7 +155,7 @@ class Layout:
         """A logged metric."""
         top = one.largest
         return [
-            metric_title(one.key) if one.key else one.formula,
+            _title(one.key, one.formula),
             *([clipped(one.run, _NAME)] if self.runs else []),
             clipped(one.name, _NAME),
             _value(None if one.last is None else one.last.value),
@@ -166,7 +169,7 @@ class Layout:
                 if self.many
                 else []
             ),
-            _limit(one.limits),
+            _limit(one),
         ]
 
     def derived(self, one: Derived) -> list[Cell | str]:
@@ -174,21 +177,28 @@ class Layout:
         over_steps = [_value(one.median), plain(None), plain(None), plain(None)] if self.many else []
         runs = [clipped(one.run, _NAME)] if self.runs else []
         return [
-            metric_title(one.key), *runs, f"= {one.formula}", _value(one.last.value), *over_steps, plain(None)
+            _title(one.key, "", "= "), *runs, one.formula, _value(one.last.value), *over_steps, plain(None)
         ]  # fmt: skip
+
+
+def _title(key: str, formula: str, before: str = "") -> Cell:
+    """A metric's key, on pages with its title; the formula of one that the catalogue does not have."""
+    return Cell(f"{before}{key or formula}", below=metric_title(key) if key in CATALOG else "")
 
 
 def _value(value: float | None) -> Cell:
     return plain(value, digits=digits_of(value))
 
 
-def _limit(limits: Sequence[Limit]) -> Cell:
+def _limit(one: Series) -> Cell:
     """The furthest limit that the last value is beyond, else the nearest that it keeps."""
-    beyond = [one for one in limits if one.last_beyond]
-    for one in beyond[-1:] or limits[:1]:
-        word = one.side if beyond else f"not {one.side}"
-        return plain(f"{word} {one.bound:g} ({one.who})", tone="warn" if beyond else "plain")
-    return plain(None)
+    beyond = one.furthest(last=True)
+    limit = beyond or next(iter(one.limits), None)
+    if limit is None:
+        return plain(None)
+    word = "" if beyond else "not "
+    who = limit.who.split(",")[0]
+    return plain(f"{word}{limit.side} {limit.bound:g} ({who})", tone="warn" if beyond else "plain")
 
 
 def _legend(document: Explanation) -> str:
@@ -254,6 +264,10 @@ def _limits(mismatch: Sequence[Series]) -> tuple[Section, ...]:
     return section("limits", "Published limits", table(header, rows), depth="page")
 
 
+def _switch(dump: NextDump) -> str:
+    return "Leave at its default" if dump.default else "Switch on"
+
+
 _HOLDS = {
     "both": "The log-probs of both sides, in {files}.",
     "rollout": "The rollout's log-probs, in {files}; the trainer's are computed anew.",
@@ -264,7 +278,10 @@ def _dumps(dumps: Sequence[NextDump]) -> Iterator[Section]:
     for one in dumps:
         commands = Code("\n".join(one.commands), "Then, with DUMP for the folder or a file of it:")
         if one.framework == "TRL":
-            text = "TRL writes texts, no token log-probs. This class writes them, a file for each process:"
+            text = (
+                "TRL writes texts, no token log-probs. With vllm_importance_sampling_correction=True this class writes "
+                "them, a file for each process:"
+            )
             blocks: tuple[Block, ...] = (Text(text), Code(_TRL), commands)
         elif one.holds == "none":
             text = f"{one.framework} writes none to files. Write a JSON line per sequence from your own code:"
@@ -272,7 +289,7 @@ def _dumps(dumps: Sequence[NextDump]) -> Iterator[Section]:
         else:
             trust = " They are pickles: --trust-pickle lets them be opened." if one.trust else ""
             text = _HOLDS[one.holds].format(files=one.files) + trust
-            blocks = (Text(text), Code("\n".join(one.switch), "Switch on:"), commands)
+            blocks = (Text(text), Code("\n".join(one.switch), f"{_switch(one)}:"), commands)
         yield from section(
             f"dump-{one.framework.lower()}", f"Token log-probs of {one.framework}", *blocks, depth="screen"
         )

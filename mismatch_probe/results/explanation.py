@@ -110,6 +110,22 @@ class Series(Result):
     limits: tuple[Limit, ...]
     """Published limits of the metric, where it is the catalogue's."""
 
+    def furthest(self, *, last: bool) -> Limit | None:
+        """The furthest limit that the last value, or any, is beyond; None where there is none."""
+        worst: Limit | None = None
+        for limit in self.limits:
+            if not (limit.last_beyond if last else limit.n_beyond):
+                continue
+            sign = 1 if limit.side == "above" else -1
+            if worst is None or (limit.side == worst.side and sign * (limit.bound - worst.bound) > 0):
+                worst = limit
+        return worst
+
+    @property
+    def label(self) -> str:
+        """Its name, with the run where there are several."""
+        return f"{self.name} ({self.run})" if self.run else self.name
+
     @property
     def is_mismatch(self) -> bool:
         """Whether it is a metric of the mismatch."""
@@ -153,6 +169,11 @@ class Prediction(Result):
     alarm: float | None
     """What a run should not exceed, by the audit; None where it names nothing for this metric."""
 
+    @property
+    def label(self) -> str:
+        """Its name, with the run where there are several."""
+        return f"{self.name} ({self.run})" if self.run else self.name
+
 
 class AuditUsed(Result):
     """The audit that sizes are placed against."""
@@ -193,6 +214,8 @@ class NextDump(Result):
     """What is written."""
     trust: bool
     """Whether the files are pickles."""
+    default: bool
+    """Whether it is on unless it is switched off."""
     commands: tuple[str, ...]
     """What to run on it."""
 

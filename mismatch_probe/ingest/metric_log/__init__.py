@@ -1,8 +1,8 @@
 """Metrics that a training run logged, read from what people have: a pasted line, a log, a table, an event file.
 
 A module of this package registers a reader: `@metric_reader(name, sniff)` on a function from an opened file to records.
-Readers are asked in the order of their modules' names; the last one, text, takes what no other does. They stream: a
-record holds what was logged together, and nothing else is kept. Nothing in a file is evaluated or unpickled.
+Text takes what no other reader does. They stream: a record holds what was logged together, and nothing else is kept.
+Nothing in a file is evaluated or unpickled.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ MOST_NAMES = 20_000  # in one record
 FORMATS = (
     "a log with TRL's dicts, verl's step lines or other key:value lines, JSON, JSON Lines, CSV, TensorBoard events"
 )
+_LAST = "text"  # takes every text
 _FOUND_IN_FOLDERS = ("metrics.jsonl", "trainer_state.json", "wandb-history.jsonl", "wandb-summary.json")
 
 
@@ -152,7 +153,7 @@ def _read_stream(handle: BinaryIO, suffix: str, reading: Reading) -> Iterator[Re
         raise IngestError(f"{reading.name} is empty.", f"Give {FORMATS}.")
     if head.startswith(b":W&B"):
         raise _wandb(reading.name)
-    for one in _REGISTRY.all().values():
+    for one in sorted(_REGISTRY.all().values(), key=lambda one: one.name == _LAST):
         if one.sniff(head, suffix):
             reading.shape = one.name
             yield from one.read(_Rejoined.buffered(head, handle), reading)

@@ -89,7 +89,7 @@ def findings(used: AuditUsed) -> Iterator[Finding]:
             yield Finding(
                 code="log-above-alarm",
                 severity="warn",
-                where=one.name,
+                where=one.label,
                 values={"metric": one.key, "last": one.last, "alarm": one.alarm, "pair": used.pair},
             )
         high = one.predicted.value if one.predicted.ci_high is None else one.predicted.ci_high
@@ -99,7 +99,7 @@ def findings(used: AuditUsed) -> Iterator[Finding]:
         yield Finding(
             code=code,
             severity=severity,
-            where=one.name,
+            where=one.label,
             values={
                 "metric": one.key,
                 "last": one.last,

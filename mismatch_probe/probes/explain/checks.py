@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from mismatch_probe.metrics.catalog import CATALOG
-from mismatch_probe.metrics.course import largest_jump, trend
+from mismatch_probe.metrics.course import Jump, Trend, largest_jump, trend
 from mismatch_probe.probes.explain.collect import Course
-from mismatch_probe.results.finding import Finding
+from mismatch_probe.results.finding import Finding, Value
 from mismatch_probe.types import MetricValue
 
 Floats = NDArray[np.float64]
@@ -26,7 +26,8 @@ _FLAT = 1e-9
 _LARGE_JUMP = 10.0
 _STEADY_TAU, _STEADY_P = 0.3, 0.01
 _LOW_PEARSON, _SMALL_PROB_DIFF = 0.98, 0.005
-_FEW_STEPS = 5
+_FEW_STEPS = 8
+_TOLD_FIRST = ("kl_k3", "mean_abs_logprob_diff", "mean_abs_prob_diff", "token_mult_prob_error", "kl_k2", "kl_k1")
 _SIZES = ("mean_abs_logprob_diff", "kl_k3", "mean_abs_prob_diff", "kl_k2")
 # Of d from a normal distribution around 0: 2 k3 / (mean |d|)² = π/2.
 _NORMAL_TAIL, _HEAVY_TAIL = math.pi / 2, 4.0
@@ -98,7 +99,7 @@ def _possible(group: Group) -> Iterator[Finding]:
             yield Finding(
                 code="log-impossible",
                 severity="warn",
-                where=one.name,
+                where=one.label,
                 values={"metric": one.key, "n": outside, "steps": len(one.values), "value": worst},
             )
     sizes = [one for one in group.courses if one.key in _SIZES]
@@ -107,7 +108,7 @@ def _possible(group: Group) -> Iterator[Finding]:
         yield Finding(
             code="log-all-zero",
             severity="warn",
-            where=zeros[0].name,
+            where=zeros[0].label,
             values={"names": tuple(one.name for one in zeros), "steps": max(len(one.values) for one in zeros)},
         )
 
@@ -131,7 +132,7 @@ def _same_tokens(group: Group) -> Iterator[Finding]:
             yield Finding(
                 code="log-not-same-tokens",
                 severity="note",
-                where=found[1].name,
+                where=found[1].label,
                 values={
                     "mean": found[0].name,
                     "value": float(both.second[at]),
@@ -155,7 +156,7 @@ def _order(group: Group) -> Iterator[Finding]:
                 yield Finding(
                     code="log-mean-above-maximum",
                     severity="warn",
-                    where=found[0].name,
+                    where=found[0].label,
                     values={"maximum": found[1].name, "n": int(wrong.sum()), "steps": len(wrong)},
                 )
 
@@ -164,7 +165,7 @@ def mean_over_steps(values: Floats) -> MetricValue:
     """The mean with its 95 % interval, of independent steps."""
     mean = float(values.mean())
     if len(values) < _FEW_STEPS:
-        return MetricValue(mean, why="fewer than 5 steps")
+        return MetricValue(mean, why="fewer than 8 steps")
     half = float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
     return MetricValue(mean, mean - half, mean + half)
 
@@ -182,7 +183,7 @@ def _direction(group: Group) -> Iterator[Finding]:
         yield Finding(
             code=code,
             severity="note" if excludes else "info",
-            where=found[0].name,
+            where=found[0].label,
             values={
                 "k1": found[0].name,
                 "k3": found[1].name,
@@ -199,7 +200,7 @@ def _direction(group: Group) -> Iterator[Finding]:
             yield Finding(
                 code="log-negative-k1",
                 severity="info",
-                where=one.name,
+                where=one.label,
                 values={"n_negative": n_negative, "steps": len(one.values), "mean": mean_over_steps(one.values)},
             )
     for one in group.by_key("mean_ratio"):
@@ -208,7 +209,7 @@ def _direction(group: Group) -> Iterator[Finding]:
         yield Finding(
             code="log-mean-ratio",
             severity="info",
-            where=one.name,
+            where=one.label,
             values={"excess": off, "steps": len(one.values), "truncated": truncated},
         )
 
@@ -224,7 +225,7 @@ def _caps(group: Group) -> Iterator[Finding]:
             yield Finding(
                 code="log-capped",
                 severity="note",
-                where=one.name,
+                where=one.label,
                 values={"cap": top, "n": n, "steps": len(one.values)},
             )
 
@@ -238,7 +239,7 @@ def _pearson(group: Group) -> Iterator[Finding]:
             yield Finding(
                 code="log-pearson-low",
                 severity="note",
-                where=found[0].name,
+                where=found[0].label,
                 values={
                     "pearson": float(both.first[at]),
                     "difference": float(both.second[at]),
@@ -264,7 +265,7 @@ def _tail(group: Group) -> Iterator[Finding]:
             yield Finding(
                 code=code,
                 severity="info",
-                where=found[1].name,
+                where=found[1].label,
                 values={"mean": found[0].name, "factor": factor, "steps": int(usable.sum())},
             )
         return
@@ -283,7 +284,7 @@ def _sequences(group: Group) -> Iterator[Finding]:
             yield Finding(
                 code="log-sequence-effect",
                 severity="info",
-                where=found[0].name,
+                where=found[0].label,
                 values={
                     "length": tokens,
                     "length_name": length.name,
@@ -296,37 +297,49 @@ def _sequences(group: Group) -> Iterator[Finding]:
 
 
 def _moves(group: Group) -> Iterator[Finding]:
-    """Jumps and trends that stand out."""
+    """Jumps and trends that stand out; metrics that move together are one finding, told of the first."""
+    jumps: dict[float, list[tuple[Course, Jump]]] = {}
+    trends: dict[bool, list[tuple[Course, Trend]]] = {}
     for one in group.courses:
         if one.reported.context:
             continue
         jump = largest_jump(one.values)
         if jump is not None and jump.units is not None and jump.units >= _LARGE_JUMP:
-            at = jump.before
-            yield Finding(
-                code="log-jump",
-                severity="note",
-                where=one.name,
-                values={
-                    "before_step": float(one.steps[at]),
-                    "before": float(one.values[at]),
-                    "after_step": float(one.steps[at + 1]),
-                    "after": float(one.values[at + 1]),
-                    "units": jump.units,
-                },
-            )
+            jumps.setdefault(float(one.steps[jump.before + 1]), []).append((one, jump))
         found = trend(one.steps, one.values)
         if found is not None and abs(found.tau) >= _STEADY_TAU and found.p <= _STEADY_P:
-            tenth = max(1, len(one.values) // 10)
-            yield Finding(
-                code="log-trend",
-                severity="note",
-                where=one.name,
-                values={
-                    "slope": found.per_100,
-                    "tau": found.tau,
-                    "early": float(np.median(one.values[:tenth])),
-                    "late": float(np.median(one.values[-tenth:])),
-                    "steps": len(one.values),
-                },
-            )
+            trends.setdefault(found.tau > 0, []).append((one, found))
+    yield from (_jump(jumps[step]) for step in sorted(jumps))
+    yield from (_trend(trends[rises]) for rises in (True, False) if rises in trends)
+
+
+def _jump(found: list[tuple[Course, Jump]]) -> Finding:
+    one, jump = min(found, key=lambda item: _rank(item[0]))
+    at = jump.before
+    values: dict[str, Value] = {
+        "before_step": float(one.steps[at]),
+        "before": float(one.values[at]),
+        "after_step": float(one.steps[at + 1]),
+        "after": float(one.values[at + 1]),
+        "units": jump.units,
+        "others": tuple(other.name for other, _ in found if other is not one),
+    }
+    return Finding(code="log-jump", severity="note", where=one.label, values=values)
+
+
+def _trend(found: list[tuple[Course, Trend]]) -> Finding:
+    one, slope = min(found, key=lambda item: _rank(item[0]))
+    tenth = max(1, len(one.values) // 10)
+    values: dict[str, Value] = {
+        "slope": slope.per_100,
+        "tau": slope.tau,
+        "early": float(np.median(one.values[:tenth])),
+        "late": float(np.median(one.values[-tenth:])),
+        "steps": len(one.values),
+        "others": tuple(other.name for other, _ in found if other is not one),
+    }
+    return Finding(code="log-trend", severity="note", where=one.label, values=values)
+
+
+def _rank(one: Course) -> int:
+    return _TOLD_FIRST.index(one.key) if one.key in _TOLD_FIRST else len(_TOLD_FIRST)

@@ -60,7 +60,13 @@ class Course:
 
     @property
     def key(self) -> str:
+        """The catalogue's metric, empty where it has none that is the same."""
         return self.reported.key
+
+    @property
+    def label(self) -> str:
+        """Its name, with the run where there are several."""
+        return f"{self.name} ({self.run})" if self.run else self.name
 
 
 @dataclass

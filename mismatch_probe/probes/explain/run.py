@@ -29,7 +29,7 @@ from mismatch_probe.results.explanation import (
     Trend,
     UnknownName,
 )
-from mismatch_probe.results.finding import Finding
+from mismatch_probe.results.finding import Finding, Value
 
 _MOST_UNKNOWN = 200
 _LOOKED_UP = 100  # unknown names that a known one is searched for
@@ -182,31 +182,28 @@ def _limits(one: Course) -> Iterator[Limit]:
 
 
 def _limit_findings(series: tuple[Series, ...]) -> Iterator[Finding]:
-    """For each metric the strictest limits that it exceeds, one a source."""
+    """For each metric the furthest limit that its last value is beyond, else the furthest that any was."""
     for one in series:
-        beyond = [limit for limit in one.limits if limit.n_beyond]
-        for limit in {limit.text: limit for limit in beyond}.values():
-            assert one.last is not None
-            assert one.first is not None
-            code = "log-limit-exceeded" if limit.last_beyond else "log-limit-was-exceeded"
-            severity: Literal["warn", "note"] = "warn" if limit.last_beyond else "note"
-            yield Finding(
-                code=code,
-                severity=severity,
-                where=one.name,
-                values={
-                    "metric": one.key,
-                    "last": one.last.value,
-                    "bound": limit.bound,
-                    "side": limit.side,
-                    "text": limit.text,
-                    "who": limit.who,
-                    "n": limit.n_beyond,
-                    "steps": one.n,
-                    "first_beyond": limit.first_beyond,
-                    "from_start": limit.first_beyond == one.first.step,
-                },
-            )
+        last = one.furthest(last=True)
+        worst = last or one.furthest(last=False)
+        if worst is None or one.first is None or one.last is None:
+            continue
+        others = (limit.who for limit in one.limits if (limit.last_beyond if last else limit.n_beyond))
+        values: dict[str, Value] = {
+            "metric": one.key,
+            "last": one.last.value,
+            "bound": worst.bound,
+            "side": worst.side,
+            "text": worst.text,
+            "who": worst.who,
+            "others": tuple(dict.fromkeys(who for who in others if who != worst.who)),
+            "n": worst.n_beyond,
+            "steps": one.n,
+            "first_beyond": worst.first_beyond,
+            "from_start": worst.first_beyond == one.first.step,
+        }
+        code = "log-limit-exceeded" if last else "log-limit-was-exceeded"
+        yield Finding(code=code, severity="warn" if last else "note", where=one.label, values=values)
 
 
 def _reading_findings(reading: Reading, courses: list[Course], frameworks: tuple[str, ...]) -> Iterator[Finding]:
@@ -217,14 +214,14 @@ def _reading_findings(reading: Reading, courses: list[Course], frameworks: tuple
             yield Finding(
                 code="log-not-finite",
                 severity="warn",
-                where=one.name,
+                where=one.label,
                 values={"null": one.n_null, "nan": one.n_nan, "inf": one.n_inf, "finite": len(one.values)},
             )
         if one.bucket_max is not None and len(one.values) and one.bucket_max > one.values.max():
             yield Finding(
                 code="log-averaged-steps",
                 severity="note",
-                where=one.name,
+                where=one.label,
                 values={"largest": one.bucket_max, "shown": float(one.values.max())},
             )
     repeated = [one for one in courses if one.n_repeated]
@@ -233,7 +230,7 @@ def _reading_findings(reading: Reading, courses: list[Course], frameworks: tuple
         yield Finding(
             code="log-steps-repeated",
             severity="note",
-            where=most.name,
+            where=most.label,
             values={"n": most.n_repeated, "series": len(repeated), "backwards": most.n_backwards},
         )
     backwards = [one for one in courses if one.n_backwards and not one.n_repeated]
@@ -241,22 +238,21 @@ def _reading_findings(reading: Reading, courses: list[Course], frameworks: tuple
         yield Finding(
             code="log-steps-out-of-order",
             severity="note",
-            where=backwards[0].name,
+            where=backwards[0].label,
             values={"n": backwards[0].n_backwards},
         )
     unnumbered = [one for one in courses if not one.has_steps and len(one.values) > 1]
     if unnumbered:
-        yield Finding(code="log-steps-missing", severity="note", where=unnumbered[0].name)
+        yield Finding(code="log-steps-missing", severity="note", where=unnumbered[0].label)
     if len(frameworks) > 1:
         yield Finding(code="log-several-frameworks", severity="note", values={"names": frameworks})
-    shared = {one.name: one for one in courses if one.others and not one.reported.context}
-    for one in shared.values():
-        yield Finding(
-            code="log-name-shared",
-            severity="note",
-            where=one.name,
-            values={"taken": one.reported.framework, "others": one.others},
-        )
+    shared: dict[tuple[str, tuple[str, ...]], dict[str, None]] = {}
+    for one in courses:
+        if one.others and not one.reported.context:
+            shared.setdefault((one.reported.framework, one.others), {})[one.name] = None
+    for (taken, others), names in shared.items():
+        values: dict[str, Value] = {"names": tuple(names), "others": others}
+        yield Finding(code="log-name-shared", severity="note", where=taken, values=values)
 
 
 def _trait_findings(courses: list[Course]) -> Iterator[Finding]:
@@ -323,5 +319,6 @@ def _dump(framework: str, used: AuditUsed | None) -> NextDump:
         switch=dump.switch,
         files=dump.files,
         trust=dump.trust,
+        default=dump.default,
         commands=commands,
     )

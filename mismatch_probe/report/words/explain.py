@@ -11,6 +11,7 @@ from mismatch_probe.report.words import words
 from mismatch_probe.results.finding import Finding
 
 _NAMES = {"names": "the names that it is about"}
+_OTHERS = {"others": "metrics that do the same"}
 _N = {"n": "how often"}
 _OF_STEPS = {"n": "steps where it is so", "steps": "steps that have both"}
 
@@ -68,7 +69,13 @@ def _size(finding: Finding, name: str) -> str:
 
 def _of(finding: Finding) -> str:
     """`2 of 300 steps`."""
-    return f"{count(finding.whole('n'))} of {count(finding.whole('steps'))} steps"
+    return f"{count(finding.whole('n'))} of {_steps(finding)}"
+
+
+def _steps(finding: Finding) -> str:
+    """`300 steps`."""
+    n = finding.whole("steps")
+    return "1 step" if n == 1 else f"{count(n)} steps"
 
 
 _LIMIT = {
@@ -78,6 +85,7 @@ _LIMIT = {
     "side": "above or below",
     "text": "the limit as it was published",
     "who": "who set it",
+    "others": "whose limits it is beyond, too",
     "n": "steps beyond it",
     "steps": "all steps",
     "first_beyond": "the first step beyond it",
@@ -87,27 +95,32 @@ _LIMIT = {
 
 @words("log-limit-exceeded", "The last logged value is beyond a published limit.", _LIMIT)
 def _limit_exceeded(finding: Finding) -> str:
+    if finding.whole("steps") == 1:
+        return f"{_beyond(finding)}."
     return f"{_beyond(finding)} at the last step, {_since(finding)}."
 
 
 @words("log-limit-was-exceeded", "Some logged value is beyond a published limit, the last one is not.", _LIMIT)
 def _limit_was_exceeded(finding: Finding) -> str:
+    bound = f"{finding.text('side')} {finding.number('bound'):g} ({finding.text('who')}{_also(finding)})"
     return (
-        f"{_this(finding)} is {finding.text('side')} {finding.number('bound'):g} ({finding.text('who')}) at "
-        f"{_of(finding)}, first at step {_at(finding, 'first_beyond')}; the last value is within it."
+        f"{_this(finding)} is {bound} at {_of(finding)}, first at step {_at(finding, 'first_beyond')}. The last is not."
     )
 
 
 def _beyond(finding: Finding) -> str:
     return (
         f"{_this(finding)} is {_size(finding, 'last')}, {finding.text('side')} {finding.number('bound'):g} "
-        f"({finding.text('who')}: {finding.text('text')})"
+        f"({finding.text('who')}: {finding.text('text')}{_also(finding)})"
     )
 
 
+def _also(finding: Finding) -> str:
+    others = finding.names("others")
+    return f"; also {', '.join(others)}" if others else ""
+
+
 def _since(finding: Finding) -> str:
-    if finding.whole("steps") == 1:
-        return "the only one"
     start = (
         "from the first step on" if finding.values["from_start"] else (f"first at step {_at(finding, 'first_beyond')}")
     )
@@ -200,7 +213,8 @@ def _averaged_steps(finding: Finding) -> str:
 )
 def _steps_repeated(finding: Finding) -> str:
     n, backwards = finding.whole("n"), finding.whole("backwards")
-    restarts = f" The step went back {count(backwards)} times, as after a restart." if backwards else ""
+    times = "once" if backwards == 1 else f"{count(backwards)} times"
+    restarts = f" The step went back {times}, as after a restart." if backwards else ""
     return f"{count(n)} values of {_this(finding)} are of steps that were logged again; the last counts.{restarts}"
 
 
@@ -221,12 +235,12 @@ def _several_frameworks(finding: Finding) -> str:
 
 @words(
     "log-name-shared",
-    "Several frameworks log this name; it was read as the one that other names point to.",
-    {"taken": "whose it was taken for", "others": "who else uses it"},
+    "Several frameworks use these names; they were read as those of the one that other names point to.",
+    _NAMES | {"others": "who else uses them"},
 )
 def _name_shared(finding: Finding) -> str:
     others = ", ".join(finding.names("others"))
-    return f"{_this(finding)} is read as {finding.text('taken')}'s; {others} logs the same name."
+    return f"{grouped(finding.names('names'))}: read as {finding.where} logs them. {others} uses the same names."
 
 
 _LEVELS = {
@@ -247,7 +261,7 @@ _TRAITS: dict[str, str] = {
     "kl-by-setting": "of the kind that loss_fn.reference_policy_kl_type names: k3 only by default",
     "clamped-20": "of log ratios that are clamped at ±20",
     "clamped-10": "clamped to at most 10 per token",
-    "nan-left-out": "a mean that leaves NaN out in silence",
+    "nan-left-out": "taken without NaN values, which are not counted",
     "nonfinite-as-zero": "a mean in which NaN and infinite values count as 0, which makes it smaller",
     "padding-as-zero": "taken with padded positions as 0: a minimum is 0, a spread too large",
     "against-update": "measured against the policy under update where old log-probs are not recomputed: after the "
@@ -267,10 +281,7 @@ for _trait, _text in _TRAITS.items():
     @words(f"log-{_trait}", f"A logged metric is {_text}.", _NAMES)
     def _differs(finding: Finding) -> str:
         trait = finding.code.removeprefix("log-")
-        names = finding.names("names")
-        shown = ", ".join(logged(name) for name in names[:4]) + (
-            f" and {len(names) - 4} more" if len(names) > 4 else ""
-        )
+        shown = clipped(grouped(finding.names("names")), 160)
         setting = f": {_LEVELS[finding.where]}" if trait == "level-by-setting" and finding.where in _LEVELS else ""
         return f"{shown}: {_TRAITS[trait]}{setting}."
 
@@ -350,7 +361,7 @@ _DIRECTION = {
 )
 def _ratio_not_1(finding: Finding) -> str:
     return (
-        f"Mean ρ − 1 = k3 − k1 = {in_line(finding.metric('excess'))} over {count(finding.whole('steps'))} steps, "
+        f"Mean ρ − 1 = k3 − k1 = {in_line(finding.metric('excess'))} over {_steps(finding)}, "
         f"beside a mean k3 of {_num(finding, 'k3_mean')} nats. On policy it is 0 in expectation. {_negative(finding)}"
     )
 
@@ -363,15 +374,11 @@ def _ratio_not_1(finding: Finding) -> str:
 def _ratio_fits_1(finding: Finding) -> str:
     excess = finding.metric("excess")
     tells = "compatible with 0, as on policy" if excess.ci_low is not None else f"{excess.why}, so no interval"
-    return (
-        f"Mean ρ − 1 = k3 − k1 = {in_line(excess)} over {count(finding.whole('steps'))} steps: {tells}. "
-        f"{_negative(finding)}"
-    )
+    return f"Mean ρ − 1 = k3 − k1 = {in_line(excess)} over {_steps(finding)}: {tells}. {_negative(finding)}"
 
 
 def _negative(finding: Finding) -> str:
-    n, steps = finding.whole("n_negative"), finding.whole("steps")
-    return f"k1 is negative at {count(n)} of {count(steps)} steps."
+    return f"k1 is negative at {count(finding.whole('n_negative'))} of {_steps(finding)}."
 
 
 @words(
@@ -382,7 +389,7 @@ def _negative(finding: Finding) -> str:
 def _negative_k1(finding: Finding) -> str:
     return (
         f"{_this(finding)}: {_negative(finding)} Its mean is {in_line(finding.metric('mean'), unit='nats')}. Single "
-        "steps are negative by chance; a negative mean is not of on-policy tokens."
+        "steps are negative by chance; over many steps a negative mean is not of on-policy tokens."
     )
 
 
@@ -393,7 +400,7 @@ def _negative_k1(finding: Finding) -> str:
 )
 def _mean_ratio(finding: Finding) -> str:
     why = "weights are truncated first, so it may differ from 0" if finding.values["truncated"] else "0 in expectation"
-    return f"{_this(finding)} − 1 is {in_line(finding.metric('excess'))} over steps; on policy: {why}."
+    return f"{_this(finding)} − 1 is {in_line(finding.metric('excess'))} over {_steps(finding)}; on policy: {why}."
 
 
 @words(
@@ -470,13 +477,14 @@ def _sequence_effect(finding: Finding) -> str:
         "after_step": "step after",
         "after": "value",
         "units": "its size",
-    },
+    }
+    | _OTHERS,
 )
 def _jump(finding: Finding) -> str:
     return (
         f"{_this(finding)} jumps from {_num(finding, 'before')} (step {_at(finding, 'before_step')}) "
         f"to {_num(finding, 'after')} (step {_at(finding, 'after_step')}): "
-        f"{_num(finding, 'units')} robust standard deviations of its changes."
+        f"{_num(finding, 'units')} robust standard deviations of its changes.{_with(finding, 'jump')}"
     )
 
 
@@ -489,15 +497,22 @@ def _jump(finding: Finding) -> str:
         "early": "median of the first tenth of the steps",
         "late": "median of the last tenth",
         "steps": "steps",
-    },
+    }
+    | _OTHERS,
 )
 def _trend(finding: Finding) -> str:
     word = "rises" if finding.number("tau") > 0 else "falls"
     return (
         f"{_this(finding)} {word}: median {_num(finding, 'early')} in the first tenth of the steps, "
         f"{_num(finding, 'late')} in the last; {in_line(finding.metric('slope'))} per 100 steps "
-        f"(τ {number(finding.number('tau'), 2)})."
+        f"(τ {number(finding.number('tau'), 2)}).{_with(finding, word.removesuffix('s'))}"
     )
+
+
+def _with(finding: Finding, verb: str) -> str:
+    """Which other metrics do the same."""
+    others = finding.names("others")
+    return f" So does {others[0]}." if len(others) == 1 else f" {len(others)} more {verb}, too." if others else ""
 
 
 _BLIND: Mapping[str, tuple[str, str]] = {
