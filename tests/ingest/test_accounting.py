@@ -109,6 +109,9 @@ def test_the_grid_of_one_side(rounding: str, stored: type) -> None:
         assert found.number("step") == pytest.approx(10.0**-digits)
     elif grid == "logits":
         assert found.number("step") == 2.0**-digits
+    else:
+        spacing = float(np.spacing(np.float32(np.median(-b[b <= -1 / 16].astype(float)))))
+        assert found.number("step") == spacing * 2.0 ** (24 - digits)
     gap = float(np.abs(a - b.astype(float)).mean())
     assert found.maybe("gap") == pytest.approx(gap, rel=0.02)
     assert found.severity == (
@@ -119,6 +122,12 @@ def test_the_grid_of_one_side(rounding: str, stored: type) -> None:
 def test_seven_digits_of_a_16_bit_value_are_on_its_grid() -> None:
     b = np.array([float(f"{v:.7g}") for v in ROUNDINGS["bfloat16"](clean(5000)[0])])
     assert only(accounted(rows_of(b, None, [5000])), "coarse-grid").values["grid"] == "bfloat16"
+
+
+def test_six_decimals_of_improbable_tokens_are_a_grid() -> None:
+    b = np.round(np.random.default_rng(0).normal(-10.4, 0.5, 1000), 6)
+    found = only(accounted(rows_of(b, None, [1000])), "coarse-grid")
+    assert (found.values["grid"], found.values["digits"]) == ("decimals", 6)
 
 
 def test_seven_digits_are_no_grid() -> None:
@@ -185,12 +194,12 @@ def test_masked_tokens_are_not_accounted_for() -> None:
     b, a = clean(200)
     mask = np.ones(200, int)
     b[50:60], mask[50:60] = -9999.0, 0
-    b[[49, 99]] = np.nan
-    mask[95:99] = 0
+    b[[49, 99, 103, 199]] = np.nan
+    mask[95:99] = mask[100:103] = 0
     one = only(accounted(rows_of(b, a, [100, 100], loss_mask=mask)), "placeholder-logprobs")
-    assert (one.whole("n"), one.number("share")) == (2, 2 / 186)
-    assert one.values["stands"] == {"scattered": 1, "last": 1}
-    assert one.names("places") == ("d.jsonl:1[49]", "d.jsonl:1[99]")
+    assert (one.whole("n"), one.number("share")) == (4, 4 / 183)
+    assert one.values["stands"] == {"scattered": 1, "first": 1, "last": 2}
+    assert one.names("places") == ("d.jsonl:1[49]", "d.jsonl:1[99]", "d.jsonl:2[3]", "d.jsonl:2[99]")
 
 
 def test_values_beyond_the_first_few_are_counted_together() -> None:
@@ -304,10 +313,10 @@ def test_duplicated_sequences() -> None:
 
 
 def test_another_prompt_or_another_cut_is_no_copy() -> None:
-    rows = rows_of(*clean(400), [100] * 4)
+    rows = rows_of(*clean(301), [100, 100, 101])
     rows[1] = rows[0] | {"prompt_token_ids": rows[0]["prompt_token_ids"] + 1}
     ids = np.concatenate([rows[0]["prompt_token_ids"], rows[0]["response_token_ids"]])
-    rows[2] = rows[2] | {"prompt_token_ids": ids[:2], "response_token_ids": np.append(ids[2:], 0)[:100]}
+    rows[2] |= {"prompt_token_ids": ids[:2], "response_token_ids": ids[2:]}
     assert accounted(rows) == ()
 
 

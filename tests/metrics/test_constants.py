@@ -96,6 +96,20 @@ def test_a_run_in_float32_data_is_judged_by_its_chance(length: int, value: float
     assert got[start : start + length].all() == (length >= needed)
 
 
+@pytest.mark.parametrize(
+    ("rounding", "longest"),
+    [("float32", 3), ("float16", 4), ("bfloat16", 5), ("bfloat16 probabilities", 5), ("logits of ⅛", 9)],
+)
+def test_a_coarser_grid_needs_a_longer_run(rounding: str, longest: int) -> None:
+    b = ROUNDINGS[rounding](clean(400)[0])
+    value = ROUNDINGS[rounding](np.array([-1.5]))[0]
+    b[b == value] = b[0]
+    for length, want in ((longest, 0), (longest + 1, longest + 1)):
+        spoiled = b.copy()
+        spoiled[200 : 200 + length] = value
+        assert constant_runs(spoiled, *places([400])).sum() == want
+
+
 def test_a_run_ends_with_its_sequence_and_where_masked_tokens_lie_between() -> None:
     b, _ = clean(80)
     b[36:44] = -1.0
