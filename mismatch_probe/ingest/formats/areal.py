@@ -1,4 +1,7 @@
-"""AReaL: trajectories. Sources: `areal/workflow/rlvr.py`, `areal/trainer/ppo/actor.py` (2026-07)."""
+"""AReaL: trajectories.
+
+Source: excerpts of its PPO actor, as of November 2026, which rolls `logprobs` by one to meet `prox_logp`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from mismatch_probe.ingest.formats import dump_format
 @dump_format(
     "areal",
     project="AReaL",
-    version="2026-07",
+    version="as of November 2026",
     containers=("torch", "pickle", "jsonl", "json"),
     layouts=(("input_ids", "loss_mask", "logprobs", "versions"),),
     sides="rollout; both where prox_logp is kept",

@@ -1,4 +1,4 @@
-"""martingale: its ledger of tokens. Sources: `martingale/record/{store,tokens,bits}.py` (2026-09)."""
+"""martingale: its ledger of tokens. Sources: `martingale/record/{store,tokens,bits}.py`, as of November 2026."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _records(file: DumpFile) -> Iterator[Record]:
         found = tables(database)
         missing = [name for name in _TABLES if name not in found]
         if missing:
-            place.refuse_file(f"has no table {missing[0]}, which martingale 2026-09 writes", _FIX)
+            place.refuse_file(f"has no table {missing[0]}, which martingale writes", _FIX)
         steps = dict(rows(database, "SELECT digest, step FROM llm_revisions"))
         scored = next(rows(database, "SELECT 1 FROM scores LIMIT 1"), None) is not None
         query = "SELECT digest, record_json FROM sequences ORDER BY actor_id, sequence_index"
@@ -42,7 +42,7 @@ def _records(file: DumpFile) -> Iterator[Record]:
 @dump_format(
     "martingale",
     project="martingale",
-    version="2026-09",
+    version="as of November 2026",
     containers=("sqlite",),
     layouts=(_TABLES,),
     records=_records,

@@ -1,4 +1,4 @@
-"""PipelineRL: a packed batch. Sources: `pipelinerl/finetune/data.py`, `pipelinerl/finetune/types.py` (2026-06)."""
+"""PipelineRL: a packed batch. Source: `pipelinerl/finetune/data.py` (0154929)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _COLUMNS = {"rollout_logprobs": "old_logprobs", "ref_logprobs": "ref_logprobs", 
 @dump_format(
     "pipelinerl",
     project="PipelineRL",
-    version="2026-06",
+    version="0154929",
     containers=("torch", "pickle"),
     layouts=(("input_ids", "labels", "old_logprobs"),),
     sides="rollout, reference",

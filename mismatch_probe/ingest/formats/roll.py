@@ -1,4 +1,7 @@
-"""ROLL: a `DataProto` of its trainer. Sources: `roll/pipeline/rlvr/actor_worker.py`, `…/protocol.py` (2026-07)."""
+"""ROLL: a `DataProto` of its trainer.
+
+Source: excerpts of its actor worker, as of November 2026. That log-probs are `[B, T - 1]` is reported, not read there.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ _COLUMNS = {
 @dump_format(
     "roll",
     project="ROLL",
-    version="2026-07",
+    version="as of November 2026",
     containers=("pickle", "torch"),
     layouts=(
         ("input_ids", "attention_mask", "response_mask", "infer_logprobs"),

@@ -1,4 +1,4 @@
-"""SkyRL: the batch of a step. Sources: `skyrl/train/dataset/preprocess.py`, `skyrl/train/trainer.py` (2026-07)."""
+"""SkyRL: the batch of a step. Source: `skyrl/train/dataset/preprocess.py` (07eefd6)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mismatch_probe.ingest.formats import dump_format
 @dump_format(
     "skyrl",
     project="SkyRL",
-    version="2026-07",
+    version="07eefd6",
     containers=("pickle", "torch"),
     layouts=(("sequences", "attention_mask", "loss_mask", "response_mask"),),
     sides="both",

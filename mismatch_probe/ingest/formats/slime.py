@@ -1,6 +1,7 @@
 """slime and miles: samples of a rollout, and what the trainer scored of them, in two folders.
 
-Sources: `slime/utils/train_dump_utils.py`, `slime/utils/types.py`, `miles/utils/train_dump_utils.py` (2026-07).
+Sources: `slime/utils/train_dump_utils.py` (429eb3d) and `miles/utils/train_dump_utils.py` (263d04d). That of format
+version 2 was not found: its fields are those that users reported.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def _beside(file: DumpFile, folder: str, other: str) -> list[DumpFile]:
 @dump_format(
     "slime",
     project="slime, miles",
-    version="2026-07",
+    version="429eb3d, 263d04d",
     containers=("torch",),
     layouts=(("rollout_id", "samples"), ("rollout_id", "rollout_data"), ("format_version", "samples")),
     records=_records,

@@ -66,7 +66,7 @@ def _encoded(value: Any) -> Any:
 
 
 def _tensor_batch(state: Mapping[str, Any]) -> Fields:
-    """SkyRL's batch. Source: `skyrl/backends/skyrl_train/training_batch.py` (2026-07)."""
+    """SkyRL's batch. Source: `skyrl/backends/skyrl_train/training_batch.py` (0446435)."""
     fields = {key: _skyrl_tensor(value) for key, value in state["batch_dict"].items() if type(key) is str}
     return fields | {"metadata": state.get("metadata")}
 
