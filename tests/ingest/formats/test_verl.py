@@ -87,7 +87,6 @@ def test_dict_by_hand(tmp_path: Path) -> None:
         ({"prompts": torch.tensor([[0, 5], [1, 2]])}, "has prompts of 2 sequences and responses of 1"),
         ({"attention_mask": torch.tensor([[1, 1]])}, "has 2 attention_mask for 2 prompts and 3 responses"),
         ({"rollout_log_probs": torch.tensor([[-1.0]])}, "has 1 rollout_logprobs for 3 ids"),
-        ({"rollout_log_probs": None}, "has neither rollout_logprobs nor trainer_logprobs"),
         ({"responses": torch.zeros(1, 2, 3)}, "has responses that is "),
     ],
 )
@@ -102,3 +101,10 @@ def test_truncated_file(tmp_path: Path) -> None:
     (tmp_path / "x.dp").write_bytes(data[: len(data) // 2])
     with pytest.raises(IngestError, match="cannot be read"):
         rows(tmp_path / "x.dp")
+
+
+def test_ids_alone_are_read_to_be_scored(tmp_path: Path) -> None:
+    torch.save(batch(rollout_log_probs=None), tmp_path / "x.pt")
+    (row,) = rows(tmp_path / "x.pt")
+    assert row["response_token_ids"] == [1, 2]
+    assert "rollout_logprobs" not in row
