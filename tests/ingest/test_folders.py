@@ -47,20 +47,20 @@ def refusal(folder: Path, **options: Any) -> IngestError:
 class TestWhichFiles:
     def test_steps_and_ranks_in_natural_order(self, dump: Path) -> None:
         names = [
-            "step_2/rank_0.jsonl",
-            "step_2/rank_10.jsonl",
-            "step_2/rank_9.jsonl",
-            "step_10/rank_0.jsonl",
+            "s2/worker_0.jsonl",
+            "s2/worker_10.jsonl",
+            "s2/worker_9.jsonl",
+            "s10/worker_0.jsonl",
             "9.jsonl",
         ]
         write(dump, {name: [row(step=index), row(step=index)] for index, name in enumerate(names)})
         found = rows.read(dump)
         expected = [
             "9.jsonl",
-            "step_2/rank_0.jsonl",
-            "step_2/rank_9.jsonl",
-            "step_2/rank_10.jsonl",
-            "step_10/rank_0.jsonl",
+            "s2/worker_0.jsonl",
+            "s2/worker_9.jsonl",
+            "s2/worker_10.jsonl",
+            "s10/worker_0.jsonl",
         ]
         assert found["file"] == [f"{dump}/{name}" for name in expected for _ in range(2)]
         assert found["step"] == [names.index(name) for name in expected for _ in range(2)]
@@ -233,8 +233,8 @@ def test_the_caller_hears_of_what_is_not_read_and_of_what_is_loaded_whole(dump: 
     heard: list[str] = []
     read_dump(dump, tmp_path / "out.parquet", ReadOptions(), heard.append)
     assert heard == [
-        "2 of 4 files are empty or no generic, and are not read",
         f"{dump}/b.json (0 MiB) is loaded whole",
+        "2 of 4 files are empty or no generic, and are not read",
     ]
 
 
