@@ -64,7 +64,7 @@ def json_lines(file: DumpFile) -> Iterator[Record]:
 
 
 def json_document(file: DumpFile) -> Iterator[Record]:
-    """One object, or a list of objects; loaded whole.
+    """One object, or a list of objects; loaded whole. Lines of objects, which some programs write, are read as such.
 
     Raises:
         IngestError: It is neither.
@@ -72,9 +72,21 @@ def json_document(file: DumpFile) -> Iterator[Record]:
     """
     place = Place(file.name, "Sample")
     with _opened(file) as handle:
-        document = _parsed(place, 1, handle.read().removeprefix(_BOM))
+        first = handle.readline(_LONGEST_LINE)
+        rest = handle.read()
+    if rest.strip() and _is_object(first.removeprefix(_BOM)):
+        yield from json_lines(file)
+        return
+    document = _parsed(place, 1, (first + rest).removeprefix(_BOM))
     for number, one in enumerate(document if isinstance(document, list) else [document], start=1):
         yield Record(_object(place, number, one), place, number)
+
+
+def _is_object(text: bytes) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _opened(file: DumpFile) -> IO[bytes]:

@@ -241,3 +241,9 @@ def test_the_caller_hears_of_what_is_not_read_and_of_what_is_loaded_whole(dump: 
 def test_a_document_is_read_back(tmp_path: Path) -> None:
     make_dump().write(tmp_path / "recorded.json")
     assert Dump.read(tmp_path / "recorded.json") == make_dump()
+
+
+def test_lines_of_objects_in_a_file_named_json(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(f"{json.dumps(row())}\n{json.dumps(row())}\n")
+    assert len(rows.read(path).rows) == 2
