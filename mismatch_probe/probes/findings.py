@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
+from mismatch_probe.config import RECORDED
 from mismatch_probe.dtypes import DTYPE_INFOS
 from mismatch_probe.metrics.conclusions import FP32_FLOOR
 from mismatch_probe.metrics.intervals import BOOTSTRAP_PROMPTS
@@ -56,6 +57,8 @@ def kind_of(pairs: Sequence[Pair], same: Mapping[str, Pair], formats: MetricValu
     evidence = _evidence(pairs, same, halves, formats)
     if evidence:
         return Finding(code="kind-more-than-rounding", severity="warn", values={"evidence": evidence})
+    if all(pair.rollout_dtype == pair.trainer_dtype == RECORDED for pair in pairs):
+        return Finding(code="kind-unclear", severity="note", values={"open": ("recorded",), "more_prompts": None})
     needed: dict[str, int | None] = {}
     if floor is None or not floor.n_prompts_usable:
         needed["no-fp32"] = None

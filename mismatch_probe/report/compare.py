@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from mismatch_probe.report.data import ReportData
     from mismatch_probe.results.comparison import Comparison, Pair
     from mismatch_probe.results.finding import Finding
+    from mismatch_probe.results.manifest import Manifest
     from mismatch_probe.types import MetricValue
 
 KINDS: dict[str, State] = {"kind-rounding": "ok", "kind-more-than-rounding": "warn", "kind-unclear": "inconclusive"}
@@ -154,6 +155,11 @@ def _steps_after(data: ReportData, kind: Finding | None) -> tuple[Step, ...]:
     match None if kind is None else kind.code:
         case "kind-rounding":
             steps.append(Step("Check the model before RL.", f"mismatch-probe audit --resume {folder}"))
+        case "kind-more-than-rounding" | "kind-unclear" if _is_all_recorded(data.manifest):
+            source = shlex.quote(str(data.manifest.config.source))
+            command = f"mismatch-probe compare --from {source} --model MODEL --rescore --replay"
+            text = "Score and decode the ids here to see which side is off; MODEL is the model that sampled them."
+            steps.append(Step(text, command))
         case "kind-more-than-rounding" if data.attribution is None:
             steps.append(Step("Find where the gap arises.", f"mismatch-probe attribute --resume {folder}"))
         case "kind-unclear" if kind is not None and kind.maybe("more_prompts") is not None:
@@ -161,6 +167,11 @@ def _steps_after(data: ReportData, kind: Finding | None) -> tuple[Step, ...]:
             command = f"mismatch-probe compare --model {shlex.quote(data.summary.model)} --num-prompts {wanted}"
             steps.append(Step(f"Compare over {wanted:,} prompts.", command))
     return tuple(steps)
+
+
+def _is_all_recorded(manifest: Manifest) -> bool:
+    """Whether no engine has run, so that no model is known."""
+    return manifest.recorded is not None and not manifest.config.model
 
 
 def pairs_table(summary: Comparison) -> Table | None:

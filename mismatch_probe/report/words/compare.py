@@ -29,6 +29,7 @@ _EVIDENCE = {
     "size": "the gap is larger than 16-bit rounding makes it",
 }
 _OPEN = {
+    "recorded": "recorded log-probs name no dtype: score and decode the ids here with --model, --rescore and --replay",
     "no-fp32": "there is no pair in FP32: add float32 to --rollout-dtypes and --trainer-dtypes",
     "no-16-bit": "there is no pair in BF16 or FP16 on both sides",
     "fp32-floor": "too few prompts bound the gap in FP32",
