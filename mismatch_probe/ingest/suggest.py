@@ -57,7 +57,8 @@ def _is_ids(value: Any) -> bool:
 
 def _is_logprobs(value: Any) -> bool:
     values = [one for one in _numbers(value) if one is not None]
-    return bool(values) and any(type(one) is float for one in values) and np.mean([one <= 0 for one in values]) > 0.5
+    numbers = bool(values) and {int, float}.issuperset(map(type, values)) and float in map(type, values)
+    return numbers and sum(one <= 0 for one in values) > len(values) / 2
 
 
 def _is_mask(value: Any) -> bool:

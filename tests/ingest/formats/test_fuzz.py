@@ -97,6 +97,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @given(drawn=changed(), before=st.booleans(), auto=st.booleans())
 @example(drawn=("prime-rl", test_prime_rl.sequence(loss_mask=[1e308] * 5)), before=False, auto=True)
 @example(drawn=("nemo-rl", test_nemo_rl.sample(token_loss_mask=[0, 0, 1e308, 0, 1, 0, 0])), before=False, auto=False)
+@example(drawn=("verifiers", {"completion_ids": [3], "completion_logprobs": [[-0.5], -1.0]}), before=False, auto=True)
 def test_any_change_is_read_or_refused(folder: Path, drawn: tuple[str, Any], before: bool, auto: bool) -> None:
     name, record = drawn
     good = next(one for other, one in RECORDS if other == name)
