@@ -150,7 +150,7 @@ def test_binary_kl_keeps_its_digits(make_pair: Any, b: float, share: float, expo
         want = float(p * (p / q).ln() + (1 - p) * ((1 - p) / (1 - q)).ln())
     pair = replace(make_pair(b, [0.0]), trainer_logprob=np.array([a]))
     # a − b is rounded, and so is the answer by twice as much.
-    assert values(pair)["binary_kl"] == pytest.approx(want, rel=1e-9 + 8 * 2.3e-16 * abs(b) / abs(a - b))
+    assert values(pair)["binary_kl"] == pytest.approx(want, rel=1e-9 + 8 * 2.3e-16 * abs(b) / abs(a - b), abs=0)
 
 
 def test_binary_kl_where_a_probability_rounds_to_1(make_pair: Any) -> None:
@@ -256,7 +256,7 @@ def test_first_order_residual_keeps_its_digits(make_pair: Any) -> None:
         context.prec = 60
         ratios = [Decimal(x).exp() for x in pair.trainer_logprob.tolist()]
         want = abs(math.prod(ratios, start=Decimal(1)) - 1 - sum(ratio - 1 for ratio in ratios))
-    assert values(pair)["first_order_residual"] == pytest.approx(float(want), rel=1e-6)
+    assert values(pair)["first_order_residual"] == pytest.approx(float(want), rel=1e-6, abs=0)
 
 
 def test_first_order_residual_beyond_float64(make_pair: Any) -> None:
@@ -283,9 +283,11 @@ def test_a_cap_hides_what_few_tokens_make(make_pair: Any, sign: int) -> None:
 def test_means_of_ratios_that_are_all_tiny_keep_their_digits(make_pair: Any) -> None:
     found = values(make_pair(-60.0, np.full(64, 50.0), [8] * 8))
     for key in ("mean_inverse_ratio", "winsorised_inverse_ratio"):
-        assert found[key] == pytest.approx(math.exp(-50), rel=1e-12), key
+        assert found[key] == pytest.approx(math.exp(-50), rel=1e-12, abs=0), key
     assert found["winsorised_ratio"] == pytest.approx(math.exp(50), rel=1e-12)
-    assert values(make_pair(-1.0, np.full(64, -50.0), [8] * 8))["winsorised_ratio"] == pytest.approx(math.exp(-50))
+    assert values(make_pair(-1.0, np.full(64, -50.0), [8] * 8))["winsorised_ratio"] == pytest.approx(
+        math.exp(-50), abs=0
+    )
     huge = compute(make_pair(-990.0, [900.0, -900.0] * 8, [2] * 8))
     for key in ("mean_inverse_ratio", "winsorised_ratio"):
         assert huge[key].value is None, key
