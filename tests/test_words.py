@@ -63,7 +63,7 @@ def found(text: str) -> list[str]:
 
 # A metric's own statistics speak of null hypotheses and growth laws, a reader of files of nulls, a table of cells.
 FIELD_TERMS = {"metrics": ("law", "null"), "ingest": ("null",), "report": ("cell", "anchor"), "render": ("cell",)}
-FIELD_TERMS |= {"figures": ("cell",)}
+FIELD_TERMS |= {"figures": ("cell",), "formats": ("null",), "metric_log": ("null",)}
 
 
 @pytest.mark.parametrize("package", sorted({path.parent for path in (ROOT / "mismatch_probe").rglob("*.py")}), ids=str)

@@ -88,7 +88,7 @@ class Record:
         """What an object under a key holds, as a record of the same place.
 
         Raises:
-            IngestError: The record does not have it, or it is no object.
+            IngestError: The record does not have it, or it is something else than an object.
         """
         return self._part(key, self.need(key))
 
@@ -96,7 +96,7 @@ class Record:
         """What each object of a list under a key holds, as records of the same place.
 
         Raises:
-            IngestError: The record does not have it, or it is no list of objects.
+            IngestError: The record does not have it, or it is something else than a list of objects.
         """
         value = self.need(key)
         if not isinstance(value, list | tuple):

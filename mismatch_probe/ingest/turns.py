@@ -60,7 +60,7 @@ def per_integer(record: Record, value: Any) -> int:
     """A version of weights.
 
     Raises:
-        IngestError: It is no integer.
+        IngestError: It is something else than an integer.
     """
     found = per_row(record, KEYS["weight_version"], value)
     return found if isinstance(found, int) else -1

@@ -63,7 +63,7 @@ class TestJudge:
 class TestSummary:
     def test_it_has_the_shape_of_the_design(self, finished: Run) -> None:
         document = json.loads((finished.path / "summary.json").read_text())
-        assert document["schema_version"] == 2
+        assert document["schema_version"] == 3
         keys = {
             "rollout_pass",
             "trainer_pass",

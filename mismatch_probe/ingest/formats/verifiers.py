@@ -67,7 +67,7 @@ def _graph(trace: Record, episode: Record) -> Iterator[Row]:
     parents = [node.fields.get("parent") for node in nodes]
     for index, parent in enumerate(parents):
         if parent is not None and (type(parent) is not int or not 0 <= parent < index):
-            trace.refuse(f"has nodes[{index}] with a parent that is no node before it", "Write the trace again.")
+            trace.refuse(f"has nodes[{index}] with a parent that is not a node before it", "Write the trace again.")
     common = _common(trace, episode)
     counted: set[int] = set()
     for leaf in sorted(set(range(len(nodes))) - set(parents)):
