@@ -12,7 +12,7 @@ import sqlite3
 import struct
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -175,18 +175,141 @@ def martingale(folder: Path, n: int) -> None:
     database.close()
 
 
+def _lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as handle:
+        for record in records:
+            handle.write(json.dumps(record) + "\n")
+
+
+def _rows(n: int) -> Iterator[tuple[list[int], list[int], list[float], list[float]]]:
+    """Prompt, response and the log-probs of both sides, with the seven digits of a float32."""
+    for ids, rollout, trainer in zip(*_values(n, PROMPT + RESPONSE), strict=True):
+        b, a = ([float(f"{value:.7g}") for value in side[PROMPT:].tolist()] for side in (rollout, trainer))
+        yield ids[:PROMPT].tolist(), ids[PROMPT:].tolist(), b, a
+
+
+def nemo_rl(folder: Path, n: int) -> None:
+    zeros = [0.0] * PROMPT
+    records = (
+        {
+            "token_ids": [x + y],
+            "input_lengths": [PROMPT + RESPONSE],
+            "token_loss_mask": [[0] * PROMPT + [1] * RESPONSE],
+            "sample_loss_mask": [1.0],
+            "generation_logprobs": [zeros + b],
+            "prev_logprobs": [zeros + a],
+            "rewards": [1.0],
+            "advantages": [zeros + [1.0] * RESPONSE],
+            "idx": 0,
+        }
+        for x, y, b, a in _rows(n)
+    )
+    _lines(folder / "train_data_step1.jsonl", records)
+
+
+def prime_rl(folder: Path, n: int) -> None:
+    zeros = [0.0] * PROMPT
+    records = (
+        {
+            "schema_version": 1,
+            "step": 0,
+            "rank": 0,
+            "micro_step": 0,
+            "micro_sequence_idx": 0,
+            "export_sequence_idx": index,
+            "token_ids": x + y,
+            "position_ids": list(range(PROMPT + RESPONSE)),
+            "loss_mask": [False] * PROMPT + [True] * RESPONSE,
+            "advantages": zeros + [1.0] * RESPONSE,
+            "inference_logprobs": zeros + b,
+            "trainer_logprobs": zeros + a,
+            "entropy": zeros + [0.5] * RESPONSE,
+        }
+        for index, (x, y, b, a) in enumerate(_rows(n))
+    )
+    _lines(folder / "step_0/rank_0.jsonl", records)
+    (folder / "step_0/STABLE").touch()
+
+
+def open_instruct(folder: Path, n: int) -> None:
+    records = (
+        {"step": 0, "sample_idx": i, "prompt_idx": i, "prompt_tokens": x, "response_tokens": y, "logprobs": b}
+        | {"reward": 1.0, "finish_reason": "stop"}
+        for i, (x, y, b, _) in enumerate(_rows(n))
+    )
+    _lines(folder / "run_rollouts_000000.jsonl", records)
+
+
+def torchtitan(folder: Path, n: int) -> None:
+    records = (
+        {
+            "group_id": i,
+            "rollout_id": i,
+            "status": "completed",
+            "reward": 1.0,
+            "turns": [{"prompt_token_ids": x, "completion_token_ids": y, "completion_logprobs": b}],
+        }
+        for i, (x, y, b, _) in enumerate(_rows(n))
+    )
+    _lines(folder / "rollout_samples.jsonl", records)
+
+
+def verifiers(folder: Path, n: int) -> None:
+    records = ({"prompt_ids": x, "completion_ids": y, "completion_logprobs": b} for x, y, b, _ in _rows(n))
+    _lines(folder / "x.jsonl", records)
+
+
+def nemo_gym(folder: Path, n: int) -> None:
+    keys = ("prompt_token_ids", "generation_token_ids", "generation_log_probs")
+    _lines(folder / "x.jsonl", (dict(zip(keys, row, strict=False)) for row in _rows(n)))
+
+
+def vllm(folder: Path, n: int) -> None:
+    def answer(prompt: list[int], ids: list[int], logprobs: list[float]) -> dict[str, Any]:
+        found = {"token_logprobs": logprobs, "tokens": [f"token_id:{one}" for one in ids], "top_logprobs": []}
+        choice = {"index": 0, "logprobs": found, "finish_reason": "stop", "token_ids": ids, "prompt_token_ids": prompt}
+        return {"object": "text_completion", "choices": [choice]}
+
+    _lines(folder / "x.jsonl", (answer(x, y, b) for x, y, b, _ in _rows(n)))
+
+
+def sglang(folder: Path, n: int) -> None:
+    def answer(prompt: list[int], ids: list[int], logprobs: list[float]) -> dict[str, Any]:
+        given = [[None, one, None] for one in prompt]
+        found = [[b, one, None] for b, one in zip(logprobs, ids, strict=True)]
+        meta = {"input_token_logprobs": given, "output_token_logprobs": found, "finish_reason": {"type": "stop"}}
+        return {"text": "", "output_ids": ids, "meta_info": meta}
+
+    _lines(folder / "x.jsonl", (answer(x, y, b) for x, y, b, _ in _rows(n)))
+
+
+def token_difr(folder: Path, n: int) -> None:
+    samples = [{"prompt_token_ids": x, "outputs": [{"token_ids": y}]} for x, y, _, _ in _rows(n)]
+    (folder / "x.json").write_text(json.dumps({"config": {}, "samples": samples}))
+
+
 MAKERS: dict[str, Maker] = {
     "areal": areal,
     "martingale": martingale,
+    "nemo-gym": nemo_gym,
+    "nemo-rl": nemo_rl,
+    "open-instruct": open_instruct,
     "openrlhf": openrlhf,
     "pipelinerl": pipelinerl,
+    "prime-rl": prime_rl,
     "roll": roll,
+    "sglang": sglang,
     "skyrl": skyrl,
     "slime": slime,
     "tinker": tinker,
+    "token-difr": token_difr,
+    "torchtitan": torchtitan,
     "trl": trl,
     "trl-async": trl_async,
+    "verifiers": verifiers,
     "verl": verl,
+    "vllm": vllm,
 }
 
 
@@ -206,7 +329,7 @@ def main(names: tuple[str, ...], tokens: int) -> None:
             seconds = time.perf_counter() - start
             assert recorded.file.format == name
             said = f"{recorded.file.n_tokens / seconds:12,.0f} tokens/s {size / (1 << 20):8.1f} MiB"
-            click.echo(f"{name:12} {said}")
+            click.echo(f"{name:14} {said}")
 
 
 if __name__ == "__main__":
