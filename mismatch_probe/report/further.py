@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mismatch_probe.report.data import diagonal_pairs
-from mismatch_probe.report.format import metric_title
-from mismatch_probe.report.model import Section, columns, estimate, numeric, row, section, table
+from mismatch_probe.report.format import NONE, digits_of, metric_title
+from mismatch_probe.report.model import Cell, Section, columns, estimate, numeric, row, section, table
 
 if TYPE_CHECKING:
     from mismatch_probe.results.comparison import Comparison
+    from mismatch_probe.types import MetricValue
 
 GROUPS = {
     "ratios and supports": (
@@ -41,16 +42,23 @@ _COMPANIONS = {"mean_ratio"}
 _LEGEND = (
     "With 95 % intervals over prompts. E[ρ] = 1 if the rollout's log-probs are those that tokens were sampled from, "
     "E[1/ρ] = 1 if the trainer's are; winsorised means cap the largest thousandth. A slope other than 1 points at a "
-    "temperature. The two temperatures are exact for one fault each, so compare the one whose E is 1. What each metric "
-    "means is in docs/metrics.md."
+    "temperature. The two temperatures are exact for one fault each, so compare the one whose E is 1. Why a value is "
+    "missing stands under “All metrics”."
 )
+
+
+def _cell(value: MetricValue | None) -> Cell:
+    """Near 1 its distance from 1 counts."""
+    if value is None or value.value is None:
+        return Cell(NONE)
+    return estimate(value, digits=digits_of(value.value))
 
 
 def further_section(summary: Comparison) -> tuple[Section, ...]:
     """A row per metric that some pair of equal dtypes has; no section without any."""
     pairs = diagonal_pairs(summary)
     rows = [
-        row(about, metric_title(key), *(estimate(pair.metrics.get(key)) for pair in pairs.values()))
+        row(about, metric_title(key), *(_cell(pair.metrics.get(key)) for pair in pairs.values()))
         for about, keys in GROUPS.items()
         for key in keys
         if any((found := pair.metrics.get(key)) is not None and found.value is not None for pair in pairs.values())
