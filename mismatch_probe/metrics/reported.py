@@ -336,64 +336,16 @@ def nearest(name: str, n: int = 2) -> tuple[str, ...]:
     return tuple(dict.fromkeys(close))[:n]
 
 
-@dataclass(frozen=True)
-class Dump:
-    """How a framework logs metrics of the mismatch, and writes token log-probs.
-
-    Attributes:
-        metrics: What switches the metrics on; empty where they are always logged.
-        holds: Which log-probs the dump has: of both sides, of the rollout alone, or nothing.
-        switch: What switches it on, as it is written in a configuration or on a command line.
-        files: What is written, `{…}` for what varies.
-        trust: Whether the files are pickles.
-        default: Whether it is on unless it is switched off.
-    """
-
-    metrics: str
-    holds: Literal["both", "rollout", "none"]
-    switch: tuple[str, ...] = ()
-    files: str = ""
-    trust: bool = False
-    default: bool = False
-
-
-_SLIME_FILES = "DIR/rollout_data/{id}.pt and DIR/train_data/{id}.pt"
-DUMPS: dict[str, Dump] = {
-    "TRL": Dump("use_vllm=True and vllm_importance_sampling_correction=True", "none"),
-    "verl": Dump(
-        "actor_rollout_ref.rollout.calculate_log_probs=True",
-        "rollout",
-        (
-            "actor_rollout_ref.rollout.calculate_log_probs=True",
-            "actor_rollout_ref.rollout.skip_rollout=True",
-            "actor_rollout_ref.rollout.skip_dump_dir=DIR",
-        ),
-        "DIR/…/gen_batch.dp",
-        trust=True,
-    ),
-    "NeMo-RL": Dump(
-        "",
-        "both",
-        ("env.should_log_nemo_gym_responses=false",),
-        "{logger.log_dir}/…/train_data_step{N}.jsonl",
-        default=True,
-    ),
-    "prime-rl": Dump(
-        "", "both", ("trainer.enable_token_export = true",), "{output_dir}/…/token_exports/step_{N}/rank_{r}.jsonl"
-    ),
-    "slime": Dump("--get-mismatch-metrics", "both", ("--dump-details DIR",), _SLIME_FILES, trust=True),
-    "miles": Dump("--get-mismatch-metrics", "both", ("--dump-details DIR",), _SLIME_FILES, trust=True),
-    "SkyRL": Dump(
-        "trainer.algorithm.off_policy_correction.tis_ratio_type=token",
-        "both",
-        ("trainer.dump_data_batch=true",),
-        "{trainer.export_path}/dumped_data/*.pkl",
-        trust=True,
-    ),
-    "open-instruct": Dump(
-        "", "rollout", ("--save_traces true", "--rollouts_save_path DIR"), "DIR/{run}_rollouts_{N}.jsonl"
-    ),
-    "OpenRLHF": Dump("--algo.advantage.is_correction_enable", "none"),
-    "Tinker": Dump("", "none"),
+SWITCHES: dict[str, str] = {
+    "TRL": "use_vllm=True and vllm_importance_sampling_correction=True",
+    "verl": "actor_rollout_ref.rollout.calculate_log_probs=True",
+    "NeMo-RL": "",
+    "prime-rl": "",
+    "slime": "--get-mismatch-metrics",
+    "miles": "--get-mismatch-metrics",
+    "SkyRL": "trainer.algorithm.off_policy_correction.tis_ratio_type=token",
+    "open-instruct": "",
+    "OpenRLHF": "--algo.advantage.is_correction_enable",
+    "Tinker": "",
 }
-"""By framework, what switches on its metrics and the dump that has token log-probs."""
+"""By framework, what switches metrics of the mismatch on; empty where they are always logged."""

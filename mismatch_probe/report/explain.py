@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from mismatch_probe.metrics.catalog import CATALOG
 from mismatch_probe.report.format import NONE, clipped, count, digits_of, metric_title
 from mismatch_probe.report.model import (
-    Block,
     Cell,
     Code,
     Column,
+    Depth,
     Items,
     Report,
     Section,
@@ -23,39 +23,29 @@ from mismatch_probe.report.model import (
     table,
 )
 from mismatch_probe.report.words import all_words, say
-from mismatch_probe.report.words.explain import BLIND, TRAITS, logged, step
+from mismatch_probe.report.words.explain import logged, step
+from mismatch_probe.report.words.logged import BLIND, TRAITS
 from mismatch_probe.results.explanation import Derived, Explanation, NextDump, Series
 from mismatch_probe.results.finding import Finding, Severity
 
 _TONES: dict[Severity, Tone] = {"fail": "fail", "warn": "warn", "note": "note", "info": "plain"}
 _NAME = 44
 _UNKNOWN = 12
+_MOST_NOTES = 12
 _NAMED = 3
 _TOGETHER = frozenset(
     {"log-not-same-tokens", "log-mean-above-maximum", "log-ratio-not-1", "log-ratio-fits-1", "log-negative-k1"}
-    | {"log-mean-ratio", "log-capped", "log-pearson-low", "log-heavy-tail", "log-tail", "log-sequence-effect"}
+    | {"log-capped", "log-pearson-low", "log-heavy-tail", "log-tail", "log-sequence-effect"}
 )
-_GENERIC = (
-    '{"step": 12, "prompt_token_ids": […], "response_token_ids": […], "rollout_logprobs": […], "trainer_logprobs": […]}'
-)
-_TRL = """import json
+_TRL = """import torch
 from trl import GRPOTrainer
 
-class LoggedGRPOTrainer(GRPOTrainer):
+class DumpingGRPOTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs):
         out = super()._generate_and_score_completions(inputs)
-        mask = out["completion_mask"] * out.get("tool_mask", 1)
-        with open(f"dump-{self.accelerator.process_index}.jsonl", "a") as file:
-            for i, kept in enumerate(out["completion_mask"].bool()):
-                prompt = out["prompt_ids"][i][out["prompt_mask"][i].bool()]
-                row = {"step": self.state.global_step, "prompt_token_ids": prompt.tolist()}
-                row["response_token_ids"] = out["completion_ids"][i][kept].tolist()
-                row["loss_mask"] = mask[i][kept].tolist()
-                row["rollout_logprobs"] = out["sampling_per_token_logps"][i][kept].tolist()
-                row["trainer_logprobs"] = out["old_per_token_logps"][i][kept].tolist()
-                file.write(json.dumps(row) + "\\n")
+        torch.save(out, f"DIR/step_{self.state.global_step}_rank_{self.accelerator.process_index}.pt")
         return out"""
-"""Writes TRL's log-probs in the generic format; `completions_*.parquet` holds text only."""
+"""Writes what TRL's reader of dumps takes."""
 
 
 def explain_report(document: Explanation) -> Report:
@@ -109,14 +99,10 @@ def _extent(mismatch: Sequence[Series]) -> str:
 
 
 def _steps(dumps: Sequence[NextDump]) -> Iterator[Step]:
-    """What would settle the cause; the rest stands in the dump's section."""
+    """What would settle the cause."""
     for one in dumps[:1]:
-        if one.holds == "none":
-            yield Step(f"Settle the cause from tokens, which {one.framework} does not write by itself (below).")
-        else:
-            what = f"Settle the cause from the tokens of a few steps. {_switch(one)} in {one.framework}:"
-            yield Step(what, " ".join(one.switch))
-        yield Step("Compare what it has written:", one.commands[-1])
+        yield Step(f"Write token log-probs of a few steps: they settle the cause. {one.switch}")
+        yield Step("Compare what lies in DIR:", one.command)
 
 
 @dataclass(frozen=True)
@@ -136,14 +122,14 @@ class Layout:
         return [
             "metric",
             *([Column("run", rank=1)] if self.runs else []),
-            Column("logged as", rank=6),
+            Column("logged as", rank=3),
             Column("last" if self.many else "value", numeric=True),
             *(
                 [
-                    Column("median", numeric=True, rank=3),
+                    Column("median", numeric=True, rank=4),
                     Column("largest", numeric=True, rank=2),
                     Column("at step", numeric=True, rank=5),
-                    Column("per 100 steps", numeric=True, rank=4),
+                    Column("per 100 steps", numeric=True, rank=6),
                 ]
                 if self.many
                 else []
@@ -220,9 +206,11 @@ def _notes(document: Explanation) -> Iterator[Text]:
         yield Text(f"Audit {clipped(used.source, 80, keep_end=True)} of {used.model}, pair {used.pair}.{choice}")
         if not used.predictions:
             yield Text("The audit has none of these metrics.", "note")
-    for one in document.findings:
-        if one.code not in TRAITS | BLIND and not _together(one.code):
-            yield Text(_said(one), _TONES[one.severity])
+    told = [one for one in document.findings if one.code not in TRAITS | BLIND and not _together(one.code)]
+    for one in told[:_MOST_NOTES]:
+        yield Text(_said(one), _TONES[one.severity])
+    if len(told) > _MOST_NOTES:
+        yield Text(f"{count(len(told) - _MOST_NOTES)} more findings are in the output of --json.")
 
 
 def _together(code: str) -> bool:
@@ -264,35 +252,18 @@ def _limits(mismatch: Sequence[Series]) -> tuple[Section, ...]:
     return section("limits", "Published limits", table(header, rows), depth="page")
 
 
-def _switch(dump: NextDump) -> str:
-    return "Leave at its default" if dump.default else "Switch on"
-
-
-_HOLDS = {
-    "both": "The log-probs of both sides, in {files}.",
-    "rollout": "The rollout's log-probs, in {files}; the trainer's are computed anew.",
-}
-
-
 def _dumps(dumps: Sequence[NextDump]) -> Iterator[Section]:
-    for one in dumps:
-        commands = Code("\n".join(one.commands), "Then, with DUMP for the folder or a file of it:")
-        if one.framework == "TRL":
-            text = (
-                "TRL writes texts, no token log-probs. With vllm_importance_sampling_correction=True this class writes "
-                "them, a file for each process:"
-            )
-            blocks: tuple[Block, ...] = (Text(text), Code(_TRL), commands)
-        elif one.holds == "none":
-            text = f"{one.framework} writes none to files. Write a JSON line per sequence from your own code:"
-            blocks = (Text(text), Code(_GENERIC), commands)
-        else:
-            trust = " They are pickles: --trust-pickle lets them be opened." if one.trust else ""
-            text = _HOLDS[one.holds].format(files=one.files) + trust
-            blocks = (Text(text), Code("\n".join(one.switch), f"{_switch(one)}:"), commands)
-        yield from section(
-            f"dump-{one.framework.lower()}", f"Token log-probs of {one.framework}", *blocks, depth="screen"
+    """What each framework has to write; on a screen what does not fit the next steps."""
+    for place, one in enumerate(dumps):
+        pickles = "; pickles, which --trust-pickle lets be read" if one.pickles else ""
+        holds = f"The reader is for {one.written_for}; log-probs: {one.sides}{pickles}."
+        blocks = (
+            Text(f"{one.switch} {holds}" if place else holds),
+            Code(_TRL, "For example:") if one.framework == "TRL" else None,
+            Code(one.command, "Then:") if place else None,
         )
+        depth: Depth = "screen" if place or one.framework == "TRL" else "page"
+        yield from section(f"dump-{one.framework.lower()}", f"Token log-probs of {one.framework}", *blocks, depth=depth)
 
 
 def _context(document: Explanation) -> tuple[Section, ...]:

@@ -206,17 +206,15 @@ class NextDump(Result):
 
     framework: str
     """Whose."""
-    holds: Literal["both", "rollout", "none"]
-    """Which log-probs it has; `none` where the framework writes none to files."""
-    switch: tuple[str, ...]
-    """What switches it on."""
-    files: str
-    """What is written."""
-    trust: bool
-    """Whether the files are pickles."""
-    default: bool
-    """Whether it is on unless it is switched off."""
-    commands: tuple[str, ...]
+    written_for: str
+    """Project and version that its reader was written for."""
+    sides: str
+    """What of rollout and trainer it holds."""
+    switch: str
+    """How to have it written, a sentence."""
+    pickles: bool
+    """Whether it comes as pickles only."""
+    command: str
     """What to run on it."""
 
 

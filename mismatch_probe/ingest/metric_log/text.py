@@ -18,7 +18,7 @@ from mismatch_probe.ingest.metric_log.objects import NUMBER, number, record, rec
 
 _VALUE = rf"{NUMBER}|[-+]?(?:nan|NaN|inf(?:inity)?|Infinity)|None|null"
 _END = r"(?![\w%/]|\.\d)"
-_ANSI = re.compile(r"\x1b\[[0-9;?]{0,20}[A-Za-z]")
+_ANSI = re.compile(r"\x1b\[[0-9;?]{0,20}[A-Za-z]|\[\d{1,3}(?:;\d{1,3}){0,4}m")  # pages lose the escape itself
 _QUOTED = re.compile(
     rf"""(['"])(?P<name>[^'"\n]{{1,200}})\1\s{{0,8}}:\s{{0,8}}(?:[\w.]{{1,30}}\()?['"]?(?P<value>{_VALUE}){_END}"""
 )
@@ -26,10 +26,11 @@ _PAIR = re.compile(
     rf"(?<![\w./])(?P<name>[A-Za-z_][\w./@\-]{{0,199}})(?P<between>[ \t]{{0,60}}[:=|│┃]?[ \t]{{0,60}})"
     rf"(?:np\.\w{{1,20}}\()?(?P<value>{_VALUE}){_END}"
 )
-_PIECE = re.compile(rf"\s*(?P<name>[A-Za-z][\w. ]{{0,60}}?)\s{{1,8}}(?P<value>{_VALUE})\s*")
+_PIECE = re.compile(rf"\s*(?P<name>[A-Za-z][\w. ]{{0,60}}?)(?:\s{{1,8}}|:\s{{0,8}})(?P<value>{_VALUE})\s*")
 _LABEL = re.compile(rf"\W{{0,20}}(?P<name>[A-Z][\w .]{{1,60}}):\s{{0,8}}(?P<value>{_VALUE})\s*")
 _HEADING = re.compile(r"\W{0,80}Step\s{1,8}(\d{1,15})(?:\s?/\s?\d{1,15})?\W{0,80}")
 _STEP = re.compile(r"(?<![A-Za-z])(?:global[_ ])?[Ss]tep[ :=]{1,3}(\d{1,15})(?![\d.])")
+_PROCESS = re.compile(r"\s{0,8}(?:\([\w.:]{1,80}(?: pid=\d{1,10})?(?:, ip=[\d.]{1,15})?\)|\[rank ?\d{1,6}\]:?) ?")
 _MICRO = "Micro Step"  # prime-rl's lines of a single rank
 
 
@@ -38,7 +39,7 @@ def read(handle: BinaryIO, reading: Reading) -> Iterator[Record]:
     """The records of the lines. A heading `Step 3/100` holds for the lines below it that name no step."""
     heading: float | None = None
     for line in text_lines(handle, reading):
-        bare = _ANSI.sub("", line)
+        bare = _PROCESS.sub("", _ANSI.sub("", line), count=1)
         if (found := _HEADING.fullmatch(bare)) is not None:
             heading = float(found[1])
             continue
@@ -58,12 +59,14 @@ def record_of(line: str, reading: Reading) -> Record | None:
     for match in _QUOTED.finditer(line):
         _add(values, match, reading)
     if not values:
-        for match in _PAIR.finditer(line):
-            if match["between"].strip() or "_" in match["name"] or "/" in match["name"]:
-                _add(values, match, reading)
         label = _LABEL.fullmatch(line)
+        rest = line
         for match in [label] if label else _pieces(line):
             _add(values, match, reading)
+            rest = rest.replace(match[0], " ", 1)
+        for match in _PAIR.finditer(rest):
+            if match["between"].strip() or "_" in match["name"] or "/" in match["name"]:
+                _add(values, match, reading)
     step = _STEP.search(line.split("{", 1)[0])
     return record(values, float(step[1]) if step else None) if values else None
 

@@ -171,29 +171,22 @@ def mean_over_steps(values: Floats) -> MetricValue:
 
 
 def _direction(group: Group) -> Iterator[Finding]:
-    """On policy E[ρ] = 1, so that k1 and k3 have the same expectation."""
+    """On policy E[ρ] = 1, so that k1 and k3 have the same expectation; a single k1 may be negative."""
     if found := group.by_key("kl_k1", "kl_k3"):
         both = together(*found)
-        if not len(both.steps):
-            return
-        off = mean_over_steps(both.second - both.first)  # mean ρ − 1
-        size = float(np.abs(both.second).mean())
+        excess = both.second - both.first
+    else:
+        found = tuple(one for one in group.by_key("mean_ratio") if "after-truncation" not in one.reported.traits)
+        excess = found[0].values - 1 if found else np.empty(0)
+    if len(excess) >= _FEW_STEPS:
+        off = mean_over_steps(excess)
         excludes = off.ci_low is not None and off.ci_high is not None and (off.ci_low > 0 or off.ci_high < 0)
-        code = "log-ratio-not-1" if excludes else "log-ratio-fits-1"
         yield Finding(
-            code=code,
+            code="log-ratio-not-1" if excludes else "log-ratio-fits-1",
             severity="note" if excludes else "info",
             where=found[0].label,
-            values={
-                "k1": found[0].name,
-                "k3": found[1].name,
-                "excess": off,
-                "k3_mean": size,
-                "n_negative": int((both.first < 0).sum()),
-                "steps": len(both.steps),
-            },
+            values={"names": tuple(one.name for one in found), "excess": off, "steps": len(excess)},
         )
-        return
     for one in group.by_key("kl_k1"):
         n_negative = int((one.values < 0).sum())
         if n_negative:
@@ -203,15 +196,6 @@ def _direction(group: Group) -> Iterator[Finding]:
                 where=one.label,
                 values={"n_negative": n_negative, "steps": len(one.values), "mean": mean_over_steps(one.values)},
             )
-    for one in group.by_key("mean_ratio"):
-        off = mean_over_steps(one.values - 1)
-        truncated = "after-truncation" in one.reported.traits
-        yield Finding(
-            code="log-mean-ratio",
-            severity="info",
-            where=one.label,
-            values={"excess": off, "steps": len(one.values), "truncated": truncated},
-        )
 
 
 def _caps(group: Group) -> Iterator[Finding]:

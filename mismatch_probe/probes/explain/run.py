@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, Literal
 
 import numpy as np
 
 from mismatch_probe.errors import IngestError
+from mismatch_probe.ingest.formats import formats
 from mismatch_probe.ingest.metric_log import FORMATS, Reading, read_metrics
 from mismatch_probe.metrics import course
 from mismatch_probe.metrics.catalog import CATALOG
-from mismatch_probe.metrics.reported import DUMPS, find, nearest
+from mismatch_probe.metrics.reported import SWITCHES, Trait, find, nearest
 from mismatch_probe.probes.explain import audited
 from mismatch_probe.probes.explain.checks import Group, check_all, together
 from mismatch_probe.probes.explain.collect import Collected, Course, collect
@@ -34,6 +35,13 @@ from mismatch_probe.results.finding import Finding, Value
 _MOST_UNKNOWN = 200
 _LOOKED_UP = 100  # unknown names that a known one is searched for
 _NAMED, _SIMILAR = 12, 4  # names in an error
+_PICKLES = {"torch", "pickle"}  # containers
+# Where a trait cannot have changed the values `[N]`, it is not told.
+_MATTERS: dict[Trait, Callable[[course.Floats], bool]] = {
+    "float32": lambda sizes: bool(sizes.min() < 1e-6),
+    "four-decimals": lambda sizes: bool(sizes.min() < 1e-2),
+    "clamped-20": lambda sizes: bool(sizes.max() > 100),
+}
 _SEVERITIES = ("fail", "warn", "note", "info")
 
 
@@ -79,7 +87,7 @@ def explain(source: str | Path | BinaryIO, name: str, audit: str | None = None, 
         audit=used,
         unknown=unknown[:_MOST_UNKNOWN],
         n_unknown=len(unknown),
-        dumps=tuple(_dump(framework, used) for framework in frameworks if framework in DUMPS),
+        dumps=tuple(one for framework in frameworks for one in _dump(framework, used)),
         findings=tuple(sorted(findings, key=lambda one: _SEVERITIES.index(one.severity))),
     )
 
@@ -118,10 +126,10 @@ def _nothing(found: Collected, reading: Reading) -> IngestError:
     similar = f" Similar known names: {', '.join(close)}." if close else ""
     what = f"{reading.name} has no known metric of the mismatch; it has {shown}.{similar}"
     candidates = {known.framework for one in found.courses for known in find(one.name)}
-    switches = [f"{name} with {dump.metrics}" for name, dump in DUMPS.items() if dump.metrics and name in candidates]
+    switches = [f"{name} with {switch}" for name, switch in SWITCHES.items() if switch and name in candidates]
     if switches:
         return IngestError(what, f"Log them: {'; '.join(switches)}.")
-    return IngestError(what, f"Read are {FORMATS}.")
+    return IngestError(what, f"Name metrics as {', '.join(SWITCHES)} log them.")
 
 
 def _series(one: Course) -> Series:
@@ -217,13 +225,12 @@ def _reading_findings(reading: Reading, courses: list[Course], frameworks: tuple
                 where=one.label,
                 values={"null": one.n_null, "nan": one.n_nan, "inf": one.n_inf, "finite": len(one.values)},
             )
-        if one.bucket_max is not None and len(one.values) and one.bucket_max > one.values.max():
-            yield Finding(
-                code="log-averaged-steps",
-                severity="note",
-                where=one.label,
-                values={"largest": one.bucket_max, "shown": float(one.values.max())},
-            )
+    peaks = ((one.label, one.bucket_max or 0.0, float(one.values.max())) for one in courses if len(one.values))
+    hidden = [peak for peak in peaks if peak[1] > peak[2] > 0]
+    if hidden:
+        label, largest, shown = max(hidden, key=lambda peak: peak[1] / peak[2])
+        averaged: dict[str, Value] = {"largest": largest, "shown": shown, "series": len(hidden)}
+        yield Finding(code="log-averaged-steps", severity="note", where=label, values=averaged)
     repeated = [one for one in courses if one.n_repeated]
     if repeated:
         most = max(repeated, key=lambda one: one.n_repeated)
@@ -259,6 +266,8 @@ def _trait_findings(courses: list[Course]) -> Iterator[Finding]:
     by_trait: dict[tuple[str, str], dict[str, None]] = {}
     for one in courses:
         for trait in one.reported.traits:
+            if trait in _MATTERS and not (len(one.values) and _MATTERS[trait](np.abs(one.values))):
+                continue
             by_trait.setdefault((one.reported.framework, trait), {})[one.name] = None
     for (framework, name), names in by_trait.items():
         yield Finding(code=f"log-{name}", severity="note", where=framework, values={"names": tuple(names)})
@@ -308,17 +317,20 @@ def _unknown(found: Collected) -> Iterator[UnknownName]:
     return (UnknownName(name=name, n=n, nearest=looked.get(name, ())) for name, n in ordered)
 
 
-def _dump(framework: str, used: AuditUsed | None) -> NextDump:
-    dump = DUMPS[framework]
-    trust = " --trust-pickle" if dump.trust else ""
-    model = f" --model {'MODEL' if used is None else used.model}" if dump.holds == "rollout" else ""
-    commands = (f"mismatch-probe ingest DUMP -o RUN{trust}", f"mismatch-probe compare --from DUMP{model}{trust}")
-    return NextDump(
-        framework=framework,
-        holds=dump.holds,
-        switch=dump.switch,
-        files=dump.files,
-        trust=dump.trust,
-        default=dump.default,
-        commands=commands,
-    )
+def _dump(framework: str, used: AuditUsed | None) -> Iterator[NextDump]:
+    """The first dump of a framework that `ingest` reads."""
+    for one in formats().values():
+        if framework in one.project.split(", ") and not one.refusal:
+            pickles = set(one.containers) <= _PICKLES
+            both = "trainer" in one.sides or one.sides.startswith("both")
+            model = "" if both else f" --model {used.model if used else 'MODEL'}"
+            trust = " --trust-pickle" if pickles else ""
+            yield NextDump(
+                framework=framework,
+                written_for=one.written_for,
+                sides=one.sides,
+                switch=one.switch,
+                pickles=pickles,
+                command=f"mismatch-probe compare --from DIR{model}{trust}",
+            )
+            return
