@@ -30,7 +30,7 @@ _PIECE = re.compile(rf"\s*(?P<name>[A-Za-z][\w. ]{{0,60}}?)(?:\s{{1,8}}|:\s{{0,8
 _LABEL = re.compile(rf"\W{{0,20}}(?P<name>[A-Z][\w .]{{1,60}}):\s{{0,8}}(?P<value>{_VALUE})\s*")
 _HEADING = re.compile(r"\W{0,80}Step\s{1,8}(\d{1,15})(?:\s?/\s?\d{1,15})?\W{0,80}")
 _STEP = re.compile(r"(?<![A-Za-z])(?:global[_ ])?[Ss]tep[ :=]{1,3}(\d{1,15})(?![\d.])")
-_PROCESS = re.compile(r"\s{0,8}(?:\([\w.:]{1,80}(?: pid=\d{1,10})?(?:, ip=[\d.]{1,15})?\)|\[rank ?\d{1,6}\]:?) ?")
+_PROCESS = re.compile(r"\s{0,8}(?:\([\w.:]{1,80} pid=\d{1,10}(?:, ip=[\d.]{1,15})?\)|\[rank ?\d{1,6}\]:?) ?")
 _MICRO = "Micro Step"  # prime-rl's lines of a single rank
 
 
