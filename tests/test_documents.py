@@ -13,6 +13,7 @@ from mismatch_probe.errors import TableError
 from mismatch_probe.results.base import Document
 from mismatch_probe.results.comparison import Comparison
 from mismatch_probe.results.dump import Dump
+from mismatch_probe.results.explanation import Explanation
 from mismatch_probe.results.manifest import Manifest
 from mismatch_probe.results.preflight import Preflight
 from tests.factories.comparison import make_comparison
@@ -21,6 +22,7 @@ from tests.frozen import FROZEN
 KINDS: dict[str, type[Document]] = {
     "comparison": Comparison,
     "dump": Dump,
+    "explanation": Explanation,
     "manifest": Manifest,
     "preflight": Preflight,
 }

@@ -62,7 +62,8 @@ def largest_jump(values: Floats) -> Jump | None:
         return None
     index = int(np.argmax(distances >= _AS_LARGE * distances.max()))
     mad = float(np.median(distances))
-    return Jump(index, float(distances[index] / (_TO_SIGMA * mad)) if mad > 0 else None)
+    units = float(distances[index] / (_TO_SIGMA * mad)) if mad > 0 else np.inf
+    return Jump(index, units if np.isfinite(units) else None)
 
 
 def trend(steps: Floats, values: Floats) -> Trend | None:
@@ -70,13 +71,13 @@ def trend(steps: Floats, values: Floats) -> Trend | None:
 
     Above 400 steps, of the medians of 400 blocks of steps: slopes are between all pairs.
     """
-    if len(values) < _FOR_TREND or np.ptp(values) == 0:
+    if len(values) < _FOR_TREND or values.max() == values.min():
         return None
     if len(values) > _BLOCKS:
         pieces = np.array_split(np.arange(len(values)), _BLOCKS)
         steps = np.array([np.median(steps[piece]) for piece in pieces])
         values = np.array([np.median(values[piece]) for piece in pieces])
-        if np.ptp(values) == 0:
+        if values.max() == values.min():
             return None
     slope, _, low, high = stats.theilslopes(values, steps, alpha=0.95)
     tau = stats.kendalltau(steps, values)

@@ -280,7 +280,8 @@ def _unknown(document: Explanation) -> tuple[Section, ...]:
     near = [one for one in document.unknown if one.nearest]
     shown = (*near, *(one for one in document.unknown if not one.nearest))[:_UNKNOWN]
     rows = [(clipped(one.name, 60), plain(one.n), ", ".join(one.nearest) or NONE) for one in shown]
-    legend = f"{count(document.n_unknown)} names are not metrics of the mismatch that a framework is known to log."
+    are = "1 name is" if document.n_unknown == 1 else f"{count(document.n_unknown)} names are"
+    legend = f"{are} not known as a metric of the mismatch."
     header: list[str | Column] = ["name", Column("values", numeric=True), "similar known names"]
     return section(
         "unknown", "Names that are not known", table(header, rows, legend), depth="screen" if near else "page"

@@ -86,7 +86,7 @@ class Series(Result):
     n_nan: int
     """Steps whose value is NaN."""
     n_inf: int
-    """Steps whose value is infinite."""
+    """Steps whose value is infinite, or beyond 1e100."""
     n_repeated: int
     """Values of steps that were logged again later; they are left out."""
     n_backwards: int

@@ -169,7 +169,8 @@ def test_checksum_of_known_bytes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cut", "damage", "left"), [(5, "tail-cut", 2), (0, "", 3), ("flip", "record-damaged", 2), ("length", "record-damaged", 1)]
+    ("cut", "damage", "left"),
+    [(5, "tail-cut", 2), (0, "", 3), ("flip", "record-damaged", 2), ("length", "record-damaged", 1)],
 )
 def test_a_damaged_event_file(cut: int | str, damage: str, left: int) -> None:
     records = [record(event(n, {KL: v})) for n, v in STEPS.items()]
@@ -262,7 +263,13 @@ def test_a_line_without_an_end_takes_little_memory() -> None:
 PIECES: Sequence[bytes] = (
     *(b"{", b"}", b"[", b"]", b",", b":", b"'", b'"', b"\n", b"\r", b"|", b" - ", b"\0", b"\xff\xfe", b"\x1b["),
     *(b"step", b"Step 3/9", b"nan", b"1e999", b"-0.1", b"null", b"__MAX", b"np.float64(", KL.encode(), DIFF.encode()),
-    *(b"{'" + KL.encode() + b"': 1}", b'{"step": 1, "' + KL.encode() + b'": 2}', b"9" * 400, b"\xc3\x28", b'{"a":' * 40),
+    *(
+        b"{'" + KL.encode() + b"': 1}",
+        b'{"step": 1, "' + KL.encode() + b'": 2}',
+        b"9" * 400,
+        b"\xc3\x28",
+        b'{"a":' * 40,
+    ),
     *(event_file([(1, {KL: 0.5})]), bytes(12), b"log_history", b"<script>", b"\t", b";"),
 )
 

@@ -77,7 +77,9 @@ def test_a_framework_s_name(name: str, framework: str, key: str) -> None:
     assert key in {one.key for one in find(name) if one.framework == framework}
 
 
-@pytest.mark.parametrize("name", ["loss", "kl", "rollout/kl_loss", "lr", "", "/", "step", "other/reward", "mean", "max"])
+@pytest.mark.parametrize(
+    "name", ["loss", "kl", "rollout/kl_loss", "lr", "", "/", "step", "other/reward", "mean", "max"]
+)
 def test_names_of_other_things_are_no_mismatch(name: str) -> None:
     assert all(one.context for one in find(name))
 

@@ -16,6 +16,11 @@ from mismatch_probe.types import MetricValue
 
 # An alarm is of k3.
 _ALARM = "kl_k3"
+# What is larger where the gap is: a ratio of two says something.
+_SIZES = frozenset(
+    {"mean_abs_logprob_diff", "max_abs_logprob_diff", "mean_abs_prob_diff", "max_abs_prob_diff", "std_prob_diff"}
+    | {"kl_k2", "kl_k3", "js_k3", "chi2_token"}
+)
 
 
 def beside(path: str, pair: str | None, courses: Iterable[Course]) -> AuditUsed:
@@ -32,7 +37,9 @@ def beside(path: str, pair: str | None, courses: Iterable[Course]) -> AuditUsed:
     """
     audit = read_audit(path)
     chosen = _pair(audit, path, pair)
-    known = {check.name: check.value for check in chosen.checks if check.value.value is not None}
+    known = {
+        check.name: check.value for check in chosen.checks if check.value.value is not None and check.name in _SIZES
+    }
     known.setdefault("mean_abs_logprob_diff", chosen.mean_abs_logprob_diff)
     recommended = audit.recommendation
     alarm = recommended.alarm_kl_k3 if recommended is not None and recommended.key == chosen.key else None

@@ -126,7 +126,8 @@ def _same_tokens(group: Group) -> Iterator[Finding]:
         if not (found := group.by_key("mean_abs_logprob_diff", key)):
             continue
         both = together(*found)
-        short = both.second < lowest(both.first) * (1 - _SLACK) - _FLAT
+        least = lowest(both.first)
+        short = (both.second < least * (1 - _SLACK) - _FLAT) & np.isfinite(least)
         if short.any():
             at = int(np.argmax(short))
             yield Finding(
@@ -136,7 +137,7 @@ def _same_tokens(group: Group) -> Iterator[Finding]:
                 values={
                     "mean": found[0].name,
                     "value": float(both.second[at]),
-                    "least": float(lowest(both.first)[at]),
+                    "least": float(least[at]),
                     "step": float(both.steps[at]),
                     "n": int(short.sum()),
                     "steps": len(both.steps),
@@ -240,17 +241,16 @@ def _tail(group: Group) -> Iterator[Finding]:
         if not (found := group.by_key("mean_abs_logprob_diff", key)):
             continue
         both = together(*found)
-        usable = both.first > 0
-        if not usable.any():
-            return
-        factor = float(np.median(2 * both.second[usable] / both.first[usable] ** 2)) / _NORMAL_TAIL
+        ratios = 2 * both.second / both.first**2
+        ratios = ratios[np.isfinite(ratios)]
+        factor = float(np.median(ratios)) / _NORMAL_TAIL if len(ratios) else 0.0
         if factor > 0:
             code = "log-heavy-tail" if factor > _HEAVY_TAIL else "log-tail"
             yield Finding(
                 code=code,
                 severity="info",
                 where=found[1].label,
-                values={"mean": found[0].name, "factor": factor, "steps": int(usable.sum())},
+                values={"mean": found[0].name, "factor": factor, "steps": len(ratios)},
             )
         return
 

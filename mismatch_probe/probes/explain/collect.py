@@ -21,6 +21,7 @@ Floats = NDArray[np.float64]
 _MOST_POINTS = 2_000_000  # of one metric
 _MOST_SERIES = 500
 _MOST_UNKNOWN = 2_000
+_LARGEST = 1e100  # beyond it, squares and spreads overflow
 _BUCKET = ("__MIN", "__MAX")  # of a wandb export: extremes of the steps that a point is the mean of
 
 
@@ -37,7 +38,7 @@ class Course:
         values: `[N]` finite values.
         n_null: Values that are null.
         n_nan: Values that are NaN.
-        n_inf: Values that are infinite.
+        n_inf: Values that are infinite, or beyond 1e100.
         n_repeated: Values of steps that are logged again later.
         n_backwards: How often the step goes back.
         has_steps: Whether steps are logged.
@@ -156,7 +157,7 @@ def _course(
     kept = len(steps) - 1 - last
     n_repeated = len(steps) - len(kept)
     steps, values = steps[kept], values[kept]
-    finite = np.isfinite(values)
+    finite = np.abs(values) <= _LARGEST
     return Course(
         name=name,
         run=run,
@@ -166,7 +167,7 @@ def _course(
         values=values[finite],
         n_null=points.n_null,
         n_nan=int(np.isnan(values).sum()),
-        n_inf=int(np.isinf(values).sum()),
+        n_inf=int((np.abs(values) > _LARGEST).sum()),
         n_repeated=n_repeated,
         n_backwards=backwards,
         has_steps=has_steps,

@@ -45,6 +45,7 @@ _MATTERS: dict[Trait, Callable[[course.Floats], bool]] = {
 _SEVERITIES = ("fail", "warn", "note", "info")
 
 
+@np.errstate(all="ignore")  # a log may hold any number
 def explain(source: str | Path | BinaryIO, name: str, audit: str | None = None, pair: str | None = None) -> Explanation:
     """Reads metrics and explains them.
 

@@ -36,7 +36,12 @@ for _code, (_meaning, _short) in _DAMAGE.items():
 @words(
     "log-not-finite",
     "Values of a metric are null, NaN or infinite. They are counted and left out of every other number.",
-    {"null": "values that are null", "nan": "NaN values", "inf": "infinite values", "finite": "finite values"},
+    {
+        "null": "values that are null",
+        "nan": "NaN values",
+        "inf": "values that are infinite or beyond 1e100",
+        "finite": "finite values",
+    },
     "Look for the first such step: one log-prob that is not finite makes a mean NaN.",
 )
 def _not_finite(finding: Finding) -> str:
