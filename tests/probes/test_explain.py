@@ -1,4 +1,4 @@
-"""What logged metrics say: of simulated tokens, whose metrics numpy computes, and of values that a person would paste."""
+"""What logged metrics say: of simulated tokens, whose metrics numpy computes, and of what people paste."""
 
 from __future__ import annotations
 
