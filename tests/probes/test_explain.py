@@ -242,7 +242,7 @@ def test_noise_has_neither() -> None:
 def test_values_that_are_not_finite() -> None:
     document = explain(series([1e-4, None, float("nan"), float("inf"), 2e-4]))
     found = told(document, "log-not-finite")
-    assert [found.whole(key) for key in ("null", "nan", "inf", "finite")] == [1, 1, 1, 2]
+    assert [found.whole(key) for key in ("missing", "nan", "inf", "finite")] == [1, 1, 1, 2]
     assert document.series[0].n == 2
 
 

@@ -224,7 +224,7 @@ def _reading_findings(reading: Reading, courses: list[Course], frameworks: tuple
                 code="log-not-finite",
                 severity="warn",
                 where=one.label,
-                values={"null": one.n_null, "nan": one.n_nan, "inf": one.n_inf, "finite": len(one.values)},
+                values={"missing": one.n_null, "nan": one.n_nan, "inf": one.n_inf, "finite": len(one.values)},
             )
     peaks = ((one.label, one.bucket_max or 0.0, float(one.values.max())) for one in courses if len(one.values))
     hidden = [peak for peak in peaks if peak[1] > peak[2] > 0]

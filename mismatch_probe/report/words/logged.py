@@ -35,9 +35,9 @@ for _code, (_meaning, _short) in _DAMAGE.items():
 
 @words(
     "log-not-finite",
-    "Values of a metric are null, NaN or infinite. They are counted and left out of every other number.",
+    "Values of a metric are missing, NaN or infinite. They are counted and left out of every other number.",
     {
-        "null": "values that are null",
+        "missing": "steps logged without a value",
         "nan": "NaN values",
         "inf": "values that are infinite or beyond 1e100",
         "finite": "finite values",
@@ -45,7 +45,7 @@ for _code, (_meaning, _short) in _DAMAGE.items():
     "Look for the first such step: one log-prob that is not finite makes a mean NaN.",
 )
 def _not_finite(finding: Finding) -> str:
-    kinds = (("null", "null"), ("nan", "NaN"), ("inf", "infinite"))
+    kinds = (("missing", "missing"), ("nan", "NaN"), ("inf", "infinite"))
     found = ", ".join(f"{count(finding.whole(key))} {name}" for key, name in kinds if finding.whole(key))
     return f"{logged(finding.where)} has {found} beside {count(finding.whole('finite'))} finite values."
 
