@@ -35,7 +35,8 @@ _COLUMNS = {
     beside=("/new_batch.dp",),
     sides="rollout; both where old_log_probs is kept",
     switch="Run verl with skip.rollout.enable=True, skip.rollout.dump_dir=DIR and "
-    "actor_rollout_ref.rollout.calculate_log_probs=True.",
+    "actor_rollout_ref.rollout.calculate_log_probs=True. DIR has to be empty: a step that lies there is loaded "
+    "in place of sampling.",
 )
 def verl(record: Record) -> Iterator[Row]:
     """A row per response: prompts padded on the left, responses on the right; or nested tensors without padding."""
