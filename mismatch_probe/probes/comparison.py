@@ -256,9 +256,9 @@ def _execute(plan: Plan, run: RunDirectory, progress: Progress) -> None:
     finally:
         # No pass of another model may ever join these; but nobody waits for that who wants to stop.
         if hashes.done() and hashes.exception() is None and run.finished_passes():
-            model.files = hashes.result()
+            model.files = hashes.result() or None  # of no model, where a dump brings both sides
             run.save()
-    model.files = hashes.result()
+    model.files = hashes.result() or None  # of no model, where a dump brings both sides
     run.save()
 
 

@@ -92,6 +92,7 @@ class TestBothSides:
         assert manifest.recorded.file.ignored_columns == ("extra",)
         assert len(manifest.recorded.file.sha256) == 64
         assert manifest.prompts.n == 2
+        assert manifest.model.files is None  # no model took part, so that an audit may name one
 
     def test_masked_tokens_do_not_count(self, compare: Compare, record: Record) -> None:
         def mask(index: int, row: dict[str, Any]) -> None:
