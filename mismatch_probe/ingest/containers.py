@@ -73,8 +73,10 @@ def json_document(file: DumpFile) -> Iterator[Record]:
     place = Place(file.name, "Sample")
     with _opened(file) as handle:
         first = handle.readline(_LONGEST_LINE)
-        rest = handle.read()
-    if rest.strip() and _is_object(first.removeprefix(_BOM)):
+        second = next((line for line in iter(lambda: handle.readline(_LONGEST_LINE), b"") if line.strip()), b"")
+        lines = bool(second) and _is_object(first.removeprefix(_BOM))
+        rest = b"" if lines else second + handle.read()
+    if lines:
         yield from json_lines(file)
         return
     document = _parsed(place, 1, (first + rest).removeprefix(_BOM))

@@ -267,7 +267,8 @@ def _finished(files: list[DumpFile], name: str, log: Callable[[str], None]) -> l
         return files
     first, of = left_out[0]
     what = f"{of.project} writes {of.marker[1]} beside complete files, and {{}} without it, the first is {first.name}"
-    kept = [file for file in files if file not in {one for one, _ in left_out}]
+    without = {file for file, _ in left_out}
+    kept = [file for file in files if file not in without]
     if not kept:
         fix = "Wait until the step is written, or name one file to read it as it is."
         raise IngestError(f"{name} has no complete file: {what.format(f'{len(left_out)} are')}.", fix)
