@@ -57,7 +57,7 @@ class RecordedGroups:
 
     def _columns(self) -> Iterator[Rows]:
         keys = [key for key in _OF_TOKENS if key in self._keys]
-        newest = self._newest() if WEIGHT_VERSION in keys else np.empty(0, np.int64)
+        newest = self._newest if WEIGHT_VERSION in keys else np.empty(0, np.int64)
         first = 0
         for batch in self._recording.batches([*keys, *(["loss_mask"] if self._recording.masked else [])]):
             lists = {key: lists_of(batch.column(key)) for key in batch.schema.names}
@@ -73,6 +73,7 @@ class RecordedGroups:
             first += batch.num_rows
             yield rows
 
+    @cached_property
     def _newest(self) -> NDArray[np.int64]:
         """`[S]` the version that the age of a sequence's weights is counted from."""
         if "trainer_version" in self._keys:
