@@ -151,14 +151,6 @@ def _check_engines(config: CompareConfig, passes: Passes) -> None:
         raise UsageError(f"{name} needs a trainer engine, and the file brings both sides.", "Add --rescore.")
 
 
-def _vocabulary(config: CompareConfig) -> int | None:
-    """How many ids the model has that sampled recorded sequences; None where it is not named."""
-    if config.source is None or not config.model:
-        return None
-    model = resolve(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code, weights=False)
-    return int(model.text_config["vocab_size"]) if model.config else None
-
-
 def _other_columns(recorded: Recording | None) -> str:
     """Where log-probs may lie under another name, how to say so."""
     ignored = () if recorded is None else recorded.recorded.file.ignored_columns
@@ -184,7 +176,7 @@ def make_plan(
         ProbeError: The model, the prompts or the device cannot be had.
     """
     progress = progress or Progress()
-    recorded = open_recording(config, out, progress, _vocabulary(config))
+    recorded = open_recording(config, out, progress)
     passes = passes_of(config, None if recorded is None else recorded.recorded)
     rollout_engine = registry.find(config.rollout_engine, "rollout")
     trainer_engine = registry.find(config.trainer_engine, "trainer")

@@ -17,7 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from mismatch_probe.config import CompareConfig, DumpSettings
-from mismatch_probe.engines.models import ModelRef
+from mismatch_probe.engines.models import ModelRef, resolve
 from mismatch_probe.errors import IngestError
 from mismatch_probe.files import atomic_path, locked, writing
 from mismatch_probe.ingest.keys import IDS, RESPONSE
@@ -73,16 +73,13 @@ def ingest(path: str, out: str | Path | None, settings: DumpSettings, progress: 
     return Ingested(folder, document)
 
 
-def open_recording(
-    config: CompareConfig, out: str | Path | None, progress: Progress, vocabulary: int | None = None
-) -> Recording | None:
+def open_recording(config: CompareConfig, out: str | Path | None, progress: Progress) -> Recording | None:
     """The sequences of `--from`; None without. A folder of `ingest` is taken as it is, another dump is read.
 
     Args:
         config: What was asked for.
         out: Folder of the run, None for one under `runs/`; where it has the sequences already, the dump is not read.
         progress: Told what takes long.
-        vocabulary: How many ids the model has, None where it is not known.
 
     Raises:
         IngestError: The dump cannot be read.
@@ -96,7 +93,15 @@ def open_recording(
             return Recording(folder / FILE, recorded)
     if DUMP.held_by(source):
         return Recording(source / FILE, Dump.read(source / DUMP.file).recorded)
-    return _read(config.source, folder, config, progress, vocabulary)
+    return _read(config.source, folder, config, progress, _vocabulary(config))
+
+
+def _vocabulary(config: CompareConfig) -> int | None:
+    """How many ids the model has that sampled recorded sequences; None where it is not named."""
+    if not config.model:
+        return None
+    model = resolve(config.model, revision=config.revision, trust_remote_code=config.trust_remote_code, weights=False)
+    return int(model.text_config["vocab_size"]) if model.config else None
 
 
 def _read(
