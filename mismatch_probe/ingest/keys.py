@@ -60,7 +60,6 @@ _ALL = (
 KEYS: dict[str, Key] = {key.name: key for key in _ALL}
 PROMPT, RESPONSE = "prompt_token_ids", "response_token_ids"
 IDS = (PROMPT, RESPONSE)
-LOGPROBS: tuple[str, ...] = tuple(key.name for key in _ALL if key.kind == "logprob")
 SIDES = ("rollout_logprobs", "trainer_logprobs")
 """Of which a row needs at least one."""
 PER_TOKEN: tuple[str, ...] = tuple(key.name for key in _ALL if key.per == "token")

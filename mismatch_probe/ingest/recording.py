@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from mismatch_probe.ingest.keys import PER_TOKEN, RESPONSE
+from mismatch_probe.ingest.keys import RESPONSE
 from mismatch_probe.results.dump import Recorded
 from mismatch_probe.tables import table_errors
 
@@ -58,11 +58,6 @@ class Recording:
     def masked(self) -> bool:
         """Whether some tokens may not count."""
         return "loss_mask" in self.recorded.file.keys
-
-    @property
-    def per_token(self) -> tuple[str, ...]:
-        """The keys that its response tokens have."""
-        return tuple(key for key in PER_TOKEN if key in self.recorded.file.keys)
 
     def distinct_ids(self) -> list[int]:
         """The token ids of the responses, each once."""

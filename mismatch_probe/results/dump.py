@@ -8,15 +8,6 @@ from mismatch_probe.results.base import Document, Result
 from mismatch_probe.results.finding import Finding
 
 
-class RecordedSides(Result):
-    """Whose log-probs a dump brings."""
-
-    rollout: bool
-    """Whether it has log-probs of the rollout."""
-    trainer: bool
-    """Whether it has log-probs of the trainer."""
-
-
 class Source(Result):
     """Where recorded sequences come from, and what of them was left out."""
 
@@ -66,9 +57,13 @@ class Source(Result):
     """What cannot be log-probs or does not line up, the most important first."""
 
 
-class Recorded(RecordedSides):
+class Recorded(Result):
     """The dump of a run `--from` one."""
 
+    rollout: bool
+    """Whether it has log-probs of the rollout."""
+    trainer: bool
+    """Whether it has log-probs of the trainer."""
     file: Source
     """The dump."""
 
