@@ -1,6 +1,7 @@
 """What the tables of a run directory hold: their schemas, and the tables that passes make.
 
-A file of an earlier release may miss the columns of `OPTIONAL`; they are then null throughout.
+A file of an earlier release may miss the columns of `OPTIONAL`, and so may what an engine gives; they are then null
+throughout.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from mismatch_probe.errors import TableError
-from mismatch_probe.types import DIVERGENCES, Rollout, RolloutRequest, Score
+from mismatch_probe.types import DIVERGENCES, DRIFT_BUCKETS, Rollout, RolloutRequest, Score
 
 _TEXT = pa.dictionary(pa.int32(), pa.string())
 
@@ -53,11 +54,13 @@ EXACT_SCHEMA = pa.schema(
         ("weight", pa.float64()),
         ("stands_for", pa.float64()),
         *((name, pa.float64()) for name in DIVERGENCES),
+        ("drift_square", pa.float64()),
+        ("drift_sketch", pa.list_(pa.float32(), DRIFT_BUCKETS)),
     ]
 )
 
-# Columns that earlier releases did not write.
-OPTIONAL = ("step", "entropy", "rank")
+# Columns that earlier releases did not write, or that not every engine gives.
+OPTIONAL = ("step", "entropy", "rank", "drift_square", "drift_sketch")
 # By sequence, which of its response tokens count.
 Masks = Mapping[int, NDArray[np.bool_]]
 
@@ -159,19 +162,26 @@ def exact_table(
     parts = [score.exact for score in scores if score.exact is not None]
     if not parts:
         return None
-    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    places, scalars = ("source", "sequence_id", "position"), ("weight", "stands_for", *DIVERGENCES)
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in (*places, *scalars)}
     order = np.lexsort((columns["position"], columns["sequence_id"], columns["source"]))
     if masks is not None:
         at = zip(columns["sequence_id"][order].tolist(), columns["position"][order].tolist(), strict=True)
         order = order[np.array([bool(masks[sequence][position]) for sequence, position in at], np.bool_)]
     source = pa.DictionaryArray.from_arrays(columns["source"][order].astype(np.int32), pa.array(sources, pa.string()))
+    optional = {
+        field.name: _optional_column([part.get(field.name) for part in parts], len(columns["source"]), field.type)
+        for field in EXACT_SCHEMA
+        if field.name in OPTIONAL
+    }
     return pa.table(
         {
             "sequence_id": columns["sequence_id"][order],
             "position": columns["position"][order].astype(np.int32),
             "rollout_pass": source,
             "pass_id": _constant(pass_id, len(order)),
-            **{name: columns[name][order].astype(np.float64) for name in ("weight", "stands_for", *DIVERGENCES)},
+            **{name: columns[name][order].astype(np.float64) for name in scalars},
+            **{name: column.take(pa.array(order)) for name, column in optional.items()},
         },
         schema=EXACT_SCHEMA,
     )
@@ -182,7 +192,10 @@ def _joined(parts: Sequence[Any], kind: pa.DataType) -> pa.Array:
 
 
 def _optional_column(parts: Sequence[Any], length: int, kind: pa.DataType) -> pa.Array:
-    """A column that an item may miss; then it is null throughout."""
+    """A column that an item may miss; then it is null throughout. Parts `[N, B]` make lists of fixed length B."""
     if not parts or any(part is None for part in parts):
         return pa.nulls(length, kind)
-    return pa.array(np.concatenate(parts)).cast(kind)
+    joined = np.concatenate(parts)
+    if joined.ndim == 2:
+        return pa.FixedSizeListArray.from_arrays(pa.array(joined.ravel()), joined.shape[1]).cast(kind)
+    return pa.array(joined).cast(kind)

@@ -36,6 +36,8 @@ DIVERGENCES = (
     "k2_square",
     "k3_square",
 )
+# Length of a position's count sketch of μ − π, `metrics.drift`.
+DRIFT_BUCKETS = 128
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,8 @@ class Score:
         entropy: Of the distribution at each token, nats.
         rank: How many tokens of the vocabulary are likelier, at each token.
         exact: Columns of equal length, a row per position and rollout pass: `source`, `sequence_id`, `position`,
-            `weight`, `stands_for` and what `metrics.exact.divergences` gives.
+            `weight`, `stands_for`, what `metrics.exact.divergences` gives and, if the engine gives them, the columns of
+            `metrics.drift.drift_columns`.
     """
 
     sequence_id: int

@@ -34,6 +34,7 @@ from mismatch_probe.engines.events import Encoded
 from mismatch_probe.engines.registry import Engine
 from mismatch_probe.engines.rows import LEAST_WEIGHT, RowChoice, RowFile, RowWriter, stacked
 from mismatch_probe.errors import DtypeRefused, EngineError
+from mismatch_probe.metrics.drift import drift_columns
 from mismatch_probe.metrics.exact import divergences
 from mismatch_probe.types import (
     Dtype,
@@ -240,7 +241,8 @@ class ScriptedTrainer(_Script, TrainerEngine):
         parts = []
         for at in self._job.exact.get(request.sequence_id, ()) if exact else ():
             theirs, ours = self._sources[at.source].row(at.slot)[None], self.row(ids[: start + at.position])[None]
-            parts.append(at.facts() | divergences(theirs, ours, temperature))
+            found = divergences(theirs, ours, temperature) | drift_columns(theirs, ours, temperature)
+            parts.append(at.facts() | found)
         steps = range(start, len(ids))
         return Score(
             request.sequence_id,

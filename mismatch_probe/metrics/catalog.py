@@ -532,6 +532,22 @@ _EXACT = (
         estimator="The estimate of the sequence KL with the least variance. Positions that are drawn unequally have "
         "weights of their inverse chance.",
     ),
+    MetricInfo(
+        "score_drift",
+        "Persistent share of μ − π",
+        "‖mean(μ − π)‖ / √mean ‖μ − π‖²",
+        "",
+        "exact",
+        positive=True,
+        has_interval=False,
+        bounds=(0.0, 1.0),
+        sign="Near 0 where the difference is noise that averages out over positions, near 1 where it is one bias at "
+        "all of them. Noise alone gives about 1/√n at n positions.",
+        estimator="From count sketches of 128 buckets, which leave a standard error of about 6 % of the value; beyond "
+        "0 and 1 it is set to these. In place of an interval stands a test: how large the value becomes when the signs "
+        "of whole prompts are flipped at random, and p, how often it becomes as large as it is.",
+        source="Score centering (arXiv 2609.20807)",
+    ),
 )
 
 CATALOG: dict[str, MetricInfo] = {

@@ -20,6 +20,7 @@ from scipy import special
 
 from mismatch_probe.metrics import scales
 from mismatch_probe.metrics.chunks import group_sums
+from mismatch_probe.metrics.drift import score_drift
 from mismatch_probe.metrics.intervals import (
     NO_INTERVAL,
     UPPER_TAIL,
@@ -146,6 +147,8 @@ class ExactRows:
         tokens: `[P]` response tokens of each prompt, compared or not.
         sequences: `[P]` sequences of each prompt.
         sequence: `[R]` index of each position's sequence in the pair; None where that is not known.
+        drift_square: `[R]` Σ (μ − π)², NaN where not known; None where it is nowhere.
+        drift_sketch: `[R, DRIFT_BUCKETS]` of μ − π, likewise.
     """
 
     values: Mapping[str, Floats]
@@ -155,6 +158,8 @@ class ExactRows:
     tokens: Floats
     sequences: Floats
     sequence: NDArray[np.int64] | None = None
+    drift_square: Floats | None = None
+    drift_sketch: NDArray[np.float32] | None = None
 
     @property
     def mean_weight(self) -> float:
@@ -220,17 +225,18 @@ _PRECISION = 0.1
 NO_ROWS = "no rows of logits were compared; --exact-kl keeps some"
 
 
-def exact_metrics(rows: ExactRows | None) -> dict[str, Estimate | MetricValue]:
+def exact_metrics(rows: ExactRows | None, seed: int = 0) -> dict[str, Estimate | MetricValue]:
     """The metrics of level `exact` over all positions of the pair.
 
     A compared position stands for others, so a prompt's Σ y·stands_for estimates its sum over all of its positions, and
     what the sums are divided by, tokens or sequences, is known for each prompt (Horvitz and Thompson 1952): that
-    prompts differ in these is part of the spread.
+    prompts differ in these is part of the spread. `seed` is of the null of `score_drift`.
     """
     if rows is None:
-        return dict.fromkeys((*_MEANS, "kl_seq_exact"), MetricValue(None, why=NO_ROWS))
+        return dict.fromkeys((*_MEANS, "kl_seq_exact", "score_drift"), MetricValue(None, why=NO_ROWS))
     found = {key: _over_finite(rows, column, rows.tokens) for key, column in _MEANS.items()}
     found["kl_seq_exact"] = _over_finite(rows, "kl", rows.sequences)
+    found["score_drift"] = score_drift(rows.drift_sketch, rows.drift_square, rows.stands_for, rows.prompt, seed)
     return found
 
 

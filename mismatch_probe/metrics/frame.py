@@ -19,7 +19,7 @@ from mismatch_probe.metrics.curves import KINDS, kind_of
 from mismatch_probe.metrics.exact import ExactRows
 from mismatch_probe.metrics.self_noise import SelfNoise, self_noise
 from mismatch_probe.tables import PassTables
-from mismatch_probe.types import DIVERGENCES, PairArrays
+from mismatch_probe.types import DIVERGENCES, DRIFT_BUCKETS, PairArrays
 
 CHUNK_TOKENS = 1 << 19
 
@@ -300,6 +300,9 @@ def exact_rows(run: PassTables, rollout_pass: str, trainer_pass: str, sums: Pair
     sequences = pass_sequences(run, rollout_pass)
     of = sums.sequences
     sequence = np.searchsorted(sequences.ids, table["sequence_id"].to_numpy())
+    known = table["drift_sketch"].is_valid().to_numpy()
+    sketches = np.full((len(known), DRIFT_BUCKETS), np.nan, np.float32)
+    sketches[known] = table["drift_sketch"].combine_chunks().drop_null().flatten().to_numpy().reshape(-1, DRIFT_BUCKETS)
     return ExactRows(
         values={name: table[name].to_numpy() for name in DIVERGENCES},
         weight=table["weight"].to_numpy(),
@@ -308,6 +311,8 @@ def exact_rows(run: PassTables, rollout_pass: str, trainer_pass: str, sums: Pair
         sequence=sequence,
         tokens=group_sums(of.prompt, of.length, sums.n_prompts),
         sequences=np.bincount(of.prompt, minlength=sums.n_prompts).astype(np.float64),
+        drift_square=table["drift_square"].to_numpy() if known.any() else None,
+        drift_sketch=sketches if known.any() else None,
     )
 
 

@@ -45,7 +45,7 @@ class MetricInfo:
         level: Whether rows are tokens, sequences, or positions of which the full rows of logits were compared.
         needs_on_policy: True where the metric means nothing unless the rollout policy itself sampled the tokens.
         positive: True where the metric is ≥ 0 and is compared by ratio, on a logarithmic axis.
-        has_interval: False for extremes, counts and k̂.
+        has_interval: False for extremes, counts, k̂ and what has a test instead.
         bounds: What no value can lie beyond.
         calibrated_prompts: Below so many prompts its interval is marked uncalibrated.
         sign: What the sign or the size says.

@@ -268,7 +268,7 @@ def compute_metrics(
     results = {
         **_build(of_tokens, tokens, len(tokens), sums, no_token),
         **_build(of_sequences, sequences, len(sequences), sums, no_sequence),
-        **{key: result for key, result in exact_metrics(exact).items() if key in keys},
+        **{key: result for key, result in exact_metrics(exact, seed).items() if key in keys},
     }
     estimates = {key: result for key, result in results.items() if isinstance(result, Estimate)}
     values = evaluate(estimates, seed=seed, replicates=replicates)

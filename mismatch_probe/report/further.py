@@ -35,6 +35,7 @@ GROUPS = {
         "temperature_rollout_side",
         "temperature_trainer_side",
     ),
+    "direction": ("score_drift",),
 }
 """Metrics of the table by what they are about."""
 # Shown beside its companions, but no reason for a table of its own.
@@ -43,7 +44,7 @@ _LEGEND = (
     "With 95 % intervals over prompts. E[ρ] = 1 if the rollout's log-probs are those that tokens were sampled from, "
     "E[1/ρ] = 1 if the trainer's are; winsorised means cap the largest thousandth. A slope other than 1 points at a "
     "temperature. The two temperatures are exact for one fault each, so compare the one whose E is 1. Why a value is "
-    "missing stands under “All metrics”."
+    "missing, or what it was tested against, stands under “All metrics”."
 )
 
 

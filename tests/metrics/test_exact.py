@@ -14,7 +14,7 @@ from scipy import special
 
 from mismatch_probe.metrics.exact import ExactRows, divergences, estimator_costs, exact_metrics
 from mismatch_probe.metrics.intervals import Estimate, evaluate
-from mismatch_probe.types import DIVERGENCES, MetricValue
+from mismatch_probe.types import DIVERGENCES, DRIFT_BUCKETS, MetricValue
 
 LOGITS = arrays(np.float64, (3, 6), elements=st.floats(-30, 30))
 
@@ -232,7 +232,9 @@ def test_no_rows_and_no_finite_rows_say_so() -> None:
     assert {value.why for value in exact_metrics(None).values() if isinstance(value, MetricValue)} == {
         "no rows of logits were compared; --exact-kl keeps some"
     }
-    broken = exact_metrics(exact_rows(np.full(3, np.nan), np.arange(3)))
+    nan = np.full(3, np.nan)
+    sketches = np.full((3, DRIFT_BUCKETS), np.nan, np.float32)
+    broken = exact_metrics(exact_rows(nan, np.arange(3), drift_square=nan, drift_sketch=sketches))
     assert {value.why for value in broken.values() if isinstance(value, MetricValue)} == {
         "finite at none of the 3 compared positions"
     }

@@ -18,7 +18,7 @@ from mismatch_probe.errors import DiskFull, TableError, UsageError
 from mismatch_probe.metrics.curves import KINDS, kind_of
 from mismatch_probe.probes import store
 from mismatch_probe.run import Run
-from mismatch_probe.types import MetricValue
+from mismatch_probe.types import DRIFT_BUCKETS, MetricValue
 from tests.conftest import SMALL, MakeModel, Recorder, write_script
 
 Compare = Callable[..., Run]
@@ -125,6 +125,14 @@ class TestRows:
         exact = table(compare(model, sequences="own"), "exact")
         assert set(exact["rollout_pass"]) == {"vllm-bfloat16-decode", "vllm-float16-decode"}
         assert exact.groupby(["rollout_pass", "pass_id"], observed=True).size().tolist() == [9] * 4
+
+    def test_sketches_become_a_score_drift(self, finished: Run) -> None:
+        assert all(len(found) == DRIFT_BUCKETS for found in table(finished, "exact")["drift_sketch"])
+        for pair in finished.summary.pairs:
+            found = pair.metrics["score_drift"]
+            assert found.value is not None
+            assert 0 < found.value < 1
+            assert found.why.startswith("sign flips of prompts reach ")
 
     def test_all_means_every_token(self, finished: Run) -> None:
         exact = table(finished, "exact")

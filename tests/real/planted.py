@@ -171,6 +171,8 @@ def measure(sampled: Sampled, trainer: Path, hook: Hook | None = None) -> Measur
         prompt=columns["sequence_id"],
         tokens=np.array(lengths, np.float64),
         sequences=np.ones(len(wanted)),
+        drift_square=columns["drift_square"],
+        drift_sketch=columns["drift_sketch"],
     )
     return Measured(pair.trainer_logprob - pair.rollout_logprob, compute_metrics(pair, rows))
 
@@ -214,6 +216,7 @@ class Truth:
     kl_reverse: float
     tv: float
     chi2: float
+    drift: float
     mean_ratio: float = 1.0
 
     @classmethod
@@ -238,4 +241,5 @@ class Truth:
             kl_reverse=float(((pi * h).sum(1) - first).mean()),
             tv=float(0.5 * np.abs(pi - mu).sum(1).mean()),
             chi2=float(np.expm1(second - 2 * first).mean()),
+            drift=float(np.linalg.norm((mu - pi).mean(0)) / np.sqrt(((mu - pi) ** 2).sum(1).mean())),
         )

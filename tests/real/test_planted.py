@@ -102,6 +102,8 @@ def assert_reads(found: Measured, truth: Truth, share: float = SHARE) -> None:
     np.testing.assert_allclose(found.log_ratio, truth.log_ratio, atol=FLOOR)
     for key, name in EXACT.items():
         assert found.value(key) == pytest.approx(getattr(truth, name), rel=share), key
+    # The standard error of a sketch is 6 %.
+    assert found.value("score_drift") == pytest.approx(truth.drift, rel=0.2)
     for key, name in SAMPLED.items():
         metric = found.metrics[key]
         assert metric.ci_low is not None, key

@@ -16,7 +16,7 @@ KEYS = [key for keys in GROUPS.values() for key in keys]
 
 def test_every_further_metric_has_its_place_once() -> None:
     own = {info.key for info in (*FURTHER_TOKEN, *FURTHER_SEQUENCE)}
-    assert set(KEYS) == own | {"mean_ratio"}
+    assert set(KEYS) == own | {"mean_ratio", "score_drift"}
     assert len(KEYS) == len(set(KEYS))
 
 

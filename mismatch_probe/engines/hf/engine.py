@@ -23,6 +23,7 @@ from mismatch_probe.engines.loading import load_model
 from mismatch_probe.engines.patching import replaced_forward
 from mismatch_probe.engines.rows import RowFile, stacked
 from mismatch_probe.errors import DtypeRefused, EngineError
+from mismatch_probe.metrics.drift import drift_columns
 from mismatch_probe.metrics.exact import divergences
 from mismatch_probe.types import Score, ScoreRequest
 
@@ -176,7 +177,8 @@ class HfTrainer(TrainerEngine):
                     f"The rollout engine returns {theirs.shape[1]} logits per token, the trainer {ours.shape[1]}.",
                     "One side pads its vocabulary: start a run without --exact-kl, and report this model.",
                 )
-            parts.append(position.facts() | divergences(theirs, ours, temperature))
+            found = divergences(theirs, ours, temperature) | drift_columns(theirs, ours, temperature)
+            parts.append(position.facts() | found)
         return stacked(parts) or {}
 
     def identity(self) -> dict[str, Any]:

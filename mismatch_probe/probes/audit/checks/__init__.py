@@ -99,7 +99,7 @@ def is_extreme(name: str) -> bool:
     own = own_checks().get(name)
     if own is not None:
         return own.extreme
-    return name in CATALOG and not CATALOG[name].has_interval and name != "pareto_k"
+    return name in CATALOG and not CATALOG[name].has_interval and name not in ("pareto_k", "score_drift")
 
 
 def is_rare(name: str) -> bool:
