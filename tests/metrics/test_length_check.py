@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from scipy import special
 
 from mismatch_probe.metrics.length import LengthFit, fit_length
 from mismatch_probe.metrics.length_prediction import KEYS, forecast_pair, predict
@@ -129,7 +130,7 @@ def test_whatever_comes_in(pair: PairArrays) -> None:
 
 
 def holds_what_was_measured(fit: LengthFit, pair: PairArrays) -> None:
-    """At the observed length: the spread within a factor of 2, −mean D within twice its error under the law."""
+    """At the observed length: the spread within a factor of 2, −mean D within what the law makes 99 % likely."""
     reach = np.flatnonzero(np.bincount(pair.sequence, minlength=len(pair.prompt)) >= fit.observed_length)
     finite = np.isfinite(pair.rollout_logprob + pair.trainer_logprob)
     d = [np.where(finite, pair.trainer_logprob, np.nan)[pair.sequence == row][: fit.observed_length] for row in reach]
@@ -141,7 +142,7 @@ def holds_what_was_measured(fit: LengthFit, pair: PairArrays) -> None:
     assert low / 2 <= total.std(ddof=1) * (1 + 1e-9)
     assert total.std(ddof=1) <= 2 * high * (1 + 1e-9)
     if bands["kl_seq"].value is not None:
-        error = 2 * high / math.sqrt(fit.n_prompts)
+        error = special.ndtri(0.995) * high / math.sqrt(fit.n_prompts) * (1 + 1e-9)
         low, _, high = limits(bands["kl_seq"])
         assert low - error <= -total.mean() <= high + error
 
