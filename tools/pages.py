@@ -237,9 +237,14 @@ def dumps_page() -> str:
             [(f"`{one.name}`", one.written_for, one.refusal, one.switch) for one in found if one.refusal],
         ),
         "## The generic format",
-        "JSON Lines, JSON or Parquet, a row per sequence. Lists run along the response; where a row has `token_ids` in "
-        "place of prompt and response, they run along all tokens, and `prompt_length`, or else the first 1 of "
-        "`loss_mask`, says where the response begins. `--map theirs=ours,…` names the columns of another layout.",
+        "JSON Lines, JSON, Parquet, `.pt` or a pickle: a row per sequence, or a dict of columns, each with a value per "
+        "sequence. Lists run along the response; where a row has `token_ids` in place of prompt and response, they run "
+        "along all tokens, and `prompt_length`, or else the first 1 of `loss_mask`, says where the response begins. "
+        "`attention_mask`, along the whole, along prompt and response, or along the prompt, is 0 at padding, which is "
+        "cut and does not count in `prompt_length`. In a padded array without it, the last 1 of `loss_mask` ends the "
+        "response.",
+        "`--map theirs=ours,…` names the columns of another layout; `sample.output_ids` is the key `output_ids` of the "
+        "object under `sample`.",
         _table(
             ("key", "values", "meaning"),
             [(f"`{key.name}`", _values(key), key.meaning) for key in KEYS.values()],

@@ -27,7 +27,7 @@ from mismatch_probe.ingest.accounting import Accounting
 from mismatch_probe.ingest.base import Place, Record, Row, quoted, wrong_length
 from mismatch_probe.ingest.chunk import Chunk, Lists
 from mismatch_probe.ingest.formats import GENERIC, Format
-from mismatch_probe.ingest.keys import IDS, KEYS, LENGTH, PER_ROW, PER_TOKEN, PROMPT, RESPONSE, WHOLE
+from mismatch_probe.ingest.keys import IDS, KEYS, NAMED, PER_ROW, PER_TOKEN, PROMPT, RESPONSE
 from mismatch_probe.ingest.values import LARGEST_ID, list_of, per_row, per_token, require_ids, split
 from mismatch_probe.results.dump import Recorded, Source
 
@@ -131,7 +131,7 @@ class Collector:
             if self._pending.full:
                 self._flush()
         if of.name == GENERIC:
-            self._ignored.update(record.fields.keys() - KEYS.keys() - {WHOLE, LENGTH})
+            self._ignored.update(record.fields.keys() - NAMED)
 
     def _flush(self) -> None:
         if not self._pending.rows:

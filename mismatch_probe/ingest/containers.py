@@ -9,7 +9,7 @@ import gzip
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -38,11 +38,13 @@ class DumpFile:
         path: Where it is.
         name: What messages call it.
         container: Name of its container.
+        loaded: Its records, where they were all loaded to tell its format.
     """
 
     path: Path
     name: str
     container: str
+    loaded: tuple[Record, ...] | None = field(default=None, compare=False, repr=False)
 
 
 def json_lines(file: DumpFile) -> Iterator[Record]:
@@ -225,3 +227,13 @@ SUFFIXES: Mapping[str, str] = {
 }
 PICKLES = ("torch", "pickle")
 LOADED_WHOLE = ("json", *PICKLES)
+
+
+def records(file: DumpFile) -> Iterator[Record]:
+    """The records of a file: as its container reads them, or those that are loaded.
+
+    Raises:
+        IngestError: The file is damaged, or holds something else.
+        OSError: It cannot be read to its end.
+    """
+    return CONTAINERS[file.container](file) if file.loaded is None else iter(file.loaded)

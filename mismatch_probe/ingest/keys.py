@@ -1,7 +1,8 @@
 """The generic format: what a recorded sequence can hold, under which keys. Every reader translates to these.
 
 The lists of a row run along its response, or, where the row has `token_ids` in place of prompt and response, along all
-of its tokens; `prompt_length`, or else the first 1 of `loss_mask`, says where the response begins.
+of its tokens; `prompt_length`, or else the first 1 of `loss_mask`, says where the response begins. `attention_mask`
+says what is padding.
 """
 
 from __future__ import annotations
@@ -66,3 +67,7 @@ PER_TOKEN: tuple[str, ...] = tuple(key.name for key in _ALL if key.per == "token
 PER_ROW: tuple[str, ...] = tuple(key.name for key in _ALL if key.per == "row")
 # A whole sequence in place of prompt and response.
 WHOLE, LENGTH = "token_ids", "prompt_length"
+# 0 where a padded sequence has no token: along the whole, along prompt and response, or along the prompt.
+ATTENTION = "attention_mask"
+NAMED = frozenset({*KEYS, WHOLE, LENGTH, ATTENTION})
+"""Every key of the generic format."""

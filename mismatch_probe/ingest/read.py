@@ -16,9 +16,9 @@ from pathlib import Path
 from mismatch_probe.errors import DiskFull, IngestError
 from mismatch_probe.ingest.base import TEXT_KEYS, Record, missing_key, quoted, quoted_list
 from mismatch_probe.ingest.collect import Collector
-from mismatch_probe.ingest.containers import CONTAINERS, LOADED_WHOLE, PICKLES, SUFFIXES, DumpFile
+from mismatch_probe.ingest.containers import LOADED_WHOLE, PICKLES, SUFFIXES, DumpFile, records
 from mismatch_probe.ingest.formats import GENERIC, Format, formats
-from mismatch_probe.ingest.keys import IDS, KEYS, LENGTH, RESPONSE, WHOLE
+from mismatch_probe.ingest.keys import IDS, NAMED, RESPONSE, WHOLE
 from mismatch_probe.ingest.recording import FILE
 from mismatch_probe.ingest.suggest import suggested_map
 from mismatch_probe.ingest.values import is_text
@@ -26,7 +26,6 @@ from mismatch_probe.results.dump import Recorded
 from mismatch_probe.runs.folder import kind_of
 
 AUTO = "auto"
-_MAPPABLE = {*KEYS, WHOLE, LENGTH}
 _MOST_FILES = 100_000
 _FIX = "Write a row per sequence into a .jsonl or .parquet file."
 _MAP_FIX = "Write --map theirs=ours, e.g. --map my_logprobs=rollout_logprobs."
@@ -106,9 +105,9 @@ def parse_map(texts: Iterable[str]) -> dict[str, str]:
         theirs, equals, ours = text.rpartition("=")
         if not equals or not theirs:
             raise IngestError(f"--map {quoted(text)} is not of the form theirs=ours.", _MAP_FIX)
-        if ours not in _MAPPABLE:
-            turned = f" Write {ours}={theirs}." if theirs in _MAPPABLE else ""
-            known = ", ".join(sorted(_MAPPABLE))
+        if ours not in NAMED:
+            turned = f" Write {ours}={theirs}." if theirs in NAMED else ""
+            known = ", ".join(sorted(NAMED))
             raise IngestError(f"--map names {quoted(ours)}, which is not a key of the generic format.", turned or known)
         if ours in found.values():
             raise IngestError(f"--map names {ours} twice.", "Keep one of the columns.")
@@ -247,12 +246,16 @@ def _sniffed(files: list[DumpFile], known: Mapping[str, Format]) -> tuple[dict[s
         if any(format_.lies_beside(file.path) for format_ in own.values()):
             continue
         with _io_errors(file.name):
-            record = next(_opened(file), None)
+            opened = records(file)
+            record = next(opened, None)
         if record is None:
             continue
         fits = {one: format_.fit(record.fields) for one, format_ in own.items()}
         best = max(fits, key=lambda one: fits[one], default="")
         if fits.get(best):
+            # A single pickle is not loaded twice; of many, all would be in memory at once.
+            if len(files) == 1 and file.container in PICKLES:
+                file = replace(file, loaded=(record, *opened))
             found.setdefault(best, []).append(file)
         else:
             unknown = unknown or record
@@ -276,12 +279,8 @@ def _finished(files: list[DumpFile], name: str, log: Callable[[str], None]) -> l
     return kept
 
 
-def _opened(file: DumpFile) -> Iterator[Record]:
-    return CONTAINERS[file.container](file)
-
-
 def _records(file: DumpFile, chosen: Format, renamed: Mapping[str, str]) -> Iterator[Record]:
-    for record in (chosen.records or _opened)(file):
+    for record in (chosen.records or records)(file):
         missing = [theirs for theirs in renamed if theirs not in record.fields]
         if missing:
             record.refuse(

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mismatch_probe.ingest.base import TEXT_KEYS, Record, Row, kind, missing_key
-from mismatch_probe.ingest.keys import IDS, KEYS, LENGTH, PER_TOKEN, PROMPT, RESPONSE, WHOLE, Key
+from mismatch_probe.ingest.keys import IDS, KEYS, LENGTH, NAMED, PER_TOKEN, PROMPT, RESPONSE, WHOLE, Key
 
 EXAMPLE = 'Write for example {"prompt_token_ids": [1, 2], "response_token_ids": [3], "rollout_logprobs": [-0.5]}.'
 LARGEST_ID = int(np.iinfo(np.int32).max)
@@ -157,4 +157,4 @@ def is_text(value: Any, *elements: type) -> bool:
 
 def plain(fields: Mapping[str, Any]) -> Row:
     """The keys of the generic format among a record's."""
-    return {name: value for name, value in fields.items() if name in KEYS or name in (WHOLE, LENGTH)}
+    return {name: value for name, value in fields.items() if name in NAMED}

@@ -15,10 +15,9 @@ import numpy as np
 
 from mismatch_probe.ingest.base import Record, Row
 from mismatch_probe.ingest.batches import Array, Batch, mapping, number, vector
-from mismatch_probe.ingest.containers import DumpFile
+from mismatch_probe.ingest.containers import DumpFile, records
 from mismatch_probe.ingest.formats import dump_format
 from mismatch_probe.ingest.keys import PROMPT, RESPONSE
-from mismatch_probe.ingest.pickles.files import pickled
 
 _ROLLOUT, _TRAIN = "rollout_data", "train_data"
 # By key of the trainer's file, the key of the generic format.
@@ -28,9 +27,9 @@ Scores = dict[int, dict[str, Array]]
 
 def _records(file: DumpFile) -> Iterator[Record]:
     """Files of the trainer are read with the rollout that they belong to, or alone where there is none."""
-    for record in pickled(file):
+    for record in records(file):
         if "rollout_id" in record.fields and "samples" in record.fields and "format_version" not in record.fields:
-            scored = [one for path in _beside(file, _ROLLOUT, _TRAIN) for one in pickled(path)]
+            scored = [one for path in _beside(file, _ROLLOUT, _TRAIN) for one in records(path)]
             yield replace(record, fields={**record.fields, "scored": scored})
         elif not _beside(file, _TRAIN, _ROLLOUT):
             yield record
