@@ -12,15 +12,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from mismatch_probe.errors import DiskFull, IngestError
 from mismatch_probe.ingest.base import TEXT_KEYS, Record, missing_key, quoted, quoted_list
 from mismatch_probe.ingest.collect import Collector
 from mismatch_probe.ingest.containers import LOADED_WHOLE, PICKLES, SUFFIXES, DumpFile, records
 from mismatch_probe.ingest.formats import GENERIC, Format, formats
-from mismatch_probe.ingest.keys import IDS, NAMED, RESPONSE, WHOLE
+from mismatch_probe.ingest.keys import IDS, LENGTH, NAMED, RESPONSE, WHOLE
 from mismatch_probe.ingest.recording import FILE
-from mismatch_probe.ingest.suggest import suggested_map
+from mismatch_probe.ingest.suggest import Suggestion, suggested
 from mismatch_probe.ingest.values import is_text
 from mismatch_probe.results.dump import Recorded
 from mismatch_probe.runs.folder import kind_of
@@ -281,32 +282,59 @@ def _finished(files: list[DumpFile], name: str, log: Callable[[str], None]) -> l
 
 def _records(file: DumpFile, chosen: Format, renamed: Mapping[str, str]) -> Iterator[Record]:
     for record in (chosen.records or records)(file):
-        missing = [theirs for theirs in renamed if theirs not in record.fields]
-        if missing:
+        yield _renamed(record, renamed) if renamed else record
+
+
+def _renamed(record: Record, renamed: Mapping[str, str]) -> Record:
+    """A record by the keys that `--map` says; a key of ours that it names otherwise gives way."""
+    values = {}
+    for theirs, ours in renamed.items():
+        try:
+            values[ours] = _reached(record.fields, theirs)
+        except KeyError:
             record.refuse(
-                f"has no {quoted(missing[0])[1:-1]}, which --map names; its keys are {quoted_list(record.fields)}",
-                _MAP_FIX,
+                f"has no {quoted(theirs)[1:-1]}, which --map names; its keys are {quoted_list(record.fields)}", _MAP_FIX
             )
-        if renamed:
-            ours = set(renamed.values()) - renamed.keys()
-            fields = {renamed.get(key, key): value for key, value in record.fields.items() if key not in ours}
-            record = replace(record, fields=fields)
-        yield record
+    used = {*renamed, *(theirs.partition(".")[0] for theirs in renamed if theirs not in record.fields)}
+    return replace(record, fields={key: one for key, one in record.fields.items() if key not in used} | values)
+
+
+def _reached(fields: Mapping[str, Any], name: str) -> Any:
+    """The value of a key, or, as `outer.inner`, of one of an object in it.
+
+    Raises:
+        KeyError: There is none.
+    """
+    outer, dot, inner = name.partition(".")
+    if name in fields or not dot or not isinstance(fields.get(outer), Mapping):
+        return fields[name]
+    return _reached(fields[outer], inner)
 
 
 def _unknown(record: Record) -> IngestError:
-    """What an unknown record holds, and the `--map` that probably reads it."""
-    if any(is_text(record.fields.get(name), str, dict) for name in TEXT_KEYS):
+    """What an unknown record holds, and the `--map` that probably reads it, or why none does."""
+    guess = suggested(record.fields)
+    if not guess.map and any(is_text(record.fields.get(name), str, dict) for name in TEXT_KEYS):
         what, fix = missing_key(RESPONSE, record.fields, text=True)
         return IngestError(record.place.said(record.row, what), fix)
-    guess = suggested_map(record.fields)
     what = record.place.said(record.row, f"is of no known format; its keys are {quoted_list(record.fields)}")
-    if not guess:
-        return IngestError(what, f"Write {' and '.join(IDS)}, or name them with --map.")
-    missing = [] if WHOLE in guess.values() else [key for key in IDS if key not in guess.values()]
-    said = ",".join(f"{theirs}={ours}" for theirs, ours in guess.items())
-    more = f"; nothing looks like {missing[0]}" if missing else ""
-    return IngestError(what, f"Name its columns, probably --map {said}{more}.")
+    more = [*_missing(guess, record.fields), *guess.unreadable]
+    if not guess.map:
+        return IngestError(what, "; ".join([f"Write {' and '.join(IDS)}, or name them with --map", *more]) + ".")
+    said = ",".join(f"{theirs}={ours}" for theirs, ours in guess.map.items())
+    unsure = [f"{name} is trainer_logprobs if the trainer made it" for name in guess.unsure]
+    return IngestError(what, "; ".join([f"Name its columns, probably --map {said}", *unsure, *more]) + ".")
+
+
+def _missing(guess: Suggestion, fields: Mapping[str, Any]) -> list[str]:
+    """What the suggested `--map` leaves without a value that has to be there."""
+    there = {*guess.map.values(), *fields}
+    if not guess.map:
+        return []
+    if RESPONSE not in there and WHOLE in there:
+        begins = "" if {LENGTH, "loss_mask"} & there else f"nothing says where the response begins: write {LENGTH}"
+        return [begins] if begins else []
+    return [f"nothing looks like {key}" for key in IDS if key not in there]
 
 
 def _refused(name: str, chosen: Format) -> IngestError:

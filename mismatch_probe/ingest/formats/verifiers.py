@@ -30,7 +30,7 @@ _SWITCH = "Use a client that keeps token ids: with vLLM, return_token_ids and lo
     project="verifiers",
     version="0.3",
     containers=("jsonl", "json"),
-    layouts=(_KEYS[:2], ("trajectory",), ("nodes", "task"), ("traces", "task")),
+    layouts=(_KEYS, ("trajectory",), ("nodes", "task"), ("traces", "task")),
     switch=_SWITCH,
     sides="rollout",
 )
