@@ -80,6 +80,8 @@ class CompareKeywords(TypedDict, total=False):
     """Response lengths at which ESS and sequence KL are predicted."""
     extrapolate: bool
     """Predict beyond 8 times the observed length."""
+    ratio_limits: Sequence[float]
+    """Also compute frac_ratio_beyond_FACTOR, the fraction of ratios beyond it."""
 
 
 class DumpKeywords(TypedDict, total=False):

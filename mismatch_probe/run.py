@@ -94,9 +94,9 @@ class Run:
         Args:
             fail_on: Limits, as in `compare`.
             progress: Told about every pass.
-            changes: Settings that may still change: `memory_budget_gib`, `predict_lengths` and `extrapolate` at any
-                time, the trainer's layout and attention until a trainer pass is finished, the rollout engine's batch,
-                arguments, `eager` and `exact_kl` until a rollout pass is.
+            changes: Settings that may still change: `memory_budget_gib`, `predict_lengths`, `extrapolate` and
+                `ratio_limits` at any time, the trainer's layout and attention until a trainer pass is finished, the
+                rollout engine's batch, arguments, `eager` and `exact_kl` until a rollout pass is.
 
         Raises:
             ProbeError: The model or the prompts have changed, or a change comes too late.
@@ -112,6 +112,7 @@ class Run:
         fail_on: str | Sequence[str] = (),
         predict_lengths: Sequence[int] | None = None,
         extrapolate: bool | None = None,
+        ratio_limits: Sequence[float] | None = None,
     ) -> Run:
         """Computes summary, figures and reports again, without an engine: the command `report`.
 
@@ -119,6 +120,7 @@ class Run:
             fail_on: Limits, as in `compare`.
             predict_lengths: Response lengths to predict; those of the run's settings for None.
             extrapolate: Whether to predict beyond 8 times the observed length; likewise.
+            ratio_limits: Factors of `frac_ratio_beyond_<factor>` beside the fixed 2; likewise.
 
         Raises:
             TableError: A table is missing or corrupt.
@@ -126,8 +128,10 @@ class Run:
         from mismatch_probe.config.commands import ReportSettings
         from mismatch_probe.probes.comparison import report_run
 
-        asked = ReportSettings.of({"fail_on": fail_on, "predict_lengths": predict_lengths or ()})
-        return Run(report_run(self.path, asked.fail_on, asked.predict_lengths or None, extrapolate))
+        given = {"fail_on": fail_on, "predict_lengths": predict_lengths or (), "ratio_limits": ratio_limits or ()}
+        asked = ReportSettings.of(given)
+        lengths, limits = asked.predict_lengths or None, asked.ratio_limits or None
+        return Run(report_run(self.path, asked.fail_on, lengths, extrapolate, limits))
 
     def plot(self) -> dict[str, Path]:
         """Draws the figures again, without an engine: the command `plot`.

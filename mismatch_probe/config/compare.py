@@ -252,6 +252,9 @@ class AnalysisSettings(Settings):
         Option(flag="--predict-length", default="2, 4 and 8 times the observed length", metavar="TOKENS"),
     ] = Field(default=(), description="Response lengths at which ESS and sequence KL are predicted.")
     extrapolate: bool = Field(default=False, description="Predict beyond 8 times the observed length.")
+    ratio_limits: Annotated[
+        Listed[Annotated[float, Field(gt=1, le=1e6)]], Option(flag="--ratio-limit", metavar="FACTOR")
+    ] = Field(default=(), description="Also compute frac_ratio_beyond_FACTOR, the fraction of ratios beyond it.")
 
 
 class GateSettings(Settings):

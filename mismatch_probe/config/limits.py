@@ -26,7 +26,7 @@ class Limit:
     rollout_dtype: str | None
     trainer_dtype: str | None
 
-    _PATTERN = re.compile(r"^\s*(\w+)\s*([<>])\s*([^@\s]+)\s*(?:@\s*(\w+)(?:/(\w+))?)?\s*$")
+    _PATTERN = re.compile(r"^\s*([\w.]+)\s*([<>])\s*([^@\s]+)\s*(?:@\s*(\w+)(?:/(\w+))?)?\s*$")
 
     @classmethod
     def parse(cls, text: str, known_metrics: Sequence[str]) -> Limit:
@@ -42,9 +42,9 @@ class Limit:
         metric, sign, number = match.groups()[:3]
         rollout, trainer = (SHORT_DTYPES.get(name, name) for name in match.groups()[3:])
         if metric not in known_metrics:
-            raise UsageError(
-                f"--fail-on names the unknown metric {metric!r}.", f"Known are: {', '.join(known_metrics)}."
-            )
+            factor = metric.partition("frac_ratio_beyond_")[2]
+            fix = f"Add --ratio-limit {factor}." if factor else f"Known are: {', '.join(known_metrics)}."
+            raise UsageError(f"--fail-on names the unknown metric {metric!r}.", fix)
         for dtype in (rollout, trainer):
             if dtype is not None and dtype not in (*DTYPES, RECORDED):
                 known = ", ".join((*DTYPES, RECORDED))

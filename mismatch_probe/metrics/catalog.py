@@ -6,6 +6,9 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterable
+from dataclasses import replace
 
 from mismatch_probe.metrics.further_catalog import FURTHER_SEQUENCE, FURTHER_TOKEN
 from mismatch_probe.metrics.info import CALIBRATED_PROMPTS, INF, SECOND_MOMENT_PROMPTS, MetricInfo, Threshold
@@ -29,7 +32,8 @@ SYMBOLS = (
 
 def calibrated_prompts(key: str) -> int:
     """Below this many prompts the interval of metric `key` is marked uncalibrated."""
-    return CATALOG[key].calibrated_prompts if key in CATALOG else _BESIDE.get(key, CALIBRATED_PROMPTS)
+    info = metric_info(key)
+    return _BESIDE.get(key, CALIBRATED_PROMPTS) if info is None else info.calibrated_prompts
 
 
 _TOKEN = (
@@ -553,3 +557,45 @@ _EXACT = (
 CATALOG: dict[str, MetricInfo] = {
     info.key: info for info in (*_TOKEN, *FURTHER_TOKEN, *_SEQUENCE, *FURTHER_SEQUENCE, *_EXACT)
 }
+_RATIO_2 = "frac_ratio_beyond_2"
+_BEYOND = re.compile(r"frac_ratio_beyond_(\d+(?:\.\d+)?)")
+
+
+def ratio_key(limit: float) -> str:
+    """Key of F(τ), the fraction of ratios beyond a factor τ, which it names: `frac_ratio_beyond_1.25`."""
+    return f"frac_ratio_beyond_{limit!r}".removesuffix(".0")
+
+
+def metric_info(key: str) -> MetricInfo | None:
+    """What the catalogue says of a metric, F(τ) of any τ above 1 included; None where it does not have it."""
+    limit = _ratio_limit(key)
+    if key in CATALOG or limit is None:
+        return CATALOG.get(key)
+    said = key.removeprefix("frac_ratio_beyond_")
+    return replace(
+        CATALOG[_RATIO_2],
+        key=key,
+        title=f"Fraction of ratios beyond a factor of {said}",
+        formula=f"mean 1[max(ρ, 1/ρ) > {said}]",
+        sign=f"F(τ) at τ = {said}.",
+    )
+
+
+def in_order(keys: Iterable[str]) -> list[str]:
+    """`keys` without repeats in the catalogue's order, F(τ) by τ behind the fixed one, unknown ones last."""
+    place = {key: index for index, key in enumerate(CATALOG)}
+
+    def rank(key: str) -> tuple[int, float]:
+        limit = _ratio_limit(key)
+        if key in place or limit is None:
+            return place.get(key, len(place)), 0.0
+        return place[_RATIO_2], limit
+
+    return sorted(dict.fromkeys(keys), key=rank)
+
+
+def _ratio_limit(key: str) -> float | None:
+    """The τ of a key of F(τ); None of another key, or where τ is written otherwise than `ratio_key` does."""
+    found = _BEYOND.fullmatch(key)
+    limit = float(found[1]) if found else 0.0
+    return limit if limit > 1 and ratio_key(limit) == key else None

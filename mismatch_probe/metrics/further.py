@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 
 from mismatch_probe.metrics import scales
+from mismatch_probe.metrics.catalog import ratio_key
 from mismatch_probe.metrics.chunks import Side
 from mismatch_probe.metrics.fits import SLOPE_TOKENS
 from mismatch_probe.metrics.intervals import (
@@ -29,8 +30,6 @@ from mismatch_probe.metrics.intervals import (
 from mismatch_probe.metrics.sample import SPREAD_PROMPTS, Sequences, Tokens, of_probabilities
 from mismatch_probe.types import MetricValue
 
-# τ of `frac_ratio_beyond_2`.
-RATIO_THRESHOLD = 2.0
 _NO_VALUE: dict[Side, str] = {
     "rollout": "the rollout's entropy is not known; --exact-kl keeps rows of logits, which have it",
     "trainer": "the trainer pass has no entropies",
@@ -41,7 +40,7 @@ Result = Estimate | MetricValue
 def further_token_metrics() -> dict[str, Callable[[Tokens], Result]]:
     """The function behind each token metric of `FURTHER_TOKEN`; every one takes at least one token."""
     return {
-        "frac_ratio_beyond_2": _frac_ratio_beyond_2,
+        "frac_ratio_beyond_2": lambda tokens: frac_ratio_beyond(tokens, 2.0),
         "frac_bitwise_equal": lambda tokens: tokens.share(
             "frac_bitwise_equal", tokens.per_prompt(tokens.pair.log_ratio == 0)
         ),
@@ -62,9 +61,10 @@ def further_token_metrics() -> dict[str, Callable[[Tokens], Result]]:
     }
 
 
-def _frac_ratio_beyond_2(tokens: Tokens) -> MetricValue:
-    d, limit = tokens.pair.log_ratio, math.log(RATIO_THRESHOLD)
-    return tokens.share("frac_ratio_beyond_2", tokens.per_prompt((d > limit) | (d < -limit)))
+def frac_ratio_beyond(tokens: Tokens, limit: float) -> MetricValue:
+    """F(τ): the fraction of tokens with ρ above `limit` or below its inverse. Source: R3 (arXiv 2510.11370)."""
+    d, log_limit = tokens.pair.log_ratio, math.log(limit)
+    return tokens.share(ratio_key(limit), tokens.per_prompt((d > log_limit) | (d < -log_limit)))
 
 
 def _kl_entropy_ratio(tokens: Tokens) -> Result:

@@ -30,7 +30,7 @@ FURTHER_TOKEN = (
         "token",
         bounds=(0.0, 1.0),
         calibrated_prompts=SECOND_MOMENT_PROMPTS,
-        sign="F(τ) at τ = 2.",
+        sign="F(τ) at τ = 2. `--ratio-limit 1.25` adds `frac_ratio_beyond_1.25`, and so any τ above 1.",
         source="F(τ) of R3 (arXiv 2510.11370); also AReaL",
     ),
     MetricInfo(

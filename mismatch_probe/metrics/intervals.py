@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from scipy import special
 
 from mismatch_probe.metrics import scales
-from mismatch_probe.metrics.catalog import CATALOG, calibrated_prompts
+from mismatch_probe.metrics.catalog import calibrated_prompts, metric_info
 from mismatch_probe.metrics.inference import UPPER_TAIL as UPPER_TAIL
 from mismatch_probe.metrics.inference import Floats as Floats
 from mismatch_probe.metrics.inference import (
@@ -224,9 +224,10 @@ def _alike(estimate: Estimate, centre: float) -> bool:
 
 def _bounded(key: str, value: MetricValue) -> MetricValue:
     """Without limits that metric `key` cannot have: its scale does not fit these prompts, or log-probs are above 0."""
-    if key not in CATALOG or value.value is None or value.ci_low is None or value.ci_high is None:
+    info = metric_info(key)
+    if info is None or value.value is None or value.ci_low is None or value.ci_high is None:
         return value
-    low, high = CATALOG[key].bounds
+    low, high = info.bounds
     ends = max(low, value.ci_low), min(high, value.ci_high)
     if max(abs(ends[0] - value.ci_low), abs(ends[1] - value.ci_high)) > _ROUNDED:
         return MetricValue(
@@ -298,7 +299,8 @@ def with_interval(
         effective: How many equal prompts they amount to. Below half of the calibrated number it is marked, too: where
             one prompt has 90 % of 64 prompts' tokens, the interval of mean |d| covers 79 %.
     """
-    if key in CATALOG and CATALOG[key].positive and interval[1] > OPEN_FACTOR * interval[0] > 0:
+    info = metric_info(key)
+    if info is not None and info.positive and interval[1] > OPEN_FACTOR * interval[0] > 0:
         return MetricValue(value, why=join_why(why, _OPEN))
     needed = calibrated_prompts(key)
     note = ""

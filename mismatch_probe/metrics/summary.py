@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
 
 from mismatch_probe.metrics import scales
 from mismatch_probe.metrics.accumulate import PairSums, as_sums
-from mismatch_probe.metrics.catalog import CATALOG
+from mismatch_probe.metrics.catalog import CATALOG, in_order, metric_info, ratio_key
 from mismatch_probe.metrics.exact import ExactRows, exact_metrics
-from mismatch_probe.metrics.further import further_sequence_metrics, further_token_metrics
+from mismatch_probe.metrics.further import frac_ratio_beyond, further_sequence_metrics, further_token_metrics
 from mismatch_probe.metrics.intervals import (
     Estimate,
     Floats,
@@ -241,6 +242,7 @@ def compute_metrics(
     exact: ExactRows | None = None,
     *,
     keys: Collection[str] = tuple(CATALOG),
+    ratio_limits: Collection[float] = (),
     seed: int = 0,
     replicates: int = 1000,
 ) -> dict[str, MetricValue]:
@@ -253,17 +255,20 @@ def compute_metrics(
         pair: The paired log-probs, or their sums where they came in chunks or another clip range is wanted.
         exact: The positions at which full rows of logits were compared; without them exact metrics have no value.
         keys: Which ones; all by default.
+        ratio_limits: Factors τ above 1 of which `ratio_key(τ)` is computed, too.
         seed: Seed of the bootstrap; the same pair and seed give the same intervals.
         replicates: Bootstrap replicates.
     """
     sums = as_sums(pair)
     n_tokens, n_sequences = sums.n_tokens, len(sums.sequences.length)
+    beyond = {ratio_key(limit): partial(frac_ratio_beyond, limit=limit) for limit in ratio_limits}
+    wanted = in_order([*(key for key in CATALOG if key in keys), *beyond])
     if n_tokens == 0:
-        return dict.fromkeys((key for key in CATALOG if key in keys), MetricValue(None, why=NO_TOKENS))
+        return dict.fromkeys(wanted, MetricValue(None, why=NO_TOKENS))
     tokens, sequences = usable_tokens(sums), usable_sequences(sums, exact)
     no_token = f"none of the {n_tokens} tokens has usable log-probs"
     no_sequence = f"none of the {n_sequences} sequences has usable log-probs throughout"
-    of_tokens = {key: metric for key, metric in token_metrics().items() if key in keys}
+    of_tokens = {key: metric for key, metric in token_metrics().items() if key in keys} | beyond
     of_sequences = {key: metric for key, metric in sequence_metrics().items() if key in keys}
     results = {
         **_build(of_tokens, tokens, len(tokens), sums, no_token),
@@ -277,7 +282,7 @@ def compute_metrics(
     if count_excluded(sums):
         notes["token"] = f"computed over the {len(tokens)} of {n_tokens} tokens with usable log-probs"
         notes["sequence"] = f"computed over the {len(sequences)} of {n_sequences} sequences with usable log-probs"
-    return {key: _annotate(values[key], notes[info.level]) for key, info in CATALOG.items() if key in keys}
+    return {key: _annotate(values[key], notes[info.level]) for key in wanted if (info := metric_info(key))}
 
 
 def _build(
@@ -295,7 +300,8 @@ def _build(
 
 def off_policy_why(pair: PairTokens, key: str) -> str:
     """Why metric `key` does not apply to `pair`; empty where it does."""
-    if pair.on_policy or not CATALOG[key].needs_on_policy:
+    info = metric_info(key)
+    if pair.on_policy or info is None or not info.needs_on_policy:
         return ""
     return pair.off_policy_why or OFF_POLICY
 

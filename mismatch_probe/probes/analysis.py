@@ -17,7 +17,7 @@ from mismatch_probe.config import Limit
 from mismatch_probe.errors import TableError, UsageError
 from mismatch_probe.metrics import curves
 from mismatch_probe.metrics.accumulate import PairSums
-from mismatch_probe.metrics.catalog import CATALOG
+from mismatch_probe.metrics.catalog import metric_info
 from mismatch_probe.metrics.curves import where
 from mismatch_probe.metrics.frame import PassSequences, pass_sequences, self_noise_of
 from mismatch_probe.metrics.length import LengthFit, fit_length
@@ -166,25 +166,27 @@ def worst_tokens(run: RunDirectory, name: str, result: PairResult) -> list[Worst
     return tokens
 
 
-def analyse(run: RunDirectory) -> Analysis:
+def analyse(run: RunDirectory, ratio_limits: Sequence[float] | None = None) -> Analysis:
     """Reads a run's tables, each pair of passes once.
 
     Args:
         run: A run directory; passes that are missing leave their pairs missing, with the reason.
+        ratio_limits: Factors of F(τ) beside the fixed one; those of the run's configuration for None.
 
     Raises:
         TableError: A table is missing or corrupt.
     """
     passes, results, missing, seed = run.passes, [], [], run.manifest.config.seed
     recorded = recorded_groups(run)
+    limits = run.manifest.config.ratio_limits if ratio_limits is None else ratio_limits
     for both in [PassPair(rollout, trainer) for rollout in passes.rollouts for trainer in passes.trainers]:
         why = why_missing(run, both)
         if why:
             missing.append(MissingPair(**dict(both.name), why=why))
         else:
-            results.append(analyse_pair(run, passes, both, seed, recorded))
+            results.append(analyse_pair(run, passes, both, seed, recorded, limits))
     others = [both for pair in passes.beside if not why_missing(run, both := PassPair(*pair))]
-    beside = [analyse_pair(run, passes, both, seed, recorded).pair for both in others]
+    beside = [analyse_pair(run, passes, both, seed, recorded, limits).pair for both in others]
     noise = {name: found for name in run.finished_passes() if (found := _self_noise_pass(run, name)) is not None}
     together = adjusted_together([result.pair.ratio_tests for result in results]) if results else []
     completed = [_completed(result, tests, noise) for result, tests in zip(results, together, strict=True)]
@@ -360,7 +362,7 @@ def _limited(metric: str, pair: Pair | MissingPair) -> tuple[float | None, str, 
     if isinstance(pair, MissingPair):
         return None, pair.why, False
     found = pair.metrics[metric]
-    if CATALOG[metric].level == "exact" and pair.n_nonfinite_exact:
+    if (info := metric_info(metric)) and info.level == "exact" and pair.n_nonfinite_exact:
         why = f"the exact KL is not finite at {pair.n_nonfinite_exact} compared positions, so it is never ok"
         return found.value, why, False
     if pair.n_excluded:

@@ -17,7 +17,7 @@ from mismatch_probe.config import CompareConfig, Limit, check_lengths
 from mismatch_probe.engines import devices
 from mismatch_probe.errors import TableError, UsageError
 from mismatch_probe.files import write_text
-from mismatch_probe.metrics.catalog import CATALOG
+from mismatch_probe.metrics.catalog import CATALOG, in_order, ratio_key
 from mismatch_probe.passes import PassId
 from mismatch_probe.probes.analysis import Analysis, analyse, token_view
 from mismatch_probe.probes.compare import PassRunner
@@ -69,17 +69,18 @@ class RunResult:
         return self.data.manifest.status == "complete"
 
 
-def parse_limits(texts: Sequence[str], passes: Passes | None) -> list[Limit]:
+def parse_limits(texts: Sequence[str], passes: Passes | None, ratio_limits: Sequence[float]) -> list[Limit]:
     """Reads `--fail-on`.
 
     Args:
         texts: The limits.
         passes: What is compared; None where that is not known yet.
+        ratio_limits: Factors of F(τ) that are computed beside the fixed one.
 
     Raises:
         UsageError: A limit is malformed, or applies to no pair of this comparison.
     """
-    limits = [Limit.parse(text, list(CATALOG)) for text in texts]
+    limits = [Limit.parse(text, in_order([*CATALOG, *map(ratio_key, ratio_limits)])) for text in texts]
     if passes is None:
         return limits
     pairs = [(rollout.dtype, trainer.dtype) for rollout in passes.rollouts for trainer in passes.trainers]
@@ -125,10 +126,11 @@ def new_run(
     """Samples, scores and compares; see `mismatch_probe.compare`."""
     if config.source and kind_of(Path(config.source)) not in (None, DUMP):
         return _finished_run(config, out, fail_on)
-    parse_limits(fail_on, None if config.source else passes_of(config))  # before anything is fetched
+    passes = None if config.source else passes_of(config)
+    parse_limits(fail_on, passes, config.ratio_limits)  # before anything is fetched
     progress = progress or Progress()
     plan = make_plan(config, progress, out)
-    limits = parse_limits(fail_on, plan.passes)
+    limits = parse_limits(fail_on, plan.passes, config.ratio_limits)
     with begun(plan, out, progress) as session:
         return _compare(session, limits, plan)
 
@@ -137,17 +139,22 @@ def resume_run(path: Path, fail_on: Sequence[str], progress: Progress | None, ch
     """Runs what is missing of a comparison; see `Run.resume`."""
     with Session.resume(RunDirectory, path, progress) as session:
         _change(session.run, changes)
-        return _compare(session, parse_limits(fail_on, session.run.passes))
+        return _compare(session, parse_limits(fail_on, session.run.passes, session.run.manifest.config.ratio_limits))
 
 
 def report_run(
-    path: Path, fail_on: Sequence[str], predict_lengths: Sequence[int] | None, extrapolate: bool | None
+    path: Path,
+    fail_on: Sequence[str],
+    predict_lengths: Sequence[int] | None,
+    extrapolate: bool | None,
+    ratio_limits: Sequence[float] | None,
 ) -> RunResult:
     """Computes summary, figures and reports again; see `Run.report`."""
     check_lengths(predict_lengths or ())
     run = RunDirectory.open(path)
-    limits = parse_limits(fail_on, run.passes)
-    return write_run(analyse(run), limits, predict_lengths=predict_lengths, extrapolate=extrapolate)
+    ratio_limits = run.manifest.config.ratio_limits if ratio_limits is None else ratio_limits
+    limits = parse_limits(fail_on, run.passes, ratio_limits)
+    return write_run(analyse(run, ratio_limits), limits, predict_lengths=predict_lengths, extrapolate=extrapolate)
 
 
 def plot_run(path: Path) -> dict[str, Path]:
@@ -163,14 +170,19 @@ def _finished_run(config: CompareConfig, out: str | Path | None, fail_on: Sequen
     Raises:
         UsageError: Something else is asked for, too.
     """
-    only = CompareConfig(source=config.source, predict_lengths=config.predict_lengths, extrapolate=config.extrapolate)
+    only = CompareConfig(
+        source=config.source,
+        predict_lengths=config.predict_lengths,
+        extrapolate=config.extrapolate,
+        ratio_limits=config.ratio_limits,
+    )
     if config != only or out is not None:
         raise UsageError(
             "Options of a new run cannot be combined with --from RUN: its passes are there.",
             "Leave them out, or give --from a file of recorded sequences.",
         )
     lengths, extrapolate = config.predict_lengths or None, config.extrapolate or None
-    return report_run(Path(str(config.source)), fail_on, lengths, extrapolate)
+    return report_run(Path(str(config.source)), fail_on, lengths, extrapolate, config.ratio_limits or None)
 
 
 def _compare(session: Session[RunDirectory], limits: Sequence[Limit], plan: Plan | None = None) -> RunResult:
@@ -199,6 +211,7 @@ _CHANGEABLE = {
     "memory_budget_gib": "",
     "predict_lengths": "",
     "extrapolate": "",
+    "ratio_limits": "",
     "trainer_layout": "trainer",
     "trainer_attn": "trainer",
     "rollout_batch": "rollout",

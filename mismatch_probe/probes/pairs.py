@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,7 +73,12 @@ class PairResult:
 
 
 def analyse_pair(
-    run: RunDirectory, passes: Passes, both: PassPair, seed: int, recorded: RecordedGroups | None = None
+    run: RunDirectory,
+    passes: Passes,
+    both: PassPair,
+    seed: int,
+    recorded: RecordedGroups | None = None,
+    ratio_limits: Sequence[float] = (),
 ) -> PairResult:
     """Reads the two passes, and the reference where it has scored these tokens, once.
 
@@ -82,6 +88,7 @@ def analyse_pair(
         both: The two passes.
         seed: Of the intervals.
         recorded: By what the tokens can be sorted; None where no dump says.
+        ratio_limits: Factors of F(τ) beside the fixed one.
 
     Raises:
         TableError: A table is missing or corrupt, or the passes do not hold the same tokens.
@@ -120,7 +127,7 @@ def analyse_pair(
     assert sums is not None
     exact = exact_rows(run, rollout_pass, trainer_pass, sums)
     compared = exact is not None and bool(exact.finite(*ESTIMATOR_COLUMNS).any())
-    pair = pair_of(both, sums, compute_metrics(sums, exact, seed=seed)).model_copy(
+    pair = pair_of(both, sums, compute_metrics(sums, exact, ratio_limits=ratio_limits, seed=seed)).model_copy(
         update={
             "n_nonfinite_exact": 0 if exact is None else int(np.count_nonzero(~exact.finite("kl"))),
             "budget": None if budget is None else budget.metrics(seed=seed),

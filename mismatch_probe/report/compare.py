@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import TYPE_CHECKING
 
+from mismatch_probe.metrics.catalog import in_order
 from mismatch_probe.report.attribution import attribution_answer
 from mismatch_probe.report.data import (
     DEFAULT_METRIC,
@@ -22,7 +23,6 @@ from mismatch_probe.report.format import (
     NONE,
     WHERE_TITLES,
     bin_order,
-    catalog_order,
     clipped,
     interval,
     metric_formula,
@@ -490,7 +490,7 @@ def _training_steps(summary: Comparison) -> tuple[Section, ...]:
 
 def _metrics(summary: Comparison) -> Table:
     pairs = diagonal_pairs(summary)
-    keys = catalog_order(key for pair in pairs.values() for key in pair.metrics)
+    keys = in_order(key for pair in pairs.values() for key in pair.metrics)
     rows = [
         row(
             Cell(metric_title(key), below=key),

@@ -6,7 +6,7 @@ import math
 import unicodedata
 from typing import TYPE_CHECKING
 
-from mismatch_probe.metrics.catalog import CATALOG
+from mismatch_probe.metrics.catalog import metric_info
 from mismatch_probe.metrics.curves import KINDS
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def clipped(text: str, limit: int, *, keep_end: bool = False) -> str:
 
 def metric_title(key: str) -> str:
     """The metric's title with its unit where it has one, or the key of a metric that is not in the catalogue."""
-    info = CATALOG.get(key)
+    info = metric_info(key)
     if info is None:
         return key
     return f"{info.title} ({info.unit})" if info.unit else info.title
@@ -122,14 +122,8 @@ def metric_title(key: str) -> str:
 
 def metric_formula(key: str) -> str:
     """The metric's formula, empty for a metric that is not in the catalogue."""
-    info = CATALOG.get(key)
+    info = metric_info(key)
     return info.formula if info else ""
-
-
-def catalog_order(keys: Iterable[str]) -> list[str]:
-    """`keys` without repeats in the catalogue's order, unknown ones last."""
-    unique = dict.fromkeys(keys)
-    return [key for key in CATALOG if key in unique] + [key for key in unique if key not in CATALOG]
 
 
 """What a token is sorted by: keys of a comparison's `where`, with the words for an axis or a table."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from mismatch_probe.metrics.catalog import in_order
 from mismatch_probe.report.data import diagonal_pairs
 from mismatch_probe.report.format import NONE, digits_of, metric_title
 from mismatch_probe.report.model import Cell, Section, columns, estimate, numeric, row, section, table
 
 if TYPE_CHECKING:
-    from mismatch_probe.results.comparison import Comparison
+    from mismatch_probe.results.comparison import Comparison, Pair
     from mismatch_probe.types import MetricValue
 
 GROUPS = {
@@ -55,13 +57,19 @@ def _cell(value: MetricValue | None) -> Cell:
     return estimate(value, digits=digits_of(value.value))
 
 
+def _with_ratios(keys: Iterable[str], pairs: Iterable[Pair]) -> list[str]:
+    """`keys`, and behind the F(τ) among them those of other τ that a pair has."""
+    beyond = in_order(key for pair in pairs for key in pair.metrics if key.startswith("frac_ratio_beyond_"))
+    return [one for key in keys for one in (beyond if key == "frac_ratio_beyond_2" else [key])]
+
+
 def further_section(summary: Comparison) -> tuple[Section, ...]:
     """A row per metric that some pair of equal dtypes has; no section without any."""
     pairs = diagonal_pairs(summary)
     rows = [
         row(about, metric_title(key), *(_cell(pair.metrics.get(key)) for pair in pairs.values()))
         for about, keys in GROUPS.items()
-        for key in keys
+        for key in _with_ratios(keys, pairs.values())
         if any((found := pair.metrics.get(key)) is not None and found.value is not None for pair in pairs.values())
     ]
     titles = {metric_title(key) for key in _COMPANIONS}

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scipy import special
 
 from mismatch_probe.metrics.accumulate import as_sums
-from mismatch_probe.metrics.catalog import CATALOG
+from mismatch_probe.metrics.catalog import CATALOG, in_order, metric_info, ratio_key
 from mismatch_probe.metrics.exact import ExactRows
 from mismatch_probe.metrics.further_catalog import FURTHER_SEQUENCE, FURTHER_TOKEN
 from mismatch_probe.metrics.intervals import quantile_interval
@@ -238,6 +238,50 @@ def test_lines_say_why_there_is_none(make_pair: Any) -> None:
 def test_ratios_at_the_threshold_are_not_beyond_it(make_pair: Any) -> None:
     d = [math.log(2), -math.log(2), 0.7, -0.7, 0.69]
     assert values(make_pair(0.0, d))["frac_ratio_beyond_2"] == pytest.approx(2 / 5)
+
+
+LIMITS = st.floats(1, 1e6, exclude_min=True)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(-20, 20), min_size=1, max_size=30), st.lists(LIMITS, max_size=4, unique=True))
+def test_ratios_beyond_any_factor(make_pair: Any, d: list[float], limits: list[float]) -> None:
+    pair = make_pair(0.0, d)
+    found = compute_metrics(pair, ratio_limits=limits, replicates=20)
+    for limit in limits:
+        one = found[ratio_key(limit)]
+        assert one.value == sum(abs(x) > math.log(limit) for x in pair.trainer_logprob.tolist()) / len(d)
+        assert one.ci_low is None or 0 <= one.ci_low <= one.value <= one.ci_high <= 1  # type: ignore[operator]
+    assert list(found) == in_order([*map(ratio_key, reversed(limits)), *CATALOG])
+    assert {key: one for key, one in found.items() if key in CATALOG} == compute(pair)
+    ordered = [found[ratio_key(limit)].value for limit in sorted(limits)]
+    assert ordered == sorted(ordered, reverse=True)  # type: ignore[type-var]
+
+
+def test_ratios_of_a_normal_law_beyond_a_factor(make_pair: Any) -> None:
+    """d = N(0, σ²) gives F(τ) = 2Φ(−log τ/σ); the quantiles of the law stand for a sample without noise."""
+    n, sigma = 20_000, 0.3
+    pair = make_pair(0.0, sigma * special.ndtri((np.arange(n) + 0.5) / n))
+    found = compute_metrics(pair, ratio_limits=(1.25, 1.5, 2.0), replicates=20)
+    for limit in (1.25, 1.5, 2.0):
+        want = 2 * special.ndtr(-math.log(limit) / sigma)
+        assert found[ratio_key(limit)].value == pytest.approx(want, abs=2 / n)
+
+
+@given(LIMITS)
+def test_a_key_of_the_family_says_its_factor(limit: float) -> None:
+    info = metric_info(ratio_key(limit))
+    fixed = CATALOG["frac_ratio_beyond_2"]
+    assert info is not None
+    assert replace(info, title="", formula="", sign="", key="") == replace(fixed, title="", formula="", sign="", key="")
+    said = info.key.removeprefix("frac_ratio_beyond_")
+    assert float(said) == limit
+    assert all(said in text for text in (info.title, info.formula, info.sign))
+
+
+@pytest.mark.parametrize("said", ["1", "0.5", "1.250", "1e3", "x", "", "-2", "2.0", "1.25 "])
+def test_keys_that_name_no_factor(said: str) -> None:
+    assert metric_info(f"frac_ratio_beyond_{said}") is None
 
 
 def test_bitwise_equality_is_of_every_bit(make_pair: Any) -> None:

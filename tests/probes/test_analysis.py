@@ -156,6 +156,24 @@ class TestReportAndPlot:
         with pytest.raises(UsageError, match="unknown metric"):
             mismatch_probe.Run.open(run_copy).report(fail_on=["kl_k9>1"])
 
+    @pytest.mark.usefixtures("no_figures")
+    def test_other_factors_of_the_ratio(self, finished: Run, run_copy: Path) -> None:
+        limit, key = "frac_ratio_beyond_1.0001>0.01@bfloat16", "frac_ratio_beyond_1.0001"
+        with pytest.raises(UsageError, match="unknown metric") as caught:
+            mismatch_probe.Run.open(run_copy).report(fail_on=[limit])
+        assert caught.value.fix == "Add --ratio-limit 1.0001."
+        found = mismatch_probe.Run.open(run_copy).report(fail_on=[limit], ratio_limits=[1.0001])
+        assert found.exceeded
+        for pair, before in zip(found.summary.pairs, finished.summary.pairs, strict=True):
+            value = pair.metrics[key].value
+            assert value is not None
+            assert before.metrics["frac_ratio_beyond_2"].value <= value <= 1
+            assert {name: one for name, one in pair.metrics.items() if name != key} == before.metrics
+            assert list(pair.metrics).index(key) == list(pair.metrics).index("frac_ratio_beyond_2") + 1
+        with (run_copy / "summary.csv").open() as file:
+            assert sum(row["metric"] == key for row in csv.DictReader(file)) == len(found.summary.pairs)
+        assert "Fraction of ratios beyond a factor of 1.0001" in (run_copy / "report.md").read_text()
+
     def test_plot_draws_what_the_run_drew(self, finished: Run, run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         shutil.rmtree(run_copy / "figures")
         monkeypatch.chdir(run_copy.parent)
