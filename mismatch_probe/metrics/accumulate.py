@@ -1,7 +1,8 @@
 """One pass over the tokens of a pair: chunks go in, per-prompt sums come out, and everything is computed from those.
 
 Chunks are `PairArrays` that hold whole sequences; a pair in memory is one chunk. What is kept grows with prompts and
-sequences, but for one float64 per token: d, whose quantiles and tails need every value.
+sequences, but for one float64 per token: d, whose quantiles and tails need every value. It is a `Column`, which can lie
+on the disk.
 
 Shape legend: `N` tokens, `n` usable ones, `S` sequences that have tokens, `P` prompts, `K` bins.
 """
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from mismatch_probe.errors import UsageError
 from mismatch_probe.metrics import scales
 from mismatch_probe.metrics.chunks import Exclusions, Ints, SequenceRows, TokenChunk, sequence_rows, usable_rows
+from mismatch_probe.metrics.column import Column, Scratch
 from mismatch_probe.metrics.fits import FitSums, sequence_slopes
 from mismatch_probe.metrics.intervals import Floats
 from mismatch_probe.metrics.sums import POSITION_EDGES, PROBABILITY_EDGES, BinnedSums, CentredSums, Range, ShiftedSums
@@ -205,6 +207,7 @@ class PairSums:
         clip: Bounds of `frac_outside_clip` on the importance ratio.
         bins: Edges `[K+1]` for further columns of the pair, by name: `binned` then has their sums.
         places: Whether `binned` and `density` are kept; metrics do without.
+        scratch: Where the d of every token lies; None for memory.
 
     Raises:
         UsageError: `clip` is not a pair 0 < low < high.
@@ -215,7 +218,7 @@ class PairSums:
         n_prompts: P, prompts without tokens included, so that prompts of two pairs can be matched.
         n_tokens: N.
         excluded: What is left out.
-        log_ratio: `[n]` d of the usable tokens, nats.
+        log_ratio: d of the usable tokens, nats, in parts of whole sequences.
         tokens: Sums over the usable tokens.
         binned: Sums by `"probability"` (of the rollout), by `"position"` and by the columns of `bins`.
         density: `[50, 50]` tokens by rollout and trainer probability in equal bins.
@@ -231,6 +234,7 @@ class PairSums:
         clip: Clip = DEFAULT_CLIP,
         bins: Mapping[str, Floats] | None = None,
         places: bool = True,
+        scratch: Scratch | None = None,
     ) -> None:
         if not 0 < clip[0] < clip[1]:
             raise UsageError(
@@ -251,7 +255,7 @@ class PairSums:
         self.log_mult_error = -math.inf
         self._last_sequence = -1
         self._sequences: list[SequenceTotals] = []
-        self.log_ratio: Floats = np.empty(0)
+        self.log_ratio = Column(scratch)
 
     def update(self, pair: PairArrays) -> None:
         """Takes in the tokens of a chunk.
@@ -269,9 +273,7 @@ class PairSums:
         if rows.n_usable.any():
             tokens = TokenChunk.of(pair, rows, usable, self.n_prompts)
             self.tokens.update(tokens)
-            # Grown in place: pieces would lie in memory beside what is made of them.
-            self.log_ratio.resize(self.n_usable + len(tokens), refcheck=False)
-            self.log_ratio[-len(tokens) :] = tokens.log_ratio
+            self.log_ratio.append(tokens.log_ratio)
             if self.binned:
                 self._update_places(tokens)
             self._update_mult_error(tokens, rows)
@@ -309,11 +311,6 @@ class PairSums:
     def n_usable(self) -> int:
         """Usable tokens."""
         return len(self.log_ratio)
-
-    @property
-    def abs_log_ratio(self) -> Floats:
-        """`[n]` |d| of the usable tokens, nats: a new array."""
-        return np.abs(self.log_ratio)
 
     @property
     def mean_abs_all_finite(self) -> float | None:

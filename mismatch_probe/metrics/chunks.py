@@ -33,6 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mismatch_probe.metrics import scales
+from mismatch_probe.metrics.column import run_sums
 from mismatch_probe.metrics.constants import constant_runs
 from mismatch_probe.metrics.intervals import Floats
 from mismatch_probe.types import PairArrays
@@ -252,13 +253,6 @@ def _constant_rows(side: Side, values: NDArray[np.float64]) -> list[ExcludedValu
 def group_sums(group: Ints, values: NDArray[Any], n_groups: int) -> Floats:
     """`[n_groups]` float64 sums of `values` `[n]` by `group` `[n]`."""
     return np.bincount(group, weights=values, minlength=n_groups).astype(np.float64, copy=False)
-
-
-def run_sums(values: NDArray[Any], start: Ints) -> Floats:
-    """`[s]` float64 sums of the runs of `values` `[n]` that begin at `start` `[s]`, increasing from 0."""
-    if values.dtype == np.bool_:  # ten times as fast as sums of converted values, and as exact
-        return np.add.reduceat(values.view(np.uint8), start, dtype=np.int64).astype(np.float64)
-    return np.add.reduceat(values, start, dtype=np.float64)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from mismatch_probe.metrics import scales
 from mismatch_probe.metrics.accumulate import DENSITY_BINS, PairSums, as_sums
 from mismatch_probe.metrics.chunks import Ints
 from mismatch_probe.metrics.intervals import Estimate, Floats, Interval, evaluate
-from mismatch_probe.metrics.sample import PairTokens, usable_sequences
+from mismatch_probe.metrics.sample import PairTokens, usable_sequences, usable_tokens
 from mismatch_probe.metrics.summary import intercept, off_policy_why, slope_per_1k
 from mismatch_probe.metrics.sums import UNIT_POSITIONS, BinnedSums
 from mismatch_probe.types import MetricValue
@@ -151,14 +151,14 @@ def length_curve(pair: PairTokens) -> LengthCurve:
 
 def abs_diff_ccdf(pair: PairTokens) -> Ccdf:
     """Tail of |d| at up to 400 of its quantiles, spaced evenly in the logarithm of the share."""
-    values = np.sort(as_sums(pair).abs_log_ratio)
-    positive = values[np.searchsorted(values, 0.0, side="right") :]
-    if len(positive) == 0:
+    sums = as_sums(pair)
+    n, n_positive = sums.n_usable, int(usable_tokens(sums).per_prompt(lambda d: d != 0).sum())
+    if n_positive == 0:
         return Ccdf(np.empty(0), np.empty(0))
-    ranks = np.unique(np.geomspace(1, len(positive), _CCDF_POINTS).round().astype(np.int64))
-    points = np.unique(positive[len(positive) - ranks])
-    at_least = len(positive) - np.searchsorted(positive, points, side="left")
-    return Ccdf(points, at_least / len(values))
+    ranks = np.unique(np.geomspace(1, n_positive, _CCDF_POINTS).round().astype(np.int64))
+    values, smaller = sums.log_ratio.ranked(n - ranks, np.abs)
+    points, first = np.unique(values, return_index=True)
+    return Ccdf(points, (n - smaller[first]) / n)
 
 
 def abs_diff_by_probability(pair: PairTokens) -> BinnedDiff:

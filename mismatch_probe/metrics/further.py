@@ -41,9 +41,7 @@ def further_token_metrics() -> dict[str, Callable[[Tokens], Result]]:
     """The function behind each token metric of `FURTHER_TOKEN`; every one takes at least one token."""
     return {
         "frac_ratio_beyond_2": lambda tokens: frac_ratio_beyond(tokens, 2.0),
-        "frac_bitwise_equal": lambda tokens: tokens.share(
-            "frac_bitwise_equal", tokens.per_prompt(tokens.pair.log_ratio == 0)
-        ),
+        "frac_bitwise_equal": lambda tokens: tokens.share("frac_bitwise_equal", tokens.per_prompt(lambda d: d == 0)),
         "kl_entropy_ratio": _kl_entropy_ratio,
         "binary_tv": of_probabilities(lambda tokens: tokens.mean(tokens.sums.abs_prob_diff)),
         "binary_kl": of_probabilities(_binary_kl),
@@ -53,7 +51,7 @@ def further_token_metrics() -> dict[str, Callable[[Tokens], Result]]:
         "temperature_rollout_side": lambda tokens: _temperature(tokens, "rollout"),
         "temperature_trainer_side": lambda tokens: _temperature(tokens, "trainer"),
         "median_log_ratio": _median_log_ratio,
-        "mean_inverse_ratio": lambda tokens: tokens.mean_exp(-tokens.pair.log_ratio),
+        "mean_inverse_ratio": lambda tokens: tokens.mean_exp(np.negative),
         "winsorised_ratio": lambda tokens: _winsorised(tokens, 1),
         "winsorised_ratio_hidden": lambda tokens: _hidden(tokens, 1),
         "winsorised_inverse_ratio": lambda tokens: _winsorised(tokens, -1),
@@ -63,8 +61,8 @@ def further_token_metrics() -> dict[str, Callable[[Tokens], Result]]:
 
 def frac_ratio_beyond(tokens: Tokens, limit: float) -> MetricValue:
     """F(τ): the fraction of tokens with ρ above `limit` or below its inverse. Source: R3 (arXiv 2510.11370)."""
-    d, log_limit = tokens.pair.log_ratio, math.log(limit)
-    return tokens.share(ratio_key(limit), tokens.per_prompt((d > log_limit) | (d < -log_limit)))
+    log_limit = math.log(limit)
+    return tokens.share(ratio_key(limit), tokens.per_prompt(lambda d: (d > log_limit) | (d < -log_limit)))
 
 
 def _kl_entropy_ratio(tokens: Tokens) -> Result:
@@ -127,9 +125,8 @@ def _median_log_ratio(tokens: Tokens) -> MetricValue:
     """With the interval of a quantile (Woodruff 1952), where tokens at the median count in part as above it: many of
     them are exactly 0.
     """
-    d = tokens.pair.log_ratio
     _, value, _ = tokens.log_ratio_cuts
-    above, ties = tokens.per_prompt(d > value), tokens.per_prompt(d == value)
+    above, ties = tokens.per_prompt(lambda d: d > value), tokens.per_prompt(lambda d: d == value)
     part = (0.5 * len(tokens) - above.sum()) / ties.sum() if ties.any() else 0.0
     interval = share_interval(above + part * ties, tokens.sums.counts, heavy_tailed=True)
     if interval is None:
@@ -145,13 +142,13 @@ def _cap(tokens: Tokens, sign: Literal[1, -1]) -> float:
 
 
 def _winsorised(tokens: Tokens, sign: Literal[1, -1]) -> Estimate:
-    x = sign * tokens.pair.log_ratio
-    return tokens.mean_exp(np.minimum(x, _cap(tokens, sign), out=x))
+    cap = _cap(tokens, sign)
+    return tokens.mean_exp(lambda d: np.minimum(sign * d, cap))
 
 
 def _hidden(tokens: Tokens, sign: Literal[1, -1]) -> MetricValue:
     cap = _cap(tokens, sign)
-    beyond = tokens.pair.log_ratio[sign * tokens.pair.log_ratio > cap]
+    beyond = tokens.pair.log_ratio.whole(lambda d: d[sign * d > cap])
     with np.errstate(over="ignore"):
         value = float((np.exp(cap) * np.expm1(sign * beyond - cap)).sum() / len(tokens))
     return MetricValue(value) if math.isfinite(value) else MetricValue(None, why="overflows float64")

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from mismatch_probe.metrics.accumulate import PairSums
 from mismatch_probe.metrics.chunks import Ints, usable_rows
+from mismatch_probe.metrics.column import Scratch
 from mismatch_probe.metrics.summary import compute_metrics
 from mismatch_probe.types import MetricValue, PairArrays
 
@@ -76,14 +77,14 @@ class GroupResult:
 
 
 class GroupSums:
-    """Sums of a pair by group; fed chunk by chunk. Without groupings nothing is kept.
+    """Sums of a pair by group; fed chunk by chunk. Without groupings nothing is kept. `scratch` is as of `PairSums`.
 
     At most `MOST_GROUPS` groups of a grouping are kept: evenly spaced ones of the codes of sequences, and of codes of
     tokens, which are only known at the end, those that come first.
     """
 
-    def __init__(self, groupings: Sequence[Grouping]) -> None:
-        self._parts = [_Parts(grouping) for grouping in groupings]
+    def __init__(self, groupings: Sequence[Grouping], scratch: Scratch | None = None) -> None:
+        self._parts = [_Parts(grouping, scratch) for grouping in groupings]
 
     def update(self, chunk: PairArrays) -> None:
         """Takes in a chunk of whole sequences."""
@@ -98,8 +99,8 @@ class GroupSums:
 class _Parts:
     """The groups of one grouping."""
 
-    def __init__(self, grouping: Grouping) -> None:
-        self._grouping = grouping
+    def __init__(self, grouping: Grouping, scratch: Scratch | None) -> None:
+        self._grouping, self._scratch = grouping, scratch
         self._kept: set[int] | None = None
         if grouping.codes is not None:
             known = np.unique(grouping.codes[grouping.codes >= 0])
@@ -116,7 +117,7 @@ class _Parts:
                 continue
             part = self._part(chunk, code, of_token == code)
             if code not in self._sums:
-                self._sums[code] = PairSums(part, places=False)
+                self._sums[code] = PairSums(part, places=False, scratch=self._scratch)
             self._sums[code].update(part)
 
     def _keeps(self, code: int) -> bool:

@@ -26,6 +26,7 @@ from scipy import special
 
 from mismatch_probe.metrics import scales
 from mismatch_probe.metrics.catalog import calibrated_prompts, metric_info
+from mismatch_probe.metrics.column import Column
 from mismatch_probe.metrics.inference import UPPER_TAIL as UPPER_TAIL
 from mismatch_probe.metrics.inference import Floats as Floats
 from mismatch_probe.metrics.inference import (
@@ -373,7 +374,12 @@ def _squared_half_width(hits: Floats, counts: Floats, heavy_tailed: bool) -> flo
 
 
 def quantile_interval(
-    values: Floats, prompt: NDArray[np.int64], length: NDArray[np.int64], level: float, *, absolute: bool = False
+    values: Floats | Column,
+    prompt: NDArray[np.int64],
+    length: NDArray[np.int64],
+    level: float,
+    *,
+    absolute: bool = False,
 ) -> tuple[float, Interval | None]:
     """A quantile and its prompt-clustered interval (Woodruff 1952).
 
@@ -382,47 +388,40 @@ def quantile_interval(
         prompt: `[S]` prompt of each sequence.
         length: `[S]` values of each sequence.
         level: The quantile's level, e.g. 0.99.
-        absolute: Whether it is of |values|, of which no more than one copy is then held.
+        absolute: Whether it is of |values|.
 
     Returns:
         The quantile and its limits, None below 2 prompts. No limit can lie beyond the largest value seen.
     """
+    column = values if isinstance(values, Column) else Column.of(values)
+    of: Callable[[Floats], Floats] = np.abs if absolute else np.asarray
     tail = 1 - level
-
-    def copied() -> Floats:
-        return np.abs(values) if absolute else values.copy()
-
-    def quantiles(*levels: float) -> tuple[float, ...]:
-        return tuple(np.quantile(copied(), levels, overwrite_input=True).tolist())
-
-    value, start = quantiles(level, max(0.0, 1 - _TAILS * tail))
+    value, start = column.quantiles((level, max(0.0, 1 - _TAILS * tail)), of)
     counts = np.bincount(prompt, weights=length).astype(np.float64, copy=False)
 
-    def share(prompts: NDArray[np.int64]) -> Interval | None:
-        hits = np.bincount(prompts, minlength=len(counts)).astype(np.float64)
-        return share_interval(hits, counts, heavy_tailed=True)
+    def hits(holds: Callable[[Floats], NDArray[np.bool_]]) -> Floats:
+        sums = column.run_sums(lambda part: holds(of(part)), length)
+        return np.bincount(prompt, weights=sums).astype(np.float64, copy=False)
+
+    def share(holds: Callable[[Floats], NDArray[np.bool_]]) -> Interval | None:
+        return share_interval(hits(holds), counts, heavy_tailed=True)
 
     def possible(interval: Interval | None) -> bool:
         return interval is None or interval[0] <= tail
 
-    # Both limits lie in the tail, where it is long enough to hold them.
-    beyond = np.flatnonzero((np.abs(values) if absolute else values) >= start)
-    owner = prompt[np.searchsorted(np.cumsum(length), beyond, side="right")]
-    values_beyond = np.abs(values[beyond]) if absolute else values[beyond]
-    interval = share(owner[values_beyond > value])
+    interval = share(lambda x: x > value)
     if interval is None:
         return value, None
-    if np.count_nonzero(values_beyond == value) <= 1:
-        low, high = quantiles(1 - interval[1], 1 - interval[0])
+    if hits(lambda x: x == value).sum() <= 1:
+        low, high = column.quantiles((1 - interval[1], 1 - interval[0]), of)
         return value, (min(value, low), max(value, high))
     # Among ties the share above the value is not 1 − level: the limits are the last values that the share of values
-    # beyond them does not exclude.
-    if possible(share(owner[values_beyond > start])):
-        values_beyond, owner = copied(), np.repeat(prompt, length)
-    points = np.unique(values_beyond)
+    # beyond them does not exclude. Both lie in the tail, where it is long enough to hold them.
+    short = possible(share(lambda x: x > start))
+    points = column.distinct_from(-np.inf if short else start, of)
     at = int(np.searchsorted(points, value))
-    low = _last(points[: at + 1][::-1], lambda point: possible(share(owner[values_beyond > point])))
-    high = _last(points[at:], lambda point: (share(owner[values_beyond >= point]) or (0.0, 1.0))[1] > tail)
+    low = _last(points[: at + 1][::-1], lambda point: possible(share(lambda x: x > point)))
+    high = _last(points[at:], lambda point: (share(lambda x: x >= point) or (0.0, 1.0))[1] > tail)
     return value, (low, high)
 
 

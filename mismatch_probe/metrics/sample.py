@@ -9,14 +9,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mismatch_probe.metrics import scales
 from mismatch_probe.metrics.accumulate import PairSums, as_sums
-from mismatch_probe.metrics.chunks import Ints, group_sums, run_sums
+from mismatch_probe.metrics.chunks import Ints, group_sums
+from mismatch_probe.metrics.column import OfPart
 from mismatch_probe.metrics.exact import ExactRows
 from mismatch_probe.metrics.inference import Floats, Interval, Working, excess_kurtosis
 from mismatch_probe.metrics.intervals import NO_INTERVAL, Estimate, kish, share_interval, with_interval
@@ -55,11 +54,6 @@ class Tokens:
     def __len__(self) -> int:
         return self.pair.n_usable
 
-    @property
-    def prompt(self) -> Ints:
-        """`[n]` prompt of each token, in the order of `PairSums.log_ratio`."""
-        return np.repeat(self.pair.sequences.prompt, self.pair.sequences.n_usable)
-
     @cached_property
     def log_ratio_cuts(self) -> tuple[float, float, float]:
         """Quantiles of d, nats: of `WINSORISED` below, the median, and of `WINSORISED` above."""
@@ -67,22 +61,22 @@ class Tokens:
         return low, middle, high
 
     def log_ratio_quantiles(self, *levels: float) -> list[float]:
-        """Quantiles of d, nats, between neighbours in proportion; from one sort, faster than numpy's partition here."""
-        ordered = np.sort(self.pair.log_ratio)
-        places = [level * (len(ordered) - 1) for level in levels]
-        below = [min(int(place), len(ordered) - 2) if len(ordered) > 1 else 0 for place in places]
+        """Quantiles of d, nats, between neighbours in proportion."""
+        n = len(self)
+        places = [level * (n - 1) for level in levels]
+        below = [min(int(place), n - 2) if n > 1 else 0 for place in places]
+        both = np.array([(first, min(first + 1, n - 1)) for first in below], np.int64)
+        ends = self.pair.log_ratio.ranked(both.ravel())[0].reshape(both.shape)
         return [
-            float(np.interp(place, (first, first + 1), ordered[[first, min(first + 1, len(ordered) - 1)]]))
-            for place, first in zip(places, below, strict=True)
+            float(np.interp(place, (first, first + 1), pair))
+            for place, first, pair in zip(places, below, ends, strict=True)
         ]
 
-    def per_prompt(self, values: NDArray[Any]) -> Floats:
-        """`[P]` sums of `values` `[n]`, in the order of `PairSums.log_ratio`."""
-        of = self.pair.sequences
-        some = of.n_usable > 0
-        length = of.n_usable[some]
-        sums = run_sums(values, np.cumsum(length) - length)
-        return group_sums(of.prompt[some], sums, self.pair.n_prompts)
+    def per_prompt(self, of: OfPart) -> Floats:
+        """`[P]` sums of what `of` makes of d; it is given the tokens in parts."""
+        sequences = self.pair.sequences
+        sums = self.pair.log_ratio.run_sums(of, sequences.n_usable)
+        return group_sums(sequences.prompt, sums, self.pair.n_prompts)
 
     def with_limits(self, key: str, value: float, interval: Interval | None) -> MetricValue:
         """A `MetricValue` of metric `key`, marked where these prompts do not calibrate its interval."""
@@ -114,12 +108,16 @@ class Tokens:
         """The mean of non-negative values with sums `[P]`, with its interval on the log scale."""
         return self.estimate([sums], scales.log_mean, scales.exp)
 
-    def mean_exp(self, x: Floats) -> Estimate:
-        """Mean exp(x), x `[n]` in the order of `PairSums.log_ratio`; its digits are kept near 1 and near 0."""
-        shift = float(x.max()) if scales.deep(x) else scales.shift_of(x)
-        if scales.deep(x):
-            return self.estimate([self.per_prompt(np.exp(x - shift))], scales.log_shifted_mean(shift), scales.exp)
-        return self.estimate([self.per_prompt(scales.shifted_expm1(x, shift))], scales.log_mean_exp(shift), scales.exp)
+    def mean_exp(self, of: OfPart) -> Estimate:
+        """Mean exp(x), x what `of` makes of d; its digits are kept near 1 and near 0."""
+        largest = np.array([self.pair.log_ratio.largest(of)])
+        if scales.deep(largest):
+            shift = float(largest[0])
+            sums = self.per_prompt(lambda d: np.exp(of(d) - shift))
+            return self.estimate([sums], scales.log_shifted_mean(shift), scales.exp)
+        shift = scales.shift_of(largest)
+        sums = self.per_prompt(lambda d: scales.shifted_expm1(of(d), shift))
+        return self.estimate([sums], scales.log_mean_exp(shift), scales.exp)
 
     def mean_power(
         self, power: float, excess: ShiftedSums, metric: Callable[[float], float], *, column: int = 0
@@ -150,8 +148,10 @@ class Tokens:
         """The ratios themselves where all are far below 1, so that the sums of ρ − 1 have lost them."""
         if self.sums.log_ratio.sum() != -self.sums.abs_log_ratio.sum():
             return None
-        log_ratio = self.pair.log_ratio
-        return _DeepRatios(self.prompt, self.pair.n_prompts, log_ratio) if scales.deep(log_ratio) else None
+        if not scales.deep(np.array([-self.sums.ranges["abs_log_ratio"].low])):
+            return None
+        prompt = np.repeat(self.pair.sequences.prompt, self.pair.sequences.n_usable)
+        return _DeepRatios(prompt, self.pair.n_prompts, self.pair.log_ratio.whole())
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mismatch_probe.metrics.accumulate import PairSums
+from mismatch_probe.metrics.column import Scratch
 from mismatch_probe.metrics.curves import COLUMN_EDGES
 from mismatch_probe.metrics.exact import ESTIMATOR_COLUMNS, ExactRows, estimator_costs, exact_metrics
 from mismatch_probe.metrics.frame import exact_rows, pair_chunks, pass_sequences
@@ -107,15 +108,17 @@ def analyse_pair(
         rollout_entropy=True,
         beside=None if recorded is None else recorded.columns(),
     )
+    scratch = Scratch(run.path)
     sums: PairSums | None = None
     budget: BudgetSums | None = None
     step = pass_sequences(run, rollout_pass).step
     by_step = [] if step is None else [Grouping(STEP, step)]
-    groups = GroupSums(by_step if recorded is None else recorded.groupings)
+    groups = GroupSums(by_step if recorded is None else recorded.groupings, scratch)
     prefixes: PrefixSums | None = None
     for chunk in chunks:
         if sums is None:
-            sums = PairSums(chunk, bins={name: edges for name, edges in COLUMN_EDGES.items() if name in chunk.columns})
+            bins = {name: edges for name, edges in COLUMN_EDGES.items() if name in chunk.columns}
+            sums = PairSums(chunk, bins=bins, scratch=scratch)
             budget = BudgetSums(sums.n_prompts) if reference is not None else None
             prefixes = PrefixSums() if both.diagonal and chunk.on_policy else None
         sums.update(chunk)
