@@ -349,9 +349,10 @@ class TokenChunk:
         return group_sums(self.prompt, lengths, self.n_prompts)
 
     @cached_property
-    def token_prompt(self) -> Ints:
-        """`[n]` prompt of each token."""
-        return np.repeat(self.prompt, np.diff(self.start, append=len(self)))
+    def own_prompts(self) -> tuple[Ints, Ints]:
+        """The prompts of these tokens, few of many, increasing, and `[n]` which of them each token has."""
+        prompts, of_sequence = np.unique(self.prompt, return_inverse=True)
+        return prompts, np.repeat(of_sequence, np.diff(self.start, append=len(self)))
 
     @cached_property
     def log_ratio(self) -> Floats:

@@ -183,14 +183,15 @@ class BinnedSums:
         bins = np.clip(np.searchsorted(self.edges, values, side="right") - 1, 0, len(self.edges) - 2)
         self._grow(int(bins.max()) + 1)
         width = self._sums.shape[2]
-        cell = tokens.token_prompt[keep] * width + bins
+        prompts, of_token = tokens.own_prompts
+        cell = of_token[keep] * width + bins
         common = max(self.shift, scales.shift_of(tokens.log_ratio[keep]))
         self._sums[3] *= np.exp(self.shift - common)
         self.shift = common
         excess = tokens.ratio_excess(common)[keep]
         columns = (None, tokens.abs_log_ratio[keep], tokens.squared_log_ratio[keep], excess)
         for sums, column in zip(self._sums, columns, strict=True):
-            sums += np.bincount(cell, column, minlength=sums.size).reshape(sums.shape)
+            sums[prompts] += np.bincount(cell, column, minlength=len(prompts) * width).reshape(-1, width)
 
     def _grow(self, width: int) -> None:
         missing = width - self._sums.shape[2]
