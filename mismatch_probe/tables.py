@@ -23,7 +23,7 @@ from mismatch_probe.files import atomic_path
 from mismatch_probe.schemas import EXACT_SCHEMA, OPTIONAL, REFERENCE_SCHEMA, SEQUENCES_SCHEMA, TOKENS_SCHEMA
 
 _BATCH_ROWS = 1 << 17
-_GROUP_ROWS = 1 << 20
+_GROUP_ROWS, _GROUP_BYTES = 1 << 20, 1 << 26
 # Schema of each kind of table, and the column that names the pass of a row.
 _KINDS = {
     "sequences": (SEQUENCES_SCHEMA, "rollout_pass"),
@@ -190,11 +190,12 @@ def _write_parquet(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) ->
 
 
 def _grouped(batches: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """The same rows in tables of about a million, so that not all are in memory."""
+    """The same rows in tables of about a million, fewer where they are long, so that not all are in memory."""
     kept: list[pa.Table] = []
     for batch in batches:
         kept.append(batch)
-        if sum(one.num_rows for one in kept) >= _GROUP_ROWS:
+        rows, size = (sum(counts) for counts in zip(*((one.num_rows, one.nbytes) for one in kept), strict=True))
+        if rows >= _GROUP_ROWS or size >= _GROUP_BYTES:
             yield pa.concat_tables(kept).unify_dictionaries()
             kept = []
     if kept:
