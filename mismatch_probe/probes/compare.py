@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import replace
+from functools import cached_property
 
 from mismatch_probe.engines import devices, registry
 from mismatch_probe.engines.base import RolloutJob, TrainerJob
@@ -19,6 +20,7 @@ from mismatch_probe.probes.store import KeptRows, distinct_requests, store_repla
 from mismatch_probe.probes.workers import Collected, Wanted, Workers
 from mismatch_probe.results.manifest import PassRecord, PassStatus, RunStatus
 from mismatch_probe.runs.comparison import RunDirectory
+from mismatch_probe.schemas import Masks
 from mismatch_probe.types import EncodedPrompt, RolloutRequest, Sampling
 
 SELF_NOISE_SEQUENCES = 16
@@ -35,7 +37,11 @@ class PassRunner:
         self._fallback = ""
         self._rows = KeptRows(plan, run)
         self._texts: dict[int, str] = {}
-        self._masks = masks_of(plan.recorded)
+
+    @cached_property
+    def _masks(self) -> Masks | None:
+        """A number per token of a dump, read where an engine has a pass."""
+        return masks_of(self._plan.recorded)
 
     def execute(self) -> None:
         """Runs every pass that is not finished. Passes that fail are recorded; the others go on.

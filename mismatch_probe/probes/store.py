@@ -12,6 +12,7 @@ import shutil
 from array import array
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -39,9 +40,12 @@ class KeptRows:
 
     def __init__(self, plan: Plan, run: RunDirectory) -> None:
         self._plan = plan
-        self._masks = masks_of(plan.recorded)
         self._run = run
         self._folder = run.path / "rows"
+
+    @cached_property
+    def _masks(self) -> Masks | None:
+        return masks_of(self._plan.recorded)
 
     def path(self, pass_id: str) -> Path:
         return self._folder / f"{pass_id}.rows"
