@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
 from collections.abc import Iterator, Mapping
@@ -61,7 +62,7 @@ def martingale(record: Record) -> Iterator[Row]:
     row: dict[str, Any] = {
         PROMPT: [],
         RESPONSE: [token.get("token_id") for token in tokens],
-        "rollout_logprobs": [_value(record, token.get("logprob_bits")) for token in tokens],
+        "rollout_logprobs": _values(record, [token.get("logprob_bits") for token in tokens]),
         "prompt_id": record.need("prompt_digest"),
         "replica": record.fields.get("actor_id"),
         "weight_version": [_step(record, steps, token.get("revision_digest")) for token in tokens],
@@ -77,13 +78,17 @@ def martingale(record: Record) -> Iterator[Row]:
 def _scored(record: Record, n: int) -> tuple[Array, Any]:
     """`[n]` the trainer's log-probs of the first scoring, NaN where it has none, and its weights."""
     values, first = np.full(n, np.nan), None
+    positions: list[int] = []
+    bits: list[Any] = []
     for position, version, text in record.fields["scores"]:
         first = version if first is None else first
         if version != first:
             continue
         if type(position) is not int or not 0 <= position < n:
             record.refuse(f"has a score outside its {n} tokens", _FIX)
-        values[position] = _value(record, _object(record, text).get("logprob_bits"))
+        positions.append(position)
+        bits.append(_object(record, text).get("logprob_bits"))
+    values[positions] = _values(record, bits)
     return values, first
 
 
@@ -95,6 +100,18 @@ def _step(record: Record, steps: Mapping[str, Any], digest: Any) -> int:
     return -1 if step is None else step
 
 
+def _values(record: Record, bits: list[Any]) -> Array:
+    """`[n]` floats by their bits, at once where all are of one width."""
+    for kind, (layout, width) in _BITS.items():
+        start = len(kind) + 1
+        if all(type(one) is str and len(one) == start + width and one.startswith(f"{kind}:") for one in bits):
+            with contextlib.suppress(ValueError):
+                found = bytes.fromhex("".join([one[start:] for one in bits]))
+                if 2 * len(found) == width * len(bits):  # white space is no digit
+                    return np.frombuffer(found, layout).astype(np.float64)
+    return np.array([_value(record, one) for one in bits], np.float64)
+
+
 def _value(record: Record, bits: Any) -> float:
     """A float by its bits, as `f32:bf800000`."""
     kind, _, digits = bits.partition(":") if type(bits) is str else ("", "", "")
@@ -103,7 +120,7 @@ def _value(record: Record, bits: Any) -> float:
         if len(digits) != width:
             raise ValueError(digits)
         return float(struct.unpack(layout, bytes.fromhex(digits))[0])
-    except ValueError:
+    except (ValueError, struct.error):
         record.refuse("has logprob_bits that are not the bits of a float, as f32:bf800000", _FIX)
 
 

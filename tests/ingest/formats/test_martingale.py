@@ -77,6 +77,12 @@ def test_values_are_those_of_the_bits(tmp_path: Path) -> None:
         assert (row["prompt_id"], row["reward"]) == ("p", 0.1)
 
 
+def test_values_of_two_widths_are_read_one_by_one(tmp_path: Path) -> None:
+    tokens = [{"token_id": 1, "logprob_bits": bits(-0.1, kind), "revision_digest": "r3"} for kind in ("f64", "f32")]
+    found = read(ledger(tmp_path / "tokens.db", n=1, scored=False, tokens=tokens))
+    assert found[0]["rollout_logprobs"] == [-0.1, float(np.float32(-0.1))]
+
+
 def test_a_ledger_without_scores_has_one_side(tmp_path: Path) -> None:
     assert "trainer_logprobs" not in read(ledger(tmp_path / "tokens.db", scored=False))[0]
 
@@ -104,6 +110,7 @@ def test_a_log_beside_it_is_read(tmp_path: Path) -> None:
         ({"tokens": None}, "Sequence 1 of .* has no tokens"),
         ({"tokens": [1]}, "tokens that are not a list of objects"),
         ({"tokens": [{"token_id": 1, "logprob_bits": "f32:zz"}]}, "are not the bits of a float"),
+        ({"tokens": [{"token_id": 1, "logprob_bits": "f32:bf 80 00"}]}, "are not the bits of a float"),
         ({"tokens": [{"token_id": 1, "logprob_bits": bits(-1.0), "revision_digest": "x"}]}, "not in llm_revisions"),
         ({"tokens": [{"token_id": None, "logprob_bits": bits(-1.0)}]}, r"null as response_token_ids\[0\]"),
     ],
