@@ -1,7 +1,8 @@
 """Tokens per second and peak memory of reading a dump, by its container and size.
 
 A dump of both sides, 1,000 response tokens a row, is written; then a process of its own reads it as `ingest` does, or
-compares the two sides as `compare --from` does. 16 rows of JSON lines and of Parquet answer one prompt.
+compares the two sides as `compare --from` does. 16 rows answer one prompt; a SQLite dump has
+four prompts in all.
 
     python benchmarks/ingest.py
     python benchmarks/ingest.py --gib 2

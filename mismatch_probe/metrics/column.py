@@ -22,6 +22,7 @@ _IN_MEMORY = 1 << 25
 _SORTED = 1 << 22
 """Values that are sorted at once."""
 _KEY_BITS = 20
+"""Leading bits of a float64 by which more values are counted first."""
 Ints = NDArray[np.int64]
 OfPart = Callable[[Floats], NDArray[Any]]
 

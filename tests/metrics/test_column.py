@@ -71,6 +71,14 @@ def test_sums_of_runs_are_those_of_the_runs(parts: list[list[float]], data: Any)
     np.testing.assert_array_equal(found, [(run > 0).sum() for run in np.split(whole, np.cumsum(length)[:-1])])
 
 
+@given(parts=PARTS, data=st.data())
+def test_distinct_values_from_a_limit_include_it(parts: list[list[float]], data: Any) -> None:
+    column, whole = filled(parts)
+    limit = data.draw(st.sampled_from(np.abs(whole).tolist()))
+    wanted = np.unique(np.abs(whole))
+    np.testing.assert_array_equal(column.distinct_from(limit, np.abs), wanted[wanted >= limit])
+
+
 def test_sums_do_not_depend_on_parts() -> None:
     values, length = np.random.default_rng(0).normal(size=3000), np.array([700, 0, 1300, 1000])
     whole = Column.of(values).run_sums(np.expm1, length)
