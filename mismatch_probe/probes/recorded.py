@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from mismatch_probe.config import CompareConfig, DumpSettings
 from mismatch_probe.engines.models import ModelRef, resolve
-from mismatch_probe.errors import IngestError
+from mismatch_probe.errors import IngestError, TableError
 from mismatch_probe.files import atomic_path, locked, writing
 from mismatch_probe.ingest.keys import IDS, RESPONSE
 from mismatch_probe.ingest.read import ReadOptions, parse_map, read_dump
@@ -30,7 +30,7 @@ from mismatch_probe.report.render import write_report
 from mismatch_probe.results.dump import Dump, Recorded
 from mismatch_probe.results.manifest import PassRecord
 from mismatch_probe.runs.comparison import RunDirectory
-from mismatch_probe.runs.folder import DUMP, refuse_occupied, run_folder
+from mismatch_probe.runs.folder import DUMP, kind_of, refuse_occupied, run_folder
 from mismatch_probe.runs.passes import RECORDED_KEYS
 from mismatch_probe.schemas import Masks, sequences_table, tokens_table
 from mismatch_probe.types import Rollout, RolloutRequest, Score
@@ -91,9 +91,32 @@ def open_recording(config: CompareConfig, out: str | Path | None, progress: Prog
         recorded = RunDirectory.open(folder).manifest.recorded
         if recorded is not None:
             return Recording(folder / FILE, recorded)
-    if DUMP.held_by(source):
-        return Recording(source / FILE, Dump.read(source / DUMP.file).recorded)
-    return _read(config.source, folder, config, progress, _vocabulary(config))
+    return _ingested(source) or _read(config.source, folder, config, progress, _vocabulary(config))
+
+
+def open_dump(source: str, settings: DumpSettings, progress: Progress) -> Recording:
+    """The sequences of a dump, of the folder of `ingest`, or of a comparison of a dump.
+
+    Raises:
+        IngestError: The dump cannot be read.
+        TableError: It is the folder of a run without recorded sequences.
+    """
+    folder = Path(source).expanduser()
+    kind = kind_of(folder)
+    if kind in (None, DUMP):
+        return _ingested(folder) or _read(source, run_folder(None, source), settings, progress)
+    recorded = RunDirectory.open(folder).manifest.recorded
+    if recorded is None or not (folder / FILE).exists():
+        raise TableError(
+            f"{folder} holds no recorded sequences.",
+            "Give a dump, or the folder of `ingest` or of `compare --from` a dump.",
+        )
+    return Recording(folder / FILE, recorded)
+
+
+def _ingested(source: Path) -> Recording | None:
+    """The sequences of a folder of `ingest`; None where it is none."""
+    return Recording(source / FILE, Dump.read(source / DUMP.file).recorded) if DUMP.held_by(source) else None
 
 
 def _vocabulary(config: CompareConfig) -> int | None:

@@ -36,7 +36,7 @@ def beside(path: str, pair: str | None, courses: Iterable[Course]) -> AuditUsed:
         UsageError: The audit has no such pair, or no pair at all.
     """
     audit = read_audit(path)
-    chosen = _pair(audit, path, pair)
+    chosen = pair_of(audit, path, pair)
     known = {
         check.name: check.value for check in chosen.checks if check.value.value is not None and check.name in _SIZES
     }
@@ -53,7 +53,17 @@ def beside(path: str, pair: str | None, courses: Iterable[Course]) -> AuditUsed:
     )
 
 
-def _pair(audit: Audit, path: str, asked: str | None) -> AuditedPair:
+def pair_of(audit: Audit, path: str, asked: str | None) -> AuditedPair:
+    """A pair of an audit.
+
+    Args:
+        audit: The audit.
+        path: Where it lies.
+        asked: `rollout/trainer`; None for the pair that its verdict is of.
+
+    Raises:
+        UsageError: The audit has no such pair, or no pair at all.
+    """
     if not audit.pairs:
         raise UsageError(f"The audit {path} has no pair of dtypes.", "Name another audit, or leave --audit out.")
     if asked is None:

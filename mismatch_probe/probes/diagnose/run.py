@@ -1,0 +1,232 @@
+"""A diagnosis: what explains a table, class after class, and what is left."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mismatch_probe.config import DumpSettings
+from mismatch_probe.errors import IngestError
+from mismatch_probe.probes.audit.baseline import read_audit
+from mismatch_probe.probes.diagnose.base import CAP, Signature, State, mean_gap, noise_of, residual
+from mismatch_probe.probes.diagnose.confidence import confidence
+from mismatch_probe.probes.diagnose.evidence import Evidence, Mask, read_evidence
+from mismatch_probe.probes.diagnose.search import Candidate, candidates
+from mismatch_probe.probes.diagnose.signatures import signatures
+from mismatch_probe.probes.diagnose.signatures.other_forward import BEYOND_BASELINE
+from mismatch_probe.probes.explain.audited import pair_of
+from mismatch_probe.probes.progress import Progress
+from mismatch_probe.probes.recorded import open_dump
+from mismatch_probe.results.diagnosis import DiagnosedClass, Diagnosis, Outcome, Remainder, Rival, ShownToken
+
+MOST_FAULTS = 3
+LEAST_GAIN, LEAST_TOTAL, LEAST_UNITS = 0.01, 20.0, 2.0
+"""A class is found from so many nats per token, nats in all, and standard errors over prompts."""
+LEAST_OF_FIRST = 0.1
+"""A further class gains at least this share of what the first did: no signature is exact, and leaves traces."""
+LEAST_MOVED_GAIN = 0.08
+"""What moves expectations gains at least so many nats a token: large noise is lopsided and gives less than that."""
+LEAST_KEYLESS_GAIN, LEAST_KEYLESS_GAP = 0.08, 0.02
+"""What is seen without a key gains so many nats a token, of tokens with at least this mean |d|."""
+MOST_LEFT = 0.85
+"""What moves expectations leaves at most this share of the mean residual."""
+_TOKENS = 5
+_MOST = 0.5  # of the tokens: what is left of these says little of rounding
+_RIVALS = 4
+
+
+@dataclass(frozen=True)
+class Found:
+    """A class that was accepted.
+
+    Attributes:
+        candidate: It.
+        before: What was explained before.
+        rivals: Other signatures that gained something then, the best first.
+    """
+
+    candidate: Candidate
+    before: State
+    rivals: tuple[Candidate, ...]
+
+
+def explain_away(evidence: Evidence, known: Mapping[str, Signature] | None = None) -> tuple[list[Found], State]:
+    """Accepts the signature that gains most, takes off what it explains, and looks again.
+
+    Args:
+        evidence: The table.
+        known: Signatures that compete; by default all.
+
+    Returns:
+        What was found, the one that explains most first, and what is explained then.
+    """
+    known = dict(signatures() if known is None else known)
+    state, found = State.start(evidence), list[Found]()
+    while known and len(found) < MOST_FAULTS:
+        ranked = candidates(evidence, state, known)
+        accepted = [one for one in ranked if _accepted(evidence, state, one, found)]
+        best = next((one for one in accepted if not one.signature.last), next(iter(accepted), None))
+        if best is None:
+            break
+        found.append(Found(best, state, tuple(one for one in ranked if one is not best and one.gain > 0)))
+        state = best.fit.state
+        del known[best.signature.name]
+        if best.signature.last:
+            break
+    return found, state
+
+
+def _accepted(evidence: Evidence, state: State, one: Candidate, found: Sequence[Found]) -> bool:
+    least = max(LEAST_GAIN, LEAST_OF_FIRST * found[0].candidate.gain if found else 0.0)
+    if one.gain < least or one.total < LEAST_TOTAL or one.units < LEAST_UNITS:
+        return False
+    if one.signature.last and any(float(earlier.candidate.fit.shown.mean()) > _MOST for earlier in found):
+        return False
+    after = one.fit.state
+    if not one.signature.keyed:
+        gap = mean_gap(evidence, state, one.fit.shown)
+        least_gap = LEAST_KEYLESS_GAP if evidence.baseline is None else BEYOND_BASELINE * evidence.baseline
+        if one.gain < LEAST_KEYLESS_GAIN or gap < least_gap:
+            return False
+    moved = _moved(one, state)
+    if not moved.any():
+        return True
+    # Of classes that give all numbers another meaning only one is found: none is exact, and their shapes are alike.
+    if one.gain < LEAST_MOVED_GAIN or (one.signature.kind == "labels" and any(_relabels(earlier) for earlier in found)):
+        return False
+    return mean_gap(evidence, after, moved) <= MOST_LEFT * mean_gap(evidence, state, moved)
+
+
+def _moved(one: Candidate, state: State) -> Mask:
+    """`[N]` tokens of which something else is expected."""
+    after = one.fit.state
+    return np.asarray(one.fit.shown & state.known & after.known & (after.expected != state.expected))
+
+
+def _relabels(one: Found) -> bool:
+    return one.candidate.signature.kind == "labels" and bool(_moved(one.candidate, one.before).any())
+
+
+def remainder(evidence: Evidence, state: State) -> Remainder:
+    """What is left."""
+    use = state.known
+    rest = np.clip(residual(evidence, state)[use], -CAP, CAP)
+    sums = np.bincount(evidence.sequence[use], rest, len(evidence.prompt))
+    noise = noise_of(evidence, state, np.ones(len(evidence), np.bool_))
+    some = len(rest) > 0
+    return Remainder(
+        rms=float(np.sqrt(np.mean(rest**2))) if some else 0.0,
+        mean_abs=float(np.abs(rest).mean()) if some else 0.0,
+        mean=float(rest.mean()) if some else 0.0,
+        degrees=noise.degrees,
+        mean_ratio=float(np.exp(rest).mean()) if some else 1.0,
+        mean_inverse_ratio=float(np.exp(-rest).mean()) if some else 1.0,
+        sequence_spread=float(sums.std()),
+        baseline=evidence.baseline,
+    )
+
+
+def diagnosed(evidence: Evidence, one: Found) -> DiagnosedClass:
+    """A class as the document tells it."""
+    fit, signature = one.candidate.fit, one.candidate.signature
+    shown = fit.shown
+    return DiagnosedClass(
+        name=signature.name,
+        title=signature.title,
+        kind=signature.kind,
+        confidence=confidence(one.candidate, one.rivals),
+        gain=one.candidate.gain,
+        gain_units=one.candidate.units,
+        parameters=dict(fit.parameters),
+        n_shown=int(shown.sum()),
+        share_shown=float(shown.mean()),
+        gap_before=mean_gap(evidence, one.before, shown),
+        gap_after=mean_gap(evidence, fit.state, shown) if (shown & fit.state.known).any() else None,
+        tokens=tuple(_tokens(evidence, one)),
+        causes=signature.causes,
+        rivals=tuple(Rival(name=rival.signature.name, gain=rival.gain) for rival in one.rivals[:_RIVALS]),
+        confirm=signature.confirm,
+        fix=signature.fix,
+    )
+
+
+def _tokens(evidence: Evidence, one: Found) -> list[ShownToken]:
+    """Those that show it most, at most one of a sequence."""
+    index = np.flatnonzero(one.candidate.fit.shown)
+    size = np.abs(residual(evidence, one.before)[index])
+    order = index[np.argsort(-size, kind="stable")]
+    _, first = np.unique(evidence.sequence[order], return_index=True)
+    return [_token(evidence, int(i)) for i in order[np.sort(first)][:_TOKENS]]
+
+
+def _token(evidence: Evidence, i: int) -> ShownToken:
+    b, a = float(evidence.rollout[i]), float(evidence.trainer[i])
+    return ShownToken(
+        place=f"{evidence.places[int(evidence.sequence[i])]}[{int(evidence.position[i])}]",
+        token_id=int(evidence.ids[i]),
+        rollout_logprob=b if np.isfinite(b) else None,
+        trainer_logprob=a if np.isfinite(a) else None,
+    )
+
+
+def outcome(found: list[Found], left: Remainder) -> Outcome:
+    """What is to be said of all of it."""
+    if found:
+        return "fault"
+    if left.baseline is None and left.mean_abs > USUAL_ROUNDING:
+        return "cannot-tell"
+    return "length-product" if left.sequence_spread > LONG else "rounding"
+
+
+def diagnose(
+    source: str,
+    settings: DumpSettings,
+    audit: str | None = None,
+    pair: str | None = None,
+    progress: Progress | None = None,
+) -> Diagnosis:
+    """Reads a dump and says what explains its gap: `mismatch_probe.diagnose`.
+
+    Args:
+        source: A dump, the folder of `ingest`, or that of `compare --from` a dump.
+        settings: How the dump is read.
+        audit: An `audit.json`, or its folder, of the model: its gap is what rounding makes.
+        pair: The audit's pair, `rollout/trainer`; None for the one that its verdict is of.
+        progress: Told what takes long.
+
+    Raises:
+        IngestError: The dump cannot be read, or has log-probs of one side only.
+        TableError: There is no such audit.
+        UsageError: The audit has no such pair.
+    """
+    baseline = None if audit is None else pair_of(read_audit(audit), audit, pair).mean_abs_logprob_diff.value
+    recording = open_dump(source, settings, progress or Progress())
+    facts = recording.recorded
+    if not (facts.rollout and facts.trainer):
+        side = "rollout" if facts.rollout else "trainer"
+        raise IngestError(
+            f"{source} has log-probs of the {side} only, and a diagnosis compares two sides.",
+            f"Score its ids with the model: `mismatch-probe compare --from {source} --model MODEL --out RUN`.",
+        )
+    evidence = read_evidence(recording, baseline=baseline)
+    found, state = explain_away(evidence)
+    left = remainder(evidence, state)
+    return Diagnosis(
+        **Diagnosis.stamp(),
+        source=facts.file,
+        n_tokens=len(evidence),
+        n_sequences=len(evidence.prompt),
+        n_prompts=len(np.unique(evidence.prompt)),
+        outcome=outcome(found, left),
+        classes=tuple(diagnosed(evidence, one) for one in found),
+        remainder=left,
+        findings=facts.file.findings,
+    )
+
+
+LONG = 1.0
+"""Above this standard deviation of D, weights exp(D) of sequences are far from 1."""
+USUAL_ROUNDING = 0.06
+"""Mean |d| in nats up to which symmetric noise is taken for rounding where no baseline is known."""

@@ -1,0 +1,205 @@
+"""What the accounting of a dump finds: values that no policy gave. No fit is needed: a fact is a fact."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mismatch_probe.probes.diagnose.base import Fit, State, log_density, residual
+from mismatch_probe.probes.diagnose.evidence import Evidence, Mask
+from mismatch_probe.probes.diagnose.signatures import signature
+
+_AT_END = 0.8
+_EQUAL, _UNCERTAIN = 0.99, -1e-3
+_NEARLY_CERTAIN, _ENOUGH, _MORE = -0.01, 10, 3.0
+_GAIN = {"recomputed": 8.0, "coarse-logprobs": 1.0, "environment-tokens": 2.0, "trainer-noise": 0.3}
+_WINDOW, _UNLIKELY, _LIKELY, _LEAST_SHARE, _MOST_SHARE = 8, -4.5, -1.5, 0.02, 0.5
+_OWN_NOISE, _LEAST_NOISE, _BEYOND_BASELINE = 0.5, 0.02, 2.0
+
+
+def _fit(evidence: Evidence, state: State, train: Mask, tokens: Mask) -> Fit | None:
+    """Accounts for tokens that cannot be used."""
+    new = tokens & evidence.unusable & ~state.accounted
+    if not new.any():
+        return None
+    found = state.accounting_for(new)
+    return Fit(log_density(evidence, found, train), found, new, {"n": float(new.sum())})
+
+
+def _placeholders(evidence: Evidence) -> tuple[Mask, bool]:
+    """`[N]` tokens whose value is finite and no log-prob, and whether they are the last ones of their sequences."""
+    found = evidence.unusable.copy()
+    from_end = evidence.length[evidence.sequence] - 1 - evidence.position
+    for side, other in ((evidence.rollout, evidence.trainer), (evidence.trainer, evidence.rollout)):
+        found &= np.isfinite(side) & ((side <= 0) | (side == 1))
+        zero = side == 0
+        last = from_end == 0
+        near = (side > _NEARLY_CERTAIN) & (side < 0) & (last if (last | ~(found & zero)).all() else ~last)
+        # A certain token of a side whose other certain tokens are contradicted as often is no placeholder.
+        contradicted = float(np.mean(other[near] < -1)) if near.sum() >= _ENOUGH else 0.0
+        if (found & zero).any() and float(np.mean(found[zero])) < _MORE * contradicted:
+            found &= ~zero
+    last = found & (from_end == 0)
+    # A run that reaches the end counts as the end.
+    for _ in range(1, 1 + int(from_end.max(initial=0))):
+        index, inside = evidence.beside(1)
+        more = found & inside & last[index] & ~last
+        if not more.any():
+            break
+        last = last | more
+    return found, bool(found.any() and last.sum() >= _AT_END * found.sum())
+
+
+@signature(
+    "end-placeholders",
+    kind="rows",
+    title="The last tokens of responses have a number in place of a log-prob",
+    causes=("eos-placeholder", "padding-counted"),
+    confirm="Leave these tokens out of the loss mask: the rest is rounding.",
+    fix=(
+        "Take the engine's log-prob of the end-of-sequence token, or mask it: whoever appends it after "
+        "sampling has none. "
+        "Mask padding."
+    ),
+)
+def end_placeholders(evidence: Evidence, state: State, train: Mask) -> Fit | None:
+    """Constants at the ends of sequences."""
+    found, at_end = _placeholders(evidence)
+    return _fit(evidence, state, train, found) if at_end else None
+
+
+@signature(
+    "placeholders",
+    kind="rows",
+    title="Tokens inside responses have a number in place of a log-prob",
+    causes=("missing-logprobs", "tool-tokens-zero"),
+    confirm="Look at the named tokens in the engine's own output.",
+    fix="Mask tokens that the engine did not sample, and record no number where a log-prob is missing.",
+)
+def placeholders(evidence: Evidence, state: State, train: Mask) -> Fit | None:
+    """Constants elsewhere."""
+    found, at_end = _placeholders(evidence)
+    return None if at_end else _fit(evidence, state, train, found)
+
+
+@signature(
+    "missing-values",
+    kind="rows",
+    title="Tokens have no finite log-prob on one side",
+    causes=("missing-at-certain-tokens", "nan-row"),
+    confirm="Look at the tokens: near-certain ones are lost on the way, all tokens after one are a NaN in the model.",
+    fix="Record log-probs as numbers in FP32; where the engine gives NaN, look for an overflow in FP16.",
+)
+def missing_values(evidence: Evidence, state: State, train: Mask) -> Fit | None:
+    """NaN, missing values and infinities."""
+    return _fit(evidence, state, train, ~(np.isfinite(evidence.rollout) & np.isfinite(evidence.trainer)))
+
+
+@signature(
+    "recomputed",
+    kind="labels",
+    title="Both sides are the same numbers: one is a copy or a recomputation of the other",
+    causes=("recomputed",),
+    confirm="Switch on the engine's own log-probs, and see whether anything changes.",
+    fix="Record the log-probs that the engine returned while it sampled.",
+)
+def recomputed(evidence: Evidence, state: State, train: Mask) -> Fit | None:
+    """a equals b to the bit, at nearly every token that is not certain."""
+    uncertain = evidence.usable & (evidence.rollout < _UNCERTAIN)
+    equal = uncertain & (evidence.rollout == evidence.trainer)
+    if not uncertain.any() or equal.sum() < _EQUAL * uncertain.sum():
+        return None
+    found = log_density(evidence, state, train) + _GAIN["recomputed"] * equal
+    return Fit(found, state, equal, {"share_equal": float(equal.sum() / uncertain.sum())})
+
+
+@signature(
+    "coarse-logprobs",
+    kind="labels",
+    title="One side's log-probs lie on a coarse grid",
+    causes=("softmax-16-bit", "rounded-storage"),
+    confirm="Compute log-softmax in FP32 and store FP32: the grid is gone.",
+    fix="Cast logits to FP32 before log-softmax, and write log-probs with at least 7 digits.",
+)
+def coarse_logprobs(evidence: Evidence, state: State, train: Mask) -> Fit | None:
+    """The accounting found a grid that is coarse beside the gap."""
+    grids = [one for one in evidence.findings if one.code == "coarse-grid" and one.severity in ("warn", "fail")]
+    if not grids:
+        return None
+    found = log_density(evidence, state, train) + _GAIN["coarse-logprobs"] * evidence.usable
+    return Fit(found, state, evidence.usable, {"side": grids[0].where, "step": float(grids[0].maybe("step") or 0.0)})
+
+
+@signature(
+    "decode-prefill",
+    kind="forward",
+    title="The engine's decode disagrees with its own prefill, which agrees with the trainer",
+    causes=("decode-differs-from-prefill",),
+    confirm="Score the same ids with prompt_logprobs on an engine with another attention backend.",
+    fix="Change the engine's attention backend or switch CUDA graphs off; report the kernel.",
+)
+def decode_prefill(evidence: Evidence, state: State, train: Mask) -> Fit | None:
+    """a follows the engine's prefill much closer than its decode."""
+    prefill = evidence.tokens.get("rollout_prefill_logprobs")
+    if prefill is None:
+        return None
+    sound = state.known & np.isfinite(prefill)
+    off = np.abs(evidence.rollout - prefill)[sound]
+    near = np.abs(evidence.trainer - prefill)[sound]
+    if not len(off) or np.mean(np.minimum(off, 3.0)) < 2 * np.mean(np.minimum(near, 3.0)):
+        return None
+    moved = state.moved(np.where(sound, prefill, state.expected))
+    shown = np.zeros(len(evidence), np.bool_)
+    shown[np.flatnonzero(sound)[off > np.quantile(near, 0.99)]] = True
+    ratio = float(np.mean(np.minimum(off, 3.0)) / max(float(np.mean(np.minimum(near, 3.0))), 1e-12))
+    return Fit(log_density(evidence, moved, train), moved, shown, {"decode_prefill_over_prefill_trainer": ratio})
+
+
+@signature(
+    "environment-tokens",
+    kind="rows",
+    title="Runs of tokens that no policy sampled count as sampled",
+    causes=("environment-tokens-in-mask",),
+    confirm="Read the named tokens: they are a tool's or a user's text.",
+    fix="Set the loss mask to 0 for every token that the environment wrote.",
+)
+def environment_tokens(evidence: Evidence, state: State, train: Mask) -> Fit | None:
+    """Both sides give runs of tokens far less than sampled text gets, and the rest what sampled text gets."""
+    likelier = np.where(state.known, np.maximum(evidence.rollout, evidence.trainer), 0.0)
+    sums = np.convolve(likelier, np.ones(_WINDOW))[_WINDOW - 1 :][: len(likelier)]
+    _, inside = evidence.beside(_WINDOW - 1)
+    starts = np.flatnonzero(inside & (sums < _UNLIKELY * _WINDOW))
+    change = np.zeros(len(likelier) + 1, np.int64)
+    change[starts] += 1
+    np.add.at(change, np.minimum(starts + _WINDOW, len(likelier)), -1)
+    shown = (np.cumsum(change)[:-1] > 0) & state.known & (likelier < 0)
+    share = float(shown.sum() / max(int(state.known.sum()), 1))
+    rest = likelier[state.known & ~shown]
+    if not _LEAST_SHARE <= share <= _MOST_SHARE or float(rest.mean()) < _LIKELY:
+        return None
+    found = log_density(evidence, state, train) + _GAIN["environment-tokens"] * shown
+    return Fit(found, state, shown, {"mean_logprob_there": float(likelier[shown].mean())})
+
+
+@signature(
+    "trainer-noise",
+    kind="forward",
+    title="Two passes of the trainer differ as much as the two sides do",
+    causes=("dropout", "batch-size"),
+    confirm="Score the same batch twice with the trainer.",
+    fix="Put the trainer into eval mode for log-probs: dropout, random masks and router noise off.",
+)
+def trainer_noise(evidence: Evidence, state: State, train: Mask) -> Fit | None:
+    """The second trainer pass is as far from the first as the rollout is, and that is more than rounding."""
+    second = evidence.tokens.get("trainer_logprobs_2")
+    if second is None:
+        return None
+    sound = state.known & np.isfinite(second)
+    if not sound.any():
+        return None
+    own = float(np.minimum(np.abs(second - evidence.trainer)[sound], 3.0).mean() / np.sqrt(2))
+    gap = float(np.minimum(np.abs(residual(evidence, state))[sound], 3.0).mean())
+    least = _LEAST_NOISE if evidence.baseline is None else _BEYOND_BASELINE * evidence.baseline
+    if own < max(_OWN_NOISE * gap, least):
+        return None
+    found = log_density(evidence, state, train) + _GAIN["trainer-noise"] * sound
+    return Fit(found, state, sound, {"trainer_over_gap": own / gap})
