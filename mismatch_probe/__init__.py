@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from mismatch_probe.probes.progress import Progress
     from mismatch_probe.probes.recorded import Ingested
     from mismatch_probe.results.attribution import AttributionPlan
+    from mismatch_probe.results.diagnosis import Diagnosis
     from mismatch_probe.results.explanation import Explanation
     from mismatch_probe.results.preflight import Preflight
     from mismatch_probe.rl.plan import PlannedRun
@@ -50,6 +51,7 @@ __all__ = [
     "attribute_plan",
     "audit",
     "compare",
+    "diagnose",
     "env",
     "explain",
     "models",
@@ -261,6 +263,32 @@ def explain(
 
     called = name or (str(source) if isinstance(source, (str, Path)) else "the stream")
     return run(source, called, None if audit is None else str(audit), pair)
+
+
+def diagnose(
+    source: str | Path,
+    *,
+    audit: str | Path | None = None,
+    pair: str | None = None,
+    progress: Progress | None = None,
+    **settings: Unpack[DumpKeywords],
+) -> Diagnosis:
+    """Whether a dump's gap is numerics or a bug, and which kind. The command `diagnose`.
+
+    Args:
+        source: A dump with log-probs of both sides, the folder of `ingest`, or that of `compare` of a dump.
+        audit: An `audit.json` of the model, or its folder: what rounding alone makes.
+        pair: The audit's pair, e.g. `"bf16/bf16"`; by default the one that its verdict is of.
+        progress: Told what takes long.
+        settings: How the dump is read, by name: see docs/cli.md.
+
+    Raises:
+        ProbeError: The dump cannot be read or has one side only, or there is no such audit or pair.
+    """
+    from mismatch_probe.config import DumpSettings
+    from mismatch_probe.probes.diagnose.run import diagnose as run
+
+    return run(str(source), DumpSettings.of(settings), None if audit is None else str(audit), pair, progress)
 
 
 def models() -> dict[str, Path | None]:

@@ -21,6 +21,7 @@ _COMMANDS = {
     "ingest": "What does a dump of a framework hold, and what of it cannot be used?",
     "preflight": "Can this checkpoint be compared, and what would surprise its user? Starts no engine.",
     "explain": "What do the metrics that a training run logs say of its mismatch? Needs no tokens.",
+    "diagnose": "Is a dump's gap numerics or a bug, and which kind of bug?",
     "report": "Write summary and report of a finished run again, without engines.",
     "plot": "Draw the figures of a finished run again, without engines.",
     "show": "What a run folder is, how far it has come, and what continues it.",
