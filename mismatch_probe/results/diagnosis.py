@@ -44,8 +44,7 @@ class DiagnosedClass(Result):
     """`labels`: the number means something else; `rows`: rows do not line up; `weights`: other weights; `forward`: the
     same weights, another forward pass."""
     confidence: float
-    """In [0, 1]; grows with the gain and with its lead over rivals. It orders answers and is not calibrated: no frequency
-    of being right stands behind it."""
+    """In [0, 1]; grows with the gain and with its lead over rivals. It orders answers and is not calibrated."""
     gain: float
     """Log-likelihood of held-out prompts that it gains over what was explained before, nats per token."""
     gain_units: float
