@@ -314,6 +314,8 @@ def _text(block: Block, why: Unusable) -> Ints:
     found = [np.empty(0, np.int64)]
     for start, length in zip(*runs_of(missing[1:] & missing[:-1] & follows), strict=True):
         inside = block.position[start + length - 1] < last[block.sequence[start]]
-        if length >= _SHORTEST_TEXT and inside and trainer[start : start + length].mean() <= _UNLIKELY:
+        with np.errstate(invalid="ignore"):  # infinities of both signs have no mean, and are no text
+            unlikely = trainer[start : start + length].mean() <= _UNLIKELY
+        if length >= _SHORTEST_TEXT and inside and unlikely:
             found.append(np.arange(start, start + length))
     return np.concatenate(found)

@@ -292,6 +292,12 @@ def test_unsampled_tokens() -> None:
     assert "unsampled-tokens" not in codes(accounted(rows_of(b[112:], a[112:], [88, 200])))
 
 
+def test_infinities_of_both_signs_are_no_text() -> None:
+    b, a = np.full(8, -1.0), np.full(8, -1.0)
+    b[1:6], a[2], a[3] = -9999.0, np.inf, -np.inf
+    assert "unsampled-tokens" not in codes(accounted(rows_of(b, a, [8])))
+
+
 def test_duplicated_sequences() -> None:
     b, a = clean(800)
     rows = rows_of(b, a, [100] * 8)
