@@ -97,6 +97,8 @@ def open_recording(config: CompareConfig, out: str | Path | None, progress: Prog
 def open_dump(source: str, settings: DumpSettings, progress: Progress) -> Recording:
     """The sequences of a dump, of the folder of `ingest`, or of a comparison of a dump.
 
+    Nothing is kept, so a dump is read into the system's folder of temporary files.
+
     Raises:
         IngestError: The dump cannot be read.
         TableError: It is the folder of a run without recorded sequences.
@@ -104,7 +106,7 @@ def open_dump(source: str, settings: DumpSettings, progress: Progress) -> Record
     folder = Path(source).expanduser()
     kind = kind_of(folder)
     if kind in (None, DUMP):
-        return _ingested(folder) or _read(source, run_folder(None, source), settings, progress)
+        return _ingested(folder) or _read(source, Path(tempfile.gettempdir()) / "run", settings, progress)
     recorded = RunDirectory.open(folder).manifest.recorded
     if recorded is None or not (folder / FILE).exists():
         raise TableError(
