@@ -1,0 +1,133 @@
+"""`python -m validation.faults make OUT` and `… list`; see the package."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from validation.faults.catalog import FAULTS, NOT_MADE, RULE, Case, Made, cases
+
+
+@click.group()
+def main() -> None:
+    """Recorded runs with a known fault."""
+
+
+@main.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--only", default="*", help="Pattern of names of cases.")
+@click.option("--split", type=click.Choice(["dev", "test"]), help="One half.")
+@click.option("--model", "name", default="*", help="Pattern of models.")
+@click.option("--dtype", default="*", help="Pattern of dtypes.")
+@click.option("--record-only", is_flag=True, help="Make the recordings, no cases.")
+def make(out: Path, only: str, split: str | None, name: str, dtype: str, record_only: bool) -> None:
+    """Makes the cases that are not in OUT yet, one engine at a time."""
+    import logging
+
+    import torch
+
+    from validation.faults.bench import Bench
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    torch.set_num_threads(2)
+    wanted = [
+        case
+        for case in cases()
+        if fnmatch.fnmatch(case.name, only)
+        and split in (None, case.split)
+        and fnmatch.fnmatch(case.model, name)
+        and fnmatch.fnmatch(case.dtype, dtype)
+    ]
+    bench = Bench(out)
+    groups: dict[tuple[str, str], list[Case]] = defaultdict(list)
+    for case in wanted:
+        groups[case.model, case.dtype].append(case)
+    for group in groups.values():
+        _make_group(bench, out, group, record_only=record_only)
+
+
+def _make_group(bench: Any, out: Path, group: list[Case], *, record_only: bool) -> None:
+    from validation.faults.bench import Needed, Ready
+
+    left = [case for case in group if record_only or not (out / f"{case.name}.jsonl").exists()]
+    bench.collecting = True
+    engines: dict[str, dict[str, Any]] = defaultdict(dict)
+    for case in left:
+        try:
+            case.fault.make(bench, case.place, case.strength)
+        except Needed as needed:
+            for recording in needed.recordings:
+                engines[recording.kv_cache].setdefault(recording.key, recording)
+        except Ready:
+            pass
+    bench.collecting = False
+    for recordings in engines.values():
+        click.echo(f"{group[0].model} {group[0].dtype}: {len(recordings)} recordings")
+        bench.record(list(recordings.values()), lambda text: click.echo(f"{time.strftime('%H:%M:%S')} {text}"))
+    # Cases of the same weights one after the other, so that a model is loaded once.
+    for case in () if record_only else left:
+        try:
+            found = case.fault.make(bench, case.place, case.strength)
+        except Exception as error:
+            click.echo(f"FAILED {case.name}: {type(error).__name__}: {error}", err=True)
+            continue
+        _keep(out, case, found if isinstance(found, Made) else Made(found))
+
+
+def _keep(out: Path, case: Case, made: Made) -> None:
+    """Writes the case, then what is true of it."""
+    from validation.faults.bench import spread
+    from validation.faults.edits import write
+
+    write(out / f"{case.name}.jsonl", made.rows)
+    path = out / "truth.json"
+    truth = json.loads(path.read_text()) if path.exists() else {"rule": RULE, "cases": {}}
+    fault = case.fault
+    truth["cases"][case.name] = {
+        "cause": fault.cause,
+        "class": fault.class_,
+        "also": list(fault.also),
+        "model": case.model,
+        "dtype": case.dtype,
+        "trainer_dtype": made.trainer_dtype or case.dtype,
+        "strength": str(case.strength),
+        "split": case.split,
+        "clean": fault.clean,
+        "physical": fault.physical,
+        "note": made.note,
+        "trainer_weights": made.trainer,
+        "engine_weights": made.engine,
+        "mean_abs_d": float(f"{spread(made.rows):.4g}"),
+    }
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(truth, indent=1))
+    temporary.replace(path)
+    click.echo(f"{time.strftime('%H:%M:%S')} {case.name} |d| {truth['cases'][case.name]['mean_abs_d']}")
+
+
+@main.command("list")
+def list_() -> None:
+    """Faults, classes and how many cases each half has."""
+    counts = Counter((case.fault.cause, case.fault.class_, case.split) for case in cases())
+    click.echo(f"{'cause':<32} {'class':<20} {'dev':>4} {'test':>5}")
+    for fault in FAULTS:
+        dev, test = (counts[fault.cause, fault.class_, split] for split in ("dev", "test"))
+        click.echo(f"{fault.cause:<32} {fault.class_:<20} {dev:>4} {test:>5}{'  (no fault)' if fault.clean else ''}")
+    for kind in (False, True):
+        dev, test = (
+            sum(case.fault.clean is kind and case.split == split for case in cases()) for split in ("dev", "test")
+        )
+        click.echo(f"{'clean' if kind else 'faults':<53} {dev:>4} {test:>5}")
+    click.echo(f"\nSplit: {RULE}.\n\nNot made:")
+    for cause, reason in NOT_MADE.items():
+        click.echo(f"  {cause}: {reason}")
+
+
+if __name__ == "__main__":
+    main()
