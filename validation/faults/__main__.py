@@ -13,6 +13,9 @@ import click
 
 from validation.faults.catalog import FAULTS, NOT_MADE, RULE, Case, Made, cases
 
+# Recordings of an engine, before the cases that they suffice for are made.
+AT_ONCE = 40
+
 
 @click.group()
 def main() -> None:
@@ -35,7 +38,8 @@ def make(out: Path, only: str, split: str | None, name: str, dtype: str, record_
     from validation.faults.bench import Bench
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    torch.set_num_threads(2)
+    # Where cores are shared, two threads of small models mostly wait for each other: 60 times slower was measured.
+    torch.set_num_threads(1)
     wanted = [
         case
         for case in cases()
@@ -53,31 +57,42 @@ def make(out: Path, only: str, split: str | None, name: str, dtype: str, record_
 
 
 def _make_group(bench: Any, out: Path, group: list[Case], *, record_only: bool) -> None:
+    """Some recordings, then the cases that they suffice for, and so on."""
+    left = [case for case in group if record_only or not (out / f"{case.name}.jsonl").exists()]
+    while left:
+        missing, ready, left = _collected(bench, left)
+        # Cases of the same weights one after the other, so that a model is loaded once.
+        for case in () if record_only else ready:
+            try:
+                found = case.fault.make(bench, case.place, case.strength)
+            except Exception as error:
+                click.echo(f"FAILED {case.name}: {type(error).__name__}: {error}", err=True)
+                continue
+            _keep(out, case, found if isinstance(found, Made) else Made(found))
+        for recordings in missing.values():
+            click.echo(f"{group[0].model} {group[0].dtype}: {len(recordings)} recordings")
+            bench.record(list(recordings.values()), lambda text: click.echo(f"{time.strftime('%H:%M:%S')} {text}"))
+
+
+def _collected(bench: Any, cases: list[Case]) -> tuple[dict[str, dict[str, Any]], list[Case], list[Case]]:
+    """Recordings to make next, by the cache's dtype; the cases that need none; and those that wait."""
     from validation.faults.bench import Needed, Ready
 
-    left = [case for case in group if record_only or not (out / f"{case.name}.jsonl").exists()]
-    bench.collecting = True
     engines: dict[str, dict[str, Any]] = defaultdict(dict)
-    for case in left:
+    ready, waiting = [], []
+    bench.collecting = True
+    for case in cases:
         try:
             case.fault.make(bench, case.place, case.strength)
         except Needed as needed:
-            for recording in needed.recordings:
-                engines[recording.kv_cache].setdefault(recording.key, recording)
+            waiting.append(case)
+            if sum(map(len, engines.values())) < AT_ONCE:
+                for recording in needed.recordings:
+                    engines[recording.kv_cache].setdefault(recording.key, recording)
         except Ready:
-            pass
+            ready.append(case)
     bench.collecting = False
-    for recordings in engines.values():
-        click.echo(f"{group[0].model} {group[0].dtype}: {len(recordings)} recordings")
-        bench.record(list(recordings.values()), lambda text: click.echo(f"{time.strftime('%H:%M:%S')} {text}"))
-    # Cases of the same weights one after the other, so that a model is loaded once.
-    for case in () if record_only else left:
-        try:
-            found = case.fault.make(bench, case.place, case.strength)
-        except Exception as error:
-            click.echo(f"FAILED {case.name}: {type(error).__name__}: {error}", err=True)
-            continue
-        _keep(out, case, found if isinstance(found, Made) else Made(found))
+    return engines, ready, waiting
 
 
 def _keep(out: Path, case: Case, made: Made) -> None:

@@ -154,7 +154,7 @@ def _engine(model: Model, recording: Recording) -> Any:
     extra = {"kv_cache_dtype": recording.kv_cache, "logprobs_mode": "processed_logprobs", "max_logprobs": 5}
     extra |= {"max_num_batched_tokens": 8192, "block_size": 32}
     job = RolloutJob(
-        "vllm", str(model.path), recording.dtype, "cpu", Sampling(1), [], 32, 0, 512, arguments=arguments | extra
+        "vllm", str(model.path), recording.dtype, "cpu", Sampling(1), [], 64, 0, 512, arguments=arguments | extra
     )
     return VllmRollout(job)
 

@@ -39,7 +39,7 @@ def run(bench: Bench, place: Place, trainer: Named, engine: Named, *, reference:
 
 
 def _step(place: Place, t: int, weights: str) -> Recording:
-    count = 14 if place.model == "smollm2" else 20
+    count = 12 if place.model == "smollm2" else 20
     return place.recording(weights=weights, count=count, first=count * t, seed=1000 * (t + 1))
 
 
