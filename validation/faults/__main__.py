@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import fnmatch
 import json
 import time
@@ -14,7 +15,7 @@ import click
 from validation.faults.catalog import FAULTS, NOT_MADE, RULE, Case, Made, cases
 
 # Recordings of an engine, before the cases that they suffice for are made.
-AT_ONCE = 40
+AT_ONCE = 60
 
 
 @click.group()
@@ -24,12 +25,13 @@ def main() -> None:
 
 @main.command()
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--only", default="*", help="Pattern of names of cases.")
+@click.option("--only", multiple=True, default=["*"], help="Pattern of names of cases; can be given again.")
 @click.option("--split", type=click.Choice(["dev", "test"]), help="One half.")
 @click.option("--model", "name", default="*", help="Pattern of models.")
 @click.option("--dtype", default="*", help="Pattern of dtypes.")
-@click.option("--record-only", is_flag=True, help="Make the recordings, no cases.")
-def make(out: Path, only: str, split: str | None, name: str, dtype: str, record_only: bool) -> None:
+@click.option("--record/--no-record", default=True, help="Start engines; else only what recordings suffice for.")
+@click.option("--score/--no-score", default=True, help="Make cases; else recordings only.")
+def make(out: Path, only: tuple[str, ...], split: str | None, name: str, dtype: str, record: bool, score: bool) -> None:
     """Makes the cases that are not in OUT yet, one engine at a time."""
     import logging
 
@@ -43,7 +45,7 @@ def make(out: Path, only: str, split: str | None, name: str, dtype: str, record_
     wanted = [
         case
         for case in cases()
-        if fnmatch.fnmatch(case.name, only)
+        if any(fnmatch.fnmatch(case.name, pattern) for pattern in only)
         and split in (None, case.split)
         and fnmatch.fnmatch(case.model, name)
         and fnmatch.fnmatch(case.dtype, dtype)
@@ -53,22 +55,24 @@ def make(out: Path, only: str, split: str | None, name: str, dtype: str, record_
     for case in wanted:
         groups[case.model, case.dtype].append(case)
     for group in groups.values():
-        _make_group(bench, out, group, record_only=record_only)
+        _make_group(bench, out, group, record=record, score=score)
 
 
-def _make_group(bench: Any, out: Path, group: list[Case], *, record_only: bool) -> None:
+def _make_group(bench: Any, out: Path, group: list[Case], *, record: bool, score: bool) -> None:
     """Some recordings, then the cases that they suffice for, and so on."""
-    left = [case for case in group if record_only or not (out / f"{case.name}.jsonl").exists()]
+    left = [case for case in group if not (out / f"{case.name}.jsonl").exists()]
     while left:
         missing, ready, left = _collected(bench, left)
         # Cases of the same weights one after the other, so that a model is loaded once.
-        for case in () if record_only else ready:
+        for case in ready if score else ():
             try:
                 found = case.fault.make(bench, case.place, case.strength)
             except Exception as error:
                 click.echo(f"FAILED {case.name}: {type(error).__name__}: {error}", err=True)
                 continue
             _keep(out, case, found if isinstance(found, Made) else Made(found))
+        if not record:
+            return
         for recordings in missing.values():
             click.echo(f"{group[0].model} {group[0].dtype}: {len(recordings)} recordings")
             bench.record(list(recordings.values()), lambda text: click.echo(f"{time.strftime('%H:%M:%S')} {text}"))
@@ -97,11 +101,17 @@ def _collected(bench: Any, cases: list[Case]) -> tuple[dict[str, dict[str, Any]]
 
 def _keep(out: Path, case: Case, made: Made) -> None:
     """Writes the case, then what is true of it."""
-    from validation.faults.bench import spread
     from validation.faults.edits import write
 
     write(out / f"{case.name}.jsonl", made.rows)
-    path = out / "truth.json"
+    with (out / "truth.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _note(out / "truth.json", case, made)
+
+
+def _note(path: Path, case: Case, made: Made) -> None:
+    from validation.faults.bench import spread
+
     truth = json.loads(path.read_text()) if path.exists() else {"rule": RULE, "cases": {}}
     fault = case.fault
     truth["cases"][case.name] = {

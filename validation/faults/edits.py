@@ -126,8 +126,15 @@ def stored_bf16(row: Row, side: Side) -> Row:
 
 
 def inflated(row: Row, times: float) -> Row:
-    """The rollout so many times as far from the trainer; no log-prob is above 0."""
-    return replace(row, b=np.minimum(0.0, row.a - times * (row.a - row.b)))
+    """The rollout so many times as far from the trainer, in log-odds of the token, where no probability exceeds 1."""
+
+    def odds(values: Floats) -> Floats:
+        return values - np.log(-np.expm1(values))
+
+    with np.errstate(divide="ignore", invalid="ignore"):
+        theirs = odds(row.a) - times * (odds(row.a) - odds(row.b))
+        b = -np.logaddexp(0.0, -theirs)
+    return replace(row, b=np.where(np.isfinite(theirs), b, row.b))
 
 
 def recomputed(row: Row) -> Row:

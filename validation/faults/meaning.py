@@ -73,8 +73,8 @@ def _top_k(bench: Bench, place: Place, strength: str) -> Made:
     return Made(_truncated(bench, place, "top_k", f"{side}:{number}"), note=f"k = {number}")
 
 
-# Rows of the mean logit; how many make a mean mass of about .026 and .08 depends on the vocabulary.
-_ROWS = {"smollm2": (64, 256), "chain": (64, 256), "mixture": (64, 256), "absolute": (64, 256)}
+# So many rows of zeros have a mean mass of about .026 and .08.
+_ROWS = {"smollm2": (2048, 6144), "chain": (640, 2000), "mixture": (100, 300), "absolute": (100, 300)}
 
 
 @fault("padded-vocabulary", "truncation", "a:0", "b:0", "a:1", "b:1", combinations=(*_PLACES, ("smollm2", "float32")))
@@ -82,7 +82,7 @@ def _padded_vocabulary(bench: Bench, place: Place, strength: str) -> Made:
     side, index = strength.split(":")
     number = _ROWS[place.model][int(index)]
     plain, padded = (bench.rows(place.recording(), place.view(extra_rows=n)) for n in (0, number))
-    note = f"{number} rows of the mean logit"
+    note = f"{number} rows of zeros"
     if side == "a":
         return Made(padded, note=note)
     # The engine never samples a padded row, but its log-probs lack their mass.

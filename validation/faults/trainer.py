@@ -49,7 +49,7 @@ class View:
         bits: Mantissa bits that the residual stream keeps; 0 for all.
         softmax: `rounded` in BF16, or BF16 logits less their BF16 normaliser (`subtracted`).
         keep: Truncation of the distribution, e.g. `top_p:.9`; the token itself is always kept.
-        extra_rows: Rows of the mean logit in the softmax, as rows that were never trained have.
+        extra_rows: Rows of zeros that the head is padded with, in the softmax.
         decode: Penalties for repetition, presence, frequency.
         prefix: Text that the trainer has before each prompt, after a `<s>`.
         drop: Ids that it lacks at the beginning of each prompt.
@@ -214,7 +214,7 @@ def _logprobs(view: View, logits: Tensor, targets: Tensor, whole: Sequence[int],
         kind, _, number = view.keep.partition(":")
         logits = truncated(logits, kind, float(number), at)
     if view.extra_rows:
-        logits = torch.cat([logits, logits.mean(1, keepdim=True).expand(-1, view.extra_rows)], 1)
+        logits = torch.cat([logits, torch.zeros(len(logits), view.extra_rows)], 1)
     if view.softmax == "rounded":
         return logits.bfloat16().log_softmax(-1).gather(1, at)[:, 0].float()
     if view.softmax == "subtracted":
