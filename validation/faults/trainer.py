@@ -42,6 +42,7 @@ class View:
         batch: Rows side by side, or sequences of a packed row.
         positions: A change of the position ids: `bf16`, `clip:P`, `half:P` (half steps from P on), `divide:F`.
         rope: A change of the rotary frequencies: `theta:X`, `yarn:F`, `lost:0` (all of them 1).
+        attention: Implementation of transformers.
         window: Tokens that attention sees back; 0 for all.
         sink: A logit that takes its part of each attention row.
         cap: What logits are softly capped at; 0 for none.
@@ -62,6 +63,7 @@ class View:
     batch: int = 8
     positions: str = ""
     rope: str = ""
+    attention: str = "sdpa"
     window: int = 0
     sink: float | None = None
     cap: float = 0.0
@@ -77,7 +79,8 @@ class View:
 
     @cached_property
     def key(self) -> str:
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+        changed = {name: value for name, value in asdict(self).items() if (name, value) != ("attention", "sdpa")}
+        return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:12]
 
 
 class Trainer:
@@ -261,6 +264,8 @@ def _changes(network: Any, view: View) -> Iterator[Any]:
         yield _rotated(network.get_decoder().rotary_emb, view.rope)
     if view.sink is not None:
         yield _sunk(network, view.sink)
+    if view.attention != "sdpa":
+        yield _attending(network, view.attention)
 
 
 def _layers(network: Any) -> list[nn.Module]:
@@ -310,6 +315,15 @@ def _rotated(rotary: Any, change: str) -> Iterator[None]:
 
 
 @contextmanager
+def _attending(network: Any, name: str) -> Iterator[None]:
+    network.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        network.set_attn_implementation("sdpa")
+
+
+@contextmanager
 def _sunk(network: Any, sink: float) -> Iterator[None]:
     """Attention whose softmax has one more logit, of value zero in the output."""
     from transformers import AttentionInterface
@@ -324,8 +338,5 @@ def _sunk(network: Any, sink: float) -> Iterator[None]:
         return (share @ value).transpose(1, 2).contiguous(), None
 
     AttentionInterface.register("bench_sink", attention)
-    network.set_attn_implementation("bench_sink")
-    try:
+    with _attending(network, "bench_sink"):
         yield
-    finally:
-        network.set_attn_implementation("sdpa")
