@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from validation.faults.catalog import FAULTS, NOT_MADE, RULE, Case, Made, cases
+from validation.faults.models import ModelName
 
 # Recordings of an engine, before the cases that they suffice for are made.
 AT_ONCE = 60
@@ -134,6 +135,19 @@ def _note(path: Path, case: Case, made: Made) -> None:
     temporary.write_text(json.dumps(truth, indent=1))
     temporary.replace(path)
     click.echo(f"{time.strftime('%H:%M:%S')} {case.name} |d| {truth['cases'][case.name]['mean_abs_d']}")
+
+
+@main.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("name")
+@click.argument("weights")
+@click.argument("folder", type=click.Path(path_type=Path))
+def checkpoint(out: Path, name: ModelName, weights: str, folder: Path) -> None:
+    """Writes weights of truth.json (`trainer_weights`, `engine_weights`) as a checkpoint folder."""
+    from validation.faults.bench import Bench
+    from validation.faults.weights import save
+
+    save(out, Bench(out).model(name), weights, folder)
 
 
 @main.command("list")

@@ -38,7 +38,7 @@ class View:
         weights: See `weights`.
         temperature: What logits are divided by.
         layout: `right` pads behind; `left-unnumbered` pads before prompts and counts positions through the padding,
-            `left-attended` also attends to it; `packed` separates the sequences of a packed row, `packed-leak` does not.
+            `left-attended` also attends to it; `packed` separates sequences of a packed row, `packed-leak` does not.
         batch: Rows side by side, or sequences of a packed row.
         positions: A change of the position ids: `bf16`, `clip:P`, `half:P` (half steps from P on), `divide:F`.
         rope: A change of the rotary frequencies: `theta:X`, `yarn:F`, `lost:0` (all of them 1).

@@ -6,7 +6,7 @@ A name is a list of changes, from left to right, joined by `|`; the empty name i
     lora:RANK:SIZE    a low-rank delta of that relative size on every projection
     merge:RANK:SIZE:N a low-rank delta, merged into BF16 weights and taken out again N times, then merged
     noise:SIZE:SEED   Gaussian noise of that relative size
-    int8, int4, fp8   round to nearest: by row, in groups of 32, by row
+    int8, int4, int4row, fp8   round to nearest: by row, in groups of 32, by row, by row
     old:FROM:TO       the layers FROM…TO−1 as the checkpoint has them
     lost:FROM:TO      their second projection of the MLP zero: never loaded
     swap:A:B          two layers for each other
@@ -88,6 +88,17 @@ def tensors(folder: Path, model: Model, name: str) -> Weights:
     if "lm_head.weight" in found and torch.equal(base["lm_head.weight"], base["model.embed_tokens.weight"]):
         found["lm_head.weight"] = found["model.embed_tokens.weight"]
     return found
+
+
+def save(folder: Path, model: Model, name: str, target: Path) -> None:
+    """Writes the weights of a name as a checkpoint with its tokenizer, FP32."""
+    import shutil
+
+    from safetensors.torch import save_file
+
+    shutil.copytree(model.path, target, ignore=shutil.ignore_patterns("*.safetensors", "made.json"))
+    found = tensors(folder, model, name)
+    save_file({key: value.contiguous().clone() for key, value in found.items()}, target / "model.safetensors")
 
 
 def _layer(name: str) -> int:
@@ -203,6 +214,7 @@ _CHANGES: dict[str, Any] = {
     "noise": _noise,
     "int8": _integers(127, 0),
     "int4": _integers(7, 32),
+    "int4row": _integers(7, 0),
     "fp8": _fp8,
     "old": _old,
     "lost": _lost,
