@@ -154,7 +154,7 @@ def cases() -> list[Case]:
 
 # What SIGNATURES lists and no case shows, with the reason.
 NOT_MADE = {
-    "batch-size": "on a CPU two passes of transformers agree to the bit in any batch; other-kernels stands for it",
+    "batch-size": "in small models passes of any batch agree to the bit on a CPU; other-kernels stands for it",
     "engine-lags-half-ulp": "grows over many hundred small updates; after eight the engine's own rounding hides it",
     "image": "needs a model with images",
     "fp16-overflow": "an audit's finding; no column of a dump shows the module",
