@@ -114,27 +114,54 @@ def _note(path: Path, case: Case, made: Made) -> None:
     from validation.faults.bench import spread
 
     truth = json.loads(path.read_text()) if path.exists() else {"rule": RULE, "cases": {}}
-    fault = case.fault
-    truth["cases"][case.name] = {
-        "cause": fault.cause,
-        "class": fault.class_,
-        "also": list(fault.also),
-        "model": case.model,
-        "dtype": case.dtype,
+    kept = {name: entry for name, entry in truth["cases"].items() if (path.parent / f"{name}.jsonl").exists()}
+    measured = {
         "trainer_dtype": made.trainer_dtype or case.dtype,
-        "strength": str(case.strength),
-        "split": case.split,
-        "clean": fault.clean,
-        "physical": fault.physical,
         "note": made.note,
         "trainer_weights": made.trainer,
         "engine_weights": made.engine,
         "mean_abs_d": float(f"{spread(made.rows):.4g}"),
     }
+    truth["cases"] = kept | {case.name: _stated(case) | measured}
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(truth, indent=1))
     temporary.replace(path)
-    click.echo(f"{time.strftime('%H:%M:%S')} {case.name} |d| {truth['cases'][case.name]['mean_abs_d']}")
+    click.echo(f"{time.strftime('%H:%M:%S')} {case.name} |d| {measured['mean_abs_d']}")
+
+
+def _stated(case: Case) -> dict[str, Any]:
+    """What the plan says of a case."""
+    fault = case.fault
+    return {
+        "fault": fault.cause,
+        "cause": case.cause,
+        "class": fault.class_,
+        "also": list(fault.also),
+        "model": case.model,
+        "dtype": case.dtype,
+        "strength": str(case.strength),
+        "split": case.split,
+        "clean": fault.clean,
+        "physical": fault.physical,
+    }
+
+
+@main.command()
+@click.argument("out", type=click.Path(path_type=Path))
+def refresh(out: Path) -> None:
+    """Says in truth.json what the plan says now, and drops cases whose file is not there."""
+    planned = {case.name: case for case in cases()}
+    with (out / "truth.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        truth = json.loads((out / "truth.json").read_text())
+        truth["rule"] = RULE
+        truth["cases"] = {
+            name: entry | _stated(planned[name])
+            for name, entry in truth["cases"].items()
+            if name in planned and (out / f"{name}.jsonl").exists()
+        }
+        (out / "truth.tmp").write_text(json.dumps(truth, indent=1))
+        (out / "truth.tmp").replace(out / "truth.json")
 
 
 @main.command()

@@ -64,10 +64,11 @@ Make = Callable[[Bench, Place, Strength], Made | list[Row]]
 
 @dataclass(frozen=True)
 class Fault:
-    """A cause.
+    """A fault and how it is made.
 
     Attributes:
-        cause, class_: As in truth.
+        cause: Its name, which is its cause's unless `CAUSES` has another.
+        class_: What a table can tell of it.
         strengths: What `make` gets, one at a time; by model where a mapping.
         make: Makes the rows of a case.
         combinations: Models and dtypes.
@@ -102,6 +103,12 @@ class Case:
         return self.fault.strengths[self.index]
 
     @property
+    def cause(self) -> str:
+        """As `diagnose` calls it; some causes have several faults here."""
+        name = self.fault.cause
+        return "rounding" if self.fault.class_ == "rounding" else CAUSES.get(name, name)
+
+    @property
     def split(self) -> Split:
         return split_of(self.model, self.index)
 
@@ -120,6 +127,14 @@ def split_of(model: ModelName, index: int) -> Split:
     return "test" if (MODELS.index(model) + index) % 2 else "dev"
 
 
+# Causes of faults that are made in more than one way.
+CAUSES = {
+    "adapter-ignored-steps": "adapter-ignored",
+    "decode-differs-from-prefill-unseen": "decode-differs-from-prefill",
+    "dropout-two-passes": "dropout",
+    "other-kernels": "batch-size",
+    "soft-cap": "soft-cap-or-sink-missing",
+}
 FAULTS: list[Fault] = []
 
 
