@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,7 +151,7 @@ class Bench:
                         _, rate, count = change.split(":")
                         trained(self.folder, model, rate, int(count))
         settings = rollout_settings("cpu", first.dtype, eager=True, in_process=True, kv_cache_gib=1)
-        with open("/tmp/vllm.lock", "w") as lock:
+        with (Path(tempfile.gettempdir()) / "mismatch-probe-faults.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             # On one thread: where cores are shared, two mostly wait for each other.
             threads = "1"
