@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mismatch_probe.ingest.keys import KEYS
 from mismatch_probe.ingest.recording import FILE, Recording, lists_of
-from mismatch_probe.metrics.chunks import UNSAMPLED, WEIGHT_VERSION
+from mismatch_probe.metrics.chunks import UNSAMPLED, WEIGHT_VERSION, Ints
 from mismatch_probe.metrics.frame import Rows
 from mismatch_probe.metrics.groups import STEP, Grouping
 from mismatch_probe.runs.comparison import RunDirectory
@@ -18,7 +19,17 @@ from mismatch_probe.runs.comparison import RunDirectory
 LAG = "lag"
 _OF_SEQUENCES = (STEP, "replica", "tags", "finish_reason", "pack_index")
 _OF_TOKENS = ("turn", WEIGHT_VERSION)
-_NONE = -1
+NONE = -1
+"""Stands for what a row does not say, in a column of integers."""
+
+
+def coded(key: str, values: Sequence[Any]) -> tuple[Ints, tuple[str, ...] | None]:
+    """Values `[S]` of a key of rows: integers as they are, labels as codes from 0 with their names; `NONE` for none."""
+    if KEYS[key].kind == "integer":
+        return np.array([NONE if value is None else value for value in values], np.int64), None
+    labels = sorted({value for value in values if value})
+    code = {label: index for index, label in enumerate(labels)}
+    return np.array([code.get(value, NONE) for value in values], np.int64), tuple(labels)
 
 
 class RecordedGroups:
@@ -40,12 +51,10 @@ class RecordedGroups:
         return found + ([Grouping(LAG)] if WEIGHT_VERSION in self._keys else [])
 
     def _of_sequences(self, key: str) -> Grouping:
-        values = [value for batch in self._recording.batches([key]) for value in batch.column(0).to_pylist()]
-        if KEYS[key].kind == "integer":
-            return Grouping(key, np.array([_NONE if value is None else value for value in values], np.int64))
-        labels = sorted({value for value in values if value})
-        code = {label: index for index, label in enumerate(labels)}
-        return Grouping(key, np.array([code.get(value, _NONE) for value in values], np.int64), tuple(labels))
+        return Grouping(
+            key,
+            *coded(key, [value for batch in self._recording.batches([key]) for value in batch.column(0).to_pylist()]),
+        )
 
     def columns(self) -> Iterator[Rows] | None:
         """What the tokens that count have, in the order of the run's tables; None where they have nothing.
@@ -66,7 +75,7 @@ class RecordedGroups:
                 versions = rows[WEIGHT_VERSION]
                 lengths = [len(one) for one in lists[WEIGHT_VERSION]]
                 of_token = np.repeat(newest[first : first + batch.num_rows], lengths)
-                rows[LAG] = np.where(versions == UNSAMPLED, _NONE, of_token - versions)
+                rows[LAG] = np.where(versions == UNSAMPLED, NONE, of_token - versions)
             if self._recording.masked:
                 counts = np.concatenate(lists["loss_mask"])
                 rows = {key: values[counts] for key, values in rows.items()}

@@ -53,8 +53,7 @@ def diagnosis_report(document: Diagnosis) -> Report:
             ],
             [_row(one) for one in document.classes],
             "Mean |d| in nats, cut at 3 nats a token. Gain: log-likelihood of held-out prompts, nats a token. "
-            "Confidence "
-            "grows with the gain and its lead over other classes; it is not calibrated.",
+            "Confidence grows with the gain and its lead over other classes; it is not calibrated.",
         )
         if document.classes
         else None,
@@ -90,7 +89,7 @@ def _answer(document: Diagnosis) -> Iterator[str]:
 
 def _steps(document: Diagnosis) -> Iterator[Step]:
     for one in document.classes:
-        yield Step(f"{one.fix}")
+        yield Step(one.fix)
         yield Step(f"To confirm {one.name}: {one.confirm}")
     if document.outcome == "cannot-tell":
         yield Step(

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mismatch_probe.metrics.chunks import Unusable
-from mismatch_probe.probes.diagnose.evidence import NONE, Evidence
+from mismatch_probe.probes.diagnose.evidence import Evidence
 
 Floats = NDArray[np.float64]
 VOCABULARY = 48
@@ -121,4 +121,4 @@ def moved(one: Toy, size: float, where: NDArray[np.bool_] | None = None) -> Toy:
     return resampled(one, engine)
 
 
-__all__ = ["NONE", "VOCABULARY", "Toy", "log_softmax", "moved", "resampled", "sample", "toy"]
+__all__ = ["VOCABULARY", "Toy", "log_softmax", "moved", "resampled", "sample", "toy"]

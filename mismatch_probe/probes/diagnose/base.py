@@ -18,6 +18,8 @@ from mismatch_probe.probes.diagnose.noise import Noise, fit_noise, t_log_density
 Kind = Literal["labels", "rows", "weights", "forward"]
 _SEARCHED = 5_000
 _ANY = (3.0,)  # degrees of freedom while forms are compared
+BEYOND_BASELINE = 2.0
+"""So many times the baseline's mean |d| is more than rounding."""
 UNEXPLAINED = 20.0
 """Nats that a token costs which cannot be used and for which nothing accounts."""
 _LEAST_GROUP = 30
@@ -134,14 +136,15 @@ def marginal(evidence: Evidence, train: Mask) -> Floats:
     a = evidence.trainer[use]
     centre = float(np.median(a)) if len(a) else 0.0
     noise = fit_noise(a - centre, np.zeros(len(a)))
-    rest = np.where(evidence.usable, evidence.trainer, centre) - centre
-    return np.asarray(t_log_density(rest / noise.scale(np.zeros(1)), noise.degrees) - np.log(noise.scale(np.zeros(1))))
+    rest, scale = np.where(evidence.usable, evidence.trainer, centre) - centre, noise.scale(np.zeros(1))
+    return np.asarray(t_log_density(rest / scale, noise.degrees) - np.log(scale))
 
 
-def log_density(evidence: Evidence, state: State, train: Mask, noise: Noise | None = None) -> Floats:
+def log_density(evidence: Evidence, state: State, train: Mask) -> Floats:
     """`[N]` of a under a state, whose noise is fitted to `train` `[N]`."""
-    noise = noise or noise_of(evidence, state, train)
-    found = noise.log_density(residual(evidence, state), uncertainty(state.expected), state.spread)
+    found = noise_of(evidence, state, train).log_density(
+        residual(evidence, state), uncertainty(state.expected), state.spread
+    )
     return complete(evidence, state, train, found)
 
 

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mismatch_probe.ingest.keys import KEYS, PROMPT, RESPONSE, SIDES
+from mismatch_probe.ingest.keys import PROMPT, RESPONSE, SIDES
 from mismatch_probe.ingest.recording import Recording, lists_of
 from mismatch_probe.metrics.chunks import WEIGHT_VERSION, Unusable
+from mismatch_probe.probes.groups import coded
 from mismatch_probe.results.finding import Finding
 
 Floats = NDArray[np.float64]
@@ -24,10 +25,8 @@ Mask = NDArray[np.bool_]
 
 MOST_TOKENS = 50_000
 """Signatures are fitted to at most so many tokens: whole prompts, spread evenly over the dump."""
-_PER_TOKEN = ("trainer_logprobs_2", "rollout_prefill_logprobs", "ref_logprobs", "trainer_entropy", "turn")
+_PER_TOKEN = ("trainer_logprobs_2", "rollout_prefill_logprobs", "trainer_entropy", "turn")
 _PER_ROW = ("step", "trainer_version", "pack_index", "replica", "tags", "finish_reason")
-NONE = -1
-"""Stands for what a row does not say, in a column of integers."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +89,11 @@ class Evidence:
     def start(self) -> Ints:
         """`[S+1]` first token of each sequence, and N."""
         return np.searchsorted(self.sequence, np.arange(len(self.prompt) + 1))
+
+    @cached_property
+    def from_end(self) -> Ints:
+        """`[N]` tokens of the response after each."""
+        return np.asarray(self.length[self.sequence] - 1 - self.position)
 
     def of_sequence(self, values: NDArray[Any]) -> NDArray[Any]:
         """`[N]` of values `[S]`."""
@@ -154,7 +158,7 @@ def read_evidence(recording: Recording, most: int = MOST_TOKENS, baseline: float
     b, a = (np.asarray(flat.pop(side), np.float64) for side in SIDES)
     at, of = np.concatenate(position), np.concatenate(sequence)
     why = Unusable.of(b, a, of, at, flat.get(WEIGHT_VERSION))
-    coded = {key: _coded(values, KEYS[key].kind == "integer") for key, values in rows.items()}
+    codes = {key: coded(key, values) for key, values in rows.items()}
     return Evidence(
         rollout=b,
         trainer=a,
@@ -163,8 +167,8 @@ def read_evidence(recording: Recording, most: int = MOST_TOKENS, baseline: float
         position=at,
         sequence=of,
         tokens=flat,
-        rows={key: codes for key, (codes, _) in coded.items()},
-        labels={key: labels for key, (_, labels) in coded.items() if labels},
+        rows={key: values for key, (values, _) in codes.items()},
+        labels={key: labels for key, (_, labels) in codes.items() if labels},
         prompt=np.unique(np.array(found["prompt"], dtype=object).astype(str), return_inverse=True)[1],
         prompt_length=np.array(found["prompt_length"], np.int64),
         length=np.array(found["length"], np.int64),
@@ -196,12 +200,3 @@ def _earlier(ids: NDArray[Any]) -> Ints:
     found = np.empty(len(ids), np.int64)
     found[order] = rank
     return found
-
-
-def _coded(values: list[Any], integer: bool) -> tuple[Ints, tuple[str, ...]]:
-    """Integers as they are, labels as codes with their names."""
-    if integer:
-        return np.array([NONE if value is None else value for value in values], np.int64), ()
-    labels = sorted({str(value) for value in values if value})
-    code = {label: index for index, label in enumerate(labels)}
-    return np.array([code.get(str(value), NONE) for value in values], np.int64), tuple(labels)

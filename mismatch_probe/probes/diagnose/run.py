@@ -10,12 +10,11 @@ import numpy as np
 from mismatch_probe.config import DumpSettings
 from mismatch_probe.errors import IngestError
 from mismatch_probe.probes.audit.baseline import read_audit
-from mismatch_probe.probes.diagnose.base import CAP, Signature, State, mean_gap, noise_of, residual
+from mismatch_probe.probes.diagnose.base import BEYOND_BASELINE, CAP, Signature, State, mean_gap, noise_of, residual
 from mismatch_probe.probes.diagnose.confidence import confidence
 from mismatch_probe.probes.diagnose.evidence import Evidence, Mask, read_evidence
 from mismatch_probe.probes.diagnose.search import Candidate, candidates
 from mismatch_probe.probes.diagnose.signatures import signatures
-from mismatch_probe.probes.diagnose.signatures.other_forward import BEYOND_BASELINE
 from mismatch_probe.probes.explain.audited import pair_of
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.probes.recorded import open_dump
@@ -32,6 +31,10 @@ LEAST_KEYLESS_GAIN, LEAST_KEYLESS_GAP = 0.08, 0.02
 """What is seen without a key gains so many nats a token, of tokens with at least this mean |d|."""
 MOST_LEFT = 0.85
 """What moves expectations leaves at most this share of the mean residual."""
+LONG = 1.0
+"""Above this standard deviation of D, weights exp(D) of sequences are far from 1."""
+USUAL_ROUNDING = 0.06
+"""Mean |d| in nats up to which symmetric noise is taken for rounding where no baseline is known."""
 _TOKENS = 5
 _MOST = 0.5  # of the tokens: what is left of these says little of rounding
 _RIVALS = 4
@@ -224,9 +227,3 @@ def diagnose(
         remainder=left,
         findings=facts.file.findings,
     )
-
-
-LONG = 1.0
-"""Above this standard deviation of D, weights exp(D) of sequences are far from 1."""
-USUAL_ROUNDING = 0.06
-"""Mean |d| in nats up to which symmetric noise is taken for rounding where no baseline is known."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from mismatch_probe.probes.diagnose.base import Fit, State, log_density, residual
-from mismatch_probe.probes.diagnose.evidence import Evidence, Mask
+from mismatch_probe.probes.diagnose.base import BEYOND_BASELINE, CAP, Fit, State, log_density, mean_gap
+from mismatch_probe.probes.diagnose.evidence import Evidence, Floats, Mask
 from mismatch_probe.probes.diagnose.signatures import signature
 
 _AT_END = 0.8
@@ -13,7 +13,7 @@ _EQUAL, _UNCERTAIN = 0.99, -1e-3
 _NEARLY_CERTAIN, _ENOUGH, _MORE = -0.01, 10, 3.0
 _GAIN = {"recomputed": 8.0, "coarse-logprobs": 1.0, "environment-tokens": 2.0, "trainer-noise": 0.3}
 _WINDOW, _UNLIKELY, _LIKELY, _LEAST_SHARE, _MOST_SHARE = 8, -4.5, -1.5, 0.02, 0.5
-_OWN_NOISE, _LEAST_NOISE, _BEYOND_BASELINE = 0.5, 0.02, 2.0
+_OWN_NOISE, _LEAST_NOISE = 0.5, 0.02
 
 
 def _fit(evidence: Evidence, state: State, train: Mask, tokens: Mask) -> Fit | None:
@@ -25,28 +25,28 @@ def _fit(evidence: Evidence, state: State, train: Mask, tokens: Mask) -> Fit | N
     return Fit(log_density(evidence, found, train), found, new, {"n": float(new.sum())})
 
 
+def _size(difference: Floats, tokens: Mask) -> float:
+    """Mean of absolute values of some tokens, cut at `CAP` nats a token."""
+    return float(np.minimum(np.abs(difference[tokens]), CAP).mean())
+
+
 def _placeholders(evidence: Evidence) -> tuple[Mask, bool]:
     """`[N]` tokens whose value is finite and no log-prob, and whether they are the last ones of their sequences."""
     found = evidence.unusable.copy()
-    from_end = evidence.length[evidence.sequence] - 1 - evidence.position
+    last = evidence.from_end == 0
     for side, other in ((evidence.rollout, evidence.trainer), (evidence.trainer, evidence.rollout)):
         found &= np.isfinite(side) & ((side <= 0) | (side == 1))
         zero = side == 0
-        last = from_end == 0
         near = (side > _NEARLY_CERTAIN) & (side < 0) & (last if (last | ~(found & zero)).all() else ~last)
         # A certain token of a side whose other certain tokens are contradicted as often is no placeholder.
         contradicted = float(np.mean(other[near] < -1)) if near.sum() >= _ENOUGH else 0.0
         if (found & zero).any() and float(np.mean(found[zero])) < _MORE * contradicted:
             found &= ~zero
-    last = found & (from_end == 0)
     # A run that reaches the end counts as the end.
-    for _ in range(1, 1 + int(from_end.max(initial=0))):
-        index, inside = evidence.beside(1)
-        more = found & inside & last[index] & ~last
-        if not more.any():
-            break
-        last = last | more
-    return found, bool(found.any() and last.sum() >= _AT_END * found.sum())
+    at_end, (index, inside) = found & last, evidence.beside(1)
+    while (more := found & inside & at_end[index] & ~at_end).any():
+        at_end |= more
+    return found, bool(found.any() and at_end.sum() >= _AT_END * found.sum())
 
 
 @signature(
@@ -57,8 +57,7 @@ def _placeholders(evidence: Evidence) -> tuple[Mask, bool]:
     confirm="Leave these tokens out of the loss mask: the rest is rounding.",
     fix=(
         "Take the engine's log-prob of the end-of-sequence token, or mask it: whoever appends it after "
-        "sampling has none. "
-        "Mask padding."
+        "sampling has none. Mask padding."
     ),
 )
 def end_placeholders(evidence: Evidence, state: State, train: Mask) -> Fit | None:
@@ -143,14 +142,15 @@ def decode_prefill(evidence: Evidence, state: State, train: Mask) -> Fit | None:
     if prefill is None:
         return None
     sound = state.known & np.isfinite(prefill)
-    off = np.abs(evidence.rollout - prefill)[sound]
-    near = np.abs(evidence.trainer - prefill)[sound]
-    if not len(off) or np.mean(np.minimum(off, 3.0)) < 2 * np.mean(np.minimum(near, 3.0)):
+    if not sound.any():
+        return None
+    off, near = evidence.rollout - prefill, evidence.trainer - prefill
+    own, gap = _size(off, sound), _size(near, sound)
+    if own < 2 * gap:
         return None
     moved = state.moved(np.where(sound, prefill, state.expected))
-    shown = np.zeros(len(evidence), np.bool_)
-    shown[np.flatnonzero(sound)[off > np.quantile(near, 0.99)]] = True
-    ratio = float(np.mean(np.minimum(off, 3.0)) / max(float(np.mean(np.minimum(near, 3.0))), 1e-12))
+    shown = sound & (np.abs(off) > np.quantile(np.abs(near[sound]), 0.99))
+    ratio = own / max(gap, 1e-12)
     return Fit(log_density(evidence, moved, train), moved, shown, {"decode_prefill_over_prefill_trainer": ratio})
 
 
@@ -196,9 +196,9 @@ def trainer_noise(evidence: Evidence, state: State, train: Mask) -> Fit | None:
     sound = state.known & np.isfinite(second)
     if not sound.any():
         return None
-    own = float(np.minimum(np.abs(second - evidence.trainer)[sound], 3.0).mean() / np.sqrt(2))
-    gap = float(np.minimum(np.abs(residual(evidence, state))[sound], 3.0).mean())
-    least = _LEAST_NOISE if evidence.baseline is None else _BEYOND_BASELINE * evidence.baseline
+    own = _size(second - evidence.trainer, sound) / np.sqrt(2)
+    gap = mean_gap(evidence, state, sound)
+    least = _LEAST_NOISE if evidence.baseline is None else BEYOND_BASELINE * evidence.baseline
     if own < max(_OWN_NOISE * gap, least):
         return None
     found = log_density(evidence, state, train) + _GAIN["trainer-noise"] * sound

@@ -21,17 +21,13 @@ _LAST = (1, 2, 4, 8)
 )
 def capped_tail(evidence: Evidence, state: State, train: Mask) -> Fit | None:
     """More noise at the last tokens of capped sequences."""
-    capped = capped_rows(evidence)
-    from_end = evidence.length[evidence.sequence] - 1 - evidence.position
-    of_token = evidence.of_sequence(capped)
-    if not of_token.any():
+    capped = evidence.of_sequence(capped_rows(evidence))
+    if not capped.any():
         return None
-    fits = [
-        by_level(
-            evidence, state, train, (of_token & (from_end < last)).astype(np.int64), {"last": float(last)}, rising=True
-        )
-        for last in _LAST
-    ]
+    fits = []
+    for last in _LAST:
+        level = (capped & (evidence.from_end < last)).astype(np.int64)
+        fits.append(by_level(evidence, state, train, level, {"last": float(last)}, rising=True))
     return likeliest(fits, train)
 
 

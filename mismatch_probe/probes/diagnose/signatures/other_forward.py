@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from mismatch_probe.probes.diagnose.base import Fit, State, log_density, mean_gap
+from mismatch_probe.probes.diagnose.base import BEYOND_BASELINE, Fit, State, log_density, mean_gap
 from mismatch_probe.probes.diagnose.evidence import Evidence, Mask
 from mismatch_probe.probes.diagnose.signatures import signature
 
-BEYOND_BASELINE = 2.0
-"""So many times the baseline's mean |d| is more than rounding."""
 LARGEST_ROUNDING = 0.2
 """Mean |d| in nats that no rounding was seen to exceed, where no baseline is known."""
 

@@ -22,8 +22,8 @@ _OTHER_SIGN = 0.25
     confirm="Sample a few prompts with repetition, presence and frequency penalties off.",
     fix=(
         "Set `repetition_penalty=1`, `presence_penalty=0`, `frequency_penalty=0` in the sampling parameters: "
-        "vLLM fills "
-        'what they leave out from the model\'s generation_config.json (`generation_config="vllm"` switches that off).'
+        "vLLM fills what they leave out from the "
+        'model\'s generation_config.json (`generation_config="vllm"` switches that off).'
     ),
 )
 def penalty(evidence: Evidence, state: State, train: Mask) -> Fit | None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from mismatch_probe.probes.diagnose.base import (
+    CAP,
     LEAST_SPREAD,
     Fit,
     State,
@@ -23,13 +24,13 @@ _ADDED = tuple(float(one) for one in np.geomspace(0.03, 100, 16))
 """What an update adds, in scales of the first step's noise."""
 
 
-def _index(evidence: Evidence) -> tuple[Ints, int] | None:
-    """`[N]` the running number of a token's step, and how many steps there are."""
+def _index(evidence: Evidence, least: int) -> tuple[Ints, int] | None:
+    """`[N]` the running number of a token's step, and how many steps there are; None where these are too few."""
     steps = evidence.rows.get("step")
     if steps is None:
         return None
     present, index = np.unique(steps, return_inverse=True)
-    return (evidence.of_sequence(index), len(present)) if len(present) > 1 else None
+    return (evidence.of_sequence(index), len(present)) if len(present) >= least else None
 
 
 @signature(
@@ -51,8 +52,8 @@ def _index(evidence: Evidence) -> tuple[Ints, int] | None:
 )
 def falls_behind(evidence: Evidence, state: State, train: Mask) -> Fit | None:
     """What updates add to the noise grows with the steps since the first."""
-    found = _index(evidence)
-    if found is None or found[1] < 3:
+    found = _index(evidence, 3)
+    if found is None:
         return None
     index, n = found
     half = index >= n / 2
@@ -78,7 +79,7 @@ def falls_behind(evidence: Evidence, state: State, train: Mask) -> Fit | None:
 )
 def step_change(evidence: Evidence, state: State, train: Mask) -> Fit | None:
     """As much more noise at every step from some step on."""
-    found = _index(evidence)
+    found = _index(evidence, 2)
     if found is None:
         return None
     index, n = found
@@ -103,8 +104,8 @@ def step_change(evidence: Evidence, state: State, train: Mask) -> Fit | None:
 )
 def one_step(evidence: Evidence, state: State, train: Mask) -> Fit | None:
     """More noise at one step only."""
-    found = _index(evidence)
-    if found is None or found[1] < 3:
+    found = _index(evidence, 3)
+    if found is None:
         return None
     index, n = found
     widest = np.argsort(-_sizes(evidence, state, index, n))[:3]
@@ -119,5 +120,5 @@ def one_step(evidence: Evidence, state: State, train: Mask) -> Fit | None:
 
 def _sizes(evidence: Evidence, state: State, index: Ints, n: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     """`[steps]` mean |d|, capped, of what is not explained."""
-    size = np.minimum(np.abs(residual(evidence, state)), 3.0)
+    size = np.minimum(np.abs(residual(evidence, state)), CAP)
     return np.asarray(np.bincount(index, size, n) / np.maximum(np.bincount(index, state.known, n), 1))

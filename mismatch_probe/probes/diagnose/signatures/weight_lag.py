@@ -6,8 +6,9 @@ import numpy as np
 
 from mismatch_probe.metrics.chunks import UNSAMPLED, WEIGHT_VERSION
 from mismatch_probe.probes.diagnose.base import Fit, State, by_level
-from mismatch_probe.probes.diagnose.evidence import NONE, Evidence, Ints, Mask
+from mismatch_probe.probes.diagnose.evidence import Evidence, Ints, Mask
 from mismatch_probe.probes.diagnose.signatures import signature
+from mismatch_probe.probes.groups import NONE
 
 _MOST = 8
 
