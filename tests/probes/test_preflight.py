@@ -429,6 +429,15 @@ class TestResources:
         found = only(clean, "disk-short", device="cpu", disk_bytes=1 << 60, folder=tmp_path / "new" / "run")
         assert (found.severity, found.where) == ("fail", str(tmp_path))
 
+    def test_what_vanishes_while_it_is_counted(self, clean: Path, tmp_path: Path) -> None:
+        (tmp_path / "gone").symlink_to(tmp_path / "nothing")
+        (tmp_path / "part").write_bytes(bytes(10))
+        walked = [(str(tmp_path), [], ["gone", "part", "removed meanwhile"])]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(resources.os, "walk", lambda _: iter(walked))
+            found = preflight(resolve(str(clean)), Use(folder=tmp_path)).findings
+        assert not [one for one in found if one.code == "disk-short"]
+
 
 class Told(Progress):
     def __init__(self) -> None:

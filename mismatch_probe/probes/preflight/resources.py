@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 from mismatch_probe.engines.environment import memory_bytes
 from mismatch_probe.probes.preflight import Subject, check, found
@@ -30,7 +33,16 @@ def disk_fits(subject: Subject) -> Iterator[Finding]:
     """What the run still has to write against what is free where it writes."""
     folder = subject.use.folder
     there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    written = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if there == folder else 0
-    needed, free = subject.use.disk_bytes - written, shutil.disk_usage(there).free
+    needed, free = subject.use.disk_bytes - _bytes_below(folder), shutil.disk_usage(there).free
     if needed > free:
         yield found("disk-short", "fail", str(there), needed=needed, free=free)
+
+
+def _bytes_below(folder: Path) -> int:
+    """The size of a folder's files. Other programs can write there: what vanishes meanwhile counts as 0 bytes."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(parent, name)).st_size
+    return total
