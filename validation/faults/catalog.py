@@ -160,9 +160,9 @@ def cases_of(found: Fault) -> list[Case]:
 
 def cases() -> list[Case]:
     """All of them, the cheapest first."""
-    from validation.faults import alignment, clean, forward, meaning, other_weights, steps
+    from validation.faults import alignment, clean, forward, meaning, other_weights, pairs, steps
 
-    modules = [m.__name__ for m in (alignment, meaning, clean, forward, other_weights, steps)]
+    modules = [m.__name__ for m in (alignment, meaning, clean, forward, other_weights, steps, pairs)]
     found = [case for fault in FAULTS for case in cases_of(fault)]
     return sorted(found, key=lambda case: (modules.index(case.fault.make.__module__), "steps" in case.fault.cause))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from validation.faults.bench import Bench, Place, paired
@@ -114,12 +115,15 @@ def _attended(bench: Bench, place: Place, strength: int) -> Made:
     return Made(rows, note="batches of so many rows, in the order of the file")
 
 
-def _by_tag(bench: Bench, place: Place, strength: str, **change: Any) -> list[Row]:
-    recording = place.recording()
-    wrong = bench.rows(recording, place.view(**change))
+def by_tag(
+    bench: Bench, place: Place, strength: str, everywhere: Mapping[str, Any] | None = None, **change: Any
+) -> list[Row]:
+    """The trainer changed in all rows, or in every second one."""
+    recording, same = place.recording(), dict(everywhere or {})
+    wrong = bench.rows(recording, place.view(**same, **change))
     if strength != "tagged":
         return wrong
-    right = bench.rows(recording, place.view())
+    right = bench.rows(recording, place.view(**same))
     return [
         (w if i % 2 else r).with_keys(tags="chat" if i % 2 else "text")
         for i, (r, w) in enumerate(zip(right, wrong, strict=True))
@@ -131,7 +135,7 @@ _WITH_BOS = tuple(c for c in (*EVERYWHERE, ("chain", "float32")) if c[0] != "smo
 
 @fault("missing-bos", "prompts-differ", "all", "tagged", combinations=_WITH_BOS)
 def _bos(bench: Bench, place: Place, strength: str) -> list[Row]:
-    return _by_tag(bench, place, strength, drop=1)
+    return by_tag(bench, place, strength, drop=1)
 
 
 _PREFIX = {
@@ -145,4 +149,4 @@ _PREFIX = {
 @fault("other-system-text", "prompts-differ", "all", "tagged", "other")
 def _system(bench: Bench, place: Place, strength: str) -> Made:
     prefix = _PREFIX[place.model][strength == "other"]
-    return Made(_by_tag(bench, place, strength, prefix=prefix), note=f"the trainer's prompts begin with {prefix!r}")
+    return Made(by_tag(bench, place, strength, prefix=prefix), note=f"the trainer's prompts begin with {prefix!r}")
