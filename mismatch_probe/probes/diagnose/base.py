@@ -13,16 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mismatch_probe.probes.diagnose.evidence import Evidence, Floats, Ints, Mask
-from mismatch_probe.probes.diagnose.noise import Noise, fit_noise, t_log_density, uncertainty
+from mismatch_probe.probes.diagnose.noise import Noise, bins, fit_noise, quick_likelihood, t_log_density, uncertainty
 
 Kind = Literal["labels", "rows", "weights", "forward"]
-_SEARCHED = 5_000
-_ANY = (3.0,)  # degrees of freedom while forms are compared
+SeenBy = Literal["fact", "key", "pattern"]
+_SEARCHED = 3_000
 BEYOND_BASELINE = 2.0
 """So many times the baseline's mean |d| is more than rounding."""
 UNEXPLAINED = 20.0
 """Nats that a token costs which cannot be used and for which nothing accounts."""
 _LEAST_GROUP = 30
+_OTHER_SIGN = 0.03  # of all shifts
 _TURNS, _REFITS = 4, 12
 _LARGEST_SPREAD = 9.0
 LEAST_SPREAD = float(np.log(1.5))
@@ -103,8 +104,8 @@ class Signature:
         fix: What to do, naming the switch of frameworks where it is known.
         fit: Fits it.
         kind: What kind of thing is wrong.
-        keyed: Whether it is seen by a key that the dump has to name; noise differs by place and by sequence anyway, so
-            what is seen without a key has to stand out more.
+        seen_by: What shows it. A fact needs no statistics. A key is one that the dump has to name, or what is expected
+            of each token. A pattern of noise has to stand out more: noise differs by place and by sequence anyway.
         last: Whether it is asked only when no other explains anything more.
     """
 
@@ -115,7 +116,7 @@ class Signature:
     fix: str
     fit: Fitter
     kind: Kind
-    keyed: bool = True
+    seen_by: SeenBy = "key"
     last: bool = False
 
 
@@ -185,14 +186,14 @@ class Variant:
 
 def best_of(evidence: Evidence, variants: Iterable[Variant], train: Mask) -> Fit | None:
     """The likeliest of several forms that move what is expected of the same tokens, on the tokens to fit to."""
-    few: Ints | None = None
+    few = bin_of = np.empty(0, np.int64)
     best: tuple[float, Variant] | None = None
     for one in variants:
-        if few is None:
+        if best is None:
             few = _searched(train & one.state.known)
-        expected, spread = one.state.expected[few], one.state.spread[few]
-        rest, x = evidence.trainer[few] - expected, uncertainty(expected)
-        value = float(fit_noise(rest, x, spread, tried=_ANY).log_density(rest, x, spread).sum())
+            _, bin_of = bins(uncertainty(evidence.rollout[few]))
+        rest = evidence.trainer[few] - one.state.expected[few]
+        value = quick_likelihood(rest, bin_of, one.state.spread[few])
         if best is None or value > best[0]:
             best = value, one
     if best is None:
@@ -224,6 +225,12 @@ def robust_fit(evidence: Evidence, state: State, train: Mask, columns: Floats) -
         coefficients = np.asarray(np.linalg.solve(gram, (a * weight) @ rest), np.float64)
         shift = coefficients @ a
     return np.asarray(coefficients @ columns)
+
+
+def two_sided(shift: Floats) -> bool:
+    """Whether shifts `[n]` are of both signs, as they are where probabilities sum to 1 at both sides."""
+    total = float(np.abs(shift).sum())
+    return min(float(shift.clip(0).sum()), -float(shift.clip(max=0).sum())) > _OTHER_SIGN * total
 
 
 def group_spread(evidence: Evidence, state: State, train: Mask, level: Ints, n_levels: int) -> Floats:

@@ -1,22 +1,44 @@
-"""How sure an answer is: a monotone map of what a signature gains, and of its lead over rivals. Not calibrated."""
+"""How sure an answer is: a logistic map of what a signature gains, of its lead over rivals, and of what it leaves."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mismatch_probe.probes.diagnose.search import Candidate
+from mismatch_probe.probes.diagnose.base import mean_gap
+from mismatch_probe.probes.diagnose.evidence import Evidence
+
+if TYPE_CHECKING:
+    from mismatch_probe.probes.diagnose.run import Found
+
+FEATURES = ("log10 of nats gained", "lead", "log of what is left over rounding", "no baseline")
+WEIGHTS = (-2.7, 1.2, 3.0, -1.0, -1.0)
+_LEAST_NATS, _MOST_NATS, _MOST_LEFT = 1.0, 1e4, float(np.log(30))
 
 
-def margin(best: Candidate, rivals: Sequence[Candidate]) -> float:
-    """The share of the gain that the next rival does not have, in [0, 1]."""
-    second = max((one.gain for one in rivals), default=0.0)
-    return float(np.clip(1 - second / best.gain, 0.0, 1.0)) if best.gain > 0 else 0.0
+def features(evidence: Evidence, one: Found) -> tuple[float, ...]:
+    """What the confidence is made of: as in `FEATURES`.
+
+    The lead is the share of the gain that the next rival does not have. What is left is the mean size, beside the
+    baseline's, of what the class does not explain: of tokens that it moves, and of those that do not show it.
+    """
+    best = one.candidate
+    lead = 1 - max((rival.gain for rival in one.rivals), default=0.0) / best.gain
+    nats = float(np.clip(best.total, _LEAST_NATS, _MOST_NATS))
+    if evidence.baseline is None:
+        return float(np.log10(nats)), float(np.clip(lead, 0, 1)), 0.0, 1.0
+    left = 0.0 if best.signature.seen_by == "fact" else _left(evidence, one) / max(evidence.baseline, 1e-9)
+    return float(np.log10(nats)), float(np.clip(lead, 0, 1)), float(np.clip(np.log(max(left, 1.0)), 0, _MOST_LEFT)), 0.0
 
 
-def confidence(best: Candidate, rivals: Sequence[Candidate]) -> float:
-    """In [0, 1], of a class of such a gain and margin."""
-    size = np.log10(max(best.total, 1.0))
-    score = -1.5 + 1.2 * (size - 1) + 3.0 * margin(best, rivals)
-    return float(np.clip(1 / (1 + np.exp(-score)), 0.02, 0.99))
+def _left(evidence: Evidence, one: Found) -> float:
+    after, shown = one.candidate.fit.state, one.candidate.fit.shown
+    moved = shown & (after.expected != one.before.expected)
+    return max(mean_gap(evidence, after, moved), mean_gap(evidence, after, ~shown))
+
+
+def confidence(evidence: Evidence, one: Found) -> float:
+    """In [0, 1]."""
+    score = float(np.dot(WEIGHTS, (1.0, *features(evidence, one))))
+    return float(np.clip(1 / (1 + np.exp(-score)), 0.01, 0.99))

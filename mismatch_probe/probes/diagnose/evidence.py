@@ -99,8 +99,10 @@ class Evidence:
         """`[N]` of values `[S]`."""
         return values[self.sequence]
 
-    def beside(self, steps: int) -> tuple[Ints, Mask]:
-        """For each token the index of the token `steps` after it in its response, and whether there is one."""
+    def beside(self, steps: int | Ints) -> tuple[Ints, Mask]:
+        """For each token the index of the token `steps`, or `[N]` of them, after it in its response, and whether there
+        is one.
+        """
         index = np.arange(len(self)) + steps
         inside = (index >= 0) & (index < len(self))
         index = np.where(inside, index, 0)

@@ -9,7 +9,6 @@ Shape legend: `n` tokens, `K` knots of the curve.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,23 +84,11 @@ def fit_noise(
     weight = np.ones_like(residual) if weight is None else weight
     if len(residual) == 0:
         return Noise(np.zeros(1), np.full(1, np.log(FLOOR)), 5.0, 0.0)
-    n_knots = int(np.clip(len(residual) // _TOKENS_A_KNOT, 1, _MOST_KNOTS))
-    knots, bin_of = _bins(x, n_knots)
-    squares = z * z
-    total = np.maximum(np.bincount(bin_of, weight, len(knots)), 1e-12)
-    scale = np.maximum(
-        np.sqrt(np.bincount(bin_of, weight * np.minimum(squares, np.quantile(squares, 0.9)), len(knots)) / total), FLOOR
-    )
+    knots, bin_of = bins(x)
+    scale = _first_scale(z, bin_of, weight)
     best, best_value = None, -np.inf
     for degrees in tried:
-        fitted = scale
-        for _ in range(_ROUNDS if best else _FIRST_ROUNDS):
-            u = squares / fitted[bin_of] ** 2
-            responsibility = (degrees + 1) / (degrees + u)
-            fitted = np.maximum(
-                np.sqrt(np.bincount(bin_of, weight * responsibility * squares, len(knots)) / total), FLOOR
-            )
-        value = float((weight * (t_log_density(z / fitted[bin_of], degrees) - np.log(fitted[bin_of]))).sum())
+        fitted, value = _fitted_scale(z, bin_of, weight, scale, degrees, _ROUNDS if best else _FIRST_ROUNDS)
         if value > best_value:
             best, best_value = (fitted, degrees), value
         scale = fitted
@@ -115,15 +102,41 @@ def fit_noise(
     return Noise(knots, log_scale, degrees, drift)
 
 
-def _bins(x: Floats, n: int) -> tuple[Floats, NDArray[np.int64]]:
+def _first_scale(z: Floats, bin_of: NDArray[np.int64], weight: Floats) -> Floats:
+    """`[K]` root mean squares, the largest tenth of them cut."""
+    squares = np.minimum(z * z, np.quantile(z * z, 0.9))
+    total = np.maximum(np.bincount(bin_of, weight), 1e-12)
+    return np.asarray(np.maximum(np.sqrt(np.bincount(bin_of, weight * squares) / total), FLOOR))
+
+
+def _fitted_scale(
+    z: Floats, bin_of: NDArray[np.int64], weight: Floats, scale: Floats, degrees: float, rounds: int
+) -> tuple[Floats, float]:
+    """`[K]` scales under Student's t from some scales on, and the log-likelihood."""
+    squares = z * z
+    for _ in range(rounds):
+        # EM whose prior scale is fitted too converges in a few rounds (Liu, Rubin and Wu 1998).
+        share = weight / (degrees + squares / scale[bin_of] ** 2)
+        total = np.maximum(np.bincount(bin_of, share), 1e-300)
+        scale = np.maximum(np.sqrt(np.bincount(bin_of, share * squares) / total), FLOOR)
+    of_token = scale[bin_of]
+    return scale, float((weight * (t_log_density(z / of_token, degrees) - np.log(of_token))).sum())
+
+
+def quick_likelihood(residual: Floats, bin_of: NDArray[np.int64], spread: Floats) -> float:
+    """Log-likelihood of residuals `[n]` under Student's t with a scale by bin: enough to compare expectations."""
+    z, weight = residual / np.exp(spread), np.ones_like(residual)
+    _, value = _fitted_scale(z, bin_of, weight, _first_scale(z, bin_of, weight), 3.0, _ROUNDS)
+    return value - float(spread.sum())
+
+
+def bins(x: Floats) -> tuple[Floats, NDArray[np.int64]]:
     """Medians of quantile bins, `[K]`, and the bin of each value, `[n]`."""
-    edges = np.unique(np.quantile(x, np.linspace(0, 1, n + 1)[1:-1])) if n > 1 else np.empty(0)
-    bin_of = np.searchsorted(edges, x, side="left")
-    present, bin_of = np.unique(bin_of, return_inverse=True)
-    order = np.argsort(bin_of, kind="stable")
-    bounds = np.searchsorted(bin_of[order], np.arange(len(present) + 1))
-    middles = np.array([np.median(x[order[lo:hi]]) for lo, hi in pairwise(bounds.tolist())])
-    keep = np.diff(middles, prepend=-np.inf) > 0
-    return (
-        (middles, bin_of) if keep.all() else (np.maximum.accumulate(middles) + 1e-9 * np.arange(len(middles)), bin_of)
-    )
+    n = int(np.clip(len(x) // _TOKENS_A_KNOT, 1, _MOST_KNOTS))
+    ordered = np.sort(x)
+    at = np.searchsorted(np.unique(ordered[np.arange(1, n) * len(x) // n]), x)
+    counts = np.bincount(at)
+    bin_of, counts = (np.cumsum(counts > 0) - 1)[at], counts[counts > 0]
+    middles = ordered[np.cumsum(counts) - counts + counts // 2]
+    # Equal values can be the middle of two bins.
+    return np.maximum.accumulate(middles) + 1e-9 * np.arange(len(middles)), bin_of

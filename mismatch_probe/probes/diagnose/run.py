@@ -27,8 +27,8 @@ LEAST_OF_FIRST = 0.1
 """A further class gains at least this share of what the first did: no signature is exact, and leaves traces."""
 LEAST_MOVED_GAIN = 0.08
 """What moves expectations gains at least so many nats a token: large noise is lopsided and gives less than that."""
-LEAST_KEYLESS_GAIN, LEAST_KEYLESS_GAP = 0.08, 0.02
-"""What is seen without a key gains so many nats a token, of tokens with at least this mean |d|."""
+LEAST_PATTERN_GAIN, LEAST_PATTERN_GAP = 0.08, 0.02
+"""A pattern of noise gains so many nats a token, of tokens with at least this mean |d|."""
 MOST_LEFT = 0.85
 """What moves expectations leaves at most this share of the mean residual."""
 LONG = 1.0
@@ -36,7 +36,7 @@ LONG = 1.0
 USUAL_ROUNDING = 0.06
 """Mean |d| in nats up to which symmetric noise is taken for rounding where no baseline is known."""
 _TOKENS = 5
-_MOST = 0.5  # of the tokens: what is left of these says little of rounding
+_MOST = 0.5  # of the tokens
 _RIVALS = 4
 
 
@@ -47,59 +47,104 @@ class Found:
     Attributes:
         candidate: It.
         before: What was explained before.
-        rivals: Other signatures that gained something then, the best first.
+        ranked: All that competed, it included, the best first.
     """
 
     candidate: Candidate
     before: State
-    rivals: tuple[Candidate, ...]
+    ranked: tuple[Candidate, ...]
+
+    @property
+    def rivals(self) -> tuple[Candidate, ...]:
+        """Other signatures that gained something then, the best first."""
+        return tuple(one for one in self.ranked if one is not self.candidate)
 
 
-def explain_away(evidence: Evidence, known: Mapping[str, Signature] | None = None) -> tuple[list[Found], State]:
+def explain_away(
+    evidence: Evidence, known: Mapping[str, Signature] | None = None, first: Sequence[Candidate] | None = None
+) -> tuple[list[Found], State]:
     """Accepts the signature that gains most, takes off what it explains, and looks again.
 
     Args:
         evidence: The table.
         known: Signatures that compete; by default all.
+        first: How they rank while nothing is explained, where that is computed already.
 
     Returns:
-        What was found, the one that explains most first, and what is explained then.
+        What was found, the one that explains most first, and what is explained then. A class is dropped when those
+        found after it explain as much without it.
     """
     known = dict(signatures() if known is None else known)
-    state, found = State.start(evidence), list[Found]()
-    while known and len(found) < MOST_FAULTS:
-        ranked = candidates(evidence, state, known)
+    state, found, left = State.start(evidence), list[Found](), dict(known)
+    while left and len(found) < MOST_FAULTS:
+        ranked = candidates(evidence, state, left) if found or first is None else first
         accepted = [one for one in ranked if _accepted(evidence, state, one, found)]
         best = next((one for one in accepted if not one.signature.last), next(iter(accepted), None))
         if best is None:
             break
-        found.append(Found(best, state, tuple(one for one in ranked if one is not best and one.gain > 0)))
+        found.append(Found(best, state, tuple(ranked)))
         state = best.fit.state
-        del known[best.signature.name]
+        del left[best.signature.name]
         if best.signature.last:
             break
-    return found, state
+    needless = _needless(evidence, found)
+    if needless is None:
+        return found, state
+    del known[needless]
+    return explain_away(evidence, known)
+
+
+def _needless(evidence: Evidence, found: Sequence[Found]) -> str | None:
+    """The name of a class without which the others, fitted again, explain as much."""
+    least = _least_gain(found) * len(evidence)
+    total = sum(one.candidate.total for one in found)
+    for one in found[:-1]:
+        state, without = State.start(evidence), 0.0
+        for other in found:
+            name = other.candidate.signature.name
+            again = [] if other is one else candidates(evidence, state, {name: other.candidate.signature})
+            for candidate in again:
+                state, without = candidate.fit.state, without + candidate.total
+        if without > total - least:
+            return one.candidate.signature.name
+    return None
+
+
+def _least_gain(found: Sequence[Found]) -> float:
+    """Nats a token that a class has to gain beside others."""
+    return max(LEAST_GAIN, LEAST_OF_FIRST * found[0].candidate.gain if found else 0.0)
 
 
 def _accepted(evidence: Evidence, state: State, one: Candidate, found: Sequence[Found]) -> bool:
-    least = max(LEAST_GAIN, LEAST_OF_FIRST * found[0].candidate.gain if found else 0.0)
-    if one.gain < least or one.total < LEAST_TOTAL or one.units < LEAST_UNITS:
+    signature, after = one.signature, one.fit.state
+    if one.total < LEAST_TOTAL:
         return False
-    if one.signature.last and any(float(earlier.candidate.fit.shown.mean()) > _MOST for earlier in found):
+    if signature.seen_by == "fact":
+        return True
+    if one.gain < _least_gain(found) or one.units < LEAST_UNITS:
         return False
-    after = one.fit.state
-    if not one.signature.keyed:
+    # What is left where numbers have another meaning, or of most tokens, says little of rounding.
+    if (signature.last or signature.seen_by == "pattern") and any(_relabels(earlier) for earlier in found):
+        return False
+    if signature.last and any(_most(earlier) for earlier in found):
+        return False
+    if signature.seen_by == "pattern":
         gap = mean_gap(evidence, state, one.fit.shown)
-        least_gap = LEAST_KEYLESS_GAP if evidence.baseline is None else BEYOND_BASELINE * evidence.baseline
-        if one.gain < LEAST_KEYLESS_GAIN or gap < least_gap:
+        least_gap = LEAST_PATTERN_GAP if evidence.baseline is None else BEYOND_BASELINE * evidence.baseline
+        if one.gain < LEAST_PATTERN_GAIN or gap < least_gap:
             return False
     moved = _moved(one, state)
     if not moved.any():
         return True
     # Of classes that give all numbers another meaning only one is found: none is exact, and their shapes are alike.
-    if one.gain < LEAST_MOVED_GAIN or (one.signature.kind == "labels" and any(_relabels(earlier) for earlier in found)):
+    if one.gain < LEAST_MOVED_GAIN or (signature.kind == "labels" and any(_relabels(earlier) for earlier in found)):
         return False
     return mean_gap(evidence, after, moved) <= MOST_LEFT * mean_gap(evidence, state, moved)
+
+
+def _most(one: Found) -> bool:
+    """Whether most tokens show it."""
+    return float(one.candidate.fit.shown.mean()) > _MOST
 
 
 def _moved(one: Candidate, state: State) -> Mask:
@@ -139,7 +184,7 @@ def diagnosed(evidence: Evidence, one: Found) -> DiagnosedClass:
         name=signature.name,
         title=signature.title,
         kind=signature.kind,
-        confidence=confidence(one.candidate, one.rivals),
+        confidence=confidence(evidence, one),
         gain=one.candidate.gain,
         gain_units=one.candidate.units,
         parameters=dict(fit.parameters),

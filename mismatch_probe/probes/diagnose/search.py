@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,37 +32,34 @@ class Candidate:
 
 def candidates(evidence: Evidence, state: State, known: Mapping[str, Signature]) -> list[Candidate]:
     """Signatures that gain anything, the best first."""
-    before = _held_out(evidence, lambda train: log_density(evidence, state, train))
+    everything = np.ones(len(evidence), np.bool_)
+    plain = log_density(evidence, state, everything).sum()
+    before = np.zeros(len(evidence))
+    for train in _halves(evidence):
+        before[~train] = log_density(evidence, state, train)[~train]
     found = []
     for one in known.values():
-        candidate = _candidate(evidence, state, one, before)
-        if candidate is not None:
-            found.append(candidate)
-    return sorted(found, key=lambda one: -one.gain)
+        whole = one.fit(evidence, state, everything)
+        # What gains nothing where it was fitted gains nothing elsewhere.
+        if whole is not None and whole.log_density.sum() > plain:
+            found.append(_judged(evidence, state, one, whole, before))
+    return sorted((one for one in found if one is not None and one.gain > 0), key=lambda one: -one.gain)
 
 
-def _candidate(evidence: Evidence, state: State, one: Signature, before: Floats) -> Candidate | None:
-    whole = one.fit(evidence, state, np.ones(len(evidence), np.bool_))
-    if whole is None:
-        return None
+def _halves(evidence: Evidence) -> tuple[Mask, Mask]:
+    """`[N]` tokens to fit to, twice: the others judge."""
+    return evidence.fold != 0, evidence.fold != 1
+
+
+def _judged(evidence: Evidence, state: State, one: Signature, whole: Fit, before: Floats) -> Candidate | None:
     after = np.zeros(len(evidence))
-    for fold in (0, 1):
-        train = evidence.fold != fold
+    for train in _halves(evidence):
         fit = one.fit(evidence, state, train)
         if fit is None:
             return None
         after[~train] = fit.log_density[~train]
     gains = after - before
     per_prompt = np.bincount(evidence.prompt[evidence.sequence], gains)
-    n = max(len(evidence), 1)
     error = float(np.sqrt((per_prompt**2).sum() - per_prompt.sum() ** 2 / max(len(per_prompt), 1)))
     total = float(gains.sum())
-    return Candidate(one, whole, total / n, total / max(error, 1e-9), total)
-
-
-def _held_out(evidence: Evidence, density: Callable[[Mask], Floats]) -> Floats:
-    found = np.zeros(len(evidence))
-    for fold in (0, 1):
-        train = evidence.fold != fold
-        found[~train] = density(train)[~train]
-    return found
+    return Candidate(one, whole, total / max(len(evidence), 1), total / max(error, 1e-9), total)

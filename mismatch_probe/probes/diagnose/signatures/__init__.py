@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from mismatch_probe.probes.diagnose.base import Fitter, Kind, Signature
+from mismatch_probe.probes.diagnose.base import Fitter, Kind, SeenBy, Signature
 from mismatch_probe.registered import Registry
 
 _REGISTRY = Registry[Signature](__name__, "signature")
@@ -18,7 +18,7 @@ def signature(
     causes: tuple[str, ...],
     confirm: str,
     fix: str,
-    keyed: bool = True,
+    seen_by: SeenBy = "key",
     last: bool = False,
 ) -> Callable[[Fitter], Fitter]:
     """Registers a function as the fit of a signature; arguments as in `Signature`.
@@ -28,7 +28,7 @@ def signature(
     """
 
     def register(fit: Fitter) -> Fitter:
-        _REGISTRY.add(name, Signature(name, title, causes, confirm, fix, fit, kind, keyed, last))
+        _REGISTRY.add(name, Signature(name, title, causes, confirm, fix, fit, kind, seen_by, last))
         return fit
 
     return register

@@ -51,6 +51,7 @@ def _placeholders(evidence: Evidence) -> tuple[Mask, bool]:
 
 @signature(
     "end-placeholders",
+    seen_by="fact",
     kind="rows",
     title="The last tokens of responses have a number in place of a log-prob",
     causes=("eos-placeholder", "padding-counted"),
@@ -68,6 +69,7 @@ def end_placeholders(evidence: Evidence, state: State, train: Mask) -> Fit | Non
 
 @signature(
     "placeholders",
+    seen_by="fact",
     kind="rows",
     title="Tokens inside responses have a number in place of a log-prob",
     causes=("missing-logprobs", "tool-tokens-zero"),
@@ -82,6 +84,7 @@ def placeholders(evidence: Evidence, state: State, train: Mask) -> Fit | None:
 
 @signature(
     "missing-values",
+    seen_by="fact",
     kind="rows",
     title="Tokens have no finite log-prob on one side",
     causes=("missing-at-certain-tokens", "nan-row"),
@@ -95,6 +98,7 @@ def missing_values(evidence: Evidence, state: State, train: Mask) -> Fit | None:
 
 @signature(
     "recomputed",
+    seen_by="fact",
     kind="labels",
     title="Both sides are the same numbers: one is a copy or a recomputation of the other",
     causes=("recomputed",),
@@ -113,6 +117,7 @@ def recomputed(evidence: Evidence, state: State, train: Mask) -> Fit | None:
 
 @signature(
     "coarse-logprobs",
+    seen_by="fact",
     kind="labels",
     title="One side's log-probs lie on a coarse grid",
     causes=("softmax-16-bit", "rounded-storage"),

@@ -14,7 +14,7 @@ _PADS = (4, 16)
 
 @signature(
     "padding",
-    keyed=False,
+    seen_by="pattern",
     kind="forward",
     title="Sequences with short prompts are off, those with the longest are not",
     causes=("left-padding-positions",),

@@ -15,7 +15,7 @@ _EDGES = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 
 @signature(
     "positions",
-    keyed=False,
+    seen_by="pattern",
     kind="forward",
     title="The gap sets in, or grows, with the absolute position",
     causes=("rope-long-positions", "bf16-position-ids", "buffers-lost", "rope-scaling", "window-missing"),

@@ -14,7 +14,7 @@ _LEAST = float(np.log(2.5))
 
 @signature(
     "prompts-differ",
-    keyed=False,
+    seen_by="pattern",
     kind="rows",
     title="The first tokens of responses are off, or rows of one tag are",
     causes=("missing-bos", "other-system-text", "image"),

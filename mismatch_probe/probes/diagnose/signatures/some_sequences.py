@@ -16,7 +16,7 @@ _LEAST = 3.0
 
 @signature(
     "some-sequences",
-    keyed=False,
+    seen_by="pattern",
     kind="forward",
     title="A part of the sequences is off, the others are not",
     causes=("decode-differs-from-prefill",),
