@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
 from scipy.special import logsumexp
 
 from mismatch_probe.probes.diagnose.base import Fit, State, complete, log_density, marginal, noise_of, residual
-from mismatch_probe.probes.diagnose.evidence import Evidence, Floats, Mask
+from mismatch_probe.probes.diagnose.evidence import Evidence, Floats, Ints, Mask
 from mismatch_probe.probes.diagnose.noise import Noise, uncertainty
 from mismatch_probe.probes.diagnose.signatures import signature
 
 _LAGS = (-2, -1, 1, 2)
+_FIRST, _OFF_AT_FIRST = 4, 0.5
 
 
 @signature(
@@ -27,25 +29,33 @@ _LAGS = (-2, -1, 1, 2)
     ),
 )
 def shift(evidence: Evidence, state: State, train: Mask) -> Fit | None:
-    """a_i is b_{i+k} with one k ≠ 0: in whole rows, or from the second sequence of a pack on."""
-    pack = evidence.rows.get("pack_index")
-    places = [np.ones(len(evidence), np.bool_)]
-    places += [] if pack is None else [evidence.of_sequence(pack) > 0]
+    """a_i is b_{i+k} with one k ≠ 0: in whole rows, from the second sequence of a pack on, or by one more in each."""
     noise = _narrow(evidence, state, train)
     broad = marginal(evidence, train)
-    best: tuple[float, State, Mask, int] | None = None
-    for where in places:
-        for lag in _LAGS:
-            moved = moved_by(evidence, state, lag, where)
-            value = float(np.where(moved.known, _density(evidence, moved, noise), broad)[train & evidence.usable].sum())
-            if best is None or value > best[0]:
-                best = value, moved, where, lag
+    best: tuple[float, State, Mask, Mapping[str, float | str]] | None = None
+    for lag, where, told in _forms(evidence):
+        moved = moved_by(evidence, state, lag, where)
+        value = float(np.where(moved.known, _density(evidence, moved, noise), broad)[train & evidence.usable].sum())
+        if best is None or value > best[0]:
+            best = value, moved, where, told
     assert best is not None
-    _, moved, where, lag = best
-    return Fit(log_density(evidence, moved, train), moved, where & evidence.usable, {"tokens": lag})
+    _, moved, where, told = best
+    return Fit(log_density(evidence, moved, train), moved, where & evidence.usable, told)
 
 
-def moved_by(evidence: Evidence, state: State, lag: int, where: Mask) -> State:
+def _forms(evidence: Evidence) -> Iterator[tuple[int | Ints, Mask, Mapping[str, float | str]]]:
+    """By how many tokens, where, and how that is told."""
+    for lag in _LAGS:
+        yield lag, np.ones(len(evidence), np.bool_), {"tokens": lag}
+    if (pack := evidence.rows.get("pack_index")) is not None:
+        index = evidence.of_sequence(pack)
+        for lag in _LAGS:
+            yield lag, index > 0, {"tokens": lag, "from_pack_index": 1}
+        for lag in (-1, 1):
+            yield lag * np.maximum(index, 0), index > 0, {"tokens_per_pack_index": lag}
+
+
+def moved_by(evidence: Evidence, state: State, lag: int | Ints, where: Mask) -> State:
     """What is expected where the rollout's log-probs are those of the token `lag` places on."""
     index, inside = evidence.beside(lag)
     expected = np.where(where & inside, state.expected[index], state.expected)
@@ -105,7 +115,8 @@ def retokenised(evidence: Evidence, state: State, train: Mask) -> Fit | None:
             shown[first:hi] = True
             moved = states[_LAGS[lag_at]]
             expected[first:hi], known[first:hi] = moved.expected[first:hi], moved.known[first:hi]
-    if n_sequences == 0:
+    # What is off from the first tokens on is a shift.
+    if n_sequences == 0 or float(shown[evidence.position < _FIRST].mean()) > _OFF_AT_FIRST:
         return None
     found = np.where(usable, found, complete(evidence, state, train, found))
     return Fit(found, replace(state, expected=expected, known=known), shown, {"n_sequences": float(n_sequences)})

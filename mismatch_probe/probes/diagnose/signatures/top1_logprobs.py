@@ -12,6 +12,7 @@ from mismatch_probe.probes.diagnose.signatures import signature
 _ROUNDS = 10
 # A token misses the likeliest one with probability 1 − e^b; of those misses so many are to be seen.
 _OF_EXPECTED = 0.5
+_SLACK = 0.1  # nats, for rounding
 
 
 @signature(
@@ -23,7 +24,7 @@ _OF_EXPECTED = 0.5
     fix="Take the entry of the sampled id from the engine's list of log-probs, not the first entry.",
 )
 def top1_logprobs(evidence: Evidence, state: State, train: Mask) -> Fit | None:
-    """With probability e^b the sampled token is the likeliest and d is noise, else d is far below 0."""
+    """With probability e^b the sampled token is the likeliest and d is noise, else a is of the 1 − e^b that is left."""
     rest, x = residual(evidence, state), uncertainty(state.expected)
     p = np.exp(np.clip(state.expected, -30.0, -1e-6))
     use = train & state.known
@@ -52,5 +53,7 @@ def top1_logprobs(evidence: Evidence, state: State, train: Mask) -> Fit | None:
 def _parts(rest: Floats, x: Floats, state: State, noise: Noise, p: Floats, mean: float) -> tuple[Floats, Floats]:
     scale = noise.scale(x, state.spread)
     near = np.log(p) + t_log_density(rest / scale, noise.degrees) - np.log(scale)
-    below = np.where(rest < 0, rest / mean - np.log(mean), -60.0)
+    # Beside the likeliest token no other has more than what that one leaves.
+    beyond = rest - np.minimum(np.log1p(-p) - np.log(p) + _SLACK, 0.0)
+    below = np.where(beyond < 0, beyond / mean - np.log(mean), -60.0)
     return near, np.log1p(-p) + below
