@@ -166,6 +166,32 @@ def refresh(out: Path) -> None:
 
 @main.command()
 @click.argument("out", type=click.Path(path_type=Path))
+@click.argument("results", type=click.Path(path_type=Path))
+@click.option("--split", type=click.Choice(["dev", "test"]), required=True, help="Which half.")
+@click.option("--only", multiple=True, default=["*"], help="Pattern of names of cases; can be given again.")
+@click.option("--baseline/--no-baseline", default=True, help="Whether an audit of the model is given.")
+def score(out: Path, results: Path, split: str, only: tuple[str, ...], baseline: bool) -> None:
+    """Diagnoses the cases of OUT that are not in RESULTS yet (JSON lines), and prints what is right."""
+    from validation.faults import score as scoring
+
+    truth = json.loads((out / "truth.json").read_text())["cases"]
+    audits = scoring.baselines(truth) if baseline else {}
+    done = list(scoring.read(results.read_text().splitlines())) if results.exists() else []
+    names = {one.name for one in done}
+    with results.open("a") as file:
+        for name, entry in truth.items():
+            if entry["split"] == split and name not in names and any(fnmatch.fnmatch(name, one) for one in only):
+                one = scoring.judged(name, out / f"{name}.jsonl", entry, scoring.baseline_of(audits, entry))
+                file.write(scoring.written(one) + "\n")
+                file.flush()
+                done.append(one)
+                said = ", ".join(f"{a.name} {a.confidence:.2f}" for a in one.found) or one.outcome
+                click.echo(f"{'' if scoring.is_right(entry, one) else 'WRONG '}{name} ({entry['class']}): {said}")
+    click.echo(scoring.summary(truth, done))
+
+
+@main.command()
+@click.argument("out", type=click.Path(path_type=Path))
 @click.argument("name")
 @click.argument("weights")
 @click.argument("folder", type=click.Path(path_type=Path))
