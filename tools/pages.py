@@ -18,6 +18,8 @@ from mismatch_probe.ingest.formats import formats
 from mismatch_probe.ingest.keys import KEYS, Key
 from mismatch_probe.metrics.catalog import CATALOG, SYMBOLS
 from mismatch_probe.metrics.info import MetricInfo
+from mismatch_probe.probes.diagnose.base import Kind
+from mismatch_probe.probes.diagnose.signatures import signatures
 from mismatch_probe.report.words import Words, all_words
 
 FOLDER = Path(__file__).parents[1] / "docs"
@@ -253,6 +255,43 @@ def dumps_page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+_FAULTS: Mapping[Kind, str] = {
+    "rows": "Tokens and rows that do not line up",
+    "labels": "Numbers that mean something else",
+    "weights": "Weights that are not the same",
+    "forward": "Forward passes that are not the same",
+}
+
+
+def faults_page() -> str:
+    """Every class that `diagnose` names."""
+    parts = [
+        "# Classes of faults",
+        _GENERATED.format("`mismatch_probe/probes/diagnose/signatures/`"),
+        "`mismatch-probe diagnose DUMP` names these classes, from log-probs of both sides and the keys of the "
+        "[generic format](dumps.md#the-generic-format). Causes of one class make the same table: only experiments "
+        "tell them apart. Below, d is the trainer's log-prob a less the rollout's b. How often each class is found: "
+        "[validation](validation.md#diagnosis).",
+    ]
+    for kind, title in _FAULTS.items():
+        parts.append(f"## {title}")
+        for one in (one for one in signatures().values() if one.kind == kind):
+            shown = inspect.getdoc(one.fit) or ""
+            parts += [
+                f"### {one.name}",
+                f"{one.title}. Causes: {', '.join(one.causes)}.",
+                _table(
+                    ("", ""),
+                    [
+                        ("in a table", shown.split("\n\n")[0].replace("\n", " ")),
+                        ("to confirm", one.confirm),
+                        ("fix", one.fix),
+                    ],
+                ),
+            ]
+    return "\n\n".join(parts) + "\n"
+
+
 _KINDS = {
     "ids": "integer",
     "logprob": "number, or no value",
@@ -274,6 +313,7 @@ PAGES: Mapping[str, Callable[[], str]] = {
     "metrics.md": metrics_page,
     "findings.md": findings_page,
     "dumps.md": dumps_page,
+    "faults.md": faults_page,
 }
 
 

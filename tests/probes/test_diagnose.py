@@ -60,15 +60,31 @@ def truncated_trainer() -> Toy:
     return replace(one, engine=one.trainer, trainer=one.engine)
 
 
-def repetition_penalty() -> Toy:
+def padded_vocabulary() -> Toy:
+    """The rollout's softmax sums over 30 rows of zeros that are no tokens."""
+    one = toy()
+    zeros = np.zeros((len(one.ids), 30))
+    return replace(one, rollout_logprobs=one.chosen(np.concatenate([one.engine, zeros], axis=1)))
+
+
+def penalised(change: Callable[[Floats], Floats]) -> Toy:
+    """The rollout changes the logits of tokens that stand earlier in the response, and samples from that."""
     one = toy(length=120)
     engine, ids = one.engine.copy(), one.ids.copy()
     for i in range(len(ids)):
         first = i - one.position[i]
         seen = np.unique(ids[first:i])
-        engine[i, seen] = np.where(engine[i, seen] > 0, engine[i, seen] / 1.3, engine[i, seen] * 1.3)
+        engine[i, seen] = change(engine[i, seen])
         ids[i] = int((engine[i] + one.rng.gumbel(size=engine.shape[1])).argmax())
     return replace(one, engine=engine, ids=ids)
+
+
+def repetition_penalty() -> Toy:
+    return penalised(lambda logits: np.where(logits > 0, logits / 1.3, logits * 1.3))
+
+
+def presence_penalty() -> Toy:
+    return penalised(lambda logits: logits - 0.5)
 
 
 def top1() -> Toy:
@@ -79,6 +95,17 @@ def top1() -> Toy:
 def shifted() -> Toy:
     one = toy()
     return replace(one, rollout_logprobs=np.roll(one.chosen(one.engine), 1))
+
+
+def shifted_in_packs() -> Toy:
+    """Each sequence of a pack is off by one more token."""
+    one = toy()
+    b = one.chosen(one.engine)
+    one.rows["pack_index"] = np.arange(one.n_sequences) % 3
+    lag = by_row(one, one.rows["pack_index"])
+    index = np.arange(len(b)) - lag
+    inside = one.position >= lag
+    return replace(one, rollout_logprobs=np.where(inside, b[np.maximum(index, 0)], b))
 
 
 def retokenised() -> Toy:
@@ -205,10 +232,10 @@ def repeated_prompts() -> Toy:
 FAULTS: dict[str, list[Callable[[], Toy]]] = {
     "temperature": [raw_rollout, trainer_temperature],
     "scaled-logprobs": [divided],
-    "truncation": [truncated_rollout, truncated_trainer],
-    "penalty": [repetition_penalty],
+    "truncation": [truncated_rollout, truncated_trainer, padded_vocabulary],
+    "penalty": [repetition_penalty, presence_penalty],
     "top1-logprobs": [top1],
-    "shift": [shifted],
+    "shift": [shifted, shifted_in_packs],
     "retokenised": [retokenised],
     "end-placeholders": [end_placeholders],
     "placeholders": [placeholders],

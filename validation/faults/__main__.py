@@ -192,6 +192,22 @@ def score(out: Path, results: Path, split: str, only: tuple[str, ...], baseline:
 
 @main.command()
 @click.argument("out", type=click.Path(path_type=Path))
+@click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path))
+def calibrate(out: Path, results: tuple[Path, ...]) -> None:
+    """Fits the weights of `confidence` to RESULTS of the development half."""
+    from mismatch_probe.probes.diagnose.confidence import FEATURES
+    from validation.faults import score as scoring
+    from validation.faults.calibrate import answers, fitted
+
+    truth = json.loads((out / "truth.json").read_text())["cases"]
+    rows = answers(truth, [one for path in results for one in scoring.read(path.read_text().splitlines())])
+    click.echo(f"{len(rows)} answers, {sum(right for _, _, right in rows)} of them right")
+    for name, weight in zip(("constant", *FEATURES), fitted(rows), strict=True):
+        click.echo(f"  {weight:8.3f}  {name}")
+
+
+@main.command()
+@click.argument("out", type=click.Path(path_type=Path))
 @click.argument("name")
 @click.argument("weights")
 @click.argument("folder", type=click.Path(path_type=Path))

@@ -22,8 +22,9 @@ BEYOND_BASELINE = 2.0
 """So many times the baseline's mean |d| is more than rounding."""
 UNEXPLAINED = 20.0
 """Nats that a token costs which cannot be used and for which nothing accounts."""
-_LEAST_GROUP = 30
+_LEAST_GROUP = 15
 _OTHER_SIGN = 0.03  # of all shifts
+_UNITS_OFF, _OFF_ONE = 5.0, 0.02  # standard errors over prompts, and size
 _TURNS, _REFITS = 4, 12
 _LARGEST_SPREAD = 9.0
 LEAST_SPREAD = float(np.log(1.5))
@@ -170,6 +171,11 @@ def mean_gap(evidence: Evidence, state: State, tokens: Mask) -> float:
     return float(sizes.mean()) if len(sizes) else 0.0
 
 
+def quiet(evidence: Evidence, state: State, tokens: Mask, times: float = BEYOND_BASELINE) -> bool:
+    """Whether some tokens `[N]` are off by no more than so many times rounding, as far as that is known."""
+    return evidence.baseline is None or mean_gap(evidence, state, tokens) <= times * evidence.baseline
+
+
 def residual(evidence: Evidence, state: State) -> Floats:
     """`[N]` a less what is expected, 0 where nothing is."""
     return np.where(state.known, evidence.trainer, state.expected) - state.expected
@@ -231,6 +237,22 @@ def two_sided(shift: Floats) -> bool:
     """Whether shifts `[n]` are of both signs, as they are where probabilities sum to 1 at both sides."""
     total = float(np.abs(shift).sum())
     return min(float(shift.clip(0).sum()), -float(shift.clip(max=0).sum())) > _OTHER_SIGN * total
+
+
+def normalised(evidence: Evidence, state: State, train: Mask) -> bool:
+    """Whether both sides' numbers can be of distributions that sum to 1, one of which was sampled.
+
+    The mean of exp(a − b) is 1 over what b sampled, that of exp(b − a) over what a sampled.
+    """
+    use = train & state.known
+    rest, prompt = residual(evidence, state)[use], evidence.prompt[evidence.sequence[use]]
+    counts = np.bincount(prompt)
+    for ratio in (np.exp(rest), np.exp(-rest)):
+        mean = float(ratio.mean())
+        error = float(np.sqrt(((np.bincount(prompt, ratio) - mean * counts) ** 2).sum())) / len(rest)
+        if abs(mean - 1) <= max(_UNITS_OFF * error, _OFF_ONE):
+            return True
+    return False
 
 
 def group_spread(evidence: Evidence, state: State, train: Mask, level: Ints, n_levels: int) -> Floats:

@@ -12,8 +12,9 @@ from mismatch_probe.probes.diagnose.evidence import Evidence
 if TYPE_CHECKING:
     from mismatch_probe.probes.diagnose.run import Found
 
-FEATURES = ("log10 of nats gained", "lead", "log of what is left over rounding", "no baseline")
-WEIGHTS = (-2.7, 1.2, 3.0, -1.0, -1.0)
+FEATURES = ("log10 of nats gained", "lead", "log of what is left over rounding", "no baseline", "by exclusion")
+WEIGHTS = (-2.7, 1.2, 3.0, -1.0, -1.0, -1.0)
+"""Of a constant and the features: fitted by `python -m validation.faults calibrate`."""
 _LEAST_NATS, _MOST_NATS, _MOST_LEFT = 1.0, 1e4, float(np.log(30))
 
 
@@ -23,13 +24,17 @@ def features(evidence: Evidence, one: Found) -> tuple[float, ...]:
     The lead is the share of the gain that the next rival does not have. What is left is the mean size, beside the
     baseline's, of what the class does not explain: of tokens that it moves, and of those that do not show it.
     """
-    best = one.candidate
-    lead = 1 - max((rival.gain for rival in one.rivals), default=0.0) / best.gain
-    nats = float(np.clip(best.total, _LEAST_NATS, _MOST_NATS))
-    if evidence.baseline is None:
-        return float(np.log10(nats)), float(np.clip(lead, 0, 1)), 0.0, 1.0
-    left = 0.0 if best.signature.seen_by == "fact" else _left(evidence, one) / max(evidence.baseline, 1e-9)
-    return float(np.log10(nats)), float(np.clip(lead, 0, 1)), float(np.clip(np.log(max(left, 1.0)), 0, _MOST_LEFT)), 0.0
+    best, baseline = one.candidate, evidence.baseline
+    nats = np.clip(best.total, _LEAST_NATS, _MOST_NATS)
+    lead = np.clip(1 - max((rival.gain for rival in one.rivals), default=0.0) / best.gain, 0, 1)
+    left = 1.0 if baseline is None or best.signature.seen_by == "fact" else _left(evidence, one) / max(baseline, 1e-9)
+    return (
+        float(np.log10(nats)),
+        float(lead),
+        float(np.clip(np.log(max(left, 1.0)), 0, _MOST_LEFT)),
+        float(baseline is None),
+        float(best.signature.last),
+    )
 
 
 def _left(evidence: Evidence, one: Found) -> float:

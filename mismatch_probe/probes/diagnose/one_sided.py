@@ -16,7 +16,7 @@ from mismatch_probe.probes.diagnose.noise import FLOOR, Noise, t_log_density, un
 
 _STRENGTHS = (0.02, 0.05, 0.11, 0.23, 0.4, 0.7, 1.2, 2.5)
 _FINER = (0.8, 1.0, 1.25)
-_STEPS = np.linspace(0, 1, 7)
+_STEPS = np.array([0.0, 0.005, 0.02, 0.07, 0.16, 0.3, 0.5, 0.7, 0.85, 0.95, 1.0])
 _DEGREES = (2.0, 4.0, 15.0)
 _BINS, _ROUNDS, _LAST_ROUNDS, _MOST_FIRST, _MOST, _LEAST = 5, 4, 10, 1_000, 2_500, 50
 

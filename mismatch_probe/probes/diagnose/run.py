@@ -37,6 +37,7 @@ USUAL_ROUNDING = 0.06
 """Mean |d| in nats up to which symmetric noise is taken for rounding where no baseline is known."""
 _TOKENS = 5
 _MOST = 0.5  # of the tokens
+_ONE_OF = ("labels", "weights")
 _RIVALS = 4
 
 
@@ -79,9 +80,10 @@ def explain_away(
     while left and len(found) < MOST_FAULTS:
         ranked = candidates(evidence, state, left) if found or first is None else first
         accepted = [one for one in ranked if _accepted(evidence, state, one, found)]
-        best = next((one for one in accepted if not one.signature.last), next(iter(accepted), None))
-        if best is None:
+        if not accepted:
             break
+        # Facts come first, and what is told by nothing else comes last.
+        best = max(accepted, key=lambda one: (one.signature.seen_by == "fact", not one.signature.last, one.gain))
         found.append(Found(best, state, tuple(ranked)))
         state = best.fit.state
         del left[best.signature.name]
@@ -96,9 +98,16 @@ def explain_away(
 
 def _needless(evidence: Evidence, found: Sequence[Found]) -> str | None:
     """The name of a class without which the others, fitted again, explain as much."""
+    if any(one.candidate.signature.last for one in found):
+        return None
     least = _least_gain(found) * len(evidence)
     total = sum(one.candidate.total for one in found)
-    for one in found[:-1]:
+    for at, one in enumerate(found[:-1]):
+        # A pattern of noise never takes the place of what says why.
+        if one.candidate.signature.seen_by != "pattern" and any(
+            later.candidate.signature.seen_by == "pattern" for later in found[at + 1 :]
+        ):
+            continue
         state, without = State.start(evidence), 0.0
         for other in found:
             name = other.candidate.signature.name
@@ -133,11 +142,14 @@ def _accepted(evidence: Evidence, state: State, one: Candidate, found: Sequence[
         least_gap = LEAST_PATTERN_GAP if evidence.baseline is None else BEYOND_BASELINE * evidence.baseline
         if one.gain < LEAST_PATTERN_GAIN or gap < least_gap:
             return False
+    # Of classes that give all numbers another meaning only one is found: none is exact, and their shapes are alike.
+    # Steps, versions of weights and repeated prompts go together: what one of them shows, the others show too.
+    if signature.kind in _ONE_OF and any(earlier.candidate.signature.kind == signature.kind for earlier in found):
+        return False
     moved = _moved(one, state)
     if not moved.any():
         return True
-    # Of classes that give all numbers another meaning only one is found: none is exact, and their shapes are alike.
-    if one.gain < LEAST_MOVED_GAIN or (signature.kind == "labels" and any(_relabels(earlier) for earlier in found)):
+    if one.gain < LEAST_MOVED_GAIN:
         return False
     return mean_gap(evidence, after, moved) <= MOST_LEFT * mean_gap(evidence, state, moved)
 

@@ -11,9 +11,10 @@ from mismatch_probe.probes.diagnose.signatures import signature
 _AT_END = 0.8
 _EQUAL, _UNCERTAIN = 0.99, -1e-3
 _NEARLY_CERTAIN, _ENOUGH, _MORE = -0.01, 10, 3.0
-_GAIN = {"recomputed": 8.0, "coarse-logprobs": 1.0, "environment-tokens": 2.0, "trainer-noise": 0.3}
+_GAIN = {"recomputed": 8.0, "coarse-logprobs": 1.0, "fine-grid": 0.05, "environment-tokens": 2.0, "trainer-noise": 0.3}
 _WINDOW, _UNLIKELY, _LIKELY, _LEAST_SHARE, _MOST_SHARE = 8, -4.5, -1.5, 0.02, 0.5
 _OWN_NOISE, _LEAST_NOISE = 0.5, 0.02
+_COARSE = 0.4  # of the mean gap
 
 
 def _fit(evidence: Evidence, state: State, train: Mask, tokens: Mask) -> Fit | None:
@@ -51,7 +52,6 @@ def _placeholders(evidence: Evidence) -> tuple[Mask, bool]:
 
 @signature(
     "end-placeholders",
-    seen_by="fact",
     kind="rows",
     title="The last tokens of responses have a number in place of a log-prob",
     causes=("eos-placeholder", "padding-counted"),
@@ -62,14 +62,13 @@ def _placeholders(evidence: Evidence) -> tuple[Mask, bool]:
     ),
 )
 def end_placeholders(evidence: Evidence, state: State, train: Mask) -> Fit | None:
-    """Constants at the ends of sequences."""
+    """Constants that are no log-probs, or 0 where the other side is unsure, at the ends of sequences."""
     found, at_end = _placeholders(evidence)
     return _fit(evidence, state, train, found) if at_end else None
 
 
 @signature(
     "placeholders",
-    seen_by="fact",
     kind="rows",
     title="Tokens inside responses have a number in place of a log-prob",
     causes=("missing-logprobs", "tool-tokens-zero"),
@@ -77,7 +76,7 @@ def end_placeholders(evidence: Evidence, state: State, train: Mask) -> Fit | Non
     fix="Mask tokens that the engine did not sample, and record no number where a log-prob is missing.",
 )
 def placeholders(evidence: Evidence, state: State, train: Mask) -> Fit | None:
-    """Constants elsewhere."""
+    """Constants that are no log-probs, or 0 where the other side is unsure."""
     found, at_end = _placeholders(evidence)
     return None if at_end else _fit(evidence, state, train, found)
 
@@ -117,7 +116,6 @@ def recomputed(evidence: Evidence, state: State, train: Mask) -> Fit | None:
 
 @signature(
     "coarse-logprobs",
-    seen_by="fact",
     kind="labels",
     title="One side's log-probs lie on a coarse grid",
     causes=("softmax-16-bit", "rounded-storage"),
@@ -125,12 +123,15 @@ def recomputed(evidence: Evidence, state: State, train: Mask) -> Fit | None:
     fix="Cast logits to FP32 before log-softmax, and write log-probs with at least 7 digits.",
 )
 def coarse_logprobs(evidence: Evidence, state: State, train: Mask) -> Fit | None:
-    """The accounting found a grid that is coarse beside the gap."""
-    grids = [one for one in evidence.findings if one.code == "coarse-grid" and one.severity in ("warn", "fail")]
+    """Values on a grid that is not fine beside the gap, as the accounting finds them."""
+    grids = [one for one in evidence.findings if one.code == "coarse-grid" and one.severity != "info"]
     if not grids:
         return None
-    found = log_density(evidence, state, train) + _GAIN["coarse-logprobs"] * evidence.usable
-    return Fit(found, state, evidence.usable, {"side": grids[0].where, "step": float(grids[0].maybe("step") or 0.0)})
+    step = float(grids[0].maybe("step") or 0.0)
+    # A grid that is much finer than the gap does not make it, and only counts where nothing else does.
+    gain = _GAIN["coarse-logprobs" if step >= _COARSE * mean_gap(evidence, state, state.known) else "fine-grid"]
+    found = log_density(evidence, state, train) + gain * evidence.usable
+    return Fit(found, state, evidence.usable, {"side": grids[0].where, "step": step})
 
 
 @signature(

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from mismatch_probe.probes.diagnose.base import Fit, State, complete, likeliest, log_density, robust_fit, two_sided
+from mismatch_probe.probes.diagnose.base import (
+    Fit,
+    State,
+    complete,
+    likeliest,
+    log_density,
+    normalised,
+    robust_fit,
+    two_sided,
+)
 from mismatch_probe.probes.diagnose.evidence import Evidence, Floats, Mask
 from mismatch_probe.probes.diagnose.noise import uncertainty
 from mismatch_probe.probes.diagnose.one_sided import one_sided
@@ -30,7 +39,7 @@ def penalty(evidence: Evidence, state: State, train: Mask) -> Fit | None:
     """d is of one sign on tokens seen before and of the other on new ones, or follows how often a token was there."""
     seen = evidence.seen
     use = train & state.known
-    if min(int((use & seen).sum()), int((use & ~seen).sum())) < 50:
+    if min(int((use & seen).sum()), int((use & ~seen).sum())) < 50 or not normalised(evidence, state, train):
         return None
     return likeliest([_present(evidence, state, train), _counted(evidence, state, train)], train)
 

@@ -6,7 +6,16 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from mismatch_probe.probes.diagnose.base import Fit, State, Variant, best_of, likeliest, log_density, robust_fit
+from mismatch_probe.probes.diagnose.base import (
+    Fit,
+    State,
+    Variant,
+    best_of,
+    likeliest,
+    log_density,
+    normalised,
+    robust_fit,
+)
 from mismatch_probe.probes.diagnose.evidence import Evidence, Mask
 from mismatch_probe.probes.diagnose.signatures import signature
 from mismatch_probe.probes.diagnose.signatures.temperature import rests
@@ -27,6 +36,8 @@ _SMALL = 1e-6
 )
 def scaled_logprobs(evidence: Evidence, state: State, train: Mask) -> Fit | None:
     """a = c·b at every token, or a is that of the temperature by which b, or a, was divided after the softmax."""
+    if normalised(evidence, state, train):
+        return None
     return likeliest([_scaled(evidence, state, train), best_of(evidence, _tempered(evidence, state), train)], train)
 
 

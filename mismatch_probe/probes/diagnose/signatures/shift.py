@@ -8,13 +8,23 @@ from dataclasses import replace
 import numpy as np
 from scipy.special import logsumexp
 
-from mismatch_probe.probes.diagnose.base import Fit, State, complete, log_density, marginal, noise_of, residual
+from mismatch_probe.probes.diagnose.base import (
+    Fit,
+    State,
+    complete,
+    likeliest,
+    log_density,
+    marginal,
+    noise_of,
+    residual,
+)
 from mismatch_probe.probes.diagnose.evidence import Evidence, Floats, Ints, Mask
 from mismatch_probe.probes.diagnose.noise import Noise, uncertainty
 from mismatch_probe.probes.diagnose.signatures import signature
 
 _LAGS = (-2, -1, 1, 2)
-_FIRST, _OFF_AT_FIRST = 4, 0.5
+_FIRST = 2  # what is off before this token is a shift
+_CLEAR = 3.0  # nats that a sequence has to gain
 
 
 @signature(
@@ -29,7 +39,7 @@ _FIRST, _OFF_AT_FIRST = 4, 0.5
     ),
 )
 def shift(evidence: Evidence, state: State, train: Mask) -> Fit | None:
-    """a_i is b_{i+k} with one k ≠ 0: in whole rows, from the second sequence of a pack on, or by one more in each."""
+    """a_i is b_{i+k} with one k ≠ 0: in all rows or some, behind the first of a pack, or by one more in each."""
     noise = _narrow(evidence, state, train)
     broad = marginal(evidence, train)
     best: tuple[float, State, Mask, Mapping[str, float | str]] | None = None
@@ -40,7 +50,8 @@ def shift(evidence: Evidence, state: State, train: Mask) -> Fit | None:
             best = value, moved, where, told
     assert best is not None
     _, moved, where, told = best
-    return Fit(log_density(evidence, moved, train), moved, where & evidence.usable, told)
+    whole = Fit(log_density(evidence, moved, train), moved, where & evidence.usable, told)
+    return likeliest([whole, _from_some_token(evidence, state, train, whole_rows=True)], train)
 
 
 def _forms(evidence: Evidence) -> Iterator[tuple[int | Ints, Mask, Mapping[str, float | str]]]:
@@ -84,39 +95,51 @@ def _density(evidence: Evidence, state: State, noise: Noise) -> Floats:
 )
 def retokenised(evidence: Evidence, state: State, train: Mask) -> Fit | None:
     """In a sequence a is b up to token k, and b of another place after it; every k and lag is possible."""
+    return _from_some_token(evidence, state, train, whole_rows=False)
+
+
+def _from_some_token(evidence: Evidence, state: State, train: Mask, *, whole_rows: bool) -> Fit | None:
+    """Some sequences are shifted from their first token on, or from a later one."""
     noise = _narrow(evidence, state, train)
-    broad = marginal(evidence, train)
+    for _ in range(2):
+        fit = _changes(evidence, state, train, noise, whole_rows=whole_rows)
+        if fit is None:
+            return None
+        noise = noise_of(evidence, fit.state, train)
+    return fit
+
+
+def _changes(evidence: Evidence, state: State, train: Mask, noise: Noise, *, whole_rows: bool) -> Fit | None:
+    broad, usable = marginal(evidence, train), evidence.usable
     everywhere = np.ones(len(evidence), np.bool_)
-    usable = evidence.usable
 
     def density(moved: State) -> Floats:
         return np.where(usable, np.where(moved.known, _density(evidence, moved, noise), broad), 0.0)
 
     plain = density(state)
     states = {lag: moved_by(evidence, state, lag, everywhere) for lag in _LAGS}
-    shifted = {lag: density(one) for lag, one in states.items()}
+    gain = {lag: density(one) - plain for lag, one in states.items()}
     found, expected, known = plain.copy(), state.expected.copy(), state.known.copy()
     shown = np.zeros(len(evidence), np.bool_)
-    n_sequences = 0
+    n_sequences = n_at_once = 0
     for lo, hi in zip(evidence.start[:-1], evidence.start[1:], strict=True):
         n = hi - lo
-        if n < 4:
+        if n <= _FIRST:
             continue
-        # gain[k] of a change at k: what the tokens from k on gain.
-        gains = {lag: np.cumsum((one[lo:hi] - plain[lo:hi])[::-1])[::-1] for lag, one in shifted.items()}
-        stacked = np.stack([one[1:] for one in gains.values()])
-        prior = np.log(0.5)
-        total = np.logaddexp(prior, np.log(0.5) - np.log(stacked.size) + logsumexp(stacked))
-        found[lo:hi] = plain[lo:hi] + total / n
-        lag_at, k = np.unravel_index(int(np.argmax(stacked)), stacked.shape)
-        if stacked[lag_at, k] > np.log(stacked.size) + 3:
+        # What the tokens from k on gain, of a change at k.
+        at = slice(0, 1) if whole_rows else slice(_FIRST, None)
+        gains = np.stack([np.cumsum(one[lo:hi][::-1])[::-1][at] for one in gain.values()])
+        found[lo:hi] += (np.logaddexp(0.0, logsumexp(gains) - np.log(gains.size)) - np.log(2)) / n
+        lag_at, k = np.unravel_index(int(np.argmax(gains)), gains.shape)
+        if gains[lag_at, k] > np.log(gains.size) + _CLEAR:
             n_sequences += 1
-            first = lo + 1 + k
+            n_at_once += k == 0
+            first = lo + at.start + k
             shown[first:hi] = True
             moved = states[_LAGS[lag_at]]
             expected[first:hi], known[first:hi] = moved.expected[first:hi], moved.known[first:hi]
-    # What is off from the first tokens on is a shift.
-    if n_sequences == 0 or float(shown[evidence.position < _FIRST].mean()) > _OFF_AT_FIRST:
+    # What is off as soon as it can be, in most sequences, is a shift of whole rows.
+    if n_sequences == 0 or (not whole_rows and n_at_once > n_sequences / 2):
         return None
     found = np.where(usable, found, complete(evidence, state, train, found))
     return Fit(found, replace(state, expected=expected, known=known), shown, {"n_sequences": float(n_sequences)})

@@ -15,6 +15,8 @@ from mismatch_probe.probes.diagnose.base import (
     best_of,
     by_level,
     likeliest,
+    log_density,
+    quiet,
     residual,
 )
 from mismatch_probe.probes.diagnose.evidence import Evidence, Ints, Mask
@@ -22,6 +24,7 @@ from mismatch_probe.probes.diagnose.signatures import signature
 
 _ADDED = tuple(float(one) for one in np.geomspace(0.03, 100, 16))
 """What an update adds, in scales of the first step's noise."""
+_OF_ANY = 0.7  # of what any course over the steps would gain
 
 
 def _index(evidence: Evidence, least: int) -> tuple[Ints, int] | None:
@@ -57,6 +60,8 @@ def falls_behind(evidence: Evidence, state: State, train: Mask) -> Fit | None:
         return None
     index, n = found
     half = index >= n / 2
+    if not quiet(evidence, state, index == 0):
+        return None
 
     def forms() -> Iterator[Variant]:
         for power in (0.5, 1.0):
@@ -66,7 +71,15 @@ def falls_behind(evidence: Evidence, state: State, train: Mask) -> Fit | None:
                 yield Variant(state.widened(spread), half, {"steps": float(n), "factor": factor})
 
     fit = best_of(evidence, forms(), train)
-    return None if fit is None or float(fit.parameters["factor"]) < np.exp(LEAST_SPREAD) else fit
+    large = fit is not None and float(fit.parameters["factor"]) >= np.exp(LEAST_SPREAD)
+    return fit if large and _follows(evidence, state, train, index, fit) else None
+
+
+def _follows(evidence: Evidence, state: State, train: Mask, index: Ints, fit: Fit | None) -> bool:
+    """Whether a course over the steps says nearly as much as any course would."""
+    any_course, plain = by_level(evidence, state, train, index, {}), log_density(evidence, state, train)
+    gain, most = (0.0 if one is None else float((one.log_density - plain)[train].sum()) for one in (fit, any_course))
+    return gain >= _OF_ANY * most
 
 
 @signature(
@@ -86,9 +99,12 @@ def step_change(evidence: Evidence, state: State, train: Mask) -> Fit | None:
 
     def forms() -> Iterator[Fit | None]:
         for edge in range(1, n) if n <= 64 else np.linspace(1, n - 1, 64).astype(int).tolist():
+            if not quiet(evidence, state, index < edge):
+                return
             yield by_level(evidence, state, train, (index >= edge).astype(np.int64), {"from": float(edge)}, rising=True)
 
-    return likeliest(forms(), train)
+    fit = likeliest(forms(), train)
+    return fit if _follows(evidence, state, train, index, fit) else None
 
 
 @signature(
@@ -113,6 +129,7 @@ def one_step(evidence: Evidence, state: State, train: Mask) -> Fit | None:
         (
             by_level(evidence, state, train, (index == one).astype(np.int64), {"step": float(one)}, rising=True)
             for one in widest
+            if quiet(evidence, state, index != one)
         ),
         train,
     )

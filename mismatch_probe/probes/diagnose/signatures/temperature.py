@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from mismatch_probe.probes.diagnose.base import Fit, State, Variant, best_of, robust_fit, two_sided
+from mismatch_probe.probes.diagnose.base import Fit, State, Variant, best_of, normalised, robust_fit, two_sided
 from mismatch_probe.probes.diagnose.evidence import Evidence, Floats, Mask
 from mismatch_probe.probes.diagnose.noise import uncertainty
 from mismatch_probe.probes.diagnose.signatures import signature
@@ -53,6 +53,8 @@ _TEMPERATURES = (
 )
 def temperature(evidence: Evidence, state: State, train: Mask) -> Fit | None:
     """a is what another temperature makes of b: by the trainer's entropy, or else by a course over b."""
+    if not normalised(evidence, state, train):
+        return None
     fit = best_of(evidence, _variants(evidence, state), train)
     if fit is None:
         return None

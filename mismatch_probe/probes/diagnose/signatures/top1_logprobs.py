@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from mismatch_probe.probes.diagnose.base import Fit, State, complete, noise_of, residual
+from mismatch_probe.probes.diagnose.base import Fit, State, complete, likeliest, noise_of, quiet, residual
 from mismatch_probe.probes.diagnose.evidence import Evidence, Floats, Mask
 from mismatch_probe.probes.diagnose.noise import Noise, t_log_density, uncertainty
 from mismatch_probe.probes.diagnose.signatures import signature
 
 _ROUNDS = 10
 # A token misses the likeliest one with probability 1 − e^b; of those misses so many are to be seen.
-_OF_EXPECTED = 0.5
+_OF_EXPECTED, _QUIET, _LEAST = 0.5, 4.0, 50
 _SLACK = 0.1  # nats, for rounding
 
 
@@ -25,29 +25,44 @@ _SLACK = 0.1  # nats, for rounding
 )
 def top1_logprobs(evidence: Evidence, state: State, train: Mask) -> Fit | None:
     """With probability e^b the sampled token is the likeliest and d is noise, else a is of the 1 − e^b that is left."""
+    everywhere = np.ones(len(evidence), np.bool_)
+    if (train & state.known).sum() < _LEAST:
+        return None
+    fit, gain = _fitted(evidence, state, train, everywhere)
+    some, _ = _fitted(evidence, state, train, evidence.of_sequence(gain > 0))
+    return likeliest([fit, some], train)
+
+
+def _fitted(evidence: Evidence, state: State, train: Mask, affected: Mask) -> tuple[Fit | None, Floats]:
+    """The fit where rows of some tokens `[N]` are affected, or may be, and what each row `[S]` gains by being so."""
     rest, x = residual(evidence, state), uncertainty(state.expected)
     p = np.exp(np.clip(state.expected, -30.0, -1e-6))
-    use = train & state.known
-    if use.sum() < 50:
-        return None
-    missed = rest < -0.3
-    mean = float(np.mean(-rest[use & missed])) if (use & missed).any() else 1.0
-    weight = np.ones(len(evidence))
+    use = train & state.known & affected
+    missed = use & (rest < -0.3)
+    mean = float(np.mean(-rest[missed])) if missed.any() else 1.0
     noise = noise_of(evidence, state, train)
     for _ in range(_ROUNDS):
         near, far = _parts(rest, x, state, noise, p, mean)
-        weight = 1 / (1 + np.exp(np.clip(far - near, -50, 50)))
-        noise = noise_of(evidence, state, train, weight)
+        missing = np.where(affected, 1 / (1 + np.exp(np.clip(near - far, -50, 50))), 0.0)
+        noise = noise_of(evidence, state, train, 1 - missing)
         off = use & (rest < 0)
-        mean = float(((1 - weight) * -rest)[off].sum() / max(float((1 - weight)[off].sum()), 1e-9))
-        mean = max(mean, 0.1)
+        mean = max(float((missing * -rest)[off].sum() / max(float(missing[off].sum()), 1e-9)), 0.1)
     near, far = _parts(rest, x, state, noise, p, mean)
-    found = complete(evidence, state, train, np.logaddexp(near, far))
-    shown = state.known & (far > near)
-    expected_misses = float(np.mean(1 - p[use]))
-    if float(shown[use].mean()) < _OF_EXPECTED * expected_misses:
-        return None
-    return Fit(found, state.without(shown), shown, {"share_not_likeliest": float(shown[use].mean())})
+    plain, found = noise.log_density(rest, x, state.spread), np.logaddexp(near, far)
+    gain = np.bincount(evidence.sequence, np.where(state.known, found - plain, 0.0), len(evidence.prompt)).astype(
+        np.float64
+    )
+    if not affected.all():
+        # Each row is as this says or as rounding is.
+        length = np.maximum(np.bincount(evidence.sequence, state.known, len(evidence.prompt)), 1)
+        found = plain + evidence.of_sequence((np.logaddexp(0.0, gain) - np.log(2)) / length)
+    shown = state.known & affected & (far > near)
+    enough = float(shown[use].mean()) >= _OF_EXPECTED * float(np.mean(1 - p[use]))
+    if not enough or not quiet(evidence, state, ~shown, _QUIET):
+        return None, gain
+    found = complete(evidence, state, train, found)
+    told = {"share_not_likeliest": float(shown[use].mean()), "share_of_tokens": float(affected.mean())}
+    return Fit(found, state.without(shown), shown, told), gain
 
 
 def _parts(rest: Floats, x: Floats, state: State, noise: Noise, p: Floats, mean: float) -> tuple[Floats, Floats]:

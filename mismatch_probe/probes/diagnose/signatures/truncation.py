@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from mismatch_probe.probes.diagnose.base import Fit, State, complete
-from mismatch_probe.probes.diagnose.evidence import Evidence, Mask
+from mismatch_probe.probes.diagnose.base import CAP, Fit, State, complete, residual
+from mismatch_probe.probes.diagnose.evidence import Evidence, Floats, Mask
 from mismatch_probe.probes.diagnose.noise import uncertainty
 from mismatch_probe.probes.diagnose.one_sided import Form, one_sided
 from mismatch_probe.probes.diagnose.signatures import signature
 
-_LEAST_SHIFT, _SHOWN = 0.004, 0.01  # nats
+_LEAST_SHIFT, _SHOWN, _ALONE = 0.004, 0.01, -3.0  # nats
+_AGAINST_ALONG, _AGAINST_ROUNDING = 0.1, 0.75
 
 
 @signature(
@@ -31,10 +32,20 @@ def truncation(evidence: Evidence, state: State, train: Mask) -> Fit | None:
     for sign in (-1.0, 1.0):
         forms += [lambda lost, s=sign: s * lost * everywhere, lambda more, s=sign: s * np.log1p(more * others)]  # type: ignore[misc]
     fit = one_sided(evidence, state, train, forms)
-    if fit is None or fit.mean < _LEAST_SHIFT:
+    if fit is None or fit.mean < _LEAST_SHIFT or not _one_way(evidence, state, fit.shift):
         return None
     moved = state.moved(state.expected + np.where(state.known, fit.shift, 0.0))
     side = ("rollout", "trainer")[fit.which // 2]
+    if side == "rollout":
+        # Where one token is kept its log-prob is 0, which looks like a placeholder.
+        moved = moved.accounting_for(evidence.unusable & (evidence.rollout == 0) & (evidence.trainer > _ALONE))
     shown = state.known & (np.abs(fit.shift) > _SHOWN)
-    found = complete(evidence, state, train, fit.log_density)
+    found = complete(evidence, moved, train, fit.log_density)
     return Fit(found, moved, shown, {"side": side, "mean_shift": fit.mean})
+
+
+def _one_way(evidence: Evidence, state: State, shift: Floats) -> bool:
+    """Whether what is the other way is no more than rounding."""
+    off = np.clip(np.sign(shift.sum()) * residual(evidence, state)[state.known], -CAP, CAP)
+    along, against = float(off.clip(0).mean()), -float(off.clip(max=0).mean())
+    return against <= (_AGAINST_ALONG * along if evidence.baseline is None else _AGAINST_ROUNDING * evidence.baseline)
