@@ -1,12 +1,13 @@
 """Tokens per second and peak memory of reading a dump, by its container and size.
 
-A dump of both sides, 1,000 response tokens a row, is written; then a process of its own reads it as `ingest` does, or
-compares the two sides as `compare --from` does. 16 rows answer one prompt; a SQLite dump has
-four prompts in all.
+A dump of both sides, 1,000 response tokens a row, is written; then a process of its own reads it as `ingest` does,
+compares the two sides as `compare --from` does, or diagnoses them as `diagnose` does. 16 rows answer one prompt; a
+SQLite dump has four prompts in all.
 
     python benchmarks/ingest.py
     python benchmarks/ingest.py --gib 2
-    python benchmarks/ingest.py --gib 2 --container jsonl --compare
+    python benchmarks/ingest.py --gib 2 --container jsonl --what compare
+    python benchmarks/ingest.py --gib 0.31 --container jsonl --what diagnose
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -122,10 +123,20 @@ def compared(path: Path) -> int:
     return mismatch_probe.compare(source=str(path), out=path.with_name("run")).summary.pairs[0].n_tokens
 
 
-def measure(path: Path, compare: bool) -> dict[str, float]:
+def diagnosed(path: Path) -> int:
+    """What `diagnose` does."""
+    import mismatch_probe
+
+    return mismatch_probe.diagnose(path).source.n_tokens
+
+
+WHAT: dict[str, Callable[[Path], int]] = {"ingest": read, "compare": compared, "diagnose": diagnosed}
+
+
+def measure(path: Path, what: str) -> dict[str, float]:
     """Seconds, tokens, and the peak memory of this process in MiB before and after it."""
     before, start = resident_peak(), time.perf_counter()
-    tokens = compared(path) if compare else read(path)
+    tokens = WHAT[what](path)
     seconds, peak = time.perf_counter() - start, resident_peak()
     if before is None or peak is None:
         raise SystemExit("There is no /proc/self/status to read the peak memory from: run this on Linux.")
@@ -135,17 +146,17 @@ def measure(path: Path, compare: bool) -> dict[str, float]:
 @click.command(help=__doc__)
 @click.option("--gib", default=1 / 16, show_default=True, help="size of each dump")
 @click.option("--container", multiple=True, type=click.Choice(CONTAINERS), default=CONTAINERS)
-@click.option("--compare", is_flag=True, help="compare the two sides, instead of reading them alone")
+@click.option("--what", type=click.Choice(list(WHAT)), default="ingest", show_default=True)
 @click.option("--only", hidden=True, type=click.Path(path_type=Path))
-def main(gib: float, container: tuple[str, ...], compare: bool, only: Path | None) -> None:
+def main(gib: float, container: tuple[str, ...], what: str, only: Path | None) -> None:
     if only is not None:
-        print(json.dumps(measure(only, compare)))
+        print(json.dumps(measure(only, what)))
         return
     for name in container:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"dump.{name}"
             {"jsonl": write_jsonl, "parquet": write_parquet, "sqlite": write_sqlite}[name](path, int(gib * 2**30))
-            command = [sys.executable, __file__, "--only", str(path), *(["--compare"] if compare else [])]
+            command = [sys.executable, __file__, "--only", str(path), "--what", what]
             found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
             size = path.stat().st_size / 2**20
         print(
