@@ -26,7 +26,7 @@ _LEAST_GROUP = 15
 _OTHER_SIGN = 0.03  # of all shifts
 _UNITS_OFF, _OFF_ONE = 5.0, 0.02  # standard errors over prompts, and size
 _TURNS, _REFITS = 4, 12
-_LARGEST_SPREAD = 9.0
+_LARGEST_SPREAD = 15.0
 LEAST_SPREAD = float(np.log(1.5))
 """Of less, noise differs between groups for many reasons."""
 
@@ -239,13 +239,12 @@ def two_sided(shift: Floats) -> bool:
     return min(float(shift.clip(0).sum()), -float(shift.clip(max=0).sum())) > _OTHER_SIGN * total
 
 
-def normalised(evidence: Evidence, state: State, train: Mask) -> bool:
+def normalised(evidence: Evidence, state: State) -> bool:
     """Whether both sides' numbers can be of distributions that sum to 1, one of which was sampled.
 
     The mean of exp(a − b) is 1 over what b sampled, that of exp(b − a) over what a sampled.
     """
-    use = train & state.known
-    rest, prompt = residual(evidence, state)[use], evidence.prompt[evidence.sequence[use]]
+    rest, prompt = residual(evidence, state)[state.known], evidence.prompt[evidence.sequence[state.known]]
     counts = np.bincount(prompt)
     for ratio in (np.exp(rest), np.exp(-rest)):
         mean = float(ratio.mean())

@@ -10,7 +10,16 @@ import numpy as np
 from mismatch_probe.config import DumpSettings
 from mismatch_probe.errors import IngestError
 from mismatch_probe.probes.audit.baseline import read_audit
-from mismatch_probe.probes.diagnose.base import BEYOND_BASELINE, CAP, Signature, State, mean_gap, noise_of, residual
+from mismatch_probe.probes.diagnose.base import (
+    BEYOND_BASELINE,
+    CAP,
+    Signature,
+    State,
+    mean_gap,
+    noise_of,
+    quiet,
+    residual,
+)
 from mismatch_probe.probes.diagnose.confidence import confidence
 from mismatch_probe.probes.diagnose.evidence import Evidence, Mask, read_evidence
 from mismatch_probe.probes.diagnose.search import Candidate, candidates
@@ -27,6 +36,8 @@ LEAST_OF_FIRST = 0.1
 """A further class gains at least this share of what the first did: no signature is exact, and leaves traces."""
 LEAST_MOVED_GAIN = 0.08
 """What moves expectations gains at least so many nats a token: large noise is lopsided and gives less than that."""
+LEAST_CONTRAST = 2.0
+"""Where tokens are off by more than rounding, those of a class are so many times as far off."""
 LEAST_PATTERN_GAIN, LEAST_PATTERN_GAP = 0.08, 0.02
 """A pattern of noise gains so many nats a token, of tokens with at least this mean |d|."""
 MOST_LEFT = 0.85
@@ -36,7 +47,7 @@ LONG = 1.0
 USUAL_ROUNDING = 0.06
 """Mean |d| in nats up to which symmetric noise is taken for rounding where no baseline is known."""
 _TOKENS = 5
-_MOST = 0.5  # of the tokens
+_MOST = 0.5  # of the tokens that show a class
 _ONE_OF = ("labels", "weights")
 _RIVALS = 4
 
@@ -125,38 +136,40 @@ def _least_gain(found: Sequence[Found]) -> float:
 
 
 def _accepted(evidence: Evidence, state: State, one: Candidate, found: Sequence[Found]) -> bool:
-    signature, after = one.signature, one.fit.state
     if one.total < LEAST_TOTAL:
         return False
-    if signature.seen_by == "fact":
+    if one.signature.seen_by == "fact":
         return True
-    if one.gain < _least_gain(found) or one.units < LEAST_UNITS:
-        return False
-    # What is left where numbers have another meaning, or of most tokens, says little of rounding.
-    if (signature.last or signature.seen_by == "pattern") and any(_relabels(earlier) for earlier in found):
-        return False
-    if signature.last and any(_most(earlier) for earlier in found):
-        return False
-    if signature.seen_by == "pattern":
-        gap = mean_gap(evidence, state, one.fit.shown)
-        least_gap = LEAST_PATTERN_GAP if evidence.baseline is None else BEYOND_BASELINE * evidence.baseline
-        if one.gain < LEAST_PATTERN_GAIN or gap < least_gap:
-            return False
-    # Of classes that give all numbers another meaning only one is found: none is exact, and their shapes are alike.
-    # Steps, versions of weights and repeated prompts go together: what one of them shows, the others show too.
-    if signature.kind in _ONE_OF and any(earlier.candidate.signature.kind == signature.kind for earlier in found):
-        return False
+    enough = one.gain >= _least_gain(found) and one.units >= LEAST_UNITS
+    return enough and _stands_out(evidence, state, one) and all(_beside(earlier, one) for earlier in found)
+
+
+def _stands_out(evidence: Evidence, state: State, one: Candidate) -> bool:
+    """Whether a pattern of noise is large, and whether what is expected anew fits."""
+    if one.signature.seen_by == "pattern":
+        least = LEAST_PATTERN_GAP if evidence.baseline is None else BEYOND_BASELINE * evidence.baseline
+        return one.gain >= LEAST_PATTERN_GAIN and mean_gap(evidence, state, one.fit.shown) >= least
     moved = _moved(one, state)
     if not moved.any():
-        return True
-    if one.gain < LEAST_MOVED_GAIN:
+        # What differs little from tokens that are off themselves is no fault of its own.
+        there, elsewhere = (mean_gap(evidence, state, some) for some in (one.fit.shown, ~one.fit.shown))
+        own = one.signature.last or one.signature.kind == "weights"
+        return own or quiet(evidence, state, ~one.fit.shown) or there >= LEAST_CONTRAST * elsewhere
+    left, gap = (mean_gap(evidence, which, moved) for which in (one.fit.state, state))
+    return one.gain >= LEAST_MOVED_GAIN and left <= MOST_LEFT * gap
+
+
+def _beside(earlier: Found, one: Candidate) -> bool:
+    """Whether a class can be found beside an earlier one."""
+    # Of classes that give all numbers another meaning only one is found: none is exact, and their shapes are alike.
+    # Steps, versions of weights and repeated prompts go together: what one of them shows, the others show too.
+    if one.signature.kind in _ONE_OF and earlier.candidate.signature.kind == one.signature.kind:
         return False
-    return mean_gap(evidence, after, moved) <= MOST_LEFT * mean_gap(evidence, state, moved)
-
-
-def _most(one: Found) -> bool:
-    """Whether most tokens show it."""
-    return float(one.candidate.fit.shown.mean()) > _MOST
+    if one.signature.seen_by != "pattern" and not one.signature.last:
+        return True
+    # What is left where numbers have another meaning, or of tokens that are explained already, says little of rounding.
+    shown, explained = one.fit.shown, earlier.candidate.fit.shown
+    return not _relabels(earlier) and float((shown & explained).sum()) <= _MOST * float(shown.sum())
 
 
 def _moved(one: Candidate, state: State) -> Mask:

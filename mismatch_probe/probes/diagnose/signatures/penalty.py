@@ -39,7 +39,7 @@ def penalty(evidence: Evidence, state: State, train: Mask) -> Fit | None:
     """d is of one sign on tokens seen before and of the other on new ones, or follows how often a token was there."""
     seen = evidence.seen
     use = train & state.known
-    if min(int((use & seen).sum()), int((use & ~seen).sum())) < 50 or not normalised(evidence, state, train):
+    if min(int((use & seen).sum()), int((use & ~seen).sum())) < 50 or not normalised(evidence, state):
         return None
     return likeliest([_present(evidence, state, train), _counted(evidence, state, train)], train)
 

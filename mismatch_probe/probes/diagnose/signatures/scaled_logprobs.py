@@ -36,7 +36,7 @@ _SMALL = 1e-6
 )
 def scaled_logprobs(evidence: Evidence, state: State, train: Mask) -> Fit | None:
     """a = c·b at every token, or a is that of the temperature by which b, or a, was divided after the softmax."""
-    if normalised(evidence, state, train):
+    if normalised(evidence, state):
         return None
     return likeliest([_scaled(evidence, state, train), best_of(evidence, _tempered(evidence, state), train)], train)
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from mismatch_probe.probes.diagnose.base import Fit, State, complete, noise_of, residual
+from mismatch_probe.probes.diagnose.base import Fit, State, complete, noise_of, quiet, residual
 from mismatch_probe.probes.diagnose.evidence import Evidence, Floats, Mask
 from mismatch_probe.probes.diagnose.noise import Noise, fit_noise, uncertainty
 from mismatch_probe.probes.diagnose.signatures import signature
 
-_FACTORS = (1.0, 2.0, 3.0, 5.0, 10.0, 30.0, 100.0, 300.0)
+_FACTORS = (1.0, 2.0, 3.0, 5.0, 10.0, 30.0, 100.0, 300.0, 1e3, 1e4, 1e5, 1e6)
 _SHARES = (0.05, 0.15, 0.3, 0.5)
 _LEAST = 3.0
+_QUIET = 4.0  # times rounding
 
 
 @signature(
@@ -47,6 +48,8 @@ def some_sequences(evidence: Evidence, state: State, train: Mask) -> Fit | None:
     _, total, odds, factor, share = best
     bad = odds > 0
     if not 0.02 <= float(bad.mean()) <= 0.6 or factor < _LEAST:
+        return None
+    if not quiet(evidence, state, ~evidence.of_sequence(bad), _QUIET):
         return None
     lengths = np.maximum(np.bincount(evidence.sequence[state.known], minlength=n), 1)
     found = complete(evidence, state, train, (total / lengths)[evidence.sequence])

@@ -22,7 +22,7 @@ from mismatch_probe.probes.diagnose.base import (
 from mismatch_probe.probes.diagnose.evidence import Evidence, Ints, Mask
 from mismatch_probe.probes.diagnose.signatures import signature
 
-_ADDED = tuple(float(one) for one in np.geomspace(0.03, 100, 16))
+_ADDED = tuple(float(one) for one in np.geomspace(0.03, 1e6, 32))
 """What an update adds, in scales of the first step's noise."""
 _OF_ANY = 0.7  # of what any course over the steps would gain
 

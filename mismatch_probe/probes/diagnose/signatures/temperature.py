@@ -53,7 +53,7 @@ _TEMPERATURES = (
 )
 def temperature(evidence: Evidence, state: State, train: Mask) -> Fit | None:
     """a is what another temperature makes of b: by the trainer's entropy, or else by a course over b."""
-    if not normalised(evidence, state, train):
+    if not normalised(evidence, state):
         return None
     fit = best_of(evidence, _variants(evidence, state), train)
     if fit is None:

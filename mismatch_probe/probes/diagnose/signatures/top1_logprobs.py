@@ -26,8 +26,6 @@ _SLACK = 0.1  # nats, for rounding
 def top1_logprobs(evidence: Evidence, state: State, train: Mask) -> Fit | None:
     """With probability e^b the sampled token is the likeliest and d is noise, else a is of the 1 − e^b that is left."""
     everywhere = np.ones(len(evidence), np.bool_)
-    if (train & state.known).sum() < _LEAST:
-        return None
     fit, gain = _fitted(evidence, state, train, everywhere)
     some, _ = _fitted(evidence, state, train, evidence.of_sequence(gain > 0))
     return likeliest([fit, some], train)
@@ -38,6 +36,8 @@ def _fitted(evidence: Evidence, state: State, train: Mask, affected: Mask) -> tu
     rest, x = residual(evidence, state), uncertainty(state.expected)
     p = np.exp(np.clip(state.expected, -30.0, -1e-6))
     use = train & state.known & affected
+    if use.sum() < _LEAST:
+        return None, np.zeros(len(evidence.prompt))
     missed = use & (rest < -0.3)
     mean = float(np.mean(-rest[missed])) if missed.any() else 1.0
     noise = noise_of(evidence, state, train)
