@@ -12,7 +12,7 @@ from scipy.special import log_expit
 from validation.faults.score import Entry, Judged, below_floor, right_classes
 
 # More nats and a larger lead never make an answer less sure; what is left, and no baseline, never surer.
-_SIGNS = (0, 1, 1, -1, -1, -1)
+_SIGNS = (0, 1, 1, -1, -1, -1, -1, 1)
 _RIDGE = 0.02
 
 

@@ -12,8 +12,16 @@ from mismatch_probe.probes.diagnose.evidence import Evidence
 if TYPE_CHECKING:
     from mismatch_probe.probes.diagnose.run import Found
 
-FEATURES = ("log10 of nats gained", "lead", "log of what is left over rounding", "no baseline", "by exclusion")
-WEIGHTS = (-2.7, 1.2, 3.0, -1.0, -1.0, -1.0)
+FEATURES = (
+    "log10 of nats gained",
+    "lead",
+    "log of what is left over rounding",
+    "no baseline",
+    "by exclusion",
+    "a pattern of noise",
+    "a fact",
+)
+WEIGHTS = (-2.7, 1.2, 3.0, -1.0, -1.0, -1.0, -1.0, 0.0)
 """Of a constant and the features: fitted by `python -m validation.faults calibrate`."""
 _LEAST_NATS, _MOST_NATS, _MOST_LEFT = 1.0, 1e4, float(np.log(30))
 
@@ -24,16 +32,21 @@ def features(evidence: Evidence, one: Found) -> tuple[float, ...]:
     The lead is the share of the gain that the next rival does not have. What is left is the mean size, beside the
     baseline's, of what the class does not explain: of tokens that it moves, and of those that do not show it.
     """
-    best, baseline = one.candidate, evidence.baseline
+    best, signature = one.candidate, one.candidate.signature
     nats = np.clip(best.total, _LEAST_NATS, _MOST_NATS)
-    lead = np.clip(1 - max((rival.gain for rival in one.rivals), default=0.0) / best.gain, 0, 1)
-    left = 1.0 if baseline is None or best.signature.seen_by == "fact" else _left(evidence, one) / max(baseline, 1e-9)
+    # What is told by exclusion gains on another scale.
+    rivals = [rival.gain for rival in one.rivals if not rival.signature.last]
+    lead = np.clip(1 - max(rivals, default=0.0) / best.gain, 0, 1)
+    fact, baseline = signature.seen_by == "fact", evidence.baseline
+    left = 1.0 if fact or baseline is None else max(_left(evidence, one) / max(baseline, 1e-9), 1.0)
     return (
         float(np.log10(nats)),
         float(lead),
-        float(np.clip(np.log(max(left, 1.0)), 0, _MOST_LEFT)),
+        float(np.clip(np.log(left), 0, _MOST_LEFT)),
         float(baseline is None),
-        float(best.signature.last),
+        float(signature.last),
+        float(signature.seen_by == "pattern"),
+        float(fact),
     )
 
 
