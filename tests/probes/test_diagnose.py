@@ -10,11 +10,11 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from mismatch_probe.probes.diagnose.base import State, group_spread, robust_fit
+from mismatch_probe.probes.diagnose.base import State, group_spread, normalised, robust_fit
 from mismatch_probe.probes.diagnose.evidence import Evidence
 from mismatch_probe.probes.diagnose.noise import Noise, fit_noise, t_log_density
 from mismatch_probe.probes.diagnose.run import explain_away, outcome, remainder
-from mismatch_probe.probes.diagnose.signatures import signatures
+from mismatch_probe.probes.diagnose.signatures import penalty, scaled_logprobs, signatures, temperature
 from tests.probes.toy_dump import Toy, log_softmax, moved, resampled, toy
 
 Floats = NDArray[np.float64]
@@ -346,9 +346,15 @@ def with_copies(one: Toy, values: Floats) -> tuple[Evidence, NDArray[np.bool_], 
         for name in ("temperature", "scaled-logprobs", "truncation", "penalty", "top1-logprobs", "shift", "packing")
     ],
 )
-def test_what_competes_is_a_density_of_the_trainers_log_prob(name: str, make: Callable[[], Toy]) -> None:
+def test_what_competes_is_a_density_of_the_trainers_log_prob(
+    name: str, make: Callable[[], Toy], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Over all values that one token's log-prob can have it integrates to 1: else a signature could gain by nothing."""
     one = make()
+    # Whether a signature is asked at all is a question to the table without the copies.
+    sums_to_1 = normalised(one.evidence(), State.start(one.evidence()))
+    for module in (penalty, scaled_logprobs, temperature):
+        monkeypatch.setattr(module, "normalised", lambda *_: sums_to_1)
     centre = float(one.evidence().trainer[int((one.sequence == 0).sum()) // 2])
     steps = np.sinh(np.linspace(-12, 12, 801)) * 1e-4
     table, train, middle = with_copies(one, centre + steps)
