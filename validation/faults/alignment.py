@@ -45,7 +45,7 @@ def _retokenised(bench: Bench, place: Place, strength: str) -> list[Row]:
     return edits.some(plain(bench, place), float(share), edit)
 
 
-@fault("eos-placeholder", "end-placeholders", 0.0, -9999.0, 1.0, "nan", physical=False)
+@fault("eos-placeholder", "end-placeholders", 0.0, -9999.0, 1.0, "nan", physical=False, also=("missing-values",))
 def _eos(bench: Bench, place: Place, strength: Any) -> list[Row]:
     return [edits.last(row, 1, float(strength)) for row in plain(bench, place)]
 

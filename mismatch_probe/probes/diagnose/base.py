@@ -89,6 +89,11 @@ class Fit:
     parameters: Mapping[str, float | str] = field(default_factory=dict)
 
 
+def widens(fit: Fit, before: State) -> bool:
+    """Whether a fit says no more than that some tokens are noisier."""
+    return bool((fit.state.spread != before.spread).any())
+
+
 Fitter = Callable[[Evidence, State, Mask], Fit | None]
 """Takes the table, what is explained so far and the tokens `[N]` to fit to; None where it cannot be so."""
 

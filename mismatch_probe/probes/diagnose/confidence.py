@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mismatch_probe.probes.diagnose.base import mean_gap
+from mismatch_probe.probes.diagnose.base import mean_gap, widens
 from mismatch_probe.probes.diagnose.evidence import Evidence
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ FEATURES = (
     "log of what is left over rounding",
     "no baseline",
     "by exclusion",
-    "a pattern of noise",
+    "more noise only",
     "a fact",
 )
 WEIGHTS = (-2.7, 1.2, 3.0, -1.0, -1.0, -1.0, -1.0, 0.0)
@@ -45,7 +45,7 @@ def features(evidence: Evidence, one: Found) -> tuple[float, ...]:
         float(np.clip(np.log(left), 0, _MOST_LEFT)),
         float(baseline is None),
         float(signature.last),
-        float(signature.seen_by == "pattern"),
+        float(widens(best.fit, one.before)),
         float(fact),
     )
 

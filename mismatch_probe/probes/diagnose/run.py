@@ -19,6 +19,7 @@ from mismatch_probe.probes.diagnose.base import (
     noise_of,
     quiet,
     residual,
+    widens,
 )
 from mismatch_probe.probes.diagnose.confidence import confidence
 from mismatch_probe.probes.diagnose.evidence import Evidence, Mask, read_evidence
@@ -30,7 +31,7 @@ from mismatch_probe.probes.recorded import open_dump
 from mismatch_probe.results.diagnosis import DiagnosedClass, Diagnosis, Outcome, Remainder, Rival, ShownToken
 
 MOST_FAULTS = 3
-LEAST_GAIN, LEAST_TOTAL, LEAST_UNITS = 0.01, 20.0, 2.0
+LEAST_GAIN, LEAST_TOTAL, LEAST_UNITS = 0.01, 20.0, 1.5
 """A class is found from so many nats per token, nats in all, and standard errors over prompts."""
 LEAST_OF_FIRST = 0.1
 """A further class gains at least this share of what the first did: no signature is exact, and leaves traces."""
@@ -150,13 +151,14 @@ def _stands_out(evidence: Evidence, state: State, one: Candidate) -> bool:
         least = LEAST_PATTERN_GAP if evidence.baseline is None else BEYOND_BASELINE * evidence.baseline
         return one.gain >= LEAST_PATTERN_GAIN and mean_gap(evidence, state, one.fit.shown) >= least
     moved = _moved(one, state)
-    if not moved.any():
-        # What differs little from tokens that are off themselves is no fault of its own.
-        there, elsewhere = (mean_gap(evidence, state, some) for some in (one.fit.shown, ~one.fit.shown))
-        own = one.signature.last or one.signature.kind == "weights"
-        return own or quiet(evidence, state, ~one.fit.shown) or there >= LEAST_CONTRAST * elsewhere
-    left, gap = (mean_gap(evidence, which, moved) for which in (one.fit.state, state))
-    return one.gain >= LEAST_MOVED_GAIN and left <= MOST_LEFT * gap
+    if moved.any():
+        left, gap = (mean_gap(evidence, which, moved) for which in (one.fit.state, state))
+        return one.gain >= LEAST_MOVED_GAIN and left <= MOST_LEFT * gap
+    if one.signature.kind == "weights" or not widens(one.fit, state):
+        return True
+    # What differs little from tokens that are off themselves is no fault of its own.
+    there, elsewhere = (mean_gap(evidence, state, some) for some in (one.fit.shown, ~one.fit.shown))
+    return quiet(evidence, state, ~one.fit.shown) or there >= LEAST_CONTRAST * elsewhere
 
 
 def _beside(earlier: Found, one: Candidate) -> bool:
