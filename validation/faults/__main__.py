@@ -201,7 +201,7 @@ def calibrate(out: Path, results: tuple[Path, ...]) -> None:
 
     truth = json.loads((out / "truth.json").read_text())["cases"]
     rows = answers(truth, [one for path in results for one in scoring.read(path.read_text().splitlines())])
-    click.echo(f"{len(rows)} answers, {sum(right for _, _, right in rows)} of them right")
+    click.echo(f"{len(rows)} answers, {sum(row.right for row in rows)} of them right")
     for name, weight in zip(("constant", *FEATURES), fitted(rows), strict=True):
         click.echo(f"  {weight:8.3f}  {name}")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,31 +15,44 @@ from validation.faults.score import Entry, Judged, below_floor, right_classes
 
 # More nats and a larger lead never make an answer less sure; what is left, and no baseline, never surer.
 _SIGNS = (0, 1, 1, -1, -1, -1, -1, 1)
-_RIDGE = 0.02
+_RIDGE = 0.005
+UNKNOWN = 0.25
+"""Of faults, how many are of a kind that no signature knows: a guess."""
 
 
-def answers(truth: Mapping[str, Entry], results: Sequence[Judged]) -> list[tuple[str, tuple[float, ...], bool]]:
-    """Fault, features and whether it is right: of the first class of every case, and of every class that is named when
-    the right signature is switched off, of which none is.
-    """
+@dataclass(frozen=True)
+class Answered:
+    """A class that was named of a fault: with what features, whether it is right, and whether a right one was known."""
+
+    fault: str
+    features: tuple[float, ...]
+    right: bool
+    known: bool
+
+
+def answers(truth: Mapping[str, Entry], results: Sequence[Judged]) -> list[Answered]:
+    """The first class of every case, and every class that is named when the right signature is switched off."""
     found = []
     for one in results:
         entry = truth[one.name]
         if not entry["clean"] and below_floor(entry, one):
             continue
         right = right_classes(entry)
-        found += [(entry["fault"], a.features, a.name in right and not entry["clean"]) for a in one.found[:1]]
-        found += [(entry["fault"], a.features, False) for a in one.unknown]
+        found += [
+            Answered(entry["fault"], a.features, a.name in right and not entry["clean"], True) for a in one.found[:1]
+        ]
+        found += [Answered(entry["fault"], a.features, False, False) for a in one.unknown]
     return found
 
 
-def fitted(rows: Sequence[tuple[str, tuple[float, ...], bool]]) -> NDArray[np.float64]:
-    """Weights of a constant and the features; every fault counts alike."""
-    faults = [fault for fault, _, _ in rows]
-    weight = np.array([1 / faults.count(fault) for fault in faults])
-    weight /= weight.sum()
-    x = np.array([(1.0, *values) for _, values, _ in rows])
-    sign = np.where([right for _, _, right in rows], 1.0, -1.0)
+def fitted(rows: Sequence[Answered]) -> NDArray[np.float64]:
+    """Weights of a constant and the features; every fault counts alike, and unknown ones `UNKNOWN` of all."""
+    counts = Counter((row.fault, row.known) for row in rows)
+    weight = np.array([1 / counts[row.fault, row.known] for row in rows])
+    known = np.array([row.known for row in rows])
+    weight *= np.where(known, (1 - UNKNOWN) / weight[known].sum(), UNKNOWN / max(weight[~known].sum(), 1e-9))
+    x = np.array([(1.0, *row.features) for row in rows])
+    sign = np.where([row.right for row in rows], 1.0, -1.0)
 
     def loss(w: NDArray[np.float64]) -> float:
         return float(-(weight * log_expit(sign * (x @ w))).sum() + _RIDGE * (w[1:] ** 2).sum() / len(w))
