@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         AttributeKeywords,
         AuditKeywords,
         CompareKeywords,
+        DiagnoseKeywords,
         DumpKeywords,
         GradientKeywords,
         PreflightKeywords,
@@ -271,7 +272,7 @@ def diagnose(
     audit: str | Path | None = None,
     pair: str | None = None,
     progress: Progress | None = None,
-    **settings: Unpack[DumpKeywords],
+    **settings: Unpack[DiagnoseKeywords],
 ) -> Diagnosis:
     """Whether a dump's gap is numerics or a bug, and which kind. The command `diagnose`.
 
@@ -280,15 +281,15 @@ def diagnose(
         audit: An `audit.json` of the model, or its folder: what rounding alone makes.
         pair: The audit's pair, e.g. `"bf16/bf16"`; by default the one that its verdict is of.
         progress: Told what takes long.
-        settings: How the dump is read, by name: see docs/cli.md.
+        settings: How the dump is read, and with which models its ids are scored again, by name: see docs/cli.md.
 
     Raises:
         ProbeError: The dump cannot be read or has one side only, or there is no such audit or pair.
     """
-    from mismatch_probe.config import DumpSettings
+    from mismatch_probe.config.commands import DiagnoseSettings
     from mismatch_probe.probes.diagnose.run import diagnose as run
 
-    return run(str(source), DumpSettings.of(settings), None if audit is None else str(audit), pair, progress)
+    return run(str(source), DiagnoseSettings.of(settings), None if audit is None else str(audit), pair, progress)
 
 
 def models() -> dict[str, Path | None]:

@@ -95,6 +95,35 @@ class DumpKeywords(TypedDict, total=False):
     """Read pickles and .pt files; what they name is not run."""
 
 
+class DiagnoseKeywords(TypedDict, total=False):
+    """Keywords of `DiagnoseSettings`."""
+
+    dump_format: str
+    """Format of the dump; auto tells by its keys."""
+    dump_map: Sequence[str]
+    """Columns of the dump and the keys of the generic format that they hold."""
+    trust_pickle: bool
+    """Read pickles and .pt files; what they name is not run."""
+    revision: str | None
+    """Branch, tag or commit of a hub id."""
+    trust_remote_code: bool
+    """Run Python code that the checkpoint brings."""
+    device: Literal["auto", "cpu", "cuda"]
+    """Device of both engines."""
+    model: str | Path
+    """The trainer's weights: built-in name, checkpoint folder or hub id. Without it none is run."""
+    older_checkpoint: str | Path | None
+    """An earlier checkpoint of the same run."""
+    base_model: str | Path | None
+    """The model that training began with."""
+    adapter: str | Path | None
+    """A LoRA adapter of --model, as PEFT saves it."""
+    trainer_dtype: DtypeText
+    """Dtype in which ids are scored."""
+    tokens: int
+    """Tokens that are scored, prompts included."""
+
+
 class AttributeKeywords(TypedDict, total=False):
     """Keywords of `AttributeSettings`."""
 

@@ -17,6 +17,7 @@ FILE = Path(__file__).parents[1] / "mismatch_probe" / "keywords.py"
 KINDS: dict[str, type[Settings]] = {
     "CompareKeywords": compare.CompareConfig,
     "DumpKeywords": compare.DumpSettings,
+    "DiagnoseKeywords": commands.DiagnoseSettings,
     "AttributeKeywords": commands.AttributeSettings,
     "AttributeOptionKeywords": probes.AttributeOptions,
     "AuditKeywords": commands.AuditSettings,

@@ -10,7 +10,7 @@ import click
 import mismatch_probe
 from mismatch_probe.cli.options import json_option, settings_command
 from mismatch_probe.cli.output import print_json
-from mismatch_probe.config import DumpSettings
+from mismatch_probe.config.commands import DiagnoseSettings
 from mismatch_probe.errors import EXIT_LIMIT, EXIT_OK
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @settings_command(
-    DumpSettings, epilog="Exit codes: 0 no fault found, 1 error, 2 usage, 3 a fault, 130 interrupted.", files=False
+    DiagnoseSettings, epilog="Exit codes: 0 no fault found, 1 error, 2 usage, 3 a fault, 130 interrupted.", files=False
 )
 @click.argument("dump")
 @click.option(

@@ -6,6 +6,7 @@ from mismatch_probe.config.compare import (
     AnalysisSettings,
     CheckpointSettings,
     CompareConfig,
+    DumpSettings,
     GateSettings,
     MeasurementSettings,
     ModelSettings,
@@ -19,7 +20,7 @@ from mismatch_probe.config.compare import (
     TrainerAttention,
     TrainerSettings,
 )
-from mismatch_probe.config.probes import AttributeOptions, AuditOptions, BaselineSettings, GradientOptions
+from mismatch_probe.config.probes import AttributeOptions, AuditOptions, BaselineSettings, ExperimentSettings, GradientOptions
 
 
 class CompareSettings(GateSettings, CompareConfig):
@@ -65,3 +66,7 @@ class GradientSettings(
 
 class PreflightSettings(TrainerAttention, RolloutEngine, RolloutDtypes, RequestSettings, CheckpointSettings):
     """Settings of `preflight`."""
+
+
+class DiagnoseSettings(ExperimentSettings, CheckpointSettings, DumpSettings):
+    """Settings of `diagnose`."""

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import AfterValidator, Field
 
-from mismatch_probe.config.settings import Dtypes, Listed, Option, PathText, Positive, Settings
+from mismatch_probe.config.settings import DtypeName, Dtypes, Listed, Option, PathText, Positive, Settings
 from mismatch_probe.dtypes import SHORT_DTYPES
 from mismatch_probe.errors import UsageError
 from mismatch_probe.types import DTYPES, Dtype
@@ -110,3 +110,26 @@ class GradientOptions(Settings):
         Listed[Positive],
         Option(flag="--predict-length", default="those of the run, or its longest response", metavar="TOKENS"),
     ] = Field(default=(), description="Response lengths at which ESS is predicted.")
+
+
+class ExperimentSettings(Settings):
+    """With which weights recorded ids are scored again, to find the cause of a gap."""
+
+    TITLE: ClassVar[str] = "Experiments"
+
+    model: Annotated[PathText, Option(metavar="MODEL")] = Field(
+        default="", description="The trainer's weights: built-in name, checkpoint folder or hub id. Without it none is run."
+    )
+    older_checkpoint: Annotated[PathText | None, Option(path=True, metavar="FOLDER")] = Field(
+        default=None, description="An earlier checkpoint of the same run."
+    )
+    base_model: Annotated[PathText | None, Option(metavar="MODEL")] = Field(
+        default=None, description="The model that training began with."
+    )
+    adapter: Annotated[PathText | None, Option(path=True, metavar="FOLDER")] = Field(
+        default=None, description="A LoRA adapter of --model, as PEFT saves it."
+    )
+    trainer_dtype: Annotated[DtypeName, Option(metavar="DTYPE")] = Field(
+        default="float32", description="Dtype in which ids are scored."
+    )
+    tokens: Positive = Field(default=3000, description="Tokens that are scored, prompts included.")

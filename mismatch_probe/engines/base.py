@@ -6,7 +6,7 @@ Who works with engines knows these protocols; `registry.find` has the engine of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -147,6 +147,11 @@ class TrainerEngine(Closing, Protocol):
         with.
         """
 
+    def rows(self, batch: Sequence[ScoreRequest]) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """The logits `[R, V]` that predict the response tokens of a batch, some rows at a time, each part with the index
+        of its first row and with the tokens `[R]`.
+        """
+
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Overwrites parameters of the network, by its own names; the others stay."""
 
@@ -160,7 +165,7 @@ class TrainerEngine(Closing, Protocol):
         """Logits `[R, V]` that the model's own forward makes of the decoder's last states `[R, H]`."""
 
     def changed(self, *, layout: str | None = None, softmax_in_dtype: bool = False) -> AbstractContextManager[None]:
-        """For the while: passes in another layout (also `left-padded`), or the last log-softmax in the job's dtype.
+        """For the while: passes in another layout (of `hf.layouts.BatchLayout`), or the last log-softmax in the job's dtype.
 
         Raises:
             EngineError: The model does not support the layout.

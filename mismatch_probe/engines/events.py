@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mismatch_probe.errors import ProbeError
 from mismatch_probe.results.finding import Finding
 from mismatch_probe.results.rl_run import Ending
 from mismatch_probe.types import EncodedPrompt, Rollout, Score
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class Event:
@@ -87,6 +91,25 @@ class Scores(Event):
 
     scores: Sequence[Score]
     again: bool = False
+
+
+@dataclass(frozen=True)
+class Column(Event):
+    """Log-probs `[N]` of recorded tokens under a change of a trainer's pass, nats.
+
+    Attributes:
+        name: Of the change.
+        logprobs: Empty where it could not be made.
+        facts: What else was kept of each token's row of logits, see `metrics.hypotheses.Rows`.
+        seconds: What it took.
+        why: Why there are none.
+    """
+
+    name: str
+    logprobs: NDArray[np.float64]
+    facts: Mapping[str, NDArray[Any]]
+    seconds: float
+    why: str = ""
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,114 @@ class Remainder(Result):
     """Mean |d| that an audit measured on the model's own passes; None where none was named."""
 
 
+Side = Literal["rollout", "trainer"]
+
+
+class SideSizes(Result):
+    """How far one side's recorded log-probs are from a column: means of absolute values, cut at 3 nats a token."""
+
+    rollout: float
+    """Of the rollout's, nats a token."""
+    trainer: float
+    """Of the trainer's."""
+
+
+class Experiment(Result):
+    """A column of log-probs of the recorded ids under one hypothesis."""
+
+    name: str
+    """The experiment, in kebab case."""
+    hypothesis: str
+    """What was supposed, in a few words."""
+    parameters: dict[str, float | str]
+    """What was fitted or chosen, by name."""
+    forwards: int
+    """Forward passes that it took beside those before; 0 where the rows of logits were at hand."""
+    seconds: float
+    """What they took."""
+    sizes: SideSizes | None
+    """What is left of each side to its column; None where there is none."""
+    explains: tuple[Side, ...]
+    """Sides that it reproduces, and the plain pass does not."""
+    why: str
+    """Why it has no column; empty where it has one."""
+
+
+class NotRun(Result):
+    """An experiment that was not needed, or that something is missing for."""
+
+    name: str
+    """The experiment."""
+    forwards: int
+    """Forward passes that it would cost."""
+    needs: str
+    """What is missing: an option; empty where going on alone would do."""
+
+
+class Cause(Result):
+    """What makes the gap, found by experiment."""
+
+    name: str
+    """The cause, in kebab case."""
+    side: Side
+    """The side at fault."""
+    title: str
+    """What is wrong, a sentence without its stop."""
+    fix: str
+    """What to do."""
+    experiment: str
+    """The experiment that settled it."""
+    parameters: dict[str, float | str]
+    """What was fitted, by name."""
+    before: float
+    """Size of what the plain pass leaves of the side, nats a token, over the tokens that are judged."""
+    after: float
+    """The same of what the hypothesis leaves."""
+    floor: float
+    """Size that rounding makes."""
+    gain: float
+    """Log-likelihood that the hypothesis gains over the plain pass, nats a token."""
+    as_well: tuple[str, ...]
+    """Causes whose columns are the same within rounding."""
+
+
+Settled = Literal["cause", "numerics", "side", "neither-side"]
+
+
+class Active(Result):
+    """What experiments with the model found."""
+
+    model: str
+    """The model that ids were scored with."""
+    dtype: str
+    """Dtype of these passes."""
+    n_tokens: int
+    """Tokens that they are of."""
+    n_sequences: int
+    """Their sequences."""
+    n_judged: int
+    """Tokens that sizes are of: those that show what the table shows, at steps whose weights are the model's."""
+    floor: float
+    """Size that rounding makes: the larger one of a 16-bit pass to the plain pass, and of the side that agrees with it."""
+    floor_dtype: str
+    """Dtype of the 16-bit pass."""
+    plain: SideSizes
+    """What the plain pass leaves of each side."""
+    settled: Settled
+    """`cause`: one explains the gap; `numerics`: the plain pass reproduces both sides; `side`: one side is at fault for a
+    cause that was not found; `neither-side`: neither is what this model gives."""
+    side: Side | None
+    """The side at fault, where it is known."""
+    cause: Cause | None
+    """What explains the gap."""
+    experiments: tuple[Experiment, ...]
+    """What was run, in order."""
+    left: tuple[NotRun, ...]
+    """What was not."""
+    seconds: float
+    """What all of it took."""
+
+
 class Diagnosis(Document):
     """The document of a diagnosis."""
 
@@ -109,12 +217,14 @@ class Diagnosis(Document):
     n_prompts: int
     """Their prompts."""
     outcome: Outcome
-    """`fault`: at least one class was found; `rounding`: symmetric noise; `length-product`: healthy per token, the
+    """`fault`: at least one class was found, or a cause by experiment; `rounding`: symmetric noise; `length-product`: healthy per token, the
     product over a response is not; `cannot-tell`: something is off that no class explains, or noise that is larger than
     rounding usually is."""
     classes: tuple[DiagnosedClass, ...]
     """What was found, in the order in which it explains most."""
     remainder: Remainder
     """What is left."""
+    active: Active | None
+    """What experiments with the model found; None where no model was named."""
     findings: tuple[Finding, ...]
     """What limits the answer."""

@@ -107,7 +107,7 @@ class HfTrainer(TrainerEngine):
             self._layout, self._softmax_dtype = before
 
     def plan(self, requests: Sequence[ScoreRequest]) -> list[list[ScoreRequest]]:
-        layout = "padded" if self._layout == "left-padded" else self._layout
+        layout = self._layout if self._layout in ("single", "packed") else "padded"
         return plan_batches(requests, layout, self._footprint(), self._job.memory_budget, self._device.type)
 
     def plan_as_rollout(
@@ -125,12 +125,8 @@ class HfTrainer(TrainerEngine):
         return logits
 
     @torch.inference_mode()
-    def score(self, batch: Sequence[ScoreRequest], temperature: float, *, exact: bool = False) -> list[Score]:
+    def rows(self, batch: Sequence[ScoreRequest]) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         inputs, rows, targets = model_inputs(batch, self._layout, self._device)
-        ends = list(accumulate(len(request.response_token_ids) for request in batch))
-        wanted = self._wanted(batch, [0, *ends[:-1]]) if exact else {}
-        columns: list[tuple[torch.Tensor, ...]] = []
-        compared: dict[int, dict[str, Any]] = {}
         with self.precision():
             output = self._decoder(**inputs, use_cache=False)
             hidden = output.last_hidden_state.flatten(0, 1)[rows]
@@ -140,10 +136,19 @@ class HfTrainer(TrainerEngine):
                     logits = _upcast(head(hidden[start : start + step]))
                     if self._softmax_dtype is not None:
                         logits = logits.to(self._softmax_dtype)
-                    columns.append(token_columns(logits, targets[start : start + step], temperature))
-                    for row in range(start, start + len(logits)):
-                        if row in wanted:
-                            compared[row] = self._compare(wanted[row], logits[row - start], temperature)
+                    yield start, logits, targets[start : start + step]
+
+    @torch.inference_mode()
+    def score(self, batch: Sequence[ScoreRequest], temperature: float, *, exact: bool = False) -> list[Score]:
+        ends = list(accumulate(len(request.response_token_ids) for request in batch))
+        wanted = self._wanted(batch, [0, *ends[:-1]]) if exact else {}
+        columns: list[tuple[torch.Tensor, ...]] = []
+        compared: dict[int, dict[str, Any]] = {}
+        for start, logits, targets in self.rows(batch):
+            columns.append(token_columns(logits, targets, temperature))
+            for row in range(start, start + len(logits)):
+                if row in wanted:
+                    compared[row] = self._compare(wanted[row], logits[row - start], temperature)
         logprobs, entropy, rank = (
             np.split(torch.cat(column).cpu().numpy(), ends[:-1]) for column in zip(*columns, strict=True)
         )

@@ -14,7 +14,26 @@ import torch
 from mismatch_probe.types import ScoreRequest, TrainerLayout
 
 # Padding on the left is what generation with transformers uses; a trainer that scores so must number positions itself.
-BatchLayout = TrainerLayout | Literal["left-padded"]
+# The others are mistakes: padding on the left that positions count (`left-unnumbered`), or that attention sees, too
+# (`left-attended`); packed sequences that see those before them (`packed-leak`), or go on with their positions, too
+# (`packed-joined`).
+BatchLayout = (
+    TrainerLayout
+    | Literal["left-padded", "left-unnumbered", "left-attended", "packed-leak", "packed-joined"]
+)
+
+
+def _before(batch: Sequence[ScoreRequest], layout: BatchLayout) -> list[int]:
+    """Padding on the left of each sequence: up to the longest one, or in the mistaken layouts up to the longest prompt,
+    as trainers lay out prompts and responses.
+    """
+    if layout == "left-padded":
+        lengths = [r.length for r in batch]
+    elif layout.startswith("left"):
+        lengths = [len(r.prompt_token_ids) for r in batch]
+    else:
+        return [0] * len(batch)
+    return [max(lengths) - length for length in lengths]
 
 
 def model_inputs(
@@ -27,20 +46,21 @@ def model_inputs(
     """
     sequences = [list(r.prompt_token_ids) + list(r.response_token_ids) for r in batch]
     targets = torch.tensor([token for r in batch for token in r.response_token_ids], device=device)
-    if layout == "packed":
+    if layout.startswith("packed"):
         starts = list(accumulate(map(len, sequences), initial=0))[:-1]
-        inputs = {
-            "input_ids": torch.tensor([list(chain.from_iterable(sequences))], device=device),
-            "position_ids": torch.cat([torch.arange(len(s)) for s in sequences])[None].to(device),
-        }
+        inputs = {"input_ids": torch.tensor([list(chain.from_iterable(sequences))], device=device)}
+        if layout != "packed-joined":
+            inputs["position_ids"] = torch.cat([torch.arange(len(s)) for s in sequences])[None].to(device)
+        if layout == "packed-leak":  # with a mask, transformers looks for no sequences in the positions
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     else:
-        longest = max(map(len, sequences))
+        before = _before(batch, layout)
+        longest = max(left + len(s) for left, s in zip(before, sequences, strict=True))
         gaps = [longest - len(s) for s in sequences]
-        before = gaps if layout == "left-padded" else [0] * len(gaps)
         starts = [i * longest + left for i, left in enumerate(before)]
         rows_of = [[0] * left + s + [0] * (gap - left) for s, gap, left in zip(sequences, gaps, before, strict=True)]
         inputs = {"input_ids": torch.tensor(rows_of, device=device)}
-        if any(gaps):
+        if any(gaps) and layout != "left-attended":
             mask = [
                 [0] * left + [1] * len(s) + [0] * (gap - left)
                 for s, gap, left in zip(sequences, gaps, before, strict=True)

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mismatch_probe.config import DumpSettings
+from mismatch_probe.config.commands import DiagnoseSettings
 from mismatch_probe.errors import IngestError
+from mismatch_probe.ingest.recording import Recording
 from mismatch_probe.probes.audit.baseline import read_audit
+from mismatch_probe.probes.diagnose.active import TableClass, active
 from mismatch_probe.probes.diagnose.base import (
     BEYOND_BASELINE,
     CAP,
@@ -28,7 +30,7 @@ from mismatch_probe.probes.diagnose.signatures import signatures
 from mismatch_probe.probes.explain.audited import pair_of
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.probes.recorded import open_dump
-from mismatch_probe.results.diagnosis import DiagnosedClass, Diagnosis, Outcome, Remainder, Rival, ShownToken
+from mismatch_probe.results.diagnosis import Active, DiagnosedClass, Diagnosis, Outcome, Remainder, Rival, ShownToken
 
 MOST_FAULTS = 3
 LEAST_GAIN, LEAST_TOTAL, LEAST_UNITS = 0.01, 20.0, 1.5
@@ -246,8 +248,24 @@ def _token(evidence: Evidence, i: int) -> ShownToken:
     )
 
 
-def outcome(found: list[Found], left: Remainder) -> Outcome:
-    """What is to be said of all of it."""
+def experimented(
+    evidence: Evidence, found: list[Found], recording: Recording, settings: DiagnoseSettings, progress: Progress
+) -> Active:
+    """What experiments say of what was found."""
+    table = []
+    for one in found:
+        signature, shown = one.candidate.signature, one.candidate.fit.shown
+        named = TableClass(signature.name, signature.title, signature.fix, signature.causes, float(shown.mean()))
+        table.append((named, shown))
+    return active(evidence, table, recording, settings, progress)
+
+
+def outcome(found: list[Found], left: Remainder, tried: Active | None = None) -> Outcome:
+    """What is to be said of all of it; what experiments settled outranks the table."""
+    if tried is not None and tried.settled != "neither-side":
+        if tried.settled != "numerics":
+            return "fault"
+        return "length-product" if left.sequence_spread > LONG else "rounding"
     if found:
         return "fault"
     if left.baseline is None and left.mean_abs > USUAL_ROUNDING:
@@ -257,7 +275,7 @@ def outcome(found: list[Found], left: Remainder) -> Outcome:
 
 def diagnose(
     source: str,
-    settings: DumpSettings,
+    settings: DiagnoseSettings,
     audit: str | None = None,
     pair: str | None = None,
     progress: Progress | None = None,
@@ -266,7 +284,7 @@ def diagnose(
 
     Args:
         source: A dump, the folder of `ingest`, or that of `compare --from` a dump.
-        settings: How the dump is read.
+        settings: How the dump is read, and with which models experiments are made.
         audit: An `audit.json`, or its folder, of the model: its gap is what rounding makes.
         pair: The audit's pair, `rollout/trainer`; None for the one that its verdict is of.
         progress: Told what takes long.
@@ -288,14 +306,16 @@ def diagnose(
     evidence = read_evidence(recording, baseline=baseline)
     found, state = explain_away(evidence)
     left = remainder(evidence, state)
+    tried = experimented(evidence, found, recording, settings, progress or Progress()) if settings.model else None
     return Diagnosis(
         **Diagnosis.stamp(),
         source=facts.file,
         n_tokens=len(evidence),
         n_sequences=len(evidence.prompt),
         n_prompts=len(np.unique(evidence.prompt)),
-        outcome=outcome(found, left),
+        outcome=outcome(found, left, tried),
         classes=tuple(diagnosed(evidence, one) for one in found),
         remainder=left,
+        active=tried,
         findings=facts.file.findings,
     )

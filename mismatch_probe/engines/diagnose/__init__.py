@@ -1,0 +1,1 @@
+"""The engines' part of a diagnosis: recorded ids under one hypothesis after another."""

@@ -1,0 +1,43 @@
+"""One side's logits of seen tokens lowered by a penalty."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mismatch_probe.metrics.hypotheses import fitted
+from mismatch_probe.probes.diagnose.experiments import experiment
+from mismatch_probe.probes.diagnose.experiments.base import SIDES, Hypothesis, Named, Subject
+
+_FIX = (
+    "Switch it off where the rollout samples, and look into generation_config.json, which vLLM reads (with "
+    "generation_config=vllm it does not); or apply it at the trainer, too."
+)
+_GRIDS = {
+    "repetition": (0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.15, 1.2, 1.3, 1.5, 2.0),
+    "presence": (-2.0, -1.0, -0.5, -0.2, 0.0, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0),
+    "frequency": (-2.0, -1.0, -0.5, -0.2, 0.0, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0),
+}
+_CAUSES = {
+    name: Named(f"{name}-penalty", f"Log-probs are those of a distribution with a {name} penalty", _FIX)
+    for name in _GRIDS
+}
+
+
+@experiment("penalty", classes=("penalty",), forwards=0)
+def run(subject: Subject) -> Iterator[Hypothesis]:
+    """Fits each penalty for each side; the repetition penalty with and without the prompt's tokens."""
+    rows = subject.rows
+    for side in SIDES:
+        use = subject.among(side)
+        if not use.any():
+            continue
+        recorded = subject.recorded(side)[use]
+        for name, grid in _GRIDS.items():
+            for prompt in (True, False) if name == "repetition" else (True,):
+
+                def column(value, name=name, prompt=prompt):
+                    return rows.penalised(**{name: value}, prompt=prompt)
+
+                value = fitted(lambda v, at=use, c=column: c(v)[at], recorded, grid, 1e-3)
+                about = f"{side} with a {name} penalty" + ("" if prompt else " of the response alone")
+                yield Hypothesis(about, _CAUSES[name], column(value), {name: value}, only=side)

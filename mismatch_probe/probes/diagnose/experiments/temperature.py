@@ -1,0 +1,75 @@
+"""One side's logits divided by a temperature, or its log-probs after the softmax."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from mismatch_probe.metrics.hypotheses import INVERSE_TEMPERATURES, fitted
+from mismatch_probe.probes.diagnose.experiments import experiment
+from mismatch_probe.probes.diagnose.experiments.base import SIDES, Hypothesis, Named, Subject
+from mismatch_probe.results.diagnosis import Side
+
+_GRID = tuple(1 / beta for beta in INVERSE_TEMPERATURES)[::-1]
+_FIX = (
+    "Make both sides compute log-probs at the temperature of sampling: vLLM with logprobs_mode=processed_logprobs, the "
+    "trainer with logits divided by it."
+)
+_RAW = Named(
+    "rollout-raw-temperature",
+    "The rollout samples at a temperature and records log-probs at temperature 1",
+    _FIX,
+    "rollout",
+)
+_TRAINER = Named(
+    "trainer-temperature", "The trainer divides logits by a temperature that nobody sampled with", _FIX, "trainer"
+)
+_MISSED = Named(
+    "trainer-temperature", "The trainer computes log-probs at another temperature than sampling", _FIX, "trainer"
+)
+_ROLLOUT = Named("scaled-head", "The rollout's logits are scaled, and its ids sampled so", _FIX, "rollout")
+_DIVIDED = Named(
+    "divided-after-softmax",
+    "Log-probs are divided by a temperature after the softmax",
+    "Divide logits before the softmax.",
+)
+
+
+@experiment("temperature", classes=("temperature",), forwards=0)
+def run(subject: Subject) -> Iterator[Hypothesis]:
+    """Fits the temperature of each side's column; the ids themselves say at which one they were sampled."""
+    rows = subject.rows
+    for side in SIDES:
+        use = subject.among(side)
+        some = np.flatnonzero(use)
+        if not len(some):
+            continue
+        recorded = subject.recorded(side)[some]
+        spline = rows.normalised_at(some)
+        temperature = fitted(
+            lambda t, at=some, n=spline: rows.chosen[at] / t - n(-np.log(t)), recorded, _GRID, 1e-4
+        )
+        found = {"temperature": temperature, "sampled_at": subject.sampled_at}
+        yield Hypothesis(
+            f"{side} at another temperature", _cause(subject, side, temperature), rows.at(temperature), found, only=side
+        )
+
+
+def _cause(subject: Subject, side: Side, temperature: float) -> Named:
+    """Who is wrong: the ids were sampled at the one temperature or at the other."""
+    sampled_so = abs(np.log(subject.sampled_at / temperature)) < abs(np.log(subject.sampled_at / subject.rows.temperature))
+    if side == "trainer":
+        return _RAW if sampled_so else _TRAINER
+    return _MISSED if sampled_so else _ROLLOUT
+
+
+@experiment("divided-after-softmax", classes=("scaled-logprobs",), forwards=0)
+def divided(subject: Subject) -> Iterator[Hypothesis]:
+    """Fits the number that log-probs were divided by."""
+    for side in SIDES:
+        use = subject.among(side)
+        if use.any():
+            plain = subject.plain[use]
+            by = fitted(lambda t, x=plain: x / t, subject.recorded(side)[use], _GRID, 1e-4)
+            yield Hypothesis(f"{side} divided after the softmax", _DIVIDED, subject.plain / by, {"by": by}, only=side)

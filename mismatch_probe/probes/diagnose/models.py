@@ -1,0 +1,190 @@
+"""The models of an active diagnosis: worker processes that make columns of log-probs of recorded ids.
+
+Shape legend: `N` tokens that count.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from mismatch_probe.config.commands import DiagnoseSettings
+from mismatch_probe.engines import devices, registry
+from mismatch_probe.engines.base import TrainerJob
+from mismatch_probe.engines.diagnose.changes import ForwardChange
+from mismatch_probe.engines.diagnose.job import ColumnsJob
+from mismatch_probe.engines.events import Column, Event
+from mismatch_probe.engines.models import ModelRef, resolve
+from mismatch_probe.engines.process import EngineProcess
+from mismatch_probe.errors import EngineError, UsageError
+from mismatch_probe.ingest.recording import Recording
+from mismatch_probe.metrics.hypotheses import Rows, Seen, Target
+from mismatch_probe.probes.diagnose.evidence import Floats
+from mismatch_probe.probes.diagnose.sample import Sample
+from mismatch_probe.probes.preflight import Use
+from mismatch_probe.probes.preflight.run import guard
+from mismatch_probe.probes.progress import Progress
+from mismatch_probe.probes.recorded import check_recorded
+from mismatch_probe.types import TRAINER_ENGINE, Dtype
+
+_PLAIN = "plain"
+
+
+class Models:
+    """Makes columns on the model, and on the others that were named.
+
+    Args:
+        settings: Which models.
+        recording: The dump, whose ids must be the model's.
+        progress: Told what is done.
+
+    Attributes:
+        vocabulary: Ids of the model.
+        bos: Id that begins a sequence, None where there is none.
+        n_layers: Decoder layers.
+        low_dtype: Of the second plain pass, which shows what rounding makes.
+    """
+
+    def __init__(self, settings: DiagnoseSettings, recording: Recording, progress: Progress) -> None:
+        self._settings, self._progress = settings, progress
+        self._device = registry.find(TRAINER_ENGINE).choose_device(settings.device)
+        self._logs = Path(tempfile.mkdtemp(prefix="mismatch-probe-"))
+        self._process: tuple[Any, EngineProcess] | None = None
+        named = {"model": settings.model, "older": settings.older_checkpoint, "base": settings.base_model}
+        self._models = {name: self._resolved(path, recording) for name, path in named.items() if path}
+        if settings.adapter is not None:
+            self._models["adapter"] = self._models["model"]
+        text = self._models["model"].text_config
+        self.vocabulary = int(text["vocab_size"])
+        bos = text.get("bos_token_id")
+        self.bos = int(bos) if isinstance(bos, int) and bos < self.vocabulary else None
+        self.n_layers = int(text.get("num_hidden_layers") or text.get("n_layer") or 0)
+        self.low_dtype: Dtype = "bfloat16" if settings.trainer_dtype == "float32" else "float32"
+
+    @property
+    def given(self) -> frozenset[str]:
+        """Which other weights there are: `older`, `base`, `adapter`."""
+        return frozenset(self._models) - {"model"}
+
+    def __enter__(self) -> Models:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._process is not None:
+            self._process[1].close()
+        if error is None or not isinstance(error, EngineError):  # whose message names the log
+            shutil.rmtree(self._logs, ignore_errors=True)
+
+    def plain(self, sample: Sample) -> tuple[Rows, Floats | None]:
+        """The plain pass, and the log-probs `[N]` of one in another dtype; None where this machine is too slow for it."""
+        seen = Seen.of(sample.ids, sample.counts)
+        found = next(iter(self._run(sample, "model", [ForwardChange(_PLAIN)], facts=True)))
+        if found.why:
+            raise EngineError(f"The model cannot score the recorded ids: {found.why}.", "Look at the first error above.")
+        rows = Rows.of(found.facts, seen)
+        if self._device == "cpu" and not devices.cpu_has_bf16():
+            return rows, None
+        low = next(iter(self._run(sample, "model", [ForwardChange(_PLAIN)], dtype=self.low_dtype)))
+        return rows, None if low.why else low.logprobs
+
+    def columns(
+        self, sample: Sample, of: str, changes: Sequence[ForwardChange], targets: Sequence[Target]
+    ) -> Iterator[tuple[ForwardChange, Floats | None, str, float]]:
+        """Columns of changes, in order, up to the first that is what a side recorded.
+
+        Args:
+            sample: The sequences.
+            of: `model`, `older`, `base` or `adapter`.
+            changes: What to do.
+            targets: What a column has to be, to be the last.
+        """
+        by_name = {change.name: change for change in changes}
+        for found in self._run(sample, of, changes, targets=targets) if changes else ():
+            yield by_name[found.name], None if found.why else found.logprobs, found.why, found.seconds
+
+    def _run(
+        self,
+        sample: Sample,
+        of: str,
+        changes: Sequence[ForwardChange],
+        *,
+        facts: bool = False,
+        targets: Sequence[Target] = (),
+        dtype: Dtype | None = None,
+    ) -> list[Column]:
+        trainer = self._trainer(of, dtype or self._settings.trainer_dtype)
+        job = ColumnsJob(
+            trainer,
+            sequences=sample.requests,
+            counts=sample.counts,
+            changes=changes,
+            facts=facts,
+            targets=targets,
+            adapter=self._settings.adapter if of == "adapter" else None,
+            donor=str(self._models["older"].path) if "older" in self._models else None,
+        )
+        found: list[Column] = []
+
+        def on_event(event: Event) -> None:
+            if isinstance(event, Column):
+                found.append(event)
+
+        self._worker(trainer).run(job, on_event, last=False)
+        return found
+
+    def _worker(self, trainer: TrainerJob) -> EngineProcess:
+        """The process; another one where its environment has to be another."""
+        settings = registry.find(trainer.engine).trainer_settings(self._device, trainer.dtype)
+        key = frozenset(settings.environment.items())
+        if self._process is not None and self._process[0] != key:
+            self._process[1].close()
+            self._process = None
+        if self._process is None:
+            process = EngineProcess(trainer.engine, settings.environment, self._logs / "diagnose.log")
+            self._process = key, process
+        return self._process[1]
+
+    def _trainer(self, of: str, dtype: Dtype) -> TrainerJob:
+        budget = devices.default_sizes(self._device).memory_budget_gib
+        return TrainerJob(
+            engine=TRAINER_ENGINE,
+            model_path=str(self._models[of].path),
+            dtype=dtype,
+            mode="cast",
+            layout="padded",
+            attention=None,
+            device=self._device,
+            temperature=1.0,
+            requests=(),
+            self_noise_sequences=0,
+            memory_budget=int(budget * devices.GIB),
+            trust_remote_code=self._settings.trust_remote_code,
+            flags=registry.find(TRAINER_ENGINE).trainer_settings(self._device, dtype).arguments,
+        )
+
+    def _resolved(self, name: str, recording: Recording) -> ModelRef:
+        settings = self._settings
+        revision = settings.revision if name == settings.model else None
+        model = resolve(
+            name, revision=revision, trust_remote_code=settings.trust_remote_code, log=self._progress.message
+        )
+        if model.scripted:
+            raise UsageError("The scripted model has no weights to experiment with.", "Name a real one.")
+        use = Use(
+            rollout_dtypes=(),
+            attention=None,
+            trust_remote_code=settings.trust_remote_code,
+            device=self._device,
+            bytes_per_weight=4.0,
+            folder=self._logs,
+        )
+        guard(model, use, self._progress)
+        check_recorded(recording, model)
+        return model
