@@ -20,7 +20,13 @@ from mismatch_probe.config.compare import (
     TrainerAttention,
     TrainerSettings,
 )
-from mismatch_probe.config.probes import AttributeOptions, AuditOptions, BaselineSettings, ExperimentSettings, GradientOptions
+from mismatch_probe.config.probes import (
+    AttributeOptions,
+    AuditOptions,
+    BaselineSettings,
+    ExperimentSettings,
+    GradientOptions,
+)
 
 
 class CompareSettings(GateSettings, CompareConfig):

@@ -118,7 +118,8 @@ class ExperimentSettings(Settings):
     TITLE: ClassVar[str] = "Experiments"
 
     model: Annotated[PathText, Option(metavar="MODEL")] = Field(
-        default="", description="The trainer's weights: built-in name, checkpoint folder or hub id. Without it none is run."
+        default="",
+        description="The trainer's weights: built-in name, checkpoint folder or hub id. Without it none is run.",
     )
     older_checkpoint: Annotated[PathText | None, Option(path=True, metavar="FOLDER")] = Field(
         default=None, description="An earlier checkpoint of the same run."
@@ -132,4 +133,4 @@ class ExperimentSettings(Settings):
     trainer_dtype: Annotated[DtypeName, Option(metavar="DTYPE")] = Field(
         default="float32", description="Dtype in which ids are scored."
     )
-    tokens: Positive = Field(default=3000, description="Tokens that are scored, prompts included.")
+    tokens: Positive = Field(default=2500, description="Tokens that are scored, prompts included.")

@@ -148,9 +148,10 @@ class TrainerEngine(Closing, Protocol):
         """
 
     def rows(self, batch: Sequence[ScoreRequest]) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """The logits `[R, V]` that predict the response tokens of a batch, some rows at a time, each part with the index
-        of its first row and with the tokens `[R]`.
+        """The logits `[R, V]` that predict the response tokens of a batch, some rows at a time, each part with the
+        index of its first row and with the tokens `[R]`.
         """
+        raise EngineError("This engine does not show its logits.", "Name another one by --trainer-engine.")
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Overwrites parameters of the network, by its own names; the others stay."""
@@ -165,7 +166,7 @@ class TrainerEngine(Closing, Protocol):
         """Logits `[R, V]` that the model's own forward makes of the decoder's last states `[R, H]`."""
 
     def changed(self, *, layout: str | None = None, softmax_in_dtype: bool = False) -> AbstractContextManager[None]:
-        """For the while: passes in another layout (of `hf.layouts.BatchLayout`), or the last log-softmax in the job's dtype.
+        """For the while: passes in another layout (`hf.layouts`), or the last log-softmax in the job's dtype.
 
         Raises:
             EngineError: The model does not support the layout.

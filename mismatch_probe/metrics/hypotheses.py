@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.interpolate import CubicSpline
+from scipy.interpolate import CubicHermiteSpline
 from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp
 
@@ -27,8 +27,9 @@ CAP = 3.0
 """Nats at which a residual is cut, so that a few tokens do not decide its size."""
 MOST_TOP = 1024
 """Likeliest logits that are kept of a row."""
-INVERSE_TEMPERATURES: tuple[float, ...] = tuple(float(x) for x in np.exp(np.linspace(np.log(1 / 3), np.log(3), 21)))
-"""Inverse temperatures at which normalisers are computed; between them a spline goes."""
+STEP = 0.125
+INVERSE_TEMPERATURES: tuple[float, ...] = tuple(STEP * k for k in (3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24))
+"""Inverse temperatures at which normalisers are computed, multiples of `STEP`; between them a spline goes."""
 
 
 def size(residual: Floats) -> float:
@@ -101,6 +102,7 @@ class Rows:
         logprob: `[N]` at temperature 1, nats.
         chosen: `[N]` logit of the token.
         normaliser: `[N, G]` log Σ exp(βx) at `INVERSE_TEMPERATURES`.
+        slope: `[N, G]` its slope in β.
         top: `[N, K]` largest logits, falling.
         distinct: `[N, U]` logits of the sequence's distinct ids; NaN beyond them.
         rest: `[N]` log Σ exp(x) over all other tokens.
@@ -112,6 +114,7 @@ class Rows:
     logprob: Floats
     chosen: Floats
     normaliser: Floats
+    slope: Floats
     top: Floats
     distinct: Floats
     rest: Floats
@@ -124,8 +127,17 @@ class Rows:
         """From what `engines.diagnose.facts` keeps."""
         wide = {name: np.asarray(values, np.float64) for name, values in facts.items()}
         low = {n: v for n, v in wide.items() if n.startswith(("rounded_", "subtracted_"))}
-        names = ("logprob", "chosen", "normaliser", "top", "distinct", "rest")
-        return cls(**{name: wide[name] for name in names}, low=low, seen=seen)
+        return cls(
+            wide["logprob"],
+            wide["chosen"],
+            wide["normaliser"],
+            wide["slope"],
+            wide["top"],
+            wide["distinct"],
+            wide["rest"],
+            low,
+            seen,
+        )
 
     @cached_property
     def plain(self) -> Floats:
@@ -137,17 +149,12 @@ class Rows:
         return replace(self, temperature=temperature)
 
     @cached_property
-    def _spline(self) -> CubicSpline:
-        return CubicSpline(np.log(INVERSE_TEMPERATURES), self.normaliser, axis=1)
+    def _spline(self) -> CubicHermiteSpline:
+        return CubicHermiteSpline(np.array(INVERSE_TEMPERATURES), self.normaliser, self.slope, axis=1)
 
     def normalised(self, temperature: float) -> Floats:
         """`[N]` log Σ exp(x/T)."""
-        return np.asarray(self._spline(-np.log(temperature)))
-
-    def normalised_at(self, some: Ints) -> Callable[[float], Floats]:
-        """log Σ exp(βx) of `some` `[n]` tokens, as a function of log β."""
-        spline = CubicSpline(np.log(INVERSE_TEMPERATURES), self.normaliser[some], axis=1)
-        return lambda log_beta: np.asarray(spline(log_beta))
+        return np.asarray(self._spline(1 / temperature))
 
     def at(self, temperature: float) -> Floats:
         """`[N]` log-probs at a temperature, nats."""
@@ -157,29 +164,29 @@ class Rows:
     def _top_masses(self) -> Floats:
         """`[N, K]` probabilities of the likeliest tokens."""
         beta = 1 / self.temperature
-        return np.exp(beta * self.top - self.normalised(self.temperature)[:, None])
+        return np.asarray(np.exp(beta * self.top - self.normalised(self.temperature)[:, None]))
 
     @cached_property
     def _cumulated(self) -> Floats:
-        return np.minimum(self._top_masses.cumsum(1), 1.0)
+        return np.asarray(np.minimum(self._top_masses.cumsum(1), 1.0))
 
     @cached_property
     def rank(self) -> Ints:
         """`[N]` how many tokens are likelier, at most K."""
-        return (self.top > self.chosen[:, None]).sum(1)
+        return np.asarray((self.top > self.chosen[:, None]).sum(1))
 
     def _kept(self, last: Ints) -> Floats:
         """`[N]` log-probs where tokens up to rank `last` `[N]` are kept, and the token itself in any case."""
         last = np.clip(np.maximum(last, self.rank), 0, self.top.shape[1] - 1)
         mass = self._cumulated[np.arange(len(last)), last]
         mass = np.where(self.rank >= self.top.shape[1], 1.0, mass)
-        return self.plain - np.log(mass)
+        return np.asarray(self.plain - np.log(mass))
 
     def top_p(self, p: float) -> Floats:
         """`[N]` where the likeliest tokens are kept whose masses reach p; beyond the kept logits their mass is p."""
         last = (self._cumulated < p).sum(1)
         beyond = last >= self.top.shape[1]
-        return np.where(beyond, self.plain - np.log(p), self._kept(last))
+        return np.asarray(np.where(beyond, self.plain - np.log(p), self._kept(last)))
 
     def top_k(self, k: int) -> Floats:
         """`[N]` where the k likeliest tokens are kept, k at most K."""
@@ -192,12 +199,12 @@ class Rows:
 
     def top_one(self) -> Floats:
         """`[N]` log-prob of the likeliest token."""
-        return self.top[:, 0] / self.temperature - self.normalised(self.temperature)
+        return np.asarray(self.top[:, 0] / self.temperature - self.normalised(self.temperature))
 
     def padded(self, log_rows: float) -> Floats:
         """`[N]` with exp(`log_rows`) further tokens whose logits are 0."""
         beta = 1 / self.temperature
-        return beta * self.chosen - np.logaddexp(self.normalised(self.temperature), log_rows)
+        return np.asarray(beta * self.chosen - np.logaddexp(self.normalised(self.temperature), log_rows))
 
     def penalised(
         self, repetition: float = 1.0, presence: float = 0.0, frequency: float = 0.0, *, prompt: bool = True
@@ -217,7 +224,7 @@ class Rows:
         beta = 1 / self.temperature
         own = x[np.arange(len(x)), self.seen.own]
         total = logsumexp(np.where(np.isnan(x), -np.inf, beta * x), axis=1)
-        return beta * own - np.logaddexp(total, self._rest)
+        return np.asarray(beta * own - np.logaddexp(total, self._rest))
 
     @cached_property
     def _rest(self) -> Floats:
@@ -227,7 +234,7 @@ class Rows:
         beta = 1 / self.temperature
         own = logsumexp(np.where(np.isnan(self.distinct), -np.inf, beta * self.distinct), axis=1)
         total = self.normalised(self.temperature)
-        return total + np.log(np.maximum(-np.expm1(np.minimum(own - total, 0.0)), 1e-12))
+        return np.asarray(total + np.log(np.maximum(-np.expm1(np.minimum(own - total, 0.0)), 1e-12)))
 
 
 def fitted(column: Callable[[float], Floats], recorded: Floats, grid: Sequence[float], tolerance: float) -> float:

@@ -192,4 +192,3 @@ def _window(model: Any, width: int) -> Iterator[None]:
 
     with attention_changed(model, narrow):
         yield
-

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from mismatch_probe.engines.base import TrainerEngine
-from mismatch_probe.metrics.hypotheses import INVERSE_TEMPERATURES, MOST_TOP, distinct_ids
+from mismatch_probe.metrics.hypotheses import INVERSE_TEMPERATURES, MOST_TOP, STEP, distinct_ids
 from mismatch_probe.types import ScoreRequest
 
 _LOW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -60,13 +60,14 @@ def facts(logits: torch.Tensor, targets: torch.Tensor, ids: torch.Tensor) -> dic
     """Facts `[R, …]` of rows `[R, V]` with their tokens `[R]`, and of a sequence's distinct ids `[U]`."""
     at = targets[:, None]
     chosen = logits.gather(1, at)[:, 0]
-    normalisers = torch.stack([(beta * logits).logsumexp(1) for beta in INVERSE_TEMPERATURES], 1)
+    normaliser, slope = normalisers(logits)
     rest = logits.clone()
     rest[:, ids] = -torch.inf
     found = {
         "logprob": chosen - logits.logsumexp(1),
         "chosen": chosen,
-        "normaliser": normalisers,
+        "normaliser": normaliser,
+        "slope": slope,
         "top": logits.topk(min(MOST_TOP, logits.shape[1]), 1).values,
         "distinct": logits[:, ids],
         "rest": rest.logsumexp(1),
@@ -76,3 +77,23 @@ def facts(logits: torch.Tensor, targets: torch.Tensor, ids: torch.Tensor) -> dic
         found[f"rounded_{name}"] = low.log_softmax(1).gather(1, at)[:, 0].float()
         found[f"subtracted_{name}"] = (low.gather(1, at)[:, 0] - low.logsumexp(1)).float()
     return found
+
+
+def normalisers(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """log Σ exp(βx) `[R, G]` of rows `[R, V]` at `INVERSE_TEMPERATURES`, and its slope in β.
+
+    Inverse temperatures are multiples of the first step, so that one exponential per logit is enough.
+    """
+    top = logits.amax(1, keepdim=True)
+    below = logits - top
+    step = (STEP * below).exp_()
+    power, reached = step.clone(), 1
+    totals, slopes = [], []
+    for beta in INVERSE_TEMPERATURES:
+        for _ in range(round(beta / STEP) - reached):
+            power.mul_(step)
+        reached = round(beta / STEP)
+        total = power.sum(1)
+        totals.append(total.log() + beta * top[:, 0])
+        slopes.append(torch.linalg.vecdot(power, below) / total + top[:, 0])
+    return torch.stack(totals, 1), torch.stack(slopes, 1)

@@ -128,4 +128,6 @@ def stacked(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
     width = max((part.shape[1] for part in parts if part.ndim == 2), default=0)
     if not width:
         return np.concatenate(parts)
-    return np.concatenate([np.pad(part, ((0, 0), (0, width - part.shape[1])), constant_values=np.nan) for part in parts])
+    return np.concatenate(
+        [np.pad(part, ((0, 0), (0, width - part.shape[1])), constant_values=np.nan) for part in parts]
+    )

@@ -17,10 +17,7 @@ from mismatch_probe.types import ScoreRequest, TrainerLayout
 # The others are mistakes: padding on the left that positions count (`left-unnumbered`), or that attention sees, too
 # (`left-attended`); packed sequences that see those before them (`packed-leak`), or go on with their positions, too
 # (`packed-joined`).
-BatchLayout = (
-    TrainerLayout
-    | Literal["left-padded", "left-unnumbered", "left-attended", "packed-leak", "packed-joined"]
-)
+BatchLayout = TrainerLayout | Literal["left-padded", "left-unnumbered", "left-attended", "packed-leak", "packed-joined"]
 
 
 def _before(batch: Sequence[ScoreRequest], layout: BatchLayout) -> list[int]:

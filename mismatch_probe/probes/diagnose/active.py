@@ -16,7 +16,7 @@ from mismatch_probe.ingest.recording import Recording
 from mismatch_probe.metrics.hypotheses import Target, size
 from mismatch_probe.probes.diagnose.evidence import Evidence, Floats, Mask
 from mismatch_probe.probes.diagnose.experiments import experiments
-from mismatch_probe.probes.diagnose.experiments.base import SIDES, Experiment, Hypothesis, Named, Subject
+from mismatch_probe.probes.diagnose.experiments.base import SIDES, Experiment, Hypothesis, Subject
 from mismatch_probe.probes.diagnose.models import Models
 from mismatch_probe.probes.diagnose.noise import fit_noise, uncertainty
 from mismatch_probe.probes.diagnose.sample import Sample, read_sample
@@ -109,7 +109,7 @@ def investigate(
     """
     started = time.perf_counter()
     rows, low = models.plain(sample)
-    use = _judged(sample, rows.plain, size((low - rows.plain)) if low is not None else ROUNDING, table)
+    use = _judged(sample, rows.plain, size(low - rows.plain) if low is not None else ROUNDING, table)
     first = Subject(
         sample=sample,
         rows=rows,
@@ -126,7 +126,11 @@ def investigate(
     rounding = size((low - rows.plain)[use]) if low is not None else ROUNDING
     floor = max(rounding, *(s for side in SIDES if (s := subject.size(side, subject.plain)) <= OFF * rounding), 1e-6)
     off = tuple(side for side in SIDES if not subject.size(side, subject.plain) <= OFF * floor)
-    subject = replace(subject, off=off or SIDES, columns=lambda of, changes: models.columns(sample, of, changes, _targets(subject, floor)))
+    subject = replace(
+        subject,
+        off=off or SIDES,
+        columns=lambda of, changes: models.columns(sample, of, changes, _targets(subject, floor)),
+    )
     run: list[results.Experiment] = []
     left: list[NotRun] = []
     cause = _accounted(subject, off, table, floor)
@@ -308,9 +312,7 @@ def _best(accepted: Sequence[Accepted], floor: float, subject: Subject) -> Cause
     )
 
 
-def _accounted(
-    subject: Subject, off: tuple[Side, ...], table: Sequence[TableClass], floor: float
-) -> Cause | None:
+def _accounted(subject: Subject, off: tuple[Side, ...], table: Sequence[TableClass], floor: float) -> Cause | None:
     """What the table settles: values that no log-prob has, on the side that the plain pass does not reproduce there."""
     if not table or table[0].name not in _DETERMINISTIC:
         return None

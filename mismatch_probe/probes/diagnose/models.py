@@ -8,7 +8,6 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -87,7 +86,9 @@ class Models:
         seen = Seen.of(sample.ids, sample.counts)
         found = next(iter(self._run(sample, "model", [ForwardChange(_PLAIN)], facts=True)))
         if found.why:
-            raise EngineError(f"The model cannot score the recorded ids: {found.why}.", "Look at the first error above.")
+            raise EngineError(
+                f"The model cannot score the recorded ids: {found.why}.", "Look at the first error above."
+            )
         rows = Rows.of(found.facts, seen)
         if self._device == "cpu" and not devices.cpu_has_bf16():
             return rows, None

@@ -77,7 +77,9 @@ def read_sample(recording: Recording, evidence: Evidence, shown: Mask, most: int
     number = {place: index for index, place in enumerate(evidence.places)}
     rows = list(_rows(recording, ["pack_id", "pack_index"], keys))
     units = _units(rows, number, block)
-    index = _chosen(units, rows, number, np.bincount(evidence.sequence, shown, len(evidence.prompt)), most, shown.mean())
+    index = _chosen(
+        units, rows, number, np.bincount(evidence.sequence, shown, len(evidence.prompt)), most, shown.mean()
+    )
     return _read(recording, keys, rows, index, number, evidence, shown)
 
 

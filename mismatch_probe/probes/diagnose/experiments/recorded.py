@@ -36,7 +36,9 @@ def prefill(subject: Subject) -> Iterator[Hypothesis]:
         agrees = size((found - subject.plain)[subject.use])
         before = subject.size("rollout", subject.plain)
         if agrees <= before / 2:
-            yield Hypothesis("the engine's prefill", _DECODE, found, {"prefill_to_plain": agrees}, only="rollout", like=True)
+            yield Hypothesis(
+                "the engine's prefill", _DECODE, found, {"prefill_to_plain": agrees}, only="rollout", like=True
+            )
 
 
 @experiment("second-trainer-pass", classes=("trainer-noise",), forwards=0)
@@ -46,7 +48,9 @@ def second(subject: Subject) -> Iterator[Hypothesis]:
     if found is not None and "trainer" in subject.off:
         apart = size((found - subject.sample.trainer)[subject.use])
         if apart >= subject.size("trainer", subject.plain) / 2:
-            yield Hypothesis("the second trainer pass", _RANDOM, found, {"passes_apart": apart}, only="trainer", like=True)
+            yield Hypothesis(
+                "the second trainer pass", _RANDOM, found, {"passes_apart": apart}, only="trainer", like=True
+            )
 
 
 @experiment("reference", classes=("one-step", "other-forward"), forwards=0)

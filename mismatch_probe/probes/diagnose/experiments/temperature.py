@@ -42,14 +42,9 @@ def run(subject: Subject) -> Iterator[Hypothesis]:
     rows = subject.rows
     for side in SIDES:
         use = subject.among(side)
-        some = np.flatnonzero(use)
-        if not len(some):
+        if not use.any():
             continue
-        recorded = subject.recorded(side)[some]
-        spline = rows.normalised_at(some)
-        temperature = fitted(
-            lambda t, at=some, n=spline: rows.chosen[at] / t - n(-np.log(t)), recorded, _GRID, 1e-4
-        )
+        temperature = fitted(lambda t: rows.at(t)[use], subject.recorded(side)[use], _GRID, 1e-4)  # noqa: B023
         found = {"temperature": temperature, "sampled_at": subject.sampled_at}
         yield Hypothesis(
             f"{side} at another temperature", _cause(subject, side, temperature), rows.at(temperature), found, only=side
@@ -58,7 +53,9 @@ def run(subject: Subject) -> Iterator[Hypothesis]:
 
 def _cause(subject: Subject, side: Side, temperature: float) -> Named:
     """Who is wrong: the ids were sampled at the one temperature or at the other."""
-    sampled_so = abs(np.log(subject.sampled_at / temperature)) < abs(np.log(subject.sampled_at / subject.rows.temperature))
+    sampled_so = abs(np.log(subject.sampled_at / temperature)) < abs(
+        np.log(subject.sampled_at / subject.rows.temperature)
+    )
     if side == "trainer":
         return _RAW if sampled_so else _TRAINER
     return _MISSED if sampled_so else _ROLLOUT

@@ -18,9 +18,31 @@ _FIX = (
 _GRIDS: dict[str, tuple[float, ...]] = {
     "top_p": (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.92, 0.95, 0.96, 0.97, 0.98, 0.99, 0.995, 0.999),
     "top_k": (2, 3, 4, 5, 8, 10, 15, 20, 25, 30, 40, 50, 64, 80, 100, 128, 200, 256, 500, 512, 1000, 1024),
-    "min_p": (0.5, 0.3, 0.25, 0.2, 0.15, 0.1, 0.08, 0.07, 0.06, 0.05, 0.04, 0.03, 0.025, 0.02, 0.015, 0.01, 0.005, 0.002, 0.001),
+    "min_p": (
+        0.5,
+        0.3,
+        0.25,
+        0.2,
+        0.15,
+        0.1,
+        0.08,
+        0.07,
+        0.06,
+        0.05,
+        0.04,
+        0.03,
+        0.025,
+        0.02,
+        0.015,
+        0.01,
+        0.005,
+        0.002,
+        0.001,
+    ),
 }
-_CAUSES = {name: Named(name.replace("_", "-"), f"Log-probs are those of a distribution cut by {name}", _FIX) for name in _GRIDS}
+_CAUSES = {
+    name: Named(name.replace("_", "-"), f"Log-probs are those of a distribution cut by {name}", _FIX) for name in _GRIDS
+}
 _PADDED = Named(
     "padded-vocabulary",
     "Padding rows of the vocabulary take part in the softmax",

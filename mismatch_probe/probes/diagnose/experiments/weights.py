@@ -8,7 +8,9 @@ from mismatch_probe.engines.diagnose.changes import ForwardChange
 from mismatch_probe.probes.diagnose.experiments import experiment
 from mismatch_probe.probes.diagnose.experiments.base import Hypothesis, Named, Subject
 
-_SYNC = "Check that every update reaches the engine: compare a checksum of its weights with the trainer's after each one."
+_SYNC = (
+    "Check that every update reaches the engine: compare a checksum of its weights with the trainer's after each one."
+)
 _OLDER = {
     "falls-behind": Named("restored-first-checkpoint", "One side has gone back to older weights", _SYNC),
     "one-step": Named("resume-serves-reference", "One side serves the reference's weights", _SYNC),
