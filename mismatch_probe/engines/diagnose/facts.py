@@ -16,6 +16,7 @@ from mismatch_probe.engines.base import TrainerEngine
 from mismatch_probe.metrics.hypotheses import INVERSE_TEMPERATURES, MOST_TOP, STEP, distinct_ids
 from mismatch_probe.types import ScoreRequest
 
+_LEAST = 1e-30
 _LOW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
