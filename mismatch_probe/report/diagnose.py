@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mismatch_probe.report.accounting import accounting_section
+from mismatch_probe.report.experiments import experiments_answer, experiments_section
 from mismatch_probe.report.format import clipped, count, number, percent
 from mismatch_probe.report.model import (
     Cell,
@@ -59,6 +60,7 @@ def diagnosis_report(document: Diagnosis) -> Report:
         else None,
         notes=tuple(Text(text) for text in _notes(document)),
         sections=(
+            *(experiments_section(document.active) if document.active is not None else ()),
             *(part for one in document.classes for part in _class(one)),
             *_left(document),
             *accounting_section(document.findings, "page"),
@@ -68,6 +70,8 @@ def diagnosis_report(document: Diagnosis) -> Report:
 
 def _answer(document: Diagnosis) -> Iterator[str]:
     left = document.remainder
+    if document.active is not None:
+        yield experiments_answer(document.active)
     if document.outcome == "fault":
         for index, one in enumerate(document.classes):
             yield f"{'Also: ' if index else ''}{one.title} ({one.name}, confidence {number(one.confidence, 2)})."
@@ -88,6 +92,9 @@ def _answer(document: Diagnosis) -> Iterator[str]:
 
 
 def _steps(document: Diagnosis) -> Iterator[Step]:
+    if document.active is not None and document.active.cause is not None:
+        yield Step(document.active.cause.fix)
+        return
     for one in document.classes:
         yield Step(one.fix)
         yield Step(f"To confirm {one.name}: {one.confirm}")

@@ -180,14 +180,14 @@ class Active(Result):
     n_judged: int
     """Tokens that sizes are of: those that show what the table shows, at steps whose weights are the model's."""
     floor: float
-    """Size that rounding makes: the larger one of a 16-bit pass to the plain pass, and of the side that agrees with it."""
+    """Size that rounding makes: of a 16-bit pass to the plain pass, or of the side that agrees with it if larger."""
     floor_dtype: str
     """Dtype of the 16-bit pass."""
     plain: SideSizes
     """What the plain pass leaves of each side."""
     settled: Settled
-    """`cause`: one explains the gap; `numerics`: the plain pass reproduces both sides; `side`: one side is at fault for a
-    cause that was not found; `neither-side`: neither is what this model gives."""
+    """`cause`: one explains the gap; `numerics`: the plain pass reproduces both sides; `side`: one side is at fault for
+    a cause that was not found; `neither-side`: neither is what this model gives."""
     side: Side | None
     """The side at fault, where it is known."""
     cause: Cause | None
@@ -217,8 +217,8 @@ class Diagnosis(Document):
     n_prompts: int
     """Their prompts."""
     outcome: Outcome
-    """`fault`: at least one class was found, or a cause by experiment; `rounding`: symmetric noise; `length-product`: healthy per token, the
-    product over a response is not; `cannot-tell`: something is off that no class explains, or noise that is larger than
+    """`fault`: at least one class was found, or a cause by experiment; `rounding`: symmetric noise; `length-product`:
+    healthy per token, the product over a response is not; `cannot-tell`: something is off that no class explains, or noise that is larger than
     rounding usually is."""
     classes: tuple[DiagnosedClass, ...]
     """What was found, in the order in which it explains most."""

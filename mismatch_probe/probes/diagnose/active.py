@@ -288,7 +288,8 @@ def _best(accepted: Sequence[Accepted], floor: float, subject: Subject) -> Cause
         return None
     best = max(accepted, key=lambda one: one.gain)
     column, cause = best.hypothesis.column, best.hypothesis.cause
-    assert column is not None and cause is not None
+    assert column is not None
+    assert cause is not None
     same = {
         one.hypothesis.cause.name: None
         for one in accepted

@@ -82,7 +82,7 @@ class Models:
             shutil.rmtree(self._logs, ignore_errors=True)
 
     def plain(self, sample: Sample) -> tuple[Rows, Floats | None]:
-        """The plain pass, and the log-probs `[N]` of one in another dtype; None where this machine is too slow for it."""
+        """The plain pass, and log-probs `[N]` in another dtype; None where this machine is too slow for it."""
         seen = Seen.of(sample.ids, sample.counts)
         found = next(iter(self._run(sample, "model", [ForwardChange(_PLAIN)], facts=True)))
         if found.why:

@@ -77,9 +77,9 @@ def read_sample(recording: Recording, evidence: Evidence, shown: Mask, most: int
     number = {place: index for index, place in enumerate(evidence.places)}
     rows = list(_rows(recording, ["pack_id", "pack_index"], keys))
     units = _units(rows, number, block)
-    index = _chosen(
-        units, rows, number, np.bincount(evidence.sequence, shown, len(evidence.prompt)), most, shown.mean()
-    )
+    n_shown = np.bincount(evidence.sequence[shown], minlength=len(evidence.prompt))
+    n_shown = np.bincount(evidence.sequence[shown], minlength=len(evidence.prompt))
+    index = _chosen(units, rows, number, n_shown, most, float(shown.mean()))
     return _read(recording, keys, rows, index, number, evidence, shown)
 
 
@@ -116,7 +116,7 @@ def _chosen(
     units: Sequence[Sequence[int]],
     rows: Sequence[_Row],
     number: Mapping[str, int],
-    n_shown: Floats,
+    n_shown: Ints,
     most: int,
     share: float,
 ) -> list[int]:

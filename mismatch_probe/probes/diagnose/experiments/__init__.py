@@ -1,7 +1,7 @@
 """Experiments, a module each: a module of this package that registers one is found by itself.
 
-An experiment makes columns of log-probs of the recorded ids, each under a hypothesis. One that explains a side is as near
-to what it recorded as rounding allows, where the plain pass is not.
+An experiment makes columns of log-probs of the recorded ids, each under a hypothesis. One that explains a side is as
+near to what it recorded as rounding allows, where the plain pass is not.
 """
 
 from __future__ import annotations

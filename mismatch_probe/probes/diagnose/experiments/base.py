@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 
 from mismatch_probe.engines.diagnose.changes import ForwardChange
-from mismatch_probe.metrics.hypotheses import Rows, sampled_at, size
+from mismatch_probe.metrics.hypotheses import Rows, fitted, sampled_at, size
 from mismatch_probe.probes.diagnose.evidence import Floats, Mask
 from mismatch_probe.probes.diagnose.sample import Sample
 from mismatch_probe.results.diagnosis import Side
@@ -124,6 +124,22 @@ class Subject:
         """Hypotheses of changes of a forward pass."""
         for change, column, why, seconds in self.columns(of, changes):
             yield Hypothesis(change.name, cause(change), column, {}, 1, seconds, why)
+
+    def fit(
+        self, side: Side, column: Callable[[float], Floats], grid: Sequence[float], tolerance: float
+    ) -> tuple[float, Floats] | None:
+        """The parameter whose column is nearest to a side, and that column `[N]`; None where the side has no tokens.
+
+        Args:
+            side: The side.
+            column: `[N]` of a parameter.
+            grid, tolerance: As in `metrics.hypotheses.fitted`.
+        """
+        use = self.among(side)
+        if not use.any():
+            return None
+        value = fitted(lambda x: column(x)[use], self.recorded(side)[use], grid, tolerance)
+        return value, column(value)
 
     def among(self, side: Side) -> Mask:
         """`[N]` finite tokens that are judged."""

@@ -16,8 +16,8 @@ _BOS = Named(
 _LEAK = Named(
     "packing-leak",
     "Packed sequences see those before them",
-    "Give the trainer position ids that start again at each sequence, or cumulative lengths, and an attention that uses "
-    "them.",
+    "Give the trainer position ids that start again at each sequence, or cumulative lengths, and an attention that "
+    "uses them.",
 )
 _PADDING = Named(
     "left-padding-positions",

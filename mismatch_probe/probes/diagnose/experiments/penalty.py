@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
-from mismatch_probe.metrics.hypotheses import fitted
+from mismatch_probe.metrics.hypotheses import Rows
+from mismatch_probe.probes.diagnose.evidence import Floats
 from mismatch_probe.probes.diagnose.experiments import experiment
 from mismatch_probe.probes.diagnose.experiments.base import SIDES, Hypothesis, Named, Subject
 
@@ -26,18 +28,14 @@ _CAUSES = {
 @experiment("penalty", classes=("penalty",), forwards=0)
 def run(subject: Subject) -> Iterator[Hypothesis]:
     """Fits each penalty for each side; the repetition penalty with and without the prompt's tokens."""
-    rows = subject.rows
     for side in SIDES:
-        use = subject.among(side)
-        if not use.any():
-            continue
-        recorded = subject.recorded(side)[use]
         for name, grid in _GRIDS.items():
             for prompt in (True, False) if name == "repetition" else (True,):
+                fit = subject.fit(side, partial(_column, subject.rows, name, prompt), grid, 1e-3)
+                if fit is not None:
+                    about = f"{side} with a {name} penalty" + ("" if prompt else " of the response alone")
+                    yield Hypothesis(about, _CAUSES[name], fit[1], {name: fit[0]}, only=side)
 
-                def column(value, name=name, prompt=prompt):
-                    return rows.penalised(**{name: value}, prompt=prompt)
 
-                value = fitted(lambda v, at=use, c=column: c(v)[at], recorded, grid, 1e-3)
-                about = f"{side} with a {name} penalty" + ("" if prompt else " of the response alone")
-                yield Hypothesis(about, _CAUSES[name], column(value), {name: value}, only=side)
+def _column(rows: Rows, name: str, prompt: bool, value: float) -> Floats:
+    return rows.penalised(**{name: value}, prompt=prompt)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from mismatch_probe.metrics.hypotheses import INVERSE_TEMPERATURES, fitted
+from mismatch_probe.metrics.hypotheses import INVERSE_TEMPERATURES
 from mismatch_probe.probes.diagnose.experiments import experiment
 from mismatch_probe.probes.diagnose.experiments.base import SIDES, Hypothesis, Named, Subject
 from mismatch_probe.results.diagnosis import Side
@@ -39,16 +39,12 @@ _DIVIDED = Named(
 @experiment("temperature", classes=("temperature",), forwards=0)
 def run(subject: Subject) -> Iterator[Hypothesis]:
     """Fits the temperature of each side's column; the ids themselves say at which one they were sampled."""
-    rows = subject.rows
     for side in SIDES:
-        use = subject.among(side)
-        if not use.any():
-            continue
-        temperature = fitted(lambda t: rows.at(t)[use], subject.recorded(side)[use], _GRID, 1e-4)  # noqa: B023
-        found = {"temperature": temperature, "sampled_at": subject.sampled_at}
-        yield Hypothesis(
-            f"{side} at another temperature", _cause(subject, side, temperature), rows.at(temperature), found, only=side
-        )
+        fit = subject.fit(side, subject.rows.at, _GRID, 1e-4)
+        if fit is not None:
+            found = {"temperature": fit[0], "sampled_at": subject.sampled_at}
+            cause = _cause(subject, side, fit[0])
+            yield Hypothesis(f"{side} at another temperature", cause, fit[1], found, only=side)
 
 
 def _cause(subject: Subject, side: Side, temperature: float) -> Named:
@@ -65,8 +61,6 @@ def _cause(subject: Subject, side: Side, temperature: float) -> Named:
 def divided(subject: Subject) -> Iterator[Hypothesis]:
     """Fits the number that log-probs were divided by."""
     for side in SIDES:
-        use = subject.among(side)
-        if use.any():
-            plain = subject.plain[use]
-            by = fitted(lambda t, x=plain: x / t, subject.recorded(side)[use], _GRID, 1e-4)
-            yield Hypothesis(f"{side} divided after the softmax", _DIVIDED, subject.plain / by, {"by": by}, only=side)
+        fit = subject.fit(side, lambda by: subject.plain / by, _GRID, 1e-4)
+        if fit is not None:
+            yield Hypothesis(f"{side} divided after the softmax", _DIVIDED, fit[1], {"by": fit[0]}, only=side)

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from mismatch_probe.metrics.hypotheses import MOST_TOP, fitted, size
+from mismatch_probe.metrics.hypotheses import MOST_TOP, size
 from mismatch_probe.probes.diagnose.evidence import Floats
 from mismatch_probe.probes.diagnose.experiments import experiment
 from mismatch_probe.probes.diagnose.experiments.base import SIDES, Hypothesis, Named, Subject
 
 _FIX = (
-    "Sample without truncation (top_p=1, top_k=-1, min_p=0; look into generation_config.json, too), or apply the same mask "
-    "at the trainer."
+    "Sample without truncation (top_p=1, top_k=-1, min_p=0; look into generation_config.json, too), or apply the same "
+    "mask at the trainer."
 )
 _GRIDS: dict[str, tuple[float, ...]] = {
     "top_p": (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.92, 0.95, 0.96, 0.97, 0.98, 0.99, 0.995, 0.999),
@@ -74,11 +74,8 @@ def run(subject: Subject) -> Iterator[Hypothesis]:
 @experiment("padded-vocabulary", classes=("truncation",), forwards=0)
 def padded(subject: Subject) -> Iterator[Hypothesis]:
     """Fits how many further tokens with the logit 0 take part."""
-    grid = tuple(np.arange(0.0, 14.0, 1.0))
     for side in SIDES:
-        use = subject.among(side)
-        if use.any():
-            log_rows = fitted(lambda x, at=use: subject.rows.padded(x)[at], subject.recorded(side)[use], grid, 1e-2)
-            column = subject.rows.padded(log_rows)
-            found = {"rows": float(round(np.exp(log_rows)))}
-            yield Hypothesis(f"{side} with a padded vocabulary", _PADDED, column, found, only=side)
+        fit = subject.fit(side, subject.rows.padded, [float(x) for x in range(14)], 1e-2)
+        if fit is not None:
+            found = {"rows": float(round(np.exp(fit[0])))}
+            yield Hypothesis(f"{side} with a padded vocabulary", _PADDED, fit[1], found, only=side)
