@@ -20,12 +20,13 @@ def experiments_answer(active: Active) -> str:
         also = f" (or {', '.join(cause.as_well)})" if cause.as_well else ""
         left = "" if cause.experiment == "plain" else f" and is {number(cause.after, 2)} under this hypothesis"
         return (
-            f"Cause, by experiment: {cause.title[:1].lower()}{cause.title[1:]} ({cause.name}{fitted}){also}. The {cause.side} "
-            f"is at fault: its distance to the model is {number(cause.before, 2)} nats a token{left}; rounding makes "
+            f"Cause, by experiment: {cause.title[:1].lower()}{cause.title[1:]} ({cause.name}{fitted}){also}. The "
+            f"{cause.side} is at fault: its distance to the model is {number(cause.before, 2)} nats a token{left}; rounding makes "
             f"{number(cause.floor, 2)}."
         )
     if active.settled == "numerics":
-        return f"No fault: {active.model} reproduces both sides within rounding ({gap}; rounding: {number(active.floor, 2)})."
+        floor = number(active.floor, 2)
+        return f"No fault: {active.model} reproduces both sides within rounding ({gap}; rounding: {floor})."
     if active.settled == "side":
         return (
             f"The {active.side} is at fault: {active.model} reproduces the other side ({gap}; rounding: "
@@ -56,8 +57,8 @@ def experiments_section(active: Active) -> tuple[Section, ...]:
     ]
     note = (
         f"Mean distance of each side to the column, nats a token, cut at 3; of {count(active.n_judged)} of "
-        f"{count(active.n_tokens)} tokens in {count(active.n_sequences)} sequences, scored in {active.dtype}. Rounding makes "
-        f"{number(active.floor, 2)}. It took {number(active.seconds, 2)} s. Of each experiment the nearest "
+        f"{count(active.n_tokens)} tokens in {count(active.n_sequences)} sequences, scored in {active.dtype}. Rounding "
+        f"makes {number(active.floor, 2)}. It took {number(active.seconds, 2)} s. Of each experiment the nearest "
         f"{_MOST_ROWS} columns."
     )
     return section("experiments", "What experiments show", table(header, rows, note), *_left(active), depth="screen")

@@ -218,8 +218,8 @@ class Diagnosis(Document):
     """Their prompts."""
     outcome: Outcome
     """`fault`: at least one class was found, or a cause by experiment; `rounding`: symmetric noise; `length-product`:
-    healthy per token, the product over a response is not; `cannot-tell`: something is off that no class explains, or noise that is larger than
-    rounding usually is."""
+    healthy per token, the product over a response is not; `cannot-tell`: something is off that no class explains, or
+    noise that is larger than rounding usually is."""
     classes: tuple[DiagnosedClass, ...]
     """What was found, in the order in which it explains most."""
     remainder: Remainder

@@ -25,8 +25,6 @@ from mismatch_probe.ingest.recording import Recording
 from mismatch_probe.metrics.hypotheses import Rows, Seen, Target
 from mismatch_probe.probes.diagnose.evidence import Floats
 from mismatch_probe.probes.diagnose.sample import Sample
-from mismatch_probe.probes.preflight import Use
-from mismatch_probe.probes.preflight.run import guard
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.probes.recorded import check_recorded
 from mismatch_probe.types import TRAINER_ENGINE, Dtype
@@ -178,14 +176,5 @@ class Models:
         )
         if model.scripted:
             raise UsageError("The scripted model has no weights to experiment with.", "Name a real one.")
-        use = Use(
-            rollout_dtypes=(),
-            attention=None,
-            trust_remote_code=settings.trust_remote_code,
-            device=self._device,
-            bytes_per_weight=4.0,
-            folder=self._logs,
-        )
-        guard(model, use, self._progress)
         check_recorded(recording, model)
         return model
