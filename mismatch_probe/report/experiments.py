@@ -19,18 +19,18 @@ def experiments_answer(active: Active) -> str:
         fitted = "".join(f", {name.replace('_', ' ')} {_value(value)}" for name, value in cause.parameters.items())
         also = f" (or {', '.join(cause.as_well)})" if cause.as_well else ""
         left = "" if cause.experiment == "plain" else f" and is {number(cause.after, 2)} under this hypothesis"
+        title = cause.title[:1].lower() + cause.title[1:]
         return (
-            f"Cause, by experiment: {cause.title[:1].lower()}{cause.title[1:]} ({cause.name}{fitted}){also}. The "
-            f"{cause.side} is at fault: its distance to the model is {number(cause.before, 2)} nats a token{left}; rounding makes "
-            f"{number(cause.floor, 2)}."
+            f"Cause, by experiment: {title} ({cause.name}{fitted}){also}. The {cause.side} is at fault: its distance to "
+            f"the model is {number(cause.before, 2)} nats a token{left}; rounding makes {number(cause.floor, 2)}."
         )
     if active.settled == "numerics":
         floor = number(active.floor, 2)
         return f"No fault: {active.model} reproduces both sides within rounding ({gap}; rounding: {floor})."
     if active.settled == "side":
         return (
-            f"The {active.side} is at fault: {active.model} reproduces the other side ({gap}; rounding: "
-            f"{number(active.floor, 2)}). No experiment explains it."
+            f"The {active.side} is at fault: {active.model} reproduces the other side ({gap}; "
+            f"rounding: {number(active.floor, 2)}). No experiment explains it."
         )
     return (
         f"Neither side is what {active.model} gives ({gap}; rounding: {number(active.floor, 2)}). Check that it has the "
