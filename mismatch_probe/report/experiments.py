@@ -21,8 +21,8 @@ def experiments_answer(active: Active) -> str:
         left = "" if cause.experiment == "plain" else f" and is {number(cause.after, 2)} under this hypothesis"
         title = cause.title[:1].lower() + cause.title[1:]
         return (
-            f"Cause, by experiment: {title} ({cause.name}{fitted}){also}. The {cause.side} is at fault: its distance to "
-            f"the model is {number(cause.before, 2)} nats a token{left}; rounding makes {number(cause.floor, 2)}."
+            f"Cause, by experiment: {title} ({cause.name}{fitted}){also}. The {cause.side} is at fault: its distance "
+            f"to the model is {number(cause.before, 2)} nats a token{left}; rounding makes {number(cause.floor, 2)}."
         )
     if active.settled == "numerics":
         floor = number(active.floor, 2)
@@ -33,8 +33,8 @@ def experiments_answer(active: Active) -> str:
             f"rounding: {number(active.floor, 2)}). No experiment explains it."
         )
     return (
-        f"Neither side is what {active.model} gives ({gap}; rounding: {number(active.floor, 2)}). Check that it has the "
-        "weights of this dump."
+        f"Neither side is what {active.model} gives ({gap}; rounding: {number(active.floor, 2)}). Check that it has "
+        "the weights of this dump."
     )
 
 

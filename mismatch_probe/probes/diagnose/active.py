@@ -309,7 +309,7 @@ def _best(accepted: Sequence[Accepted], floor: float, subject: Subject) -> Cause
         after=best.after,
         floor=floor,
         gain=best.gain,
-        as_well=tuple(name for name in same if name != cause.name),
+        as_well=(*cause.also, *(name for name in same if name not in (cause.name, *cause.also))),
     )
 
 

@@ -33,12 +33,14 @@ class Named:
         title: What is wrong, a sentence without its stop.
         fix: What to do.
         side: The side at fault; None for the one whose log-probs are not the plain pass's.
+        also: Causes that it cannot be told from.
     """
 
     name: str
     title: str
     fix: str
     side: Side | None = None
+    also: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

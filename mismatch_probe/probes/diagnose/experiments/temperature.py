@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-
-import numpy as np
+from dataclasses import replace
 
 from mismatch_probe.metrics.hypotheses import INVERSE_TEMPERATURES
 from mismatch_probe.probes.diagnose.experiments import experiment
@@ -12,6 +11,7 @@ from mismatch_probe.probes.diagnose.experiments.base import SIDES, Hypothesis, N
 from mismatch_probe.results.diagnosis import Side
 
 _GRID = tuple(1 / beta for beta in INVERSE_TEMPERATURES)[::-1]
+_TELLING = 3.0  # nats of log-likelihood, of all ids, that tell two temperatures of sampling apart
 _FIX = (
     "Make both sides compute log-probs at the temperature of sampling: vLLM with logprobs_mode=processed_logprobs, the "
     "trainer with logits divided by it."
@@ -48,13 +48,11 @@ def run(subject: Subject) -> Iterator[Hypothesis]:
 
 
 def _cause(subject: Subject, side: Side, temperature: float) -> Named:
-    """Who is wrong: the ids were sampled at the one temperature or at the other."""
-    sampled_so = abs(np.log(subject.sampled_at / temperature)) < abs(
-        np.log(subject.sampled_at / subject.rows.temperature)
-    )
-    if side == "trainer":
-        return _RAW if sampled_so else _TRAINER
-    return _MISSED if sampled_so else _ROLLOUT
+    """Who is wrong: the ids were sampled at the one temperature or at the other, by their likelihoods."""
+    gain = float((subject.rows.at(temperature) - subject.plain).sum())
+    likelier, other = (_RAW, _TRAINER) if side == "trainer" else (_MISSED, _ROLLOUT)
+    named, rival = (likelier, other) if gain > 0 else (other, likelier)
+    return named if abs(gain) > _TELLING else replace(named, also=(rival.name,))
 
 
 @experiment("divided-after-softmax", classes=("scaled-logprobs",), forwards=0)
