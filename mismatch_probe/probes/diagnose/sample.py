@@ -13,7 +13,8 @@ import numpy as np
 
 from mismatch_probe.ingest.keys import PROMPT, RESPONSE, SIDES
 from mismatch_probe.ingest.recording import Recording, lists_of
-from mismatch_probe.probes.diagnose.evidence import NONE, Evidence, Floats, Ints, Mask
+from mismatch_probe.probes.diagnose.evidence import Evidence, Floats, Ints, Mask
+from mismatch_probe.probes.groups import NONE
 from mismatch_probe.types import ScoreRequest
 
 _SHARE_SHOWING = 0.6
