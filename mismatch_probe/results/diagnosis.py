@@ -141,8 +141,8 @@ class Cause(Result):
 
     name: str
     """The cause, in kebab case."""
-    side: Side
-    """The side at fault."""
+    side: Side | None
+    """The side at fault; None where it is not one side's."""
     title: str
     """What is wrong, a sentence without its stop."""
     fix: str
@@ -185,6 +185,8 @@ class Active(Result):
     """Dtype of the 16-bit pass."""
     plain: SideSizes
     """What the plain pass leaves of each side."""
+    shared: str
+    """What both sides have and the plain pass has not, such as a truncation; empty for nothing."""
     settled: Settled
     """`cause`: one explains the gap; `numerics`: the plain pass reproduces both sides; `side`: one side is at fault for
     a cause that was not found; `neither-side`: neither is what this model gives."""

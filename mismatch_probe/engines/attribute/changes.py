@@ -35,6 +35,16 @@ def modules_of(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
     return [model.get_submodule(name) for name in names]
 
 
+def mlp_blocks(model: nn.Module) -> list[nn.Module]:
+    """The MLP or the experts of each layer."""
+    return [
+        child
+        for layer in modules_of(model, Network.of(model).layers)
+        for name, child in layer.named_children()
+        if _MLP.search(name) and not is_norm(child)
+    ]
+
+
 @contextmanager
 def in_fp32(model: nn.Module, classes: Sequence[str], dtype: torch.dtype) -> Iterator[None]:
     """Runs classes of modules in FP32, each of which takes what it is given up and hands its result back in `dtype`.
@@ -62,13 +72,7 @@ def _norms(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 @contextmanager
 def _mlp(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    blocks = [
-        child
-        for layer in modules_of(model, Network.of(model).layers)
-        for name, child in layer.named_children()
-        if _MLP.search(name) and not is_norm(child)
-    ]
-    with _whole(blocks, dtype, "MLP"):
+    with _whole(mlp_blocks(model), dtype, "MLP"):
         yield
 
 

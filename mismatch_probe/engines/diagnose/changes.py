@@ -5,9 +5,11 @@ Shape legend: `H` half the width of a head that rotates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mismatch_probe.engines.attribute.variants import NotThereError
@@ -29,13 +31,9 @@ class ForwardChange:
         groups: Sequences that share a batch or a packed row, in order; none for batches as they fit memory.
         before: Ids in front of every prompt.
         dropped: Ids that are missing at the beginning of every prompt.
-        random: Modules in train mode, so that dropout is on.
-        positions: `bfloat16` for position ids rounded to it.
-        rope: `lost`, `linear:F`, `ntk:F` or `theta:X`: other rotary frequencies.
-        weights: `int8`, `int4` or `fp8`: projections rounded to it, by row, or in groups of 32.
-        kv_fp8: Keys and values through FP8.
-        window: Tokens back that attention sees; 0 for all.
-        donated: Layers that come from the donor's checkpoint, as (first, last + 1); None for none.
+        kind: What is changed in the network, of `KINDS` or `weights.KINDS`; empty for nothing.
+        value: How much.
+        layers: Which layers, as (first, last + 1), where only some are changed.
     """
 
     name: str
@@ -43,13 +41,9 @@ class ForwardChange:
     groups: tuple[tuple[int, ...], ...] = ()
     before: tuple[int, ...] = ()
     dropped: int = 0
-    random: bool = False
-    positions: str = ""
-    rope: str = ""
-    weights: str = ""
-    kv_fp8: bool = False
-    window: int = 0
-    donated: tuple[int, int] | None = None
+    kind: str = ""
+    value: float = 0.0
+    layers: tuple[int, int] = (0, 0)
 
     def seen(self, request: ScoreRequest) -> ScoreRequest:
         """A sequence as the model sees it."""
@@ -59,74 +53,62 @@ class ForwardChange:
         return replace(request, prompt_token_ids=prompt)
 
 
-@contextmanager
-def applied(engine: TrainerEngine, change: ForwardChange, donor: str | None) -> Iterator[None]:
+def applied(engine: TrainerEngine, change: ForwardChange, donor: str | None) -> AbstractContextManager[None]:
     """The engine's model with a change, for the while.
 
     Raises:
         NotThereError: The model has nothing that could be changed so.
     """
-    from mismatch_probe.engines.attribute.changes import kv_through_fp8
-    from mismatch_probe.engines.diagnose.weights import donated, quantised
+    from mismatch_probe.engines.diagnose import weights
 
     model: Any = engine.run_on_model(lambda model: model)
-    with ExitStack() as stack:
-        if change.random:
-            stack.enter_context(_random(model))
-        if change.positions:
-            stack.enter_context(_positions(model, change.positions))
-        if change.rope:
-            stack.enter_context(_rope(model, change.rope))
-        if change.weights:
-            stack.enter_context(quantised(model, change.weights))
-        if change.kv_fp8:
-            stack.enter_context(kv_through_fp8(model))
-        if change.window:
-            stack.enter_context(_window(model, change.window))
-        if change.donated is not None:
-            assert donor is not None
-            stack.enter_context(donated(model, donor, change.donated))
-        yield
+    if not change.kind:
+        return nullcontext()
+    if change.kind in KINDS:
+        return KINDS[change.kind](model, change.value)
+    return weights.changed(model, change.kind, change.value, change.layers, donor)
 
 
 @contextmanager
-def _random(model: Any) -> Iterator[None]:
-    """Train mode; a model whose dropout is 0 everywhere has nothing random."""
-    import torch
-    from torch import nn
-
-    rates = [m.p for m in model.modules() if isinstance(m, nn.Dropout)]
-    rates += [getattr(model.config.get_text_config(), "attention_dropout", 0.0) or 0.0]
-    if not any(rates):
-        raise NotThereError("the model's configuration has no dropout")
-    model.train()
-    torch.manual_seed(0)
+def _handles(handles: Sequence[Any]) -> Iterator[None]:
+    """Hooks that are taken off at the end."""
     try:
         yield
     finally:
-        model.eval()
+        for handle in handles:
+            handle.remove()
 
 
-@contextmanager
-def _positions(model: Any, dtype: str) -> Iterator[None]:
-    """Position ids rounded to a dtype, in all modules that take them."""
-    import torch
+def _outputs(modules: Sequence[Any], change: Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
+    """Modules whose output is changed."""
 
-    def rounded(positions: Tensor) -> Tensor:
-        return positions.to(getattr(torch, dtype)).to(positions.dtype)
+    def hook(_: Any, __: Any, output: Any) -> Any:
+        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
 
-    rotary = _rotary(model)
+    return _handles([module.register_forward_hook(hook) for module in modules])
 
-    def change(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+
+def _positions(change: Callable[[Tensor, float], Tensor], model: Any, value: float) -> AbstractContextManager[None]:
+    """Position ids changed where rotary tables are made."""
+
+    def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if "position_ids" in kwargs:
-            return args, kwargs | {"position_ids": rounded(kwargs["position_ids"])}
-        return (args[0], rounded(args[1]), *args[2:]), kwargs
+            return args, kwargs | {"position_ids": change(kwargs["position_ids"], value)}
+        return (args[0], change(args[1], value), *args[2:]), kwargs
 
-    handle = rotary.register_forward_pre_hook(change, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return _handles([_rotary(model).register_forward_pre_hook(hook, with_kwargs=True)])
+
+
+def _bfloat16(positions: Tensor, _: float) -> Tensor:
+    return positions.bfloat16().float()
+
+
+def _clipped(positions: Tensor, most: float) -> Tensor:
+    return positions.clamp(max=int(most))
+
+
+def _halved(positions: Tensor, edge: float) -> Tensor:
+    return positions.float() - (positions.float() - int(edge)).clamp(min=0) / 2
 
 
 def _rotary(model: Any) -> Any:
@@ -136,27 +118,37 @@ def _rotary(model: Any) -> Any:
     return found[0]
 
 
+def _base(before: Tensor, base: float, _: float) -> Tensor:
+    import torch
+
+    return float(base) ** (-torch.arange(len(before), dtype=torch.float64) / len(before))
+
+
+def _lost(before: Tensor, _: float, __: float) -> Tensor:
+    return before * 0 + 1
+
+
+def _divided(before: Tensor, factor: float, _: float) -> Tensor:
+    return before / factor
+
+
+def _yarn(before: Tensor, factor: float, longest: float) -> Tensor:
+    """YaRN: frequencies that turn once or less within the trained length are divided, from 32 turns on they are not."""
+    turns = longest * before / (2 * math.pi)
+    keep = ((turns - 1) / 31).clamp(0, 1)
+    return before * (keep + (1 - keep) / factor)
+
+
 @contextmanager
-def _rope(model: Any, change: str) -> Iterator[None]:
-    """Other rotary frequencies: of a lost buffer all 1, linear or NTK scaling by a factor, another base."""
+def _rope(change: Callable[[Tensor, float, float], Tensor], model: Any, value: float) -> Iterator[None]:
+    """Other rotary frequencies `[H]`."""
     import torch
 
     rotary = _rotary(model)
     before = rotary.inv_freq
-    kind, _, text = change.partition(":")
-    steps = torch.arange(len(before), dtype=torch.float64) / len(before)  # `[H]` exponents of the base
-    config = model.config.get_text_config()
-    parameters = getattr(config, "rope_parameters", None) or {}
-    base = float(parameters.get("rope_theta") or getattr(config, "rope_theta", None) or 10_000.0)
-    if kind == "lost":
-        new = torch.ones(len(before))
-    elif kind == "linear":
-        new = before.double().cpu() / float(text)
-    elif kind == "ntk":  # dynamic NTK: the base grows by F^(d/(d − 2))
-        new = (base * float(text) ** (len(before) / max(len(before) - 1, 1))) ** -steps
-    else:
-        new = float(text) ** -steps
-    if torch.allclose(new.double(), before.double().cpu(), rtol=1e-4):
+    longest = float(model.config.get_text_config().max_position_embeddings)
+    new = change(before.double().cpu(), value, longest)
+    if torch.allclose(new, before.double().cpu(), rtol=1e-4):
         raise NotThereError("these are the model's own frequencies")
     rotary.inv_freq = new.to(before)
     try:
@@ -165,30 +157,105 @@ def _rope(model: Any, change: str) -> Iterator[None]:
         rotary.inv_freq = before
 
 
-@contextmanager
-def _window(model: Any, width: int) -> Iterator[None]:
+def _window(model: Any, width: float) -> AbstractContextManager[None]:
     """Attention that sees the last `width` tokens."""
     import torch
 
+    def narrow(query: Tensor, mask: Tensor | None) -> Tensor:
+        n = query.shape[2]
+        at = torch.arange(n, device=query.device)
+        allowed = (at[:, None] >= at) & (at[:, None] - at < width)
+        if mask is None:
+            return allowed[None, None]
+        return mask & allowed if mask.dtype == torch.bool else mask.masked_fill(~allowed, torch.finfo(mask.dtype).min)
+
+    def changed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **kwargs: Any) -> Any:
+            return function(module, query, key, value, narrow(query, mask), *args, **kwargs)
+
+        return call
+
+    return _attention(model, changed)
+
+
+def _sink(model: Any, logit: float) -> AbstractContextManager[None]:
+    """Attention whose softmax has one more logit, whose value is zero."""
+    import torch
+
+    def changed(_: Callable[..., Any]) -> Callable[..., Any]:
+        def call(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **kwargs: Any) -> Any:
+            n, groups = query.shape[2], query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+            scores = query @ key.transpose(2, 3) * (kwargs.get("scaling") or query.shape[-1] ** -0.5)
+            causal = torch.ones(n, n, dtype=torch.bool, device=query.device).tril()[None, None]
+            allowed = causal if mask is None else mask if mask.dtype == torch.bool else mask >= 0
+            scores = scores.float().masked_fill(~allowed, -torch.inf)
+            wider = torch.cat([scores, scores.new_full((*scores.shape[:-1], 1), logit)], -1)
+            share = wider.softmax(-1)[..., :-1].to(value.dtype)
+            return (share @ value).transpose(1, 2).contiguous(), None
+
+        return call
+
+    return _attention(model, changed)
+
+
+def _attention(model: Any, change: Callable[..., Any]) -> AbstractContextManager[None]:
     from mismatch_probe.engines.attribute.changes import attention_changed
 
     if model.config._attn_implementation != "sdpa":
         raise NotThereError("attention is not SDPA")
+    return attention_changed(model, change)
 
-    def narrow(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **kwargs: Any) -> Any:
-            n = query.shape[2]
-            at = torch.arange(n, device=query.device)
-            allowed = (at[:, None] >= at) & (at[:, None] - at < width)
-            if mask is None:
-                mask = allowed[None, None]
-            elif mask.dtype == torch.bool:
-                mask = mask & allowed
-            else:
-                mask = mask.masked_fill(~allowed, torch.finfo(mask.dtype).min)
-            return function(module, query, key, value, mask, *args, **kwargs)
 
-        return call
+def _cache(model: Any, _: float) -> AbstractContextManager[None]:
+    from mismatch_probe.engines.attribute.changes import kv_through_fp8
 
-    with attention_changed(model, narrow):
-        yield
+    return kv_through_fp8(model)
+
+
+def _cap(model: Any, most: float) -> AbstractContextManager[None]:
+    """Logits softly capped."""
+    return _outputs([model.get_output_embeddings()], lambda x: most * (x.float() / most).tanh())
+
+
+def _mantissa(model: Any, bits: float) -> AbstractContextManager[None]:
+    """The stream between layers with so many explicit bits of mantissa, to nearest."""
+    import torch
+
+    from mismatch_probe.engines.attribute.changes import modules_of
+    from mismatch_probe.engines.audit.places import Network
+
+    def rounded(x: Tensor) -> Tensor:
+        mantissa, exponent = torch.frexp(x.float())
+        scale = 2.0 ** (bits + 1)
+        return torch.ldexp((mantissa * scale).round() / scale, exponent).to(x.dtype)
+
+    return _outputs(modules_of(model, Network.of(model).layers), rounded)
+
+
+def _dropout(model: Any, rate: float) -> AbstractContextManager[None]:
+    """Dropout of what every MLP gives."""
+    import torch
+
+    from mismatch_probe.engines.attribute.changes import mlp_blocks
+
+    torch.manual_seed(0)
+    return _outputs(mlp_blocks(model), lambda x: torch.nn.functional.dropout(x, rate))
+
+
+KINDS: dict[str, Callable[[Any, float], AbstractContextManager[None]]] = {
+    "positions-bfloat16": partial(_positions, _bfloat16),
+    "positions-clipped": partial(_positions, _clipped),
+    "positions-halved": partial(_positions, _halved),
+    "rope-base": partial(_rope, _base),
+    "rope-lost": partial(_rope, _lost),
+    "rope-divided": partial(_rope, _divided),
+    "rope-yarn": partial(_rope, _yarn),
+    "window": _window,
+    "sink": _sink,
+    "kv-fp8": _cache,
+    "logit-cap": _cap,
+    "mantissa": _mantissa,
+    "dropout": _dropout,
+}
+"""Changes of the network that leave weights alone."""

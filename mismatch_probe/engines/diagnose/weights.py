@@ -6,8 +6,9 @@ Shape legend: `O` outputs, `I` inputs, `r` rank.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,13 +42,84 @@ def _replaced(parameters: dict[str, nn.Parameter], new: Any) -> Iterator[None]:
 
 
 @contextmanager
-def quantised(model: Any, kind: str) -> Iterator[None]:
-    """Projections rounded to nearest: `int8` and `fp8` by row, `int4` in groups of 32 of a row."""
-    parameters = _projections(model)
-    if not parameters:
-        raise NotThereError("the decoder layers were not found")
-    with _replaced(parameters, lambda _, value: rounded_to(value, kind)):
+def changed(model: Any, kind: str, value: float, layers: tuple[int, int], donor: str | None) -> Iterator[None]:
+    """A model with other weights for the while.
+
+    Args:
+        model: Of transformers.
+        kind: Of `KINDS`, or a format of `rounded_to`.
+        value: The factor of `blended`.
+        layers: Which layers, as (first, last + 1), of what changes some.
+        donor: Checkpoint folder that `donated` and `blended` read.
+
+    Raises:
+        NotThereError: The model has no such weights.
+    """
+    if kind in _DONATED:
+        assert donor is not None
+        theirs = _checkpoint(donor, model.dtype)
+        own = dict(model.named_parameters()) if kind == "blended" else _within(model, layers)
+        if not own or any(name not in theirs or theirs[name].shape != p.shape for name, p in own.items()):
+            raise NotThereError("the checkpoints have other layers")
+        new = {name: _DONATED[kind](theirs[name].data.to(p.data), p.data, value) for name, p in own.items()}
+    elif kind in KINDS:
+        own = _within(model, layers)
+        new = KINDS[kind](own, layers[0])
+    else:
+        own = _projections(model)
+        new = {name: rounded_to(p.data, kind) for name, p in own.items()}
+    if not new:
+        raise NotThereError("the decoder layers have no such weights")
+    with _replaced({name: own[name] for name in new}, lambda name, _: new[name]):
         yield
+
+
+@lru_cache(maxsize=1)
+def _checkpoint(path: str, dtype: Any) -> dict[str, nn.Parameter]:
+    from mismatch_probe.engines.loading import load_model
+
+    return dict(load_model(path, dtype=dtype).named_parameters())
+
+
+def _within(model: Any, layers: tuple[int, int]) -> dict[str, nn.Parameter]:
+    """Weights of some layers."""
+    numbers = ((name, p, layer_of(name)) for name, p in model.named_parameters())
+    return {name: p for name, p, layer in numbers if layer is not None and layers[0] <= layer < layers[1]}
+
+
+def _swapped(own: dict[str, nn.Parameter], first: int) -> dict[str, Tensor]:
+    """Two layers that follow each other, exchanged."""
+    here, there = f".{first}.", f".{first + 1}."
+    found = {}
+    for name in own:
+        other = name.replace(here, there, 1) if layer_of(name) == first else name.replace(there, here, 1)
+        if other not in own or own[other].shape != own[name].shape:
+            raise NotThereError("neighbouring layers differ in shape")
+        found[name] = own[other].data
+    return found
+
+
+def _keys_and_values(own: dict[str, nn.Parameter], _: int) -> dict[str, Tensor]:
+    """Projections of keys and of values, exchanged."""
+    pairs = [(name, name.replace(".k_proj.", ".v_proj.")) for name in own if ".k_proj." in name]
+    return {a: own[b].data for pair in pairs for a, b in (pair, pair[::-1])}
+
+
+def _experts(own: dict[str, nn.Parameter], _: int) -> dict[str, Tensor]:
+    """Experts by one place on, the router as it is."""
+    return {name: p.data.roll(-1, 0) for name, p in own.items() if ".experts." in name and p.ndim == 3}
+
+
+KINDS: dict[str, Callable[[dict[str, nn.Parameter], int], dict[str, Tensor]]] = {
+    "swapped": _swapped,
+    "keys-values": _keys_and_values,
+    "experts": _experts,
+}
+"""Weights in each other's place."""
+_DONATED: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "donated": lambda theirs, _, __: theirs,
+    "blended": lambda theirs, own, factor: (theirs.float() + factor * (own.float() - theirs.float())).to(own.dtype),
+}
 
 
 def rounded_to(weight: Tensor, kind: str) -> Tensor:
@@ -58,24 +130,11 @@ def rounded_to(weight: Tensor, kind: str) -> Tensor:
     if kind == "fp8":
         scale = wide.abs().amax(-1, keepdim=True).clamp(min=1e-12) / torch.finfo(torch.float8_e4m3fn).max
         return ((wide / scale).to(torch.float8_e4m3fn).float() * scale).to(weight.dtype)
-    levels = {"int8": 127, "int4": 7}[kind]
+    levels = 127 if kind == "int8" else 7
     width = _GROUP if kind == "int4" and wide.shape[-1] % _GROUP == 0 else wide.shape[-1]
     blocks = wide.reshape(*wide.shape[:-1], -1, width)
     scale = blocks.abs().amax(-1, keepdim=True).clamp(min=1e-12) / levels
     return ((blocks / scale).round().clamp(-levels, levels) * scale).reshape(weight.shape).to(weight.dtype)
-
-
-@contextmanager
-def donated(model: Any, donor: str, layers: tuple[int, int]) -> Iterator[None]:
-    """Some layers with the weights of another checkpoint of the same shape."""
-    from mismatch_probe.engines.loading import load_model
-
-    own = {n: p for n, p in model.named_parameters() if (i := layer_of(n)) is not None and layers[0] <= i < layers[1]}
-    theirs = dict(load_model(donor, dtype=model.dtype).named_parameters())
-    if not own or any(name not in theirs or theirs[name].shape != p.shape for name, p in own.items()):
-        raise NotThereError("the checkpoints have other layers")
-    with _replaced(own, lambda name, value: theirs[name].data.to(value)):
-        yield
 
 
 def merge_adapter(model: Any, folder: str) -> None:

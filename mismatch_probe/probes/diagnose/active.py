@@ -26,17 +26,30 @@ from mismatch_probe.results.diagnosis import Active, Cause, NotRun, Side, SideSi
 
 OFF = 2.0
 """A side is not the plain pass's beyond so many times what rounding makes."""
-SHRUNK = 3.0
-"""A hypothesis leaves at most this part of what the plain pass leaves, of all of it or of what is beyond rounding."""
+SUSPECT = 1.15
+"""Beyond so many times, experiments are run: with some hundred tokens they settle less than rounding's size."""
+SHRUNK, MOST = 3.0, 8.0
+"""A hypothesis leaves at most this part of what is beyond rounding, and then all within `OFF`, or this part of all:
+a network that computes otherwise also rounds otherwise."""
+NEAR, NEARLY = 1.3, 15.0
+"""It ends the search where it leaves so many times what rounding makes, or this part of all."""
 LEAST_GAIN, LEAST_TOTAL = 0.02, 15.0
 """Log-likelihood that it gains, nats a token and in all."""
 ROUNDING = 0.03
 """Size that is taken for rounding's where no second dtype can be run."""
-_BEYOND = 1.2
+_SOME = (0.05, 0.95)
 _FEWEST_SHOWN = 8
 _NEIGHBOURS = 32  # of the dump, that may have been in one batch
 _DETERMINISTIC = frozenset(
-    ("end-placeholders", "placeholders", "missing-values", "environment-tokens", "retokenised", "recomputed")
+    (
+        "end-placeholders",
+        "placeholders",
+        "missing-values",
+        "environment-tokens",
+        "retokenised",
+        "recomputed",
+        "coarse-logprobs",
+    )
 )
 """Classes that a table settles; a re-score says only whose column it is."""
 
@@ -64,9 +77,11 @@ class Accepted:
     hypothesis: Hypothesis
     experiment: str
     side: Side
+    column: Floats
     before: float
     after: float
     gain: float
+    share: float = 1.0
 
 
 def active(
@@ -109,11 +124,12 @@ def investigate(
     """
     started = time.perf_counter()
     rows, low = models.plain(sample)
-    use = _judged(sample, rows.plain, size(low - rows.plain) if low is not None else ROUNDING, table)
+    every, use = _judged(sample, rows.plain, table)
     first = Subject(
         sample=sample,
         rows=rows,
         use=use,
+        every=every,
         off=SIDES,
         classes=frozenset(one.name for one in table),
         columns=lambda of, changes: models.columns(sample, of, changes, ()),
@@ -123,23 +139,21 @@ def investigate(
         given=models.given,
     )
     subject = _rebased(first)
-    rounding = size((low - rows.plain)[use]) if low is not None else ROUNDING
-    floor = max(rounding, *(s for side in SIDES if (s := subject.size(side, subject.plain)) <= OFF * rounding), 1e-6)
-    off = tuple(side for side in SIDES if not subject.size(side, subject.plain) <= OFF * floor)
+    rounding = max(size((low - rows.plain)[use]) if low is not None else ROUNDING, 1e-6)
+    sizes = {side: subject.size(side, subject.plain) for side in SIDES}
+    floor = max(rounding, least) if (least := min(sizes.values())) <= OFF * rounding else rounding
+    suspects = tuple(side for side in SIDES if not sizes[side] <= SUSPECT * floor)
     subject = replace(
         subject,
-        off=off or SIDES,
-        columns=lambda of, changes: models.columns(sample, of, changes, _targets(subject, floor)),
+        off=suspects or SIDES,
+        enough=max(NEAR * floor, min(sizes[side] for side in suspects or SIDES) / NEARLY),
+        columns=lambda of, changes: models.columns(sample, of, changes, _targets(subject)),
     )
-    run: list[results.Experiment] = []
-    left: list[NotRun] = []
-    cause = _accounted(subject, off, table, floor)
-    if cause is None:
-        cause = _search(subject, off, floor, run, left, progress)
-    if cause is None and len(off) == 1 and len(table) and len(table[0].causes) == 1:
-        cause = _from_table(subject, table[0], off[0], floor)
+    search = Search(subject, table, floor, progress)
+    cause = search.cause() if suspects or _settled(table) else None
+    off = tuple(side for side in SIDES if not sizes[side] <= OFF * floor)
     settled: results.Settled = (
-        "cause" if cause else "numerics" if not off else "side" if len(off) == 1 else "neither-side"
+        "cause" if cause else "numerics" if search.shared or not off else "side" if len(off) == 1 else "neither-side"
     )
     return Active(
         model=settings.model,
@@ -150,31 +164,29 @@ def investigate(
         floor=floor,
         floor_dtype=models.low_dtype if low is not None else "",
         plain=_sizes(subject, subject.plain),
+        shared=search.shared,
         settled=settled,
-        side=cause.side if cause else off[0] if len(off) == 1 else None,
+        side=cause.side if cause else off[0] if len(off) == 1 and not search.shared else None,
         cause=cause,
-        experiments=tuple(run),
-        left=tuple(left),
+        experiments=tuple(search.run),
+        left=tuple(search.left),
         seconds=time.perf_counter() - started,
     )
 
 
-def _judged(sample: Sample, plain: Floats, rounding: float, table: Sequence[TableClass]) -> Mask:
-    """`[N]` tokens that sizes are of: of steps whose weights are the model's, those that show what the table shows."""
-    use = np.isfinite(sample.rollout) & np.isfinite(sample.trainer) & np.isfinite(plain)
+def _judged(sample: Sample, plain: Floats, table: Sequence[TableClass]) -> tuple[Mask, Mask]:
+    """`[N]` tokens of steps whose weights are the model's, and of those the ones that show what the table shows."""
+    use = np.isfinite(plain)
     steps = sample.step[sample.sequence]
     if len(np.unique(sample.step)) > 1:
-        near = [
-            step
-            for step in np.unique(sample.step)
-            if (at := use & (steps == step)).any()
-            and min(size((recorded - plain)[at]) for recorded in (sample.rollout, sample.trainer)) <= OFF * rounding
-        ]
-        here = np.isin(steps, near)
-        use = use & here if near else use
+        left = {
+            int(step): min(size((recorded - plain)[steps == step]) for recorded in (sample.rollout, sample.trainer))
+            for step in np.unique(steps)
+        }
+        use &= np.isin(steps, [step for step, least in left.items() if least <= NEAR * min(left.values())])
     if table and table[0].share < 0.5 and (use & sample.shown).sum() >= _FEWEST_SHOWN:
-        use = use & sample.shown
-    return np.asarray(use)
+        return use, use & sample.shown
+    return use, use
 
 
 def _rebased(subject: Subject) -> Subject:
@@ -188,44 +200,177 @@ def _rebased(subject: Subject) -> Subject:
     return best
 
 
-def _targets(subject: Subject, floor: float) -> list[Target]:
+def _targets(subject: Subject) -> list[Target]:
     """What ends a job: a side that the plain pass does not reproduce, to within rounding."""
-    return [
-        Target(subject.recorded(side), subject.use, min(OFF * floor, subject.size(side, subject.plain) / SHRUNK))
-        for side in subject.off
-    ]
+    return [Target(subject.recorded(side), subject.use, subject.enough) for side in subject.off]
 
 
 def _sizes(subject: Subject, column: Floats) -> SideSizes:
     return SideSizes(rollout=subject.size("rollout", column), trainer=subject.size("trainer", column))
 
 
-def _search(
-    subject: Subject,
-    off: tuple[Side, ...],
-    floor: float,
-    run: list[results.Experiment],
-    left: list[NotRun],
-    progress: Progress,
-) -> Cause | None:
-    """Goes through experiments; those of the same forward pass together."""
-    known = list(experiments().values())
-    free = [one for one in known if not one.forwards]
-    costly = sorted((one for one in known if one.forwards), key=lambda one: _order(one, subject))
-    accepted = [found for one in free for found in _made(one, subject, floor, run)]
-    for one in costly:
-        missing = [name for name in one.needs if name not in subject.given]
-        if accepted or missing or not (off or one.needs):
-            left.append(NotRun(name=one.name, forwards=one.forwards, needs=_options(missing)))
-            continue
-        progress.message(f"experiment: {one.name}")
-        accepted += _made(one, subject, floor, run)
-    return _best(accepted, floor, subject)
+def _settled(table: Sequence[TableClass]) -> bool:
+    """Whether the dump itself settles the first class."""
+    return bool(table) and table[0].name in _DETERMINISTIC
 
 
-def _order(one: Experiment, subject: Subject) -> tuple[bool, bool, int]:
-    """Those of the table's classes first, then what the user brought, then the cheapest."""
-    return not subject.classes & set(one.classes), not one.needs, one.forwards
+class Search:
+    """Goes through experiments, until one explains the gap.
+
+    Args:
+        subject: What they work on.
+        table: What signatures found.
+        floor: Size that rounding makes.
+        progress: Told what is done.
+
+    Attributes:
+        run: What was run.
+        left: What was not.
+        shared: What both sides have and the plain pass has not; empty for nothing.
+    """
+
+    def __init__(self, subject: Subject, table: Sequence[TableClass], floor: float, progress: Progress) -> None:
+        self._subject, self._table, self._floor, self._progress = subject, table, floor, progress
+        self._ruled_out: set[str] = set()
+        self.run: list[results.Experiment] = []
+        self.left: list[NotRun] = []
+        self.shared = ""
+
+    def cause(self) -> Cause | None:
+        """What explains the gap; None where nothing does."""
+        subject, first = self._subject, self._table[0] if self._table else None
+        if _settled(self._table):
+            return self._from_table(self._table[0])
+        known = list(experiments().values())
+        accepted = [found for one in known if not one.forwards for found in self._made(one)]
+        both = [one for one in accepted if all(self._explains(side, one.column) for side in SIDES)]
+        if both:
+            self.shared = both[0].hypothesis.about
+            return None
+        alone = first is not None and not accepted and not any(first.name in one.classes for one in known)
+        for one in sorted((one for one in known if one.forwards), key=self._order):
+            missing = [name for name in one.needs if name not in subject.given]
+            if missing or alone or any(self._ends(found) for found in accepted):
+                self.left.append(NotRun(name=one.name, forwards=one.forwards, needs=_options(missing)))
+                continue
+            self._progress.message(f"experiment: {one.name}")
+            accepted += self._made(one)
+        if accepted:
+            return self._best(accepted)
+        return None if first is None else self._from_table(first)
+
+    def _order(self, one: Experiment) -> tuple[bool, bool, int]:
+        """What the user brought, then those of the table's classes, then the cheapest."""
+        return not one.needs or one.forwards > 20, not self._subject.classes & set(one.classes), one.forwards
+
+    def _ends(self, one: Accepted) -> bool:
+        return one.after <= max(NEAR * self._floor, one.before / NEARLY)
+
+    def _made(self, one: Experiment) -> list[Accepted]:
+        """An experiment's hypotheses, noted, and those that explain a side."""
+        found = []
+        for hypothesis in one.run(self._subject):
+            sides = list(self._explained(hypothesis, one.name))
+            found += sides
+            column, cause = hypothesis.column, hypothesis.cause
+            if column is not None and cause is not None and not sides:
+                self._ruled_out.add(cause.name)
+            self.run.append(
+                results.Experiment(
+                    name=one.name,
+                    hypothesis=hypothesis.about,
+                    parameters=dict(hypothesis.parameters),
+                    forwards=hypothesis.forwards,
+                    seconds=hypothesis.seconds,
+                    sizes=None if column is None else _sizes(self._subject, column),
+                    explains=tuple(accepted.side for accepted in sides),
+                    why=hypothesis.why,
+                )
+            )
+        return found
+
+    def _explained(self, hypothesis: Hypothesis, name: str) -> Iterator[Accepted]:
+        """Sides that a hypothesis explains, in all sequences or in some."""
+        subject, whole = self._subject, hypothesis.column
+        if whole is None or hypothesis.cause is None:
+            return
+        for side in subject.off if hypothesis.only is None else (hypothesis.only,):
+            if side not in subject.off:
+                continue
+            before = subject.size(side, subject.plain)
+            if hypothesis.like:
+                if before > OFF * self._floor:
+                    yield Accepted(hypothesis, name, side, whole, before, before, 0.0)
+                continue
+            for column, share in ((whole, 1.0), subject.mixed(side, whole)):
+                if self._explains(side, column) and (share == 1 or _SOME[0] <= share <= _SOME[1]):
+                    after, gain = subject.size(side, column), _gain(subject, side, column)
+                    if gain >= LEAST_GAIN * subject.use.mean() and gain * subject.every.sum() >= LEAST_TOTAL:
+                        yield Accepted(hypothesis, name, side, column, before, after, gain, share)
+                        break
+
+    def _explains(self, side: Side, column: Floats) -> bool:
+        before, after = self._subject.size(side, self._subject.plain), self._subject.size(side, column)
+        fits = after <= OFF * self._floor and after - self._floor <= (before - self._floor) / SHRUNK
+        return before > SUSPECT * self._floor and (fits or after <= before / MOST)
+
+    def _best(self, accepted: Sequence[Accepted]) -> Cause:
+        """The hypothesis that gains most, with those whose columns are the same within rounding.
+
+        Where each side has one, that of the table's first class.
+        """
+        names = {one.name for one in self._table[:1]}
+        of_table = {name for name, one in experiments().items() if names & set(one.classes)}
+        if len({one.side for one in accepted}) > 1 and any(one.experiment in of_table for one in accepted):
+            accepted = [one for one in accepted if one.experiment in of_table]
+        best = max(accepted, key=lambda one: one.gain)
+        cause = best.hypothesis.cause
+        assert cause is not None
+        same = [
+            one.hypothesis.cause.name
+            for one in accepted
+            if one.hypothesis.cause is not None
+            and one.side == best.side
+            and size((one.column - best.column)[self._subject.every]) <= max(self._floor, 1e-4) / 2
+        ]
+        shares: dict[str, float | str] = {} if best.share == 1 else {"share_of_sequences": best.share}
+        return Cause(
+            name=cause.name,
+            side=cause.side or best.side,
+            title=cause.title,
+            fix=cause.fix,
+            experiment=best.experiment,
+            parameters=dict(best.hypothesis.parameters) | shares,
+            before=best.before,
+            after=best.after,
+            floor=self._floor,
+            gain=best.gain,
+            as_well=tuple(name for name in dict.fromkeys((*cause.also, *same)) if name != cause.name),
+        )
+
+    def _from_table(self, found: TableClass) -> Cause | None:
+        """A cause of a class of the table that no experiment ruled out; the plain pass tells the side."""
+        left = [name for name in found.causes if name not in self._ruled_out]
+        if not left:
+            return None
+        subject = self._subject
+        broken = [side for side in SIDES if not np.isfinite(subject.recorded(side)[subject.use]).all()]
+        sides = broken if len(broken) == 1 else subject.off
+        side = sides[0] if len(sides) == 1 else None
+        before = max(subject.size(side, subject.plain) for side in sides)
+        return Cause(
+            name=left[0],
+            side=side,
+            title=found.title,
+            fix=found.fix,
+            experiment="plain",
+            parameters={},
+            before=before,
+            after=before,
+            floor=self._floor,
+            gain=0.0,
+            as_well=tuple(left[1:]),
+        )
 
 
 def _options(missing: Sequence[str]) -> str:
@@ -233,108 +378,11 @@ def _options(missing: Sequence[str]) -> str:
     return ", ".join(names[one] for one in missing)
 
 
-def _made(one: Experiment, subject: Subject, floor: float, run: list[results.Experiment]) -> list[Accepted]:
-    """An experiment's hypotheses, noted, and those that explain a side."""
-    found = []
-    for hypothesis in one.run(subject):
-        sides = list(_explained(hypothesis, one.name, subject, floor))
-        found += sides
-        column = hypothesis.column
-        run.append(
-            results.Experiment(
-                name=one.name,
-                hypothesis=hypothesis.about,
-                parameters=dict(hypothesis.parameters),
-                forwards=hypothesis.forwards,
-                seconds=hypothesis.seconds,
-                sizes=None if column is None else _sizes(subject, column),
-                explains=tuple(accepted.side for accepted in sides),
-                why=hypothesis.why,
-            )
-        )
-    return found
-
-
-def _explained(hypothesis: Hypothesis, name: str, subject: Subject, floor: float) -> Iterator[Accepted]:
-    """Sides that a hypothesis explains."""
-    column = hypothesis.column
-    if column is None or hypothesis.cause is None:
-        return
-    for side in SIDES if hypothesis.only is None else (hypothesis.only,):
-        before, after = subject.size(side, subject.plain), subject.size(side, column)
-        if hypothesis.like:
-            yield Accepted(hypothesis, name, side, before, after, 0.0)
-            continue
-        beyond = before > _BEYOND * floor and after - floor <= (before - floor) / SHRUNK
-        if after <= OFF * floor and (after <= before / SHRUNK or beyond):
-            gain = _gain(subject, side, column)
-            if gain >= LEAST_GAIN and gain * subject.use.sum() >= LEAST_TOTAL:
-                yield Accepted(hypothesis, name, side, before, after, gain)
-
-
 def _gain(subject: Subject, side: Side, column: Floats) -> float:
     """Log-likelihood of a side's tokens under a column and noise, less that under the plain pass, nats a token."""
-    x = uncertainty(subject.plain[subject.use])
+    x = uncertainty(subject.plain[subject.every])
     totals = []
     for expected in (subject.plain, column):
-        rest = np.nan_to_num((subject.recorded(side) - expected)[subject.use], nan=30.0, posinf=30.0, neginf=-30.0)
+        rest = np.nan_to_num((subject.recorded(side) - expected)[subject.every], nan=30.0, posinf=30.0, neginf=-30.0)
         totals.append(float(fit_noise(rest, x).log_density(rest, x).mean()))
     return totals[1] - totals[0]
-
-
-def _best(accepted: Sequence[Accepted], floor: float, subject: Subject) -> Cause | None:
-    """The hypothesis that gains most, with those whose columns are the same within rounding."""
-    if not accepted:
-        return None
-    best = max(accepted, key=lambda one: one.gain)
-    column, cause = best.hypothesis.column, best.hypothesis.cause
-    assert column is not None
-    assert cause is not None
-    same = {
-        one.hypothesis.cause.name: None
-        for one in accepted
-        if one.hypothesis.cause is not None
-        and one.hypothesis.column is not None
-        and one.side == best.side
-        and size((one.hypothesis.column - column)[subject.use]) <= max(floor, 1e-4) / 2
-    }
-    return Cause(
-        name=cause.name,
-        side=cause.side or best.side,
-        title=cause.title,
-        fix=cause.fix,
-        experiment=best.experiment,
-        parameters=dict(best.hypothesis.parameters),
-        before=best.before,
-        after=best.after,
-        floor=floor,
-        gain=best.gain,
-        as_well=(*cause.also, *(name for name in same if name not in (cause.name, *cause.also))),
-    )
-
-
-def _accounted(subject: Subject, off: tuple[Side, ...], table: Sequence[TableClass], floor: float) -> Cause | None:
-    """What the table settles: values that no log-prob has, on the side that the plain pass does not reproduce there."""
-    if not table or table[0].name not in _DETERMINISTIC:
-        return None
-    broken = [side for side in SIDES if not np.isfinite(subject.recorded(side)).all()]
-    side = broken[0] if len(broken) == 1 else off[0] if len(off) == 1 else None
-    return None if side is None else _from_table(subject, table[0], side, floor)
-
-
-def _from_table(subject: Subject, found: TableClass, side: Side, floor: float) -> Cause:
-    """The cause of a class of the table, whose side the plain pass tells."""
-    before = subject.size(side, subject.plain)
-    return Cause(
-        name=found.causes[0],
-        side=side,
-        title=found.title,
-        fix=found.fix,
-        experiment="plain",
-        parameters={},
-        before=before,
-        after=before,
-        floor=floor,
-        gain=0.0,
-        as_well=found.causes[1:],
-    )

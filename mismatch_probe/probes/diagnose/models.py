@@ -127,7 +127,7 @@ class Models:
             facts=facts,
             targets=targets,
             adapter=self._settings.adapter if of == "adapter" else None,
-            donor=str(self._models["older"].path) if "older" in self._models else None,
+            donor=self._donor(of, changes),
         )
         found: list[Column] = []
 
@@ -137,6 +137,12 @@ class Models:
 
         self._worker(trainer).run(job, on_event, last=False)
         return found
+
+    def _donor(self, of: str, changes: Sequence[ForwardChange]) -> str | None:
+        """Whose layers changes borrow: those of an older checkpoint, or what an adapter or an update began with."""
+        blended = any(change.kind == "blended" for change in changes)
+        name = "model" if of == "adapter" else "base" if blended else "older"
+        return str(self._models[name].path) if name in self._models else None
 
     def _worker(self, trainer: TrainerJob) -> EngineProcess:
         """The process; another one where its environment has to be another."""

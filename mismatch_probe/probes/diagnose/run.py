@@ -25,6 +25,7 @@ from mismatch_probe.probes.diagnose.base import (
 )
 from mismatch_probe.probes.diagnose.confidence import confidence
 from mismatch_probe.probes.diagnose.evidence import Evidence, Mask, read_evidence
+from mismatch_probe.probes.diagnose.readings import read_causes
 from mismatch_probe.probes.diagnose.search import Candidate, candidates
 from mismatch_probe.probes.diagnose.signatures import signatures
 from mismatch_probe.probes.explain.audited import pair_of
@@ -255,7 +256,8 @@ def experimented(
     table = []
     for one in found:
         signature, shown = one.candidate.signature, one.candidate.fit.shown
-        named = TableClass(signature.name, signature.title, signature.fix, signature.causes, float(shown.mean()))
+        causes = read_causes(signature.name, signature.causes, evidence, shown)
+        named = TableClass(signature.name, signature.title, signature.fix, causes, float(shown.mean()))
         table.append((named, shown))
     return active(evidence, table, recording, settings, progress)
 

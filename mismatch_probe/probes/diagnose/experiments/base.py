@@ -12,12 +12,13 @@ from functools import cached_property
 import numpy as np
 
 from mismatch_probe.engines.diagnose.changes import ForwardChange
-from mismatch_probe.metrics.hypotheses import Rows, fitted, sampled_at, size
+from mismatch_probe.metrics.hypotheses import CAP, Rows, fitted, sampled_at, size
 from mismatch_probe.probes.diagnose.evidence import Floats, Mask
 from mismatch_probe.probes.diagnose.sample import Sample
 from mismatch_probe.results.diagnosis import Side
 
 SIDES: tuple[Side, ...] = ("rollout", "trainer")
+_ROUNDS = 4
 Made = Iterator[tuple[ForwardChange, Floats | None, str, float]]
 """Of each change its column `[N]`, or why there is none, and seconds."""
 Columns = Callable[[str, Sequence[ForwardChange]], Made]
@@ -77,7 +78,8 @@ class Subject:
     Attributes:
         sample: The sequences.
         rows: What the plain pass left of its rows of logits.
-        use: `[N]` tokens that are judged.
+        use: `[N]` tokens that sizes are of.
+        every: `[N]` these and others of the same steps, that parameters are fitted to.
         off: Sides that the plain pass does not reproduce; both, where it is not known.
         classes: What the table's signatures found.
         columns: Makes further columns.
@@ -85,11 +87,13 @@ class Subject:
         bos: Id that begins a sequence; None where the model has none.
         n_layers: Decoder layers.
         given: Which other weights there are: `older`, `base`, `adapter`.
+        enough: Size at which a hypothesis explains a side as well as rounding allows.
     """
 
     sample: Sample
     rows: Rows
     use: Mask
+    every: Mask
     off: tuple[Side, ...]
     classes: frozenset[str]
     columns: Columns
@@ -97,6 +101,7 @@ class Subject:
     bos: int | None
     n_layers: int
     given: frozenset[str]
+    enough: float = 0.0
 
     @property
     def plain(self) -> Floats:
@@ -115,6 +120,17 @@ class Subject:
         """How far a column is from the plain pass."""
         return size((column - self.plain)[self.use])
 
+    def mixed(self, side: Side, column: Floats) -> tuple[Floats, float]:
+        """A column `[N]` in sequences that it is far nearer to, the plain one elsewhere; and their share of all."""
+        index, n = self.sample.sequence, len(self.sample.requests)
+        losses = []
+        for expected in (column, self.plain):
+            rest = np.nan_to_num(np.abs(self.recorded(side) - expected), nan=CAP)
+            losses.append(np.bincount(index[self.use], np.minimum(rest, CAP)[self.use], n))
+        nearer = losses[0] < losses[1] / 2
+        judged = np.bincount(index[self.use], minlength=n) > 0
+        return np.where(nearer[index], column, self.plain), float(nearer[judged].mean())
+
     @cached_property
     def sampled_at(self) -> float:
         """The temperature at which the ids were sampled, by maximum likelihood."""
@@ -126,6 +142,47 @@ class Subject:
         """Hypotheses of changes of a forward pass."""
         for change, column, why, seconds in self.columns(of, changes):
             yield Hypothesis(change.name, cause(change), column, {}, 1, seconds, why)
+
+    def scan(
+        self,
+        change: Callable[[float], ForwardChange],
+        grid: Sequence[float],
+        cause: Named,
+        *,
+        of: str = "model",
+        whole: bool = False,
+    ) -> Iterator[Hypothesis]:
+        """Hypotheses of a change by a number: a grid, then `_ROUNDS` times the middles beside the best one so far.
+
+        Args:
+            change: Of a number.
+            grid: Increasing positive numbers.
+            cause: What is wrong where it is so.
+            of: The model.
+            whole: Whether the number is an integer.
+        """
+        found: dict[float, float] = {}
+        wanted = list(grid)
+        for round_ in range(_ROUNDS + 1):
+            values = {change(value).name: value for value in wanted}
+            for one in self.forward(of, [change(value) for value in wanted], lambda _: cause):
+                if one.column is not None:
+                    found[values[one.about]] = min(self.size(side, one.column) for side in self.off)
+                yield one
+            if not found or ((best := min(found, key=found.__getitem__)) and found[best] > self.worth):
+                return
+            known = sorted({*found, *grid})
+            at = known.index(best)
+            beside = [known[i] for i in (at - 1, at + 1) if 0 <= i < len(known)]
+            middles = [float(np.sqrt(best * other)) for other in beside]
+            wanted = [m for m in ([float(round(m)) for m in middles] if whole else middles) if m not in found]
+            if not wanted or found[best] <= self.enough or round_ == _ROUNDS:
+                return
+
+    @property
+    def worth(self) -> float:
+        """Size above which a hypothesis is not looked at more closely: it hardly explains anything."""
+        return 0.7 * min(self.size(side, self.plain) for side in self.off)
 
     def fit(
         self, side: Side, column: Callable[[float], Floats], grid: Sequence[float], tolerance: float
@@ -144,8 +201,8 @@ class Subject:
         return value, column(value)
 
     def among(self, side: Side) -> Mask:
-        """`[N]` finite tokens that are judged."""
-        return np.asarray(self.use & np.isfinite(self.recorded(side)))
+        """`[N]` finite tokens."""
+        return np.asarray(self.every & np.isfinite(self.recorded(side)))
 
 
 Run = Callable[[Subject], Iterator[Hypothesis]]

@@ -25,6 +25,7 @@ _RAW = Named(
 _TRAINER = Named(
     "trainer-temperature", "The trainer divides logits by a temperature that nobody sampled with", _FIX, "trainer"
 )
+_ROUND, _NEAR_ROUND = 0.05, 0.004  # temperatures that people set are multiples; and how well one is fitted
 _MISSED = Named(
     "trainer-temperature", "The trainer computes log-probs at another temperature than sampling", _FIX, "trainer"
 )
@@ -52,6 +53,9 @@ def _cause(subject: Subject, side: Side, temperature: float) -> Named:
     gain = float((subject.rows.at(temperature) - subject.plain).sum())
     likelier, other = (_RAW, _TRAINER) if side == "trainer" else (_MISSED, _ROLLOUT)
     named, rival = (likelier, other) if gain > 0 else (other, likelier)
+    if named is _MISSED:  # a scaled head gives the same columns as a temperature that the trainer lacks
+        meant = abs(temperature - _ROUND * round(temperature / _ROUND)) < _NEAR_ROUND
+        return replace(_MISSED, also=(_ROLLOUT.name,)) if meant else replace(_ROLLOUT, also=(_MISSED.name,))
     return named if abs(gain) > _TELLING else replace(named, also=(rival.name,))
 
 

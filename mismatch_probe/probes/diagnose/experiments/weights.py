@@ -1,4 +1,4 @@
-"""Other weights: an older checkpoint, the base model, the adapter, layers that were not loaded."""
+"""Other weights: an older checkpoint, the base model, the adapter, layers not loaded or in each other's place."""
 
 from __future__ import annotations
 
@@ -27,10 +27,20 @@ _ADAPTER = Named(
     "One side has the adapter, and the model that was named has it not",
     "Name the adapter in each request, or merge it before the weights are sent.",
 )
-_PARTIAL = Named(
-    "partial-load",
-    "Some layers still have older weights",
-    "Compare the names that were sent with those that the engine loaded; a name that it does not know is left out.",
+_SCALE = Named(
+    "lora-scale",
+    "One side has the update at another scale",
+    "Compare alpha and rank of the adapter, and what each side makes of them (alpha/r, or alpha/sqrt(r) with rsLoRA).",
+)
+_LAYERS = (
+    "Compare the names that were sent with those that the engine loaded; names that it does not know are left out."
+)
+_PARTIAL = Named("partial-load", "The first layers still have older weights", _LAYERS)
+_FORGOTTEN = Named("layer-forgotten", "Some layers still have older weights", _LAYERS)
+_MAPPING = Named(
+    "wrong-mapping",
+    "Weights were loaded into each other's place",
+    "Compare the mapping of names, layer by layer, with the checkpoint's.",
 )
 
 
@@ -41,38 +51,60 @@ def older(subject: Subject) -> Iterator[Hypothesis]:
     return subject.forward("older", [ForwardChange("older checkpoint")], lambda _: named)
 
 
-@experiment("base-model", classes=("falls-behind", "one-step"), forwards=1, needs=("base",))
+@experiment("base-model", classes=("falls-behind", "one-step"), forwards=13, needs=("base",))
 def base(subject: Subject) -> Iterator[Hypothesis]:
-    """The base model."""
+    """The base model, then the difference between it and the model at another scale."""
     named = _OLDER["one-step"] if "one-step" in subject.classes else _BASE
-    return subject.forward("base", [ForwardChange("base model")], lambda _: named)
+    yield from subject.forward("base", [ForwardChange("base model")], lambda _: named)
+    yield from subject.scan(_scaled, (0.25, 0.5, 2.0, 4.0), _SCALE)
 
 
-@experiment("adapter", classes=("falls-behind",), forwards=1, needs=("adapter",))
+@experiment("adapter", classes=("falls-behind",), forwards=13, needs=("adapter",))
 def adapter(subject: Subject) -> Iterator[Hypothesis]:
-    """The model with the adapter merged."""
-    return subject.forward("adapter", [ForwardChange("with the adapter")], lambda _: _ADAPTER)
+    """The model with the adapter merged, as it is and at another scale."""
+    yield from subject.forward("adapter", [ForwardChange("with the adapter")], lambda _: _ADAPTER)
+    yield from subject.scan(_scaled, (0.25, 0.5, 2.0, 4.0), _SCALE, of="adapter")
+
+
+def _scaled(factor: float) -> ForwardChange:
+    return ForwardChange(f"the update times {factor:.4g}", kind="blended", value=factor)
 
 
 @experiment("partial-load", classes=("step-change",), forwards=60, needs=("older",))
 def partial(subject: Subject) -> Iterator[Hypothesis]:
-    """Layers of the older checkpoint: the end of their range first, then its beginning."""
+    """Layers of the older checkpoint: each alone, then the best one with its neighbours for as long as that helps."""
     n = subject.n_layers
-    ends = {one.about: end for end in range(1, n) for one in [Hypothesis(_range(0, end), None, None)]}
-    best, end = float("inf"), 0
-    for one in subject.forward("model", [_layers(0, e) for e in range(1, n)], lambda _: _PARTIAL):
-        yield one
-        if one.column is not None:
-            left = min(subject.size(side, one.column) for side in subject.off)
-            if left < best:
-                best, end = left, ends[one.about]
-    if end > 1:
-        yield from subject.forward("model", [_layers(start, end) for start in range(1, end)], lambda _: _PARTIAL)
+    found: dict[tuple[int, int], float] = {}
+    wanted = [(i, i + 1) for i in range(n)]
+    while wanted:
+        changes = [_layers(*one) for one in wanted]
+        for change, one in zip(changes, subject.forward("model", changes, _of_layers), strict=False):
+            if one.column is not None:
+                found[change.layers] = min(subject.size(side, one.column) for side in subject.off)
+            yield one
+        if not found:
+            return
+        first, end = min(found, key=found.__getitem__)
+        wanted = [x for x in ((first - 1, end), (first, end + 1)) if x[0] >= 0 and x[1] <= n and x not in found]
+        if found[first, end] <= subject.enough:
+            return
 
 
-def _range(start: int, end: int) -> str:
-    return f"layers {start} to {end - 1} older"
+def _of_layers(change: ForwardChange) -> Named:
+    return _PARTIAL if change.layers[0] == 0 else _FORGOTTEN
 
 
-def _layers(start: int, end: int) -> ForwardChange:
-    return ForwardChange(_range(start, end), donated=(start, end))
+def _layers(first: int, end: int) -> ForwardChange:
+    return ForwardChange(f"layers {first} to {end - 1} older", kind="donated", layers=(first, end))
+
+
+@experiment("mapping", classes=("other-forward",), forwards=90)
+def mapping(subject: Subject) -> Iterator[Hypothesis]:
+    """Layer by layer: keys for values, a layer for the next one, experts by one place on."""
+    n = subject.n_layers
+    changes = [
+        ForwardChange(f"layers {i} and {i + 1} exchanged", kind="swapped", layers=(i, i + 2)) for i in range(n - 1)
+    ]
+    for kind, about in (("keys-values", "keys and values exchanged"), ("experts", "experts by one place on")):
+        changes += [ForwardChange(f"layer {i}: {about}", kind=kind, layers=(i, i + 1)) for i in range(n)]
+    return subject.forward("model", changes, lambda _: _MAPPING)
