@@ -132,9 +132,12 @@ def _divided(before: Tensor, factor: float, _: float) -> Tensor:
     return before / factor
 
 
-def _yarn(before: Tensor, factor: float, longest: float) -> Tensor:
-    """YaRN: frequencies that turn once or less within the trained length are divided, from 32 turns on they are not."""
-    turns = longest * before / (2 * math.pi)
+def _yarn(part: int, before: Tensor, factor: float, longest: float) -> Tensor:
+    """YaRN: frequencies that turn once or less within the trained length are divided, from 32 turns on they are not.
+
+    The trained length is a part of what the configuration says.
+    """
+    turns = longest / part * before / (2 * math.pi)
     keep = ((turns - 1) / 31).clamp(0, 1)
     return before * (keep + (1 - keep) / factor)
 
@@ -250,7 +253,9 @@ KINDS: dict[str, Callable[[Any, float], AbstractContextManager[None]]] = {
     "rope-base": partial(_rope, _base),
     "rope-lost": partial(_rope, _lost),
     "rope-divided": partial(_rope, _divided),
-    "rope-yarn": partial(_rope, _yarn),
+    "rope-yarn": partial(_rope, partial(_yarn, 1)),
+    "rope-yarn-2": partial(_rope, partial(_yarn, 2)),
+    "rope-yarn-4": partial(_rope, partial(_yarn, 4)),
     "window": _window,
     "sink": _sink,
     "kv-fp8": _cache,

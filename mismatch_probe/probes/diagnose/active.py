@@ -38,6 +38,7 @@ LEAST_GAIN, LEAST_TOTAL = 0.02, 15.0
 ROUNDING = 0.03
 """Size that is taken for rounding's where no second dtype can be run."""
 _SOME = (0.05, 0.95)
+_MOST_LEFT = 2  # causes of a class; of more, none is named that no experiment shows
 _FEWEST_SHOWN = 8
 _NEIGHBOURS = 32  # of the dump, that may have been in one batch
 _DETERMINISTIC = frozenset(
@@ -138,8 +139,8 @@ def investigate(
         n_layers=models.n_layers,
         given=models.given,
     )
-    subject = _rebased(first)
     rounding = max(size((low - rows.plain)[use]) if low is not None else ROUNDING, 1e-6)
+    subject = _rebased(first, rounding)
     sizes = {side: subject.size(side, subject.plain) for side in SIDES}
     floor = max(rounding, least) if (least := min(sizes.values())) <= OFF * rounding else rounding
     suspects = tuple(side for side in SIDES if not sizes[side] <= SUSPECT * floor)
@@ -189,14 +190,15 @@ def _judged(sample: Sample, plain: Floats, table: Sequence[TableClass]) -> tuple
     return use, use
 
 
-def _rebased(subject: Subject) -> Subject:
+def _rebased(subject: Subject, rounding: float) -> Subject:
     """The subject with a plain pass at the temperature that both sides record at, if there is one but 1."""
     best = subject
     for one in experiments()["temperature"].run(subject):
         assert one.column is not None
         other = replace(subject, rows=subject.rows.at_temperature(float(one.parameters["temperature"])))
-        halved = all(other.size(side, other.plain) < best.size(side, best.plain) / 2 for side in SIDES)
-        best = other if halved else best
+        sizes = [other.size(side, other.plain) for side in SIDES]
+        halved = all(size < best.size(side, best.plain) / 2 for side, size in zip(SIDES, sizes, strict=True))
+        best = other if halved and min(sizes) <= OFF * rounding else best
     return best
 
 
@@ -247,10 +249,11 @@ class Search:
         if both:
             self.shared = both[0].hypothesis.about
             return None
-        alone = first is not None and not accepted and not any(first.name in one.classes for one in known)
+        labels = bool(accepted)
+        alone = first is not None and not labels and not any(first.name in one.classes for one in known)
         for one in sorted((one for one in known if one.forwards), key=self._order):
             missing = [name for name in one.needs if name not in subject.given]
-            if missing or alone or any(self._ends(found) for found in accepted):
+            if missing or alone or labels or any(self._ends(found) for found in accepted):
                 self.left.append(NotRun(name=one.name, forwards=one.forwards, needs=_options(missing)))
                 continue
             self._progress.message(f"experiment: {one.name}")
@@ -299,7 +302,7 @@ class Search:
                 continue
             before = subject.size(side, subject.plain)
             if hypothesis.like:
-                if before > OFF * self._floor:
+                if before > OFF * self._floor and subject.off == (side,):
                     yield Accepted(hypothesis, name, side, whole, before, before, 0.0)
                 continue
             for column, share in ((whole, 1.0), subject.mixed(side, whole)):
@@ -351,7 +354,7 @@ class Search:
     def _from_table(self, found: TableClass) -> Cause | None:
         """A cause of a class of the table that no experiment ruled out; the plain pass tells the side."""
         left = [name for name in found.causes if name not in self._ruled_out]
-        if not left:
+        if not 1 <= len(left) <= _MOST_LEFT:
             return None
         subject = self._subject
         broken = [side for side in SIDES if not np.isfinite(subject.recorded(side)[subject.use]).all()]

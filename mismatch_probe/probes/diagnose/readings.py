@@ -13,6 +13,7 @@ from mismatch_probe.metrics.chunks import WEIGHT_VERSION
 from mismatch_probe.probes.diagnose.evidence import Evidence, Ints, Mask
 
 _MOST = 0.5
+_CERTAIN = -0.1  # nats
 _RUN = 4  # tokens of a tool's text that stand together
 
 Reading = Callable[[Evidence, Mask], tuple[str, ...]]
@@ -46,7 +47,10 @@ def _inside(evidence: Evidence, shown: Mask) -> tuple[str, ...]:
 
 
 def _missing(evidence: Evidence, shown: Mask) -> tuple[str, ...]:
-    """From one token to the end, or where the other side is certain."""
+    """Where the other side is certain, or from one token to the end."""
+    others = np.where(np.isfinite(evidence.trainer), evidence.trainer, evidence.rollout)[shown]
+    if np.nanmedian(others) > _CERTAIN:
+        return ("null-at-certain-tokens",)
     to_end = np.bincount(evidence.sequence[shown & (evidence.from_end == 0)], minlength=len(evidence.prompt)) > 0
     runs = np.bincount(evidence.sequence[shown], minlength=len(evidence.prompt)) > 0
     return ("nan-row",) if np.mean(to_end[runs]) > _MOST else ("null-at-certain-tokens",)

@@ -18,7 +18,7 @@ from mismatch_probe.probes.diagnose.sample import Sample
 from mismatch_probe.results.diagnosis import Side
 
 SIDES: tuple[Side, ...] = ("rollout", "trainer")
-_ROUNDS = 4
+_ROUNDS = 6
 Made = Iterator[tuple[ForwardChange, Floats | None, str, float]]
 """Of each change its column `[N]`, or why there is none, and seconds."""
 Columns = Callable[[str, Sequence[ForwardChange]], Made]
@@ -182,7 +182,7 @@ class Subject:
     @property
     def worth(self) -> float:
         """Size above which a hypothesis is not looked at more closely: it hardly explains anything."""
-        return 0.7 * min(self.size(side, self.plain) for side in self.off)
+        return 0.85 * min(self.size(side, self.plain) for side in self.off)
 
     def fit(
         self, side: Side, column: Callable[[float], Floats], grid: Sequence[float], tolerance: float

@@ -99,7 +99,9 @@ def rotary(subject: Subject) -> Iterator[Hypothesis]:
     yield from subject.scan(
         lambda f: ForwardChange(f"frequencies divided by {f:.4g}", kind="rope-divided", value=f), (2, 4, 8), _SCALING
     )
-    yield from subject.scan(lambda f: ForwardChange(f"YaRN by {f:.4g}", kind="rope-yarn", value=f), (2, 4, 8), _SCALING)
+    kinds = {"rope-yarn": "the length", "rope-yarn-2": "half the length", "rope-yarn-4": "a quarter of the length"}
+    yarn = [ForwardChange(f"YaRN by {f} of {kinds[k]}", kind=k, value=f) for f in (2, 4, 8) for k in kinds]
+    yield from subject.forward("model", yarn, lambda _: _SCALING)
     yield from subject.scan(
         lambda x: ForwardChange(f"rotary base {x:.4g}", kind="rope-base", value=x), (1e3, 1e4, 1e5, 1e6, 1e7), _LOST
     )
