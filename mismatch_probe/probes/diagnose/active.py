@@ -22,7 +22,7 @@ from mismatch_probe.probes.diagnose.noise import fit_noise, uncertainty
 from mismatch_probe.probes.diagnose.sample import Sample, read_sample
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.results import diagnosis as results
-from mismatch_probe.results.diagnosis import Active, Cause, NotRun, Side, SideSizes
+from mismatch_probe.results.diagnosis import Active, Cause, NotRun, Side
 
 OFF = 2.0
 """A side is not the plain pass's beyond so many times what rounding makes."""
@@ -133,7 +133,7 @@ def investigate(
         every=every,
         off=SIDES,
         classes=frozenset(one.name for one in table),
-        columns=lambda of, changes: models.columns(sample, of, changes, ()),
+        columns=lambda _, of, changes: models.columns(sample, of, changes, ()),
         vocabulary=models.vocabulary,
         bos=models.bos,
         n_layers=models.n_layers,
@@ -147,11 +147,11 @@ def investigate(
     subject = replace(
         subject,
         off=suspects or SIDES,
-        enough=max(NEAR * floor, min(sizes[side] for side in suspects or SIDES) / NEARLY),
-        columns=lambda of, changes: models.columns(sample, of, changes, _targets(subject)),
+        columns=lambda some, of, changes: models.columns(some.sample, of, changes, _targets(some, floor)),
     )
     search = Search(subject, table, floor, progress)
-    cause = search.cause() if suspects or _settled(table) else None
+    unseen = bool(table) and sample.shown.any() and (every & sample.shown).sum() < _FEWEST_SHOWN
+    cause = search.from_table() if _settled(table) or unseen else search.cause() if suspects else None
     off = tuple(side for side in SIDES if not sizes[side] <= OFF * floor)
     settled: results.Settled = (
         "cause" if cause else "numerics" if search.shared or not off else "side" if len(off) == 1 else "neither-side"
@@ -164,7 +164,7 @@ def investigate(
         n_judged=int(use.sum()),
         floor=floor,
         floor_dtype=models.low_dtype if low is not None else "",
-        plain=_sizes(subject, subject.plain),
+        plain=subject.sizes(subject.plain),
         shared=search.shared,
         settled=settled,
         side=cause.side if cause else off[0] if len(off) == 1 and not search.shared else None,
@@ -202,13 +202,10 @@ def _rebased(subject: Subject, rounding: float) -> Subject:
     return best
 
 
-def _targets(subject: Subject) -> list[Target]:
+def _targets(subject: Subject, floor: float) -> list[Target]:
     """What ends a job: a side that the plain pass does not reproduce, to within rounding."""
-    return [Target(subject.recorded(side), subject.use, subject.enough) for side in subject.off]
-
-
-def _sizes(subject: Subject, column: Floats) -> SideSizes:
-    return SideSizes(rollout=subject.size("rollout", column), trainer=subject.size("trainer", column))
+    most = {side: max(NEAR * floor, subject.size(side, subject.plain) / NEARLY) for side in subject.off}
+    return [Target(subject.recorded(side), subject.use, most[side]) for side in subject.off]
 
 
 def _settled(table: Sequence[TableClass]) -> bool:
@@ -241,8 +238,6 @@ class Search:
     def cause(self) -> Cause | None:
         """What explains the gap; None where nothing does."""
         subject, first = self._subject, self._table[0] if self._table else None
-        if _settled(self._table):
-            return self._from_table(self._table[0])
         known = list(experiments().values())
         accepted = [found for one in known if not one.forwards for found in self._made(one)]
         both = [one for one in accepted if all(self._explains(side, one.column) for side in SIDES)]
@@ -260,7 +255,7 @@ class Search:
             accepted += self._made(one)
         if accepted:
             return self._best(accepted)
-        return None if first is None else self._from_table(first)
+        return self.from_table()
 
     def _order(self, one: Experiment) -> tuple[bool, bool, int]:
         """What the user brought, then those of the table's classes, then the cheapest."""
@@ -276,7 +271,8 @@ class Search:
             sides = list(self._explained(hypothesis, one.name))
             found += sides
             column, cause = hypothesis.column, hypothesis.cause
-            if column is not None and cause is not None and not sides:
+            sizes = hypothesis.sizes if column is None else self._subject.sizes(column)
+            if sizes is not None and cause is not None and not sides:
                 self._ruled_out.add(cause.name)
             self.run.append(
                 results.Experiment(
@@ -285,7 +281,7 @@ class Search:
                     parameters=dict(hypothesis.parameters),
                     forwards=hypothesis.forwards,
                     seconds=hypothesis.seconds,
-                    sizes=None if column is None else _sizes(self._subject, column),
+                    sizes=sizes,
                     explains=tuple(accepted.side for accepted in sides),
                     why=hypothesis.why,
                 )
@@ -295,7 +291,7 @@ class Search:
     def _explained(self, hypothesis: Hypothesis, name: str) -> Iterator[Accepted]:
         """Sides that a hypothesis explains, in all sequences or in some."""
         subject, whole = self._subject, hypothesis.column
-        if whole is None or hypothesis.cause is None:
+        if hypothesis.cause is None or (whole is None and not hypothesis.like):
             return
         for side in subject.off if hypothesis.only is None else (hypothesis.only,):
             if side not in subject.off:
@@ -303,8 +299,9 @@ class Search:
             before = subject.size(side, subject.plain)
             if hypothesis.like:
                 if before > OFF * self._floor and subject.off == (side,):
-                    yield Accepted(hypothesis, name, side, whole, before, before, 0.0)
+                    yield Accepted(hypothesis, name, side, subject.plain, before, before, 0.0)
                 continue
+            assert whole is not None
             for column, share in ((whole, 1.0), subject.mixed(side, whole)):
                 if self._explains(side, column) and (share == 1 or _SOME[0] <= share <= _SOME[1]):
                     after, gain = subject.size(side, column), _gain(subject, side, column)
@@ -351,8 +348,11 @@ class Search:
             as_well=tuple(name for name in dict.fromkeys((*cause.also, *same)) if name != cause.name),
         )
 
-    def _from_table(self, found: TableClass) -> Cause | None:
-        """A cause of a class of the table that no experiment ruled out; the plain pass tells the side."""
+    def from_table(self) -> Cause | None:
+        """A cause of the table's first class that no experiment ruled out; the plain pass tells the side."""
+        if not self._table:
+            return None
+        found = self._table[0]
         left = [name for name in found.causes if name not in self._ruled_out]
         if not 1 <= len(left) <= _MOST_LEFT:
             return None

@@ -6,7 +6,7 @@ Shape legend: `N` tokens that count, `S` sequences.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from mismatch_probe.types import ScoreRequest
 
 _SHARE_SHOWING = 0.6
 _RARE = 0.5
-_BESIDE = ("rollout_prefill_logprobs", "trainer_logprobs_2", "ref_logprobs")
+_BESIDE = ("rollout_prefill_logprobs", "trainer_logprobs_2")
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,22 @@ class Sample:
     def n_forward(self) -> int:
         """Tokens of a forward pass, prompts included."""
         return sum(one.length for one in self.requests)
+
+    def part(self, index: Sequence[int]) -> Sample:
+        """Some sequences, in their order, numbered anew; packs are dropped."""
+        kept = np.isin(self.sequence, index)
+        return Sample(
+            tuple(replace(self.requests[i], sequence_id=new) for new, i in enumerate(index)),
+            tuple(self.counts[i] for i in index),
+            self.rollout[kept],
+            self.trainer[kept],
+            {key: values[kept] for key, values in self.beside.items()},
+            self.shown[kept],
+            np.searchsorted(index, self.sequence[kept]),
+            self.step[list(index)],
+            (),
+            tuple(self.places[i] for i in index),
+        )
 
 
 def read_sample(recording: Recording, evidence: Evidence, shown: Mask, most: int, block: int = 1) -> Sample:

@@ -6,7 +6,7 @@ Shape legend: `N` tokens that count.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -15,14 +15,17 @@ from mismatch_probe.engines.diagnose.changes import ForwardChange
 from mismatch_probe.metrics.hypotheses import CAP, Rows, fitted, sampled_at, size
 from mismatch_probe.probes.diagnose.evidence import Floats, Mask
 from mismatch_probe.probes.diagnose.sample import Sample
-from mismatch_probe.results.diagnosis import Side
+from mismatch_probe.results.diagnosis import Side, SideSizes
 
 SIDES: tuple[Side, ...] = ("rollout", "trainer")
-_ROUNDS = 6
-Made = Iterator[tuple[ForwardChange, Floats | None, str, float]]
-"""Of each change its column `[N]`, or why there is none, and seconds."""
-Columns = Callable[[str, Sequence[ForwardChange]], Made]
-"""Makes columns on one of the given models, which stops at the first that is what a side recorded."""
+_ROUNDS, _FINALISTS = 6, 2
+_PART = 500  # tokens of a pass that shows whether a change is worth more
+_WORTH, _ENDS = 0.88, 0.05
+Columns = Callable[["Subject", str, Sequence[ForwardChange]], Iterator[tuple[ForwardChange, Floats | None, str, float]]]
+"""Makes columns on one of the given models, which stops at the first that is what a side recorded. Of each change its
+column `[N]`, or why there is none, and seconds."""
+Made = Iterator["Hypothesis"]
+CauseOf = Callable[[ForwardChange], "Named | None"]
 
 
 @dataclass(frozen=True)
@@ -51,13 +54,14 @@ class Hypothesis:
     Attributes:
         about: What is supposed, in a few words.
         cause: What is wrong where it is so; None where it is only looked at.
-        column: `[N]` nats; None where there is none.
+        column: `[N]` nats; None where there is none, or one of a part of the tokens.
         parameters: What was fitted or chosen.
         forwards: Forward passes that it took.
         seconds: What they took.
         why: Why there is no column.
         only: The side that it can be true of; None for both.
         like: Instead of being near to the column: the side is as far from the plain pass as random columns are.
+        sizes: What a column of a part of the tokens leaves.
     """
 
     about: str
@@ -69,6 +73,7 @@ class Hypothesis:
     why: str = ""
     only: Side | None = None
     like: bool = False
+    sizes: SideSizes | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,6 @@ class Subject:
         bos: Id that begins a sequence; None where the model has none.
         n_layers: Decoder layers.
         given: Which other weights there are: `older`, `base`, `adapter`.
-        enough: Size at which a hypothesis explains a side as well as rounding allows.
     """
 
     sample: Sample
@@ -101,7 +105,6 @@ class Subject:
     bos: int | None
     n_layers: int
     given: frozenset[str]
-    enough: float = 0.0
 
     @property
     def plain(self) -> Floats:
@@ -136,11 +139,36 @@ class Subject:
         """The temperature at which the ids were sampled, by maximum likelihood."""
         return sampled_at(self.rows)
 
-    def forward(
-        self, of: str, changes: Sequence[ForwardChange], cause: Callable[[ForwardChange], Named | None]
-    ) -> Iterator[Hypothesis]:
-        """Hypotheses of changes of a forward pass."""
-        for change, column, why, seconds in self.columns(of, changes):
+    @cached_property
+    def part(self) -> Subject:
+        """So many sequences as show whether a forward pass is worth its cost; all of it where it is small."""
+        sample, used, index = self.sample, 0, []
+        shows = np.bincount(sample.sequence[self.use], minlength=len(sample.requests))
+        for i in np.argsort(-shows, kind="stable").tolist():
+            if used and used + sample.requests[i].length > _PART:
+                continue
+            used += sample.requests[i].length
+            index.append(i)
+        if used * 2 > sample.n_forward:
+            return self
+        index.sort()
+        kept = np.isin(sample.sequence, index)
+        rows = replace(self.rows, logprob=self.plain[kept], temperature=1.0)
+        return replace(self, sample=sample.part(index), rows=rows, use=self.use[kept], every=self.every[kept])
+
+    def sizes(self, column: Floats) -> SideSizes:
+        """What a column leaves of both sides."""
+        return SideSizes(rollout=self.size("rollout", column), trainer=self.size("trainer", column))
+
+    def forward(self, of: str, changes: Sequence[ForwardChange], cause: CauseOf) -> Made:
+        """Hypotheses of changes of a forward pass: all on a part, then the best ones on all tokens."""
+        left: dict[ForwardChange, float] = {}
+        yield from self.screened(of, changes, cause, left)
+        yield from self.best(of, left, cause)
+
+    def whole(self, of: str, changes: Sequence[ForwardChange], cause: CauseOf) -> Made:
+        """The same on all tokens at once, for what depends on which sequences there are."""
+        for change, column, why, seconds in self.columns(self, of, changes):
             yield Hypothesis(change.name, cause(change), column, {}, 1, seconds, why)
 
     def scan(
@@ -150,39 +178,54 @@ class Subject:
         cause: Named,
         *,
         of: str = "model",
-        whole: bool = False,
-    ) -> Iterator[Hypothesis]:
+        integer: bool = False,
+    ) -> Made:
         """Hypotheses of a change by a number: a grid, then `_ROUNDS` times the middles beside the best one so far.
 
         Args:
-            change: Of a number.
+            change: Of a number, which it keeps as its value.
             grid: Increasing positive numbers.
             cause: What is wrong where it is so.
             of: The model.
-            whole: Whether the number is an integer.
+            integer: Whether the number is one.
         """
-        found: dict[float, float] = {}
+        left: dict[ForwardChange, float] = {}
         wanted = list(grid)
-        for round_ in range(_ROUNDS + 1):
-            values = {change(value).name: value for value in wanted}
-            for one in self.forward(of, [change(value) for value in wanted], lambda _: cause):
-                if one.column is not None:
-                    found[values[one.about]] = min(self.size(side, one.column) for side in self.off)
-                yield one
-            if not found or ((best := min(found, key=found.__getitem__)) and found[best] > self.worth):
+        for _ in range(_ROUNDS + 1):
+            yield from self.screened(of, [change(value) for value in wanted], lambda _: cause, left)
+            if not left or ((best := min(left, key=left.__getitem__)) and left[best] > _WORTH):
                 return
-            known = sorted({*found, *grid})
-            at = known.index(best)
-            beside = [known[i] for i in (at - 1, at + 1) if 0 <= i < len(known)]
-            middles = [float(np.sqrt(best * other)) for other in beside]
-            wanted = [m for m in ([float(round(m)) for m in middles] if whole else middles) if m not in found]
-            if not wanted or found[best] <= self.enough or round_ == _ROUNDS:
-                return
+            known = sorted({*grid, *(one.value for one in left)})
+            at = known.index(best.value)
+            middles = [float(np.sqrt(best.value * known[i])) for i in (at - 1, at + 1) if 0 <= i < len(known)]
+            wanted = [m for m in ([float(round(m)) for m in middles] if integer else middles) if m not in known]
+            if not wanted or left[best] <= _ENDS:
+                break
+        yield from self.best(of, left, lambda _: cause)
 
-    @property
-    def worth(self) -> float:
-        """Size above which a hypothesis is not looked at more closely: it hardly explains anything."""
-        return 0.85 * min(self.size(side, self.plain) for side in self.off)
+    def screened(
+        self,
+        of: str,
+        changes: Sequence[ForwardChange],
+        cause: CauseOf,
+        left: dict[ForwardChange, float],
+    ) -> Made:
+        """Hypotheses on a part; `left` gets the part of a side's size that each leaves, the least of sides."""
+        part = self.part
+        plain = {side: part.size(side, part.plain) for side in self.off}
+        for change, column, why, seconds in part.columns(part, of, changes):
+            sizes = None if column is None else part.sizes(column)
+            if column is not None:
+                left[change] = min(part.size(side, column) / max(plain[side], 1e-12) for side in self.off)
+            kept = column if part is self else None
+            yield Hypothesis(change.name, cause(change), kept, {}, 1, seconds, why, sizes=sizes)
+
+    def best(self, of: str, left: Mapping[ForwardChange, float], cause: CauseOf) -> Made:
+        """Hypotheses on all tokens: those that left least of a part."""
+        best = sorted((one for one in left if left[one] <= _WORTH), key=left.__getitem__)[:_FINALISTS]
+        if self.part is not self and best:
+            for one in self.whole(of, best, cause):
+                yield replace(one, about=f"{one.about}, all tokens")
 
     def fit(
         self, side: Side, column: Callable[[float], Floats], grid: Sequence[float], tolerance: float
@@ -205,7 +248,7 @@ class Subject:
         return np.asarray(self.every & np.isfinite(self.recorded(side)))
 
 
-Run = Callable[[Subject], Iterator[Hypothesis]]
+Run = Callable[[Subject], Made]
 
 
 @dataclass(frozen=True)

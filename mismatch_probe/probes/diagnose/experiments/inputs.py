@@ -45,7 +45,7 @@ def packing(subject: Subject) -> Iterator[Hypothesis]:
         ForwardChange("packed, attention not reset", layout="packed-leak", groups=_groups(subject)),
         ForwardChange("packed, attention and positions not reset", layout="packed-joined", groups=_groups(subject)),
     ]
-    return subject.forward("model", changes if subject.sample.packs else [], lambda _: _LEAK)
+    return subject.whole("model", changes if subject.sample.packs else [], lambda _: _LEAK)
 
 
 def _groups(subject: Subject) -> tuple[tuple[int, ...], ...]:
@@ -64,4 +64,4 @@ def padding(subject: Subject) -> Iterator[Hypothesis]:
                 blocks.setdefault(place // rows, []).append(index)
             groups = tuple(tuple(block) for block in blocks.values())
             changes.append(ForwardChange(f"batches of {rows}, {about} padding", layout=layout, groups=groups))
-    return subject.forward("model", changes, lambda _: _PADDING)
+    return subject.whole("model", changes, lambda _: _PADDING)

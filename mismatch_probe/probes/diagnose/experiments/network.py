@@ -113,27 +113,30 @@ def reach(subject: Subject) -> Iterator[Hypothesis]:
     longest = max(one.length for one in subject.sample.requests)
     grid = [float(x) for x in (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192) if x < longest]
     yield from subject.scan(
-        lambda w: ForwardChange(f"attention sees {w:.0f} tokens", kind="window", value=w), grid, _WINDOW, whole=True
+        lambda w: ForwardChange(f"attention sees {w:.0f} tokens", kind="window", value=w), grid, _WINDOW, integer=True
     )
     yield from subject.scan(
-        lambda p: ForwardChange(f"positions end at {p:.0f}", kind="positions-clipped", value=p), grid, _LONG, whole=True
+        lambda p: ForwardChange(f"positions end at {p:.0f}", kind="positions-clipped", value=p),
+        grid,
+        _LONG,
+        integer=True,
     )
     yield from subject.scan(
         lambda p: ForwardChange(f"half steps from position {p:.0f}", kind="positions-halved", value=p),
         grid,
         _LONG,
-        whole=True,
+        integer=True,
     )
 
 
 @experiment("dropout", classes=("trainer-noise",), forwards=5)
 def dropout(subject: Subject) -> Iterator[Hypothesis]:
     """Dropout, which is random: the trainer would be as far from the plain pass, at some rate."""
-    if "trainer" not in subject.off:
-        return
-    gap = subject.size("trainer", subject.plain)
+    part = subject.part
+    gap = part.size("trainer", part.plain)
     changes = [ForwardChange(f"dropout of {rate}", kind="dropout", value=rate) for rate in _RATES]
-    for one in subject.forward("model", changes, lambda _: None):
-        ratio = 0.0 if one.column is None else gap / max(subject.from_plain(one.column), 1e-12)
+    for change, column, why, seconds in part.columns(part, "model", changes if "trainer" in subject.off else []):
+        ratio = 0.0 if column is None else gap / max(part.from_plain(column), 1e-12)
         cause = _DROPOUT if 0.5 <= ratio <= 2.0 else None
-        yield Hypothesis(one.about, cause, one.column, {"ratio": ratio}, 1, one.seconds, only="trainer", like=True)
+        sizes = None if column is None else part.sizes(column)
+        yield Hypothesis(change.name, cause, None, {"ratio": ratio}, 1, seconds, why, "trainer", like=True, sizes=sizes)

@@ -1,4 +1,4 @@
-"""Further recorded columns: the engine's own prefill, a second trainer pass, the reference model."""
+"""Further recorded columns: the engine's own prefill, a second trainer pass."""
 
 from __future__ import annotations
 
@@ -19,12 +19,6 @@ _RANDOM = Named(
     "Two passes of the trainer disagree with each other as much as with the model",
     "Put the model into eval mode, or set its dropout to 0.",
     "trainer",
-)
-_REFERENCE = Named(
-    "resume-serves-reference",
-    "The rollout serves the reference model",
-    "Load the trainer's weights into the engine before the first step after a restart.",
-    "rollout",
 )
 
 
@@ -51,11 +45,3 @@ def second(subject: Subject) -> Iterator[Hypothesis]:
             yield Hypothesis(
                 "the second trainer pass", _RANDOM, found, {"passes_apart": apart}, only="trainer", like=True
             )
-
-
-@experiment("reference", classes=("one-step", "other-forward"), forwards=0)
-def reference(subject: Subject) -> Iterator[Hypothesis]:
-    """The recorded log-probs of the reference model."""
-    found = subject.sample.beside.get("ref_logprobs")
-    if found is not None:
-        yield Hypothesis("the reference model's log-probs", _REFERENCE, found, only="rollout")

@@ -13,7 +13,6 @@ _SYNC = (
 )
 _OLDER = {
     "falls-behind": Named("restored-first-checkpoint", "One side has gone back to older weights", _SYNC),
-    "one-step": Named("resume-serves-reference", "One side serves the reference's weights", _SYNC),
     "weight-lag": Named("async-staleness", "Responses come from older weights", _SYNC, "rollout"),
 }
 _STALE = Named("older-weights", "One side has older weights", _SYNC)
@@ -44,18 +43,17 @@ _MAPPING = Named(
 )
 
 
-@experiment("older-checkpoint", classes=("falls-behind", "one-step", "weight-lag"), forwards=1, needs=("older",))
+@experiment("older-checkpoint", classes=("falls-behind", "weight-lag"), forwards=1, needs=("older",))
 def older(subject: Subject) -> Iterator[Hypothesis]:
     """The older checkpoint."""
     named = next((cause for name, cause in _OLDER.items() if name in subject.classes), _STALE)
     return subject.forward("older", [ForwardChange("older checkpoint")], lambda _: named)
 
 
-@experiment("base-model", classes=("falls-behind", "one-step"), forwards=13, needs=("base",))
+@experiment("base-model", classes=("falls-behind",), forwards=13, needs=("base",))
 def base(subject: Subject) -> Iterator[Hypothesis]:
     """The base model, then the difference between it and the model at another scale."""
-    named = _OLDER["one-step"] if "one-step" in subject.classes else _BASE
-    yield from subject.forward("base", [ForwardChange("base model")], lambda _: named)
+    yield from subject.forward("base", [ForwardChange("base model")], lambda _: _BASE)
     yield from subject.scan(_scaled, (0.25, 0.5, 2.0, 4.0), _SCALE)
 
 
@@ -70,24 +68,20 @@ def _scaled(factor: float) -> ForwardChange:
     return ForwardChange(f"the update times {factor:.4g}", kind="blended", value=factor)
 
 
-@experiment("partial-load", classes=("step-change",), forwards=60, needs=("older",))
+@experiment("partial-load", classes=("other-forward",), forwards=60, needs=("older",))
 def partial(subject: Subject) -> Iterator[Hypothesis]:
     """Layers of the older checkpoint: each alone, then the best one with its neighbours for as long as that helps."""
     n = subject.n_layers
-    found: dict[tuple[int, int], float] = {}
-    wanted = [(i, i + 1) for i in range(n)]
+    left: dict[ForwardChange, float] = {}
+    wanted = [_layers(i, i + 1) for i in range(n)]
     while wanted:
-        changes = [_layers(*one) for one in wanted]
-        for change, one in zip(changes, subject.forward("model", changes, _of_layers), strict=False):
-            if one.column is not None:
-                found[change.layers] = min(subject.size(side, one.column) for side in subject.off)
-            yield one
-        if not found:
+        yield from subject.screened("model", wanted, _of_layers, left)
+        if not left:
             return
-        first, end = min(found, key=found.__getitem__)
-        wanted = [x for x in ((first - 1, end), (first, end + 1)) if x[0] >= 0 and x[1] <= n and x not in found]
-        if found[first, end] <= subject.enough:
-            return
+        first, end = min(left, key=left.__getitem__).layers
+        around = [_layers(*x) for x in ((first - 1, end), (first, end + 1)) if x[0] >= 0 and x[1] <= n]
+        wanted = [one for one in around if one not in left]
+    yield from subject.best("model", left, _of_layers)
 
 
 def _of_layers(change: ForwardChange) -> Named:
