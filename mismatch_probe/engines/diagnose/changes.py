@@ -210,12 +210,6 @@ def _attention(model: Any, change: Callable[..., Any]) -> AbstractContextManager
     return attention_changed(model, change)
 
 
-def _cache(model: Any, _: float) -> AbstractContextManager[None]:
-    from mismatch_probe.engines.attribute.changes import kv_through_fp8
-
-    return kv_through_fp8(model)
-
-
 def _cap(model: Any, most: float) -> AbstractContextManager[None]:
     """Logits softly capped."""
     return _outputs([model.get_output_embeddings()], lambda x: most * (x.float() / most).tanh())
@@ -258,7 +252,6 @@ KINDS: dict[str, Callable[[Any, float], AbstractContextManager[None]]] = {
     "rope-yarn-4": partial(_rope, partial(_yarn, 4)),
     "window": _window,
     "sink": _sink,
-    "kv-fp8": _cache,
     "logit-cap": _cap,
     "mantissa": _mantissa,
     "dropout": _dropout,

@@ -32,9 +32,6 @@ _QUANTISED = Named(
     "Weights are quantised",
     "Train against the same quantised weights, correct for it by importance sampling, or serve in 16 bit.",
 )
-_CACHE = Named(
-    "fp8-cache", "Keys and values are kept in FP8", "Set kv_cache_dtype=auto, or calibrate the cache's scales."
-)
 _WINDOW = Named(
     "window-missing",
     "Attention of one side has a window",
@@ -56,13 +53,12 @@ _DROPOUT = Named(
 _RATES = (0.02, 0.05, 0.1, 0.2, 0.3)
 
 
-@experiment("quantised", classes=("other-forward",), forwards=5)
+@experiment("quantised", classes=("other-forward",), forwards=4)
 def quantised(subject: Subject) -> Iterator[Hypothesis]:
-    """Projections rounded to INT4, FP8 or INT8, and keys and values to FP8."""
+    """Projections rounded to INT4, FP8 or INT8."""
     kinds = {"int4": "INT4, groups of 32", "int4-row": "INT4, by row", "fp8": "FP8, by row", "int8": "INT8, by row"}
     changes = [ForwardChange(f"weights in {about}", kind=kind) for kind, about in kinds.items()]
-    changes.append(ForwardChange("keys and values in FP8", kind="kv-fp8"))
-    return subject.forward("model", changes, lambda change: _CACHE if change.kind == "kv-fp8" else _QUANTISED)
+    return subject.forward("model", changes, lambda _: _QUANTISED)
 
 
 @experiment("coarser-rounding", classes=("other-forward",), forwards=4)
