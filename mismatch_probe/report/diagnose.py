@@ -74,7 +74,8 @@ def _answer(document: Diagnosis) -> Iterator[str]:
         yield experiments_answer(document.active)
     if document.outcome == "fault":
         for index, one in enumerate(document.classes):
-            yield f"{'Also: ' if index else ''}{one.title} ({one.name}, confidence {number(one.confidence, 2)})."
+            alone = "By the table alone: " if document.active is not None else ""
+            yield f"{'Also: ' if index else alone}{one.title} ({one.name}, confidence {number(one.confidence, 2)})."
     elif document.outcome == "cannot-tell":
         yield (
             f"Cannot tell: noise of RMS {number(left.rms, 2)} nats without a pattern, more than rounding usually "

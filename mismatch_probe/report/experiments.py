@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from mismatch_probe.report.format import clipped, count, number
 from mismatch_probe.report.model import Cell, Column, Section, Text, plain, section, table
-from mismatch_probe.results.diagnosis import Active, Experiment
+from mismatch_probe.results.diagnosis import Active, Cause, Experiment
 
 _MOST_ROWS = 3
 
@@ -14,19 +14,13 @@ _MOST_ROWS = 3
 def experiments_answer(active: Active) -> str:
     """The sentence that the report begins with."""
     gap = f"mean |a − h| {number(active.plain.trainer, 2)} and |b − h| {number(active.plain.rollout, 2)} nats a token"
-    cause = active.cause
-    if cause is not None:
-        fitted = "".join(f", {name.replace('_', ' ')} {_value(value)}" for name, value in cause.parameters.items())
-        also = f" (or {', '.join(cause.as_well)})" if cause.as_well else ""
-        left = "" if cause.experiment == "plain" else f" and is {number(cause.after, 2)} under this hypothesis"
-        title = cause.title[:1].lower() + cause.title[1:]
-        return (
-            f"Cause, by experiment: {title} ({cause.name}{fitted}){also}. The {cause.side} is at fault: its distance "
-            f"to the model is {number(cause.before, 2)} nats a token{left}; rounding makes {number(cause.floor, 2)}."
-        )
+    if active.cause is not None:
+        return _cause(active.cause)
     if active.settled == "numerics":
+        both = f" with {active.shared} on both sides" if active.shared else ""
+        out = f" That rules out what a table suggests: {', '.join(active.ruled_out)}." if active.ruled_out else ""
         floor = number(active.floor, 2)
-        return f"No fault: {active.model} reproduces both sides within rounding ({gap}; rounding: {floor})."
+        return f"No fault: {active.model}{both} reproduces both sides within rounding ({gap}; rounding: {floor}).{out}"
     if active.settled == "side":
         return (
             f"The {active.side} is at fault: {active.model} reproduces the other side ({gap}; "
@@ -35,6 +29,19 @@ def experiments_answer(active: Active) -> str:
     return (
         f"Neither side is what {active.model} gives ({gap}; rounding: {number(active.floor, 2)}). Check that it has "
         "the weights of this dump."
+    )
+
+
+def _cause(cause: Cause) -> str:
+    fitted = "".join(f", {name.replace('_', ' ')} {_value(value)}" for name, value in cause.parameters.items())
+    also = f" (or {', '.join(cause.as_well)})" if cause.as_well else ""
+    said = f"Cause, by experiment: {cause.title[:1].lower() + cause.title[1:]} ({cause.name}{fitted}){also}."
+    if cause.side is None:
+        return said
+    left = "" if cause.experiment == "plain" else f" and is {number(cause.after, 2)} under this hypothesis"
+    return (
+        f"{said} The {cause.side} is at fault: its distance to the model is {number(cause.before, 2)} nats a "
+        f"token{left}; rounding makes {number(cause.floor, 2)}."
     )
 
 

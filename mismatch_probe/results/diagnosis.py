@@ -187,6 +187,8 @@ class Active(Result):
     """What the plain pass leaves of each side."""
     shared: str
     """What both sides have and the plain pass has not, such as a truncation; empty for nothing."""
+    ruled_out: tuple[str, ...]
+    """Classes of the table that are none, because the plain pass reproduces both sides."""
     settled: Settled
     """`cause`: one explains the gap; `numerics`: the plain pass reproduces both sides; `side`: one side is at fault for
     a cause that was not found; `neither-side`: neither is what this model gives."""

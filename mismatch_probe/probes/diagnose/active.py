@@ -166,6 +166,7 @@ def investigate(
         floor_dtype=models.low_dtype if low is not None else "",
         plain=subject.sizes(subject.plain),
         shared=search.shared,
+        ruled_out=tuple(one.name for one in table) if settled == "numerics" else (),
         settled=settled,
         side=cause.side if cause else off[0] if len(off) == 1 and not search.shared else None,
         cause=cause,

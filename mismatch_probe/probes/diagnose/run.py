@@ -316,7 +316,7 @@ def diagnose(
         n_sequences=len(evidence.prompt),
         n_prompts=len(np.unique(evidence.prompt)),
         outcome=outcome(found, left, tried),
-        classes=tuple(diagnosed(evidence, one) for one in found),
+        classes=() if tried is not None and tried.ruled_out else tuple(diagnosed(evidence, one) for one in found),
         remainder=left,
         active=tried,
         findings=facts.file.findings,
