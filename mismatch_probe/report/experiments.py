@@ -66,7 +66,7 @@ def experiments_section(active: Active) -> tuple[Section, ...]:
         f"Mean distance of each side to the column, nats a token, cut at 3; of {count(active.n_judged)} of "
         f"{count(active.n_tokens)} tokens in {count(active.n_sequences)} sequences, scored in {active.dtype}. Rounding "
         f"makes {number(active.floor, 2)}. It took {number(active.seconds, 2)} s. Of each experiment the nearest "
-        f"{_MOST_ROWS} columns."
+        f"{_MOST_ROWS} columns; forward passes are tried on a part of the tokens first."
     )
     return section("experiments", "What experiments show", table(header, rows, note), *_left(active), depth="screen")
 

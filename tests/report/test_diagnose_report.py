@@ -6,8 +6,8 @@ from mismatch_probe.report.diagnose import diagnosis_report
 from mismatch_probe.results.diagnosis import (
     Active,
     Cause,
-    Diagnosis,
     DiagnosedClass,
+    Diagnosis,
     Experiment,
     NotRun,
     Remainder,
@@ -96,7 +96,10 @@ def diagnosis(active: Active, **more: object) -> Diagnosis:
     )
     facts = {"outcome": "fault", "classes": (CLASS,), "findings": (), "n_tokens": 5000, "n_sequences": 80}
     return Diagnosis.model_validate(
-        Diagnosis.stamp() | facts | {"source": make_source(), "n_prompts": 40, "remainder": left, "active": active} | more
+        Diagnosis.stamp()
+        | facts
+        | {"source": make_source(), "n_prompts": 40, "remainder": left, "active": active}
+        | more
     )
 
 
