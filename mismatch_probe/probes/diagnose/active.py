@@ -177,7 +177,10 @@ def investigate(
 
 
 def _judged(sample: Sample, plain: Floats, table: Sequence[TableClass]) -> tuple[Mask, Mask]:
-    """`[N]` tokens of steps whose weights are the model's, and of those the ones that show what the table shows."""
+    """`[N]` tokens of steps whose weights are the model's, and of those the ones that show what the table shows.
+
+    What gives numbers another meaning gives it to all of them.
+    """
     use = np.isfinite(plain)
     steps = sample.step[sample.sequence]
     if len(np.unique(sample.step)) > 1:
@@ -186,7 +189,8 @@ def _judged(sample: Sample, plain: Floats, table: Sequence[TableClass]) -> tuple
             for step in np.unique(steps)
         }
         use &= np.isin(steps, [step for step, least in left.items() if least <= NEAR * min(left.values())])
-    if table and table[0].share < 0.5 and (use & sample.shown).sum() >= _FEWEST_SHOWN:
+    free = {name for one in experiments().values() if not one.forwards for name in one.classes}
+    if table and table[0].name not in free and table[0].share < 0.5 and (use & sample.shown).sum() >= _FEWEST_SHOWN:
         return use, use & sample.shown
     return use, use
 
@@ -318,12 +322,10 @@ class Search:
     def _best(self, accepted: Sequence[Accepted]) -> Cause:
         """The hypothesis that gains most, with those whose columns are the same within rounding.
 
-        Where each side has one, that of the table's first class.
+        Where each side has one, a temperature is that of sampling, and the other side is at fault.
         """
-        names = {one.name for one in self._table[:1]}
-        of_table = {name for name, one in experiments().items() if names & set(one.classes)}
-        if len({one.side for one in accepted}) > 1 and any(one.experiment in of_table for one in accepted):
-            accepted = [one for one in accepted if one.experiment in of_table]
+        others = [one for one in accepted if one.experiment != "temperature"]
+        accepted = others if others and len({one.side for one in accepted}) > 1 else accepted
         best = max(accepted, key=lambda one: one.gain)
         cause = best.hypothesis.cause
         assert cause is not None

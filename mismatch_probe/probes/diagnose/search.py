@@ -60,6 +60,6 @@ def _judged(evidence: Evidence, state: State, one: Signature, whole: Fit, before
         after[~train] = fit.log_density[~train]
     gains = after - before
     per_prompt = np.bincount(evidence.prompt[evidence.sequence], gains)
-    error = float(np.sqrt((per_prompt**2).sum() - per_prompt.sum() ** 2 / max(len(per_prompt), 1)))
+    error = float(np.sqrt(((per_prompt - per_prompt.mean()) ** 2).sum()))
     total = float(gains.sum())
     return Candidate(one, whole, total / max(len(evidence), 1), total / max(error, 1e-9), total)

@@ -40,6 +40,7 @@ _GRIDS: dict[str, tuple[float, ...]] = {
         0.001,
     ),
 }
+_AS_GOOD = 1.01
 _CAUSES = {
     name: Named(name.replace("_", "-"), f"Log-probs are those of a distribution cut by {name}", _FIX) for name in _GRIDS
 }
@@ -66,8 +67,9 @@ def run(subject: Subject) -> Iterator[Hypothesis]:
             continue
         recorded = subject.recorded(side)[use]
         for name, columns in kept.items():
-            losses = [size(recorded - column[use]) for _, column in columns]
-            value, column = columns[int(np.argmin(losses))]
+            losses = np.array([size(recorded - column[use]) for _, column in columns])
+            # Of values that cut the same tokens the weakest, which comes last.
+            value, column = columns[int(np.flatnonzero(losses <= _AS_GOOD * losses.min())[-1])]
             yield Hypothesis(f"{side} cut by {name}", _CAUSES[name], column, {name: float(value)}, only=side)
 
 
