@@ -104,7 +104,10 @@ def active(
     Raises:
         ProbeError: A model cannot be found, or cannot score the recorded ids.
     """
-    shown = table[0][1] if table else np.zeros(len(evidence), np.bool_)
+    # What gives numbers another meaning gives it to all of them; tokens that show it are not any.
+    free = {name for one in experiments().values() if not one.forwards for name in one.classes}
+    chosen = bool(table) and table[0][0].name not in free
+    shown = table[0][1] if chosen else np.zeros(len(evidence), np.bool_)
     block = _NEIGHBOURS if any(one.name == "padding" for one, _ in table) else 1
     sample = read_sample(recording, evidence, shown, settings.tokens, block)
     with Models(settings, recording, progress) as models:
@@ -177,10 +180,7 @@ def investigate(
 
 
 def _judged(sample: Sample, plain: Floats, table: Sequence[TableClass]) -> tuple[Mask, Mask]:
-    """`[N]` tokens of steps whose weights are the model's, and of those the ones that show what the table shows.
-
-    What gives numbers another meaning gives it to all of them.
-    """
+    """`[N]` tokens of steps whose weights are the model's, and of those the ones that show what the table shows."""
     use = np.isfinite(plain)
     steps = sample.step[sample.sequence]
     if len(np.unique(sample.step)) > 1:
@@ -189,8 +189,7 @@ def _judged(sample: Sample, plain: Floats, table: Sequence[TableClass]) -> tuple
             for step in np.unique(steps)
         }
         use &= np.isin(steps, [step for step, least in left.items() if least <= NEAR * min(left.values())])
-    free = {name for one in experiments().values() if not one.forwards for name in one.classes}
-    if table and table[0].name not in free and table[0].share < 0.5 and (use & sample.shown).sum() >= _FEWEST_SHOWN:
+    if table and table[0].share < 0.5 and (use & sample.shown).sum() >= _FEWEST_SHOWN:
         return use, use & sample.shown
     return use, use
 
