@@ -50,6 +50,7 @@ _DETERMINISTIC = frozenset(
         "retokenised",
         "recomputed",
         "coarse-logprobs",
+        "weight-lag",
     )
 )
 """Classes that a table settles; a re-score says only whose column it is."""

@@ -13,7 +13,6 @@ _SYNC = (
 )
 _OLDER = {
     "falls-behind": Named("restored-first-checkpoint", "One side has gone back to older weights", _SYNC),
-    "weight-lag": Named("async-staleness", "Responses come from older weights", _SYNC, "rollout"),
 }
 _STALE = Named("older-weights", "One side has older weights", _SYNC)
 _BASE = Named(
@@ -43,7 +42,7 @@ _MAPPING = Named(
 )
 
 
-@experiment("older-checkpoint", classes=("falls-behind", "weight-lag"), forwards=1, needs=("older",))
+@experiment("older-checkpoint", classes=("falls-behind",), forwards=1, needs=("older",))
 def older(subject: Subject) -> Iterator[Hypothesis]:
     """The older checkpoint."""
     named = next((cause for name, cause in _OLDER.items() if name in subject.classes), _STALE)
