@@ -119,7 +119,7 @@ def test_missing_values_of_certain_tokens_are_told_by_the_other_side() -> None:
     shown = evidence.position == 3
     evidence = replace(evidence, trainer=np.where(shown, -1e-4, evidence.trainer))
     causes = signatures()["missing-values"].causes
-    assert read_causes("missing-values", causes, evidence, shown) == ("null-at-certain-tokens",)
+    assert read_causes("missing-values", causes, evidence, shown) == ("missing-at-certain-tokens",)
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,7 @@ CAUSES = {
     "adapter-ignored-steps": "adapter-ignored",
     "decode-differs-from-prefill-unseen": "decode-differs-from-prefill",
     "dropout-two-passes": "dropout",
+    "null-at-certain-tokens": "missing-at-certain-tokens",
     "other-kernels": "batch-size",
     "soft-cap": "soft-cap-or-sink-missing",
 }

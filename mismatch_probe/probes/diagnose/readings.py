@@ -50,10 +50,10 @@ def _missing(evidence: Evidence, shown: Mask) -> tuple[str, ...]:
     """Where the other side is certain, or from one token to the end."""
     others = np.where(np.isfinite(evidence.trainer), evidence.trainer, evidence.rollout)[shown]
     if np.nanmedian(others) > _CERTAIN:
-        return ("null-at-certain-tokens",)
+        return ("missing-at-certain-tokens",)
     to_end = np.bincount(evidence.sequence[shown & (evidence.from_end == 0)], minlength=len(evidence.prompt)) > 0
     runs = np.bincount(evidence.sequence[shown], minlength=len(evidence.prompt)) > 0
-    return ("nan-row",) if np.mean(to_end[runs]) > _MOST else ("null-at-certain-tokens",)
+    return ("nan-row",) if np.mean(to_end[runs]) > _MOST else ("missing-at-certain-tokens",)
 
 
 def _lag(evidence: Evidence, _: Mask) -> tuple[str, ...]:
