@@ -54,7 +54,8 @@ def diagnosis_report(document: Diagnosis) -> Report:
             ],
             [_row(one) for one in document.classes],
             "Mean |d| in nats, cut at 3 nats a token. Gain: log-likelihood of held-out prompts, nats a token. "
-            "Confidence grows with the gain and its lead over other classes; it is not calibrated.",
+            "Confidence: how often such an answer was right on recorded runs with a known fault, of which a quarter "
+            "was of a kind that no signature knows.",
         )
         if document.classes
         else None,

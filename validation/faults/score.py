@@ -149,46 +149,62 @@ def written(one: Judged) -> str:
 
 
 def summary(truth: Mapping[str, Entry], results: Sequence[Judged]) -> str:
-    """Tables in Markdown: by fault, reliability, unknown faults, pairs, confusion."""
+    """What is right of faults above their floor, of clean cases and of pairs, and how sure answers are; Markdown."""
     scored = [(truth[one.name], one) for one in results if one.name in truth]
-    faults = [(e, j) for e, j in scored if not e["clean"] and "+" not in e["class"]]
-    small = [j.name for e, j in faults if below_floor(e, j)]
-    faults = [(e, j) for e, j in faults if j.name not in small]
-    clean = [j for e, j in scored if e["clean"]]
-    pairs = [(e, j) for e, j in scored if "+" in e["class"]]
+    clean = [one for entry, one in scored if entry["clean"]]
+    pairs = [(entry, one) for entry, one in scored if "+" in entry["class"]]
+    faults = [(entry, one) for entry, one in scored if not entry["clean"] and "+" not in entry["class"]]
+    small = [one.name for entry, one in faults if below_floor(entry, one)]
+    faults = [(entry, one) for entry, one in faults if one.name not in small]
     by_fault = defaultdict(list)
     for entry, one in faults:
         by_fault[entry["fault"]].append(is_right(entry, one))
-    mean = float(np.mean([np.mean(values) for values in by_fault.values()])) if by_fault else float("nan")
-    alarms = [j.name for j in clean if j.outcome == "fault"]
-    stated = [(a.confidence, a.name in right_classes(e)) for e, j in faults for a in j.found[:1]]
-    stated += [(a.confidence, False) for j in clean for a in j.found[:1]]
-    taken = [j.name for e, j in faults if any(a.confidence >= SURE for a in j.unknown)]
+    alarms = [one.name for one in clean if one.outcome == "fault"]
+    taken = [one.name for _, one in faults if any(answer.confidence >= SURE for answer in one.unknown)]
+    wrong = [f"{one.name}: {', '.join(a.name for a in one.found)}" for entry, one in pairs if not is_right(entry, one)]
     lines = [
-        f"Faults: right class first in {mean:.1%}, averaged over {len(by_fault)} faults, {len(faults)} cases; "
-        f"{len(small)} more are below the floor.",
-        f"Clean: a fault in {len(alarms)} of {len(clean)}: {', '.join(alarms) or 'none'}.",
-        f"Pairs: {sum(is_right(e, j) for e, j in pairs)} of {len(pairs)} right.",
-        f"Unknown: given to another class with confidence ≥ {SURE} in {len(taken)} of {len(faults)}: "
-        f"{', '.join(taken) or 'none'}.",
-        f"CPU time of two diagnoses: median {np.median([j.cpu_s for j in results]):.1f} s.",
+        f"- Right class first: {_percent([float(np.mean(one)) for one in by_fault.values()])} over {len(by_fault)} "
+        f"faults, {sum(map(sum, by_fault.values()))} of {len(faults)} cases. Below the floor: {len(small)} cases.",
+        f"- A fault named in {len(alarms)} of {len(clean)} clean cases{_listed(alarms)}",
+        f"- Both classes and no other named in {len(pairs) - len(wrong)} of {len(pairs)} pairs{_listed(wrong)}",
+        f"- Without the right signature, another class with a confidence of {SURE} or more in {len(taken)} of "
+        f"{len(faults)}{_listed(taken)}",
+        f"- CPU time of both diagnoses: {np.median([one.cpu_s for one in results]):.1f} s (median).",
+        f"- Below the floor: {', '.join(small) or 'none'}.",
         "",
-        "| stated confidence | answers | right |",
-        "|---|---|---|",
+        *_reliability(faults, clean),
+        "",
+        *_confusion(faults),
     ]
-    for lo, hi in BINS:
-        inside = [right for value, right in stated if lo <= value < hi]
-        lines.append(f"| {lo} to {min(hi, 1.0)} | {len(inside)} | {np.mean(inside) if inside else float('nan'):.1%} |")
-    lines += ["", "| fault | class | cases | right | what else was said |", "|---|---|---|---|---|"]
-    for fault, values in sorted(by_fault.items()):
-        wrong = [
-            f"{j.found[0].name if j.found else j.outcome} ({j.name.removeprefix(fault + '-')})"
-            for e, j in faults
-            if e["fault"] == fault and not is_right(e, j)
-        ]
-        class_ = next(e["class"] for e, _ in faults if e["fault"] == fault)
-        lines.append(f"| {fault} | {class_} | {len(values)} | {sum(values)} | {', '.join(wrong)} |")
-    for entry, one in pairs:
-        if not is_right(entry, one):
-            lines.append(f"{one.name}: {[a.name for a in one.found]}")
     return "\n".join(lines)
+
+
+def _percent(values: Sequence[float]) -> str:
+    return f"{np.mean(values):.1%}" if values else "none"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f": {'; '.join(names)}." if names else "."
+
+
+def _reliability(faults: Sequence[tuple[Entry, Judged]], clean: Sequence[Judged]) -> Iterator[str]:
+    """How often first answers are right, by their stated confidence."""
+    stated = [(answer.confidence, answer.name in right_classes(e)) for e, one in faults for answer in one.found[:1]]
+    stated += [(answer.confidence, False) for one in clean for answer in one.found[:1]]
+    yield from ("| stated confidence | answers | right |", "|---|---|---|")
+    for lo, hi in BINS:
+        inside = [float(right) for value, right in stated if lo <= value < hi]
+        yield f"| {lo} to {min(hi, 1.0)} | {len(inside)} | {_percent(inside)} |"
+
+
+def _confusion(faults: Sequence[tuple[Entry, Judged]]) -> Iterator[str]:
+    """What is named first, by the true class."""
+    yield from ("| true class | cases | right | named instead |", "|---|---|---|---|")
+    for name in sorted({entry["class"] for entry, _ in faults}):
+        of_class = [(entry, one) for entry, one in faults if entry["class"] == name]
+        wrong = [
+            f"{one.found[0].name if one.found else one.outcome} ({one.name})"
+            for entry, one in of_class
+            if not is_right(entry, one)
+        ]
+        yield f"| {name} | {len(of_class)} | {len(of_class) - len(wrong)} | {'; '.join(wrong)} |"
