@@ -31,11 +31,14 @@ BINS = ((0.0, 0.5), (0.5, SURE), (SURE, 1.01))
 
 @dataclass(frozen=True)
 class Answer:
-    """A class that is named, its confidence, and what the confidence is made of."""
+    """A class that is named, and what its confidence is made of."""
 
     name: str
-    confidence: float
     features: tuple[float, ...]
+
+    @property
+    def confidence(self) -> float:
+        return confidence(self.features)
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ def judged(name: str, path: Path, entry: Entry, baseline: float | None) -> Judge
 
 
 def _answer(evidence: Evidence, one: Found) -> Answer:
-    return Answer(one.candidate.signature.name, confidence(evidence, one), features(evidence, one))
+    return Answer(one.candidate.signature.name, features(evidence, one))
 
 
 def right_classes(entry: Entry) -> frozenset[str]:
@@ -140,7 +143,7 @@ def read(lines: Iterable[str]) -> Iterator[Judged]:
     for line in lines:
         values = json.loads(line)
         for key in ("found", "unknown"):
-            values[key] = tuple(Answer(**{**one, "features": tuple(one["features"])}) for one in values[key])
+            values[key] = tuple(Answer(one["name"], tuple(one["features"])) for one in values[key])
         yield Judged(**values)
 
 

@@ -23,7 +23,7 @@ from mismatch_probe.probes.diagnose.base import (
     residual,
     widens,
 )
-from mismatch_probe.probes.diagnose.confidence import confidence
+from mismatch_probe.probes.diagnose.confidence import confidence, features
 from mismatch_probe.probes.diagnose.evidence import Evidence, Mask, read_evidence
 from mismatch_probe.probes.diagnose.readings import read_causes
 from mismatch_probe.probes.diagnose.search import Candidate, candidates
@@ -43,9 +43,10 @@ LEAST_MOVED_GAIN = 0.08
 LEAST_CONTRAST = 2.0
 """Where tokens are off by more than rounding, those of a class are so many times as far off."""
 LEAST_PATTERN_GAIN, LEAST_PATTERN_GAP = 0.08, 0.02
-"""A pattern of noise gains so many nats a token, of tokens with at least this mean |d|."""
+"""A pattern of noise gains so many nats a token; tokens that are noisier have at least this mean |d|."""
 MOST_LEFT = 0.85
-"""What moves expectations leaves at most this share of the mean residual."""
+"""What moves expectations leaves at most this share of the mean residual, or no more where it gains much."""
+LARGE_GAIN = 0.5
 LONG = 1.0
 """Above this standard deviation of D, weights exp(D) of sequences are far from 1."""
 USUAL_ROUNDING = 0.06
@@ -149,19 +150,22 @@ def _accepted(evidence: Evidence, state: State, one: Candidate, found: Sequence[
 
 
 def _stands_out(evidence: Evidence, state: State, one: Candidate) -> bool:
-    """Whether a pattern of noise is large, and whether what is expected anew fits."""
-    if one.signature.seen_by == "pattern":
-        least = LEAST_PATTERN_GAP if evidence.baseline is None else BEYOND_BASELINE * evidence.baseline
-        return one.gain >= LEAST_PATTERN_GAIN and mean_gap(evidence, state, one.fit.shown) >= least
+    """Whether what is expected anew fits, and whether noise is large where it is said to be."""
     moved = _moved(one, state)
     if moved.any():
         left, gap = (mean_gap(evidence, which, moved) for which in (one.fit.state, state))
-        return one.gain >= LEAST_MOVED_GAIN and left <= MOST_LEFT * gap
-    if one.signature.kind == "weights" or not widens(one.fit, state):
+        most = MOST_LEFT if one.gain < LARGE_GAIN else 1.0
+        return one.gain >= LEAST_MOVED_GAIN and left <= most * gap
+    if not widens(one.fit, state):
         return True
+    shown, pattern = one.fit.shown, one.signature.seen_by == "pattern"
+    there, elsewhere = (mean_gap(evidence, state, some) for some in (shown, ~shown))
+    least = LEAST_PATTERN_GAP * pattern if evidence.baseline is None else BEYOND_BASELINE * evidence.baseline
+    if there < least or (pattern and one.gain < LEAST_PATTERN_GAIN):
+        return False
     # What differs little from tokens that are off themselves is no fault of its own.
-    there, elsewhere = (mean_gap(evidence, state, some) for some in (one.fit.shown, ~one.fit.shown))
-    return quiet(evidence, state, ~one.fit.shown) or there >= LEAST_CONTRAST * elsewhere
+    apart = there >= LEAST_CONTRAST * elsewhere
+    return one.signature.kind == "weights" or apart or quiet(evidence, state, ~shown)
 
 
 def _beside(earlier: Found, one: Candidate) -> bool:
@@ -214,7 +218,7 @@ def diagnosed(evidence: Evidence, one: Found) -> DiagnosedClass:
         name=signature.name,
         title=signature.title,
         kind=signature.kind,
-        confidence=confidence(evidence, one),
+        confidence=confidence(features(evidence, one)),
         gain=one.candidate.gain,
         gain_units=one.candidate.units,
         parameters=dict(fit.parameters),

@@ -10,6 +10,7 @@ from mismatch_probe.probes.diagnose.signatures import signature
 
 LARGEST_ROUNDING = 0.2
 """Mean |d| in nats that no rounding was seen to exceed, where no baseline is known."""
+_LEAST = 1e-3  # nats: of less, one flip of a route in FP32 is many times an audit's mean
 
 
 @signature(
@@ -38,7 +39,7 @@ LARGEST_ROUNDING = 0.2
 def other_forward(evidence: Evidence, state: State, train: Mask) -> Fit | None:
     """What is left is symmetric noise, larger than rounding is."""
     plain = state.known & (state.spread == 0)
-    least = LARGEST_ROUNDING if evidence.baseline is None else BEYOND_BASELINE * evidence.baseline
+    least = LARGEST_ROUNDING if evidence.baseline is None else max(BEYOND_BASELINE * evidence.baseline, _LEAST)
     gap = mean_gap(evidence, state, plain)
     if gap <= least:
         return None
