@@ -98,8 +98,8 @@ def explain_away(
         accepted = [one for one in ranked if _accepted(evidence, state, one, found)]
         if not accepted:
             break
-        # Facts come first, and what is told by nothing else comes last.
-        best = max(accepted, key=lambda one: (one.signature.seen_by == "fact", not one.signature.last, one.gain))
+        # What is told by nothing else comes last.
+        best = max(accepted, key=lambda one: (not one.signature.last, one.gain))
         found.append(Found(best, state, tuple(ranked)))
         state = best.fit.state
         del left[best.signature.name]
@@ -176,9 +176,9 @@ def _beside(earlier: Found, one: Candidate) -> bool:
         return False
     if one.signature.seen_by != "pattern" and not one.signature.last:
         return True
-    # What is left where numbers have another meaning, or of tokens that are explained already, says little of rounding.
-    shown, explained = one.fit.shown, earlier.candidate.fit.shown
-    return not _relabels(earlier) and float((shown & explained).sum()) <= _MOST * float(shown.sum())
+    # What is left where numbers have another meaning, or of tokens whose noise is explained, says little of rounding.
+    noisier = earlier.candidate.fit.shown & widens(earlier.candidate.fit, earlier.before)
+    return not _relabels(earlier) and float((one.fit.shown & noisier).sum()) <= _MOST * float(one.fit.shown.sum())
 
 
 def _moved(one: Candidate, state: State) -> Mask:

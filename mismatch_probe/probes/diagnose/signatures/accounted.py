@@ -52,6 +52,7 @@ def _placeholders(evidence: Evidence) -> tuple[Mask, bool]:
 
 @signature(
     "end-placeholders",
+    seen_by="fact",
     kind="rows",
     title="The last tokens of responses have a number in place of a log-prob",
     causes=("eos-placeholder", "padding-counted"),
@@ -69,6 +70,7 @@ def end_placeholders(evidence: Evidence, state: State, train: Mask) -> Fit | Non
 
 @signature(
     "placeholders",
+    seen_by="fact",
     kind="rows",
     title="Tokens inside responses have a number in place of a log-prob",
     causes=("missing-logprobs", "tool-tokens-zero"),
