@@ -112,8 +112,12 @@ def test_the_split_is_a_rule_of_model_and_strength() -> None:
 def test_the_halves_have_what_they_need() -> None:
     planned = cases()
     test, dev = (Counter(case.fault.cause for case in planned if case.split == half) for half in ("test", "dev"))
+    pairs = [fault for fault in FAULTS if "+" in fault.class_]
+    assert len(pairs) == 20
     for fault in FAULTS:
-        if not fault.clean:
+        if fault in pairs:
+            assert (test[fault.cause], dev[fault.cause]) == (2, 0), fault.cause
+        elif not fault.clean:
             assert test[fault.cause] >= 5, fault.cause
             assert dev[fault.cause] >= 5, fault.cause
     assert sum(case.split == "test" and not case.fault.clean for case in planned) >= 200

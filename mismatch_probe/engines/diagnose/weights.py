@@ -145,7 +145,7 @@ def merge_adapter(model: Any, folder: str) -> None:
         folder: With `adapter_config.json` and `adapter_model.safetensors`.
 
     Raises:
-        ModelError: It is no LoRA adapter of this model.
+        ModelError: Not a LoRA adapter of this model.
     """
     from safetensors.torch import load_file
 
