@@ -13,8 +13,8 @@ from scipy.special import log_expit
 
 from validation.faults.score import Entry, Judged, below_floor, right_classes
 
-# More nats and a larger lead never make an answer less sure; what is left, and no baseline, never surer.
-_SIGNS = (0, 1, 1, -1, -1, -1, -1, 1)
+# More nats never make an answer less sure, and the others never surer.
+_SIGNS = (0, 1, -1, -1, -1, -1)
 _RIDGE = 0.005
 UNKNOWN = 0.25
 """Of faults, how many are of a kind that no signature knows: a guess."""

@@ -1,4 +1,4 @@
-"""How sure an answer is: a logistic map of what a signature gains, of its lead over rivals, and of what it leaves."""
+"""How sure an answer is: a logistic map of what a signature gains and of what it leaves."""
 
 from __future__ import annotations
 
@@ -14,14 +14,12 @@ if TYPE_CHECKING:
 
 FEATURES = (
     "log10 of nats gained",
-    "lead",
     "log of what is left over rounding",
     "no baseline",
     "by exclusion",
     "more noise only",
-    "a fact",
 )
-WEIGHTS = (-1.123, 0.913, 0.0, -0.438, -0.408, -1.799, -0.386, 0.0)
+WEIGHTS = (-1.112, 0.901, -0.43, -0.388, -1.757, -0.367)
 """Of a constant and the features: fitted by `python -m validation.faults calibrate`."""
 _LEAST_NATS, _MOST_NATS, _MOST_LEFT = 1.0, 1e4, float(np.log(30))
 
@@ -29,24 +27,19 @@ _LEAST_NATS, _MOST_NATS, _MOST_LEFT = 1.0, 1e4, float(np.log(30))
 def features(evidence: Evidence, one: Found) -> tuple[float, ...]:
     """What the confidence is made of: as in `FEATURES`.
 
-    The lead is the share of the gain that the next rival does not have. What is left is the mean size, beside the
-    baseline's, of what the class does not explain: of tokens that it moves, and of those that do not show it.
+    What is left is the mean size, beside the baseline's, of what the class does not explain: of tokens that it moves,
+    and of those that do not show it. Beside facts something else may be off, and beside an unknown baseline nothing is
+    known to be left.
     """
-    best, signature = one.candidate, one.candidate.signature
-    nats = np.clip(best.total, _LEAST_NATS, _MOST_NATS)
-    # What is told by exclusion gains on another scale.
-    rivals = [rival.gain for rival in one.rivals if not rival.signature.last]
-    lead = np.clip(1 - max(rivals, default=0.0) / best.gain, 0, 1)
-    fact, baseline = signature.seen_by == "fact", evidence.baseline
-    left = 1.0 if fact or baseline is None else max(_left(evidence, one) / max(baseline, 1e-9), 1.0)
+    best, signature, baseline = one.candidate, one.candidate.signature, evidence.baseline
+    asked = baseline is not None and signature.seen_by != "fact"
+    left = max(_left(evidence, one) / max(baseline or 0.0, 1e-9), 1.0) if asked else 1.0
     return (
-        float(np.log10(nats)),
-        float(lead),
+        float(np.log10(np.clip(best.total, _LEAST_NATS, _MOST_NATS))),
         float(np.clip(np.log(left), 0, _MOST_LEFT)),
         float(baseline is None),
         float(signature.last),
         float(widens(best.fit, one.before)),
-        float(fact),
     )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
 from mismatch_probe.probes.diagnose.base import CAP, Fit, State, complete, residual
 from mismatch_probe.probes.diagnose.evidence import Evidence, Floats, Mask
 from mismatch_probe.probes.diagnose.noise import uncertainty
-from mismatch_probe.probes.diagnose.one_sided import Form, one_sided
+from mismatch_probe.probes.diagnose.one_sided import one_sided
 from mismatch_probe.probes.diagnose.signatures import signature
 
 _LEAST_SHIFT, _SHOWN, _ALONE = 0.004, 0.01, -3.0  # nats
@@ -28,9 +30,14 @@ _AGAINST_ALONG, _AGAINST_ROUNDING = 0.1, 0.75
 def truncation(evidence: Evidence, state: State, train: Mask) -> Fit | None:
     """d is noise plus log S of a kept mass S ≤ 1, of one sign at every token: any S, or one nearer 1 as p is."""
     everywhere, others = np.ones(len(evidence)), np.exp(uncertainty(state.expected))
-    forms: list[Form] = []
-    for sign in (-1.0, 1.0):
-        forms += [lambda lost, s=sign: s * lost * everywhere, lambda more, s=sign: s * np.log1p(more * others)]  # type: ignore[misc]
+
+    def any_mass(sign: float, lost: float) -> Floats:
+        return sign * lost * everywhere
+
+    def like_others(sign: float, more: float) -> Floats:
+        return np.asarray(sign * np.log1p(more * others))
+
+    forms = [partial(form, sign) for sign in (-1.0, 1.0) for form in (any_mass, like_others)]
     fit = one_sided(evidence, state, train, forms)
     if fit is None or fit.mean < _LEAST_SHIFT or not _one_way(evidence, state, fit.shift):
         return None
