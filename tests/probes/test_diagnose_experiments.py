@@ -16,7 +16,7 @@ from mismatch_probe.probes.diagnose.experiments.base import Named, Subject
 from mismatch_probe.probes.diagnose.readings import read_causes
 from mismatch_probe.probes.diagnose.sample import Sample
 from mismatch_probe.probes.diagnose.signatures import signatures
-from mismatch_probe.results.finding import Finding
+from mismatch_probe.results.finding import Finding, Severity
 from mismatch_probe.types import ScoreRequest
 from tests.probes.toy_dump import toy
 
@@ -123,16 +123,17 @@ def test_missing_values_of_certain_tokens_are_told_by_the_other_side() -> None:
 
 
 @pytest.mark.parametrize(
-    ("grid", "side", "causes"),
+    ("grid", "side", "severity", "causes"),
     [
-        ("logits", "trainer", ("softmax-16-bit",)),
-        ("decimals", "trainer", ("rounded-storage",)),
-        ("bfloat16", "rollout", ("rounded-storage",)),
-        ("bfloat16", "trainer", ("softmax-16-bit", "rounded-storage")),
+        ("logits", "trainer", "warn", ("softmax-16-bit",)),
+        ("decimals", "trainer", "warn", ("rounded-storage",)),
+        ("bfloat16", "rollout", "warn", ("rounded-storage",)),
+        ("bfloat16", "trainer", "warn", ("softmax-16-bit", "rounded-storage")),
+        ("decimals", "rollout", "note", ("rounded-storage",)),
     ],
 )
-def test_grids_tell_causes(grid: str, side: str, causes: tuple[str, ...]) -> None:
-    finding = Finding(code="coarse-grid", severity="warn", where=side, values={"grid": grid})
+def test_grids_tell_causes(grid: str, side: str, severity: Severity, causes: tuple[str, ...]) -> None:
+    finding = Finding(code="coarse-grid", severity=severity, where=side, values={"grid": grid})
     evidence = replace(toy().evidence(), findings=(finding,))
     shown = np.ones(len(evidence), np.bool_)
     assert read_causes("coarse-logprobs", signatures()["coarse-logprobs"].causes, evidence, shown) == causes

@@ -85,6 +85,12 @@ class Evidence:
         order = np.random.default_rng(0).permutation(int(self.prompt.max(initial=0)) + 1)
         return np.asarray((order % 2)[self.prompt][self.sequence])
 
+    @property
+    def grid(self) -> Finding | None:
+        """The first finding of a grid that is not fine beside the gap."""
+        grids = (one for one in self.findings if one.code == "coarse-grid" and one.severity != "info")
+        return next(grids, None)
+
     @cached_property
     def start(self) -> Ints:
         """`[S+1]` first token of each sequence, and N."""
@@ -108,6 +114,11 @@ class Evidence:
         index = np.where(inside, index, 0)
         inside &= (self.sequence[index] == self.sequence) & (self.position[index] == self.position + steps)
         return index, np.asarray(inside)
+
+
+def place_of(file: str, row: int) -> str:
+    """The name of a sequence in `Evidence.places`."""
+    return f"{file}:{row}"
 
 
 def read_evidence(recording: Recording, most: int = MOST_TOKENS, baseline: float | None = None) -> Evidence:
@@ -154,7 +165,7 @@ def read_evidence(recording: Recording, most: int = MOST_TOKENS, baseline: float
             found["prompt"].append(columns["prompt_id"][row])
             found["prompt_length"].append(len(lists[PROMPT][row]))
             found["length"].append(len(ids))
-            places.append(f"{columns['file'][row]}:{columns['row'][row]}")
+            places.append(place_of(columns["file"][row], columns["row"][row]))
             n += 1
     flat = {key: np.concatenate(parts) for key, parts in tokens.items()}
     b, a = (np.asarray(flat.pop(side), np.float64) for side in SIDES)

@@ -66,7 +66,8 @@ def _lag(evidence: Evidence, _: Mask) -> tuple[str, ...]:
 
 def _coarse(evidence: Evidence, _: Mask) -> tuple[str, ...]:
     """Steps of logits come from a 16-bit softmax, decimals from a file; values in 16 bit at the trainer from either."""
-    grid = next(one for one in evidence.findings if one.code == "coarse-grid" and one.severity in ("warn", "fail"))
+    grid = evidence.grid
+    assert grid is not None  # it is what made the class
     if grid.text("grid") == "logits":
         return ("softmax-16-bit",)
     if grid.text("grid") == "decimals" or grid.where == "rollout":

@@ -13,7 +13,7 @@ import numpy as np
 
 from mismatch_probe.ingest.keys import PROMPT, RESPONSE, SIDES
 from mismatch_probe.ingest.recording import Recording, lists_of
-from mismatch_probe.probes.diagnose.evidence import Evidence, Floats, Ints, Mask
+from mismatch_probe.probes.diagnose.evidence import Evidence, Floats, Ints, Mask, place_of
 from mismatch_probe.probes.groups import NONE
 from mismatch_probe.types import ScoreRequest
 
@@ -95,7 +95,6 @@ def read_sample(recording: Recording, evidence: Evidence, shown: Mask, most: int
     rows = list(_rows(recording, ["pack_id", "pack_index"], keys))
     units = _units(rows, number, block)
     n_shown = np.bincount(evidence.sequence[shown], minlength=len(evidence.prompt))
-    n_shown = np.bincount(evidence.sequence[shown], minlength=len(evidence.prompt))
     index = _chosen(units, rows, number, n_shown, most, float(shown.mean()))
     return _read(recording, keys, rows, index, number, evidence, shown)
 
@@ -116,7 +115,7 @@ def _rows(recording: Recording, wanted: Sequence[str], keys: set[str]) -> Iterat
         for i in range(batch.num_rows):
             label = columns["pack_id"][i] if packed else None
             pack = None if label is None else (str(label), int(columns["pack_index"][i]))
-            place = f"{columns['file'][i]}:{columns['row'][i]}"
+            place = place_of(columns["file"][i], columns["row"][i])
             yield _Row(place, prompts[i] + responses[i], prompts[i], pack)
 
 

@@ -126,14 +126,14 @@ def recomputed(evidence: Evidence, state: State, train: Mask) -> Fit | None:
 )
 def coarse_logprobs(evidence: Evidence, state: State, train: Mask) -> Fit | None:
     """Values on a grid that is not fine beside the gap, as the accounting finds them."""
-    grids = [one for one in evidence.findings if one.code == "coarse-grid" and one.severity != "info"]
-    if not grids:
+    grid = evidence.grid
+    if grid is None:
         return None
-    step = float(grids[0].maybe("step") or 0.0)
+    step = float(grid.maybe("step") or 0.0)
     # A grid that is much finer than the gap does not make it, and only counts where nothing else does.
     gain = _GAIN["coarse-logprobs" if step >= _COARSE * mean_gap(evidence, state, state.known) else "fine-grid"]
     found = log_density(evidence, state, train) + gain * evidence.usable
-    return Fit(found, state, evidence.usable, {"side": grids[0].where, "step": step})
+    return Fit(found, state, evidence.usable, {"side": grid.where, "step": step})
 
 
 @signature(
