@@ -18,8 +18,8 @@ from mismatch_probe.ingest.formats import formats
 from mismatch_probe.ingest.keys import KEYS, Key
 from mismatch_probe.metrics.catalog import CATALOG, SYMBOLS
 from mismatch_probe.metrics.info import MetricInfo
-from mismatch_probe.probes.diagnose.base import Kind
 from mismatch_probe.probes.diagnose.signatures import signatures
+from mismatch_probe.report.diagnose import KINDS
 from mismatch_probe.report.words import Words, all_words
 
 FOLDER = Path(__file__).parents[1] / "docs"
@@ -255,14 +255,6 @@ def dumps_page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-_FAULTS: Mapping[Kind, str] = {
-    "rows": "Tokens and rows that do not line up",
-    "labels": "Numbers that mean something else",
-    "weights": "Weights that are not the same",
-    "forward": "Forward passes that are not the same",
-}
-
-
 def faults_page() -> str:
     """Every class that `diagnose` names."""
     parts = [
@@ -273,8 +265,8 @@ def faults_page() -> str:
         "tell them apart. Below, d is the trainer's log-prob a less the rollout's b. How often each class is found: "
         "[validation](validation.md#diagnosis).",
     ]
-    for kind, title in _FAULTS.items():
-        parts.append(f"## {title}")
+    for kind, meaning in KINDS.items():
+        parts.append(f"## {meaning[0].upper()}{meaning[1:]}")
         for one in (one for one in signatures().values() if one.kind == kind):
             shown = inspect.getdoc(one.fit) or ""
             parts += [

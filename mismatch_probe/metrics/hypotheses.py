@@ -247,23 +247,19 @@ def fitted(column: Callable[[float], Floats], recorded: Floats, grid: Sequence[f
         tolerance: Of the parameter, for the search between the best one's neighbours.
     """
 
-    def loss(value: float) -> float:
-        return size(recorded - column(value))
-
-    losses = [loss(value) for value in grid]
-    best = int(np.argmin(losses))
-    low, high = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
-    found = minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": tolerance})
-    return float(found.x) if found.fun <= losses[best] else float(grid[best])
+    return _lowest(lambda value: size(recorded - column(value)), grid, tolerance)
 
 
 def sampled_at(rows: Rows) -> float:
     """The temperature at which the tokens are likeliest, by maximum likelihood."""
     grid = [1 / beta for beta in INVERSE_TEMPERATURES][::-1]
-    losses = [-float(rows.at(value).mean()) for value in grid]
+    return _lowest(lambda value: -float(rows.at(value).mean()), grid, 1e-3)
+
+
+def _lowest(loss: Callable[[float], float], grid: Sequence[float], tolerance: float) -> float:
+    """Where a loss is least: at the best of a grid, or between its neighbours where that is at least as low."""
+    losses = [loss(value) for value in grid]
     best = int(np.argmin(losses))
     low, high = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
-    found = minimize_scalar(
-        lambda value: -float(rows.at(value).mean()), bounds=(low, high), method="bounded", options={"xatol": 1e-3}
-    )
-    return float(found.x)
+    found = minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": tolerance})
+    return float(found.x) if found.fun <= losses[best] else float(grid[best])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from mismatch_probe.config import CompareConfig
 from mismatch_probe.engines import devices, registry
 from mismatch_probe.engines.base import Job, TrainerJob
@@ -14,6 +16,7 @@ from mismatch_probe.probes.progress import Progress
 from mismatch_probe.probes.session import same_model
 from mismatch_probe.probes.workers import told
 from mismatch_probe.runs.comparison import RunDirectory
+from mismatch_probe.types import Dtype
 
 
 def model_of(
@@ -66,21 +69,29 @@ def device_of(run: RunDirectory) -> devices.Device:
 
 def fp32_trainer(config: CompareConfig, model: ModelRef, device: devices.Device) -> TrainerJob:
     """The trainer in FP32, without requests of its own."""
-    budget = config.memory_budget_gib or devices.default_sizes(device).memory_budget_gib
+    job = bare_trainer(config.trainer_engine, model, "float32", device, config.trust_remote_code)
+    budget = int((config.memory_budget_gib or 0) * devices.GIB) or job.memory_budget
+    return replace(job, attention=config.trainer_attn, temperature=config.temperature, memory_budget=budget)
+
+
+def bare_trainer(
+    engine: str, model: ModelRef, dtype: Dtype, device: devices.Device, trust_remote_code: bool
+) -> TrainerJob:
+    """A trainer with padded batches at temperature 1 and the device's memory budget, without requests of its own."""
     return TrainerJob(
-        engine=config.trainer_engine,
+        engine=engine,
         model_path=str(model.path),
-        dtype="float32",
+        dtype=dtype,
         mode="cast",
         layout="padded",
-        attention=config.trainer_attn,
+        attention=None,
         device=device,
-        temperature=config.temperature,
+        temperature=1.0,
         requests=(),
         self_noise_sequences=0,
-        memory_budget=int(budget * devices.GIB),
-        trust_remote_code=config.trust_remote_code,
-        flags=registry.find(config.trainer_engine).trainer_settings(device, "float32").arguments,
+        memory_budget=int(devices.default_sizes(device).memory_budget_gib * devices.GIB),
+        trust_remote_code=trust_remote_code,
+        flags=registry.find(engine).trainer_settings(device, dtype).arguments,
     )
 
 

@@ -28,7 +28,7 @@ _STATES: dict[Outcome, State] = {
     "length-product": "ok",
     "cannot-tell": "inconclusive",
 }
-_KINDS = {
+KINDS = {
     "labels": "one side's numbers mean something else",
     "rows": "rows do not line up",
     "weights": "the sides have other weights",
@@ -112,7 +112,7 @@ def _steps(document: Diagnosis) -> Iterator[Step]:
 
 def _row(one: DiagnosedClass) -> list[Cell | str]:
     return [
-        Cell(one.name, below=_KINDS[one.kind]),
+        Cell(one.name, below=KINDS[one.kind]),
         plain(one.confidence, digits=2),
         Cell(count(one.n_shown), below=percent(one.share_shown)),
         plain(one.gap_before),

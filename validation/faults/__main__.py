@@ -176,7 +176,7 @@ def score(out: Path, results: Path, split: str, only: tuple[str, ...], baseline:
 
     truth = json.loads((out / "truth.json").read_text())["cases"]
     audits = scoring.baselines(truth) if baseline else {}
-    done = list(scoring.read(results.read_text().splitlines())) if results.exists() else []
+    done = list(scoring.read(results))
     names = {one.name for one in done}
     with results.open("a") as file:
         for name, entry in truth.items():
@@ -200,7 +200,7 @@ def calibrate(out: Path, results: tuple[Path, ...]) -> None:
     from validation.faults.calibrate import answers, fitted
 
     truth = json.loads((out / "truth.json").read_text())["cases"]
-    rows = answers(truth, [one for path in results for one in scoring.read(path.read_text().splitlines())])
+    rows = answers(truth, [one for path in results for one in scoring.read(path)])
     click.echo(f"{len(rows)} answers, {sum(row.right for row in rows)} of them right")
     for name, weight in zip(("constant", *FEATURES), fitted(rows), strict=True):
         click.echo(f"  {weight:8.3f}  {name}")

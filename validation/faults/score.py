@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -138,9 +138,9 @@ def below_floor(entry: Entry, one: Judged) -> bool:
     return bool(sized) and one.baseline is not None and entry["mean_abs_d"] < FLOOR * one.baseline
 
 
-def read(lines: Iterable[str]) -> Iterator[Judged]:
-    """As `written`."""
-    for line in lines:
+def read(path: Path) -> Iterator[Judged]:
+    """Lines as `written`; none of a file that is not there."""
+    for line in path.read_text().splitlines() if path.exists() else ():
         values = json.loads(line)
         for key in ("found", "unknown"):
             values[key] = tuple(Answer(one["name"], tuple(one["features"])) for one in values[key])

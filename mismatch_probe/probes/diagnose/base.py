@@ -1,6 +1,6 @@
 """What a signature is: a stated change of what is expected of a token, fitted on some prompts and judged on others.
 
-Shape legend: `N` tokens that count, `K` levels of a group.
+Shape legend: `N` tokens that count, `K` levels of a group, `S` sequences.
 """
 
 from __future__ import annotations
@@ -184,6 +184,11 @@ def quiet(evidence: Evidence, state: State, tokens: Mask, times: float = BEYOND_
 def residual(evidence: Evidence, state: State) -> Floats:
     """`[N]` a less what is expected, 0 where nothing is."""
     return np.where(state.known, evidence.trainer, state.expected) - state.expected
+
+
+def per_sequence(evidence: Evidence, state: State, values: Floats) -> Floats:
+    """`[S]` sums of values `[N]` over the tokens that something is expected of."""
+    return np.bincount(evidence.sequence, np.where(state.known, values, 0.0), len(evidence.prompt)).astype(np.float64)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from mismatch_probe.ingest.recording import Recording
 from mismatch_probe.metrics.hypotheses import Rows, Seen, Target
 from mismatch_probe.probes.diagnose.evidence import Floats
 from mismatch_probe.probes.diagnose.sample import Sample
+from mismatch_probe.probes.own_pass import bare_trainer
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.probes.recorded import check_recorded
 from mismatch_probe.types import TRAINER_ENGINE, Dtype
@@ -157,22 +158,8 @@ class Models:
         return self._process[1]
 
     def _trainer(self, of: str, dtype: Dtype) -> TrainerJob:
-        budget = devices.default_sizes(self._device).memory_budget_gib
-        return TrainerJob(
-            engine=TRAINER_ENGINE,
-            model_path=str(self._models[of].path),
-            dtype=dtype,
-            mode="cast",
-            layout="padded",
-            attention=None,
-            device=self._device,
-            temperature=1.0,
-            requests=(),
-            self_noise_sequences=0,
-            memory_budget=int(budget * devices.GIB),
-            trust_remote_code=self._settings.trust_remote_code,
-            flags=registry.find(TRAINER_ENGINE).trainer_settings(self._device, dtype).arguments,
-        )
+        model, trust = self._models[of], self._settings.trust_remote_code
+        return bare_trainer(TRAINER_ENGINE, model, dtype, self._device, trust)
 
     def _resolved(self, name: str, recording: Recording) -> ModelRef:
         settings = self._settings

@@ -27,14 +27,12 @@ class OneSided:
 
     Attributes:
         which: Index of the form that fits.
-        strength: Of the form.
         log_density: `[N]` of what is not explained yet.
         shift: `[N]` of each token, as its residual suggests, nats.
         mean: Size of a shift, nats.
     """
 
     which: int
-    strength: float
     log_density: Floats
     shift: Floats
     mean: float
@@ -79,7 +77,7 @@ def one_sided(
     density = _log_sum(joint)
     shift = np.exp(joint - density[:, None]) @ _STEPS * largest
     mean = float(np.abs(np.exp(mixture.log_weight) @ _STEPS)[bin_of[few]] @ np.abs(largest[few]) / len(few))
-    return OneSided(which, strength, density, np.asarray(shift), mean)
+    return OneSided(which, density, np.asarray(shift), mean)
 
 
 @dataclass(frozen=True)

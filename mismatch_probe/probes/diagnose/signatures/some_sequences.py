@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mismatch_probe.probes.diagnose.base import Fit, State, complete, noise_of, quiet, residual
+from mismatch_probe.probes.diagnose.base import Fit, State, complete, noise_of, per_sequence, quiet, residual
 from mismatch_probe.probes.diagnose.evidence import Evidence, Floats, Mask
 from mismatch_probe.probes.diagnose.noise import Noise, fit_noise, uncertainty
 from mismatch_probe.probes.diagnose.signatures import signature
@@ -35,10 +35,10 @@ def some_sequences(evidence: Evidence, state: State, train: Mask) -> Fit | None:
     best: tuple[float, Floats, Floats, float, float] | None = None
     n = len(evidence.prompt)
     narrow = _narrowed(rest, x, state, noise, use, evidence)
-    base = _per_sequence(evidence, narrow.log_density(rest, x, state.spread), state)
+    base = per_sequence(evidence, state, narrow.log_density(rest, x, state.spread))
     in_train = np.bincount(evidence.sequence[use], minlength=n) > 0
     for factor in _FACTORS:
-        wide = _per_sequence(evidence, narrow.log_density(rest, x, state.spread + np.log(factor)), state)
+        wide = per_sequence(evidence, state, narrow.log_density(rest, x, state.spread + np.log(factor)))
         for share in _SHARES:
             total = np.logaddexp(base + np.log1p(-share), wide + np.log(share))
             value = float(total[in_train].sum())
@@ -56,10 +56,6 @@ def some_sequences(evidence: Evidence, state: State, train: Mask) -> Fit | None:
     shown = state.known & bad[evidence.sequence]
     moved = state.widened(np.where(bad[evidence.sequence], np.log(factor), 0.0))
     return Fit(found, moved, shown, {"factor": factor, "share_of_sequences": float(bad.mean())})
-
-
-def _per_sequence(evidence: Evidence, values: Floats, state: State) -> Floats:
-    return np.bincount(evidence.sequence, np.where(state.known, values, 0.0), len(evidence.prompt)).astype(np.float64)
 
 
 def _narrowed(rest: Floats, x: Floats, state: State, noise: Noise, use: Mask, evidence: Evidence) -> Noise:

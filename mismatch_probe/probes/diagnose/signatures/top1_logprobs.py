@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mismatch_probe.probes.diagnose.base import Fit, State, complete, likeliest, noise_of, quiet, residual
+from mismatch_probe.probes.diagnose.base import Fit, State, complete, likeliest, noise_of, per_sequence, quiet, residual
 from mismatch_probe.probes.diagnose.evidence import Evidence, Floats, Mask
 from mismatch_probe.probes.diagnose.noise import Noise, t_log_density, uncertainty
 from mismatch_probe.probes.diagnose.signatures import signature
@@ -49,12 +49,10 @@ def _fitted(evidence: Evidence, state: State, train: Mask, affected: Mask) -> tu
         mean = max(float((missing * -rest)[off].sum() / max(float(missing[off].sum()), 1e-9)), 0.1)
     near, far = _parts(rest, x, state, noise, p, mean)
     plain, found = noise.log_density(rest, x, state.spread), np.logaddexp(near, far)
-    gain = np.bincount(evidence.sequence, np.where(state.known, found - plain, 0.0), len(evidence.prompt)).astype(
-        np.float64
-    )
+    gain = per_sequence(evidence, state, found - plain)
     if not affected.all():
         # Each row is as this says or as rounding is.
-        length = np.maximum(np.bincount(evidence.sequence, state.known, len(evidence.prompt)), 1)
+        length = np.maximum(per_sequence(evidence, state, np.ones(len(evidence))), 1)
         found = plain + evidence.of_sequence((np.logaddexp(0.0, gain) - np.log(2)) / length)
     shown = state.known & affected & (far > near)
     enough = float(shown[use].mean()) >= _OF_EXPECTED * float(np.mean(1 - p[use]))
