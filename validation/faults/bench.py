@@ -51,7 +51,7 @@ class Place:
 
     def recording(self, **options: Any) -> Recording:
         """The plain recording, with options; halves differ in prompts and seeds."""
-        seed = {"dev": 1_000_000, "test": 2_000_000}[self.split] + options.pop("seed", 0)
+        seed = {"dev": 1_000_000, "test": 3_000_000}[self.split] + options.pop("seed", 0)
         return Recording(self.model, self.dtype, self.split, **({**_SIZES[self.model], "seed": seed} | options))
 
     def view(self, **options: Any) -> View:

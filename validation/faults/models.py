@@ -76,7 +76,7 @@ def english() -> dict[str, tuple[str, ...]]:
     lines = sorted({line for line in lines if len(line) > 60 and line.isascii() and line.isprintable()})
     order = np.random.default_rng(0).permutation(len(lines))
     shuffled = [lines[i] for i in order]
-    return {"dev": tuple(shuffled[:200]), "test": tuple(shuffled[200:400]), "train": tuple(shuffled[400:])}
+    return {"dev": tuple(shuffled[:200]), "test": tuple(shuffled[400:600]), "train": tuple(shuffled[600:])}
 
 
 @cache
@@ -110,11 +110,11 @@ def prompts(model: Model, split: Split, count: int, *, long: bool = False) -> li
     elif model.name == "chain":
         from mismatch_probe.rl.tasks.arithmetic import ChainTask
 
-        seed = {"dev": 11, "test": 12}[split]
+        seed = {"dev": 11, "test": 13}[split]
         both = [ChainTask(40, seed, 16, free=free).problems() for free in (False, True)]
         found = [(p.problem_id, tuple(encode(p.prompt)["input_ids"])) for pair in zip(*both, strict=True) for p in pair]
     else:
-        draw = np.random.default_rng({"dev": 1, "test": 2}[split])
+        draw = np.random.default_rng({"dev": 1, "test": 5}[split])
         found = [
             (f"text-{i:03d}", (1, *encode(line[: int(draw.integers(8, 40))], add_special_tokens=False)["input_ids"]))
             for i, line in enumerate(english()[split])
@@ -123,7 +123,7 @@ def prompts(model: Model, split: Split, count: int, *, long: bool = False) -> li
 
 
 def _long(model: Model, split: Split, count: int) -> list[tuple[int, ...]]:
-    draw = np.random.default_rng({"dev": 3, "test": 4}[split])
+    draw = np.random.default_rng({"dev": 3, "test": 6}[split])
     lengths = draw.integers(150, 330, size=count)
     if model.name == "chain":
         short = [ids for _, ids in prompts(model, split, 80)]
