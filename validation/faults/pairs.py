@@ -18,18 +18,13 @@ from validation.faults.edits import Row
 from validation.faults.forward import by_tag, packs
 
 _PLACES: tuple[Combination, ...] = (("chain", "bfloat16"), ("mixture", "bfloat16"))
-_Rows = Callable[[Bench, Place], list[Row]]
+_Make = Callable[[Bench, Place], Made | list[Row]]
 _Edit = Callable[[list[Row]], list[Row]]
 
 
-def _of(cause: str, strength: Any) -> _Rows:
-    """Rows of a fault that is made alone elsewhere."""
-
-    def make(bench: Bench, place: Place) -> list[Row]:
-        found = next(one for one in FAULTS if one.cause == cause).make(bench, place, strength)
-        return list(found.rows if isinstance(found, Made) else found)
-
-    return make
+def _of(cause: str, strength: Any) -> _Make:
+    """A fault that is made alone elsewhere."""
+    return lambda bench, place: next(one for one in FAULTS if one.cause == cause).make(bench, place, strength)
 
 
 def _end(value: float) -> _Edit:
@@ -48,11 +43,11 @@ def _shifted(by: int) -> _Edit:
     return lambda rows: [row.edited("b", lambda values: edits.shifted(values, by)) for row in rows]
 
 
-def _tempered(**view: Any) -> _Rows:
+def _tempered(**view: Any) -> _Make:
     return lambda bench, place: bench.rows(place.recording(), place.view(temperature=0.7, **view))
 
 
-PAIRS: tuple[tuple[tuple[str, str], _Rows, _Edit | None], ...] = (
+PAIRS: tuple[tuple[tuple[str, str], _Make, _Edit | None], ...] = (
     (("temperature", "end-placeholders"), _of("trainer-temperature", 0.7), _end(0.0)),
     (("temperature", "placeholders"), _of("trainer-temperature", 1.5), _inside(1.0, 0.05)),
     (("temperature", "missing-values"), _of("rollout-raw-temperature", 0.7), _nan(0.2)),
@@ -84,11 +79,12 @@ PAIRS: tuple[tuple[tuple[str, str], _Rows, _Edit | None], ...] = (
 )
 
 
-def _register(classes: tuple[str, str], rows: _Rows, edit: _Edit | None) -> None:
+def _register(classes: tuple[str, str], first: _Make, edit: _Edit | None) -> None:
     @fault(f"pair-{'-and-'.join(classes)}", "+".join(classes), 0, 1, combinations=_PLACES, per_place=1)
-    def _make(bench: Bench, place: Place, strength: int) -> list[Row]:
-        made = rows(bench, place)
-        return made if edit is None else edit(made)
+    def _make(bench: Bench, place: Place, strength: int) -> Made:
+        made = first(bench, place)
+        made = made if isinstance(made, Made) else Made(made)
+        return made if edit is None else replace(made, rows=edit(list(made.rows)))
 
 
 for _pair in PAIRS:

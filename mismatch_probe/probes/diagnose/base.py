@@ -23,6 +23,7 @@ BEYOND_BASELINE = 2.0
 UNEXPLAINED = 20.0
 """Nats that a token costs which cannot be used and for which nothing accounts."""
 _LEAST_GROUP = 15
+_LEAST_PLAIN = 0.05  # of all
 _OTHER_SIGN = 0.03  # of all shifts
 _UNITS_OFF, _OFF_ONE = 5.0, 0.02  # standard errors over prompts, and size
 _TURNS, _REFITS = 4, 12
@@ -243,6 +244,12 @@ def robust_fit(evidence: Evidence, state: State, train: Mask, columns: Floats) -
     return np.asarray(coefficients @ columns)
 
 
+def plain(state: State) -> Mask:
+    """`[N]` tokens that something is expected of and whose noise is that of most; all where there are too few."""
+    found = state.known & (state.spread == 0)
+    return found if found.sum() >= _LEAST_PLAIN * max(int(state.known.sum()), 1) else state.known
+
+
 def two_sided(shift: Floats) -> bool:
     """Whether shifts `[n]` are of both signs, as they are where probabilities sum to 1 at both sides."""
     total = float(np.abs(shift).sum())
@@ -252,9 +259,11 @@ def two_sided(shift: Floats) -> bool:
 def normalised(evidence: Evidence, state: State) -> bool:
     """Whether both sides' numbers can be of distributions that sum to 1, one of which was sampled.
 
-    The mean of exp(a − b) is 1 over what b sampled, that of exp(b − a) over what a sampled.
+    The mean of exp(a − b) is 1 over what b sampled, that of exp(b − a) over what a sampled. Tokens whose noise is
+    explained say nothing of it, unless there are no others.
     """
-    rest, prompt = residual(evidence, state)[state.known], evidence.prompt[evidence.sequence[state.known]]
+    use = plain(state)
+    rest, prompt = residual(evidence, state)[use], evidence.prompt[evidence.sequence[use]]
     counts = np.bincount(prompt)
     for ratio in (np.exp(rest), np.exp(-rest)):
         mean = float(ratio.mean())

@@ -42,6 +42,10 @@ LEAST_MOVED_GAIN = 0.08
 """What moves expectations gains at least so many nats a token: large noise is lopsided and gives less than that."""
 LEAST_CONTRAST = 2.0
 """Where tokens are off by more than rounding, those of a class are so many times as far off."""
+LEAST_APART = 10.0
+"""The same of a pattern of noise beside a class that gives all numbers another meaning."""
+LEAST_FACTOR = 8.0
+"""Noise that is so many times as wide stands out where its mean does not."""
 LEAST_PATTERN_GAIN, LEAST_PATTERN_GAP = 0.08, 0.02
 """A pattern of noise gains so many nats a token; tokens that are noisier have at least this mean |d|."""
 MOST_LEFT = 0.85
@@ -146,7 +150,7 @@ def _accepted(evidence: Evidence, state: State, one: Candidate, found: Sequence[
     if one.signature.seen_by == "fact":
         return True
     enough = one.gain >= _least_gain(found) and one.units >= LEAST_UNITS
-    return enough and _stands_out(evidence, state, one) and all(_beside(earlier, one) for earlier in found)
+    return enough and _stands_out(evidence, state, one) and all(_beside(evidence, state, e, one) for e in found)
 
 
 def _stands_out(evidence: Evidence, state: State, one: Candidate) -> bool:
@@ -162,13 +166,15 @@ def _stands_out(evidence: Evidence, state: State, one: Candidate) -> bool:
     there, elsewhere = (mean_gap(evidence, state, some) for some in (shown, ~shown))
     least = LEAST_PATTERN_GAP * pattern if evidence.baseline is None else BEYOND_BASELINE * evidence.baseline
     if there < least or (pattern and one.gain < LEAST_PATTERN_GAIN):
-        return False
+        # Rare tokens that are far off can make a mean of rounding; what a dump names, such as a replica, is told beside them.
+        wide = float(one.fit.parameters.get("factor", 0.0)) >= LEAST_FACTOR
+        return wide and one.signature.seen_by == "key" and one.signature.kind == "forward"
     # What differs little from tokens that are off themselves is no fault of its own.
     apart = there >= LEAST_CONTRAST * elsewhere
     return one.signature.kind == "weights" or apart or quiet(evidence, state, ~shown)
 
 
-def _beside(earlier: Found, one: Candidate) -> bool:
+def _beside(evidence: Evidence, state: State, earlier: Found, one: Candidate) -> bool:
     """Whether a class can be found beside an earlier one."""
     # Of classes that give all numbers another meaning only one is found: none is exact, and their shapes are alike.
     # Steps, versions of weights and repeated prompts go together: what one of them shows, the others show too.
@@ -176,9 +182,14 @@ def _beside(earlier: Found, one: Candidate) -> bool:
         return False
     if one.signature.seen_by != "pattern" and not one.signature.last:
         return True
-    # What is left where numbers have another meaning, or of tokens whose noise is explained, says little of rounding.
+    shown = one.fit.shown
+    # What is left where numbers have another meaning says little of rounding, unless it is left at some tokens only.
+    if _relabels(earlier):
+        there, elsewhere = (mean_gap(evidence, state, some) for some in (shown, ~shown))
+        return not one.signature.last and there >= LEAST_APART * elsewhere
+    # Nor does what is left of tokens whose noise is explained.
     noisier = earlier.candidate.fit.shown & widens(earlier.candidate.fit, earlier.before)
-    return not _relabels(earlier) and float((one.fit.shown & noisier).sum()) <= _MOST * float(one.fit.shown.sum())
+    return float((shown & noisier).sum()) <= _MOST * float(shown.sum())
 
 
 def _moved(one: Candidate, state: State) -> Mask:

@@ -10,7 +10,7 @@ from mismatch_probe.probes.diagnose.signatures import signature
 
 _AT_END = 0.8
 _EQUAL, _UNCERTAIN = 0.99, -1e-3
-_NEARLY_CERTAIN, _ENOUGH, _MORE = -0.01, 10, 3.0
+_NEARLY_CERTAIN, _NEXT_TO_ZERO, _FEW, _ENOUGH, _MORE = -0.01, -1e-5, 0.1, 10, 3.0
 _GAIN = {"recomputed": 8.0, "coarse-logprobs": 1.0, "fine-grid": 0.05, "environment-tokens": 2.0, "trainer-noise": 0.3}
 _WINDOW, _UNLIKELY, _LIKELY, _LEAST_SHARE, _MOST_SHARE = 8, -4.5, -1.5, 0.02, 0.5
 _OWN_NOISE, _LEAST_NOISE = 0.5, 0.02
@@ -38,16 +38,26 @@ def _placeholders(evidence: Evidence) -> tuple[Mask, bool]:
     for side, other in ((evidence.rollout, evidence.trainer), (evidence.trainer, evidence.rollout)):
         found &= np.isfinite(side) & ((side <= 0) | (side == 1))
         zero = side == 0
-        near = (side > _NEARLY_CERTAIN) & (side < 0) & (last if (last | ~(found & zero)).all() else ~last)
-        # A certain token of a side whose other certain tokens are contradicted as often is no placeholder.
-        contradicted = float(np.mean(other[near] < -1)) if near.sum() >= _ENOUGH else 0.0
-        if (found & zero).any() and float(np.mean(found[zero])) < _MORE * contradicted:
+        if (found & zero).any() and not _placed(evidence, zero, found, side, other):
             found &= ~zero
     # A run that reaches the end counts as the end.
     at_end, (index, inside) = found & last, evidence.beside(1)
     while (more := found & inside & at_end[index] & ~at_end).any():
         at_end |= more
     return found, bool(found.any() and at_end.sum() >= _AT_END * found.sum())
+
+
+def _placed(evidence: Evidence, zero: Mask, found: Mask, side: Floats, other: Floats) -> bool:
+    """Whether zeros were put in place of log-probs, and are not those of certain tokens that the other side denies."""
+    last = evidence.from_end == 0
+    place = last if (last | ~(found & zero)).all() else ~last
+    # Log-probs that round to 0 have neighbours that nearly do, unless they are rounded to a coarse grid.
+    neighbours = place & (side > _NEXT_TO_ZERO) & (side < 0)
+    if evidence.grid is None and neighbours.sum() < _FEW * (zero & place).sum():
+        return True
+    certain = (side > _NEARLY_CERTAIN) & (side < 0)
+    denied = [float(np.mean(other[some] < -1)) for some in (certain & place, certain) if some.sum() >= _ENOUGH]
+    return float(np.mean(found[zero & place])) >= _MORE * max(denied, default=0.0)
 
 
 @signature(

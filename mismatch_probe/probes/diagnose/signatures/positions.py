@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 
 from mismatch_probe.probes.diagnose.base import Fit, State, by_level, likeliest
 from mismatch_probe.probes.diagnose.evidence import Evidence, Ints, Mask
 from mismatch_probe.probes.diagnose.signatures import signature
 
+_FINER, _BETWEEN = 2, 7
 _EDGES = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 
 
@@ -31,13 +30,26 @@ _EDGES = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 def positions(evidence: Evidence, state: State, train: Mask) -> Fit | None:
     """More noise from an absolute position on, at once or growing."""
     place = evidence.prompt_length[evidence.sequence] + evidence.position
-    return likeliest(_forms(evidence, state, train, place), train)
-
-
-def _forms(evidence: Evidence, state: State, train: Mask, place: Ints) -> Iterator[Fit | None]:
-    low, high = np.quantile(place, [0.02, 0.98])
-    edges = [edge for edge in _EDGES if low < edge < high]
-    for edge in (*edges, *np.unique(np.quantile(place, [0.15, 0.3, 0.5, 0.7, 0.85]).astype(np.int64)).tolist()):
-        yield by_level(evidence, state, train, (place >= edge).astype(np.int64), {"from": float(edge)}, rising=True)
+    low, high = (int(one) for one in np.quantile(place, [0.02, 0.98]))
     level = np.searchsorted(np.unique(np.quantile(place, [0.2, 0.4, 0.6, 0.8])), place, side="right")
-    yield by_level(evidence, state, train, level, {"from": float(low)}, rising=True)
+    growing = by_level(evidence, state, train, level, {"from": float(low)}, rising=True)
+    edges = sorted(
+        {*np.quantile(place, [0.15, 0.3, 0.5, 0.7, 0.85]).astype(int).tolist()}
+        | {edge for edge in _EDGES if low < edge < high}
+    )
+    best = likeliest((_from(evidence, state, train, place, edge) for edge in edges), train)
+    for _ in range(_FINER if best else 0):
+        assert best is not None
+        at = int(best.parameters["from"])
+        ends = (
+            max((edge for edge in edges if edge < at), default=low),
+            min((edge for edge in edges if edge > at), default=high),
+        )
+        edges = sorted({*edges, *np.linspace(*ends, _BETWEEN).astype(int).tolist()} - {low, high})
+        finer = (_from(evidence, state, train, place, edge) for edge in edges if ends[0] < edge < ends[1])
+        best = likeliest([best, *finer], train)
+    return likeliest([best, growing], train)
+
+
+def _from(evidence: Evidence, state: State, train: Mask, place: Ints, edge: int) -> Fit | None:
+    return by_level(evidence, state, train, (place >= edge).astype(np.int64), {"from": float(edge)}, rising=True)

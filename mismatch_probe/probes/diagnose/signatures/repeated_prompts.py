@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mismatch_probe.probes.diagnose.base import Fit, State, by_level
+from mismatch_probe.probes.diagnose.base import Fit, State, by_level, likeliest
 from mismatch_probe.probes.diagnose.evidence import Evidence, Mask
 from mismatch_probe.probes.diagnose.signatures import signature
 
@@ -20,10 +20,15 @@ _FIRST = 8
     fix="Reset the prefix cache at every weight update: vLLM `reset_prefix_cache()`, or `enable_prefix_caching=False`.",
 )
 def repeated_prompts(evidence: Evidence, state: State, train: Mask) -> Fit | None:
-    """More noise where the prompt was there before, most at the first tokens."""
+    """More noise where the prompt was there before, most at the first tokens, and not just at some steps."""
     again = repeated(evidence)
     level = np.where(evidence.of_sequence(again), np.where(evidence.position < _FIRST, 2, 1), 0)
-    return by_level(evidence, state, train, level, {}, rising=True)
+    fit = by_level(evidence, state, train, level, {}, rising=True)
+    steps = evidence.rows.get("step")
+    if fit is None or steps is None:
+        return fit
+    by_step = by_level(evidence, state, train, evidence.of_sequence(np.unique(steps, return_inverse=True)[1]), {})
+    return fit if likeliest([fit, by_step], train) is fit else None
 
 
 def repeated(evidence: Evidence) -> Mask:

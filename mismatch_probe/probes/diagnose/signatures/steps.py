@@ -64,7 +64,7 @@ def falls_behind(evidence: Evidence, state: State, train: Mask) -> Fit | None:
         return None
 
     def forms() -> Iterator[Variant]:
-        for power in (0.5, 1.0):
+        for power in (0.5, 1.0, 2.0, 3.5):
             for added in _ADDED:
                 spread = 0.5 * np.log1p((added * index**power) ** 2)
                 factor = float(np.sqrt(1 + (added * (n - 1) ** power) ** 2))

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from mismatch_probe.probes.diagnose.base import Fit, State, Variant, best_of, normalised, robust_fit, two_sided
+from mismatch_probe.probes.diagnose.base import Fit, State, Variant, best_of, normalised, plain, robust_fit, two_sided
 from mismatch_probe.probes.diagnose.evidence import Evidence, Floats, Mask
 from mismatch_probe.probes.diagnose.noise import uncertainty
 from mismatch_probe.probes.diagnose.signatures import signature
@@ -63,7 +63,7 @@ def temperature(evidence: Evidence, state: State, train: Mask) -> Fit | None:
     b = np.minimum(state.expected, 0.0)
     rest = robust_fit(evidence, fit.state, train, np.stack([q, q * q, q * b, b]))
     moved = fit.state.moved(fit.state.expected + rest)
-    if not two_sided((moved.expected - state.expected)[train & state.known]):
+    if not two_sided((moved.expected - state.expected)[train & plain(state)]):
         return None
     return replace(fit, state=moved)
 
