@@ -19,6 +19,7 @@ from mismatch_probe.probes.diagnose.base import (
     State,
     mean_gap,
     noise_of,
+    plain,
     quiet,
     residual,
     widens,
@@ -36,14 +37,17 @@ from mismatch_probe.results.diagnosis import Active, DiagnosedClass, Diagnosis, 
 MOST_FAULTS = 3
 LEAST_GAIN, LEAST_TOTAL, LEAST_UNITS = 0.01, 20.0, 1.5
 """A class is found from so many nats per token, nats in all, and standard errors over prompts."""
-LEAST_OF_FIRST = 0.1
+LEAST_OF_FIRST = 0.08
 """A further class gains at least this share of what the first did: no signature is exact, and leaves traces."""
 LEAST_MOVED_GAIN = 0.08
 """What moves expectations gains at least so many nats a token: large noise is lopsided and gives less than that."""
+MUCH_LEFT = 4.0
+"""Of times the baseline."""
 LEAST_CONTRAST = 2.0
 """Where tokens are off by more than rounding, those of a class are so many times as far off."""
-LEAST_APART = 10.0
-"""The same of a pattern of noise beside a class that gives all numbers another meaning."""
+LEAST_APART, LEAST_CONTRAST_KNOWN = 10.0, 4.0
+"""The same of a pattern of noise beside a class that gives all numbers another meaning: at all, and where the other tokens
+are known to be off by no more than rounding."""
 LEAST_FACTOR = 8.0
 """Noise that is so many times as wide stands out where its mean does not."""
 LEAST_PATTERN_GAIN, LEAST_PATTERN_GAP = 0.08, 0.02
@@ -141,7 +145,9 @@ def _needless(evidence: Evidence, found: Sequence[Found]) -> str | None:
 
 def _least_gain(found: Sequence[Found]) -> float:
     """Nats a token that a class has to gain beside others."""
-    return max(LEAST_GAIN, LEAST_OF_FIRST * found[0].candidate.gain if found else 0.0)
+    # What facts gain is of no scale: a token that nothing accounts for costs as much as any.
+    first = next((one.candidate.gain for one in found if one.candidate.signature.seen_by != "fact"), 0.0)
+    return max(LEAST_GAIN, LEAST_OF_FIRST * first)
 
 
 def _accepted(evidence: Evidence, state: State, one: Candidate, found: Sequence[Found]) -> bool:
@@ -157,9 +163,12 @@ def _stands_out(evidence: Evidence, state: State, one: Candidate) -> bool:
     """Whether what is expected anew fits, and whether noise is large where it is said to be."""
     moved = _moved(one, state)
     if moved.any():
-        left, gap = (mean_gap(evidence, which, moved) for which in (one.fit.state, state))
+        some = moved & plain(state)
+        left, gap = (mean_gap(evidence, which, some) for which in (one.fit.state, state))
         most = MOST_LEFT if one.gain < LARGE_GAIN else 1.0
-        return one.gain >= LEAST_MOVED_GAIN and left <= most * gap
+        # What leaves much has to say more.
+        least = LEAST_MOVED_GAIN * (1 if quiet(evidence, one.fit.state, some, MUCH_LEFT) else 2)
+        return one.gain >= least and left <= most * gap
     if not widens(one.fit, state):
         return True
     shown, pattern = one.fit.shown, one.signature.seen_by == "pattern"
@@ -186,7 +195,8 @@ def _beside(evidence: Evidence, state: State, earlier: Found, one: Candidate) ->
     # What is left where numbers have another meaning says little of rounding, unless it is left at some tokens only.
     if _relabels(earlier):
         there, elsewhere = (mean_gap(evidence, state, some) for some in (shown, ~shown))
-        return not one.signature.last and there >= LEAST_APART * elsewhere
+        known = evidence.baseline is not None and quiet(evidence, state, ~shown)
+        return not one.signature.last and there >= (LEAST_CONTRAST_KNOWN if known else LEAST_APART) * elsewhere
     # Nor does what is left of tokens whose noise is explained.
     noisier = earlier.candidate.fit.shown & widens(earlier.candidate.fit, earlier.before)
     return float((shown & noisier).sum()) <= _MOST * float(shown.sum())

@@ -51,6 +51,9 @@ def _placed(evidence: Evidence, zero: Mask, found: Mask, side: Floats, other: Fl
     """Whether zeros were put in place of log-probs, and are not those of certain tokens that the other side denies."""
     last = evidence.from_end == 0
     place = last if (last | ~(found & zero)).all() else ~last
+    # Truncated distributions give 0 to a token that stands alone, at both sides.
+    if (zero & (other == 0) & place).sum() >= _MORE * (zero & found).sum():
+        return False
     # Log-probs that round to 0 have neighbours that nearly do, unless they are rounded to a coarse grid.
     neighbours = place & (side > _NEXT_TO_ZERO) & (side < 0)
     if evidence.grid is None and neighbours.sum() < _FEW * (zero & place).sum():

@@ -13,6 +13,7 @@ from mismatch_probe.probes.diagnose.base import (
     best_of,
     likeliest,
     log_density,
+    mean_gap,
     normalised,
     robust_fit,
 )
@@ -23,7 +24,7 @@ from mismatch_probe.probes.diagnose.temper import log_power_sum
 
 _FACTORS = tuple(float(f) for f in np.exp(np.concatenate([-np.geomspace(0.02, 1.3, 22), np.geomspace(0.02, 1.3, 22)])))
 _TEMPERATURES = (0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.94, 1.06, 1.11, 1.18, 1.25, 1.33, 1.5, 1.7, 2.0)
-_SMALL = 1e-6
+_SMALL, _MOST_LEFT = 1e-6, 0.4
 
 
 @signature(
@@ -38,7 +39,10 @@ def scaled_logprobs(evidence: Evidence, state: State, train: Mask) -> Fit | None
     """a = c·b at every token, or a is that of the temperature by which b, or a, was divided after the softmax."""
     if normalised(evidence, state):
         return None
-    return likeliest([_scaled(evidence, state, train), best_of(evidence, _tempered(evidence, state), train)], train)
+    fit = likeliest([_scaled(evidence, state, train), best_of(evidence, _tempered(evidence, state), train)], train)
+    if fit is None or mean_gap(evidence, fit.state, train) > _MOST_LEFT * mean_gap(evidence, state, train):
+        return None
+    return fit
 
 
 def _tempered(evidence: Evidence, state: State) -> Iterator[Variant]:
