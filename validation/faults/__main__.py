@@ -192,6 +192,34 @@ def score(out: Path, results: Path, split: str, only: tuple[str, ...], baseline:
 
 @main.command()
 @click.argument("out", type=click.Path(path_type=Path))
+@click.argument("results", type=click.Path(path_type=Path))
+@click.option("--split", type=click.Choice(["dev", "test"]), required=True, help="Which half.")
+@click.option("--only", multiple=True, default=["*"], help="Pattern of names of cases; can be given again.")
+def causes(out: Path, results: Path, split: str, only: tuple[str, ...]) -> None:
+    """The same with experiments on the trainer's model, and the causes that they name."""
+    import torch
+
+    from validation.faults import causes as scoring
+    from validation.faults.bench import Bench
+
+    torch.set_num_threads(1)
+    truth = json.loads((out / "truth.json").read_text())["cases"]
+    bench, done = Bench(out), list(scoring.read(results))
+    names = {one.name for one in done}
+    with results.open("a") as file:
+        for name, entry in truth.items():
+            if entry["split"] == split and name not in names and any(fnmatch.fnmatch(name, one) for one in only):
+                one = scoring.settled(bench, name, out / f"{name}.jsonl", entry)
+                file.write(scoring.written(one) + "\n")
+                file.flush()
+                done.append(one)
+                said = one.cause or one.settled
+                click.echo(f"{'' if scoring.is_right(entry, one) else 'WRONG '}{name} ({entry['cause']}): {said}")
+    click.echo(scoring.summary(truth, done))
+
+
+@main.command()
+@click.argument("out", type=click.Path(path_type=Path))
 @click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path))
 def calibrate(out: Path, results: tuple[Path, ...]) -> None:
     """Fits the weights of `confidence` to RESULTS of the development half."""

@@ -35,7 +35,7 @@ def answers(truth: Mapping[str, Entry], results: Sequence[Judged]) -> list[Answe
     found = []
     for one in results:
         entry = truth[one.name]
-        if not entry["clean"] and below_floor(entry, one):
+        if not entry["clean"] and below_floor(entry, one.baseline):
             continue
         right = right_classes(entry)
         found += [

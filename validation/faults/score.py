@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mismatch_probe.config import DumpSettings
-from mismatch_probe.probes.diagnose.base import State
+from mismatch_probe.probes.diagnose.base import BEYOND_BASELINE, State
 from mismatch_probe.probes.diagnose.confidence import confidence, features
 from mismatch_probe.probes.diagnose.evidence import Evidence, read_evidence
 from mismatch_probe.probes.diagnose.run import Found, explain_away, outcome, remainder
@@ -25,7 +25,7 @@ from mismatch_probe.probes.recorded import open_dump
 Entry = Mapping[str, Any]
 _CONVERSATIONS = ("rounding-turns", "environment-tokens-in-mask", "rewritten-history", "tool-tokens-zero")
 SURE = 0.9
-FLOOR = 1.5
+FLOOR = BEYOND_BASELINE
 BINS = ((0.0, 0.5), (0.5, SURE), (SURE, 1.01))
 
 
@@ -127,15 +127,16 @@ def is_right(entry: Entry, one: Judged) -> bool:
     return one.outcome in right or bool(one.found and one.found[0].name in right)
 
 
-def below_floor(entry: Entry, one: Judged) -> bool:
+def below_floor(entry: Entry, baseline: float | None) -> bool:
     """Whether a fault is too small to be told from rounding: its mean |d| is below `FLOOR` times the audit's.
 
-    The rule was fixed on the development half. It holds for faults of weights, of the forward pass and of the kept
-    mass, whose size can be any; not for facts, such as placeholders or a grid.
+    From there on `diagnose` calls it more than rounding; the rule was fixed before the test half was scored. It holds
+    for faults of weights, of the forward pass and of the kept mass, whose size can be any; not for facts, such as
+    placeholders or a grid.
     """
     kinds = {known.kind for name in right_classes(entry) if (known := signatures().get(name))}
     sized = kinds & {"weights", "forward"} or "truncation" in right_classes(entry)
-    return bool(sized) and one.baseline is not None and entry["mean_abs_d"] < FLOOR * one.baseline
+    return bool(sized) and baseline is not None and entry["mean_abs_d"] < FLOOR * baseline
 
 
 def read(path: Path) -> Iterator[Judged]:
@@ -157,7 +158,7 @@ def summary(truth: Mapping[str, Entry], results: Sequence[Judged]) -> str:
     clean = [one for entry, one in scored if entry["clean"]]
     pairs = [(entry, one) for entry, one in scored if "+" in entry["class"]]
     faults = [(entry, one) for entry, one in scored if not entry["clean"] and "+" not in entry["class"]]
-    small = [one.name for entry, one in faults if below_floor(entry, one)]
+    small = [one.name for entry, one in faults if below_floor(entry, one.baseline)]
     faults = [(entry, one) for entry, one in faults if one.name not in small]
     by_fault = defaultdict(list)
     for entry, one in faults:

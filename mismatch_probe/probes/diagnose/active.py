@@ -249,11 +249,14 @@ class Search:
         if both:
             self.shared = both[0].hypothesis.about
             return None
+        # What gives all numbers another meaning is the cause, unless a network does it better that looks alike.
         labels = bool(accepted)
+        alike = {name for one in known if one.name in {a.experiment for a in accepted} for name in one.classes}
         alone = first is not None and not labels and not any(first.name in one.classes for one in known)
         for one in sorted((one for one in known if one.forwards), key=self._order):
             missing = [name for name in one.needs if name not in subject.given]
-            if missing or alone or labels or any(self._ends(found) for found in accepted):
+            other = labels and not alike & set(one.classes)
+            if missing or alone or other or any(self._ends(found) for found in accepted):
                 self.left.append(NotRun(name=one.name, forwards=one.forwards, needs=_options(missing)))
                 continue
             self._progress.message(f"experiment: {one.name}")

@@ -31,6 +31,7 @@ from mismatch_probe.probes.recorded import check_recorded
 from mismatch_probe.types import TRAINER_ENGINE, Dtype
 
 _PLAIN = "plain"
+_MOST_EMULATED = 2.0  # seconds of an FP32 pass that is made again in emulated BF16, which takes dozens of times longer
 
 
 class Models:
@@ -89,7 +90,8 @@ class Models:
                 f"The model cannot score the recorded ids: {found.why}.", "Look at the first error above."
             )
         rows = Rows.of(found.facts, seen)
-        if self._device == "cpu" and not devices.cpu_has_bf16():
+        emulated = self.low_dtype == "bfloat16" and self._device == "cpu" and not devices.cpu_has_bf16()
+        if emulated and found.seconds > _MOST_EMULATED:
             return rows, None
         low = next(iter(self._run(sample, "model", [ForwardChange(_PLAIN)], dtype=self.low_dtype)))
         return rows, None if low.why else low.logprobs

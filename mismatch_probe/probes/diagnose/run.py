@@ -46,8 +46,8 @@ MUCH_LEFT = 4.0
 LEAST_CONTRAST = 2.0
 """Where tokens are off by more than rounding, those of a class are so many times as far off."""
 LEAST_APART, LEAST_CONTRAST_KNOWN = 10.0, 4.0
-"""The same of a pattern of noise beside a class that gives all numbers another meaning: at all, and where the other tokens
-are known to be off by no more than rounding."""
+"""The same of a pattern of noise beside a class that gives all numbers another meaning; and where the other tokens are
+known to be off by no more than rounding."""
 LEAST_FACTOR = 8.0
 """Noise that is so many times as wide stands out where its mean does not."""
 LEAST_PATTERN_GAIN, LEAST_PATTERN_GAP = 0.08, 0.02
@@ -175,7 +175,7 @@ def _stands_out(evidence: Evidence, state: State, one: Candidate) -> bool:
     there, elsewhere = (mean_gap(evidence, state, some) for some in (shown, ~shown))
     least = LEAST_PATTERN_GAP * pattern if evidence.baseline is None else BEYOND_BASELINE * evidence.baseline
     if there < least or (pattern and one.gain < LEAST_PATTERN_GAIN):
-        # Rare tokens that are far off can make a mean of rounding; what a dump names, such as a replica, is told beside them.
+        # Rare tokens that are far off make up a mean: what a dump names, such as a replica, is told beside them.
         wide = float(one.fit.parameters.get("factor", 0.0)) >= LEAST_FACTOR
         return wide and one.signature.seen_by == "key" and one.signature.kind == "forward"
     # What differs little from tokens that are off themselves is no fault of its own.

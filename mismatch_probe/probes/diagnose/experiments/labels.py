@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from mismatch_probe.probes.diagnose.evidence import Floats
+from mismatch_probe.probes.diagnose.evidence import Floats, Ints
 from mismatch_probe.probes.diagnose.experiments import experiment
 from mismatch_probe.probes.diagnose.experiments.base import Hypothesis, Named, Subject
 
@@ -20,6 +20,7 @@ _SHIFTED = Named(
     "Log-probs belong to a token beside theirs",
     "Logits at a position predict the next token: shift labels by one, once, and each sequence of a pack for itself.",
 )
+_PACKED = Named("packed-labels-shifted", "Labels of packed rows are shifted together", _SHIFTED.fix)
 _LOW = Named(
     "softmax-16-bit",
     "The log-softmax runs in 16 bit",
@@ -35,23 +36,23 @@ def top_one(subject: Subject) -> Iterator[Hypothesis]:
 
 @experiment("shift", classes=("shift",), forwards=0)
 def shift(subject: Subject) -> Iterator[Hypothesis]:
-    """The plain column shifted within each sequence, and from the second sequence of packed rows on."""
+    """The plain column shifted within sequences: all, those of a pack after its first, or more in each of them."""
     sample = subject.sample
-    later = np.zeros(len(sample.requests), np.bool_)
+    place = np.zeros(len(sample.requests), np.int64)  # in the packed row
     for pack in sample.packs:
-        later[list(pack[1:])] = True
+        place[list(pack)] = np.arange(len(pack))
+    of_token = place[sample.sequence]
     for by in (-2, -1, 1, 2):
-        column = shifted(subject.plain, sample.sequence, by)
+        column = shifted(subject.plain, sample.sequence, np.full(len(of_token), by))
         yield Hypothesis(f"log-probs of the token {by:+d}", _SHIFTED, column, {"by": float(by)})
-        if later.any():
-            some = np.where(later[sample.sequence], column, subject.plain)
-            about = f"log-probs of the token {by:+d} from the second sequence of a packed row on"
-            named = Named("packed-labels-shifted", "Labels of packed rows are shifted together", _SHIFTED.fix)
-            yield Hypothesis(about, named, some, {"by": float(by)})
+        forms = {"from the second sequence of a packed row on": of_token > 0, "more with each sequence": of_token}
+        for about, times in forms.items() if of_token.max(initial=0) > 0 else ():
+            column = shifted(subject.plain, sample.sequence, by * times.astype(np.int64))
+            yield Hypothesis(f"log-probs of the token {by:+d} {about}", _PACKED, column, {"by": float(by)})
 
 
-def shifted(values: Floats, sequence: np.ndarray, by: int) -> Floats:
-    """`[N]` each value that of the token `by` places later in its sequence; the last or first one's where none is."""
+def shifted(values: Floats, sequence: Ints, by: Ints) -> Floats:
+    """`[N]` values of the token `by` `[N]` places later in the sequence; of its last or first one where none is."""
     index = np.arange(len(values))
     start = np.searchsorted(sequence, sequence, side="left")
     end = np.searchsorted(sequence, sequence, side="right") - 1
