@@ -33,6 +33,8 @@ SHRUNK, MOST = 3.0, 8.0
 a network that computes otherwise also rounds otherwise."""
 NEAR, NEARLY = 1.3, 15.0
 """It ends the search where it leaves so many times what rounding makes, or this part of all."""
+APART = 2.0
+"""Where no hypothesis does so, the nearest is taken if every other cause leaves so many times as much."""
 LEAST_GAIN, LEAST_TOTAL = 0.02, 15.0
 """Log-likelihood that it gains, nats a token and in all."""
 ROUNDING = 0.03
@@ -236,6 +238,7 @@ class Search:
     def __init__(self, subject: Subject, table: Sequence[TableClass], floor: float, progress: Progress) -> None:
         self._subject, self._table, self._floor, self._progress = subject, table, floor, progress
         self._ruled_out: set[str] = set()
+        self._near: list[Accepted] = []
         self.run: list[results.Experiment] = []
         self.left: list[NotRun] = []
         self.shared = ""
@@ -261,9 +264,18 @@ class Search:
                 continue
             self._progress.message(f"experiment: {one.name}")
             accepted += self._made(one)
-        if accepted:
-            return self._best(accepted)
-        return self.from_table()
+        accepted = accepted or self._nearest()
+        return self._best(accepted) if accepted else self.from_table()
+
+    def _nearest(self) -> list[Accepted]:
+        """The hypothesis that leaves least, where it leaves little and every other cause leaves much more."""
+        self._near.sort(key=lambda one: one.after)
+        for one in self._near[:1]:
+            cause = one.hypothesis.cause
+            others = [other.after for other in self._near if other.side == one.side and other.hypothesis.cause != cause]
+            close = one.after - self._floor <= (one.before - self._floor) / SHRUNK
+            return [one] if close and min(others, default=np.inf) >= APART * one.after else []
+        return []
 
     def _order(self, one: Experiment) -> tuple[bool, bool, int]:
         """What the user brought, then those of the table's classes, then the cheapest."""
@@ -316,6 +328,9 @@ class Search:
                     if gain >= LEAST_GAIN * subject.use.mean() and gain * subject.every.sum() >= LEAST_TOTAL:
                         yield Accepted(hypothesis, name, side, column, before, after, gain, share)
                         break
+            else:
+                after = subject.size(side, whole)
+                self._near.append(Accepted(hypothesis, name, side, whole, before, after, _gain(subject, side, whole)))
 
     def _explains(self, side: Side, column: Floats) -> bool:
         before, after = self._subject.size(side, self._subject.plain), self._subject.size(side, column)

@@ -24,6 +24,11 @@ _PADDING = Named(
     "Position ids count the padding on the left",
     "Give position ids made from the attention mask.",
 )
+_ATTENDED = Named(
+    "left-padding-attended",
+    "Attention sees the padding on the left",
+    "Give the trainer the attention mask of its batch.",
+)
 
 
 @experiment("begin-of-sequence", classes=("prompts-differ",), forwards=3)
@@ -64,4 +69,4 @@ def padding(subject: Subject) -> Iterator[Hypothesis]:
                 blocks.setdefault(place // rows, []).append(index)
             groups = tuple(tuple(block) for block in blocks.values())
             changes.append(ForwardChange(f"batches of {rows}, {about} padding", layout=layout, groups=groups))
-    return subject.whole("model", changes, lambda _: _PADDING)
+    return subject.whole("model", changes, lambda change: _PADDING if change.layout == "left-unnumbered" else _ATTENDED)

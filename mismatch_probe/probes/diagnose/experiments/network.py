@@ -48,7 +48,10 @@ _COARSE = Named(
     "Keep the residual stream in BF16 at least: look for FP8 or autocast around whole layers.",
 )
 _DROPOUT = Named(
-    "dropout", "Dropout is on", "Put the model into eval mode for log-probs, or set its dropout to 0.", "trainer"
+    "dropout",
+    "The gap is as large as dropout makes it, and without a pattern",
+    "Put the model into eval mode for log-probs, or set its dropout to 0.",
+    "trainer",
 )
 _WITHOUT_PATTERN = {"other-forward", "trainer-noise"}
 _RATES = (0.02, 0.05, 0.1, 0.2, 0.3)
@@ -94,7 +97,9 @@ def caps(subject: Subject) -> Iterator[Hypothesis]:
 def rotary(subject: Subject) -> Iterator[Hypothesis]:
     """Rotary frequencies divided, scaled as YaRN does, or of another base."""
     yield from subject.scan(
-        lambda f: ForwardChange(f"frequencies divided by {f:.4g}", kind="rope-divided", value=f), (2, 4, 8), _SCALING
+        lambda f: ForwardChange(f"frequencies divided by {f:.4g}", kind="rope-divided", value=f),
+        (1.25, 2, 4, 8),
+        _SCALING,
     )
     kinds = {"rope-yarn": "the length", "rope-yarn-2": "half the length", "rope-yarn-4": "a quarter of the length"}
     yarn = [ForwardChange(f"YaRN by {f} of {kinds[k]}", kind=k, value=f) for f in (2, 4, 8) for k in kinds]

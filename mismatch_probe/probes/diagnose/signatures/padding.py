@@ -17,7 +17,7 @@ _PADS = (4, 16)
     seen_by="pattern",
     kind="forward",
     title="Sequences with short prompts are off, those with the longest are not",
-    causes=("left-padding-positions",),
+    causes=("left-padding-positions", "left-padding-attended"),
     confirm="Score a padded row alone: the gap vanishes.",
     fix="Give the trainer position ids that count from the first real token: `attention_mask.cumsum(-1) - 1`.",
 )
