@@ -291,12 +291,81 @@ def test_other_weights_without_a_key_cannot_be_told(size: float) -> None:
     assert [one.candidate.signature.name for one in found] == ([] if size < 1 else ["other-forward"])
 
 
-def test_two_faults_of_different_kinds_are_both_found() -> None:
+def packed_with_ends() -> Toy:
     one = packed()
     b = one.chosen(one.engine)
     b[np.flatnonzero(np.diff(one.sequence, append=-1))] = 1.0
-    found, _ = explain_away(replace(one, rollout_logprobs=b).evidence())
-    assert {one.candidate.signature.name for one in found} == {"packing", "end-placeholders"}
+    return replace(one, rollout_logprobs=b)
+
+
+def packed_at_a_temperature() -> Toy:
+    """What packing breaks says nothing of whether log-probs sum to 1."""
+    one = toy(n_sequences=96)
+    one.rows["pack_index"] = np.arange(one.n_sequences) % 3
+    one = moved(one, 3.0, by_row(one, one.rows["pack_index"]) > 0)
+    return replace(one, trainer=one.trainer / 1.5)
+
+
+def zeros_where_the_trainer_is_broken() -> Toy:
+    """The trainer denies certain tokens as often as placeholders; only these are 0."""
+    one = positions()
+    one = moved(one, 6.0, one.position + by_row(one, one.prompt_length) >= 80)
+    b = one.chosen(one.engine)
+    return replace(one, rollout_logprobs=np.where(one.rng.random(len(b)) < 0.1, 0.0, b))
+
+
+def missing_while_it_falls_behind() -> Toy:
+    """What a missing value gains is no measure for what comes after it."""
+    one = falls_behind()
+    b = one.chosen(one.engine)
+    return replace(one, rollout_logprobs=np.where(one.sequence % 5 == 0, np.nan, b))
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (packed_with_ends, {"packing", "end-placeholders"}),
+        (packed_at_a_temperature, {"packing", "temperature"}),
+        (zeros_where_the_trainer_is_broken, {"positions", "placeholders"}),
+        (missing_while_it_falls_behind, {"falls-behind", "missing-values"}),
+    ],
+)
+def test_two_faults_of_different_kinds_are_both_found(make: Callable[[], Toy], names: set[str]) -> None:
+    found, _ = explain_away(make().evidence())
+    assert {one.candidate.signature.name for one in found} == names
+
+
+def test_certain_tokens_that_a_broken_trainer_denies_are_no_placeholders() -> None:
+    """Where log-probs round to 0 others nearly do."""
+    one = toy(length=120)
+    certain = one.rng.random(len(one.ids)) < 0.1
+    one = moved(one, 3.0, one.position + by_row(one, one.prompt_length) >= 80)
+    b = np.where(
+        certain,
+        -np.where(one.rng.random(len(one.ids)) < 0.5, 0.0, 10 ** one.rng.uniform(-7, -5, len(one.ids))),
+        one.chosen(one.engine),
+    )
+    a = np.where(certain & (one.position + by_row(one, one.prompt_length) < 80), b, one.chosen(one.trainer))
+    found, _ = explain_away(replace(one, rollout_logprobs=b, trainer_logprobs=a).evidence())
+    assert "placeholders" not in {other.candidate.signature.name for other in found}
+
+
+def test_growth_that_is_faster_than_the_steps_falls_behind() -> None:
+    one = with_steps()
+    change = one.rng.standard_normal(one.engine.shape) * 0.002
+    one = resampled(one, one.engine + change * by_row(one, one.rows["step"])[:, None] ** 3.0)
+    found, _ = explain_away(one.evidence())
+    assert [other.candidate.signature.name for other in found] == ["falls-behind"]
+
+
+def test_steps_whose_noise_wanders_are_no_repeated_prompts() -> None:
+    """Later steps repeat prompts of earlier ones, which says nothing where all that differs are steps."""
+    one = with_steps()
+    one = replace(one, prompt=np.arange(one.n_sequences) % 24)
+    size = np.array([0.1, 0.3, 0.15, 0.5, 0.4, 0.7, 0.2, 0.6])[by_row(one, one.rows["step"])]
+    one = resampled(one, one.engine + one.rng.standard_normal(one.engine.shape) * size[:, None])
+    found, _ = explain_away(one.evidence())
+    assert "repeated-prompts" not in {other.candidate.signature.name for other in found}
 
 
 @pytest.mark.parametrize(("make", "name", "value"), [(divided, "factor", 1 / 1.3), (shifted, "tokens", 1.0)])

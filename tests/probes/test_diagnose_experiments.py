@@ -92,6 +92,19 @@ def test_a_part_keeps_its_tokens_together() -> None:
     assert part.sequence[-1] == len(part.requests) - 1
 
 
+def test_labels_of_packs_that_lag_more_with_each_sequence_are_made_so() -> None:
+    one = subject(32, passes=[])
+    plain = np.arange(len(one.plain), dtype=np.float64)
+    packs = tuple((i, i + 1, i + 2) for i in range(0, N - 2, 3))
+    one = replace(one, sample=replace(one.sample, packs=packs), rows=replace(one.rows, logprob=plain))
+    found = {h.about: h.column for h in experiments()["shift"].run(one)}
+    columns = [found[f"log-probs of the token -1{text}"] for text in ("", " more with each sequence")]
+    place = np.r_[np.arange(99) % 3, 0][one.sample.sequence]
+    inside = np.arange(len(plain)) % LENGTH >= 2
+    for column, lag in zip(columns, (1, place), strict=True):
+        np.testing.assert_array_equal(column[inside], (plain - lag)[inside])
+
+
 def test_every_class_of_an_experiment_is_a_signature() -> None:
     assert {name for one in experiments().values() for name in one.classes} <= set(signatures())
 

@@ -19,7 +19,7 @@ FEATURES = (
     "by exclusion",
     "more noise only",
 )
-WEIGHTS = (-1.112, 0.901, -0.43, -0.388, -1.757, -0.367)
+WEIGHTS = (-2.308, 1.195, -0.331, -0.475, -1.505, -0.334)
 """Of a constant and the features: fitted by `python -m validation.faults calibrate`."""
 _LEAST_NATS, _MOST_NATS, _MOST_LEFT = 1.0, 1e4, float(np.log(30))
 
