@@ -120,6 +120,8 @@ class DiagnoseKeywords(TypedDict, total=False):
     """A LoRA adapter of --model, as PEFT saves it."""
     trainer_dtype: DtypeText
     """Dtype in which ids are scored."""
+    engine_dtype: DtypeText | None
+    """Score ids in vLLM, too, in this dtype: by prefill, and decoded again. It starts the engine."""
     tokens: int
     """Tokens that are scored, prompts included."""
 

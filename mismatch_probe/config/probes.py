@@ -133,4 +133,8 @@ class ExperimentSettings(Settings):
     trainer_dtype: Annotated[DtypeName, Option(metavar="DTYPE")] = Field(
         default="float32", description="Dtype in which ids are scored."
     )
+    engine_dtype: Annotated[DtypeName | None, Option(metavar="DTYPE")] = Field(
+        default=None,
+        description="Score ids in vLLM, too, in this dtype: by prefill, and decoded again. It starts the engine.",
+    )
     tokens: Positive = Field(default=2500, description="Tokens that are scored, prompts included.")

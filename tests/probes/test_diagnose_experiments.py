@@ -105,6 +105,26 @@ def test_labels_of_packs_that_lag_more_with_each_sequence_are_made_so() -> None:
         np.testing.assert_array_equal(column[inside], (plain - lag)[inside])
 
 
+@pytest.mark.parametrize(
+    ("prefill", "decode", "cause"), [(0.0, 0.0, "engine-forward"), (1.0, 0.0, "decode-differs-from-prefill")]
+)
+def test_what_the_engines_prefill_shows_too_is_no_fault_of_its_decode(
+    prefill: float, decode: float, cause: str
+) -> None:
+    one = subject(32, passes=[])
+    rollout = np.zeros(N * LENGTH)
+    made = {"prefill": rollout + prefill, "decode": rollout + decode}
+    one = replace(
+        one,
+        sample=replace(one.sample, rollout=rollout),
+        columns=lambda _, of, changes: iter((change, made[change.kind], "", 0.1) for change in changes),
+    )
+    found = {h.about: h for h in experiments()["engine"].run(one)}
+    decoded = found["the engine's decode"]
+    assert decoded.cause is not None
+    assert (decoded.cause.name, decoded.only) == (cause, "rollout")
+
+
 def test_every_class_of_an_experiment_is_a_signature() -> None:
     assert {name for one in experiments().values() for name in one.classes} <= set(signatures())
 

@@ -28,6 +28,15 @@ def _model(path: Path) -> Any:
 
 
 @torch.no_grad()
+def _altered(path: Path) -> Any:
+    """The model with noise of a tenth on every weight."""
+    model, draw = _model(path), torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        p.add_(0.1 * p.std() * torch.randn(p.shape, generator=draw))
+    return model
+
+
+@torch.no_grad()
 def _column(model: Any, ids: list[int], start: int, change: Change | None = None) -> list[float]:
     """Log-probs of `ids` from `start` on by the whole forward pass, with the logits changed."""
     logits = model(torch.tensor([ids])).logits[0, start - 1 : -1].double()
@@ -126,11 +135,7 @@ def test_a_rollout_with_a_repetition_penalty(drawn: Any, tmp_path: Path) -> None
 
 def test_a_rollout_with_older_weights(drawn: Any, tmp_path: Path) -> None:
     path, model, sequences = drawn
-    older = _model(path)
-    draw = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in older.parameters():
-            p.add_(0.1 * p.std() * torch.randn(p.shape, generator=draw))
+    older = _altered(path)
     older.save_pretrained(tmp_path / "older")
     rows = _rows(model, sequences, b=lambda ids, start: _column(older, ids, start))
     found = _diagnosed(tmp_path, rows, path, older_checkpoint=tmp_path / "older").active
@@ -168,3 +173,18 @@ def test_packed_rows_that_leak(drawn: Any, tmp_path: Path) -> None:
     assert found is not None
     assert found.cause is not None
     assert (found.cause.name, found.cause.side) == ("packing-leak", "trainer")
+
+
+def test_the_engine_goes_over_the_ids_by_prefill_and_by_decode(drawn: Any, tmp_path: Path) -> None:
+    """Both are the trainer's: what was recorded was computed with other weights, which nobody named."""
+    path, model, sequences = drawn
+    other = _altered(path)
+    rows = _rows(model, sequences, b=lambda ids, start: _column(other, ids, start))
+    found = _diagnosed(tmp_path, rows, path, engine_dtype="float32").active
+    assert found is not None
+    assert (found.settled, found.side, found.cause) == ("side", "rollout", None)
+    passes = {one.hypothesis: one.sizes for one in found.experiments if one.name == "engine"}
+    assert set(passes) == {"the engine's prefill", "the engine's decode"}
+    for sizes in passes.values():
+        assert sizes is not None
+        assert sizes.trainer <= 2 * found.floor < sizes.rollout

@@ -398,7 +398,12 @@ class Search:
 
 
 def _options(missing: Sequence[str]) -> str:
-    names = {"older": "--older-checkpoint", "base": "--base-model", "adapter": "--adapter"}
+    names = {
+        "older": "--older-checkpoint",
+        "base": "--base-model",
+        "adapter": "--adapter",
+        "engine": "--engine-dtype",
+    }
     return ", ".join(names[one] for one in missing)
 
 

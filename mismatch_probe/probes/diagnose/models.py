@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+
 from mismatch_probe.config.commands import DiagnoseSettings
 from mismatch_probe.engines import devices, registry
-from mismatch_probe.engines.base import TrainerJob
+from mismatch_probe.engines.attribute.rollout import RolloutVariants
+from mismatch_probe.engines.attribute.variants import PassKind
+from mismatch_probe.engines.base import RolloutJob, TrainerJob
 from mismatch_probe.engines.diagnose.changes import ForwardChange
 from mismatch_probe.engines.diagnose.job import ColumnsJob
 from mismatch_probe.engines.events import Column, Event
@@ -28,7 +32,8 @@ from mismatch_probe.probes.diagnose.sample import Sample
 from mismatch_probe.probes.own_pass import bare_trainer
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.probes.recorded import check_recorded
-from mismatch_probe.types import TRAINER_ENGINE, Dtype
+from mismatch_probe.runs.measurements import Measurement
+from mismatch_probe.types import ROLLOUT_ENGINE, TRAINER_ENGINE, Dtype, RolloutRequest, Sampling
 
 _PLAIN = "plain"
 _MOST_EMULATED = 2.0  # seconds of an FP32 pass that is made again in emulated BF16, which takes dozens of times longer
@@ -67,8 +72,9 @@ class Models:
 
     @property
     def given(self) -> frozenset[str]:
-        """Which other weights there are: `older`, `base`, `adapter`."""
-        return frozenset(self._models) - {"model"}
+        """What else there is: `older`, `base`, `adapter`, `engine`."""
+        engine = {"engine"} if self._settings.engine_dtype is not None else set[str]()
+        return frozenset(self._models) - {"model"} | engine
 
     def __enter__(self) -> Models:
         return self
@@ -76,8 +82,7 @@ class Models:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._process is not None:
-            self._process[1].close()
+        self._close()
         if error is None or not isinstance(error, EngineError):  # whose message names the log
             shutil.rmtree(self._logs, ignore_errors=True)
 
@@ -103,13 +108,69 @@ class Models:
 
         Args:
             sample: The sequences.
-            of: `model`, `older`, `base` or `adapter`.
-            changes: What to do.
+            of: `model`, `older`, `base`, `adapter` or `engine`.
+            changes: What to do; of the engine, how it goes over the tokens.
             targets: What a column has to be, to be the last.
         """
+        if of == "engine":
+            yield from self._in_engine(sample, changes)
+            return
         by_name = {change.name: change for change in changes}
         for found in self._run(sample, of, changes, targets=targets) if changes else ():
             yield by_name[found.name], None if found.why else found.logprobs, found.why, found.seconds
+
+    def _in_engine(
+        self, sample: Sample, changes: Sequence[ForwardChange]
+    ) -> Iterator[tuple[ForwardChange, Floats | None, str, float]]:
+        """Columns of passes of the rollout engine, whose process ends with them."""
+        self._close()
+        files = {change.name: Measurement(self._logs / f"{change.kind}.npz", "") for change in changes}
+        rollout, environment = self._rollout(sample)
+        kinds: dict[str, PassKind] = {change.name: change.kind for change in changes}  # type: ignore[misc]
+        process = EngineProcess(rollout.engine, environment, self._logs / "engine.log")
+        try:
+            process.run(RolloutVariants(rollout, kinds, files, ()), lambda event: None)
+        finally:
+            process.close()
+        counts = np.concatenate(sample.counts)
+        for change in changes:
+            found = files[change.name].load()
+            assert found is not None  # the job ended
+            facts, arrays = found
+            why = str(facts.get("failed", ""))
+            column = None if why else np.asarray(arrays["logprobs"], np.float64)[counts]
+            yield change, column, why, float(facts.get("seconds", 0.0))
+
+    def _rollout(self, sample: Sample) -> tuple[RolloutJob, Mapping[str, str]]:
+        """The engine with the ids to go over, and its environment."""
+        dtype, model = self._settings.engine_dtype, self._models["model"]
+        assert dtype is not None
+        settings = registry.find(ROLLOUT_ENGINE).rollout_settings(
+            self._device, dtype, eager=self._device == "cpu", in_process=True, kv_cache_gib=1
+        )
+        requests = [
+            RolloutRequest(one.sequence_id, list(one.prompt_token_ids), 0, tuple(one.response_token_ids))
+            for one in sample.requests
+        ]
+        job = RolloutJob(
+            engine=ROLLOUT_ENGINE,
+            model_path=str(model.path),
+            dtype=dtype,
+            device=self._device,
+            sampling=Sampling(max(len(one.forced_token_ids) for one in requests)),
+            requests=requests,
+            batch=len(requests),
+            self_noise_tokens=0,
+            max_model_len=1 + max(one.length for one in sample.requests),  # prefill has one token made behind
+            trust_remote_code=self._settings.trust_remote_code,
+            arguments=settings.arguments,
+        )
+        return job, settings.environment
+
+    def _close(self) -> None:
+        if self._process is not None:
+            self._process[1].close()
+            self._process = None
 
     def _run(
         self,
@@ -152,8 +213,7 @@ class Models:
         settings = registry.find(trainer.engine).trainer_settings(self._device, trainer.dtype)
         key = frozenset(settings.environment.items())
         if self._process is not None and self._process[0] != key:
-            self._process[1].close()
-            self._process = None
+            self._close()
         if self._process is None:
             process = EngineProcess(trainer.engine, settings.environment, self._logs / "diagnose.log")
             self._process = key, process

@@ -91,7 +91,7 @@ class Subject:
         vocabulary: Ids of the model.
         bos: Id that begins a sequence; None where the model has none.
         n_layers: Decoder layers.
-        given: Which other weights there are: `older`, `base`, `adapter`.
+        given: What else there is: `older`, `base`, `adapter`, `engine`.
     """
 
     sample: Sample
@@ -259,7 +259,7 @@ class Experiment:
         name: In kebab case.
         classes: Classes of the table for which it comes first.
         forwards: Forward passes that it costs, at most; 0 where the plain pass's rows are enough.
-        needs: Other weights that it needs, of `older`, `base`, `adapter`.
+        needs: What else it needs, of `older`, `base`, `adapter`, `engine`.
         run: Makes its hypotheses.
     """
 

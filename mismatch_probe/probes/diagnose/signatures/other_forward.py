@@ -29,6 +29,7 @@ _LEAST = 1e-3  # nats: of less, one flip of a route in FP32 is many times an aud
         "dropout",
         "coarser-rounding",
         "soft-cap-or-sink-missing",
+        "engine-forward",
     ),
     confirm="Score the same ids with the older checkpoint, the base model, and twice with the trainer.",
     fix=(
