@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from mismatch_probe.report.accounting import accounting_section
 from mismatch_probe.report.experiments import experiments_answer, experiments_section
-from mismatch_probe.report.format import clipped, count, number, percent
+from mismatch_probe.report.format import clipped, count, fitted, number, percent
 from mismatch_probe.report.model import (
     Cell,
     Column,
@@ -127,7 +127,7 @@ def _notes(document: Diagnosis) -> Iterator[str]:
             f"Signatures are fitted to {count(document.n_tokens)} of {count(document.source.n_tokens)} tokens: whole "
             "prompts, spread evenly over the dump."
         )
-    if document.remainder.baseline is None:
+    if document.remainder.baseline is None and document.active is None:
         yield (
             "Whether the noise that is left is the rounding of this model in its precision is not known: name an audit "
             "of the model with --audit."
@@ -135,13 +135,9 @@ def _notes(document: Diagnosis) -> Iterator[str]:
 
 
 def _class(one: DiagnosedClass) -> tuple[Section, ...]:
-    fitted = [
-        f"{name.replace('_', ' ')}: {value if isinstance(value, str) else number(value)}"
-        for name, value in one.parameters.items()
-    ]
     rivals = ", ".join(f"{rival.name} ({number(rival.gain, 2)})" for rival in one.rivals)
     lines = [
-        *fitted,
+        *fitted(one.parameters),
         f"gain: {number(one.gain)} nats a token on held-out prompts, {number(one.gain_units, 3)} standard errors",
         f"usual causes: {', '.join(one.causes)}",
         *([f"other classes that explain part of it (nats a token): {rivals}"] if rivals else []),

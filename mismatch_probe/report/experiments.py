@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mismatch_probe.report.format import clipped, count, number
+from mismatch_probe.report.format import clipped, count, fitted, number
 from mismatch_probe.report.model import Cell, Column, Section, Text, plain, section, table
 from mismatch_probe.results.diagnosis import Active, Cause, Experiment
 
@@ -33,9 +33,9 @@ def experiments_answer(active: Active) -> str:
 
 
 def _cause(cause: Cause) -> str:
-    fitted = "".join(f", {name.replace('_', ' ')} {_value(value)}" for name, value in cause.parameters.items())
+    found = "".join(f", {one}" for one in fitted(cause.parameters))
     also = f" (or {', '.join(cause.as_well)})" if cause.as_well else ""
-    said = f"Cause, by experiment: {cause.title[:1].lower() + cause.title[1:]} ({cause.name}{fitted}){also}."
+    said = f"Cause, by experiment: {cause.title[:1].lower() + cause.title[1:]} ({cause.name}{found}){also}."
     if cause.side is None:
         return said
     left = "" if cause.experiment == "plain" else f" and is {number(cause.after, 2)} under this hypothesis"
@@ -86,8 +86,8 @@ def _rank(one: Experiment) -> tuple[bool, float]:
 
 
 def _row(one: Experiment) -> list[Cell | str]:
-    fitted = ", ".join(f"{name.replace('_', ' ')} {_value(value)}" for name, value in one.parameters.items())
-    about = Cell(clipped(one.hypothesis, 80), below=one.why or fitted)
+    found = ", ".join(fitted(one.parameters))
+    about = Cell(clipped(one.hypothesis, 80), below=one.why or found)
     name = Cell(one.name, below=f"explains the {' and the '.join(one.explains)}" if one.explains else "")
     if one.sizes is None:
         return [name, about, plain(None), plain(None)]
@@ -96,7 +96,3 @@ def _row(one: Experiment) -> list[Cell | str]:
 
 def _sizes(rollout: float, trainer: float) -> tuple[Cell, Cell]:
     return plain(rollout), plain(trainer)
-
-
-def _value(value: float | str) -> str:
-    return value if isinstance(value, str) else number(value)

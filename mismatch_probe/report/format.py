@@ -10,7 +10,7 @@ from mismatch_probe.metrics.catalog import metric_info
 from mismatch_probe.metrics.curves import KINDS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from mismatch_probe.report.model import Token
 
@@ -78,6 +78,17 @@ def percent(share: float | None) -> str:
 def count(value: int | None) -> str:
     """A count with thousands separated, `–` for None."""
     return NONE if value is None else f"{value:,}"
+
+
+def fitted(parameters: Mapping[str, float | str]) -> list[str]:
+    """What was fitted, `name value` each; whole numbers without digits behind them."""
+
+    def told(value: float | str) -> str:
+        if isinstance(value, str):
+            return value
+        return count(int(value)) if float(value).is_integer() else number(value)
+
+    return [f"{name.replace('_', ' ')} {told(value)}" for name, value in parameters.items()]
 
 
 def size(n_bytes: float) -> str:

@@ -39,7 +39,7 @@ _WINDOW = Named(
 )
 _CAP = Named(
     "soft-cap-or-sink-missing",
-    "One side caps its logits, or its attention has a sink, and the other's not",
+    "One side caps its logits, or its attention has a sink, and the other side does not",
     "Use an attention implementation and a head that have the model's soft caps and sinks.",
 )
 _COARSE = Named(
