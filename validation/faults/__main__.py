@@ -208,7 +208,8 @@ def causes(out: Path, results: Path, split: str, only: tuple[str, ...]) -> None:
     names = {one.name for one in done}
     with results.open("a") as file:
         for name, entry in truth.items():
-            if entry["split"] == split and name not in names and any(fnmatch.fnmatch(name, one) for one in only):
+            wanted = entry["split"] == split and any(fnmatch.fnmatch(name, one) for one in only)
+            if wanted and name not in names and not scoring.unsettled(entry):
                 one = scoring.settled(bench, name, out / f"{name}.jsonl", entry)
                 file.write(scoring.written(one) + "\n")
                 file.flush()

@@ -86,7 +86,7 @@ def is_right(entry: Entry, one: Settled) -> bool:
     return entry["cause"] in (one.cause, *one.as_well)
 
 
-def _unsettled(entry: Entry) -> bool:
+def unsettled(entry: Entry) -> bool:
     """Whether a case has two causes, or one that no experiment can settle."""
     return "+" in entry["class"] or entry["class"] == "cannot-tell"
 
@@ -107,7 +107,7 @@ def summary(truth: Mapping[str, Entry], results: Sequence[Settled]) -> str:
     audits = baselines(truth)
     scored = [(truth[one.name], one) for one in results if one.name in truth]
     scored = [
-        (e, one) for e, one in scored if e["clean"] or not (_unsettled(e) or below_floor(e, baseline_of(audits, e)))
+        (e, one) for e, one in scored if e["clean"] or not (unsettled(e) or below_floor(e, baseline_of(audits, e)))
     ]
     faults, clean = ([(e, one) for e, one in scored if e["clean"] is kind] for kind in (False, True))
     by_fault = defaultdict(list)
