@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from mismatch_probe.config.settings import DtypeName, Dtypes, Listed, Option, PathText, Positive, Settings
 from mismatch_probe.dtypes import SHORT_DTYPES
@@ -138,3 +138,11 @@ class ExperimentSettings(Settings):
         description="Score ids in vLLM, too, in this dtype: by prefill, and decoded again. It starts the engine.",
     )
     tokens: Positive = Field(default=2500, description="Tokens that are scored, prompts included.")
+
+    @model_validator(mode="after")
+    def _of_a_model(self) -> Self:
+        fields = type(self).model_fields
+        for name in ("older_checkpoint", "base_model", "adapter", "engine_dtype", "tokens"):
+            if not self.model and getattr(self, name) != fields[name].default:
+                raise UsageError(f"{self.called(name)} is for experiments.", "Name the trainer's weights with --model.")
+        return self
