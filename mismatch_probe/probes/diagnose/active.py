@@ -247,7 +247,9 @@ class Search:
         """What explains the gap; None where nothing does."""
         subject, first = self._subject, self._table[0] if self._table else None
         known = list(experiments().values())
-        accepted = [found for one in known if not one.forwards for found in self._made(one)]
+        # A class that no experiment is of is told by a key: other numbers near a side's say nothing against it.
+        alone = first is not None and not any(first.name in one.classes for one in known)
+        accepted = [] if alone else [found for one in known if not one.forwards for found in self._made(one)]
         both = [one for one in accepted if all(self._explains(side, one.column) for side in SIDES)]
         if both:
             self.shared = both[0].hypothesis.about
@@ -255,7 +257,6 @@ class Search:
         # What gives all numbers another meaning is the cause, unless a network does it better that looks alike.
         labels = bool(accepted)
         alike = {name for one in known if one.name in {a.experiment for a in accepted} for name in one.classes}
-        alone = first is not None and not labels and not any(first.name in one.classes for one in known)
         for one in sorted((one for one in known if one.forwards), key=self._order):
             missing = [name for name in one.needs if name not in subject.given]
             other = labels and not alike & set(one.classes)

@@ -47,7 +47,9 @@ def _inside(evidence: Evidence, shown: Mask) -> tuple[str, ...]:
 
 
 def _missing(evidence: Evidence, shown: Mask) -> tuple[str, ...]:
-    """Where the other side is certain, or from one token to the end."""
+    """At the last token alone, where the other side is certain, or from one token to the end."""
+    if (evidence.from_end[shown] == 0).all():
+        return ("eos-placeholder",)
     others = np.where(np.isfinite(evidence.trainer), evidence.trainer, evidence.rollout)[shown]
     if np.nanmedian(others) > _CERTAIN:
         return ("missing-at-certain-tokens",)

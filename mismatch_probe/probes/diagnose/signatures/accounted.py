@@ -101,7 +101,7 @@ def placeholders(evidence: Evidence, state: State, train: Mask) -> Fit | None:
     seen_by="fact",
     kind="rows",
     title="Tokens have no finite log-prob on one side",
-    causes=("missing-at-certain-tokens", "nan-row"),
+    causes=("missing-at-certain-tokens", "nan-row", "eos-placeholder"),
     confirm="Look at the tokens: near-certain ones are lost on the way, all tokens after one are a NaN in the model.",
     fix="Record log-probs as numbers in FP32; where the engine gives NaN, look for an overflow in FP16.",
 )

@@ -25,6 +25,7 @@ from mismatch_probe.probes.diagnose.signatures import signature
 _ADDED = tuple(float(one) for one in np.geomspace(0.03, 1e6, 32))
 """What an update adds, in scales of the first step's noise."""
 _OF_ANY = 0.7  # of what any course over the steps would gain
+_APART = 2.0  # times the gap of any other step
 
 
 def _index(evidence: Evidence, least: int) -> tuple[Ints, int] | None:
@@ -124,15 +125,11 @@ def one_step(evidence: Evidence, state: State, train: Mask) -> Fit | None:
     if found is None:
         return None
     index, n = found
-    widest = np.argsort(-_sizes(evidence, state, index, n))[:3]
-    return likeliest(
-        (
-            by_level(evidence, state, train, (index == one).astype(np.int64), {"step": float(one)}, rising=True)
-            for one in widest
-            if quiet(evidence, state, index != one)
-        ),
-        train,
-    )
+    sizes = _sizes(evidence, state, index, n)
+    one, next_ = (int(i) for i in np.argsort(-sizes)[:2])
+    if sizes[one] < _APART * sizes[next_] or not quiet(evidence, state, index != one):
+        return None
+    return by_level(evidence, state, train, (index == one).astype(np.int64), {"step": float(one)}, rising=True)
 
 
 def _sizes(evidence: Evidence, state: State, index: Ints, n: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
