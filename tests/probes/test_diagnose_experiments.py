@@ -137,6 +137,7 @@ def test_every_class_of_an_experiment_is_a_signature() -> None:
         ("placeholders", 0, 1, "missing-logprobs"),
         ("placeholders", 0, 6, "tool-tokens-zero"),
         ("missing-values", 5, 0, "nan-row"),
+        ("missing-values", 1, 0, "eos-placeholder"),
     ],
 )
 def test_runs_tell_causes(name: str, last: int, inside: int, cause: str) -> None:
