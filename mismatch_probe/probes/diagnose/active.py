@@ -270,13 +270,11 @@ class Search:
 
     def _nearest(self) -> list[Accepted]:
         """The hypothesis that leaves least, where it leaves little and every other cause leaves much more."""
-        self._near.sort(key=lambda one: one.after)
-        for one in self._near[:1]:
-            cause = one.hypothesis.cause
-            others = [other.after for other in self._near if other.side == one.side and other.hypothesis.cause != cause]
-            close = one.after - self._floor <= (one.before - self._floor) / SHRUNK
-            return [one] if close and min(others, default=np.inf) >= APART * one.after else []
-        return []
+        best = min(self._near, key=lambda one: one.after, default=None)
+        if best is None or best.after - self._floor > (best.before - self._floor) / SHRUNK:
+            return []
+        others = (one for one in self._near if one.side == best.side and one.hypothesis.cause != best.hypothesis.cause)
+        return [best] if all(one.after >= APART * best.after for one in others) else []
 
     def _order(self, one: Experiment) -> tuple[bool, bool, int]:
         """What the user brought, then those of the table's classes, then the cheapest."""

@@ -42,7 +42,7 @@ LEAST_OF_FIRST = 0.08
 LEAST_MOVED_GAIN = 0.08
 """What moves expectations gains at least so many nats a token: large noise is lopsided and gives less than that."""
 MUCH_LEFT = 4.0
-"""Of times the baseline."""
+"""What leaves more than so many times the baseline gains twice as much."""
 LEAST_CONTRAST = 2.0
 """Where tokens are off by more than rounding, those of a class are so many times as far off."""
 LEAST_APART, LEAST_CONTRAST_KNOWN = 10.0, 4.0
@@ -166,7 +166,6 @@ def _stands_out(evidence: Evidence, state: State, one: Candidate) -> bool:
         some = moved & plain(state)
         left, gap = (mean_gap(evidence, which, some) for which in (one.fit.state, state))
         most = MOST_LEFT if one.gain < LARGE_GAIN else 1.0
-        # What leaves much has to say more.
         least = LEAST_MOVED_GAIN * (1 if quiet(evidence, one.fit.state, some, MUCH_LEFT) else 2)
         return one.gain >= least and left <= most * gap
     if not widens(one.fit, state):
