@@ -77,6 +77,4 @@ def test_one_side_alone_is_refused(tmp_path: Path, command: Callable[..., Any]) 
 def test_options_of_experiments_need_a_model(tmp_path: Path, command: Callable[..., Any]) -> None:
     shown = command("diagnose", dump(toy(), tmp_path / "d.jsonl"), "--engine-dtype", "bfloat16")
     assert shown.code == 2
-    assert "--engine-dtype is for experiments. Name the trainer's weights with --model." in " ".join(
-        shown.err.split()
-    )
+    assert "--engine-dtype is for experiments. Name the trainer's weights with --model." in " ".join(shown.err.split())

@@ -13,6 +13,7 @@ from scipy import stats
 from mismatch_probe.probes.diagnose.base import State, group_spread, normalised, robust_fit
 from mismatch_probe.probes.diagnose.evidence import Evidence
 from mismatch_probe.probes.diagnose.noise import Noise, fit_noise, t_log_density
+from mismatch_probe.probes.diagnose.one_sided import one_sided
 from mismatch_probe.probes.diagnose.run import explain_away, outcome, remainder
 from mismatch_probe.probes.diagnose.signatures import penalty, scaled_logprobs, signatures, temperature
 from tests.probes.toy_dump import Toy, log_softmax, moved, resampled, toy
@@ -480,6 +481,15 @@ def test_the_robust_fit_is_least_squares_where_noise_is_normal() -> None:
     state = State.start(shifted_by)
     found = robust_fit(shifted_by, state, np.ones(len(evidence), np.bool_), np.stack([evidence.seen.astype(float)]))
     assert found.max() == pytest.approx(0.4, abs=0.01)
+
+
+def test_a_mixture_of_shifts_is_fitted_where_one_half_lacks_a_bin() -> None:
+    one = toy().evidence()
+    state = State.start(one)
+    rare = np.isin(np.arange(len(one)), np.argsort(one.rollout)[:3])  # the least certain ones
+    found = one_sided(one, state, ~rare, [lambda lost: -lost * np.ones(len(one))], rare.astype(np.int64))
+    assert found is not None
+    assert np.isfinite(found.log_density).all()
 
 
 def test_every_signature_is_in_the_table_of_planted_faults() -> None:

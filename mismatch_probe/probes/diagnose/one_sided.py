@@ -64,7 +64,7 @@ def one_sided(
     x, rest = uncertainty(state.expected), residual(evidence, state)
     level = np.searchsorted(np.quantile(x[few], np.linspace(0, 1, _BINS + 1)[1:-1]), x)
     bin_of = level if group is None else level + _BINS * group
-    whole = _Table(rest, x, level, bin_of, state.spread)
+    whole = _Table(rest, x, level, bin_of, state.spread, int(bin_of.max()) + 1)
     start = noise_of(evidence, state, train)
     tried = [(i, strength, start) for i in range(len(forms)) for strength in _STRENGTHS]
     which, strength, _ = _likeliest(whole, forms, fewest, tried, _ROUNDS)
@@ -82,16 +82,17 @@ def one_sided(
 
 @dataclass(frozen=True)
 class _Table:
-    """Residuals `[n]`, log(1 − p), its level, bins of weights, and spread."""
+    """Residuals `[n]`, log(1 − p), its level, bins of weights, and spread; how many bins there are."""
 
     rest: Floats
     x: Floats
     level: Ints
     bin: Ints
     spread: Floats
+    n_bins: int
 
     def of(self, some: Ints) -> _Table:
-        return _Table(self.rest[some], self.x[some], self.level[some], self.bin[some], self.spread[some])
+        return _Table(self.rest[some], self.x[some], self.level[some], self.bin[some], self.spread[some], self.n_bins)
 
 
 @dataclass(frozen=True)
@@ -125,13 +126,13 @@ def _likeliest(
 
 
 def _fitted(table: _Table, largest: Floats, noise: Noise, rounds: int) -> _Mixture:
-    n_bins = int(table.bin.max()) + 1
     one = _Mixture(
-        np.full((n_bins, len(_STEPS)), -np.log(len(_STEPS))),
+        np.full((table.n_bins, len(_STEPS)), -np.log(len(_STEPS))),
         Noise(noise.knots, noise.log_scale - 0.7, noise.degrees, 0.0),
     )
     in_bin, in_level = (
-        (codes == np.arange(n)[:, None]).astype(np.float64) for codes, n in ((table.bin, n_bins), (table.level, _BINS))
+        (codes == np.arange(n)[:, None]).astype(np.float64)
+        for codes, n in ((table.bin, table.n_bins), (table.level, _BINS))
     )
     some = np.flatnonzero(in_level.sum(1))
     knots = np.array([np.median(table.x[table.level == k]) for k in some])
