@@ -150,9 +150,8 @@ class RecordedSettings(DumpSettings):
 
     @model_validator(mode="after")
     def _recorded(self) -> Self:
-        fields = type(self).model_fields
         for name in ("rescore", "replay", *DumpSettings.model_fields):
-            if self.source is None and getattr(self, name) != fields[name].default:
+            if self.source is None and name in self.changed:
                 raise UsageError(f"{self.called(name)} needs recorded sequences.", "Give their file with --from.")
         return self
 

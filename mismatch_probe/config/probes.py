@@ -141,8 +141,7 @@ class ExperimentSettings(Settings):
 
     @model_validator(mode="after")
     def _of_a_model(self) -> Self:
-        fields = type(self).model_fields
         for name in ("older_checkpoint", "base_model", "adapter", "engine_dtype", "tokens"):
-            if not self.model and getattr(self, name) != fields[name].default:
+            if not self.model and name in self.changed:
                 raise UsageError(f"{self.called(name)} is for experiments.", "Name the trainer's weights with --model.")
         return self

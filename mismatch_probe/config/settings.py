@@ -153,11 +153,15 @@ class Settings(BaseModel):
         """
         return self.of({**dict(self), **changes})
 
+    @property
+    def changed(self) -> dict[str, Any]:
+        """Settings that are not at their defaults."""
+        fields = type(self).model_fields
+        return {name: value for name, value in self if value != fields[name].get_default(call_default_factory=True)}
+
     def arguments(self) -> list[str]:
         """The options that ask for these settings; those at their defaults are left out."""
-        fields = type(self).model_fields
-        changed = {name: value for name, value in self if value != fields[name].get_default(call_default_factory=True)}
-        return [word for name, value in changed.items() for word in _words(setting(type(self), name), value)]
+        return [word for name, value in self.changed.items() for word in _words(setting(type(self), name), value)]
 
     def part(self, kind: type[S], without: type[Settings] | None = None) -> S:
         """Settings of another class, as far as this one has them.
