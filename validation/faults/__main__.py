@@ -174,19 +174,39 @@ def score(out: Path, results: Path, split: str, only: tuple[str, ...], baseline:
     """Diagnoses the cases of OUT that are not in RESULTS yet (JSON lines), and prints what is right."""
     from validation.faults import score as scoring
 
-    truth = json.loads((out / "truth.json").read_text())["cases"]
+    truth = _truth(out)
     audits = scoring.baselines(truth) if baseline else {}
+
+    def judge(name: str, entry: dict[str, Any]) -> tuple[Any, str]:
+        one = scoring.judged(name, out / f"{name}.jsonl", entry, scoring.baseline_of(audits, entry))
+        said = ", ".join(f"{a.name} {a.confidence:.2f}" for a in one.found) or one.outcome
+        return one, f"({entry['class']}): {said}"
+
+    chosen = {name: entry for name, entry in truth.items() if _wanted(name, entry, split, only)}
+    _judge_all(scoring, truth, chosen, results, judge)
+
+
+def _truth(out: Path) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = json.loads((out / "truth.json").read_text())["cases"]
+    return found
+
+
+def _wanted(name: str, entry: dict[str, Any], split: str, only: tuple[str, ...]) -> bool:
+    return entry["split"] == split and any(fnmatch.fnmatch(name, one) for one in only)
+
+
+def _judge_all(scoring: Any, truth: Any, chosen: Any, results: Path, judge: Any) -> None:
+    """Judges what is chosen and not in the results yet, keeps each at once, and prints a summary of all."""
     done = list(scoring.read(results))
     names = {one.name for one in done}
     with results.open("a") as file:
-        for name, entry in truth.items():
-            if entry["split"] == split and name not in names and any(fnmatch.fnmatch(name, one) for one in only):
-                one = scoring.judged(name, out / f"{name}.jsonl", entry, scoring.baseline_of(audits, entry))
+        for name, entry in chosen.items():
+            if name not in names:
+                one, said = judge(name, entry)
                 file.write(scoring.written(one) + "\n")
                 file.flush()
                 done.append(one)
-                said = ", ".join(f"{a.name} {a.confidence:.2f}" for a in one.found) or one.outcome
-                click.echo(f"{'' if scoring.is_right(entry, one) else 'WRONG '}{name} ({entry['class']}): {said}")
+                click.echo(f"{'' if scoring.is_right(entry, one) else 'WRONG '}{name} {said}")
     click.echo(scoring.summary(truth, done))
 
 
@@ -203,20 +223,18 @@ def causes(out: Path, results: Path, split: str, only: tuple[str, ...]) -> None:
     from validation.faults.bench import Bench
 
     torch.set_num_threads(1)
-    truth = json.loads((out / "truth.json").read_text())["cases"]
-    bench, done = Bench(out), list(scoring.read(results))
-    names = {one.name for one in done}
-    with results.open("a") as file:
-        for name, entry in truth.items():
-            wanted = entry["split"] == split and any(fnmatch.fnmatch(name, one) for one in only)
-            if wanted and name not in names and not scoring.unsettled(entry):
-                one = scoring.settled(bench, name, out / f"{name}.jsonl", entry)
-                file.write(scoring.written(one) + "\n")
-                file.flush()
-                done.append(one)
-                said = one.cause or one.settled
-                click.echo(f"{'' if scoring.is_right(entry, one) else 'WRONG '}{name} ({entry['cause']}): {said}")
-    click.echo(scoring.summary(truth, done))
+    truth, bench = _truth(out), Bench(out)
+
+    def judge(name: str, entry: dict[str, Any]) -> tuple[Any, str]:
+        one = scoring.settled(bench, name, out / f"{name}.jsonl", entry)
+        return one, f"({entry['cause']}): {one.cause or one.settled}"
+
+    chosen = {
+        name: entry
+        for name, entry in truth.items()
+        if _wanted(name, entry, split, only) and not scoring.unsettled(entry)
+    }
+    _judge_all(scoring, truth, chosen, results, judge)
 
 
 @main.command()
@@ -228,7 +246,7 @@ def calibrate(out: Path, results: tuple[Path, ...]) -> None:
     from validation.faults import score as scoring
     from validation.faults.calibrate import answers, fitted
 
-    truth = json.loads((out / "truth.json").read_text())["cases"]
+    truth = _truth(out)
     rows = answers(truth, [one for path in results for one in scoring.read(path)])
     click.echo(f"{len(rows)} answers, {sum(row.right for row in rows)} of them right")
     for name, weight in zip(("constant", *FEATURES), fitted(rows), strict=True):

@@ -25,7 +25,6 @@ from mismatch_probe.probes.recorded import open_dump
 Entry = Mapping[str, Any]
 _CONVERSATIONS = ("rounding-turns", "environment-tokens-in-mask", "rewritten-history", "tool-tokens-zero")
 SURE = 0.9
-FLOOR = BEYOND_BASELINE
 BINS = ((0.0, 0.5), (0.5, SURE), (SURE, 1.01))
 
 
@@ -128,7 +127,7 @@ def is_right(entry: Entry, one: Judged) -> bool:
 
 
 def below_floor(entry: Entry, baseline: float | None) -> bool:
-    """Whether a fault is too small to be told from rounding: its mean |d| is below `FLOOR` times the audit's.
+    """Whether a fault is too small to be told from rounding: its mean |d| is below `BEYOND_BASELINE` times the audit's.
 
     From there on `diagnose` calls it more than rounding; the rule was fixed before the test half was scored. It holds
     for faults of weights, of the forward pass and of the kept mass, whose size can be any; not for facts, such as
@@ -136,7 +135,7 @@ def below_floor(entry: Entry, baseline: float | None) -> bool:
     """
     kinds = {known.kind for name in right_classes(entry) if (known := signatures().get(name))}
     sized = kinds & {"weights", "forward"} or "truncation" in right_classes(entry)
-    return bool(sized) and baseline is not None and entry["mean_abs_d"] < FLOOR * baseline
+    return bool(sized) and baseline is not None and entry["mean_abs_d"] < BEYOND_BASELINE * baseline
 
 
 def read(path: Path) -> Iterator[Judged]:
