@@ -274,7 +274,9 @@ class Search:
         if best is None or best.after - self._floor > (best.before - self._floor) / SHRUNK:
             return []
         others = (one for one in self._near if one.side == best.side and one.hypothesis.cause != best.hypothesis.cause)
-        return [best] if all(one.after >= APART * best.after for one in others) else []
+        if any(one.after < APART * best.after for one in others):
+            return []
+        return [replace(best, gain=_gain(self._subject, best.side, best.column))]
 
     def _order(self, one: Experiment) -> tuple[bool, bool, int]:
         """What the user brought, then those of the table's classes, then the cheapest."""
@@ -328,8 +330,7 @@ class Search:
                         yield Accepted(hypothesis, name, side, column, before, after, gain, share)
                         break
             else:
-                after = subject.size(side, whole)
-                self._near.append(Accepted(hypothesis, name, side, whole, before, after, _gain(subject, side, whole)))
+                self._near.append(Accepted(hypothesis, name, side, whole, before, subject.size(side, whole), 0.0))
 
     def _explains(self, side: Side, column: Floats) -> bool:
         before, after = self._subject.size(side, self._subject.plain), self._subject.size(side, column)

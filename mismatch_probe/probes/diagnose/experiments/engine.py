@@ -7,17 +7,12 @@ from collections.abc import Iterator
 from mismatch_probe.engines.diagnose.changes import ForwardChange
 from mismatch_probe.probes.diagnose.experiments import experiment
 from mismatch_probe.probes.diagnose.experiments.base import Hypothesis, Named, Subject
+from mismatch_probe.probes.diagnose.experiments.recorded import DECODE
 
 _ENGINE = Named(
     "engine-forward",
     "The engine computes other log-probs from these weights, by prefill as well",
     "`mismatch-probe attribute` names the setting, the layer or the weight.",
-    "rollout",
-)
-_DECODE = Named(
-    "decode-differs-from-prefill",
-    "The engine's decode disagrees with its own prefill, which is the trainer's",
-    "Change the engine's attention backend or switch CUDA graphs off; report the kernel.",
     "rollout",
 )
 
@@ -31,7 +26,7 @@ def run(subject: Subject) -> Iterator[Hypothesis]:
         ForwardChange("the engine's decode", kind="decode"),
     ]
     for change, column, why, seconds in subject.columns(subject, "engine", changes):
-        cause = _DECODE if change.kind == "decode" and not by_prefill else _ENGINE
+        cause = DECODE if change.kind == "decode" and not by_prefill else _ENGINE
         if change.kind == "prefill" and column is not None:
             by_prefill = subject.size("rollout", column) <= before / 2
         yield Hypothesis(change.name, cause, column, {}, 1, seconds, why, "rollout")

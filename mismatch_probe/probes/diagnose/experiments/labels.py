@@ -42,17 +42,20 @@ def shift(subject: Subject) -> Iterator[Hypothesis]:
     for pack in sample.packs:
         place[list(pack)] = np.arange(len(pack))
     of_token = place[sample.sequence]
+    packed = {
+        "from the second sequence of a packed row on": np.minimum(of_token, 1),
+        "more with each sequence": of_token,
+    }
     for by in (-2, -1, 1, 2):
-        column = shifted(subject.plain, sample.sequence, np.full(len(of_token), by))
+        column = shifted(subject.plain, sample.sequence, by)
         yield Hypothesis(f"log-probs of the token {by:+d}", _SHIFTED, column, {"by": float(by)})
-        forms = {"from the second sequence of a packed row on": of_token > 0, "more with each sequence": of_token}
-        for about, times in forms.items() if of_token.max(initial=0) > 0 else ():
-            column = shifted(subject.plain, sample.sequence, by * times.astype(np.int64))
+        for about, times in packed.items() if of_token.any() else ():
+            column = shifted(subject.plain, sample.sequence, by * times)
             yield Hypothesis(f"log-probs of the token {by:+d} {about}", _PACKED, column, {"by": float(by)})
 
 
-def shifted(values: Floats, sequence: Ints, by: Ints) -> Floats:
-    """`[N]` values of the token `by` `[N]` places later in the sequence; of its last or first one where none is."""
+def shifted(values: Floats, sequence: Ints, by: Ints | int) -> Floats:
+    """`[N]` values of the token `by`, or `[N]`, places later in the sequence; of its last or first one if none is."""
     index = np.arange(len(values))
     start = np.searchsorted(sequence, sequence, side="left")
     end = np.searchsorted(sequence, sequence, side="right") - 1

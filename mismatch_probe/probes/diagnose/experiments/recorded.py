@@ -8,7 +8,7 @@ from mismatch_probe.metrics.hypotheses import size
 from mismatch_probe.probes.diagnose.experiments import experiment
 from mismatch_probe.probes.diagnose.experiments.base import Hypothesis, Named, Subject
 
-_DECODE = Named(
+DECODE = Named(
     "decode-differs-from-prefill",
     "The engine's decode disagrees with its own prefill of the same ids",
     "Update the engine; until then try another attention backend, no prefix caching, eager mode.",
@@ -31,7 +31,7 @@ def prefill(subject: Subject) -> Iterator[Hypothesis]:
         before = subject.size("rollout", subject.plain)
         if agrees <= before / 2:
             yield Hypothesis(
-                "the engine's prefill", _DECODE, found, {"prefill_to_plain": agrees}, only="rollout", like=True
+                "the engine's prefill", DECODE, found, {"prefill_to_plain": agrees}, only="rollout", like=True
             )
 
 

@@ -33,21 +33,20 @@ def positions(evidence: Evidence, state: State, train: Mask) -> Fit | None:
     low, high = (int(one) for one in np.quantile(place, [0.02, 0.98]))
     level = np.searchsorted(np.unique(np.quantile(place, [0.2, 0.4, 0.6, 0.8])), place, side="right")
     growing = by_level(evidence, state, train, level, {"from": float(low)}, rising=True)
-    edges = sorted(
-        {*np.quantile(place, [0.15, 0.3, 0.5, 0.7, 0.85]).astype(int).tolist()}
-        | {edge for edge in _EDGES if low < edge < high}
-    )
-    best = likeliest((_from(evidence, state, train, place, edge) for edge in edges), train)
-    for _ in range(_FINER if best else 0):
-        assert best is not None
-        at = int(best.parameters["from"])
-        ends = (
-            max((edge for edge in edges if edge < at), default=low),
-            min((edge for edge in edges if edge > at), default=high),
-        )
-        edges = sorted({*edges, *np.linspace(*ends, _BETWEEN).astype(int).tolist()} - {low, high})
-        finer = (_from(evidence, state, train, place, edge) for edge in edges if ends[0] < edge < ends[1])
-        best = likeliest([best, *finer], train)
+    tried: dict[int, Fit | None] = {}
+    wanted = {
+        *np.quantile(place, [0.15, 0.3, 0.5, 0.7, 0.85]).astype(int).tolist(),
+        *(e for e in _EDGES if low < e < high),
+    }
+    for _ in range(1 + _FINER):
+        tried |= {edge: _from(evidence, state, train, place, edge) for edge in sorted(wanted)}
+        best = likeliest(tried.values(), train)
+        if best is None:
+            return growing
+        at = next(edge for edge, fit in tried.items() if fit is best)
+        below = max((edge for edge in tried if edge < at), default=low)
+        above = min((edge for edge in tried if edge > at), default=high)
+        wanted = {*np.linspace(below, above, _BETWEEN).astype(int).tolist()} - {low, high} - tried.keys()
     return likeliest([best, growing], train)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from mismatch_probe.probes.diagnose.base import Fit, State, by_level, likeliest
 from mismatch_probe.probes.diagnose.evidence import Evidence, Mask
 from mismatch_probe.probes.diagnose.signatures import signature
+from mismatch_probe.probes.diagnose.signatures.steps import step_index
 
 _FIRST = 8
 
@@ -24,10 +25,10 @@ def repeated_prompts(evidence: Evidence, state: State, train: Mask) -> Fit | Non
     again = repeated(evidence)
     level = np.where(evidence.of_sequence(again), np.where(evidence.position < _FIRST, 2, 1), 0)
     fit = by_level(evidence, state, train, level, {}, rising=True)
-    steps = evidence.rows.get("step")
+    steps = step_index(evidence, 1)
     if fit is None or steps is None:
         return fit
-    by_step = by_level(evidence, state, train, evidence.of_sequence(np.unique(steps, return_inverse=True)[1]), {})
+    by_step = by_level(evidence, state, train, steps[0], {})
     return fit if likeliest([fit, by_step], train) is fit else None
 
 

@@ -28,7 +28,7 @@ _OF_ANY = 0.7  # of what any course over the steps would gain
 _APART = 2.0  # times the gap of any other step
 
 
-def _index(evidence: Evidence, least: int) -> tuple[Ints, int] | None:
+def step_index(evidence: Evidence, least: int) -> tuple[Ints, int] | None:
     """`[N]` the running number of a token's step, and how many steps there are; None where these are too few."""
     steps = evidence.rows.get("step")
     if steps is None:
@@ -56,7 +56,7 @@ def _index(evidence: Evidence, least: int) -> tuple[Ints, int] | None:
 )
 def falls_behind(evidence: Evidence, state: State, train: Mask) -> Fit | None:
     """What updates add to the noise grows with the steps since the first."""
-    found = _index(evidence, 3)
+    found = step_index(evidence, 3)
     if found is None:
         return None
     index, n = found
@@ -93,7 +93,7 @@ def _follows(evidence: Evidence, state: State, train: Mask, index: Ints, fit: Fi
 )
 def step_change(evidence: Evidence, state: State, train: Mask) -> Fit | None:
     """As much more noise at every step from some step on."""
-    found = _index(evidence, 2)
+    found = step_index(evidence, 2)
     if found is None:
         return None
     index, n = found
@@ -121,7 +121,7 @@ def step_change(evidence: Evidence, state: State, train: Mask) -> Fit | None:
 )
 def one_step(evidence: Evidence, state: State, train: Mask) -> Fit | None:
     """More noise at one step only."""
-    found = _index(evidence, 3)
+    found = step_index(evidence, 3)
     if found is None:
         return None
     index, n = found
