@@ -15,6 +15,7 @@ from mismatch_probe.rl.tasks import tasks
 from mismatch_probe.types import TrainerMode
 
 Structure = Literal["none", "weight-noise", "mantissa", "logit-noise", "stale"]
+Remedy = Literal["none", "routing-replay", "zero-mismatch"]
 Part = Annotated[float, Field(ge=0, lt=1)]
 _FP32 = DTYPE_INFOS["float32"].bytes
 
@@ -80,6 +81,12 @@ class TrainingSettings(Settings):
     )
     trainer_mode: TrainerMode = Field(
         default="autocast", description="autocast: FP32 weights under torch.autocast. cast: a copy in the dtype."
+    )
+    remedy: Remedy = Field(
+        default="none",
+        description="What takes the mismatch away at its source. routing-replay: the trainer sends tokens to "
+        "the experts of the rollout. zero-mismatch: the training forward pass chooses the tokens, and "
+        "the engine only drafts them.",
     )
     steps: Positive = Field(default=100, description="Rollouts; each is followed by its optimizer steps.")
     prompts_per_step: Positive = Field(default=8, description="Prompts in a rollout.")

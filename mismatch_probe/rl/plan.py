@@ -8,6 +8,7 @@ precision = ["bf16/bf16", "fp16/fp16", "fp32/fp32"]      # rollout/trainer
 algorithm = ["dr-grpo", "dr-grpo-seq-mis"]
 learning_rate = [1e-4]
 stress = ["none", "weight-noise:0.2", "mantissa:3"]      # structure:dose
+remedy = ["none", "routing-replay", "zero-mismatch"]
 seeds = 8                   # 0 to 7, or a list
 """
 
@@ -50,6 +51,9 @@ class Grid(Settings):
     )
     stress: Annotated[Listed[str], Field(min_length=1)] = Field(
         default=("none",), description="`structure:dose`, or `none`."
+    )
+    remedy: Annotated[Listed[str], Field(min_length=1)] | None = Field(
+        default=None, description="By default the base's."
     )
     seeds: Positive | Annotated[Listed[int], Field(min_length=1)] = Field(
         default=1, description="How many, from 0; or which."
@@ -143,9 +147,10 @@ def _unfold(base: Mapping[str, Any], grid: Grid) -> list[PlannedRun]:
     algorithms = [{}] if grid.algorithm is None else [{"algorithm": name} for name in grid.algorithm]
     rates = [{}] if grid.learning_rate is None else [{"learning_rate": rate} for rate in grid.learning_rate]
     stresses = [parse_stress(text) for text in grid.stress]
+    remedies = [{}] if grid.remedy is None else [{"remedy": name} for name in grid.remedy]
     seeds = range(grid.seeds) if isinstance(grid.seeds, int) else grid.seeds
     found = []
-    for parts in itertools.product(precisions, algorithms, rates, stresses):
+    for parts in itertools.product(precisions, algorithms, rates, stresses, remedies):
         values = dict(base) | {key: value for part in parts for key, value in part.items()}
         found += [planned_run(RlConfig.of(values | {"seed": seed})) for seed in seeds]
     return found
@@ -183,7 +188,8 @@ def arm_name(config: RlConfig) -> str:
     mode = "" if config.trainer_dtype == "float32" else f"-{config.trainer_mode}"
     precision = f"{_short(config.rollout_dtype)}-{_short(config.trainer_dtype)}{mode}"
     stress = "" if config.stress == "none" else f"_{config.stress}-{config.dose:g}"
-    return f"{precision}_{config.algorithm}_lr{config.learning_rate:g}{stress}"
+    remedy = "" if config.remedy == "none" else f"_{config.remedy}"
+    return f"{precision}_{config.algorithm}_lr{config.learning_rate:g}{stress}{remedy}"
 
 
 def _short(dtype: str) -> str:
@@ -212,6 +218,8 @@ def _label(config: RlConfig, several: Mapping[str, bool]) -> str:
         parts.append(f"lr {config.learning_rate:g}")
     if config.stress != "none":
         parts.append(f"{config.stress} {config.dose:g}")
+    if config.remedy != "none":
+        parts.append(config.remedy)
     return ", ".join(parts)
 
 
