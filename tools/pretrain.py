@@ -61,6 +61,7 @@ class Shape:
 CHAIN = Shape(4, 128, 4, 2, 0, 320)
 SHAPES = {
     "mix-8": Shape(8, 128, 4, 4, 16, 48),
+    "mix-8-narrow": Shape(8, 64, 2, 2, 16, 32),
     "mix-12": Shape(12, 96, 3, 3, 16, 32),
     "mix-16": Shape(16, 96, 3, 3, 16, 32),
     "dense-16": Shape(16, 128, 4, 4, 0, 320),
@@ -292,6 +293,7 @@ def lines(out: Path, shape: str, vocabulary: int, steps: int, batch: int, seed: 
     network = model(SHAPES[shape], len(encoder), 1024).train()
     loss = train(network, texts(encoder, text, seed), steps, batch)
     network.eval().to(torch.bfloat16)
+    network.config.output_router_logits = False
     made = {
         "script": "python -m tools.pretrain lines",
         "seed": seed,

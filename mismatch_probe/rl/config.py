@@ -26,7 +26,7 @@ class TaskSettings(RolloutEngine):
     TITLE: ClassVar[str] = "Model and task"
 
     model: Annotated[PathText, Option(metavar="MODEL")] = Field(
-        default="chain", description="Built-in name, checkpoint folder or hub id; chain comes with the tool."
+        default="chain", description="Checkpoint folder or hub id; chain and lines come with the tool."
     )
     revision: Annotated[str | None, Option(metavar="NAME")] = Field(
         default=None, description="Branch, tag or commit of a hub id."

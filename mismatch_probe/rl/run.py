@@ -29,7 +29,8 @@ from mismatch_probe.rl.records import RlDirectory
 from mismatch_probe.rl.worker import RlJob, engine_settings
 from mismatch_probe.runs.folder import RunFolder, run_folder
 
-CHAIN = "chain"
+# Models that come with the tool, each for the tasks of its name.
+BUNDLED = ("chain", "lines")
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class RlResult:
 def resolve_model(
     configs: Sequence[TaskSettings], progress: Progress, out: str | Path | None = None, at_once: int = 1
 ) -> ModelRef:
-    """The initial model; `chain` is the one that comes with the tool.
+    """The initial model, one that comes with the tool or another.
 
     Args:
         configs: Of a run, or of all runs of a sweep; the first names the model.
@@ -82,8 +83,8 @@ def resolve_model(
         ModelError: There is no such model, or something will fail.
     """
     config = configs[0]
-    if config.model == CHAIN:
-        return resolve(str(data_path(f"rl/{CHAIN}/config.json").parent))
+    if config.model in BUNDLED:
+        return resolve(str(data_path(f"rl/{config.model}/config.json").parent))
     model = resolve(config.model, revision=config.revision, log=progress.message)
     use = Use(
         rollout_dtypes=tuple(dict.fromkeys(one.rollout_dtype for one in configs)),
