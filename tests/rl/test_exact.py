@@ -1,4 +1,4 @@
-"""The control without mismatch: equal bits on both sides, the trainer's distribution, and drafts that decide neither."""
+"""The control without mismatch: equal bits on both sides, the trainer's distribution, drafts that decide neither."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ class _Table:
 
 
 class _Drafter:
-    """An engine of nearly the same distribution, which draws with the given noise, with its own, or does not draw at all."""
+    """An engine of nearly the same distribution, which draws with the given noise, with its own, or not at all."""
 
     def __init__(self, policy: _Table, kind: str) -> None:
         self._policy, self._kind, self._draw = policy, kind, torch.Generator().manual_seed(9)
