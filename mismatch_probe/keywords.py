@@ -427,6 +427,8 @@ class RlKeywords(TypedDict, total=False):
     """Dtype of forward and backward passes; master weights are FP32."""
     trainer_mode: Literal["cast", "autocast"]
     """autocast: FP32 weights under torch.autocast. cast: a copy in the dtype."""
+    remedy: Literal["none", "routing-replay", "zero-mismatch"]
+    """routing-replay: the trainer takes the rollout's experts. zero-mismatch: the trainer chooses the tokens."""
     steps: int
     """Rollouts; each is followed by its optimizer steps."""
     prompts_per_step: int

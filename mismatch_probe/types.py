@@ -87,6 +87,9 @@ class RolloutRequest:
         forced_token_ids: The response to decode again, token by token; empty where one is to be sampled.
         logit_noise: Standard deviation of injected noise on every logit (an RL run's stress); the engine's
             job must allow for it.
+        race_from: Position in the whole response that this one begins at: each token is then the one that
+            `engines.logits.winner` draws there with the request's seed. None where the engine draws for itself. The
+            engine's job must allow for it as for noise.
     """
 
     sequence_id: int
@@ -94,6 +97,7 @@ class RolloutRequest:
     seed: int
     forced_token_ids: Sequence[int] = ()
     logit_noise: float = 0.0
+    race_from: int | None = None
 
 
 @dataclass(frozen=True)

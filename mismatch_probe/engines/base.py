@@ -228,8 +228,8 @@ class Capture:
 @dataclass(frozen=True)
 class RolloutJob:
     """Sample every request, at most `batch` at once, or decode again the responses that all of them bring; then the
-    first `self_noise_tokens` tokens of the first batch once more. With `logit_noise` requests may ask for noise, and
-    none keeps rows or replays.
+    first `self_noise_tokens` tokens of the first batch once more. With `logit_noise` requests may ask for noise or
+    a race, and none keeps rows or replays.
     """
 
     engine: str

@@ -1,4 +1,4 @@
-"""What engines that show their logits do with them before a token is chosen: keep rows, add noise.
+"""What engines that show their logits do with them before a token is chosen: keep rows, add noise, let noise choose.
 
 Shape legend: `R` rows, `V` vocabulary.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from mismatch_probe.engines.rows import LEAST_WEIGHT, RowChoice
@@ -48,3 +49,23 @@ def add_noise(row: torch.Tensor, scale: float, seed: int, position: int) -> torc
     # Drawn on the CPU whatever the device, so that every engine adds the same.
     generator = torch.Generator().manual_seed((seed << 20) + position)
     return row.add_(scale * torch.randn(row.shape, generator=generator).to(row))
+
+
+def winner(row: torch.Tensor, seed: int, position: int) -> torch.Tensor:
+    """`[V]` logits, at the temperature that is sampled at → `[]` a token drawn from their softmax: the one whose logit
+    plus Gumbel noise is the largest. The noise depends on the seed and the position alone, so passes whose logits
+    differ by rounding nearly always draw the same token.
+    """
+    # A hash, since a CPU's generator takes no more than the lower 32 bits.
+    key = int(np.random.SeedSequence((seed, position)).generate_state(1, np.uint64)[0])
+    generator = torch.Generator(row.device).manual_seed(key)
+    uniform = torch.rand(row.shape, dtype=torch.float64, device=row.device, generator=generator)
+    # A draw of 0 would make the noise infinite, and a token win that cannot occur.
+    waits = -torch.log1p(-uniform.clamp_(min=2**-54))
+    return (row - waits.log()).argmax()
+
+
+def leave_winner(row: torch.Tensor, temperature: float, seed: int, position: int) -> torch.Tensor:
+    """Takes every token but the winner out of `[V]` logits, in place."""
+    chosen = winner(row / temperature, seed, position)
+    return row.fill_(-torch.inf).index_fill_(0, chosen[None], 0.0)

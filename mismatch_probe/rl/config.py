@@ -84,9 +84,8 @@ class TrainingSettings(Settings):
     )
     remedy: Remedy = Field(
         default="none",
-        description="What takes the mismatch away at its source. routing-replay: the trainer sends tokens to "
-        "the experts of the rollout. zero-mismatch: the training forward pass chooses the tokens, and "
-        "the engine only drafts them.",
+        description="routing-replay: the trainer takes the rollout's experts. zero-mismatch: the trainer chooses the "
+        "tokens.",
     )
     steps: Positive = Field(default=100, description="Rollouts; each is followed by its optimizer steps.")
     prompts_per_step: Positive = Field(default=8, description="Prompts in a rollout.")
@@ -210,6 +209,11 @@ class RlConfig(
                 (self.stress == "none") != (self.dose == 0),
                 "--stress and --dose need each other.",
                 "Set both or neither.",
+            ),
+            (
+                self.remedy == "zero-mismatch" and self.stress != "none",
+                f"--stress {self.stress} cannot act with --remedy zero-mismatch: the trainer chooses the tokens.",
+                "Leave one of them out.",
             ),
             (
                 self.stress == "stale" and self.dose != int(self.dose),

@@ -26,6 +26,7 @@ from mismatch_probe.results.finding import Finding, Value
 from mismatch_probe.results.rl_run import Ending, Status
 from mismatch_probe.rl.algorithms import algorithms
 from mismatch_probe.rl.config import RlConfig
+from mismatch_probe.rl.exact import ExactSampler, require_equal
 from mismatch_probe.rl.instruments import Rolled, finite
 from mismatch_probe.rl.losses import Scale, policy_loss
 from mismatch_probe.rl.policy import (
@@ -112,6 +113,7 @@ class Training:
         self._p, self._config = pieces, pieces.config
         self._algorithm = algorithms()[self._config.algorithm]
         self._policy = Policy(str(pieces.source), self._config, pieces.device)
+        self._exact = ExactSampler(pieces, self._policy) if self._config.remedy == "zero-mismatch" else None
         self._detector = CollapseDetector(window=self._config.collapse_window)
         self._step = 0
         stale = int(self._config.dose) if self._config.stress == "stale" else 0
@@ -204,6 +206,8 @@ class Training:
             sampled,
         )
         self._check_logprobs(rolled)
+        if self._exact is not None:
+            require_equal(rolled)
         facts, sums, current = self._guarded_update(batches, rolled, clock)
         rolled = Rolled(**{**vars(rolled), "current": current})
         if config.record_rollouts:
@@ -231,6 +235,8 @@ class Training:
             "sync_gap": synced.gap,
             "weights_changed": changed_share(before, cast(self._policy.weights(), config.rollout_dtype)),
             **rolled.metrics(),
+            "n_draft_rounds": None if self._exact is None else self._exact.drafts.n_rounds,
+            "draft_accepted": None if self._exact is None else self._exact.drafts.accepted,
         }
         due = config.evaluate_every and (step + 1) % config.evaluate_every == 0
         row["clean_reward"] = self._evaluate(step) if due else None
@@ -263,18 +269,26 @@ class Training:
             for i in range(n)
         ]
         sampling = Sampling(config.max_tokens, config.temperature, config.seed)
+        if self._exact is not None:
+            return self._exact.sample(requests, sampling, [rows for part in self._parts(n) for rows in part])
         return self._p.engine.generate(requests, sampling, lambda _: None)
+
+    def _parts(self, n: int) -> list[list[list[int]]]:
+        """Indices of `n` sequences, by minibatch and micro-batch."""
+        per, size = n // self._config.updates_per_rollout, self._config.micro_batch
+        return [
+            [list(range(first, min(first + size, start + per))) for first in range(start, start + per, size)]
+            for start in range(0, n, per)
+        ]
 
     def _batches(self, owners: NDArray[np.int64], rollouts: Sequence[Rollout]) -> list[list[tuple[list[int], Batch]]]:
         """Minibatches of micro-batches, each with the indices of its sequences. Scoring and updates use the very same
         ones, so that before the first update both give the same bits.
         """
-        per = len(rollouts) // self._config.updates_per_rollout
         found = []
-        for start in range(0, len(rollouts), per):
+        for part in self._parts(len(rollouts)):
             micro = []
-            for first in range(start, start + per, self._config.micro_batch):
-                rows = list(range(first, min(first + self._config.micro_batch, start + per)))
+            for rows in part:
                 prompts = [self._p.prompts[owners[i]] for i in rows]
                 responses = [[int(t) for t in rollouts[i].response_token_ids] for i in rows]
                 micro.append((rows, Batch.of(prompts, responses, self._p.device)))

@@ -190,7 +190,7 @@ def _engine_job(directories: Sequence[RlDirectory], job: RlJob, longest_prompt: 
         batch=min(MOST_AT_ONCE, max(c.prompts_per_step * c.samples_per_prompt for c in configs)),
         self_noise_tokens=0,
         max_model_len=longest_prompt + max(c.max_tokens for c in configs) + 1,
-        logit_noise=any(config.stress == "logit-noise" for config in configs),
+        logit_noise=any(c.stress == "logit-noise" or c.remedy == "zero-mismatch" for c in configs),
         trust_remote_code=job.trust_remote_code,
         arguments=engine_settings(first, device).arguments,
     )

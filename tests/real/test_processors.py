@@ -16,7 +16,7 @@ from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate
 
 from mismatch_probe.engines.base import Capture
-from mismatch_probe.engines.logits import row_weights
+from mismatch_probe.engines.logits import row_weights, winner
 from mismatch_probe.engines.rows import RowFile
 from mismatch_probe.engines.vllm import processors
 from mismatch_probe.engines.vllm.engine import VllmRollout
@@ -170,6 +170,29 @@ def test_v2_noise_forgets_a_recycled_slot() -> None:
     processor.add_request(3, noisy(0.5, 7, prompt_length=2))
     processor.add_request(3, SamplingParams())
     assert not processor.apply(torch.zeros(1, 20), context([3], [2])).any()
+
+
+def racing(temperature: float, first: int, prompt_length: int) -> Any:
+    arguments = request_arguments(0, prompt_length, 7, None, race_from=first)
+    return SamplingParams(temperature=temperature, extra_args=arguments)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_both_interfaces_leave_the_winner_of_a_race(temperature: float) -> None:
+    second, output = NoiseV2(None, None), []
+    assert second.add_request(5, racing(temperature, 2, prompt_length=4))
+    first = NoiseV1(None, torch.device("cpu"), False)
+    wish = racing(temperature, 2, prompt_length=4)
+    first.update_state(BatchUpdate(batch_size=1, removed=[], added=[(0, wish, [1], output)], moved=[]))
+    rows = torch.randn(40, 1, VOCABULARY, generator=torch.Generator().manual_seed(1))
+    for t, row in enumerate(rows):
+        chosen = winner(row[0] / temperature, 7, 2 + t)
+        for left in (second.apply(row.clone(), context([5], [4 + t])), first.apply(row.clone())):
+            assert left.argmax() == chosen
+            assert torch.isinf(left).sum() == VOCABULARY - 1
+        output.append(int(chosen))
+    untouched = second.apply(rows[0].clone(), context([5], [3]))  # a prompt that is not at its end
+    assert torch.equal(untouched, rows[0])
 
 
 def test_v1_forces_a_token_after_it_has_kept_the_row(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""RL runs with the real engine: a killed worker, bit-for-bit resume, and a sweep of two precisions."""
+"""RL runs with the real engine: a killed worker, bit-for-bit resume, the control, and a sweep of two precisions."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -68,6 +69,20 @@ def test_a_worker_that_is_killed_costs_one_step_and_no_bit(tmp_path: Path) -> No
         load_file(path / "checkpoints" / "step-000003" / "masters.st") for path in (tmp_path / "cut", whole.path)
     )
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_the_control_has_no_mismatch_at_all(tmp_path: Path) -> None:
+    # Hot, so that rounding does refuse some drafts.
+    rounded = {"rollout_dtype": "bfloat16", "trainer_dtype": "bfloat16", "steps": 2, "temperature": 2.0}
+    result = mismatch_probe.rl_run(**SMALL | rounded, remedy="zero-mismatch", out=tmp_path / "run")
+    assert result.exit_code == 0
+    rows = pq.read_table(result.path / "rollouts.parquet").to_pandas()
+    for row in rows.itertuples():
+        assert row.rollout_logprobs.tobytes() == row.old_logprobs.tobytes()
+    assert len(rows) == 2 * 16
+    assert all(row["max_abs_logprob_diff"] == 0 for row in _rows(result.path))
+    # vLLM draws with the given noise, so no more than rounding refuses its drafts.
+    assert all(row["draft_accepted"] > 0.98 for row in _rows(result.path))
 
 
 def test_a_sweep_runs_two_precisions_beside_each_other(tmp_path: Path) -> None:

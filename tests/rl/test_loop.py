@@ -33,6 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bf16-cast": {"trainer_dtype": "bf16", "trainer_mode": "cast", "schedule": "cosine", "warmup_steps": 2},
     "stale": {"stress": "stale", "dose": 2},
     "noise": {"stress": "weight-noise", "dose": 0.05, "weight_decay": 0.1},
+    "zero-mismatch": {"remedy": "zero-mismatch", "trainer_dtype": "bf16"},
 }
 
 

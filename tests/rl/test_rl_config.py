@@ -29,6 +29,7 @@ EVERYTHING: dict[str, Any] = {
     "rollout_dtype": "float16",
     "trainer_dtype": "float32",
     "trainer_mode": "cast",
+    "remedy": "routing-replay",
     "algorithm": "gspo",
     "steps": 7,
     "prompts_per_step": 6,
@@ -135,6 +136,10 @@ def test_what_lies_on_the_border_is_taken(values: dict[str, Any]) -> None:
         ({"stress": "stale", "dose": 1.5}, "--dose (1.5) of stale weights must be a whole number of steps"),
         ({"stress": "mantissa", "dose": 23}, "--dose (23) of mantissa must be a number of stored bits, 1 to 22"),
         ({"stress": "mantissa", "dose": 0.5}, "of mantissa must be a number of stored bits"),
+        (
+            {"remedy": "zero-mismatch", "stress": "stale", "dose": 1},
+            "--stress stale cannot act with --remedy zero-mismatch",
+        ),
         ({"stress": "noise", "dose": 1}, "--stress does not accept 'noise'"),
         ({"task": "math"}, "--task math needs --problems"),
         ({"task": "chains"}, "--task does not accept 'chains'"),

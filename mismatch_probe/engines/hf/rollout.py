@@ -26,7 +26,7 @@ from mismatch_probe.engines.batching import MOST_TOKENS
 from mismatch_probe.engines.encoding import end_ids
 from mismatch_probe.engines.hf.engine import HfTrainer, token_columns
 from mismatch_probe.engines.loading import with_weights
-from mismatch_probe.engines.logits import add_noise, keep_rows
+from mismatch_probe.engines.logits import add_noise, keep_rows, winner
 from mismatch_probe.engines.rows import RowChoice, RowWriter
 from mismatch_probe.errors import EngineError, ProbeError
 from mismatch_probe.types import Rollout, RolloutRequest, Sampling, ScoreRequest
@@ -260,7 +260,10 @@ class _Chooser:
         # The first token whose sum exceeds the draw; sums end near 1, and never at a token that cannot occur.
         tokens = torch.searchsorted(below, draws * below[:, -1:], right=True)[:, 0].clamp(max=below.shape[1] - 1)
         for place, row in enumerate(rows):
-            forced = row.forced()
+            forced, first = row.forced(), row.request.race_from
             if forced is not None:
                 tokens[place] = forced
+            elif first is not None:
+                logits = scores[going[place]] / self._temperature
+                tokens[place] = winner(logits, row.request.seed, first + len(row.tokens))
         return tokens

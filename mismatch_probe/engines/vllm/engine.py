@@ -270,6 +270,7 @@ class VllmRollout(RolloutEngine):
                 capture,
                 () if self._native_replay else forced,
                 request.logit_noise,
+                request.race_from,
             ),
             logprobs=0,
             flat_logprobs=True,

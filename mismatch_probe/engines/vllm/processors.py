@@ -1,10 +1,11 @@
-"""Logits processors that run inside vLLM's engine: they keep full rows of logits, force given tokens, and add noise.
+"""Logits processors that run inside vLLM's engine: they keep full rows of logits, force given tokens, add noise,
+and let noise of our own choose.
 
 vLLM has two interfaces for them. Model Runner V1 (CPUs) takes `RowsV1`, which also forces the tokens of a replay:
 raw log-probs are taken before processors run, so a forced token's log-prob is the real one. Model Runner V2 (CUDA)
 takes `RowsV2`; there vLLM replays tokens itself (`trace_decode_token_ids`). Both see FP32 rows before the
-temperature. `NoiseV1` and `NoiseV2` are the same pair for injected noise: each runner refuses the other's classes. A
-request says in `extra_args` what it wants, see `request_arguments`.
+temperature. `NoiseV1` and `NoiseV2` are the same pair for injected noise and for races: each runner refuses the other's
+classes. A request says in `extra_args` what it wants, see `request_arguments`.
 
 Line references: vLLM 0.32, v1/sample/logits_processor/ and v1/worker/gpu/sample/logits_processor/. A test drives the
 V2 classes with made-up contexts; on a GPU tests marked `gpu` run them.
@@ -24,11 +25,12 @@ from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcessor
 
 from mismatch_probe.engines.base import Capture
-from mismatch_probe.engines.logits import add_noise, keep_rows
+from mismatch_probe.engines.logits import add_noise, keep_rows, leave_winner
 from mismatch_probe.engines.rows import RowChoice, RowWriter
 
 _KEY = "mismatch_probe"
 _NOISE = "mismatch_probe_noise"
+_RACE = "mismatch_probe_race"
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ def request_arguments(
     capture: Capture | None,
     forced: Sequence[int] = (),
     logit_noise: float = 0.0,
+    race_from: int | None = None,
 ) -> dict[str, Any] | None:
     """What goes into `SamplingParams.extra_args` for a request; None where it wants nothing.
 
@@ -57,7 +60,10 @@ def request_arguments(
         capture: Which rows are kept, and where; None for none.
         forced: Tokens that the processor is to force, V1 only.
         logit_noise: Its standard deviation; such a request neither keeps rows nor replays.
+        race_from: Position that a race for the tokens begins at, None for none; such a request does nothing else.
     """
+    if race_from is not None:
+        return {_RACE: [race_from, seed, prompt_length]}
     if logit_noise:
         return {_NOISE: [logit_noise, seed, prompt_length]}
     if capture is None and not forced:
@@ -136,13 +142,36 @@ class _Noise:
         wish: Sequence[Any] | None = (params.extra_args or {}).get(_NOISE)
         return None if wish is None else cls(float(wish[0]), int(wish[1]), int(wish[2]))
 
-    def add_to(self, row: torch.Tensor, position: int) -> torch.Tensor:
+    def apply(self, row: torch.Tensor, position: int) -> torch.Tensor:
         """Changes `[V]` logits in place."""
         return add_noise(row, self.scale, self.seed, position)
 
 
+@dataclass(frozen=True)
+class _Race:
+    """Tokens that `engines.logits.winner` draws: the one that wins is all that is left to the engine."""
+
+    first: int
+    seed: int
+    prompt_length: int
+    temperature: float
+
+    @classmethod
+    def wanted(cls, params: SamplingParams) -> _Race | None:
+        wish: Sequence[Any] | None = (params.extra_args or {}).get(_RACE)
+        return None if wish is None else cls(int(wish[0]), int(wish[1]), int(wish[2]), float(params.temperature))
+
+    def apply(self, row: torch.Tensor, position: int) -> torch.Tensor:
+        """Changes `[V]` logits in place."""
+        return leave_winner(row, self.temperature, self.seed, self.first + position)
+
+
+def _read_noise(params: SamplingParams) -> _Noise | _Race | None:
+    return _Noise.wanted(params) or _Race.wanted(params)
+
+
 class NoiseV1(AdapterLogitsProcessor):  # type: ignore[misc]
-    """Adds noise for Model Runner V1 to the logits of the requests that ask for it."""
+    """Noise for Model Runner V1 in the logits of the requests that ask for it."""
 
     def is_argmax_invariant(self) -> bool:
         return False
@@ -150,19 +179,19 @@ class NoiseV1(AdapterLogitsProcessor):  # type: ignore[misc]
     def new_req_logits_processor(
         self, params: SamplingParams
     ) -> Callable[[list[int], torch.Tensor], torch.Tensor] | None:
-        noise = _Noise.wanted(params)
-        return None if noise is None else lambda output_ids, logits: noise.add_to(logits, len(output_ids))
+        noise = _read_noise(params)
+        return None if noise is None else lambda output_ids, logits: noise.apply(logits, len(output_ids))
 
 
 class NoiseV2(LogitsProcessor):  # type: ignore[misc]
-    """Adds noise for Model Runner V2, without speculative decoding (a request then has one row a step)."""
+    """Noise for Model Runner V2, without speculative decoding (a request then has one row a step)."""
 
     def __init__(self, vllm_config: Any, req_states: Any) -> None:
-        self._wanted: dict[int, _Noise] = {}
+        self._wanted: dict[int, _Noise | _Race] = {}
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         """Slots are recycled, so whatever the last request there wanted is overwritten."""
-        noise = _Noise.wanted(sampling_params)
+        noise = _read_noise(sampling_params)
         if noise is None:
             self._wanted.pop(req_idx, None)
             return False
@@ -174,7 +203,7 @@ class NoiseV2(LogitsProcessor):  # type: ignore[misc]
             noise = self._wanted.get(int(slot))
             # Before the prompt's last chunk no token of the response is being sampled.
             if noise is not None and seen >= noise.prompt_length:
-                noise.add_to(logits[row], int(seen) - noise.prompt_length)
+                noise.apply(logits[row], int(seen) - noise.prompt_length)
         return logits
 
 
