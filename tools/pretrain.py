@@ -292,6 +292,7 @@ def lines(out: Path, shape: str, vocabulary: int, steps: int, batch: int, seed: 
     encoder = pieces(text, vocabulary)
     network = model(SHAPES[shape], len(encoder), 1024).train()
     loss = train(network, texts(encoder, text, seed), steps, batch)
+    # Rounded to BF16 as it will be stored; the routers' loss is over.
     network.eval().to(torch.bfloat16)
     network.config.output_router_logits = False
     made = {
