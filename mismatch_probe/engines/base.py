@@ -133,7 +133,9 @@ class RolloutEngine(Closing, Protocol):
         on_tokens: Callable[[int], None],
         routers: Routers,
     ) -> list[Rollout]:
-        """Samples as `generate` does, the same bits, and keeps which experts each token was sent to meanwhile."""
+        """Samples as `generate` does, the same bits, and keeps which experts each token was sent to meanwhile, where
+        its routers can be seen.
+        """
         raise EngineError("This engine does not show its routers.", "Leave --remedy out.")
 
     def configured(self) -> AbstractContextManager[None]:

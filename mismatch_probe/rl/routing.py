@@ -31,6 +31,8 @@ from mismatch_probe.errors import EngineError
 from mismatch_probe.rl.config import RlConfig
 from mismatch_probe.types import Rollout, RolloutRequest, Sampling
 
+LEAVE_OUT = "Leave --remedy out."
+
 
 class TrainerRouters:
     """The routers of a trainer's model, watched and, where the run asks for it, made to follow the rollout.
@@ -45,7 +47,7 @@ class TrainerRouters:
     """
 
     def __init__(self, model: Any, routers: Routers, *, replay: bool) -> None:
-        self.routers, self._replay = routers, replay
+        self.routers, self.replay = routers, replay
         self._routing = Routing(model, routers.chosen)
         self._try_out(model)
 
@@ -69,7 +71,7 @@ class TrainerRouters:
             return cls(model, Routers.of(about), replay=replay)
         except NotThereError as error:
             if replay:
-                raise EngineError(f"The trainer cannot replay routes: {error}.", "Leave --remedy out.") from None
+                raise EngineError(f"The trainer cannot replay routes: {error}.", LEAVE_OUT) from None
             return None
 
     @contextmanager
@@ -80,7 +82,7 @@ class TrainerRouters:
             return
         layers = self._routing.layers
         wanted = dict(zip(layers, batch.routes.flatten(1, 2), strict=True))
-        self._routing.choose(wanted if self._replay else {})
+        self._routing.choose(wanted if self.replay else {})
         with self._routing.watching():
             yield
 
@@ -102,10 +104,17 @@ class TrainerRouters:
 def sample(
     engine: RolloutEngine, requests: Sequence[RolloutRequest], sampling: Sampling, routers: TrainerRouters | None
 ) -> list[Rollout]:
-    """Samples, with routes where there are routers."""
+    """Samples, with routes where there are routers.
+
+    Raises:
+        EngineError: Routes are to be replayed, and the engine's routers cannot be seen.
+    """
     if routers is None:
         return engine.generate(requests, sampling, lambda _: None)
-    return engine.generate_routed(requests, sampling, lambda _: None, routers.routers)
+    found = engine.generate_routed(requests, sampling, lambda _: None, routers.routers)
+    if routers.replay and any(rollout.routes is None for rollout in found):
+        raise EngineError("The rollout engine ran no router that can be seen, so nothing can be replayed.", LEAVE_OUT)
+    return found
 
 
 def with_routes(batch: Batch, rollouts: Sequence[Rollout]) -> Batch:

@@ -109,6 +109,16 @@ def test_what_a_preempted_request_computes_again_did_not_sample() -> None:
     assert _routes(_Runner(False), steps, [[5, 6, 7, 8, 9]]) == [0, 1, 2, 3, UNKNOWN]
 
 
+@pytest.mark.parametrize("modern", [False, True])
+@pytest.mark.parametrize("layers", [1, 2], ids=["no-router-runs", "layers-not-found"])
+def test_routers_that_cannot_be_seen_leave_nothing(modern: bool, layers: int) -> None:
+    runner = _Runner(modern)
+    worker = SimpleNamespace(model_runner=runner)
+    hooks.start_decoded_routes(worker, Routers(layers, EXPERTS, 1))
+    assert hooks.finish_decoded_routes(worker, [[5, 6]]) == {}
+    assert "prepare_inputs" not in vars(runner)  # what was put over the class's own
+
+
 def test_a_tie_for_the_last_place_is_unknown() -> None:
     runner, worker = _Runner(False), SimpleNamespace(model_runner=None)
     worker.model_runner = runner

@@ -31,7 +31,7 @@ from mismatch_probe.report.rl_run import rl_run_report
 from mismatch_probe.rl.config import RlConfig
 from mismatch_probe.rl.loop import Training
 from mismatch_probe.rl.policy import Policy
-from mismatch_probe.rl.routing import Agreement, TrainerRouters
+from mismatch_probe.rl.routing import Agreement, TrainerRouters, sample
 from mismatch_probe.rl.run import check_remedy, run_data
 from mismatch_probe.rl.summary import summarise
 from mismatch_probe.types import Rollout, RolloutRequest, Sampling
@@ -272,6 +272,18 @@ def test_an_engine_without_routers_says_so(mixture: Path) -> None:
     engine = HfRollout(replace(JOB, model_path=str(mixture)))
     with pytest.raises(EngineError, match="does not show its routers"):
         engine.generate_routed([], Sampling(4), lambda _: None, Routers(LAYERS, EXPERTS, CHOSEN))
+
+
+def test_routes_that_are_not_there_are_not_replayed(mixture: Path) -> None:
+    class Blind(HfRollout):
+        def generate_routed(self, requests: Any, sampling: Any, on_tokens: Any, routers: Routers) -> list[Rollout]:
+            return self.generate(requests, sampling, on_tokens)
+
+    engine, requests = Blind(replace(JOB, model_path=str(mixture))), [RolloutRequest(0, [5, 6], 0, ())]
+    (seen,) = sample(engine, requests, Sampling(2), _routers(_policy(mixture)))
+    assert seen.routes is None
+    with pytest.raises(EngineError, match="nothing can be replayed"):
+        sample(engine, requests, Sampling(2), _routers(_policy(mixture, **REPLAY)))
 
 
 def test_the_closest_rule_is_a_routers_own() -> None:

@@ -230,6 +230,8 @@ class VllmRollout(RolloutEngine):
             for request, rollout in zip(requests, found, strict=True)
         ]
         kept = self._llm.collective_rpc(hooks.finish_decoded_routes, args=(sequences,))[0]
+        if not kept:
+            return found
         parts = np.split(_experts(kept), np.cumsum([len(ids) for ids in sequences])[:-1], axis=1)
         return [replace(rollout, routes=part) for rollout, part in zip(found, parts, strict=True)]
 

@@ -330,6 +330,11 @@ class RouteTracer:
         for handle in self._handles:
             handle.remove()
 
+    @property
+    def ran(self) -> bool:
+        """Whether a router did."""
+        return bool(self._kept)
+
     def found(self, order: Tensor) -> dict[str, Any]:
         """What was kept, with its types taken off, since vLLM's processes do not carry them: `layers`, their indices;
         `routes`, the bytes of int16 `[L, R, K]` experts of each token, the likeliest first, `UNKNOWN` where two experts
@@ -339,7 +344,7 @@ class RouteTracer:
             order: `[R]` rows of what was kept; -1 for `UNKNOWN`.
         """
         layers = sorted(self._kept)
-        if not layers:
+        if not self.ran:
             raise EngineError("No router ran in vLLM's model.", "Report this architecture.")
         unknown = torch.full((1, self._routers.chosen), UNKNOWN, dtype=torch.int16)
         routes = torch.stack([torch.cat([*(t.cpu() for t in self._kept[layer]), unknown])[order] for layer in layers])
@@ -387,18 +392,25 @@ def finish_routes(model: nn.Module) -> dict[str, Any]:
 
 
 def start_decoded_routes(worker: Any, routers: Routers) -> None:
-    """Begins to keep the routes of tokens as they are sampled, in this worker."""
+    """Begins to keep the routes of tokens as they are sampled, in this worker; not where no layers are found."""
     runner = model_runner(worker)
     rows = _DecodedRows(runner)
-    _state["decoded"] = rows, RouteTracer(runner.get_model(), rows, routers)
+    try:
+        _state["decoded"] = rows, RouteTracer(runner.get_model(), rows, routers)
+    except EngineError:
+        rows.close()
 
 
 def finish_decoded_routes(worker: Any, sequences: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Ends it, see `RouteTracer.found`; rows of all `sequences`, prompts and responses, in the order of requests."""
+    """Ends it, see `RouteTracer.found`; rows of all `sequences`, prompts and responses, in the order of requests.
+    Empty where no router ran.
+    """
+    if "decoded" not in _state:
+        return {}
     rows, tracer = _state.pop("decoded")
     tracer.remove()
     rows.close()
-    found: dict[str, Any] = tracer.found(rows.order(sequences))
+    found: dict[str, Any] = tracer.found(rows.order(sequences)) if tracer.ran else {}
     return found
 
 
