@@ -428,7 +428,7 @@ class RlKeywords(TypedDict, total=False):
     trainer_mode: Literal["cast", "autocast"]
     """autocast: FP32 weights under torch.autocast. cast: a copy in the dtype."""
     remedy: Literal["none", "routing-replay", "zero-mismatch"]
-    """What takes the mismatch away at its source. routing-replay: the trainer sends tokens to the experts of the rollout. zero-mismatch: the training forward pass chooses the tokens, and the engine only drafts them."""
+    """routing-replay: the trainer takes the rollout's experts. zero-mismatch: the trainer chooses the tokens."""
     steps: int
     """Rollouts; each is followed by its optimizer steps."""
     prompts_per_step: int

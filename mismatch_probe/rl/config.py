@@ -84,9 +84,8 @@ class TrainingSettings(Settings):
     )
     remedy: Remedy = Field(
         default="none",
-        description="What takes the mismatch away at its source. routing-replay: the trainer sends tokens to "
-        "the experts of the rollout. zero-mismatch: the training forward pass chooses the tokens, and "
-        "the engine only drafts them.",
+        description="routing-replay: the trainer takes the rollout's experts. zero-mismatch: the trainer chooses the "
+        "tokens.",
     )
     steps: Positive = Field(default=100, description="Rollouts; each is followed by its optimizer steps.")
     prompts_per_step: Positive = Field(default=8, description="Prompts in a rollout.")

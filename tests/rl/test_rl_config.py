@@ -29,6 +29,7 @@ EVERYTHING: dict[str, Any] = {
     "rollout_dtype": "float16",
     "trainer_dtype": "float32",
     "trainer_mode": "cast",
+    "remedy": "routing-replay",
     "algorithm": "gspo",
     "steps": 7,
     "prompts_per_step": 6,
