@@ -396,7 +396,7 @@ class RlKeywords(TypedDict, total=False):
     rollout_engine: str
     """Engine that samples: vllm, hf, or one that an installed package brings."""
     model: str | Path
-    """Built-in name, checkpoint folder or hub id; chain comes with the tool."""
+    """Checkpoint folder or hub id; chain and lines come with the tool."""
     revision: str | None
     """Branch, tag or commit of a hub id."""
     device: Literal["auto", "cpu", "cuda"]
@@ -489,7 +489,7 @@ class SanityKeywords(TypedDict, total=False):
     rollout_engine: str
     """Engine that samples: vllm, hf, or one that an installed package brings."""
     model: str | Path
-    """Built-in name, checkpoint folder or hub id; chain comes with the tool."""
+    """Checkpoint folder or hub id; chain and lines come with the tool."""
     revision: str | None
     """Branch, tag or commit of a hub id."""
     device: Literal["auto", "cpu", "cuda"]

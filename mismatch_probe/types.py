@@ -102,13 +102,18 @@ class RolloutRequest:
 
 @dataclass(frozen=True)
 class Rollout:
-    """A sampled response with the engine's own log-probs, `response_token_ids` and `logprobs` of equal length."""
+    """A sampled response with the engine's own log-probs, `response_token_ids` and `logprobs` of equal length.
+
+    `routes` are the experts of its tokens and its prompt's, see `attribute.trace.Routes`, where they were kept; unknown
+    for the last token, which no step has read.
+    """
 
     sequence_id: int
     response_token_ids: list[int] | NDArray[np.int32]
     logprobs: list[float] | NDArray[np.float32]
     finish_reason: str
     text: str = ""
+    routes: NDArray[np.int16] | None = None
 
 
 @dataclass(frozen=True)

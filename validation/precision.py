@@ -2,7 +2,7 @@
 
 `python -m validation.precision block SEED OUT` trains every arm with one seed (a block) and keeps its tables in
 data/results/precision, so that an early stop leaves whole blocks. OUT is the folder of its sweep; one that has begun
-goes on. `python -m validation.precision outcome` prints the tables of docs/validation.md from the blocks that are there.
+goes on. `python -m validation.precision outcome` prints what the blocks that are done show.
 """
 
 from __future__ import annotations

@@ -126,6 +126,18 @@ class RolloutEngine(Closing, Protocol):
         """Scores sequences as `score` does, and keeps which experts each token was sent to."""
         raise EngineError("This engine does not show its routers.", "Leave the setting router out of --settings.")
 
+    def generate_routed(
+        self,
+        requests: Sequence[RolloutRequest],
+        sampling: Sampling,
+        on_tokens: Callable[[int], None],
+        routers: Routers,
+    ) -> list[Rollout]:
+        """Samples as `generate` does, the same bits, and keeps which experts each token was sent to meanwhile, where
+        its routers can be seen.
+        """
+        raise EngineError("This engine does not show its routers.", "Leave --remedy out.")
+
     def configured(self) -> AbstractContextManager[None]:
         """Inside it models of transformers can be built in this process."""
         return nullcontext()

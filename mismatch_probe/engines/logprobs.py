@@ -1,7 +1,7 @@
 """Log-probs of response tokens with their gradients: a causal language model of transformers, padded on the right.
 
 Shape legend: `B` sequences, `L` tokens of the longest with its prompt, `T` response tokens of the longest, `V`
-vocabulary.
+vocabulary, `M` layers with a router, `K` experts of a token.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ class Batch:
         attention: `[B, L]` 1 where there is a token.
         first: `[B]` index of the first response token.
         mask: `[B, T]` where a response has a token.
+        routes: `[M, B, L, K]` experts that the rollout sent tokens to, by layer with a router; None where not kept.
     """
 
     ids: torch.Tensor
     attention: torch.Tensor
     first: torch.Tensor
     mask: torch.Tensor
+    routes: torch.Tensor | None = None
 
     @classmethod
     def of(cls, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], device: torch.device) -> Batch:

@@ -114,6 +114,11 @@ PARTS = (
     Part("vllm.model_executor.models.llama", "LlamaForCausalLM.compute_logits", _HOOKS, "logits of the last states"),
     Part("vllm.model_executor.models.llama", "LlamaForCausalLM.forward(input_ids)", _HOOKS, "the ids of a step"),
     Part("vllm.model_executor.models.llama", "LlamaForCausalLM.forward(positions)", _HOOKS, "where sequences begin"),
+    Part("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.input_batch", _HOOKS, "requests of a step, in order"),
+    Part("vllm.v1.worker.gpu_input_batch", "InputBatch.req_ids", _HOOKS, "their names"),
+    Part("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.query_start_loc", _HOOKS, "where their rows begin"),
+    Part("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.prepare_inputs", _HOOKS, "the same of Model Runner V2"),
+    Part("vllm.v1.worker.gpu.input_batch", "InputBatch.query_start_loc_np", _HOOKS, "the same of Model Runner V2"),
     # Settings.
     Part("vllm.config.model", "_FLOAT16_NOT_SUPPORTED_MODELS", "engines.vllm.unsupported", "no float16 for them"),
     Part("vllm.envs", '"VLLM_ENABLE_V1_MULTIPROCESSING"', _SETTINGS, "the engine core in this process"),

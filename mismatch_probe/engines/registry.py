@@ -29,7 +29,7 @@ class Engine:
         name: As jobs and passes call it.
         packages: What it needs, as imported.
         install: The line that installs them.
-        shows_inside: Whether its rollout engine has `trace` and `routes`.
+        shows_inside: Whether its rollout engine has `trace`, `routes` and `generate_routed`.
         own_process: Whether its rollout engine can run in a process of its own where it fails in-process.
     """
 

@@ -176,6 +176,11 @@ def _details(summary: RunSummary) -> tuple[Section, ...]:
         ("gap after a weight sync, nats", lambda w: w.sync_gap),
         ("seconds of a step", lambda w: w.seconds),
     ]
+    if end.router_agreement is not None:
+        rows += [
+            ("routers that choose the same experts on both sides", lambda w: w.router_agreement),
+            ("tokens that a router sends to other experts in some layer", lambda w: w.router_flipped_tokens),
+        ]
     counts = [
         ("responses", summary.n_responses),
         ("truncated responses", summary.n_truncated),

@@ -118,6 +118,11 @@ class Window(Result):
     """Fraction of the weights that a step changes in the engine's dtype."""
     sync_gap: float | None
     """Mean |Δ log-prob| at the fixed sequences after a weight sync, nats."""
+    router_agreement: float | None = None
+    """Fraction of pairs of response token and layer for which engine and trainer choose the same experts; None for a
+    dense model, and where routers were not compared."""
+    router_flipped_tokens: float | None = None
+    """Fraction of response tokens that some layer's router sends to other experts in the trainer."""
     seconds: float | None
     """Time of a step, seconds."""
 

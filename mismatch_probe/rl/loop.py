@@ -40,6 +40,7 @@ from mismatch_probe.rl.policy import (
     save_checkpoint,
 )
 from mismatch_probe.rl.records import RlDirectory
+from mismatch_probe.rl.routing import Agreement, sample, with_routes
 from mismatch_probe.rl.stress import stressed
 from mismatch_probe.rl.summary import CollapseDetector
 from mismatch_probe.rl.sync import WeightSync, cast, changed_share
@@ -233,6 +234,7 @@ class Training:
             "mask_fraction": sums["n_masked"] / max(1.0, sums["n_tokens"]),
             "truncated_fraction": sums["n_truncated"] / max(1.0, sums["n_tokens"]),
             "sync_gap": synced.gap,
+            **self._agreement.columns(),
             "weights_changed": changed_share(before, cast(self._policy.weights(), config.rollout_dtype)),
             **rolled.metrics(),
             "n_draft_rounds": None if self._exact is None else self._exact.drafts.n_rounds,
@@ -271,7 +273,7 @@ class Training:
         sampling = Sampling(config.max_tokens, config.temperature, config.seed)
         if self._exact is not None:
             return self._exact.sample(requests, sampling, [rows for part in self._parts(n) for rows in part])
-        return self._p.engine.generate(requests, sampling, lambda _: None)
+        return sample(self._p.engine, requests, sampling, self._policy.routers)
 
     def _parts(self, n: int) -> list[list[list[int]]]:
         """Indices of `n` sequences, by minibatch and micro-batch."""
@@ -291,7 +293,8 @@ class Training:
             for rows in part:
                 prompts = [self._p.prompts[owners[i]] for i in rows]
                 responses = [[int(t) for t in rollouts[i].response_token_ids] for i in rows]
-                micro.append((rows, Batch.of(prompts, responses, self._p.device)))
+                batch = Batch.of(prompts, responses, self._p.device)
+                micro.append((rows, with_routes(batch, [rollouts[i] for i in rows])))
             found.append(micro)
         return found
 
@@ -299,9 +302,10 @@ class Training:
     def _score(self, batches: Sequence[Sequence[tuple[list[int], Batch]]]) -> tuple[list[Floats], float]:
         """Log-probs of every sequence, and the mean entropy of a token, nats."""
         found: dict[int, Floats] = {}
-        entropy, n = 0.0, 0
+        entropy, n, self._agreement = 0.0, 0, Agreement()
         for rows, batch in (micro for minibatch in batches for micro in minibatch):
             logprobs, logits = self._policy.logprobs(batch)
+            self._agreement.add(batch, self._policy.routers)
             found |= _rows(rows, batch, logprobs)
             entropy += float(entropies(logits)[batch.mask].sum())
             n += int(batch.mask.sum())

@@ -29,6 +29,7 @@ from mismatch_probe.engines.loading import load_model
 from mismatch_probe.engines.logprobs import Batch, token_logprobs
 from mismatch_probe.errors import DiskFull, TableError
 from mismatch_probe.rl.config import RlConfig
+from mismatch_probe.rl.routing import TrainerRouters
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -53,6 +54,7 @@ class NonFinite(ArithmeticError):
 
 class Policy:
     """Weights, optimizer, schedule and loss scale; whatever decides the next step is in `state` and can be restored.
+    `routers` are those of a mixture of experts, see `rl.routing`.
 
     Args:
         path: Checkpoint folder.
@@ -85,6 +87,7 @@ class Policy:
             growth_interval=config.loss_scale_growth_interval,
         )
         self.updates = 0
+        self.routers = TrainerRouters.of(self._compute, config, path)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The whole state dict in FP32, tied tensors under each of their names: what an engine has to be given."""
@@ -102,7 +105,7 @@ class Policy:
         """`[B, T]` log-probs of the response tokens at the run's temperature, nats, with their gradients, and the
         logits `[B, T, V]` in FP32 that they came from. Where there is no token the values mean nothing: mask them.
         """
-        with self._precision():
+        with self._precision(), self.routers.following(batch) if self.routers else nullcontext():
             return token_logprobs(self._compute, batch, self._config.temperature)
 
     @torch.no_grad()

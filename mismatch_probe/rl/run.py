@@ -11,10 +11,11 @@ from typing import Any
 import pandas as pd
 
 from mismatch_probe.engines import devices, registry
+from mismatch_probe.engines.attribute.trace import experts_of, why_no_routes
 from mismatch_probe.engines.events import Event, Found, InRun, Message, RunEnded, StepDone, Total
 from mismatch_probe.engines.models import ModelRef, resolve
 from mismatch_probe.engines.process import EngineProcess
-from mismatch_probe.errors import EXIT_LIMIT, EXIT_OK
+from mismatch_probe.errors import EXIT_LIMIT, EXIT_OK, UsageError
 from mismatch_probe.files import data_path
 from mismatch_probe.probes.preflight import Use
 from mismatch_probe.probes.preflight.run import guard
@@ -100,6 +101,22 @@ def resolve_model(
     return model
 
 
+def check_remedy(config: TaskSettings, model: ModelRef) -> None:
+    """Raises:
+    UsageError: A run is to replay routes, and the model or the engine has none to show.
+    """
+    if not isinstance(config, RlConfig) or config.remedy != "routing-replay":
+        return
+    shown = registry.find(config.rollout_engine).shows_inside
+    why = "" if shown else f"the engine {config.rollout_engine} does not show its routers"
+    why = why or ("the model has no routers" if not experts_of(model.config) else why_no_routes(model.config))
+    if why:
+        raise UsageError(
+            f"--remedy routing-replay is impossible here: {why}.",
+            "Leave --remedy out, or train a mixture of experts with --rollout-engine vllm.",
+        )
+
+
 def device_of(config: TaskSettings) -> devices.Device:
     """Where engine and trainer run."""
     return registry.find(config.rollout_engine, "rollout").choose_device(config.device)
@@ -128,9 +145,12 @@ class Start:
         """Of a new run; arguments as in `resolve_model`.
 
         Raises:
-            ProbeError: The model or the device cannot be had.
+            ProbeError: The model or the device cannot be had, or a remedy cannot be used with them.
         """
-        return cls(resolve_model(configs, progress, out, at_once), device_of(configs[0]))
+        start = cls(resolve_model(configs, progress, out, at_once), device_of(configs[0]))
+        for config in configs:
+            check_remedy(config, start.model)
+        return start
 
     @classmethod
     def again(cls, run: RunFolder[Any], configs: Sequence[TaskSettings], progress: Progress, at_once: int = 1) -> Start:

@@ -70,8 +70,8 @@ def _window(rows: pd.DataFrame) -> Window:
 
 
 def finite_mean(rows: pd.DataFrame, column: str) -> float | None:
-    """Mean of a column over the rows in which it is finite; None where there are none."""
-    values = rows[column].to_numpy(float) if len(rows) else np.empty(0)
+    """Mean of a column over the rows in which it is finite; None where there are none, or no such column."""
+    values = rows[column].to_numpy(float) if column in rows else np.empty(0)
     values = values[np.isfinite(values)]
     return float(values.mean()) if len(values) else None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from mismatch_probe.engines.base import Channel, RolloutJob
 from mismatch_probe.engines.devices import Device
 from mismatch_probe.engines.events import Event
 from mismatch_probe.errors import EngineError
-from mismatch_probe.types import Dtype, Sampling
+from mismatch_probe.types import Dtype, RolloutRequest, Sampling
 
 
 def engine_job(model_path: str, dtype: Dtype, device: Device = "cpu", engine: str = "vllm") -> RolloutJob:
@@ -172,3 +172,95 @@ class FamiliesJob:
                 said["refused" if not said else "experts left behind"] = error.what
             channel.send(Said(folder, said))
             vllm.close()
+
+
+@dataclass(frozen=True)
+class RoutesSaid(Event):
+    """What an engine and a trainer did with the routes of sampled tokens.
+
+    Attributes:
+        same_bits: Whether sampling is the same with routes kept.
+        decode: Fraction of known pairs of token and layer whose experts are those of a prefill of the same tokens.
+        known: Fraction of all pairs, the last token's apart, whose route is known.
+        columns: Of the steps table, by remedy.
+        rms: RMS of d, nats, by remedy.
+        applied: Fraction of known pairs that went to the engine's experts in the replay.
+    """
+
+    same_bits: bool
+    decode: float
+    known: float
+    columns: Mapping[str, Mapping[str, float | None]]
+    rms: Mapping[str, float]
+    applied: float
+
+
+@dataclass(frozen=True)
+class RoutesJob:
+    """Samples from a mixture with its routes, scores it with both remedies, and says what it saw."""
+
+    model_path: str
+    dtype: Dtype
+    trainer_mode: str
+    trust_remote_code: bool = False
+    subject: str = "The routes"
+    memory_advice: str = ""
+
+    def run(self, channel: Channel) -> None:
+        import torch
+
+        from mismatch_probe.engines.attribute.trace import Routers
+        from mismatch_probe.engines.checkpoint import read_config
+        from mismatch_probe.engines.logprobs import Batch
+        from mismatch_probe.engines.vllm.engine import VllmRollout
+        from mismatch_probe.rl.config import RlConfig
+        from mismatch_probe.rl.policy import Policy
+        from mismatch_probe.rl.routing import Agreement, with_routes
+
+        job = engine_job(self.model_path, self.dtype)
+        engine = VllmRollout(replace(job, logit_noise=False, max_model_len=256))
+        draw = np.random.default_rng(0)
+        # The second is longer than a block of the cache, which the others of its group then take it from.
+        prompts = [draw.integers(3, 128, length).tolist() for length in (6, 150, 20)]
+        requests = [RolloutRequest(i, prompts[i % 3], i, ()) for i in range(24)]
+        sampling, routers = Sampling(48), Routers.of(read_config(self.model_path), most_tokens=4096)
+        plain = engine.generate(requests, sampling, lambda _: None)
+        found = engine.generate_routed(requests, sampling, lambda _: None, routers)
+        responses = [[int(token) for token in rollout.response_token_ids] for rollout in found]
+        sequences = [[*request.prompt_token_ids, *ids] for request, ids in zip(requests, responses, strict=True)]
+        prefill, ends = engine.routes(sequences, routers).experts, np.cumsum([len(ids) for ids in sequences])
+        decoded = np.delete(np.concatenate([r.routes for r in found if r.routes is not None], 1), ends - 1, 1)
+        prefilled = np.delete(prefill, ends - 1, 1)
+        both = (decoded >= 0).all(2) & (prefilled >= 0).all(2)
+        batch = Batch.of([list(r.prompt_token_ids) for r in requests], responses, torch.device("cpu"))
+        batch, rollout = with_routes(batch, found), np.concatenate([r.logprobs for r in found])
+        columns, rms, applied = {}, {}, 0.0
+        for remedy in ("none", "routing-replay"):
+            config = RlConfig.of({"trainer_dtype": self.dtype, "trainer_mode": self.trainer_mode, "remedy": remedy})
+            policy, agreement, sent = Policy(self.model_path, config, torch.device("cpu")), Agreement(), []
+            computing = policy._compute
+            for layer in computing.model.layers:
+                layer.mlp.experts.register_forward_pre_hook(lambda _, args, sent=sent: sent.append(args[1]))
+            with torch.no_grad():
+                logprobs = policy.logprobs(batch)[0][batch.mask].double().numpy()
+            agreement.add(batch, policy.routers)
+            columns[remedy], rms[remedy] = agreement.columns(), float(np.sqrt(np.mean((logprobs - rollout) ** 2)))
+            assert batch.routes is not None
+            theirs, ours = batch.routes.flatten(1, 2).sort(-1).values, torch.stack(sent).sort(-1).values
+            known = (theirs >= 0).all(-1)
+            # Left with that of the last remedy, the replay.
+            applied = float((theirs == ours).all(-1)[known].double().mean())
+        channel.send(
+            RoutesSaid(
+                same_bits=all(
+                    np.array_equal(a.response_token_ids, b.response_token_ids)
+                    and np.array_equal(a.logprobs, b.logprobs)
+                    for a, b in zip(plain, found, strict=True)
+                ),
+                decode=float((np.sort(decoded) == np.sort(prefilled)).all(2)[both].mean()),
+                known=float((decoded >= 0).all(2).mean()),
+                columns=columns,
+                rms=rms,
+                applied=applied,
+            )
+        )

@@ -5,7 +5,8 @@ All of them work on the model object of transformers, by module names and classe
 A router of transformers answers with (logits, weights, indices). What makes weights out of logits differs between
 architectures, so it is found by trying: the rule that gives a router's own weights from its own logits and indices.
 
-Shape legend: `N` tokens of a pass, `E` experts, `K` experts of a token, `L` layers with a router.
+Shape legend: `N` tokens of a pass, `B` sequences of it, `T` tokens of the longest, `E` experts, `K` experts of a token,
+`L` layers with a router.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mismatch_probe.engines.attribute.variants import UNKNOWN, NotThereError
@@ -394,7 +397,9 @@ class Routing:
                 return None
             logits, weights = output[0], output[at[0]]
             rule = _rule(logits, weights, indices)
-            routes = torch.where(wanted == UNKNOWN, indices, wanted)
+            # The same experts keep their order, and with it the bits of the sum over them.
+            own = (wanted == UNKNOWN) | same_experts(wanted, indices)[:, None]
+            routes = torch.where(own, indices, wanted)
             changed = list(output)
             changed[at[0]], changed[at[1]] = rule(logits, routes).to(weights.dtype), routes
             return tuple(changed)
@@ -418,14 +423,28 @@ class Routing:
         return (weights[0], indices[0]), parts[indices[0]]
 
 
+@torch.no_grad()
 def _rule(logits: Tensor, weights: Tensor, indices: Tensor) -> Rule:
-    """How the router made its weights.
+    """How the router made its weights: the rule that comes closest.
 
     Raises:
         NotThereError: In no way that is known.
     """
-    close = 8 * torch.finfo(weights.dtype).eps
-    for rule in _RULES:
-        if (rule(logits, indices) - weights.float()).abs().max() <= close:
-            return rule
-    raise NotThereError("the router's weighting of experts is not supported")
+    apart = [float((rule(logits, indices) - weights.float()).abs().max()) for rule in _RULES]
+    if not min(apart) <= 8 * torch.finfo(weights.dtype).eps:
+        raise NotThereError("the router's weighting of experts is not supported")
+    return _RULES[apart.index(min(apart))]
+
+
+def same_experts(one: Tensor, other: Tensor) -> Tensor:
+    """`[…]` whether two `[…, K]` routes name the same experts, in whatever order."""
+    return (one.sort(-1).values == other.sort(-1).values).all(-1)
+
+
+def padded_routes(routes: Sequence[NDArray[np.int16]], device: torch.device | str) -> Tensor:
+    """`[L, B, T, K]` routes `[L, T, K]` of sequences side by side, padded on the right with `UNKNOWN`."""
+    layers, _, chosen = routes[0].shape
+    found = torch.full((layers, len(routes), max(one.shape[1] for one in routes), chosen), UNKNOWN)
+    for index, one in enumerate(routes):
+        found[:, index, : one.shape[1]] = torch.from_numpy(one.astype(np.int64))
+    return found.to(device)

@@ -59,13 +59,18 @@ class Routers:
         layers: Decoder layers of the model.
         experts: Experts of a layer.
         chosen: Experts of a token.
-        most_tokens: What the engine's scheduler takes at once.
+        most_tokens: What the engine's scheduler takes at once; needed for whole sequences alone.
     """
 
     layers: int
     experts: int
     chosen: int
-    most_tokens: int
+    most_tokens: int = 0
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], most_tokens: int = 0) -> Routers:
+        """Those of a model by its `config.json`; arguments as above."""
+        return cls(layers_of(config), experts_of(config), experts_per_token(config), most_tokens)
 
 
 @dataclass(frozen=True)
@@ -117,6 +122,29 @@ def layers_of(config: Mapping[str, Any]) -> int:
     nested = text_config(config)
     names = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
     return next((int(nested[name]) for name in names if nested.get(name)), 0)
+
+
+def experts_of(config: Mapping[str, Any]) -> int:
+    """Experts of a layer by `config.json`, 0 for a dense model."""
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    return next((int(found) for name in names if (found := text_config(config).get(name))), 0)
+
+
+def experts_per_token(config: Mapping[str, Any]) -> int:
+    """Experts of a token by `config.json`, 0 where it does not say."""
+    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk")
+    return next((int(found) for name in names if (found := text_config(config).get(name))), 0)
+
+
+def why_no_routes(config: Mapping[str, Any]) -> str:
+    """Why the routes of a mixture of experts cannot be read off its routers' logits; empty where they can."""
+    nested = text_config(config)
+    if not experts_per_token(config) or not layers_of(config):
+        return "the checkpoint's config.json does not say how many experts a token has"
+    grouped = int(nested.get("n_group") or 1) > 1 or nested.get("scoring_func") == "sigmoid"
+    if grouped or nested.get("topk_method") == "noaux_tc":
+        return "its routers choose by more than their logits (groups, a correction), which is not read here"
+    return ""
 
 
 def check_room(folder: Path, needed: int) -> None:

@@ -186,7 +186,7 @@ class TrainerVariants(OnTrainer):
         """Passes with the trainer's own experts and with the engine's: `own` and `logprobs` `[N]`, `routes` of the
         trainer `[L, R, K]`.
         """
-        from mismatch_probe.engines.attribute.changes import Routing
+        from mismatch_probe.engines.attribute.changes import Routing, padded_routes
 
         assert self.routes is not None
         part = self.routes.load()
@@ -202,8 +202,9 @@ class TrainerVariants(OnTrainer):
         with routing.watching():
             for batch in engine.plan(self.sequences):
                 rows = _rows_of(batch, [starts[r.sequence_id] for r in batch])
+                theirs = padded_routes([wanted[:, start : start + n] for _, start, n in rows], self.trainer.device)
                 for follow in (False, True):
-                    routing.choose(_wanted(wanted, layers, rows, self.trainer.device) if follow else {})
+                    routing.choose(dict(zip(layers, theirs.flatten(1, 2), strict=True)) if follow else {})
                     for score in engine.score(batch, self.trainer.temperature):
                         passes[follow][score.sequence_id] = np.asarray(score.logprobs)
                     if not follow:
@@ -267,19 +268,6 @@ def _rows_of(batch: Sequence[ScoreRequest], starts: Sequence[int]) -> list[tuple
     """Of each sequence of a padded batch: first flat row, first row among the routes, length."""
     longest = max(request.length for request in batch)
     return [(i * longest, start, r.length) for i, (r, start) in enumerate(zip(batch, starts, strict=True))]
-
-
-def _wanted(
-    routes: NDArray[np.int16], layers: Sequence[int], rows: Sequence[tuple[int, int, int]], device: str
-) -> dict[int, Any]:
-    """By layer `[B · T, K]` routes of a padded batch, `UNKNOWN` in the padding."""
-    import torch
-
-    total = len(rows) * max(length for _, _, length in rows)
-    found = np.full((len(layers), total, routes.shape[2]), UNKNOWN, np.int64)
-    for first, start, length in rows:
-        found[:, first : first + length] = routes[:, start : start + length]
-    return {layer: torch.from_numpy(found[k]).to(device) for k, layer in enumerate(layers)}
 
 
 def _note(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -200,7 +201,7 @@ class VllmRollout(RolloutEngine):
     def routes(self, sequences: Sequence[Sequence[int]], routers: Routers) -> Routes:
         from mismatch_probe.engines.vllm import hooks
 
-        self.run_on_model(partial(hooks.start_routes, sequences, routers.layers, routers.experts, routers.chosen))
+        self.run_on_model(partial(hooks.start_routes, sequences, routers))
         # No more at once than one step takes: a sequence that is split over two is in no step as a whole.
         groups: list[list[Sequence[int]]] = []
         for sequence in sequences:
@@ -211,7 +212,28 @@ class VllmRollout(RolloutEngine):
                 groups.append([sequence])
         logprobs = [row for group in groups for row in self.score(group)]
         kept = self.run_on_model(hooks.finish_routes)
-        return Routes(kept["layers"], np.frombuffer(kept["routes"], np.int16).reshape(kept["shape"]), logprobs)
+        return Routes(kept["layers"], _experts(kept), logprobs)
+
+    def generate_routed(
+        self,
+        requests: Sequence[RolloutRequest],
+        sampling: Sampling,
+        on_tokens: Callable[[int], None],
+        routers: Routers,
+    ) -> list[Rollout]:
+        from mismatch_probe.engines.vllm import hooks
+
+        self._llm.collective_rpc(hooks.start_decoded_routes, args=(routers,))
+        found = self.generate(requests, sampling, on_tokens)
+        sequences = [
+            [*request.prompt_token_ids, *map(int, rollout.response_token_ids)]
+            for request, rollout in zip(requests, found, strict=True)
+        ]
+        kept = self._llm.collective_rpc(hooks.finish_decoded_routes, args=(sequences,))[0]
+        if not kept:
+            return found
+        parts = np.split(_experts(kept), np.cumsum([len(ids) for ids in sequences])[:-1], axis=1)
+        return [replace(rollout, routes=part) for rollout, part in zip(found, parts, strict=True)]
 
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
         tokenizer = self._llm.get_tokenizer()
@@ -294,8 +316,14 @@ def _sampled_logprobs(found: Any, tokens: Sequence[int]) -> list[float]:
     return values
 
 
+def _experts(kept: Mapping[str, Any]) -> NDArray[np.int16]:
+    """`[L, R, K]` routes as a worker hands them over."""
+    return np.frombuffer(kept["routes"], np.int16).reshape(kept["shape"])
+
+
 def _attention_backends(worker: Any) -> list[str]:
     """Runs in vLLM's worker: the attention backends that its runner chose; they can change with the dtype."""
-    runner = getattr(worker, "model_runner", None) or worker.worker.model_runner
-    groups = getattr(runner, "attn_groups", None) or []
+    from mismatch_probe.engines.vllm.hooks import model_runner
+
+    groups = getattr(model_runner(worker), "attn_groups", None) or []
     return [group.backend.get_name() for per_cache in groups for group in per_cache]

@@ -7,8 +7,8 @@ Most of vLLM's models keep the residual stream in two tensors, which the next no
 (`vllm/model_executor/models/llama.py`); the stream is their sum, rounded as that norm rounds it. Some hand on a second
 tensor that nobody reads (`commandr.py`, `stablelm.py`): then the norm after it reads the first alone.
 
-Rows of a step belong to whatever the scheduler put there: they are told apart by positions that start again at 0, and
-recognised by their ids.
+Rows of a step belong to whatever the scheduler put there. Whole sequences are told apart by positions that start again
+at 0, and recognised by their ids; what is being sampled has no ids yet, and the model runner says whose rows are whose.
 
 Shape legend: `N` tokens of a step, `R` tokens of all traced sequences, `K` experts of a token, `L` layers with routers.
 """
@@ -20,10 +20,12 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mismatch_probe.engines.attribute.trace import OUTSIDE, TraceFiles, TraceRequest
+from mismatch_probe.engines.attribute.trace import OUTSIDE, Routers, TraceFiles, TraceRequest
 from mismatch_probe.engines.attribute.variants import UNKNOWN
 from mismatch_probe.engines.audit.places import is_norm, is_router, layer_index
 from mismatch_probe.errors import EngineError
@@ -84,6 +86,73 @@ class _Rows:
                 "Use --no-layers.",
             )
         return torch.cat([torch.arange(first, end) for _, first, end in sorted(self.found)])
+
+
+class _DecodedRows:
+    """Which token of which request each row of a step is, as the engine samples them.
+
+    Requests are numbered as `VllmRollout` names them, `RUN-NUMBER`, which vLLM adds to. Model Runner V2 keeps a batch
+    only while a step is prepared; V1 keeps one for good.
+
+    Args:
+        runner: vLLM's model runner, which knows the make-up of its batch.
+    """
+
+    def __init__(self, runner: Any) -> None:
+        self._runner, self._tokens = runner, 0
+        self._prepared: Any = None
+        self._steps: list[tuple[list[int], NDArray[np.int64], Tensor]] = []
+        self._modern = hasattr(runner, "prepare_inputs")
+        if self._modern:
+            runner.prepare_inputs = self._noting(runner.prepare_inputs)
+
+    def close(self) -> None:
+        """Leaves the runner as it was."""
+        if self._modern:
+            del self._runner.prepare_inputs
+
+    def _noting(self, prepare: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._prepared = prepare(*args, **kwargs)
+            return self._prepared
+
+        return call
+
+    def _batch(self) -> tuple[list[str], NDArray[np.int64]]:
+        """Names of the step's requests in the order of their rows, and where each begins, the end last."""
+        batch = self._prepared if self._modern else self._runner.input_batch
+        names = list(batch.req_ids)
+        starts = batch.query_start_loc_np if self._modern else self._runner.query_start_loc.np
+        return names, np.array(starts[: len(names) + 1], np.int64)
+
+    def step(self, ids: Tensor, positions: Tensor) -> None:
+        """Reads a step's positions `[N]`, which may be padded."""
+        names, starts = self._batch()
+        self._tokens = int(starts[-1])
+        places = (positions[0] if positions.ndim > 1 else positions)[: self._tokens]
+        self._steps.append(([int(name.split("-")[1]) for name in names], np.diff(starts), places.clone()))
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """The step's rows of a tensor `[N, W]` or `[1, N, W]`, where they lie."""
+        return tensor.detach().reshape(-1, tensor.shape[-1])[: self._tokens]
+
+    def order(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        """`[R]` where each token's row lies among what was kept, -1 where it has none, as the last one sampled.
+
+        A beginning that came out of the prefix cache has the rows of the request that computed it.
+        """
+        places = [np.full(len(ids), -1) for ids in sequences]
+        ends = np.cumsum([len(positions) for _, _, positions in self._steps])
+        # Backwards: a request that was preempted ran its tokens again, and the first time is when it sampled them.
+        for (numbers, counts, positions), end in zip(reversed(self._steps), ends[::-1], strict=True):
+            rows, at = np.arange(end - len(positions), end), positions.cpu().numpy()
+            for number, part in zip(numbers, np.split(np.arange(len(at)), np.cumsum(counts)[:-1]), strict=True):
+                places[number][at[part]] = rows[part]
+        for own, ids in zip(places, sequences, strict=True):
+            cached = int((own >= 0).argmax())
+            shared = (p for p, s in zip(places, sequences, strict=True) if s[:cached] == ids[:cached] and p[0] >= 0)
+            own[:cached] = next(shared, own)[:cached]
+        return torch.from_numpy(np.concatenate(places))
 
 
 class Tracer:
@@ -167,7 +236,7 @@ class Tracer:
             self._kept.setdefault(part, {}).setdefault(name, []).append(taken)
 
 
-def _step(rows: _Rows) -> Callable[..., None]:
+def _step(rows: _Rows | _DecodedRows) -> Callable[..., None]:
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
         positions = kwargs.get("positions", args[1] if len(args) > 1 else None)
@@ -239,52 +308,60 @@ def layer_names(model: nn.Module, count: int) -> list[str]:
 
 
 class RouteTracer:
-    """Keeps which experts the routers chose, of every wanted sequence.
+    """Keeps which experts the routers chose.
 
     Args:
         model: vLLM's.
-        sequences: Their ids.
-        layers: Of the model.
-        experts: Of each router.
-        chosen: Experts of a token.
+        rows: Which rows of a step are kept.
+        routers: Of the model.
     """
 
-    def __init__(
-        self, model: nn.Module, sequences: Sequence[Sequence[int]], layers: int, experts: int, chosen: int
-    ) -> None:
-        self._rows, self._chosen = _Rows(sequences), chosen
+    def __init__(self, model: nn.Module, rows: _Rows | _DecodedRows, routers: Routers) -> None:
+        self._rows, self._routers = rows, routers
         self._kept: dict[int, list[Tensor]] = {}
-        self._handles = [model.register_forward_pre_hook(_step(self._rows), with_kwargs=True)]
-        for index, name in enumerate(layer_names(model, layers)):
+        self._handles = [model.register_forward_pre_hook(_step(rows), with_kwargs=True)]
+        for index, name in enumerate(layer_names(model, routers.layers)):
             for inner, module in model.get_submodule(name).named_modules():
                 if is_router(inner):
-                    self._handles.append(module.register_forward_hook(self._after(index, experts)))
+                    self._handles.append(module.register_forward_hook(self._after(index)))
 
-    def finish(self) -> tuple[list[int], Any]:
-        """Takes the hooks away.
-
-        Returns:
-            Indices of the layers, and `[L, R, K]` experts of each token, the likeliest first; `UNKNOWN` where two
-            experts tie for the last place.
-        """
+    def remove(self) -> None:
+        """Takes the hooks away."""
         for handle in self._handles:
             handle.remove()
-        order = self._rows.order()
-        layers = sorted(self._kept)
-        if not layers:
-            raise EngineError("No router ran in vLLM's model.", "Report this architecture.")
-        return layers, torch.stack([torch.cat(self._kept[layer])[order] for layer in layers]).numpy()
 
-    def _after(self, layer: int, experts: int) -> Callable[..., None]:
+    @property
+    def ran(self) -> bool:
+        """Whether a router did."""
+        return bool(self._kept)
+
+    def found(self, order: Tensor) -> dict[str, Any]:
+        """What was kept, with its types taken off, since vLLM's processes do not carry them: `layers`, their indices;
+        `routes`, the bytes of int16 `[L, R, K]` experts of each token, the likeliest first, `UNKNOWN` where two experts
+        tie for the last place; `shape`.
+
+        Args:
+            order: `[R]` rows of what was kept; -1 for `UNKNOWN`.
+        """
+        layers = sorted(self._kept)
+        if not self.ran:
+            raise EngineError("No router ran in vLLM's model.", "Report this architecture.")
+        unknown = torch.full((1, self._routers.chosen), UNKNOWN, dtype=torch.int16)
+        routes = torch.stack([torch.cat([*(t.cpu() for t in self._kept[layer]), unknown])[order] for layer in layers])
+        return {"layers": layers, "shape": list(routes.shape), "routes": routes.numpy().tobytes()}
+
+    def _after(self, layer: int) -> Callable[..., None]:
+        experts, chosen = self._routers.experts, self._routers.chosen
+
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             found = [t for t in _floats(output if isinstance(output, tuple) else (output,)) if t.shape[-1] == experts]
             taken = self._rows.take(found[0].float()) if found else None
             if taken is None:
                 return
-            values, indices = taken.topk(min(self._chosen + 1, experts))
-            routes = indices[:, : self._chosen].short()
-            if self._chosen < experts:  # 16-bit logits tie, and which expert a tie goes to is the kernel's own affair
-                routes[values[:, self._chosen - 1] == values[:, self._chosen]] = UNKNOWN
+            values, indices = taken.topk(min(chosen + 1, experts))
+            routes = indices[:, :chosen].short()
+            if chosen < experts:  # 16-bit logits tie, and which expert a tie goes to is the kernel's own affair
+                routes[values[:, chosen - 1] == values[:, chosen]] = UNKNOWN
             self._kept.setdefault(layer, []).append(routes)
 
         return hook
@@ -300,14 +377,43 @@ def finish_trace(model: nn.Module) -> None:
     _state.pop("trace").finish()
 
 
-def start_routes(sequences: Sequence[Sequence[int]], layers: int, experts: int, chosen: int, model: nn.Module) -> None:
-    """Begins to keep routes in this worker."""
-    _state["routes"] = RouteTracer(model, sequences, layers, experts, chosen)
+def start_routes(sequences: Sequence[Sequence[int]], routers: Routers, model: nn.Module) -> None:
+    """Begins to keep the routes of whole sequences in this worker."""
+    rows = _Rows(sequences)
+    _state["routes"] = rows, RouteTracer(model, rows, routers)
 
 
 def finish_routes(model: nn.Module) -> dict[str, Any]:
-    """Ends it: `layers`, and `routes` of `RouteTracer.finish` as bytes of int16 with their `shape`, since what travels
-    between vLLM's processes is rid of its types.
+    """Ends it, see `RouteTracer.found`."""
+    rows, tracer = _state.pop("routes")
+    tracer.remove()
+    found: dict[str, Any] = tracer.found(rows.order())
+    return found
+
+
+def start_decoded_routes(worker: Any, routers: Routers) -> None:
+    """Begins to keep the routes of tokens as they are sampled, in this worker; not where no layers are found."""
+    runner = model_runner(worker)
+    rows = _DecodedRows(runner)
+    try:
+        _state["decoded"] = rows, RouteTracer(runner.get_model(), rows, routers)
+    except EngineError:
+        rows.close()
+
+
+def finish_decoded_routes(worker: Any, sequences: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Ends it, see `RouteTracer.found`; rows of all `sequences`, prompts and responses, in the order of requests.
+    Empty where no router ran.
     """
-    layers, routes = _state.pop("routes").finish()
-    return {"layers": layers, "shape": list(routes.shape), "routes": routes.tobytes()}
+    if "decoded" not in _state:
+        return {}
+    rows, tracer = _state.pop("decoded")
+    tracer.remove()
+    rows.close()
+    found: dict[str, Any] = tracer.found(rows.order(sequences)) if tracer.ran else {}
+    return found
+
+
+def model_runner(worker: Any) -> Any:
+    """The model runner of a worker of vLLM's, whichever of its wrappers is given."""
+    return getattr(worker, "model_runner", None) or worker.worker.model_runner

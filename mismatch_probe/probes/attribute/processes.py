@@ -212,8 +212,7 @@ class Processes:
         return each[: max(1, int(np.searchsorted(np.cumsum(each), ALONE_TOKENS[device], side="right")))]
 
     def _routers(self) -> Routers:
-        context = self._pair.context
-        return Routers(context.layers, context.experts, context.experts_per_token, self._pair.most_tokens)
+        return Routers.of(self._pair.context.model, self._pair.most_tokens)
 
     def _trace_request(self, job: RolloutJob) -> TraceRequest:
         context, lengths = self._pair.context, [s.length for s in self._pair.sequences]

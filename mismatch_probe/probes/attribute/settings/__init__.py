@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mismatch_probe.engines import registry
-from mismatch_probe.engines.attribute.trace import layers_of
+from mismatch_probe.engines.attribute.trace import experts_of, layers_of, why_no_routes
 from mismatch_probe.engines.attribute.trainer import UNCHANGED
 from mismatch_probe.engines.attribute.variants import PassKind, TrainerVariant
 from mismatch_probe.engines.checkpoint import text_config
@@ -83,28 +83,14 @@ class Context:
         return layers_of(self.model)
 
     @property
-    def experts_per_token(self) -> int:
-        """Experts of a token, 0 where the configuration does not say."""
-        names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk")
-        return next((int(self.nested[name]) for name in names if self.nested.get(name)), 0)
-
-    @property
     def why_no_routes(self) -> str:
         """Why routes cannot be read off a router's logits; empty where they can."""
-        if self.why_no_inside:
-            return self.why_no_inside
-        if not self.experts_per_token or not self.layers:
-            return "the checkpoint's config.json does not say how many experts a token has"
-        grouped = int(self.nested.get("n_group") or 1) > 1 or self.nested.get("scoring_func") == "sigmoid"
-        if grouped or self.nested.get("topk_method") == "noaux_tc":
-            return "its routers choose by more than their logits (groups, a correction), which is not read here"
-        return ""
+        return self.why_no_inside or why_no_routes(self.model)
 
     @property
     def experts(self) -> int:
         """Experts of a layer, 0 where it has none."""
-        names = ("num_experts", "num_local_experts", "n_routed_experts")
-        return next((int(self.nested[name]) for name in names if self.nested.get(name)), 0)
+        return experts_of(self.model)
 
 
 def same(dtype: str, wanted: str) -> str:
