@@ -16,7 +16,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,6 @@ from mismatch_probe.rl.tasks import Response, Task
 from mismatch_probe.rl.tasks.arithmetic import ALPHABET, SEPARATORS, Calculation, ChainTask
 from mismatch_probe.rl.tasks.lines import (
     FEWEST_LINES,
-    LEAST_CHARACTERS,
     MOST_LINES,
     WORDS,
     LinesTask,
@@ -42,7 +41,7 @@ Pair = tuple[list[int], list[int]]
 _RATE = 3e-3
 _CORRUPTED = 0.05
 _FREE_SHARE = 0.3
-_LONGEST_LINE = 60
+_SHORTEST_LINE, _LONGEST_LINE = 24, 60
 _UNTRUE = 0.1
 
 
@@ -165,17 +164,17 @@ def calculations(encoder: Any, operations: int, seed: int) -> Callable[[], Pair]
 
 
 def library() -> list[str]:
-    """Lines of the standard library that the task would count, in the order of its files."""
+    """Lines of the standard library that are neither short nor long, in the order of its files."""
     found = []
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
         lines = (line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines())
-        found += [s for s in lines if s.isascii() and s.isprintable() and LEAST_CHARACTERS <= len(s) <= _LONGEST_LINE]
+        found += [s for s in lines if s.isascii() and s.isprintable() and _SHORTEST_LINE <= len(s) <= _LONGEST_LINE]
     return found
 
 
 def texts(encoder: Any, lines: Sequence[str], seed: int) -> Callable[[], Pair]:
-    """Draws prompts with consecutive lines that have the property, as token ids; some prompts ask to avoid a word that
-    may be there.
+    """Draws prompts with consecutive lines that have the property, as token ids; in some prompts one of the words to
+    avoid may be there.
     """
     rng = np.random.default_rng(seed)
     ids = [encoder(line + "\n", add_special_tokens=False)["input_ids"] for line in lines]
@@ -186,16 +185,16 @@ def texts(encoder: Any, lines: Sequence[str], seed: int) -> Callable[[], Pair]:
             n_lines = int(rng.integers(FEWEST_LINES, MOST_LINES + 1))
             start = int(rng.integers(len(lines) - n_lines))
             rows = range(start, start + n_lines)
-            used = sorted(set().union(*(known[i] for i in rows)))
-            avoided = sorted(set(WORDS) - set(used))
-            if not used or not avoided or len({lines[i] for i in rows}) < n_lines:
+            absent = sorted(set(WORDS) - set().union(*(known[i] for i in rows)))
+            if len(absent) < 2 or len({lines[i] for i in rows}) < n_lines:
                 continue
-            asked = Property(n_lines, str(rng.choice(used)), str(rng.choice(avoided)))
+            pair = [str(word) for word in rng.choice(absent, 2, replace=False)]
             if rng.random() < _UNTRUE:
-                asked = replace(asked, avoided=str(rng.choice([word for word in WORDS if word != asked.used])))
+                pair[1] = str(rng.choice([word for word in WORDS if word not in pair]))
+            first, second = sorted(pair)
             response = [token for i in rows for token in ids[i]]
             # The last line feed gives way to the end.
-            return encoder(asked.prompt)["input_ids"], [*response[:-1], 2]
+            return encoder(Property(n_lines, (first, second)).prompt)["input_ids"], [*response[:-1], 2]
 
     return draw
 
@@ -305,7 +304,7 @@ def lines(out: Path, shape: str, vocabulary: int, steps: int, batch: int, seed: 
         "parameters": sum(p.numel() for p in network.parameters()),
         "text": f"{len(text)} lines of the standard library of Python {sys.version.split()[0]}",
         "loss": loss,
-        "sampled_of_128": accuracy(network.float(), encoder, LinesTask.drawn(128, 0), 400),
+        "sampled_of_128": accuracy(network.float(), encoder, LinesTask.drawn(128, 0), 320),
     }
     save(out, network.to(torch.bfloat16), encoder, made)
 

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 from mismatch_probe.errors import PromptError, UsageError
 from mismatch_probe.rl.tasks import Problem, Response, make_task
-from mismatch_probe.rl.tasks.lines import LEAST_CHARACTERS, WORDS, LinesTask, Property
+from mismatch_probe.rl.tasks.lines import LEAST_CHARACTERS, MARGIN, WORDS, LinesTask, Property
 
-words = st.sampled_from([*WORDS, "selfish", "Return", "x1", "name2", "_", "="])
-texts = st.lists(st.lists(words, min_size=1, max_size=12).map(" ".join), min_size=1, max_size=5).map("\n".join)
-properties = st.builds(Property, st.integers(1, 5), st.sampled_from(WORDS), st.sampled_from(WORDS))
+words = st.sampled_from([*WORDS[:6], "selfish", "Return", "x1", "name2", "_", "=", "of_it"])
+texts = st.lists(st.lists(words, min_size=3, max_size=12).map(" ".join), min_size=1, max_size=7).map("\n".join)
+pairs = st.tuples(st.sampled_from(WORDS), st.sampled_from(WORDS))
+properties = st.builds(Property, st.integers(1, 5), pairs)
 
 
 def has_word(text: str, word: str) -> bool:
@@ -27,7 +28,7 @@ def has_word(text: str, word: str) -> bool:
 @given(texts, properties)
 def test_a_text_has_the_property_if_each_part_of_it_holds(text: str, asked: Property) -> None:
     lines, seen = text.split("\n"), set()
-    wanted = len(lines) == asked.n_lines and has_word(text, asked.used) and not has_word(text, asked.avoided)
+    wanted = -MARGIN <= len(lines) - asked.n_lines <= MARGIN and not any(has_word(text, word) for word in asked.avoided)
     for line in lines:
         wanted = wanted and line not in seen and len(line) >= LEAST_CHARACTERS
         seen.add(line)
@@ -43,15 +44,21 @@ GOOD = "\n".join(f"self.{name} = value of {name}" for name in ("first_part", "se
         (GOOD, "stop", 1.0),
         (GOOD, "length", 0.0),
         (GOOD + "\n", "stop", 0.0),
-        (GOOD.replace("self", "it"), "stop", 0.0),
+        (GOOD.split("\n")[0], "stop", 0.0),
         (GOOD.replace("value", "return"), "stop", 0.0),
+        (GOOD.replace("value", "key"), "stop", 0.0),
+        (GOOD.replace("value", "key2return"), "stop", 0.0),
+        (GOOD.replace("value", "keyword"), "stop", 1.0),
+        ("\n".join(f"line {i}, long enough" for i in range(7)), "stop", 1.0),
+        ("\n".join(f"line {i}, long enough" for i in range(8)), "stop", 0.0),
         (GOOD.replace("second", "first"), "stop", 0.0),
-        (GOOD.replace("third_part", "x"), "stop", 0.0),
+        (GOOD.replace("value of third_part", "x"), "stop", 1.0),
+        (GOOD.replace("third_part = value of third_part", "x = x"), "stop", 0.0),
         ("", "stop", 0.0),
     ],
 )
 def test_a_response_is_right_where_it_ends_and_has_the_property(text: str, reason: str, reward: float) -> None:
-    problem = Problem("p", "3 +self -return\n", "")
+    problem = Problem("p", "5 -key -return\n" if text.startswith("line") else "4 -key -return\n", "")
     assert LinesTask([problem]).rewards([problem], [Response(text, reason)]) == [reward]
 
 
@@ -61,13 +68,13 @@ def test_prompts_say_what_is_asked(seed: int) -> None:
         asked = Property.of(problem.prompt)
         assert asked is not None
         assert asked.prompt == problem.prompt
-        assert asked.used != asked.avoided
+        assert asked.avoided[0] < asked.avoided[1]
 
 
 def test_problems_are_different_ones_and_there_are_only_so_many() -> None:
-    assert len({problem.prompt for problem in make_task("lines", n_problems=660, seed=1).problems()}) == 660
-    with pytest.raises(UsageError, match=r"n_problems \(661\) exceeds the 660"):
-        make_task("lines", n_problems=661, seed=1)
+    assert len({problem.prompt for problem in make_task("lines", n_problems=1380, seed=1).problems()}) == 1380
+    with pytest.raises(UsageError, match=r"n_problems \(1381\) exceeds the 1380"):
+        make_task("lines", n_problems=1381, seed=1)
 
 
 def test_problems_follow_from_the_seed() -> None:
@@ -76,7 +83,7 @@ def test_problems_follow_from_the_seed() -> None:
     assert first != other
 
 
-@pytest.mark.parametrize("prompt", ["3 +self -return", "0 +self -return\n", "3 +self\n", "lines"])
+@pytest.mark.parametrize("prompt", ["3 -key -return", "0 -key -return\n", "3 -key\n", "lines"])
 def test_a_prompt_of_another_form_is_refused(prompt: str) -> None:
     with pytest.raises(PromptError, match="does not belong to the task lines"):
         LinesTask([Problem("p", prompt, "")])

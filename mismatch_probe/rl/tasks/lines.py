@@ -1,8 +1,8 @@
 """Text of which a property can be checked exactly and that many texts have: `lines`.
 
-`12 +self -return` asks for 12 different lines of at least 24 characters, of which one has the word `self` and none the
-word `return`. Nothing else is asked of them, so that a policy which always succeeds may still say nearly anything: the
-entropy of a token stays, and with it the mismatch, unlike in a calculation with one right answer.
+`12 -return -self` asks for 12 lines, give or take 2, all different and of at least 16 characters, none of which has one
+of the two words. Nothing else is asked of them, so that a policy which always succeeds may still say nearly anything:
+the entropy of a token stays, and with it the mismatch, unlike in a calculation with one right answer.
 """
 
 from __future__ import annotations
@@ -17,12 +17,18 @@ import numpy as np
 from mismatch_probe.errors import PromptError, UsageError
 from mismatch_probe.rl.tasks import Asked, Problem, Response, task
 
-LEAST_CHARACTERS = 24
-FEWEST_LINES, MOST_LINES = 8, 12
-WORDS = ("self", "return", "if", "not", "name", "for", "raise", "the", "def", "in", "value", "is")
+LEAST_CHARACTERS = 16
+FEWEST_LINES, MOST_LINES = 10, 14
+# Lines by which a text may have too many or too few.
+MARGIN = 2
+# Frequent ones of program text in Python.
+WORDS = (
+    *("and", "args", "class", "data", "def", "else", "file", "for", "if", "import", "in", "is", "key", "line", "name"),
+    *("not", "object", "of", "path", "raise", "return", "self", "the", "value"),
+)
 DRAWN = 128
 _WORD = re.compile(r"[A-Za-z_]+")
-_PROMPT = re.compile(r"([1-9][0-9]*) \+([a-z]+) -([a-z]+)\n")
+_PROMPT = re.compile(r"([1-9][0-9]*) -([a-z]+) -([a-z]+)\n")
 
 
 def words_of(text: str) -> set[str]:
@@ -32,31 +38,29 @@ def words_of(text: str) -> set[str]:
 
 @dataclass(frozen=True)
 class Property:
-    """What a text shall have."""
+    """What a text shall have: about so many lines, and none of the words."""
 
     n_lines: int
-    used: str
-    avoided: str
+    avoided: tuple[str, str]
 
     @property
     def prompt(self) -> str:
-        return f"{self.n_lines} +{self.used} -{self.avoided}\n"
+        return f"{self.n_lines} -{self.avoided[0]} -{self.avoided[1]}\n"
 
     @classmethod
     def of(cls, prompt: str) -> Property | None:
         """What a prompt asks for; None where it is none of this task."""
         found = _PROMPT.fullmatch(prompt)
-        return cls(int(found[1]), found[2], found[3]) if found else None
+        return cls(int(found[1]), (found[2], found[3])) if found else None
 
     def held_by(self, text: str) -> bool:
         """Whether a text has it."""
         lines = text.split("\n")
-        words = words_of(text)
         return (
-            len(lines) == len(set(lines)) == self.n_lines
+            abs(len(lines) - self.n_lines) <= MARGIN
+            and len(set(lines)) == len(lines)
             and all(len(line) >= LEAST_CHARACTERS for line in lines)
-            and self.used in words
-            and self.avoided not in words
+            and not words_of(text) & set(self.avoided)
         )
 
 
@@ -78,7 +82,7 @@ class LinesTask:
             if Property.of(problem.prompt) is None:
                 raise PromptError(
                     f"The problem {problem.problem_id} does not belong to the task lines.",
-                    "Write prompts like '12 +self -return' with a line feed at their end.",
+                    "Write prompts like '12 -return -self' with a line feed at their end.",
                 )
 
     @classmethod
@@ -89,7 +93,7 @@ class LinesTask:
             UsageError: There are not so many.
         """
         sizes = range(FEWEST_LINES, MOST_LINES + 1)
-        every = [Property(n, *pair) for n in sizes for pair in itertools.permutations(WORDS, 2)]
+        every = [Property(n, pair) for n in sizes for pair in itertools.combinations(WORDS, 2)]
         if n_problems > len(every):
             raise UsageError(f"n_problems ({n_problems}) exceeds the {len(every)} of the task.", "Lower n_problems.")
         chosen = np.random.default_rng((seed, 0x11E5)).choice(len(every), n_problems, replace=False)
