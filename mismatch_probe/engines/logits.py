@@ -47,8 +47,8 @@ def add_noise(row: torch.Tensor, scale: float, seed: int, position: int) -> torc
     request's seed and the position alone.
     """
     # Drawn on the CPU whatever the device, so that every engine adds the same.
-    generator = torch.Generator().manual_seed((seed << 20) + position)
-    return row.add_(scale * torch.randn(row.shape, generator=generator).to(row))
+    noise = torch.randn(row.shape, generator=_generator("cpu", seed, position))
+    return row.add_(scale * noise.to(row))
 
 
 def winner(row: torch.Tensor, seed: int, position: int) -> torch.Tensor:
@@ -56,13 +56,17 @@ def winner(row: torch.Tensor, seed: int, position: int) -> torch.Tensor:
     plus Gumbel noise is the largest. The noise depends on the seed and the position alone, so passes whose logits
     differ by rounding nearly always draw the same token.
     """
-    # A hash, since a CPU's generator takes no more than the lower 32 bits.
-    key = int(np.random.SeedSequence((seed, position)).generate_state(1, np.uint64)[0])
-    generator = torch.Generator(row.device).manual_seed(key)
+    generator = _generator(row.device, seed, position)
     uniform = torch.rand(row.shape, dtype=torch.float64, device=row.device, generator=generator)
     # A draw of 0 would make the noise infinite, and a token win that cannot occur.
     waits = -torch.log1p(-uniform.clamp_(min=2**-54))
     return (row - waits.log()).argmax()
+
+
+def _generator(device: torch.device | str, seed: int, position: int) -> torch.Generator:
+    # A hash, since a CPU's generator takes no more than the lower 32 bits.
+    key = int(np.random.SeedSequence((seed, position)).generate_state(1, np.uint64)[0])
+    return torch.Generator(device).manual_seed(key)
 
 
 def leave_winner(row: torch.Tensor, temperature: float, seed: int, position: int) -> torch.Tensor:

@@ -14,6 +14,7 @@ Shape legend: `B` responses of a micro-batch, `T` tokens of the longest, `V` voc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 # Refusals that noise of its own would bring an engine before it is said that it has some.
 _LEAST_EXPECTED = 20
+# Tokens that the engine drafts at first.
+_DRAFTED = 64
 _SLOW = (
     "The rollout engine does not draw with the noise that it is given: most drafts of the zero-mismatch control are "
     "refused as if by chance, and the run is slow."
@@ -63,6 +66,10 @@ class Drafts:
         """Fraction of the judged tokens that stayed."""
         return 1 - self.n_refused / self.n_judged if self.n_judged else None
 
+    def next_length(self, present: int) -> int:
+        """How many tokens to draft at once, after so many: those that lie between two refusals on average."""
+        return math.ceil(self.n_judged / self.n_refused) if self.n_refused else 2 * present
+
     @property
     def by_chance(self) -> bool:
         """Whether the engine's noise looks like another one."""
@@ -84,21 +91,33 @@ class _Response:
     settled: int = 0
     logprobs: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
 
-    def judge(self, logits: torch.Tensor, drafts: Drafts) -> bool:
-        """Whether `[T, V]` logits at the temperature choose all tokens; the first that they do not choose is replaced,
-        and what followed it is gone.
-        """
-        n = len(self.tokens)
-        winners = torch.stack([winner(logits[t], self.request.seed, t) for t in range(n)]).tolist()
-        wrong = next((t for t in range(n) if winners[t] != self.tokens[t]), n)
-        judged = logits[self.settled : wrong + 1][: n - self.settled]
+    def judge(self, logits: torch.Tensor, drafts: Drafts) -> None:
+        """Takes in what `[T, V]` logits at the temperature say of the draft."""
+        n, first = len(self.tokens), self.settled
+        wrong = self._replace_from(first, logits)
+        judged = logits[first : wrong + 1][: n - first]
         drafts.n_judged += len(judged)
-        drafts.n_refused += self.settled <= wrong < n
+        drafts.n_refused += wrong < n
         drafts.expected += float((1 - judged.softmax(-1).square().sum(-1)).sum())
-        if wrong < n:
-            self.tokens[wrong:] = [winners[wrong]]
+        self.settled = len(self.tokens)
+
+    def confirmed(self, logits: torch.Tensor) -> bool:
+        """Whether the logits choose every token."""
+        n = len(self.tokens)
+        wrong = self._replace_from(0, logits)
         self.settled = len(self.tokens)
         return wrong == n
+
+    def _replace_from(self, first: int, logits: torch.Tensor) -> int:
+        """The first position from `first` on at which the logits choose another token, which takes its place, and what
+        followed is gone; the length where there is none.
+        """
+        for t in range(first, len(self.tokens)):
+            chosen = int(winner(logits[t], self.request.seed, t))
+            if chosen != self.tokens[t]:
+                self.tokens[t:] = [chosen]
+                return t
+        return len(self.tokens)
 
 
 class ExactSampler:
@@ -129,7 +148,7 @@ class ExactSampler:
         Raises:
             EngineError: The trainer's choices never agree with each other.
         """
-        self.drafts = Drafts()
+        self.drafts, length = Drafts(), _DRAFTED
         responses = [_Response(request) for request in requests]
         left = [[responses[i] for i in part] for part in parts]
         while left:
@@ -139,9 +158,10 @@ class ExactSampler:
                     "length of its neighbours.",
                     "Set --micro-batch 1.",
                 )
-            self._draft([r for r in responses if not self._ended(r)], sampling)
+            self._draft([r for r in responses if not self._ended(r)], replace(sampling, max_tokens=length))
             self.drafts.n_rounds += 1
             left = [part for part in left if not self._settle(part)]
+            length = self.drafts.next_length(length)
         if self.drafts.by_chance and not self._told:
             self._p.tell(Message(_SLOW))
             self._told = True
@@ -155,14 +175,14 @@ class ExactSampler:
         return bool(tokens) and (tokens[-1] in self._ends or len(tokens) >= self._most)
 
     def _draft(self, responses: Sequence[_Response], sampling: Sampling) -> None:
-        """Lets the engine go on; all have the longest's budget, and what is too much is cut off."""
+        """Lets the engine go on; all draft as many tokens, and what is too much is cut off."""
         if not responses:
             return
         wanted = [
             replace(r.request, prompt_token_ids=[*r.request.prompt_token_ids, *r.tokens], race_from=len(r.tokens))
             for r in responses
         ]
-        budget = self._most - min(len(r.tokens) for r in responses)
+        budget = min(sampling.max_tokens, self._most - min(len(r.tokens) for r in responses))
         found = self._p.engine.generate(wanted, replace(sampling, max_tokens=budget), lambda _: None)
         for response, rollout in zip(responses, found, strict=True):
             drafted = [int(token) for token in rollout.response_token_ids][: self._most - len(response.tokens)]
@@ -172,12 +192,16 @@ class ExactSampler:
 
     def _settle(self, part: Sequence[_Response]) -> bool:
         """Whether a micro-batch's forward pass changes nothing of it, and all in it have ended."""
-        prompts, tokens = [r.request.prompt_token_ids for r in part], [r.tokens for r in part]
+        prompts, tokens = [r.request.prompt_token_ids for r in part], [list(r.tokens) for r in part]
         logprobs, logits = self._policy.logprobs(Batch.of(prompts, tokens, self._p.device))
         for response, values in zip(part, logprobs.cpu().numpy(), strict=True):
             response.logprobs = values[: len(response.tokens)].copy()
-        kept = [response.judge(row, self.drafts) for response, row in zip(part, logits, strict=True)]
-        return all(kept) and all(self._ended(response) for response in part)
+        for response, row in zip(part, logits, strict=True):
+            response.judge(row, self.drafts)
+        if [r.tokens for r in part] != tokens or not all(self._ended(response) for response in part):
+            return False
+        # What earlier passes chose, with neighbours of other lengths, is judged by this pass, too.
+        return all([response.confirmed(row) for response, row in zip(part, logits, strict=True)])
 
 
 def require_equal(rolled: Rolled) -> None:
