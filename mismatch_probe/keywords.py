@@ -407,8 +407,8 @@ class RlKeywords(TypedDict, total=False):
     """JSONL file of problem and answer."""
     chat: bool
     """Render problems by the chat template."""
-    n_problems: int
-    """Number of problems that are trained on."""
+    n_problems: int | None
+    """Number of problems, drawn or of the file."""
     operations: int
     """Operations in a problem of the task chain."""
     max_tokens: int
@@ -501,7 +501,7 @@ class SanityKeywords(TypedDict, total=False):
     chat: bool
     """Render problems by the chat template."""
     n_problems: int | None
-    """Number of problems."""
+    """Number of problems, drawn or of the file."""
     operations: int
     """Operations in a problem of the task chain."""
     max_tokens: int

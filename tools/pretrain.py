@@ -304,7 +304,7 @@ def lines(out: Path, shape: str, vocabulary: int, steps: int, batch: int, seed: 
         "parameters": sum(p.numel() for p in network.parameters()),
         "text": f"{len(text)} lines of the standard library of Python {sys.version.split()[0]}",
         "loss": loss,
-        "sampled_of_128": accuracy(network.float(), encoder, LinesTask.drawn(128, 0), 320),
+        "sampled_of_120": accuracy(network.float(), encoder, LinesTask(LinesTask.drawn(None, 0).problems() * 8), 320),
     }
     save(out, network.to(torch.bfloat16), encoder, made)
 

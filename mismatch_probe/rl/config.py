@@ -39,8 +39,8 @@ class TaskSettings(RolloutEngine):
         default=None, description="JSONL file of problem and answer."
     )
     chat: bool = Field(default=False, description="Render problems by the chat template.")
-    n_problems: Annotated[Positive | None, Option(default="all of the file, or 128 drawn ones")] = Field(
-        default=None, description="Number of problems."
+    n_problems: Annotated[Positive | None, Option(default="all of the file, or the task's own number")] = Field(
+        default=None, description="Number of problems, drawn or of the file."
     )
     operations: Positive = Field(default=16, description="Operations in a problem of the task chain.")
     max_tokens: Annotated[Positive, Option(metavar="TOKENS")] = Field(
@@ -167,8 +167,6 @@ class RlConfig(
 ):
     """Settings of an RL run; the temperature applies on both sides."""
 
-    n_problems: Positive = Field(default=128, description="Number of problems that are trained on.")
-
     @property
     def bytes_per_weight(self) -> float:
         """Memory of a weight: in the rollout engine, and in `rl.policy.Policy` in FP32 as master weight, gradient and
@@ -201,7 +199,7 @@ class RlConfig(
                 "Change one of them.",
             ),
             (
-                self.prompts_per_step > self.n_problems,
+                self.n_problems is not None and self.prompts_per_step > self.n_problems,
                 f"--prompts-per-step ({self.prompts_per_step}) exceeds --n-problems ({self.n_problems}).",
                 "Change one of them.",
             ),

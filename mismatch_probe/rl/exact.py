@@ -201,7 +201,8 @@ class ExactSampler:
         if [r.tokens for r in part] != tokens or not all(self._ended(response) for response in part):
             return False
         # What earlier passes chose, with neighbours of other lengths, is judged by this pass, too.
-        return all([response.confirmed(row) for response, row in zip(part, logits, strict=True)])
+        confirmed = [response.confirmed(row) for response, row in zip(part, logits, strict=True)]
+        return all(confirmed)
 
 
 def require_equal(rolled: Rolled) -> None:

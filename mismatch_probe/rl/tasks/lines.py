@@ -21,12 +21,14 @@ LEAST_CHARACTERS = 16
 FEWEST_LINES, MOST_LINES = 10, 14
 # Lines by which a text may have too many or too few.
 MARGIN = 2
-# Frequent ones of program text in Python.
+# Words that a model may be asked to avoid, all frequent in Python.
 WORDS = (
     *("and", "args", "class", "data", "def", "else", "file", "for", "if", "import", "in", "is", "key", "line", "name"),
     *("not", "object", "of", "path", "raise", "return", "self", "the", "value"),
 )
-DRAWN = 128
+# Those that are asked for: the most frequent ones, so that a text seldom is right by chance, and few, so that what is
+# learned at one problem serves at the others.
+ASKED = ("if", "return", "self")
 _WORD = re.compile(r"[A-Za-z_]+")
 _PROMPT = re.compile(r"([1-9][0-9]*) -([a-z]+) -([a-z]+)\n")
 
@@ -86,17 +88,17 @@ class LinesTask:
                 )
 
     @classmethod
-    def drawn(cls, n_problems: int, seed: int) -> LinesTask:
-        """With so many different problems.
+    def drawn(cls, n_problems: int | None, seed: int) -> LinesTask:
+        """With so many different problems, or all.
 
         Raises:
             UsageError: There are not so many.
         """
         sizes = range(FEWEST_LINES, MOST_LINES + 1)
-        every = [Property(n, pair) for n in sizes for pair in itertools.combinations(WORDS, 2)]
-        if n_problems > len(every):
+        every = [Property(n, pair) for n in sizes for pair in itertools.combinations(ASKED, 2)]
+        if n_problems is not None and n_problems > len(every):
             raise UsageError(f"n_problems ({n_problems}) exceeds the {len(every)} of the task.", "Lower n_problems.")
-        chosen = np.random.default_rng((seed, 0x11E5)).choice(len(every), n_problems, replace=False)
+        chosen = np.random.default_rng((seed, 0x11E5)).permutation(len(every))[:n_problems]
         return cls([Problem(f"lines-{i:04d}", every[at].prompt, "") for i, at in enumerate(chosen)])
 
     def problems(self) -> list[Problem]:
@@ -118,4 +120,4 @@ def _right(prompt: str, response: Response) -> bool:
 def _lines(problems: Sequence[Problem] | None, asked: Asked) -> LinesTask:
     if problems is not None:
         return LinesTask(problems)
-    return LinesTask.drawn(DRAWN if asked.n_problems is None else asked.n_problems, asked.seed)
+    return LinesTask.drawn(asked.n_problems, asked.seed)

@@ -1,0 +1,73 @@
+"""The precision protocol: its plan, and what is made of the tables of its blocks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+
+from mismatch_probe.metrics.arms import sign_flip_p
+from validation import precision
+
+ARMS = ("BF16", "BF16, zero-mismatch", "BF16, routing-replay", "FP16", "FP32")
+
+
+def test_a_block_is_every_arm_with_one_seed() -> None:
+    block = precision.block(3)
+    assert {run.config.seed for run in block} == {3}
+    assert len({run.arm for run in block}) == len(ARMS)
+    # What arms differ in is precision and remedy alone.
+    settled = {"rollout_dtype": "float32", "trainer_dtype": "float32", "remedy": "none"}
+    assert len({run.config.model_copy(update=settled).model_dump_json() for run in block}) == 1
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Eight blocks in which the control does better by .1 and a bit, and the others are as BF16 is."""
+    monkeypatch.setattr(precision, "RESULTS", tmp_path)
+    for seed in range(8):
+        rows = []
+        for run in precision.block(seed):
+            gain = 0.1 + 0.01 * seed if run.config.remedy == "zero-mismatch" else 0.001 * (-1) ** seed
+            reward = 0.5 + (gain if run.config.remedy != "none" or run.config.rollout_dtype != "bfloat16" else 0.0)
+            lost = run.config.rollout_dtype == "float16" and seed == 0
+            row = {"run": run.name, "arm": run.arm, "seed": seed, "status": "diverged" if lost else "complete"}
+            numbers = {
+                "final_reward": reward,
+                "clean_reward": None if lost else reward,
+                "ess_seq": 0.5,
+                "ess_seq_run": 0.4,
+            }
+            rows.append({**row, **numbers, "mean_abs_logprob_diff": 0.02})
+        pd.DataFrame(rows).to_parquet(tmp_path / f"runs-{seed:02d}.parquet")
+    return tmp_path
+
+
+def test_arms_are_compared_with_bf16_in_pairs(kept: Path) -> None:
+    found = {one.first: one for one in precision.comparisons(precision.tables("runs"), "clean_reward")}
+    assert tuple(found) == ARMS[1:]
+    control = found["BF16, zero-mismatch"]
+    assert control.n_pairs == 8
+    assert control.difference.value == pytest.approx(0.135)
+    assert control.reward.p_value == sign_flip_p(pd.Series([0.1 + 0.01 * s for s in range(8)]).to_numpy())
+    assert control.reward.p_holm == pytest.approx(4 * 2 / 2**8)
+    assert control.reward.differs
+    assert found["FP16"].n_diverged == 1
+    assert not found["FP32"].reward.differs
+
+
+def test_the_outcome_is_a_table(kept: Path) -> None:
+    said = CliRunner().invoke(precision.main, ["outcome"])
+    assert said.exit_code == 0, said.output
+    assert said.output.startswith("8 blocks.")
+    assert "| BF16, zero-mismatch | 8 | 0.135 [" in said.output
+    assert "| 1 of 8 |" in said.output
+
+
+def test_no_block_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "RESULTS", tmp_path / "none")
+    said = CliRunner().invoke(precision.main, ["outcome"])
+    assert said.exit_code == 1
+    assert "has no block" in said.output
