@@ -114,7 +114,7 @@ def test_every_algorithm_is_taken(name: str) -> None:
         {"stress": "stale", "dose": 3},
         {"stress": "mantissa", "dose": 1},
         {"stress": "mantissa", "dose": 22},
-        {"prompts_per_step": 128},
+        {"prompts_per_step": 128, "n_problems": 128},
         {"prompts_per_step": 4, "updates_per_rollout": 1},
         {"minimum_loss_scale": 65536.0},
         {"seed": 2**31 - 1},
@@ -130,7 +130,7 @@ def test_what_lies_on_the_border_is_taken(values: dict[str, Any]) -> None:
     ("values", "said"),
     [
         ({"prompts_per_step": 6}, "--prompts-per-step (6) must be a multiple of --updates-per-rollout (4)"),
-        ({"prompts_per_step": 132}, "--prompts-per-step (132) exceeds --n-problems (128)"),
+        ({"prompts_per_step": 132, "n_problems": 128}, "--prompts-per-step (132) exceeds --n-problems (128)"),
         ({"stress": "stale"}, "--stress and --dose need each other"),
         ({"dose": 1.0}, "--stress and --dose need each other"),
         ({"stress": "stale", "dose": 1.5}, "--dose (1.5) of stale weights must be a whole number of steps"),
