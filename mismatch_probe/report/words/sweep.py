@@ -21,9 +21,9 @@ def _no_run(found: Finding) -> str:
     return f"No run has ended yet, of {count(found.whole('planned'))} planned."
 
 
-@words("sweep-nothing-to-compare", "Only one arm has runs that ended.")
+@words("sweep-nothing-to-compare", "Fewer than two arms have a final reward.")
 def _nothing(_: Finding) -> str:
-    return "Only one arm has runs that ended: there is nothing to compare."
+    return "Fewer than two arms have a final reward, the mean over a whole window: there is nothing to compare."
 
 
 @words(
