@@ -2,7 +2,8 @@
 
 `python -m validation.precision block SEED OUT` trains every arm with one seed (a block) and keeps its tables in
 data/results/precision, so that an early stop leaves whole blocks. OUT is the folder of its sweep; one that has begun
-goes on. `python -m validation.precision outcome` prints what the blocks that are done show.
+goes on. `python -m validation.precision outcome` prints what the blocks that are done show, and `… order` whether the
+mismatch goes before reward, entropy and gradient norm, or after them.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import click
 import numpy as np
 import pandas as pd
 
+from mismatch_probe.errors import UsageError
 from mismatch_probe.files import atomic_path
 from mismatch_probe.metrics.arms import Arm, ArmComparison, ArmTest, Run, compare_sweep, mean_over_runs
+from mismatch_probe.metrics.leads import leads
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.report.format import NONE, number
 from mismatch_probe.rl.plan import PlannedRun, labels, read_plan
@@ -26,6 +29,9 @@ PLAN = Path("data/rl/precision.toml")
 RESULTS = Path("data/results/precision")
 # The arm that the others are compared with, by its label in the plan.
 REFERENCE = "BF16"
+# What may go before or after the mismatch, and by how many steps.
+FOLLOWED = ("reward", "entropy", "grad_norm")
+LAGS = range(-5, 6)
 # What is asked of a run, by its column in the table of runs; each is a family of comparisons.
 OUTCOMES = {"final_reward": "reward of the sampled policy", "clean_reward": "reward of the clean weights in FP32"}
 
@@ -110,6 +116,32 @@ def outcome() -> None:
         for one in comparisons(runs, column):
             values = [_shown(one.difference), _p(one.reward), number(one.reward.detectable), _p(one.collapse)]
             click.echo(f"| {one.first} | {one.n_pairs} | {' | '.join(values)} |")
+
+
+@main.command()
+def order() -> None:
+    """Prints where the size of the mismatch goes with another quantity of the same run, as Markdown.
+
+    At the lag with the smallest p; a positive one means that the mismatch goes first.
+    """
+    steps = tables("steps")
+    click.echo("| arm | log mean abs d with | lag, steps | correlation | in other runs | p, over lags |")
+    click.echo("|---|---|---|---|---|---|")
+    for name, rows in steps.groupby("arm", sort=False):
+        for column in FOLLOWED:
+            size, other = (
+                rows.pivot(index="seed", columns="step", values=c) for c in ("mean_abs_logprob_diff", column)
+            )
+            whole = size.notna().all() & other.notna().all()  # steps that every run has reached
+            try:
+                with np.errstate(divide="ignore"):
+                    found = leads(np.log(size.loc[:, whole]), other.loc[:, whole], LAGS)
+            except UsageError as error:
+                click.echo(f"| {name} | {column} | {error.what} | | | |")
+                continue
+            best = min(found, key=lambda lead: lead.p_value)
+            values = f"{best.lag:+d} | {best.correlation:.2f} | {best.elsewhere:.2f} | {best.p_value:.2g}"
+            click.echo(f"| {name} | {column} | {values} |")
 
 
 def _name(label: str) -> str:

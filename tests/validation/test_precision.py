@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner
@@ -64,6 +65,23 @@ def test_the_outcome_is_a_table(kept: Path) -> None:
     assert said.output.startswith("8 blocks.")
     assert "| BF16, zero-mismatch | 8 | 0.135 [" in said.output
     assert "| 1 of 8 |" in said.output
+
+
+def test_what_goes_first_is_told_for_every_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "RESULTS", tmp_path)
+    rng = np.random.default_rng(0)
+    for seed in range(6):
+        size = rng.standard_normal(30)
+        steps = {"step": range(30), "seed": seed, "entropy": rng.standard_normal(30), "grad_norm": 1.0}
+        later = np.roll(size, 3) + 0.1 * rng.standard_normal(30)
+        noisy = pd.DataFrame({"arm": "noisy", "mean_abs_logprob_diff": np.exp(size), "reward": later, **steps})
+        exact = noisy.assign(arm="exact", mean_abs_logprob_diff=0.0)
+        pd.concat([noisy, exact]).to_parquet(tmp_path / f"steps-{seed:02d}.parquet")
+    said = CliRunner().invoke(precision.main, ["order"])
+    assert said.exit_code == 0, said.output
+    assert "| noisy | reward | +3 |" in said.output
+    assert "| noisy | grad_norm | A series does not change" in said.output
+    assert "| exact | reward | A series has a value that is not finite" in said.output
 
 
 def test_no_block_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
