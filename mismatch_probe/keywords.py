@@ -429,6 +429,8 @@ class RlKeywords(TypedDict, total=False):
     """autocast: FP32 weights under torch.autocast. cast: a copy in the dtype."""
     remedy: Literal["none", "routing-replay", "zero-mismatch"]
     """routing-replay: the trainer takes the rollout's experts. zero-mismatch: the trainer chooses the tokens."""
+    start_from: str | Path | None
+    """Checkpoint of another run to go on from, with its step and optimizer."""
     steps: int
     """Rollouts; each is followed by its optimizer steps."""
     prompts_per_step: int

@@ -87,6 +87,9 @@ class TrainingSettings(Settings):
         description="routing-replay: the trainer takes the rollout's experts. zero-mismatch: the trainer chooses the "
         "tokens.",
     )
+    start_from: Annotated[PathText | None, Option(path=True, metavar="CHECKPOINT", default="the model")] = Field(
+        default=None, description="Checkpoint of another run to go on from, with its step and optimizer."
+    )
     steps: Positive = Field(default=100, description="Rollouts; each is followed by its optimizer steps.")
     prompts_per_step: Positive = Field(default=8, description="Prompts in a rollout.")
     samples_per_prompt: Annotated[int, Field(ge=2)] = Field(default=8, description="Responses per prompt.")

@@ -34,12 +34,11 @@ from mismatch_probe.rl.policy import (
     NonFinite,
     Policy,
     StepFacts,
-    checkpoints,
     load_checkpoint,
     prune,
     save_checkpoint,
 )
-from mismatch_probe.rl.records import RlDirectory
+from mismatch_probe.rl.records import RlDirectory, checkpoints
 from mismatch_probe.rl.routing import Agreement, sample, with_routes
 from mismatch_probe.rl.stress import stressed
 from mismatch_probe.rl.summary import CollapseDetector
@@ -132,8 +131,9 @@ class Training:
             tell=lambda text: pieces.tell(Message(text)),
         )
         found = checkpoints(pieces.directory.checkpoints)
-        if found:
-            self._restore(load_checkpoint(found[-1]))
+        start = found[-1] if found else self._config.start_from
+        if start is not None:
+            self._restore(load_checkpoint(Path(start)))
         pieces.directory.rewind(self._step)
 
     def run(self) -> Ending:

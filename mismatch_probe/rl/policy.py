@@ -29,6 +29,7 @@ from mismatch_probe.engines.loading import load_model
 from mismatch_probe.engines.logprobs import Batch, token_logprobs
 from mismatch_probe.errors import DiskFull, TableError
 from mismatch_probe.rl.config import RlConfig
+from mismatch_probe.rl.records import checkpoints
 from mismatch_probe.rl.routing import TrainerRouters
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -211,7 +212,9 @@ class Policy:
             for index, (name, shape) in moved.items()
         }
         self.optimizer.load_state_dict(document)
-        self.scaler.load_state_dict(dict(numbers["scaler"]))
+        # A run in another dtype left no loss scale: this one begins with its own.
+        if numbers["scaler"]:
+            self.scaler.load_state_dict(dict(numbers["scaler"]))
         self.updates = int(numbers["updates"])
         if self._compute is not self.model:
             self._refresh()
@@ -352,11 +355,6 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             f"The checkpoint {folder} cannot be read ({type(error).__name__}).",
             "Delete it to resume from an earlier one.",
         ) from None
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if (path / "state.json").exists())
 
 
 def prune(folder: Path, keep: Sequence[str]) -> None:

@@ -154,6 +154,11 @@ class RlDirectory(RlFolder[RlRun]):
                 part.unlink()
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if (path / "state.json").exists())
+
+
 class SweepDirectory(RlFolder[RlSweep]):
     """The folder of a sweep.
 

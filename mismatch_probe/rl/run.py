@@ -26,7 +26,7 @@ from mismatch_probe.report.model import Report
 from mismatch_probe.report.words import say
 from mismatch_probe.results.rl_run import Provenance, RlRun, TrainedModel
 from mismatch_probe.rl.config import RlConfig, TaskSettings, precision_label
-from mismatch_probe.rl.records import RlDirectory
+from mismatch_probe.rl.records import RlDirectory, checkpoints
 from mismatch_probe.rl.worker import RlJob, engine_settings
 from mismatch_probe.runs.folder import RunFolder, run_folder
 
@@ -117,6 +117,20 @@ def check_remedy(config: TaskSettings, model: ModelRef) -> None:
         )
 
 
+def check_start(config: TaskSettings) -> None:
+    """Raises:
+    UsageError: A run is to go on from a checkpoint that is none, or that has all of its steps.
+    """
+    if not isinstance(config, RlConfig) or config.start_from is None:
+        return
+    path = Path(config.start_from)
+    if path not in checkpoints(path.parent):
+        raise UsageError(f"--start-from {path} is no checkpoint.", "Name one, like RUN/checkpoints/step-000050.")
+    done = int(path.name.removeprefix("step-"))
+    if done >= config.steps:
+        raise UsageError(f"--start-from {path} has {done} steps, and --steps is {config.steps}.", "Raise --steps.")
+
+
 def device_of(config: TaskSettings) -> devices.Device:
     """Where engine and trainer run."""
     return registry.find(config.rollout_engine, "rollout").choose_device(config.device)
@@ -150,6 +164,7 @@ class Start:
         start = cls(resolve_model(configs, progress, out, at_once), device_of(configs[0]))
         for config in configs:
             check_remedy(config, start.model)
+            check_start(config)
         return start
 
     @classmethod

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mismatch_probe.errors import DiskFull, TableError
 from mismatch_probe.rl import policy as module
 from mismatch_probe.rl.config import RlConfig
-from mismatch_probe.rl.policy import Checkpoint, Policy, checkpoints, load_checkpoint, prune, save_checkpoint
+from mismatch_probe.rl.policy import Checkpoint, Policy, load_checkpoint, prune, save_checkpoint
+from mismatch_probe.rl.records import checkpoints
 
 
 @pytest.fixture(scope="module")

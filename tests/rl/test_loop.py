@@ -18,10 +18,12 @@ from safetensors.torch import load_file
 
 from mismatch_probe.engines.events import Event, Found, StepDone, Total
 from mismatch_probe.engines.hf.rollout import HfRollout
-from mismatch_probe.errors import DiskFull, EngineError
+from mismatch_probe.errors import DiskFull, EngineError, UsageError
 from mismatch_probe.results.finding import Finding
 from mismatch_probe.rl import policy as checkpoint_files
+from mismatch_probe.rl.config import RlConfig
 from mismatch_probe.rl.loop import Training
+from mismatch_probe.rl.run import check_start
 from mismatch_probe.rl.sync import SyncError
 from mismatch_probe.types import Rollout
 from tests.conftest import Heard
@@ -79,6 +81,33 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, engine: HfRollout, var
     assert any(
         not torch.equal(ours[n], t) for n, t in HfRollout(JOB).run_on_model(lambda model: model.state_dict()).items()
     )
+
+
+def test_a_run_goes_on_from_another_ones_checkpoint(tmp_path: Path, engine: HfRollout) -> None:
+    train(tmp_path / "whole", engine)
+    train(tmp_path / "first", engine, steps=2)
+    start = {"start_from": str(tmp_path / "first" / "checkpoints" / "step-000002")}
+    train(tmp_path / "same", engine, **start)
+    assert _without_times(tmp_path / "same") == _without_times(tmp_path / "whole")[2:]
+    # Fresh samples, and what a checkpoint of another precision lacks.
+    changes = {"seed": 1, "trainer_dtype": "fp16", "initial_loss_scale": 1024.0}
+    train(tmp_path / "other", engine, **start, **changes)
+    rows = _without_times(tmp_path / "other")
+    assert [row["step"] for row in rows] == [2, 3]
+    assert [row["loss_scale"] for row in rows] == [1024.0, 1024.0]
+    assert rows[0]["entropy"] != _without_times(tmp_path / "whole")[2]["entropy"]
+    # It is resumed from its own checkpoint, which is as far as it got.
+    assert train(tmp_path / "other", engine).steps == 4
+
+
+def test_a_start_that_cannot_be_is_refused(tmp_path: Path, engine: HfRollout) -> None:
+    train(tmp_path / "first", engine, steps=2)
+    start = tmp_path / "first" / "checkpoints" / "step-000002"
+    check_start(RlConfig.of({"start_from": str(start), "steps": 3}))
+    with pytest.raises(UsageError, match="step-000002 has 2 steps, and --steps is 2"):
+        check_start(RlConfig.of({"start_from": str(start), "steps": 2}))
+    with pytest.raises(UsageError, match="first is no checkpoint"):
+        check_start(RlConfig.of({"start_from": str(tmp_path / "first")}))
 
 
 def test_a_finished_run_leaves_tables(tmp_path: Path, engine: HfRollout) -> None:

@@ -30,6 +30,7 @@ EVERYTHING: dict[str, Any] = {
     "trainer_dtype": "float32",
     "trainer_mode": "cast",
     "remedy": "routing-replay",
+    "start_from": "a run/checkpoints/step-000050",
     "algorithm": "gspo",
     "steps": 7,
     "prompts_per_step": 6,
