@@ -17,6 +17,7 @@ from scipy import stats
 import mismatch_probe
 from mismatch_probe.engines.base import Capture, RolloutJob
 from mismatch_probe.engines.hf.rollout import HfRollout
+from mismatch_probe.engines.logits import add_noise
 from mismatch_probe.engines.rows import RowFile
 from mismatch_probe.errors import EngineError, UsageError
 from mismatch_probe.types import Rollout, RolloutRequest, Sampling, ScoreRequest
@@ -219,8 +220,7 @@ def test_noise_is_sampled_from_and_reported(tiny: Tiny) -> None:
         logits = engine.run_on_model(
             lambda model, request=request: model(torch.tensor([request.prompt_token_ids])).logits[0, -1].detach()
         )
-        generator = torch.Generator().manual_seed(request.seed << 20)
-        law = (logits + 0.5 * torch.randn(logits.shape, generator=generator)).log_softmax(-1)
+        law = add_noise(logits.clone(), 0.5, request.seed, 0).log_softmax(-1)
         assert one.logprobs[0] == pytest.approx(float(law[int(one.response_token_ids[0])]), abs=1e-4)
 
 
