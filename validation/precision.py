@@ -52,25 +52,27 @@ def tables(name: str) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def arms(runs: pd.DataFrame, outcome: str) -> list[Arm]:
-    """The arms in the order of the plan, with an outcome for their reward; a run that diverged has none."""
+def arm_names() -> dict[str, str]:
+    """Names of the arms by their labels, in the order of the plan."""
     firsts = list({run.arm: run for run in read_plan(PLAN)}.values())
-    found = []
-    for run, label in zip(firsts, labels([one.config for one in firsts]), strict=True):
-        rows = runs[runs["arm"] == run.arm].sort_values("seed")
-        kept = [
-            Run(int(seed), float(value) if np.isfinite(value) else None, status != "complete")
-            for seed, value, status in zip(rows["seed"], rows[outcome].astype(float), rows["status"], strict=True)
-        ]
-        found.append(Arm(label, tuple(kept)))
-    return found
+    return dict(zip(labels([run.config for run in firsts]), (run.arm for run in firsts), strict=True))
+
+
+def arm_of(label: str, rows: pd.DataFrame, outcome: str) -> Arm:
+    """An arm of its runs with an outcome for their reward; a run that diverged has none."""
+    rows = rows.sort_values("seed")
+    runs = [
+        Run(int(seed), float(value) if np.isfinite(value) else None, status != "complete")
+        for seed, value, status in zip(rows["seed"], rows[outcome].astype(float), rows["status"], strict=True)
+    ]
+    return Arm(label, tuple(runs))
 
 
 def comparisons(runs: pd.DataFrame, outcome: str) -> list[ArmComparison]:
     """Every other arm with the reference, adjusted by Holm over these."""
-    every = arms(runs, outcome)
-    (reference,) = [arm for arm in every if arm.name == REFERENCE]
-    return compare_sweep((arm, reference) for arm in every if arm is not reference)
+    arms = {label: arm_of(label, runs[runs["arm"] == name], outcome) for label, name in arm_names().items()}
+    reference = arms.pop(REFERENCE)
+    return compare_sweep((arm, reference) for arm in arms.values())
 
 
 @click.group()
@@ -105,11 +107,11 @@ def outcome() -> None:
         "| arm | ESS/n, first steps | ESS/n, whole run | mean abs d (nats) | final reward | clean reward | lost |"
     )
     click.echo("|---|---|---|---|---|---|---|")
-    for arm in arms(runs, "final_reward"):
-        rows = runs[runs["seed"].isin([run.seed for run in arm.runs]) & (runs["arm"] == _name(arm.name))]
+    for label, name in arm_names().items():
+        rows = runs[runs["arm"] == name]
         columns = ("ess_seq", "ess_seq_run", "mean_abs_logprob_diff", "final_reward", "clean_reward")
         values = [_shown(mean_over_runs(rows[column].dropna())) for column in columns]
-        click.echo(f"| {arm.name} | {' | '.join(values)} | {arm.n_collapsed} of {len(arm.runs)} |")
+        click.echo(f"| {label} | {' | '.join(values)} | {int((rows['status'] != 'complete').sum())} of {len(rows)} |")
     for column, title in OUTCOMES.items():
         click.echo(f"\n| {title}: arm less {REFERENCE} | pairs | difference | p (Holm) | detectable | p of losses |")
         click.echo("|---|---|---|---|---|---|")
@@ -142,12 +144,6 @@ def order() -> None:
             best = min(found, key=lambda lead: lead.p_value)
             values = f"{best.lag:+d} | {best.correlation:.2f} | {best.elsewhere:.2f} | {best.p_value:.2g}"
             click.echo(f"| {name} | {column} | {values} |")
-
-
-def _name(label: str) -> str:
-    """An arm's name by its label."""
-    firsts = list({run.arm: run for run in read_plan(PLAN)}.values())
-    return dict(zip(labels([run.config for run in firsts]), (run.arm for run in firsts), strict=True))[label]
 
 
 def _shown(value: MetricValue) -> str:

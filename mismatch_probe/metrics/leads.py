@@ -1,10 +1,9 @@
 """Which of two quantities of training runs goes first: correlations of their series at lags, over runs.
 
 Series of one run have trends and are correlated with themselves, so steps are no units: permuting them, or shifting one
-series in a circle, calls 15 to 100 % of unrelated series related. Runs are units.
-Where a quantity has nothing to do with the other of its own run, another run's would serve as well: the correlation of
-a run's series with each other is compared with those of series paired across runs. What all runs have in common, such
-as learning curves, is in both.
+series in a circle, calls 15 to 100 % of unrelated series related. Runs are units. Where a quantity has nothing to do
+with the other of its own run, another run's would serve as well: the correlation of a run's series with each other is
+compared with those of series paired across runs. What all runs have in common, such as learning curves, is in both.
 
 Shape legend: `R` runs, `T` steps, `K` lags.
 """
@@ -20,8 +19,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mismatch_probe.errors import UsageError
+from mismatch_probe.metrics.inference import Floats
 
-Floats = NDArray[np.float64]
 # With fewer runs the p-value cannot be below .05: there are R! pairings.
 MIN_RUNS = 4
 _FEWEST_STEPS = 8
@@ -62,9 +61,9 @@ def leads(first: ArrayLike, second: ArrayLike, lags: Sequence[int]) -> tuple[Lea
     x, y = np.asarray(first, np.float64), np.asarray(second, np.float64)
     _check(x, y, lags)
     table = np.stack([_correlations(x, y, lag) for lag in lags])  # [K, R, R]
-    runs = np.arange(len(x))
-    pairings = _pairings(len(x))
-    found = table[:, runs, pairings].mean(axis=2)  # [K, pairings], of which the first is a run's own
+    found = table[:, np.arange(len(x)), _pairings(len(x))].mean(
+        axis=2
+    )  # [K, pairings], of which the first is a run's own
     centre, spread = found.mean(axis=1, keepdims=True), found.std(axis=1, keepdims=True)
     distance = np.abs(found - centre) / np.where(spread > 0, spread, np.inf)
     largest = distance.max(axis=0)
@@ -86,8 +85,8 @@ def _correlations(x: Floats, y: Floats, lag: int) -> Floats:
     """`[R, R]` Pearson's, of every first series with every second one."""
     n = x.shape[1] - abs(lag)
     early, late = x[:, max(0, -lag) :][:, :n], y[:, max(0, lag) :][:, :n]
-    unit = [(part - part.mean(axis=1, keepdims=True)) for part in (early, late)]
-    one, other = (part / np.linalg.norm(part, axis=1, keepdims=True) for part in unit)
+    centred = (part - part.mean(axis=1, keepdims=True) for part in (early, late))
+    one, other = (part / np.linalg.norm(part, axis=1, keepdims=True) for part in centred)
     found: Floats = one @ other.T
     return found
 
@@ -102,6 +101,6 @@ def _check(x: Floats, y: Floats, lags: Sequence[int]) -> None:
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         raise UsageError("A series has a value that is not finite.", "Leave that run or those steps out.")
     ends = max(map(abs, lags))
-    inner = slice(ends, x.shape[1] - ends or None)
+    inner = slice(ends, x.shape[1] - ends)
     if not (np.ptp(x[:, inner], axis=1).all() and np.ptp(y[:, inner], axis=1).all()):
         raise UsageError("A series does not change, so it has no correlation.", "Leave that run out.")
