@@ -22,7 +22,7 @@ import torch
 
 from mismatch_probe.engines import registry
 from mismatch_probe.engines.attribute.changes import Routing, padded_routes, same_experts
-from mismatch_probe.engines.attribute.trace import Routers, experts_of, why_no_routes
+from mismatch_probe.engines.attribute.trace import Routers, why_no_routes
 from mismatch_probe.engines.attribute.variants import UNKNOWN, NotThereError
 from mismatch_probe.engines.base import RolloutEngine
 from mismatch_probe.engines.checkpoint import read_config
@@ -64,7 +64,7 @@ class TrainerRouters:
             EngineError: The run is to replay routes, and they cannot be replaced.
         """
         about = read_config(path)
-        if not experts_of(about) or why_no_routes(about) or not registry.find(config.rollout_engine).shows_inside:
+        if why_no_routes(about) or not registry.find(config.rollout_engine).shows_inside:
             return None
         replay = config.remedy == "routing-replay"
         try:
@@ -118,9 +118,9 @@ def sample(
 
 
 def with_routes(batch: Batch, rollouts: Sequence[Rollout]) -> Batch:
-    """The batch with the routes of its sequences, where they have been kept."""
+    """The batch with the routes of its sequences, where those of all have been kept."""
     routes = [rollout.routes for rollout in rollouts if rollout.routes is not None]
-    return replace(batch, routes=padded_routes(routes, batch.ids.device)) if routes else batch
+    return replace(batch, routes=padded_routes(routes, batch.ids.device)) if len(routes) == len(rollouts) else batch
 
 
 class Agreement:

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from mismatch_probe.engines import devices, registry
-from mismatch_probe.engines.attribute.trace import experts_of, why_no_routes
+from mismatch_probe.engines.attribute.trace import why_no_routes
 from mismatch_probe.engines.events import Event, Found, InRun, Message, RunEnded, StepDone, Total
 from mismatch_probe.engines.models import ModelRef, resolve
 from mismatch_probe.engines.process import EngineProcess
@@ -82,9 +82,13 @@ def resolve_model(
 
     Raises:
         ModelError: There is no such model, or something will fail.
+        UsageError: A model that comes with the tool is to learn the task of another.
     """
     config = configs[0]
     if config.model in BUNDLED:
+        if config.task in BUNDLED and config.task != config.model:
+            what = f"The model {config.model} does not know the task {config.task}."
+            raise UsageError(what, f"Add --task {config.model}, or name another model.")
         return resolve(str(data_path(f"rl/{config.model}/config.json").parent))
     model = resolve(config.model, revision=config.revision, log=progress.message)
     use = Use(
@@ -107,9 +111,9 @@ def check_remedy(config: TaskSettings, model: ModelRef) -> None:
     """
     if not isinstance(config, RlConfig) or config.remedy != "routing-replay":
         return
-    shown = registry.find(config.rollout_engine).shows_inside
-    why = "" if shown else f"the engine {config.rollout_engine} does not show its routers"
-    why = why or ("the model has no routers" if not experts_of(model.config) else why_no_routes(model.config))
+    why = why_no_routes(model.config)
+    if not registry.find(config.rollout_engine).shows_inside:
+        why = f"the engine {config.rollout_engine} does not show its routers"
     if why:
         raise UsageError(
             f"--remedy routing-replay is impossible here: {why}.",

@@ -9,6 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mismatch_probe.errors import PromptError, UsageError
+from mismatch_probe.probes.progress import Progress
+from mismatch_probe.rl.config import RlConfig
+from mismatch_probe.rl.run import BUNDLED, resolve_model
 from mismatch_probe.rl.tasks import Problem, Response, make_task
 from mismatch_probe.rl.tasks.lines import LEAST_CHARACTERS, MARGIN, WORDS, LinesTask, Property
 
@@ -87,3 +90,10 @@ def test_problems_follow_from_the_seed() -> None:
 def test_a_prompt_of_another_form_is_refused(prompt: str) -> None:
     with pytest.raises(PromptError, match="does not belong to the task lines"):
         LinesTask([Problem("p", prompt, "")])
+
+
+@pytest.mark.parametrize(("model", "task"), [BUNDLED, BUNDLED[::-1]])
+def test_a_model_that_comes_with_the_tool_is_not_given_the_task_of_another(model: str, task: str) -> None:
+    with pytest.raises(UsageError, match=f"The model {model} does not know the task {task}"):
+        resolve_model([RlConfig(model=model, task=task)], Progress())
+    resolve_model([RlConfig(model=model, task=model)], Progress())

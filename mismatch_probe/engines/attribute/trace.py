@@ -137,7 +137,9 @@ def experts_per_token(config: Mapping[str, Any]) -> int:
 
 
 def why_no_routes(config: Mapping[str, Any]) -> str:
-    """Why the routes of a mixture of experts cannot be read off its routers' logits; empty where they can."""
+    """Why a model's routes cannot be read off its routers' logits; empty where they can."""
+    if not experts_of(config):
+        return "the model has no routers"
     nested = text_config(config)
     if not experts_per_token(config) or not layers_of(config):
         return "the checkpoint's config.json does not say how many experts a token has"

@@ -98,7 +98,7 @@ class PassStore:
         names += [SAME_DTYPE] if context.mixed else []
         names += [setting.name for setting in settings]
         names += [FIXES] if self.fix_classes else []
-        names += [ROUTES, FOLLOWED] if context.experts and not context.why_no_routes else []
+        names += [ROUTES, FOLLOWED] if not context.why_no_routes else []
         names += [WIDE_PREFILL] if self.wide == WIDE_PREFILL else []
         return names + [inside_name(dtype) for dtype in self.layer_dtypes]
 
