@@ -3,11 +3,13 @@
 `python -m validation.precision block SEED OUT` trains every arm with one seed (a block) and keeps its tables in
 data/results/precision, so that an early stop leaves whole blocks. OUT is the folder of its sweep; one that has begun
 goes on. `python -m validation.precision outcome` prints what the blocks that are done show, and `… order` whether the
-mismatch goes before reward, entropy and gradient norm, or after them.
+mismatch goes before reward, entropy and gradient norm, or after them. With `--exploratory` they are about the arms of
+data/rl/precision-exploratory.toml.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import click
@@ -25,10 +27,10 @@ from mismatch_probe.rl.sweep import new_sweep, resume_sweep
 from mismatch_probe.runs.folder import SWEEP
 from mismatch_probe.types import MetricValue
 
-PLAN = Path("data/rl/precision.toml")
-RESULTS = Path("data/results/precision")
-# The arm that the others are compared with, by its label in the plan.
-REFERENCE = "BF16"
+# The plans, each named as the folder of its blocks. The first arm of the protocol is what all arms are compared with.
+PLANS = Path("data/rl")
+PROTOCOL, EXPLORATORY = "precision", "precision-exploratory"
+RESULTS = Path("data/results")
 # What may go before or after the mismatch, and by how many steps.
 FOLLOWED = ("reward", "entropy", "grad_norm")
 LAGS = range(-5, 6)
@@ -36,26 +38,26 @@ LAGS = range(-5, 6)
 OUTCOMES = {"final_reward": "reward of the sampled policy", "clean_reward": "reward of the clean weights in FP32"}
 
 
-def block(seed: int) -> list[PlannedRun]:
-    """Every arm of the plan with that seed."""
-    found = [run for run in read_plan(PLAN) if run.config.seed == seed]
+def block(seed: int, plan: str = PROTOCOL) -> list[PlannedRun]:
+    """Every arm of a plan with that seed."""
+    found = [run for run in read_plan(PLANS / f"{plan}.toml") if run.config.seed == seed]
     if not found:
         raise click.ClickException(f"The plan has no seed {seed}.")
     return found
 
 
-def tables(name: str) -> pd.DataFrame:
-    """The `runs` or `steps` of all blocks."""
-    parts = [pd.read_parquet(path) for path in sorted(RESULTS.glob(f"{name}-*.parquet"))]
+def tables(name: str, plan: str = PROTOCOL) -> pd.DataFrame:
+    """The `runs` or `steps` of all blocks of a plan."""
+    parts = [pd.read_parquet(path) for path in sorted((RESULTS / plan).glob(f"{name}-*.parquet"))]
     if not parts:
-        raise click.ClickException(f"{RESULTS} has no block.")
+        raise click.ClickException(f"{RESULTS / plan} has no block.")
     return pd.concat(parts, ignore_index=True)
 
 
-def arm_names() -> dict[str, str]:
-    """Names of the arms by their labels, in the order of the plan."""
-    firsts = list({run.arm: run for run in read_plan(PLAN)}.values())
-    return dict(zip(labels([run.config for run in firsts]), (run.arm for run in firsts), strict=True))
+def arm_names(plan: str = PROTOCOL) -> dict[str, str]:
+    """Names of a plan's arms by their labels, after the one that they are compared with."""
+    runs = block(0)[: None if plan == PROTOCOL else 1] + ([] if plan == PROTOCOL else block(0, plan))
+    return dict(zip(labels([run.config for run in runs]), (run.arm for run in runs), strict=True))
 
 
 def arm_of(label: str, rows: pd.DataFrame, outcome: str) -> Arm:
@@ -68,11 +70,10 @@ def arm_of(label: str, rows: pd.DataFrame, outcome: str) -> Arm:
     return Arm(label, tuple(runs))
 
 
-def comparisons(runs: pd.DataFrame, outcome: str) -> list[ArmComparison]:
-    """Every other arm with the reference, adjusted by Holm over these."""
-    arms = {label: arm_of(label, runs[runs["arm"] == name], outcome) for label, name in arm_names().items()}
-    reference = arms.pop(REFERENCE)
-    return compare_sweep((arm, reference) for arm in arms.values())
+def comparisons(runs: pd.DataFrame, names: Mapping[str, str], outcome: str) -> list[ArmComparison]:
+    """Every other arm with the first one of `arm_names`, adjusted by Holm over these."""
+    reference, *others = (arm_of(label, runs[runs["arm"] == name], outcome) for label, name in names.items())
+    return compare_sweep((arm, reference) for arm in others)
 
 
 @click.group()
@@ -80,53 +81,67 @@ def main() -> None:
     """The protocol's runs, and what they show."""
 
 
+def of_plan(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the plan that it is about."""
+    option = click.option("--exploratory", "plan", flag_value=EXPLORATORY, default=PROTOCOL, help="The other plan.")
+    return option(command)
+
+
 @main.command(name="block")
 @click.argument("seed", type=int)
 @click.argument("out", type=click.Path(path_type=Path))
-def run_block(seed: int, out: Path) -> None:
+@of_plan
+def run_block(seed: int, out: Path, plan: str) -> None:
     """Trains every arm with SEED, and keeps the tables."""
     if SWEEP.held_by(out):
         result = resume_sweep(out, None, Progress())
     else:
-        result = new_sweep(block(seed), out, None, Progress())
+        result = new_sweep(block(seed, plan), out, None, Progress())
     unfinished = result.data.runs.query("status in ('failed', 'unfinished')")["run"].tolist()
     if unfinished:
         raise click.ClickException(f"{unfinished[0]} did not end, so the block is not whole. Run this again.")
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    folder = RESULTS / plan
+    folder.mkdir(parents=True, exist_ok=True)
     for name, table in (("runs", result.data.runs), ("steps", result.data.steps)):
-        with atomic_path(RESULTS / f"{name}-{seed:02d}.parquet") as temporary:
+        with atomic_path(folder / f"{name}-{seed:02d}.parquet") as temporary:
             table.to_parquet(temporary, index=False)
 
 
 @main.command()
-def outcome() -> None:
+@of_plan
+def outcome(plan: str) -> None:
     """Prints what the blocks show, as Markdown."""
-    runs = tables("runs")
-    click.echo(f"{runs['seed'].nunique()} blocks.\n")
+    runs, names = tables("runs", plan), arm_names(plan)
+    reference = next(iter(names))
+    if plan != PROTOCOL:
+        compared = tables("runs")
+        runs = pd.concat([compared[(compared["arm"] == names[reference]) & compared["seed"].isin(runs["seed"])], runs])
+    click.echo(f"Blocks: {runs['seed'].nunique()}.\n")
     click.echo(
         "| arm | ESS/n, first steps | ESS/n, whole run | mean abs d (nats) | final reward | clean reward | lost |"
     )
     click.echo("|---|---|---|---|---|---|---|")
-    for label, name in arm_names().items():
+    for label, name in names.items():
         rows = runs[runs["arm"] == name]
         columns = ("ess_seq", "ess_seq_run", "mean_abs_logprob_diff", "final_reward", "clean_reward")
         values = [_shown(mean_over_runs(rows[column].dropna())) for column in columns]
         click.echo(f"| {label} | {' | '.join(values)} | {int((rows['status'] != 'complete').sum())} of {len(rows)} |")
     for column, title in OUTCOMES.items():
-        click.echo(f"\n| {title}: arm less {REFERENCE} | pairs | difference | p (Holm) | detectable | p of losses |")
+        click.echo(f"\n| {title}: arm less {reference} | pairs | difference | p (Holm) | detectable | p of losses |")
         click.echo("|---|---|---|---|---|---|")
-        for one in comparisons(runs, column):
+        for one in comparisons(runs, names, column):
             values = [_shown(one.difference), _p(one.reward), number(one.reward.detectable), _p(one.collapse)]
             click.echo(f"| {one.first} | {one.n_pairs} | {' | '.join(values)} |")
 
 
 @main.command()
-def order() -> None:
+@of_plan
+def order(plan: str) -> None:
     """Prints where the size of the mismatch goes with another quantity of the same run, as Markdown.
 
     At the lag with the smallest p; a positive one means that the mismatch goes first.
     """
-    steps = tables("steps")
+    steps = tables("steps", plan)
     click.echo("| arm | log mean abs d with | lag, steps | correlation | in other runs | p, over lags |")
     click.echo("|---|---|---|---|---|---|")
     for name, rows in steps.groupby("arm", sort=False):

@@ -16,21 +16,24 @@ ARMS = ("BF16", "BF16, zero-mismatch", "BF16, routing-replay", "FP16", "FP32")
 
 
 def test_a_block_is_every_arm_with_one_seed() -> None:
-    block = precision.block(3)
-    assert {run.config.seed for run in block} == {3}
+    block, other = precision.block(3), precision.block(3, precision.EXPLORATORY)
+    assert {run.config.seed for run in block + other} == {3}
     assert len({run.arm for run in block}) == len(ARMS)
-    # What arms differ in is precision and remedy alone.
+    # What the arms of the protocol differ in is precision and remedy alone, and those of the other plan in two things.
     settled = {"rollout_dtype": "float32", "trainer_dtype": "float32", "remedy": "none"}
     assert len({run.config.model_copy(update=settled).model_dump_json() for run in block}) == 1
+    settled |= {"algorithm": "pg", "learning_rate": 1e-4}
+    assert len({run.config.model_copy(update=settled).model_dump_json() for run in block + other}) == 1
+    assert not {run.arm for run in block} & {run.arm for run in other}
 
 
 @pytest.fixture
 def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Eight blocks in which the control does better by .1 and a bit, and the others are as BF16 is."""
     monkeypatch.setattr(precision, "RESULTS", tmp_path)
-    for seed in range(8):
+    for plan, seed in [(precision.PROTOCOL, seed) for seed in range(8)] + [(precision.EXPLORATORY, 0)]:
         rows = []
-        for run in precision.block(seed):
+        for run in precision.block(seed, plan):
             gain = 0.1 + 0.01 * seed if run.config.remedy == "zero-mismatch" else 0.001 * (-1) ** seed
             reward = 0.5 + (gain if run.config.remedy != "none" or run.config.rollout_dtype != "bfloat16" else 0.0)
             lost = run.config.rollout_dtype == "float16" and seed == 0
@@ -42,12 +45,14 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                 "ess_seq_run": 0.4,
             }
             rows.append({**row, **numbers, "mean_abs_logprob_diff": 0.02})
-        pd.DataFrame(rows).to_parquet(tmp_path / f"runs-{seed:02d}.parquet")
+        (tmp_path / plan).mkdir(exist_ok=True)
+        pd.DataFrame(rows).to_parquet(tmp_path / plan / f"runs-{seed:02d}.parquet")
     return tmp_path
 
 
 def test_arms_are_compared_with_bf16_in_pairs(kept: Path) -> None:
-    found = {one.first: one for one in precision.comparisons(precision.tables("runs"), "clean_reward")}
+    names = precision.arm_names()
+    found = {one.first: one for one in precision.comparisons(precision.tables("runs"), names, "clean_reward")}
     assert tuple(found) == ARMS[1:]
     control = found["BF16, zero-mismatch"]
     assert control.n_pairs == 8
@@ -62,13 +67,22 @@ def test_arms_are_compared_with_bf16_in_pairs(kept: Path) -> None:
 def test_the_outcome_is_a_table(kept: Path) -> None:
     said = CliRunner().invoke(precision.main, ["outcome"])
     assert said.exit_code == 0, said.output
-    assert said.output.startswith("8 blocks.")
+    assert said.output.startswith("Blocks: 8.")
     assert "| BF16, zero-mismatch | 8 | 0.135 [" in said.output
     assert "| 1 of 8 |" in said.output
 
 
+def test_other_arms_are_compared_with_bf16_of_the_protocol(kept: Path) -> None:
+    said = CliRunner().invoke(precision.main, ["outcome", "--exploratory"])
+    assert said.exit_code == 0, said.output
+    assert said.output.startswith("Blocks: 1.")
+    assert "| FP32, grpo, lr 0.0003 | 1 | 1.00e-3 |" in said.output
+    assert "arm less BF16, pg-seq-is, lr 0.0003 |" in said.output
+
+
 def test_what_goes_first_is_told_for_every_arm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "RESULTS", tmp_path)
+    (tmp_path / precision.PROTOCOL).mkdir()
     rng = np.random.default_rng(0)
     for seed in range(6):
         size = rng.standard_normal(30)
@@ -76,7 +90,7 @@ def test_what_goes_first_is_told_for_every_arm(tmp_path: Path, monkeypatch: pyte
         later = np.roll(size, 3) + 0.1 * rng.standard_normal(30)
         noisy = pd.DataFrame({"arm": "noisy", "mean_abs_logprob_diff": np.exp(size), "reward": later, **steps})
         exact = noisy.assign(arm="exact", mean_abs_logprob_diff=0.0)
-        pd.concat([noisy, exact]).to_parquet(tmp_path / f"steps-{seed:02d}.parquet")
+        pd.concat([noisy, exact]).to_parquet(tmp_path / precision.PROTOCOL / f"steps-{seed:02d}.parquet")
     said = CliRunner().invoke(precision.main, ["order"])
     assert said.exit_code == 0, said.output
     assert "| noisy | reward | +3 |" in said.output
