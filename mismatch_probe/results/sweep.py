@@ -40,6 +40,8 @@ class ArmResult(Result):
     """Kind of injected stress, or `none`."""
     dose: float
     """Size of the injected stress, 0 without it."""
+    remedy: str = "none"
+    """What takes mismatch away at its source, or `none`."""
     n_runs: int
     """Runs that have ended."""
     n_collapsed: int
@@ -96,7 +98,7 @@ class SweepSummary(Result):
     arms: tuple[ArmResult, ...]
     """In the order of the plan."""
     comparisons: tuple[ArmComparison, ...]
-    """Every arm against its reference: equal algorithm and learning rate, FP32 without stress."""
+    """Every arm against its reference, see `rl.sweep_summary.against_reference`."""
     dose_response: DoseResponse | None
     """How the final reward follows the measured mismatch; None without injected stress."""
     places: tuple[Place, ...]

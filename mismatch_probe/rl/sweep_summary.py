@@ -25,7 +25,7 @@ from mismatch_probe.probes.analysis import analyse
 from mismatch_probe.report.words import say
 from mismatch_probe.results.finding import Finding, Severity, Value
 from mismatch_probe.results.sweep import ArmResult, Place, SweepSummary
-from mismatch_probe.rl.plan import PlannedRun, families, labels
+from mismatch_probe.rl.plan import PlannedRun, arm_name, families, labels
 from mismatch_probe.rl.records import RlDirectory, SweepDirectory
 from mismatch_probe.rl.summary import PHASES, finite_mean
 from mismatch_probe.runs.comparison import RunDirectory
@@ -35,7 +35,7 @@ ENDED = ("complete", "collapsed", "diverged")
 # Arms got the same dose where the larger ESS is at most so much larger.
 SAME_ESS = 0.05
 # What tells arms apart, as columns of the table of runs.
-AXES = ("rollout_dtype", "trainer_dtype", "trainer_mode", "algorithm", "learning_rate", "stress", "dose")
+AXES = ("rollout_dtype", "trainer_dtype", "trainer_mode", "algorithm", "learning_rate", "stress", "dose", "remedy")
 # Columns of the table of steps: what takes the rollout from the trained policy, stale weights included.
 DOSES = {"ess_seq": "off_policy_ess_seq", "mean_abs_logprob_diff": "off_policy_mean_abs"}
 _MEASURED = (
@@ -146,6 +146,7 @@ def arm_results(planned: Sequence[PlannedRun], runs: pd.DataFrame) -> list[ArmRe
                 precision=config.rollout_dtype if alike else "",
                 structure=config.stress,
                 dose=config.dose,
+                remedy=config.remedy,
                 n_runs=len(rows),
                 n_collapsed=int((rows["status"] == "collapsed").sum()),
                 n_diverged=int((rows["status"] == "diverged").sum()),
@@ -179,8 +180,9 @@ def _arm(label: str, rows: pd.DataFrame) -> Arm:
 
 
 def against_reference(planned: Sequence[PlannedRun], runs: pd.DataFrame) -> list[ArmComparison]:
-    """Every arm against its reference: of equal algorithm and learning rate FP32 on both sides without stress, or what
-    comes closest to that in the plan's order. References are compared with the first one.
+    """Every arm against its reference, of equal algorithm and learning rate: without stress the arm of its precision
+    under the remedy `zero-mismatch`, from which it differs in its mismatch alone; else FP32 on both sides without
+    stress, or what comes closest to that in the plan's order. References are compared with the first one.
     """
     firsts = _firsts(planned)
     named = dict(zip([run.arm for run in firsts], labels([run.config for run in firsts]), strict=True))
@@ -189,7 +191,8 @@ def against_reference(planned: Sequence[PlannedRun], runs: pd.DataFrame) -> list
     head = _reference(firsts)
     pairs = []
     for run in firsts:
-        own = _reference([c for c in firsts if _family(c) == _family(run)])
+        family = [c for c in firsts if _family(c) == _family(run)]
+        own = _control(run, family) or _reference(family)
         other = head if own.arm == run.arm else own
         if other.arm != run.arm and arms[run.arm].runs and arms[other.arm].runs:
             pairs.append((arms[run.arm], arms[other.arm]))
@@ -223,6 +226,12 @@ def dose_of(planned: Sequence[PlannedRun], runs: pd.DataFrame) -> DoseResponse |
 def _firsts(planned: Sequence[PlannedRun]) -> list[PlannedRun]:
     """A run of each arm, in the plan's order."""
     return list({run.arm: run for run in planned}.values())
+
+
+def _control(run: PlannedRun, planned: Sequence[PlannedRun]) -> PlannedRun | None:
+    """The same arm without mismatch, which is none for itself and under stress."""
+    wanted = arm_name(run.config.model_copy(update={"remedy": "zero-mismatch"}))
+    return next((one for one in planned if one.arm == wanted != run.arm), None)
 
 
 def _family(run: PlannedRun) -> tuple[str, float]:

@@ -12,7 +12,7 @@ import pytest
 
 from mismatch_probe.report.data import STRESS_NOTE
 from mismatch_probe.report.figures import draw, figures_of
-from mismatch_probe.report.figures.rl import curves_figure, dose_figure, equal_ess_figure
+from mismatch_probe.report.figures.rl import arm_look, curves_figure, dose_figure, equal_ess_figure
 from mismatch_probe.report.sweep import sweep_report
 from mismatch_probe.results.sweep import RlSweep
 from tests.factories.rl_run import steps
@@ -75,6 +75,18 @@ def test_the_dose_figure_places_every_arm_where_it_was_measured() -> None:
     assert any("2 of 4 lost" in text for text in _texts(figure.axes[2]))
     assert STRESS_NOTE in figure.get_suptitle()
     assert figure.axes[1].get_xscale() == "log" or figure.axes[3].get_xscale() == "log"
+
+
+def test_remedies_look_otherwise_and_no_mismatch_has_no_place_on_a_log_axis() -> None:
+    plain, replay = arm("bf16", precision="bfloat16"), arm("r", precision="bfloat16", remedy="routing-replay")
+    control = arm("c", precision="bfloat16", remedy="zero-mismatch", ess=1.0, gap=0.0, collapsed=1)
+    looks = [arm_look(one) for one in (plain, replay, control)]
+    assert len({look.color for look in looks}) == 1
+    assert len({look.linestyle for look in looks}) == len({look.marker for look in looks}) == 3
+    figure = dose_figure(sweep_data(summary(arms=(plain, replay, control))))
+    marks = [{line.get_marker() for line in axes.lines} for axes in figure.axes]
+    assert [looks[2].marker in found for found in marks] == [True, False, True, False]
+    assert [any("1 of 4 lost" in text for text in _texts(axes)) for axes in figure.axes[2:]] == [True, False]
 
 
 def test_precisions_alone_are_not_called_stress() -> None:

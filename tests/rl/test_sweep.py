@@ -20,6 +20,7 @@ from mismatch_probe.rl import sweep
 from mismatch_probe.rl.plan import make_runs
 from mismatch_probe.rl.records import RlDirectory, SweepDirectory
 from mismatch_probe.rl.sweep import Slot, slots
+from mismatch_probe.rl.sweep_summary import against_reference, arm_results
 from tests.conftest import Recorder
 from tests.factories.rl_run import PROVENANCE, ending, step
 
@@ -244,6 +245,30 @@ def test_failures_are_kept_for_a_later_report(tmp_path: Path, scripted: Any) -> 
     again = mismatch_probe.rl_report(tmp_path / "sweep")
     assert again.summary.failures == {victim: "no sync see"}
     assert again.exit_code == 1
+
+
+def test_a_precision_is_compared_with_itself_without_mismatch() -> None:
+    """Where there is such an arm; all others with FP32."""
+    grids = [
+        {"precision": ["bf16"], "remedy": ["none", "zero-mismatch", "routing-replay"]},
+        {"precision": ["fp16", "fp32", "bf16/fp32"]},
+        {"precision": ["bf16"], "stress": ["mantissa:3"]},
+    ]
+    planned = make_runs(BASE, grids)
+    measured = dict.fromkeys(("final_reward", "clean_reward", "reward_kept", "ess_seq", "mean_abs_logprob_diff"), 0.5)
+    runs = pd.DataFrame({"arm": run.arm, "seed": 0, "status": "complete", **measured} for run in planned)
+    found = {one.first: one.second for one in against_reference(planned, runs)}
+    control = "BF16, zero-mismatch"
+    assert found == {
+        "BF16": control,
+        "BF16, routing-replay": control,
+        control: "FP32",
+        "FP16": "FP32",
+        "BF16/FP32": "FP32",
+        "BF16, mantissa 3": "FP32",
+    }
+    arms = {one.label: one for one in arm_results(planned, runs)}
+    assert (arms[control].precision, arms[control].remedy) == ("bfloat16", "zero-mismatch")
 
 
 def test_algorithms_are_not_taken_for_structures(tmp_path: Path, scripted: Any) -> None:

@@ -29,15 +29,18 @@ _STRUCTURES = {
     "logit-noise": Look("#b5842c", "-.", "P"),
     "stale": Look("#b03a58", ":", "X"),
 }
+# A remedy keeps the colour of its precision.
+_REMEDIES = {"zero-mismatch": ("-.", "*"), "routing-replay": (":", "p")}
 _GRID = "#e4e4e4"
 _OTHER = Look("#777777", "-", "h")
 
 
 def arm_look(point: ArmResult) -> Look:
-    """A precision's look, or that of the injected stress."""
+    """A precision's look, in another line and marker under a remedy, or that of the injected stress."""
     if point.structure != "none":
         return _STRUCTURES[point.structure]
-    return look(point.precision) if point.precision else _OTHER
+    mark = look(point.precision) if point.precision else _OTHER
+    return Look(mark.color, *_REMEDIES[point.remedy]) if point.remedy in _REMEDIES else mark
 
 
 @register(
@@ -228,18 +231,20 @@ def _draw_doses(axes: Axes, arms: Sequence[ArmResult], dose: str, outcome: str, 
 
 
 def _at(arm: ArmResult, name: str) -> float:
+    """Where an arm lies; nowhere without a value, and without mismatch on the axis of its size, which is logarithmic."""
     value: MetricValue = getattr(arm, name)
-    return float("nan") if value.value is None else value.value
+    nowhere = value.value is None or (value.value == 0 and name == "mean_abs_logprob_diff")
+    return float("nan") if value.value is None or nowhere else value.value
 
 
 def _mark_ends(axes: Axes, arms: Sequence[ArmResult], dose: str) -> None:
     """Says at an arm how many of its runs were lost, that is collapsed or diverged, where any were."""
     for arm in arms:
-        ended = arm.n_lost
-        if ended and arm.reward_kept.value is not None:
+        ended, x = arm.n_lost, _at(arm, dose)
+        if ended and arm.reward_kept.value is not None and np.isfinite(x):
             axes.annotate(
                 f"{ended} of {arm.n_runs} lost",
-                (_at(arm, dose), arm.reward_kept.value),
+                (x, arm.reward_kept.value),
                 (6, 5),
                 textcoords="offset points",
                 fontsize=7,
