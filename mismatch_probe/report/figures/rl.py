@@ -231,10 +231,9 @@ def _draw_doses(axes: Axes, arms: Sequence[ArmResult], dose: str, outcome: str, 
 
 
 def _at(arm: ArmResult, name: str) -> float:
-    """Where an arm lies; nowhere without a value, and without mismatch on the axis of its size, which is logarithmic."""
-    value: MetricValue = getattr(arm, name)
-    nowhere = value.value is None or (value.value == 0 and name == "mean_abs_logprob_diff")
-    return float("nan") if value.value is None or nowhere else value.value
+    """Where an arm lies: nowhere without a value, nor, on the logarithmic axis of |d|, without mismatch."""
+    x = getattr(arm, name).value
+    return float("nan") if x is None or (x == 0 and name == "mean_abs_logprob_diff") else float(x)
 
 
 def _mark_ends(axes: Axes, arms: Sequence[ArmResult], dose: str) -> None:
