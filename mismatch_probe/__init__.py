@@ -405,15 +405,17 @@ def rl_sweep_resume(path: str | Path, *, workers: int | None = None, progress: P
 def rl_demo(
     *, out: str | Path | None = None, seeds: int = 1, workers: int | None = None, progress: Progress | None = None
 ) -> SweepResult:
-    """Three precisions and four doses of injected stress on the small model that comes with the tool.
+    """Three precisions, and BF16 without mismatch, on a model that comes with the tool, whose tokens are so uncertain
+    that rounding in BF16 more than halves the effective sample size.
 
     Raises:
         ProbeError: See `mismatch_probe.errors`; what has ended stays in the folder.
     """
-    from mismatch_probe.rl.plan import demo_runs
+    from mismatch_probe.files import data_path
+    from mismatch_probe.rl.plan import read_plan
     from mismatch_probe.rl.sweep import new_sweep
 
-    return new_sweep(demo_runs(seeds), out, workers, progress, kind="demo")
+    return new_sweep(read_plan(data_path("rl/demo.toml"), seeds), out, workers, progress, kind="demo")
 
 
 def rl_report(

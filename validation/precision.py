@@ -2,9 +2,9 @@
 
 `python -m validation.precision block SEED OUT` trains every arm with one seed (a block) and keeps its tables in
 data/results/precision, so that an early stop leaves whole blocks. OUT is the folder of its sweep; one that has begun
-goes on. `python -m validation.precision outcome` prints what the blocks that are done show, and `… order` whether the
-mismatch goes before reward, entropy and gradient norm, or after them. With `--exploratory` they are about the arms of
-data/rl/precision-exploratory.toml.
+goes on. `python -m validation.precision outcome` prints what the blocks that are done show, `… order` whether the
+mismatch goes before reward, entropy and gradient norm, or after them, and `… figure OUT` draws the runs. With
+`--exploratory` they are about the arms of data/rl/precision-exploratory.toml.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ from mismatch_probe.files import atomic_path
 from mismatch_probe.metrics.arms import Arm, ArmComparison, ArmTest, Run, compare_sweep, mean_over_runs
 from mismatch_probe.metrics.leads import leads
 from mismatch_probe.probes.progress import Progress
+from mismatch_probe.report.figures.rl import draw_curves
+from mismatch_probe.report.figures.style import DPI
 from mismatch_probe.report.format import NONE, number
 from mismatch_probe.rl.plan import PlannedRun, labels, read_plan
 from mismatch_probe.rl.sweep import new_sweep, resume_sweep
+from mismatch_probe.rl.sweep_summary import arm_results
 from mismatch_probe.runs.folder import SWEEP
 from mismatch_probe.types import MetricValue
 
@@ -159,6 +162,15 @@ def order(plan: str) -> None:
             best = min(found, key=lambda lead: lead.p_value)
             values = f"{best.lag:+d} | {best.correlation:.2f} | {best.elsewhere:.2f} | {best.p_value:.2g}"
             click.echo(f"| {name} | {column} | {values} |")
+
+
+@main.command()
+@click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
+@of_plan
+def figure(out: Path, plan: str) -> None:
+    """Draws reward and mismatch over the steps into OUT, a PNG."""
+    arms = arm_results(read_plan(PLANS / f"{plan}.toml"), tables("runs", plan))
+    draw_curves(tables("steps", plan), arms).savefig(out, dpi=DPI, metadata={"Software": None})
 
 
 def _shown(value: MetricValue) -> str:

@@ -7,7 +7,7 @@ import click
 from mismatch_probe.cli.lazy import LazyGroup
 
 _COMMANDS = {
-    "demo": "Three precisions and four doses in ten minutes.",
+    "demo": "Does rounding alone harm training? Ten minutes.",
     "run": "One RL run, instrumented at every step.",
     "sweep": "A grid of runs: precision, algorithm, stress, seed.",
     "report": "A sweep's page again, with your own model placed on it.",

@@ -88,7 +88,8 @@ def _next(data: SweepData, difference: Finding) -> tuple[Step, ...]:
     if difference.code in _FEW_SEEDS:
         command = f"mismatch-probe rl sweep {folder} --seeds {_SEEDS}"
         found.append(Step("Run the same arms with enough seeds for a test.", command))
-    if summary.dose_response is not None and not summary.places and summary.n_ended:
+    mismatches = {(arm.precision, arm.structure, arm.dose, arm.remedy) for arm in summary.arms}
+    if len(mismatches) > 1 and not summary.places and summary.n_ended:
         command = f"mismatch-probe rl report {folder} --place COMPARISON"
         found.append(Step("Place your own model among the arms; COMPARISON is a folder of `compare`.", command))
     return tuple(found)

@@ -33,8 +33,6 @@ from mismatch_probe.runs.folder import SWEEP, read_document
 
 # Keys that grids set, and `base` must not.
 _DECIDED = {"seed": "seeds", "dose": "stress", "stress": "stress"}
-# Doses of the demo: from one that training hardly feels to one under which the sampled policy is another one.
-DEMO_DOSES = (0.11, 0.13, 0.15, 0.2)
 
 
 class Grid(Settings):
@@ -221,18 +219,3 @@ def _label(config: RlConfig, several: Mapping[str, bool]) -> str:
     if config.remedy != "none":
         parts.append(config.remedy)
     return ", ".join(parts)
-
-
-def demo_runs(seeds: int = 1) -> list[PlannedRun]:
-    """The bundled demo of 7 arms: three precisions without stress, and four doses of weight noise in FP32.
-
-    Args:
-        seeds: Runs of each.
-    """
-    return make_runs(
-        {"steps": 60, "record_rollouts": False},
-        [
-            {"precision": ["bf16", "fp16", "fp32"], "seeds": seeds},
-            {"precision": ["fp32"], "stress": [f"weight-noise:{dose:g}" for dose in DEMO_DOSES], "seeds": seeds},
-        ],
-    )

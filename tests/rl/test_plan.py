@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from mismatch_probe.errors import UsageError
-from mismatch_probe.rl.plan import DEMO_DOSES, demo_runs, labels, make_runs, read_plan
+from mismatch_probe.files import data_path
+from mismatch_probe.rl.plan import labels, make_runs, read_plan
 
 PLAN = """
 [base]
@@ -90,14 +91,15 @@ def test_a_file_that_is_no_plan_is_refused(tmp_path: Path, text: str, said: str)
         read_plan(tmp_path / "none.toml")
 
 
-def test_the_demo_is_three_precisions_and_four_doses() -> None:
-    configs = [run.config for run in demo_runs()]
-    plain = [c for c in configs if c.stress == "none"]
-    assert [(c.rollout_dtype, c.trainer_dtype) for c in plain] == [
-        (dtype, dtype) for dtype in ("bfloat16", "float16", "float32")
-    ]
-    stressed = [c for c in configs if c.stress != "none"]
-    assert [c.dose for c in stressed] == list(DEMO_DOSES)
-    assert len(DEMO_DOSES) == 4
-    assert all(c.rollout_dtype == c.trainer_dtype == "float32" for c in stressed)
-    assert len(demo_runs(3)) == 3 * len(configs)
+def test_the_demo_is_three_precisions_and_bf16_without_mismatch() -> None:
+    runs = read_plan(data_path("rl/demo.toml"), 3)
+    assert labels([run.config for run in runs]) == 3 * ["BF16", "BF16, zero-mismatch", "FP16", "FP32"]
+    assert [run.config.seed for run in runs] == [0] * 4 + [1] * 4 + [2] * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "n_arms"),
+    [("demo", 4), ("doses", 7), ("structures", 4), ("precision", 5), ("precision-exploratory", 9)],
+)
+def test_plans_that_come_with_the_tool_can_be_read(name: str, n_arms: int) -> None:
+    assert len({run.arm for run in read_plan(data_path(f"rl/{name}.toml"))}) == n_arms

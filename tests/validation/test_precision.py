@@ -43,6 +43,7 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                 "clean_reward": None if lost else reward,
                 "ess_seq": 0.5,
                 "ess_seq_run": 0.4,
+                "reward_kept": 1.0,
             }
             rows.append({**row, **numbers, "mean_abs_logprob_diff": 0.02})
         (tmp_path / plan).mkdir(exist_ok=True)
@@ -96,6 +97,15 @@ def test_what_goes_first_is_told_for_every_arm(tmp_path: Path, monkeypatch: pyte
     assert "| noisy | reward | +3 |" in said.output
     assert "| noisy | grad_norm | A series does not change" in said.output
     assert "| exact | reward | A series has a value that is not finite" in said.output
+
+
+def test_the_runs_are_drawn(kept: Path) -> None:
+    for arm in precision.arm_names().values():
+        steps = pd.DataFrame({"arm": arm, "step": range(3), "reward": 0.5, "mean_abs_logprob_diff": 0.01})
+        steps.to_parquet(kept / precision.PROTOCOL / f"steps-{arm}.parquet")
+    said = CliRunner().invoke(precision.main, ["figure", str(kept / "it.png")])
+    assert said.exit_code == 0, said.output
+    assert (kept / "it.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_no_block_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,7 +121,11 @@ def _series(
 )
 def curves_figure(data: SweepData) -> Figure:
     """Reward and mismatch of every arm over the steps, means over seeds of a running window."""
-    steps, arms = data.steps, data.summary.arms
+    return draw_curves(data.steps, data.summary.arms)
+
+
+def draw_curves(steps: pd.DataFrame, arms: Sequence[ArmResult]) -> Figure:
+    """`curves_figure` of these arms; `steps` are those of all their runs, with the name of the `arm`."""
     with plot_settings():
         figure = Figure(figsize=(9.6, 4.2), layout="constrained")
         left, right = figure.subplots(1, 2)
