@@ -23,7 +23,7 @@ from mismatch_probe.metrics.leads import leads
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.report.figures.rl import draw_curves
 from mismatch_probe.report.figures.style import DPI
-from mismatch_probe.report.format import NONE, number
+from mismatch_probe.report.format import NONE, estimate, number
 from mismatch_probe.rl.plan import PlannedRun, labels, read_plan
 from mismatch_probe.rl.sweep import new_sweep, resume_sweep
 from mismatch_probe.rl.sweep_summary import arm_results
@@ -173,10 +173,8 @@ def figure(out: Path, plan: str) -> None:
     draw_curves(tables("steps", plan), arms).savefig(out, dpi=DPI, metadata={"Software": None})
 
 
-def _shown(value: MetricValue) -> str:
-    if value.ci_low is None:
-        return number(value.value)
-    return f"{number(value.value)} [{number(value.ci_low)}, {number(value.ci_high)}]"
+def _shown(found: MetricValue) -> str:
+    return estimate(found.value, found.ci_low, found.ci_high)
 
 
 def _p(test: ArmTest) -> str:
