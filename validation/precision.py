@@ -4,7 +4,7 @@
 data/results/precision, so that an early stop leaves whole blocks. OUT is the folder of its sweep; one that has begun
 goes on. `python -m validation.precision outcome` prints what the blocks that are done show, `… order` whether the
 mismatch goes before reward, entropy and gradient norm, or after them, and `… figure OUT` draws the runs. With
-`--exploratory` they are about the arms of data/rl/precision-exploratory.toml.
+`--plan precision-exploratory` they are about the arms of data/rl/precision-exploratory.toml.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ from mismatch_probe.rl.sweep_summary import arm_results
 from mismatch_probe.runs.folder import SWEEP
 from mismatch_probe.types import MetricValue
 
-# The plans, each named as the folder of its blocks. The first arm of the protocol is what all arms are compared with.
 PLANS = Path("data/rl")
-PROTOCOL, EXPLORATORY = "precision", "precision-exploratory"
 RESULTS = Path("data/results")
+# The plans, each named as the folder of its blocks, with the plan whose first arm the others are compared with.
+PROTOCOL, EXPLORATORY = "precision", "precision-exploratory"
+COMPARED_WITH = {PROTOCOL: PROTOCOL, EXPLORATORY: PROTOCOL}
 # What may go before or after the mismatch, and by how many steps.
 FOLLOWED = ("reward", "entropy", "grad_norm")
 LAGS = range(-5, 6)
@@ -59,7 +60,8 @@ def tables(name: str, plan: str = PROTOCOL) -> pd.DataFrame:
 
 def arm_names(plan: str = PROTOCOL) -> dict[str, str]:
     """Names of a plan's arms by their labels, after the one that they are compared with."""
-    runs = block(0)[: None if plan == PROTOCOL else 1] + ([] if plan == PROTOCOL else block(0, plan))
+    reference = block(0, COMPARED_WITH[plan])[0]
+    runs = [reference, *(run for run in block(0, plan) if run.arm != reference.arm)]
     return dict(zip(labels([run.config for run in runs]), (run.arm for run in runs), strict=True))
 
 
@@ -86,8 +88,7 @@ def main() -> None:
 
 def of_plan(command: Callable[..., None]) -> Callable[..., None]:
     """Gives a command the plan that it is about."""
-    option = click.option("--exploratory", "plan", flag_value=EXPLORATORY, default=PROTOCOL, help="The other plan.")
-    return option(command)
+    return click.option("--plan", type=click.Choice(list(COMPARED_WITH)), default=PROTOCOL)(command)
 
 
 @main.command(name="block")
@@ -116,8 +117,8 @@ def outcome(plan: str) -> None:
     """Prints what the blocks show, as Markdown."""
     runs, names = tables("runs", plan), arm_names(plan)
     reference = next(iter(names))
-    if plan != PROTOCOL:
-        compared = tables("runs")
+    if COMPARED_WITH[plan] != plan:
+        compared = tables("runs", COMPARED_WITH[plan])
         runs = pd.concat([compared[(compared["arm"] == names[reference]) & compared["seed"].isin(runs["seed"])], runs])
     click.echo(f"Blocks: {runs['seed'].nunique()}.\n")
     click.echo(

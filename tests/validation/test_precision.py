@@ -74,7 +74,7 @@ def test_the_outcome_is_a_table(kept: Path) -> None:
 
 
 def test_other_arms_are_compared_with_bf16_of_the_protocol(kept: Path) -> None:
-    said = CliRunner().invoke(precision.main, ["outcome", "--exploratory"])
+    said = CliRunner().invoke(precision.main, ["outcome", "--plan", precision.EXPLORATORY])
     assert said.exit_code == 0, said.output
     assert said.output.startswith("Blocks: 1.")
     assert "| FP32, grpo, lr 0.0003 | 1 | 1.00e-3 |" in said.output
