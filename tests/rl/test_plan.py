@@ -99,7 +99,7 @@ def test_the_demo_is_three_precisions_and_bf16_without_mismatch() -> None:
 
 @pytest.mark.parametrize(
     ("name", "n_arms"),
-    [("demo", 4), ("doses", 7), ("structures", 4), ("precision", 5), ("precision-exploratory", 9)],
+    [("demo", 4), ("doses", 7), ("structures", 4), ("precision", 5), ("precision-exploratory", 12)],
 )
 def test_plans_that_come_with_the_tool_can_be_read(name: str, n_arms: int) -> None:
     assert len({run.arm for run in read_plan(data_path(f"rl/{name}.toml"))}) == n_arms

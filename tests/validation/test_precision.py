@@ -19,10 +19,10 @@ def test_a_block_is_every_arm_with_one_seed() -> None:
     block, other = precision.block(3), precision.block(3, precision.EXPLORATORY)
     assert {run.config.seed for run in block + other} == {3}
     assert len({run.arm for run in block}) == len(ARMS)
-    # What the arms of the protocol differ in is precision and remedy alone, and those of the other plan in two things.
+    # What the arms of the protocol differ in is precision and remedy alone, and those of the other plan in few more.
     settled = {"rollout_dtype": "float32", "trainer_dtype": "float32", "remedy": "none"}
     assert len({run.config.model_copy(update=settled).model_dump_json() for run in block}) == 1
-    settled |= {"algorithm": "pg", "learning_rate": 1e-4}
+    settled |= {"algorithm": "pg", "learning_rate": 1e-4, "stress": "none", "dose": 0.0}
     assert len({run.config.model_copy(update=settled).model_dump_json() for run in block + other}) == 1
     assert not {run.arm for run in block} & {run.arm for run in other}
 
