@@ -44,8 +44,9 @@ from mismatch_probe.rl.run import Start, device_of
 from mismatch_probe.rl.sweep_summary import runs_table, steps_table, summarise_sweep, sweep_findings
 from mismatch_probe.rl.worker import RlJob, engine_settings
 
-# A trainer that computes in real FP16 takes so many times as long on a CPU: what takes longest has to begin first.
-_FP16_COST = 4
+# A trainer that computes in real FP16 takes so many times as long on a CPU, and a run whose tokens the trainer chooses
+# anywhere: what takes longest has to begin first.
+_FP16_COST, _CHOOSING_COST = 4, 4
 _ATTEMPTS = 2
 
 
@@ -176,9 +177,10 @@ class Scheduler:
             if not groups or self._stopped is not None:
                 return []
             engaged = set(self._engaged.values())
-            best = max(groups, key=lambda key: (key not in engaged, _cost(groups[key], self._device)))
+            costs = {key: sum(_cost(run, self._device) for run in runs) for key, runs in groups.items()}
+            best = max(groups, key=lambda key: (key not in engaged, costs[key]))
             self._engaged[slot.index] = best
-            return groups[best]
+            return sorted(groups[best], key=lambda run: (run.config.seed, -_cost(run, self._device)))
 
     def _free(self, runs: Iterable[PlannedRun]) -> list[PlannedRun]:
         """Those that no slot has, and that have neither failed nor ended, by whichever process."""
@@ -288,9 +290,10 @@ def _engine_of(run: PlannedRun) -> str:
     return run.config.rollout_dtype
 
 
-def _cost(runs: Sequence[PlannedRun], device: str) -> float:
-    slow = _FP16_COST if device == "cpu" else 1
-    return sum(c.config.steps * (slow if c.config.trainer_dtype == "float16" else 1) for c in runs)
+def _cost(run: PlannedRun, device: str) -> int:
+    """About how long a run takes, in steps of a plain one."""
+    slow = _FP16_COST if device == "cpu" and run.config.trainer_dtype == "float16" else 1
+    return run.config.steps * max(slow, _CHOOSING_COST if run.config.remedy == "zero-mismatch" else 1)
 
 
 @dataclass(frozen=True)

@@ -321,6 +321,16 @@ def test_the_slowest_engine_starts_first(tmp_path: Path, scripted: Any) -> None:
     assert [Path(job.folders[0]).name.split("-")[0] for job in script.jobs] == ["fp16", "bf16"]
 
 
+def test_the_slowest_run_of_an_engine_starts_first(tmp_path: Path, scripted: Any) -> None:
+    script = scripted()
+    grid = {"precision": ["bf16"], "remedy": ["none", "zero-mismatch"], "seeds": 2}
+    base = BASE | {"updates_per_rollout": 1}
+    mismatch_probe.rl_sweep(make_runs(base, [grid]), out=tmp_path / "sweep", workers=1)
+    (job,) = script.jobs
+    order = [("zero-mismatch" in name, name[-1]) for name in (Path(folder).name for folder in job.folders)]
+    assert order == [(True, "0"), (False, "0"), (True, "1"), (False, "1")]
+
+
 def test_a_folder_that_is_none_of_a_sweep_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TableError, match="holds no sweep"):
         mismatch_probe.rl_sweep_resume(tmp_path)
