@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 
 import click
+import pandas as pd
 from safetensors.torch import load_file
 
 import mismatch_probe
@@ -25,6 +26,7 @@ from mismatch_probe.rl.records import RlDirectory, checkpoints
 from mismatch_probe.rl.run import resolve_model
 from mismatch_probe.rl.tasks import make_task
 from mismatch_probe.runs.comparison import RunDirectory
+from mismatch_probe.runs.folder import COMPARISON
 
 # Responses of a comparison to each prompt.
 SAMPLES = 17
@@ -42,7 +44,7 @@ COLUMNS = {
 
 def compared(out: Path, weights: Path, precision: tuple[str, str], **given: object) -> Pair:
     """What a comparison in OUT says of these weights; it is made if it is not there."""
-    if not (out / "run.json").exists():
+    if not COMPARISON.held_by(out):
         mismatch_probe.compare(
             out=out,
             model=str(weights),
@@ -79,7 +81,7 @@ def main(run: Path, out: Path) -> None:
     weights = {0: initial} | {int(one.name.removeprefix("step-")): one for one in checkpoints(directory.checkpoints)}
     rows = [(step, step, compared(out / f"own-{step:03d}", path, precision, **asked)) for step, path in weights.items()]
     for step, path in list(weights.items())[1:]:
-        first, own = (out / f"own-{one:03d}" for one in (0, step))
+        first, own = (responses(out / f"own-{one:03d}") for one in (0, step))
         rows.append((step, 0, compared(out / f"weights-{step:03d}", path, precision, **again(first))))
         rows.append((0, step, compared(out / f"data-{step:03d}", initial, precision, **again(own))))
     click.echo(f"| weights after step | distance | data of step | {' | '.join(COLUMNS.values())} |")
@@ -87,6 +89,14 @@ def main(run: Path, out: Path) -> None:
     for at, of, pair in rows:
         values = [estimate(m.value, m.ci_low, m.ci_high) for m in map(pair.metrics.__getitem__, COLUMNS)]
         click.echo(f"| {at} | {number(distance(initial, weights[at]))} | {of} | {' | '.join(values)} |")
+
+
+def responses(run: Path) -> Path:
+    """A file of a comparison's prompts and responses, as `compare --from` takes it."""
+    file = run.with_suffix(".parquet")
+    columns = ["prompt_id", "prompt_token_ids", "response_token_ids"]
+    pd.read_parquet(run / "sequences.parquet", columns=columns).to_parquet(file, index=False)
+    return file
 
 
 def again(source: Path) -> dict[str, object]:

@@ -16,6 +16,7 @@ import click
 import numpy as np
 import pandas as pd
 
+import mismatch_probe
 from mismatch_probe.errors import UsageError
 from mismatch_probe.files import atomic_path
 from mismatch_probe.metrics.arms import Arm, ArmComparison, ArmTest, Run, compare_sweep, mean_over_runs
@@ -25,9 +26,10 @@ from mismatch_probe.report.figures.rl import draw_curves
 from mismatch_probe.report.figures.style import DPI
 from mismatch_probe.report.format import NONE, estimate, number
 from mismatch_probe.rl.plan import PlannedRun, labels, read_plan
+from mismatch_probe.rl.records import RlDirectory, checkpoints
 from mismatch_probe.rl.sweep import new_sweep, resume_sweep
 from mismatch_probe.rl.sweep_summary import arm_results
-from mismatch_probe.runs.folder import SWEEP
+from mismatch_probe.runs.folder import SANITY_SET, SWEEP
 from mismatch_probe.types import MetricValue
 
 PLANS = Path("data/rl")
@@ -101,14 +103,35 @@ def run_block(seed: int, out: Path, plan: str) -> None:
         result = resume_sweep(out, None, Progress())
     else:
         result = new_sweep(block(seed, plan), out, None, Progress())
-    unfinished = result.data.runs.query("status in ('failed', 'unfinished')")["run"].tolist()
+    runs = result.data.runs
+    unfinished = runs.query("status in ('failed', 'unfinished')")["run"].tolist()
     if unfinished:
         raise click.ClickException(f"{unfinished[0]} did not end, so the block is not whole. Run this again.")
+    runs["clean_reward"] = [
+        clean_reward(out, run) if status == "complete" else None
+        for run, status in zip(runs["run"], runs["status"], strict=True)
+    ]
     folder = RESULTS / plan
     folder.mkdir(parents=True, exist_ok=True)
-    for name, table in (("runs", result.data.runs), ("steps", result.data.steps)):
+    for name, table in (("runs", runs), ("steps", result.data.steps)):
         with atomic_path(folder / f"{name}-{seed:02d}.parquet") as temporary:
             table.to_parquet(temporary, index=False)
+
+
+def clean_reward(out: Path, run: str) -> float:
+    """Mean reward of a run's last weights in FP32, 40 responses to each of its problems: its own evaluation takes about
+    128, and differences between arms are smaller than what these can show.
+    """
+    folder = out / "clean" / run
+    if SANITY_SET.held_by(folder):
+        found = mismatch_probe.rl_sanity_set_resume(folder)
+    else:
+        trained = RlDirectory.open(out / "runs" / run)
+        *_, last = checkpoints(trained.checkpoints)
+        shared = {name: getattr(trained.config, name) for name in ("task", "seed", "max_tokens", "temperature")}
+        found = mismatch_probe.rl_sanity_set(out=folder, model=str(last), rollout_dtype="fp32", **shared)
+    assert found.document.outcome is not None
+    return found.document.outcome.accuracy
 
 
 @main.command()

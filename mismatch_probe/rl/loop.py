@@ -47,7 +47,8 @@ from mismatch_probe.rl.tasks import Problem, Response, Task
 from mismatch_probe.types import Rollout, RolloutRequest, Sampling
 
 Floats = NDArray[np.float64]
-_PROBES = 8
+# Sequences of the sync check, and tokens of each where prompts are shorter.
+_PROBES, _PROBE_TOKENS = 8, 64
 _EVALUATED = 128
 # Micro-batches: an evaluation keeps no gradients.
 _EVALUATED_AT_ONCE = 8
@@ -393,46 +394,62 @@ class Training:
         interval = share_interval(hits, counts)
         return interval is not None and interval[0] > self._config.pass_above
 
-    @torch.no_grad()
     def _evaluate(self, step: int) -> float:
-        """Mean reward of the clean weights: FP32, no stress, transformers' own sampling, one response a problem."""
-        problems = list(self._p.problems[:_EVALUATED])
-        prompts = [list(ids) for ids in self._p.prompts[:_EVALUATED]]
-        size = _EVALUATED_AT_ONCE * self._config.micro_batch
-        devices = [self._p.device] if self._p.device.type == "cuda" else []
-        answers: list[Response] = []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(self._config.seed * 1_000_003 + step)
-            for start in range(0, len(prompts), size):
-                answers += self._clean_responses(prompts[start : start + size])
+        """Mean reward of the clean weights: FP32, no stress, transformers' own sampling, one response a problem, or
+        several where there are few problems.
+        """
+        times = max(1, _EVALUATED // len(self._p.problems))
+        problems = list(self._p.problems[:_EVALUATED]) * times
+        prompts = [list(ids) for ids in self._p.prompts[:_EVALUATED]] * times
+        texts = self._clean_responses(prompts, self._config.max_tokens, self._config.seed * 1_000_003 + step)
+        answers = [Response(self._p.decode(ids), "stop" if ids[-1] in self._p.end_ids else "length") for ids in texts]
         return float(np.mean(self._p.task.rewards(problems, answers)))
 
-    def _clean_responses(self, prompts: Sequence[Sequence[int]]) -> list[Response]:
+    def _probes(self) -> list[list[int]]:
+        """Fixed sequences for the sync check: prompts and what the initial model writes after short ones. Each begins
+        a token later than the one before it, since prompts of a task can begin alike: all of them would show what
+        rounding does to that beginning.
+        """
+        found = [list(prompt)[: 2 * _PROBE_TOKENS] for prompt in self._p.prompts[:_PROBES] if len(prompt) > 1]
+        missing = _PROBE_TOKENS - min(map(len, found), default=_PROBE_TOKENS)
+        if missing > 0:
+            written = self._clean_responses(found, missing + _PROBES, seed=0)
+            found = [prompt + text for prompt, text in zip(found, written, strict=True)]
+        return [probe[skipped:] for skipped, probe in enumerate(found) if len(probe) > skipped + 1]
+
+    @torch.no_grad()
+    def _clean_responses(self, prompts: Sequence[list[int]], most: int, seed: int) -> list[list[int]]:
+        """Token ids up to the end token, or `most` of them."""
+        size = _EVALUATED_AT_ONCE * self._config.micro_batch
+        devices = [self._p.device] if self._p.device.type == "cuda" else []
+        found: list[list[int]] = []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            for start in range(0, len(prompts), size):
+                found += self._batch_of_responses(prompts[start : start + size], most)
+        return found
+
+    def _batch_of_responses(self, prompts: Sequence[list[int]], most: int) -> list[list[int]]:
         from transformers import GenerationConfig
 
         longest = max(map(len, prompts))
-        ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=self._p.device)
+        ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=self._p.device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self._p.device)
         sampling = GenerationConfig(
             do_sample=True,
             temperature=self._config.temperature,
             top_k=0,
             top_p=1.0,
-            max_new_tokens=self._config.max_tokens,
+            max_new_tokens=most,
             eos_token_id=list(self._p.end_ids),
             pad_token_id=self._p.end_ids[0],
         )
         out = self._policy.model.generate(input_ids=ids, attention_mask=mask, generation_config=sampling)
-        answers = []
+        found = []
         for row in out[:, longest:].tolist():
             ends = [i for i, token in enumerate(row) if token in self._p.end_ids]
-            kept = row[: ends[0] + 1] if ends else row
-            answers.append(Response(self._p.decode(kept), "stop" if ends else "length"))
-        return answers
-
-    def _probes(self) -> list[list[int]]:
-        """Fixed sequences for the sync check: prompts, which the model has an opinion about."""
-        return [list(prompt)[:128] for prompt in self._p.prompts[:_PROBES] if len(prompt) > 1]
+            found.append(row[: ends[0] + 1] if ends else row)
+        return found
 
     def _save(self) -> None:
         moments, numbers = self._policy.state()

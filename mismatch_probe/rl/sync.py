@@ -34,9 +34,10 @@ FP32_LIMIT = 1e-5
 # these weights. vLLM's kernels round as much: medians of 71 pairs (9 tiny families, three dtypes, before and after
 # syncs) lie between .67 and 1.29 times the trainer's, means over all tokens between .1 and 2.4 times.
 ROUNDING_LIMIT = 5.0
-# Differences are judged by their mean over the tokens with the smallest, this share of them. In a mixture of experts
-# rounding sends 2 to 9 % of tokens to other experts, and so does the smallest change of a weight: these carry most of
-# a mean over all. What is wrong with weights moves nearly every token.
+# Of a sequence its mean difference over the tokens with the smallest is judged, this share of them. In a mixture of
+# experts rounding sends 2 to 9 % of tokens to other experts, and so does the smallest change of a weight: these carry
+# most of a mean over all. What is wrong with weights moves nearly every token. Of all sequences the median is judged,
+# and a hypothesis has to explain this share of them: another expert for a sequence's first token moves all after it.
 _TYPICAL = 0.75
 # A hypothesis changes log-probs by δ. Where it holds, the engine's difference from the weights that were sent is δ and
 # rounding, so that taking δ off leaves the rounding: of the difference at most this share may be left. Not by a test of
@@ -58,6 +59,8 @@ _DIFFER = "Run `mismatch-probe compare` on the checkpoint. check_sync = false sk
 _STOP = "Fix the transfer of weights to the engine before training on. Earlier checkpoints are kept."
 Weights = Mapping[str, torch.Tensor]
 Floats = NDArray[np.float64]
+# A number for each token after the first, `[N]` of each sequence.
+Probed = Sequence[Floats]
 
 
 class SyncError(EngineError):
@@ -83,7 +86,7 @@ class WeightSync:
         engine: What gets them, by the names of a checkpoint.
         policy: For its forward pass. Its weights are still those of the checkpoint.
         dtype: The engine's.
-        probes: Fixed sequences of at least 2 tokens.
+        probes: Fixed sequences of at least 2 tokens, which do not begin alike.
         check: Whether to check; names are compared in any case.
         fresh: Whether the engine has the checkpoint's weights as it loaded them itself, and was not shown yet to take
             others: it is judged at once, and again with other weights, which it then has.
@@ -170,8 +173,9 @@ class WeightSync:
             fix: What can be done.
             scan: Try the hypotheses of one tensor in any case.
         """
-        seen, ours = self._engine_logprobs(), self._logprobs(new)
-        gap, typical, limit = float(np.abs(seen - ours).mean()), _typical(seen - ours), self._limit(new, ours)
+        ours = self._logprobs(new)
+        found = _less(self._engine_logprobs(), ours)
+        gap, typical, limit = float(np.abs(np.concatenate(found)).mean()), _typical(found), self._limit(new, ours)
         suspicious = not typical <= limit  # NaN is suspicious
         changed = any(not torch.equal(new[name], old[name]) for name in new)
         self._changes += changed
@@ -180,9 +184,8 @@ class WeightSync:
             self._tell(f"checking the weight sync tensor by tensor, with up to {2 * len(new)} forward passes")
         best, clause = np.inf, ""
         for said, weights in self._hypotheses(new, old, scan) if changed or suspicious else ():
-            left = _left_over(
-                seen - ours, self._logprobs(weights) - ours, fewest_tokens=0 if suspicious else _FEWEST_TOKENS
-            )
+            delta = _less(self._logprobs(weights), ours)
+            left = _left_over(found, delta, fewest_tokens=0 if suspicious else _FEWEST_TOKENS)
             if left is not None and left < best:
                 best, clause = left, said
         if suspicious or clause:
@@ -194,10 +197,10 @@ class WeightSync:
             )
         return gap
 
-    def _limit(self, weights: Weights, ours: Floats) -> float:
+    def _limit(self, weights: Weights, ours: Probed) -> float:
         """Typical difference that rounding explains, nats; infinite or NaN where the dtype overflows."""
         rounded = self._of_probes(self._policy.rounded_logprobs(self._batch, weights, self._dtype))
-        return float(np.maximum(FP32_LIMIT, ROUNDING_LIMIT * _typical(rounded - ours)))
+        return float(np.maximum(FP32_LIMIT, ROUNDING_LIMIT * _typical(_less(rounded, ours))))
 
     def _explained(self, limit: float) -> str:
         if np.isfinite(limit):
@@ -225,14 +228,15 @@ class WeightSync:
                 rounded = cast(cast(new, other), self._dtype)
                 yield f"its weights were rounded to {other} on the way (wrong cast)", rounded
 
-    def _engine_logprobs(self) -> Floats:
-        return np.concatenate([np.asarray(row, np.float64) for row in self._engine.score(self._probes)])
+    def _engine_logprobs(self) -> Probed:
+        return [np.asarray(row, np.float64) for row in self._engine.score(self._probes)]
 
-    def _logprobs(self, weights: Weights) -> Floats:
+    def _logprobs(self, weights: Weights) -> Probed:
         return self._of_probes(self._policy.clean_logprobs(self._batch, weights))
 
-    def _of_probes(self, values: torch.Tensor) -> Floats:
-        return np.asarray(values[self._batch.mask].double().cpu().numpy())
+    def _of_probes(self, values: torch.Tensor) -> Probed:
+        rows = values.double().cpu().numpy()
+        return [row[kept] for row, kept in zip(rows, self._batch.mask.cpu().numpy(), strict=True)]
 
 
 def cast(weights: Weights, dtype: str) -> dict[str, torch.Tensor]:
@@ -250,27 +254,37 @@ def changed_share(before: Weights, after: Weights) -> float:
     return changed / max(1, sum(tensor.numel() for tensor in after.values()))
 
 
+def _less(values: Probed, others: Probed) -> Probed:
+    return [value - other for value, other in zip(values, others, strict=True)]
+
+
 def _smallest(values: Floats) -> Floats:
     """The sizes that are judged of `[N]` values, ascending."""
     return np.sort(np.abs(values))[: max(1, round(_TYPICAL * len(values)))]
 
 
-def _typical(differences: Floats) -> float:
-    """Mean size of `[N]` differences over the smallest; NaN where one is not finite."""
-    return float(_smallest(differences).mean()) if np.isfinite(differences).all() else float("nan")
+def _sizes(differences: Probed) -> Floats:
+    """Mean size of each sequence's differences over the smallest; NaN where one is not finite."""
+    return np.array([_smallest(one).mean() if np.isfinite(one).all() else np.nan for one in differences])
 
 
-def _left_over(difference: Floats, delta: Floats, fewest_tokens: int) -> float | None:
-    """What is left of the engine's typical difference if a hypothesis holds; None where it explains too little, or is
-    of too few tokens.
+def _typical(differences: Probed) -> float:
+    """The median of these; NaN where one is."""
+    return float(np.median(_sizes(differences)))
+
+
+def _left_over(difference: Probed, delta: Probed, fewest_tokens: int) -> float | None:
+    """What is left of the engine's typical difference if a hypothesis holds; None where it explains too little, or too
+    few sequences, or is of too few tokens.
 
     Args:
-        difference: `[N]` log-probs of the engine less those of the weights that were sent.
-        delta: `[N]` those of the hypothesis less those of the weights that were sent.
+        difference: Log-probs of the engine less those of the weights that were sent.
+        delta: Those of the hypothesis less those of the weights that were sent.
         fewest_tokens: Least (Σδ²)² / Σδ⁴.
     """
-    if not delta.any():
+    if not any(one.any() for one in delta):
         return None
-    left, squares = _typical(difference - delta), _smallest(delta) ** 2
+    left, squares = _sizes(_less(difference, delta)), _smallest(np.concatenate(delta)) ** 2
     judged = squares.sum() ** 2 >= fewest_tokens * (squares**2).sum()
-    return left if judged and left <= _LEFT * _typical(difference) else None
+    explained = np.mean(left <= _LEFT * _sizes(difference))
+    return float(np.median(left)) if judged and explained >= _TYPICAL else None

@@ -312,15 +312,15 @@ def test_noise_hides_a_hypothesis_only_where_it_is_larger(seed: int, noise: floa
     delta = rng.normal(0, 1, 400)
     rest = noise * rng.normal(0, 1, 400)
     # True, it leaves what is noise; where nothing of it is there, it is not taken.
-    left = _left_over(delta + rest, delta, 0)
+    left = _left_over([delta + rest], [delta], 0)
     if noise < 0.6:
-        assert left == pytest.approx(_typical(rest), abs=1e-9)
+        assert left == pytest.approx(_typical([rest]), abs=1e-9)
     elif noise > 1.6:
         assert left is None
-    assert _left_over(rest, delta, 0) is None
-    assert _left_over(delta, 10 * delta, 0) is None
-    assert _left_over(delta, np.zeros(400), 0) is None
-    assert _left_over(np.full(400, np.nan), delta, 0) is None
+    assert _left_over([rest], [delta], 0) is None
+    assert _left_over([delta], [10 * delta], 0) is None
+    assert _left_over([delta], [np.zeros(400)], 0) is None
+    assert _left_over([np.full(400, np.nan)], [delta], 0) is None
 
 
 @given(st.integers(101, 160).filter(lambda n: n != 130), st.floats(0.01, 100.0))
@@ -328,8 +328,8 @@ def test_a_hypothesis_is_judged_by_30_effective_tokens_or_not_at_all(tokens: int
     """Of 400 the 100 that it moves most do not count: equal changes on so many more are so many effective ones."""
     delta = np.zeros(400)
     delta[:tokens] = size
-    assert (_left_over(delta, delta, 30) is not None) == (tokens > 130)
-    assert _left_over(delta, delta, 0) == 0.0
+    assert (_left_over([delta], [delta], 30) is not None) == (tokens > 130)
+    assert _left_over([delta], [delta], 0) == 0.0
 
 
 @given(st.integers(0, 10_000), st.integers(1, 60))
@@ -340,17 +340,28 @@ def test_tokens_that_go_to_other_experts_either_way_accuse_nobody(seed: int, fli
     difference[:flips] += 1.0
     delta[:flips] += 1.0
     assert float(((difference - delta) ** 2).sum()) < 0.1 * float(difference @ difference)
-    assert _left_over(difference, delta, 30) is None
+    assert _left_over([difference], [delta], 30) is None
 
 
 @given(st.integers(0, 10_000), st.integers(8, 400), st.floats(1.0, 1e6))
 def test_a_quarter_of_tokens_cannot_move_what_is_judged_and_more_can(seed: int, n: int, size: float) -> None:
     differences = np.random.default_rng(seed).normal(0, 1e-3, n)
-    plain = _typical(differences)
+    plain = _typical([differences])
     few, many = differences.copy(), differences.copy()
     few[: n // 4], many[: n // 4 + 2] = size, size
-    assert _typical(few) <= 4 * plain + 1e-2
-    assert _typical(many) > size / n
-    assert _typical(-differences) == plain
+    assert _typical([few]) <= 4 * plain + 1e-2
+    assert _typical([many]) > size / n
+    assert _typical([-differences]) == plain
     differences[0] = np.nan
-    assert np.isnan(_typical(differences))
+    assert np.isnan(_typical([differences]))
+
+
+@given(st.integers(0, 10_000), st.integers(0, 8))
+def test_what_moves_most_sequences_accuses_and_what_moves_few_does_not(seed: int, moved: int) -> None:
+    """Another expert for the first token of a sequence moves every token of it, and of no other."""
+    rng = np.random.default_rng(seed)
+    rounding = list(1e-3 * rng.normal(size=(8, 64)))
+    delta = [rng.normal(size=64) if i < moved else 1e-4 * rng.normal(size=64) for i in range(8)]
+    difference = [a + b for a, b in zip(rounding, delta, strict=True)]
+    assert (_left_over(difference, delta, 30) is not None) == (moved >= 6)
+    assert (_typical(difference) > 1e-2) == (moved >= 4)  # at 4 of 8 the median lies between both kinds
