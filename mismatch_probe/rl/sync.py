@@ -191,7 +191,7 @@ class WeightSync:
         if suspicious or clause:
             raise SyncError(
                 f"{when} the engine's log-probs are {gap:.1e} nats from those of the weights that were sent "
-                f"({typical:.1e} without the largest quarter; {self._explained(limit)}): "
+                f"({typical:.1e} in the median sequence without its largest quarter; {self._explained(limit)}): "
                 f"{clause or 'no single fault explains it'}.",
                 fix,
             )
