@@ -86,6 +86,7 @@ def test_remedies_look_otherwise_and_no_mismatch_has_no_place_on_a_log_axis() ->
     figure = dose_figure(sweep_data(summary(arms=(plain, replay, control))))
     marks = [{line.get_marker() for line in axes.lines} for axes in figure.axes]
     assert [looks[2].marker in found for found in marks] == [True, False, True, False]
+    assert "without mismatch has no place" in figure.get_suptitle()
     assert [any("1 of 4 lost" in text for text in _texts(axes)) for axes in figure.axes[2:]] == [True, False]
 
 

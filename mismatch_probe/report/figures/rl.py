@@ -208,7 +208,10 @@ def dose_figure(data: SweepData) -> Figure:
         handles = _handles(shown)
         columns = len(handles) if len(handles) <= 6 else 4
         figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
-        _note(figure, shown, "whiskers: 95 % over seeds")
+        text = "whiskers: 95 % over seeds"
+        if not all(np.isfinite(_at(arm, "mean_abs_logprob_diff")) for arm in shown):
+            text += "; an arm without mismatch has no place on the right"
+        _note(figure, shown, text)
     return figure
 
 
