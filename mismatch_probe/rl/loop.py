@@ -413,7 +413,8 @@ class Training:
         found = [list(prompt)[: 2 * _PROBE_TOKENS] for prompt in self._p.prompts[:_PROBES] if len(prompt) > 1]
         missing = _PROBE_TOKENS - min(map(len, found), default=_PROBE_TOKENS)
         if missing > 0:
-            written = self._clean_responses(found, missing + _PROBES, seed=0)
+            # The engine has room for a prompt and its response.
+            written = self._clean_responses(found, min(missing + _PROBES, self._config.max_tokens), seed=0)
             found = [prompt + text for prompt, text in zip(found, written, strict=True)]
         return [probe[skipped:] for skipped, probe in enumerate(found) if len(probe) > skipped + 1]
 

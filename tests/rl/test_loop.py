@@ -332,6 +332,20 @@ def test_a_fresh_engine_is_tried_without_a_trace(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(*rows)
 
 
+@pytest.mark.parametrize(("max_tokens", "longest"), [(64, 72), (8, 28)])
+def test_what_checks_a_sync_does_not_begin_alike_and_fits_the_engine(
+    tmp_path: Path, engine: HfRollout, max_tokens: int, longest: int
+) -> None:
+    """Prompts that are all the same 20 tokens: each sequence begins a token later."""
+    parts = pieces(tmp_path / "run", engine, max_tokens=max_tokens)
+    prompt = list(range(3, 23))
+    probes = Training(replace(parts, prompts=[prompt] * 8))._probes()
+    assert [probe[:3] for probe in probes] == [prompt[i : i + 3] for i in range(8)]
+    assert all(i + len(probe) <= longest for i, probe in enumerate(probes))
+    assert probes == Training(replace(parts, prompts=[prompt] * 8))._probes()
+    assert Training(replace(parts, prompts=[[*prompt, *prompt, *prompt, *prompt]]))._probes() == [4 * prompt]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_an_engine_that_is_wrong_from_the_start_trains_nothing(tmp_path: Path, dtype: str) -> None:
     engine = HfRollout(JOB)
