@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 import pandas as pd
@@ -24,7 +25,7 @@ from mismatch_probe.report.format import estimate, number
 from mismatch_probe.results.comparison import Pair
 from mismatch_probe.rl.records import RlDirectory, checkpoints
 from mismatch_probe.rl.run import resolve_model
-from mismatch_probe.rl.tasks import make_task
+from mismatch_probe.rl.worker import Setup
 from mismatch_probe.runs.comparison import RunDirectory
 from mismatch_probe.runs.folder import COMPARISON
 
@@ -42,7 +43,7 @@ COLUMNS = {
 }
 
 
-def compared(out: Path, weights: Path, precision: tuple[str, str], **given: object) -> Pair:
+def compared(out: Path, weights: Path, precision: tuple[str, str], **given: Any) -> Pair:
     """What a comparison in OUT says of these weights; it is made if it is not there."""
     if not COMPARISON.held_by(out):
         mismatch_probe.compare(
@@ -73,11 +74,11 @@ def main(run: Path, out: Path) -> None:
     directory = RlDirectory.open(run)
     config = directory.config
     precision = (config.rollout_dtype, config.trainer_dtype)
-    task = make_task(config.task, n_problems=config.n_problems, seed=config.seed, path=config.problems)
-    prompts = out / "prompts.jsonl"
-    write_text(prompts, "".join(json.dumps({"prompt": one.prompt}) + "\n" for one in task.problems()))
-    asked = {"prompts": str(prompts), "samples_per_prompt": SAMPLES, "max_tokens": config.max_tokens}
     initial = resolve_model([config], Progress()).path
+    problems = Setup.of(config, str(initial)).problems
+    prompts = out / "prompts.jsonl"
+    write_text(prompts, "".join(json.dumps({"prompt": one.prompt}) + "\n" for one in problems))
+    asked = {"prompts": str(prompts), "samples_per_prompt": SAMPLES, "max_tokens": config.max_tokens}
     weights = {0: initial} | {int(one.name.removeprefix("step-")): one for one in checkpoints(directory.checkpoints)}
     rows = [(step, step, compared(out / f"own-{step:03d}", path, precision, **asked)) for step, path in weights.items()]
     for step, path in list(weights.items())[1:]:
@@ -99,7 +100,7 @@ def responses(run: Path) -> Path:
     return file
 
 
-def again(source: Path) -> dict[str, object]:
+def again(source: Path) -> dict[str, Any]:
     """The same responses with other weights."""
     return {"source": str(source), "replay": True, "rescore": True}
 
