@@ -10,6 +10,7 @@ with the distance of the weights from the initial ones. OUT gets a folder a comp
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from mismatch_probe.rl.run import resolve_model
 from mismatch_probe.rl.worker import Setup
 from mismatch_probe.runs.comparison import RunDirectory
 from mismatch_probe.runs.folder import COMPARISON
+from mismatch_probe.types import Dtype
 
 # Responses of a comparison to each prompt.
 SAMPLES = 17
@@ -43,7 +45,7 @@ COLUMNS = {
 }
 
 
-def compared(out: Path, weights: Path, precision: tuple[str, str], **given: Any) -> Pair:
+def compared(out: Path, weights: Path, precision: tuple[Dtype, Dtype], **given: Any) -> Pair:
     """What a comparison in OUT says of these weights; it is made if it is not there."""
     if not COMPARISON.held_by(out):
         mismatch_probe.compare(
@@ -63,7 +65,8 @@ def compared(out: Path, weights: Path, precision: tuple[str, str], **given: Any)
 def distance(one: Path, other: Path) -> float:
     """‖θ − θ′‖ of two checkpoints, by the tensors of `model.safetensors`."""
     a, b = (load_file(path / "model.safetensors") for path in (one, other))
-    return sum(float((a[name].double() - b[name].double()).square().sum()) for name in a) ** 0.5
+    squares = (float((a[name].double() - b[name].double()).square().sum()) for name in a)
+    return math.sqrt(sum(squares))
 
 
 @click.command()
