@@ -22,9 +22,10 @@ import mismatch_probe
 from mismatch_probe.files import write_text
 from mismatch_probe.probes.analysis import analyse
 from mismatch_probe.probes.progress import Progress
-from mismatch_probe.report.format import estimate, number
+from mismatch_probe.report.format import number
+from mismatch_probe.report.model import in_line
 from mismatch_probe.results.comparison import Pair
-from mismatch_probe.rl.records import RlDirectory, checkpoints
+from mismatch_probe.rl.records import RlDirectory, checkpoints, step_of
 from mismatch_probe.rl.run import resolve_model
 from mismatch_probe.rl.worker import Setup
 from mismatch_probe.runs.comparison import RunDirectory
@@ -82,7 +83,7 @@ def main(run: Path, out: Path) -> None:
     prompts = out / "prompts.jsonl"
     write_text(prompts, "".join(json.dumps({"prompt": one.prompt}) + "\n" for one in problems))
     asked = {"prompts": str(prompts), "samples_per_prompt": SAMPLES, "max_tokens": config.max_tokens}
-    weights = {0: initial} | {int(one.name.removeprefix("step-")): one for one in checkpoints(directory.checkpoints)}
+    weights = {0: initial} | {step_of(one): one for one in checkpoints(directory.checkpoints)}
     rows = [(step, step, compared(out / f"own-{step:03d}", path, precision, **asked)) for step, path in weights.items()]
     for step, path in list(weights.items())[1:]:
         first, own = (responses(out / f"own-{one:03d}") for one in (0, step))
@@ -91,7 +92,7 @@ def main(run: Path, out: Path) -> None:
     click.echo(f"| weights after step | distance | data of step | {' | '.join(COLUMNS.values())} |")
     click.echo(f"|{'---|' * (3 + len(COLUMNS))}")
     for at, of, pair in rows:
-        values = [estimate(m.value, m.ci_low, m.ci_high) for m in map(pair.metrics.__getitem__, COLUMNS)]
+        values = [in_line(pair.metrics[name]) for name in COLUMNS]
         click.echo(f"| {at} | {number(distance(initial, weights[at]))} | {of} | {' | '.join(values)} |")
 
 

@@ -24,13 +24,13 @@ from mismatch_probe.metrics.leads import leads
 from mismatch_probe.probes.progress import Progress
 from mismatch_probe.report.figures.rl import draw_curves
 from mismatch_probe.report.figures.style import DPI
-from mismatch_probe.report.format import NONE, estimate, number
+from mismatch_probe.report.format import NONE, number
+from mismatch_probe.report.model import in_line
 from mismatch_probe.rl.plan import PlannedRun, labels, read_plan
 from mismatch_probe.rl.records import RlDirectory, checkpoints
 from mismatch_probe.rl.sweep import new_sweep, resume_sweep
 from mismatch_probe.rl.sweep_summary import arm_results
 from mismatch_probe.runs.folder import SANITY_SET, SWEEP
-from mismatch_probe.types import MetricValue
 
 PLANS = Path("data/rl")
 RESULTS = Path("data/results")
@@ -151,13 +151,13 @@ def outcome(plan: str) -> None:
     for label, name in names.items():
         rows = runs[runs["arm"] == name]
         columns = ("ess_seq", "ess_seq_run", "mean_abs_logprob_diff", "final_reward", "clean_reward")
-        values = [_shown(mean_over_runs(rows[column].dropna())) for column in columns]
+        values = [in_line(mean_over_runs(rows[column].dropna())) for column in columns]
         click.echo(f"| {label} | {' | '.join(values)} | {int((rows['status'] != 'complete').sum())} of {len(rows)} |")
     for column, title in OUTCOMES.items():
         click.echo(f"\n| {title}: arm less {reference} | pairs | difference | p (Holm) | detectable | p of losses |")
         click.echo("|---|---|---|---|---|---|")
         for one in comparisons(runs, names, column):
-            values = [_shown(one.difference), _p(one.reward), number(one.reward.detectable), _p(one.collapse)]
+            values = [in_line(one.difference), _p(one.reward), number(one.reward.detectable), _p(one.collapse)]
             click.echo(f"| {one.first} | {one.n_pairs} | {' | '.join(values)} |")
 
 
@@ -195,10 +195,6 @@ def figure(out: Path, plan: str) -> None:
     """Draws reward and mismatch over the steps into OUT, a PNG."""
     arms = arm_results(read_plan(PLANS / f"{plan}.toml"), tables("runs", plan))
     draw_curves(tables("steps", plan), arms).savefig(out, dpi=DPI, metadata={"Software": None})
-
-
-def _shown(found: MetricValue) -> str:
-    return estimate(found.value, found.ci_low, found.ci_high)
 
 
 def _p(test: ArmTest) -> str:

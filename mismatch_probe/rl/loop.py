@@ -38,7 +38,7 @@ from mismatch_probe.rl.policy import (
     prune,
     save_checkpoint,
 )
-from mismatch_probe.rl.records import RlDirectory, checkpoints
+from mismatch_probe.rl.records import RlDirectory, checkpoints, step_of
 from mismatch_probe.rl.routing import Agreement, sample, with_routes
 from mismatch_probe.rl.stress import stressed
 from mismatch_probe.rl.summary import CollapseDetector
@@ -412,7 +412,7 @@ class Training:
         """
         found = [list(prompt)[: 2 * _PROBE_TOKENS] for prompt in self._p.prompts[:_PROBES] if len(prompt) > 1]
         missing = _PROBE_TOKENS - min(map(len, found), default=_PROBE_TOKENS)
-        if missing > 0:
+        if missing > 0 and self._config.check_sync:
             # The engine has room for a prompt and its response.
             written = self._clean_responses(found, min(missing + _PROBES, self._config.max_tokens), seed=0)
             found = [prompt + text for prompt, text in zip(found, written, strict=True)]
@@ -475,10 +475,8 @@ class Training:
     def _healthy_checkpoint(self) -> str | None:
         """The newest checkpoint not later than the last healthy step."""
         healthy = self._detector.last_healthy_step
-        names = [p.name for p in checkpoints(self._p.directory.checkpoints)]
-        if healthy is None:
-            return names[-1] if names else None
-        fit = [name for name in names if int(name.removeprefix("step-")) <= healthy + 1]
+        found = checkpoints(self._p.directory.checkpoints)
+        fit = [path.name for path in found if healthy is None or step_of(path) <= healthy + 1]
         return fit[-1] if fit else None
 
 

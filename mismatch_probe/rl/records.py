@@ -150,13 +150,18 @@ class RlDirectory(RlFolder[RlRun]):
             kept = [line for line, row in self._step_lines() if row["step"] < step]
             write_text(self.path / "steps.jsonl", "".join(f"{line}\n" for line in kept))
         for part in (self.path / "rollouts").glob("step-*.parquet"):
-            if int(part.stem.removeprefix("step-")) >= step:
+            if step_of(part) >= step:
                 part.unlink()
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints, oldest first."""
     return sorted(path for path in folder.glob("step-*") if (path / "state.json").exists())
+
+
+def step_of(path: Path) -> int:
+    """The step that a checkpoint, or the file of a step's rollouts, is named after."""
+    return int(path.stem.removeprefix("step-"))
 
 
 class SweepDirectory(RlFolder[RlSweep]):

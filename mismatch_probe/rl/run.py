@@ -26,7 +26,7 @@ from mismatch_probe.report.model import Report
 from mismatch_probe.report.words import say
 from mismatch_probe.results.rl_run import Provenance, RlRun, TrainedModel
 from mismatch_probe.rl.config import RlConfig, TaskSettings, precision_label
-from mismatch_probe.rl.records import RlDirectory, checkpoints
+from mismatch_probe.rl.records import RlDirectory, checkpoints, step_of
 from mismatch_probe.rl.worker import RlJob, engine_settings
 from mismatch_probe.runs.folder import RunFolder, run_folder
 
@@ -130,7 +130,7 @@ def check_start(config: TaskSettings) -> None:
     path = Path(config.start_from)
     if path not in checkpoints(path.parent):
         raise UsageError(f"--start-from {path} is no checkpoint.", "Name one, like RUN/checkpoints/step-000050.")
-    done = int(path.name.removeprefix("step-"))
+    done = step_of(path)
     if done >= config.steps:
         raise UsageError(f"--start-from {path} has {done} steps, and --steps is {config.steps}.", "Raise --steps.")
 

@@ -24,9 +24,9 @@ from mismatch_probe.report.figures.style import (
     ratio_axis,
     row_label,
     whisker,
-    with_limits,
 )
 from mismatch_probe.report.format import NONE, interval, number, percent
+from mismatch_probe.report.model import in_line
 from mismatch_probe.report.words.attribute import PASSES, part_interval, part_text, rung_label
 from mismatch_probe.results.attribution import Attribution
 
@@ -98,7 +98,7 @@ def _draw_rungs(axes: Axes, document: Attribution) -> None:
             whisker(axes, y, limits, "black")
         beside(axes, y, part_text(rung.contribution.value), 10, weight="bold")
         beside(axes, y, part_interval(rung.contribution), 58)
-        beside(axes, y, with_limits(rung.rms), _RMS_COLUMN)
+        beside(axes, y, in_line(rung.rms), _RMS_COLUMN)
     axes.barh(len(rungs), ends[-1], 0.56, color="#cfd4da", edgecolor=INK, linewidth=0.7)
     beside(axes, len(rungs), part_text(ends[-1]), 10, weight="bold")
     axes.axvline(0.0, color=INK, linewidth=1.0)
@@ -120,7 +120,7 @@ def _draw_errors(axes: Axes, names: Sequence[str], errors: Sequence[MetricValue]
         if limits is not None:
             whisker(axes, y, limits, INK)
         axes.plot([value], [y], "D", color=INK, markersize=5, clip_on=False)
-        beside(axes, y, with_limits(error), 10)
+        beside(axes, y, in_line(error), 10)
     axes.set_xlabel("RMS error of a log-prob against the FP32 trainer (nats)")
 
 

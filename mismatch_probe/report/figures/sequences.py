@@ -12,7 +12,8 @@ from matplotlib.ticker import MaxNLocator
 from mismatch_probe.report.data import ReportData, dtype_order, modes_of, ordered_pairs, pair_label, steps_of
 from mismatch_probe.report.figures import figure
 from mismatch_probe.report.figures.style import Look, look, plot_settings, say
-from mismatch_probe.report.format import clipped, estimate, metric_title, visible
+from mismatch_probe.report.format import clipped, metric_title, visible
+from mismatch_probe.report.model import in_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -103,7 +104,7 @@ def _legend(dtype: str, forecast: LengthForecast) -> str:
     exponent = forecast.fit.variance_exponent
     if exponent.value is None:
         return visible(dtype)
-    parts = [f"γ {estimate(exponent.value, exponent.ci_low, exponent.ci_high, 2)}"]
+    parts = [f"γ {in_line(exponent, 2)}"]
     end = f"{forecast.curve[-1].length:,}" if forecast.curve else "–"
     parts += [f"ESS < {ess:g} {_says(crossing, end)}" for ess, crossing in forecast.crossings.items()]
     return f"{visible(dtype)}: " + ";\n".join(parts)

@@ -14,7 +14,7 @@ import matplotlib
 from matplotlib.markers import CARETLEFT, CARETRIGHT
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from mismatch_probe.report.format import clipped, interval, number, visible
+from mismatch_probe.report.format import clipped, visible
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -93,11 +93,6 @@ def limits_of(metric: MetricValue | None) -> tuple[float, float] | None:
     if metric is None or metric.ci_low is None or metric.ci_high is None:
         return None
     return metric.ci_low, metric.ci_high
-
-
-def with_limits(metric: MetricValue) -> str:
-    """`4.35e-2 [4.02e-2, 4.64e-2]`."""
-    return f"{number(metric.value)} {interval(metric.ci_low, metric.ci_high)}".rstrip()
 
 
 def name_rows(axes: Axes, places: Sequence[float], names: Sequence[str]) -> None:
